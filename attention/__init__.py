@@ -1,0 +1,1 @@
+"""Attention of any causal transformer: capture it, measure it, draw it, read advice off it."""

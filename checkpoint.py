@@ -1,0 +1,188 @@
+"""Save, find and load trained runs.
+
+A run is a folder `checkpoints/RUN/` with one `ckpt-STEP.pt` or more and, beside them, the learning
+histories of the test goals in `histories-test.npz`. A checkpoint is a dict of plain types and tensors
+`{step, config, model, optimizer, lr_sched, goals}`; it is read with `weights_only=True` only.
+
+    choice = find_checkpoint("checkpoints")
+    checkpoint = load_checkpoint(choice.path)
+"""
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from config import ModelConfig, UserError, from_dict
+from model import ADTransformer
+
+HISTORIES_NAME = "histories-test.npz"
+_NAME = re.compile(r"ckpt-(\d+)\.pt")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A checkpoint file, and why it is the one."""
+
+    path: Path
+    reason: str
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A trained model and what it was trained on.
+
+    Attributes:
+        path: the file it was read from.
+        step: gradient updates behind it.
+        config: every setting of its training, flat.
+        model: the model, in evaluation mode.
+        goals: `{"train": [[row, col], ...], "validation": [...], "test": [...]}`.
+    """
+
+    path: Path
+    step: int
+    config: dict[str, Any]
+    model: ADTransformer
+    goals: dict[str, list[list[int]]]
+
+
+def checkpoint_step(path: Path) -> int | None:
+    """The step in the name `ckpt-STEP.pt`, or None if the file is not named so."""
+    match = _NAME.fullmatch(path.name)
+    return int(match.group(1)) if match else None
+
+
+def checkpoints_in(run: Path) -> list[Path]:
+    """Checkpoints of a run, ascending by step as a number: 10000 comes after 9000."""
+    files = [path for path in run.glob("ckpt-*.pt") if checkpoint_step(path) is not None]
+    return sorted(files, key=checkpoint_step)
+
+
+def find_checkpoint(where: str | Path) -> Choice:
+    """Choose a checkpoint: `where` is a file, a run, or a folder of runs.
+
+    Of a folder of runs it is the run last written to, of a run the highest step.
+
+    Raises:
+        UserError: there is none.
+    """
+    where = Path(where)
+    if where.is_file():
+        return Choice(where, "the file asked for")
+    if own := checkpoints_in(where):
+        return Choice(own[-1], f"highest step of {len(own)} in the run asked for")
+    runs = {}
+    if where.is_dir():
+        for run in sorted(path for path in where.iterdir() if path.is_dir()):
+            if files := checkpoints_in(run):
+                runs[run] = files
+    if not runs:
+        raise UserError(
+            f"No checkpoint found: expected ckpt-STEP.pt in {where} or in a folder of it. "
+            "Train your model first using `python train.py`, or name one with --checkpoint."
+        )
+    latest = max(runs, key=lambda run: max(path.stat().st_mtime_ns for path in runs[run]))
+    which = "the only run" if len(runs) == 1 else f"last written of {len(runs)} runs"
+    return Choice(runs[latest][-1], f"{which}, highest step of {len(runs[latest])}")
+
+
+def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
+    """Write a dict of plain types and tensors, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.part")
+    try:
+        torch.save(content, temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_file(path: str | Path) -> dict[str, Any]:
+    """Read a checkpoint file as plain types and tensors; nothing in it is executed.
+
+    Raises:
+        UserError: it is not there, not a checkpoint, or damaged.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"No checkpoint found: there is no file {path}")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises a different type for each kind of damage
+        raise UserError(
+            f"{path} ({path.stat().st_size:,} bytes) cannot be read as a checkpoint: expected a "
+            f"whole file written by train.py, got one that is truncated or of another kind "
+            f"({type(error).__name__}). Choose another with --checkpoint or train again."
+        ) from error
+    needed = ("step", "config", "model")
+    missing = [key for key in needed if not isinstance(content, dict) or key not in content]
+    if missing:
+        found = ", ".join(map(str, list(content)[:8])) if isinstance(content, dict) else None
+        raise UserError(
+            f"{path} is not a checkpoint of an AD model: expected a dict with {', '.join(needed)}, "
+            f"got {f'one with {found}' if found else type(content).__name__}"
+        )
+    return content
+
+
+def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> Checkpoint:
+    """Read a checkpoint and build its model, in evaluation mode on `device`.
+
+    Raises:
+        UserError: it cannot be read, or its tensors do not fit its config.
+    """
+    content = read_file(path)
+    weights, config = content["model"], content["config"]
+    model = ADTransformer(model_config(path, weights, config))
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    wrong = [name for name in expected | found if expected.get(name) != found.get(name)]
+    if wrong:
+        name = wrong[0]
+        more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+        raise UserError(
+            f"{path}: its tensors do not fit its config: expected {name} of shape "
+            f"{expected.get(name, 'none')}, got {found.get(name, 'none')}{more}"
+        )
+    model.load_state_dict(weights)
+    goals = content.get("goals") or {}
+    return Checkpoint(Path(path), int(content["step"]), config, model.to(device).eval(), goals)
+
+
+def model_config(path: str | Path, weights: dict[str, Any], config: dict[str, Any]) -> ModelConfig:
+    """The model's settings: from the config, the feed-forward width from the tensors."""
+    if not isinstance(config, dict) or not isinstance(weights, dict):
+        raise UserError(f"{path}: expected its config and model to be dicts")
+    missing = [
+        name
+        for name in ("n_transit", "tf_n_layer", "tf_n_head", "tf_n_embd", "grid_size")
+        if not isinstance(config.get(name), int)
+    ]
+    if missing:
+        raise UserError(f"{path}: expected whole numbers in its config, none for {missing[0]}")
+    inner = weights.get("transformer_encoder.layers.0.linear1.weight")
+    width = {} if inner is None else {"tf_n_inner": inner.shape[0]}
+    return from_dict(ModelConfig, {"tf_dropout": 0.0} | config | width)
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of that name; `auto` is a GPU where there is one.
+
+    Raises:
+        UserError: there is no such device here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except Exception as error:  # torch raises a different type for each missing backend
+        raise UserError(
+            f"expected a --device of this machine (cpu, cuda, cuda:1, ...), got {name!r}, "
+            "which is not there"
+        ) from error
+    return device

@@ -1,0 +1,139 @@
+"""Every setting of the project, once: defaults, help and the flags made of them.
+
+parser = argparse.ArgumentParser()
+add_flags(parser, TrainConfig)
+config = from_flags(TrainConfig, parser.parse_args())
+"""
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+def setting(default: Any, help: str, metavar: str | None = None, **flag: Any) -> Any:
+    """Declare a dataclass field: its default, its help, and what else its flag needs."""
+    flag |= {"help": help} | ({"metavar": metavar} if metavar else {})
+    return dataclasses.field(default=default, metadata=flag)
+
+
+@dataclass(frozen=True)
+class EnvConfig:
+    """The task: a Dark Room, and which of its goals are kept from training."""
+
+    env: str = setting("darkroom", "environment", choices=("darkroom",))
+    grid_size: int = setting(9, "rows and columns of the room", "N")
+    horizon: int = setting(20, "steps an episode", "N")
+    n_test_goals: int = setting(8, "goals that neither training nor its choices see", "N")
+    n_validation_goals: int = setting(
+        6, "goals not trained on, by which the checkpoint is chosen", "N"
+    )
+    goal_seed: int = setting(0, "seed of the split of the goals", "N")
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    """The source algorithm, tabular Q-learning, whose learning histories are distilled."""
+
+    n_streams: int = setting(40, "learning histories a training goal", "N")
+    n_source_steps: int = setting(3000, "environment steps of each learning history", "N")
+    discount: float = setting(0.9, "discount of the Q-learner", "X")
+    step_size: float = setting(1.0, "step size of the Q-learner", "X")
+    initial_value: float = setting(1.0, "optimistic initial action value", "X")
+    epsilon_start: float = setting(
+        1.0, "highest exploration rate at the start; each history draws its own below it", "X"
+    )
+    epsilon_end: float = setting(0.0, "exploration rate once it has decayed", "X")
+    epsilon_decay: float = setting(0.5, "part of the steps over which it decays", "X")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The transformer. Names are those of existing Dark Room code for Algorithm Distillation."""
+
+    n_transit: int = setting(100, "tokens the model reads: n_transit - 1 transitions, a query", "N")
+    tf_n_layer: int = setting(4, "transformer layers", "N")
+    tf_n_head: int = setting(4, "attention heads a layer", "N")
+    tf_n_embd: int = setting(64, "width of the model", "N")
+    tf_n_inner: int = setting(256, "width of the feed-forward part", "N")
+    tf_dropout: float = setting(0.1, "dropout outside attention", "X")
+    dim_states: int = setting(2, "numbers that describe a state", "N")
+    num_actions: int = setting(5, "number of actions", "N")
+    grid_size: int = setting(9, "rows and columns of the room", "N")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How the model is trained, evaluated on the way, and where it is kept."""
+
+    seed: int = setting(0, "seed of weights, windows and evaluation", "N")
+    n_updates: int = setting(6000, "gradient updates", "N")
+    batch_size: int = setting(32, "windows an update", "N")
+    lr: float = setting(2e-3, "peak learning rate", "X")
+    n_warmup: int = setting(200, "updates of linear warm-up before the cosine decay", "N")
+    weight_decay: float = setting(0.1, "weight decay of matrices", "X")
+    max_grad_norm: float = setting(1.0, "gradient norm above which gradients are scaled down", "X")
+    ema_decay: float = setting(0.998, "decay of the running average of the weights", "X")
+    max_stride: int = setting(
+        16, "windows join every k-th episode of a history, k drawn from 1 to this", "N"
+    )
+    eval_every: int = setting(1000, "updates between evaluations and checkpoints", "N")
+    eval_episodes: int = setting(40, "episodes a rollout; its second half counts", "N")
+    eval_rollouts: int = setting(8, "rollouts a goal while training", "N")
+    final_rollouts: int = setting(32, "rollouts a test goal at the end", "N")
+    device: str = setting("auto", "cpu, cuda, or auto: cuda where there is one", "NAME")
+
+
+def add_flags(parser: argparse.ArgumentParser, *configs: type) -> None:
+    """Add a flag for every setting of the given dataclasses; a name met before is not repeated."""
+    known = {action.dest for action in parser._actions}
+    for config in configs:
+        group = parser.add_argument_group((config.__doc__ or "").split("\n")[0].rstrip("."))
+        for field in dataclasses.fields(config):
+            if field.name in known:
+                continue
+            known.add(field.name)
+            options = dict(field.metadata)
+            if options.get("action") is None:
+                options.setdefault("type", type(field.default))
+                options["help"] += " (default: %(default)s)"
+            group.add_argument(
+                "--" + field.name.replace("_", "-"), default=field.default, **options
+            )
+
+
+def from_flags(config: type[T], flags: argparse.Namespace) -> T:
+    """Build a settings object from parsed flags."""
+    names = [field.name for field in dataclasses.fields(config)]
+    return config(**{name: getattr(flags, name) for name in names if hasattr(flags, name)})
+
+
+def from_dict(config: type[T], values: dict[str, Any]) -> T:
+    """Build a settings object from a flat dict, which may hold settings of others as well."""
+    names = {field.name for field in dataclasses.fields(config)}
+    return config(**{name: value for name, value in values.items() if name in names})
+
+
+def to_dict(*configs: Any) -> dict[str, Any]:
+    """Flatten settings objects into one dict of plain values."""
+    return {name: value for config in configs for name, value in vars(config).items()}
+
+
+class UserError(ValueError):
+    """A mistake that its user can mend: commands show it as one line and exit with 2."""
+
+
+def run_command(main: Callable[[], None]) -> None:
+    """Run a command; a user's mistake ends it with one line on stderr and exit code 2."""
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,254 @@
+"""Learning histories and the windows that a model reads of them (Laskin et al. 2022, section 3).
+
+A history is everything one learner lived through, episode after episode. A window is one decision of
+it: the state it stood in, the action it took, and as context the transitions before. With a stride
+of k the context joins every k-th episode back, so that a few episodes span much of the learning.
+
+    histories = Histories.load("checkpoints/RUN/histories-test.npz")
+    dataset = ADDataset(histories, n_context=99, max_stride=16)
+    dataset[0]["states"]                    # (99, 2)
+"""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from config import UserError
+
+
+@dataclass(frozen=True)
+class Histories:
+    """`N` learning histories of `S` steps each, whole episodes of `horizon` steps.
+
+    Attributes:
+        states, next_states: `(N, S, 2)` int.
+        actions, rewards: `(N, S)` int.
+        goals: `(N, 2)` int, the goal of each history.
+        horizon: steps an episode.
+    """
+
+    states: np.ndarray
+    actions: np.ndarray
+    rewards: np.ndarray
+    next_states: np.ndarray
+    goals: np.ndarray
+    horizon: int
+
+    def __post_init__(self) -> None:
+        n, steps = self.actions.shape
+        expected = {
+            "states": (n, steps, 2),
+            "rewards": (n, steps),
+            "next_states": (n, steps, 2),
+            "goals": (n, 2),
+        }
+        for name, shape in expected.items():
+            if getattr(self, name).shape != shape:
+                raise ValueError(
+                    f"expected {name} of shape {shape} beside actions of shape {(n, steps)}, "
+                    f"got {getattr(self, name).shape}"
+                )
+        if self.horizon < 1 or steps % self.horizon:
+            raise ValueError(
+                f"expected whole episodes of {self.horizon} steps, got {steps} steps a history"
+            )
+
+    @property
+    def n_histories(self) -> int:
+        """Number of histories `N`."""
+        return self.actions.shape[0]
+
+    @property
+    def n_steps(self) -> int:
+        """Steps of each history `S`."""
+        return self.actions.shape[1]
+
+    def episode_returns(self) -> np.ndarray:
+        """Sum of rewards of each episode: `(N, S / horizon)`."""
+        return self.rewards.reshape(self.n_histories, -1, self.horizon).sum(axis=2)
+
+    def select(
+        self,
+        goals: np.ndarray | None = None,
+        histories: np.ndarray | list[int] | None = None,
+        steps: slice | None = None,
+    ) -> "Histories":
+        """The histories of some goals `(G, 2)`, some of the histories, some of their steps.
+
+        `histories` counts among those left by `goals`. `steps` must cut at episode boundaries.
+        """
+        rows = np.arange(self.n_histories)
+        if goals is not None:
+            goals = np.asarray(goals).reshape(-1, 2)
+            rows = rows[(self.goals[:, None] == goals[None]).all(axis=2).any(axis=1)]
+        if histories is not None:
+            rows = rows[np.asarray(histories, dtype=int)]
+        steps = slice(None) if steps is None else steps
+        start = range(self.n_steps)[steps].start
+        if start % self.horizon:
+            raise ValueError(f"expected a first step that begins an episode, got step {start}")
+        parts = (self.states, self.actions, self.rewards, self.next_states)
+        return Histories(*(part[rows][:, steps] for part in parts), self.goals[rows], self.horizon)
+
+    def save(self, path: str | Path) -> None:
+        """Write an `.npz` file, whole or not at all."""
+        path = Path(path)
+        temporary = path.with_name(f".{path.name}.part")
+        with open(temporary, "wb") as file:
+            np.savez_compressed(file, **{k: np.asarray(v) for k, v in vars(self).items()})
+        os.replace(temporary, path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Histories":
+        """Read what `save` wrote.
+
+        Raises:
+            ValueError: the file is not such an `.npz`, or its arrays do not fit each other.
+        """
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                arrays = {name: file[name] for name in cls.__dataclass_fields__}
+        except FileNotFoundError:
+            raise
+        except Exception as error:  # numpy raises a different type for each kind of damage
+            raise ValueError(
+                f"{path} is not a whole file of learning histories "
+                f"(.npz with {', '.join(cls.__dataclass_fields__)}): {error}"
+            ) from error
+        return cls(**arrays | {"horizon": int(arrays["horizon"])})
+
+
+def context_steps(steps: np.ndarray, n: int, stride: np.ndarray, horizon: int) -> np.ndarray:
+    """Which steps of a history stand before a decision, in the order of time.
+
+    The context of the decision at step t is what lies before t in its own episode, then every
+    `stride`-th episode back, as far as `n` transitions reach.
+
+    Args:
+        steps: `(B,)` int, the decisions.
+        n: transitions wanted.
+        stride: `(B,)` int or a number, at least 1.
+        horizon: steps an episode.
+
+    Returns:
+        `(B, n)` int; negative where the history does not reach back so far.
+    """
+    steps = np.asarray(steps)[:, None]
+    stride = np.broadcast_to(np.asarray(stride), steps.shape[:1])[:, None]
+    within = steps % horizon
+    back = np.arange(n, 0, -1)[None, :]  # 1 = the transition right before the decision
+    older = np.maximum(back - within - 1, 0)  # counted back from the end of the episode before
+    episode = steps // horizon - stride * (1 + older // horizon)
+    earlier = episode * horizon + horizon - 1 - older % horizon
+    return np.where(back <= within, steps - back, earlier)
+
+
+def max_stride_of(steps: np.ndarray, n: int, horizon: int) -> np.ndarray:
+    """Largest stride at which decisions at `steps` `(B,)` still have `n` transitions before them.
+
+    0 where even neighbouring episodes do not hold them, a huge number where any stride will do.
+    """
+    episodes_needed = -(-np.maximum(n - steps % horizon, 0) // horizon)
+    reach = steps // horizon // np.maximum(episodes_needed, 1)
+    return np.where(episodes_needed > 0, reach, np.iinfo(np.int64).max)
+
+
+class ADDataset(Dataset):
+    """Windows of learning histories, one for each history and step with a full context.
+
+    An item is a dict of tensors: `states (n, 2), actions (n,), rewards (n,), next_states (n, 2),
+    query_states (2,), target_actions ()`, int64. The stride of an item is drawn once, from `seed`.
+
+    Args:
+        histories: where the windows come from.
+        n_context: transitions a window `n`.
+        max_stride: strides are drawn from `1 .. max_stride`, as far as the history reaches back.
+        seed: seed of the strides.
+
+    Raises:
+        UserError: the histories are too short for a single window.
+    """
+
+    def __init__(
+        self, histories: Histories, n_context: int, max_stride: int = 1, seed: int = 0
+    ) -> None:
+        self.histories, self.n_context = histories, n_context
+        self.max_stride, self.seed = max_stride, seed
+        if histories.n_steps <= n_context:
+            raise UserError(
+                f"histories too short for the context: expected more than {n_context} steps, so "
+                f"that a decision has {n_context} transitions before it, got {histories.n_steps}"
+            )
+        self.tensors = {
+            name: torch.from_numpy(np.ascontiguousarray(getattr(histories, name)))
+            for name in ("states", "actions", "rewards", "next_states")
+        }
+
+    def __len__(self) -> int:
+        return self.histories.n_histories * (self.histories.n_steps - self.n_context)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"window {index} of {len(self)}")
+        history, step = divmod(index % len(self), self.histories.n_steps - self.n_context)
+        step = np.array([step + self.n_context])
+        reach = max_stride_of(step, self.n_context, self.histories.horizon)
+        rng = np.random.default_rng((self.seed, index % len(self)))
+        stride = rng.integers(1, np.minimum(reach, self.max_stride), endpoint=True)
+        return {k: v[0] for k, v in self.windows(np.array([history]), step, stride).items()}
+
+    def windows(
+        self, histories: np.ndarray, steps: np.ndarray, strides: np.ndarray | int
+    ) -> dict[str, Tensor]:
+        """A batch of chosen windows: history, step of the decision and stride, each `(B,)`.
+
+        Returns:
+            The keys of an item, each with a leading axis `B`.
+
+        Raises:
+            UserError: a decision has not enough transitions before it.
+        """
+        histories, steps = np.asarray(histories), np.asarray(steps)
+        context = context_steps(steps, self.n_context, strides, self.histories.horizon)
+        if context.min(initial=0) < 0:
+            short = int(np.argmin(context.min(axis=1)))
+            raise UserError(
+                f"history too short for the context: the decision at step {steps[short]} lacks "
+                f"{int((context[short] < 0).sum())} of its {self.n_context} transitions"
+            )
+        window = {k: v[histories[:, None], context].long() for k, v in self.tensors.items()}
+        window["query_states"] = self.tensors["states"][histories, steps].long()
+        window["target_actions"] = self.tensors["actions"][histories, steps].long()
+        return window
+
+    def sample(self, batch_size: int, rng: np.random.Generator) -> dict[str, Tensor]:
+        """Draw a training batch: uniform over histories, strides and where a window lies.
+
+        Half of the windows begin with an episode, as a history that is still growing does. The
+        others begin anywhere, as one that slides does.
+        """
+        horizon, n_episodes = (
+            self.histories.horizon,
+            self.histories.n_steps // self.histories.horizon,
+        )
+        within = rng.integers(horizon, size=batch_size)
+        within = np.where(rng.random(batch_size) < 0.5, self.n_context % horizon, within)
+        last = (n_episodes - 1) * horizon + within
+        reach = np.maximum(max_stride_of(last, self.n_context, horizon), 1)
+        stride = rng.integers(1, np.minimum(reach, self.max_stride), endpoint=True)
+        needed = -(-np.maximum(self.n_context - within, 0) // horizon) * stride
+        episode = rng.integers(np.minimum(needed, n_episodes - 1), n_episodes)
+        rows = rng.integers(self.histories.n_histories, size=batch_size)
+        return self.windows(rows, episode * horizon + within, stride)
+
+
+def packed_queries(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """States to act in after each prefix of a window, `(B, n + 1, 2)`, and actions `(B, n + 1)`."""
+    queries = torch.cat([batch["states"], batch["query_states"].unsqueeze(1)], dim=1)
+    targets = torch.cat([batch["actions"], batch["target_actions"].unsqueeze(1)], dim=1)
+    return queries, targets

@@ -1,0 +1,162 @@
+"""The Algorithm Distillation transformer (Laskin et al. 2022, section 3).
+
+A token is one transition. The context `c_1 .. c_n` is followed by one query token, the state in which
+to act; the query token's output gives the action logits. Axes: `B` samples, `n` context tokens,
+`T = n + 1` tokens with the query, `D` width, `A` actions.
+
+    model = ADTransformer(ModelConfig())
+    logits = model(states, actions, rewards, next_states, query_states)       # (B, A)
+
+Training runs a window once with all its `n + 1` queries packed behind the context (`forward_packed`):
+the same logits as one pass a prefix, for about twice the cost of a single one.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from config import ModelConfig
+
+
+class ADTransformer(nn.Module):
+    """Causal transformer from a history of transitions and a query state to action logits.
+
+    Parameter names are those of existing Dark Room code for Algorithm Distillation, so that its
+    checkpoints load as they are.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        width = config.tf_n_embd
+        d_token = 2 * config.dim_states + config.num_actions + 1
+        self.embed_context = nn.Linear(d_token, width)
+        self.embed_query_state = nn.Embedding(config.grid_size**2, width)
+        self.pos_embedding = nn.Parameter(0.02 * torch.randn(1, config.n_transit, width))
+        layer = nn.TransformerEncoderLayer(
+            width,
+            config.tf_n_head,
+            dim_feedforward=config.tf_n_inner,
+            dropout=config.tf_dropout,
+            activation="gelu",
+            batch_first=True,
+        )
+        # Copies of one layer would all start from the same weights: build each by itself.
+        self.transformer_encoder = nn.TransformerEncoder(
+            layer, config.tf_n_layer, enable_nested_tensor=False
+        )
+        for layer in self.transformer_encoder.layers:
+            layer.self_attn.dropout = 0.0  # dropout on the weights would rule out the fused kernel
+            for parameter in layer.parameters():
+                if parameter.dim() > 1:
+                    nn.init.xavier_uniform_(parameter)
+        self.pred_action = nn.Linear(width, config.num_actions)
+
+    @property
+    def n_context_max(self) -> int:
+        """Longest context in transitions: the query token takes the last position."""
+        return self.config.n_transit - 1
+
+    def embed_transitions(
+        self, states: Tensor, actions: Tensor, rewards: Tensor, next_states: Tensor
+    ) -> Tensor:
+        """Embed transitions without their positions.
+
+        Args:
+            states: `(B, n, 2)`, any number type, as are the others.
+            actions: `(B, n)`, whole numbers in 0..A-1.
+            rewards: `(B, n)`.
+            next_states: `(B, n, 2)`.
+
+        Returns:
+            `(B, n, D)`.
+        """
+        dtype = self.embed_context.weight.dtype
+        one_hot = nn.functional.one_hot(actions.long(), self.config.num_actions)
+        parts = [states, one_hot, rewards.unsqueeze(-1), next_states]
+        return self.embed_context(torch.cat([part.to(dtype) for part in parts], dim=-1))
+
+    def embed_queries(self, query_states: Tensor) -> Tensor:
+        """Embed query states `(..., 2)` without their positions: `(..., D)`."""
+        cells = query_states.long()
+        return self.embed_query_state(cells[..., 0] * self.config.grid_size + cells[..., 1])
+
+    def forward(
+        self,
+        states: Tensor,
+        actions: Tensor,
+        rewards: Tensor,
+        next_states: Tensor,
+        query_states: Tensor,
+    ) -> Tensor:
+        """Action logits `(B, A)` for query states `(B, 2)` after a context of `n` transitions.
+
+        The context is as in `embed_transitions`, with `0 <= n <= n_transit - 1`.
+
+        Raises:
+            ValueError: the context is longer than the positions that the model has.
+        """
+        n = self._check_length(states)
+        tokens = torch.cat(
+            [
+                self.embed_transitions(states, actions, rewards, next_states),
+                self.embed_queries(query_states).unsqueeze(1),
+            ],
+            dim=1,
+        )  # (B, T, D)
+        tokens = tokens + self.pos_embedding[:, : n + 1]
+        mask = nn.Transformer.generate_square_subsequent_mask(n + 1, tokens.device, tokens.dtype)
+        hidden = self.transformer_encoder(tokens, mask=mask, is_causal=True)  # (B, T, D)
+        return self.pred_action(hidden[:, -1])  # (B, A)
+
+    def forward_packed(
+        self,
+        states: Tensor,
+        actions: Tensor,
+        rewards: Tensor,
+        next_states: Tensor,
+        query_states: Tensor,
+    ) -> Tensor:
+        """Action logits for every prefix of a window in one pass.
+
+        The sequence is `[c_1 .. c_n, q_0 .. q_n]`: query `q_j` takes position `j`, where it would
+        stand behind the prefix `c_1 .. c_j`, and sees that prefix and itself. No context token
+        sees a query, so each output equals that of a separate pass on its prefix.
+
+        Args:
+            states, actions, rewards, next_states: the window, as in `embed_transitions`.
+            query_states: `(B, n + 1, 2)`, the state to act in after each prefix.
+
+        Returns:
+            `(B, n + 1, A)`.
+        """
+        n = self._check_length(states)
+        position = self.pos_embedding[:, : n + 1]
+        context = self.embed_transitions(states, actions, rewards, next_states) + position[:, :n]
+        queries = self.embed_queries(query_states) + position
+        tokens = torch.cat([context, queries], dim=1)  # (B, 2n + 1, D)
+        mask = packed_mask(n, tokens.device, tokens.dtype)
+        hidden = self.transformer_encoder(tokens, mask=mask, is_causal=False)
+        return self.pred_action(hidden[:, n:])  # (B, n + 1, A)
+
+    def _check_length(self, states: Tensor) -> int:
+        n = states.shape[1]
+        if n > self.n_context_max:
+            raise ValueError(
+                f"expected at most {self.n_context_max} context transitions "
+                f"(n_transit {self.config.n_transit}, one position is the query's), got {n}"
+            )
+        return n
+
+
+def packed_mask(
+    n: int, device: torch.device | None = None, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Additive attention mask of `[c_1 .. c_n, q_0 .. q_n]`: `(2n + 1, 2n + 1)`, 0 or -inf."""
+    index = torch.arange(2 * n + 1, device=device)
+    is_context = index < n
+    # Prefix length after which a token stands: c_i sees c_1 .. c_i, q_j sees c_1 .. c_j.
+    sees_up_to = torch.where(is_context, index, index - n - 1)
+    allowed = is_context[None, :] & (index[None, :] <= sees_up_to[:, None])
+    allowed = allowed | torch.eye(2 * n + 1, dtype=torch.bool, device=device)
+    mask = torch.zeros(2 * n + 1, 2 * n + 1, dtype=dtype, device=device)
+    return mask.masked_fill_(~allowed, float("-inf"))
