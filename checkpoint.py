@@ -1,8 +1,8 @@
 """Save, find and load trained runs.
 
 A run is a folder `checkpoints/RUN/` with one `ckpt-STEP.pt` or more and, beside them, the learning
-histories of the test goals in `histories-test.npz`. A checkpoint is a dict of plain types and tensors
-`{step, config, model, optimizer, lr_sched, goals}`; it is read with `weights_only=True` only.
+histories of the test goals in `histories-test.npz`. A checkpoint is a dict of plain types and
+tensors `{step, config, model, optimizer, lr_sched, goals}`, read with `weights_only=True` only.
 
     choice = find_checkpoint("checkpoints")
     checkpoint = load_checkpoint(choice.path)

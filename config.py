@@ -81,11 +81,64 @@ class TrainConfig:
     max_stride: int = setting(
         16, "windows join every k-th episode of a history, k drawn from 1 to this", "N"
     )
-    eval_every: int = setting(1000, "updates between evaluations and checkpoints", "N")
+    eval_every: int = setting(500, "updates between evaluations and checkpoints", "N")
     eval_episodes: int = setting(40, "episodes a rollout; its second half counts", "N")
-    eval_rollouts: int = setting(8, "rollouts a goal while training", "N")
+    eval_rollouts: int = setting(24, "rollouts a validation goal while training", "N")
     final_rollouts: int = setting(32, "rollouts a test goal at the end", "N")
     device: str = setting("auto", "cpu, cuda, or auto: cuda where there is one", "NAME")
+
+
+def goal(text: str) -> tuple[int, int]:
+    """Parse `ROW,COL`."""
+    row, col = (int(part) for part in text.split(","))
+    return row, col
+
+
+def step_range(text: str) -> tuple[int, int]:
+    """Parse `FIRST:LAST`."""
+    first, last = (int(part) for part in text.split(":"))
+    return first, last
+
+
+def count(text: str) -> int:
+    """Parse a whole number of at least 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text}")
+    return value
+
+
+@dataclass(frozen=True)
+class VisualizeConfig:
+    """What to analyse, and where the pictures go."""
+
+    checkpoint: str = setting(
+        "checkpoints", "checkpoint file, run, or folder of runs: the latest in it", "PATH"
+    )
+    histories: str | None = setting(
+        None, "learning histories (.npz; default: those beside the checkpoint)", "FILE", type=str
+    )
+    num_samples: int = setting(10, "decisions to analyse", "N", type=count)
+    num_figures: int | None = setting(
+        None, "decisions to draw (default: all, 50 at most)", "N", type=int
+    )
+    layers: list[int] | None = setting(
+        None, "layers to analyse, from 0 (default: all)", "N", type=int, nargs="+"
+    )
+    goal: list[tuple[int, int]] | None = setting(
+        None, "only histories of these goals", "ROW,COL", type=goal, nargs="+"
+    )
+    history: list[int] | None = setting(
+        None, "only these histories, by their number in the file", "N", type=int, nargs="+"
+    )
+    steps: tuple[int, int] | None = setting(
+        None, "only decisions at these steps of a history", "FIRST:LAST", type=step_range
+    )
+    stride: int = setting(1, "the context joins every so many episodes back", "N", type=count)
+    out: str = setting("figs/attention", "folder for pictures and numbers", "DIR")
+    device: str = setting("auto", "cpu, cuda, or auto: cuda where there is one", "NAME")
+    seed: int = setting(0, "seed of the choice of decisions", "N")
+    dpi: int = setting(100, "pixels an inch of the pictures", "N", type=count)
 
 
 def add_flags(parser: argparse.ArgumentParser, *configs: type) -> None:
@@ -100,7 +153,8 @@ def add_flags(parser: argparse.ArgumentParser, *configs: type) -> None:
             options = dict(field.metadata)
             if options.get("action") is None:
                 options.setdefault("type", type(field.default))
-                options["help"] += " (default: %(default)s)"
+                if field.default is not None:
+                    options["help"] += " (default: %(default)s)"
             group.add_argument(
                 "--" + field.name.replace("_", "-"), default=field.default, **options
             )

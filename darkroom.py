@@ -1,4 +1,4 @@
-"""Dark Room, the partially observed grid world of Laskin et al. 2022 (section 4), for many goals at once.
+"""Dark Room, the grid world of Laskin et al. 2022 (section 4), for many goals at once.
 
 An agent starts in the centre of a dark square room. It sees its own position and nothing else: the
 goal is hidden, and only the reward, 1 on every step spent on the goal, tells where it is. Episodes
@@ -52,7 +52,7 @@ class DarkRoom:
         horizon: steps an episode.
     """
 
-    def __init__(self, goals: np.ndarray, grid_size: int = 9, horizon: int = 20):
+    def __init__(self, goals: np.ndarray, grid_size: int = 9, horizon: int = 20) -> None:
         self.state_space = Space(grid_size, (2,))
         self.action_space = Space(N_ACTIONS)
         self.goals = np.asarray(goals, dtype=np.int64)

@@ -1,8 +1,9 @@
 """Learning histories and the windows that a model reads of them (Laskin et al. 2022, section 3).
 
-A history is everything one learner lived through, episode after episode. A window is one decision of
-it: the state it stood in, the action it took, and as context the transitions before. With a stride
-of k the context joins every k-th episode back, so that a few episodes span much of the learning.
+A history is everything one learner lived through, episode after episode. A window is one decision
+of it: the state it stood in, the action it took, and as context the transitions before. With a
+stride of k the context joins every k-th episode back, so that a few episodes span much of the
+learning.
 
     histories = Histories.load("checkpoints/RUN/histories-test.npz")
     dataset = ADDataset(histories, n_context=99, max_stride=16)

@@ -1,14 +1,14 @@
 """The Algorithm Distillation transformer (Laskin et al. 2022, section 3).
 
-A token is one transition. The context `c_1 .. c_n` is followed by one query token, the state in which
-to act; the query token's output gives the action logits. Axes: `B` samples, `n` context tokens,
-`T = n + 1` tokens with the query, `D` width, `A` actions.
+A token is one transition. The context `c_1 .. c_n` is followed by one query token, the state in
+which to act; the query token's output gives the action logits. Axes: `B` samples, `n` context
+tokens, `T = n + 1` tokens with the query, `D` width, `A` actions.
 
     model = ADTransformer(ModelConfig())
     logits = model(states, actions, rewards, next_states, query_states)       # (B, A)
 
-Training runs a window once with all its `n + 1` queries packed behind the context (`forward_packed`):
-the same logits as one pass a prefix, for about twice the cost of a single one.
+Training runs a window once with all its `n + 1` queries packed behind the context
+(`forward_packed`): the same logits as one pass a prefix, for about twice the cost of a single one.
 """
 
 import torch
@@ -24,14 +24,14 @@ class ADTransformer(nn.Module):
     checkpoints load as they are.
     """
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
         width = config.tf_n_embd
         d_token = 2 * config.dim_states + config.num_actions + 1
         self.embed_context = nn.Linear(d_token, width)
         self.embed_query_state = nn.Embedding(config.grid_size**2, width)
-        self.pos_embedding = nn.Parameter(0.02 * torch.randn(1, config.n_transit, width))
+        self.pos_embedding = nn.Parameter(torch.empty(1, config.n_transit, width))
         layer = nn.TransformerEncoderLayer(
             width,
             config.tf_n_head,
@@ -40,16 +40,41 @@ class ADTransformer(nn.Module):
             activation="gelu",
             batch_first=True,
         )
-        # Copies of one layer would all start from the same weights: build each by itself.
         self.transformer_encoder = nn.TransformerEncoder(
             layer, config.tf_n_layer, enable_nested_tensor=False
         )
         for layer in self.transformer_encoder.layers:
             layer.self_attn.dropout = 0.0  # dropout on the weights would rule out the fused kernel
+        self.pred_action = nn.Linear(width, config.num_actions)
+        self._initialise()
+
+    @torch.no_grad()
+    def _initialise(self) -> None:
+        """Start with comparable parts, which saves most of the updates before anything is learned.
+
+        Coordinates enter as if standardised, so that they do not drown the reward. A query state
+        starts as the sum of what the same cell adds as state and as next state of a transition.
+        Positions start as sines and cosines, from which "the token before" is easy to learn.
+        """
+        # The encoder copies one layer: give each its own weights.
+        for layer in self.transformer_encoder.layers:
             for parameter in layer.parameters():
                 if parameter.dim() > 1:
                     nn.init.xavier_uniform_(parameter)
-        self.pred_action = nn.Linear(width, config.num_actions)
+        config, weight = self.config, self.embed_context.weight
+        middle, spread = (config.grid_size - 1) / 2, max(1.0, config.grid_size / 12**0.5)
+        n_states = config.dim_states
+        nn.init.normal_(weight, std=0.3)
+        weight[:, :n_states] /= spread
+        weight[:, -n_states:] /= spread
+        weight[:, -n_states - 1] *= 3.0
+        of_cell = weight[:, :n_states] + weight[:, -n_states:]  # (D, 2)
+        self.embed_context.bias.copy_(-middle * of_cell.sum(dim=1))
+        rows, cols = torch.arange(config.grid_size), torch.arange(config.grid_size)
+        cells = torch.cartesian_prod(rows, cols) - middle  # (grid * grid, 2)
+        noise = 0.1 * torch.randn_like(self.embed_query_state.weight)
+        self.embed_query_state.weight.copy_(cells @ of_cell.T + noise)
+        self.pos_embedding.copy_(0.7 * sinusoids(config.n_transit, config.tf_n_embd))
 
     @property
     def n_context_max(self) -> int:
@@ -146,6 +171,17 @@ class ADTransformer(nn.Module):
                 f"(n_transit {self.config.n_transit}, one position is the query's), got {n}"
             )
         return n
+
+
+def sinusoids(n_positions: int, width: int) -> Tensor:
+    """Sines and cosines of every position, `(n_positions, width)`, as in Vaswani et al. 2017.
+
+    Wavelengths grow from 2 pi to 2000 pi positions.
+    """
+    n_waves = -(-width // 2)
+    frequency = 1000.0 ** (-torch.arange(n_waves) / n_waves)
+    angle = torch.arange(n_positions)[:, None] * frequency
+    return torch.cat([angle.sin(), angle.cos()], dim=1)[:, :width]
 
 
 def packed_mask(

@@ -1,8 +1,8 @@
-"""The source algorithm of Algorithm Distillation (Laskin et al. 2022, section 3): tabular Q-learning.
+"""The source algorithm, tabular Q-learning (Laskin et al. 2022, section 3).
 
-One learner a goal and stream, all of them in one vectorised run. Optimistic initial values make each
-learner try every action everywhere; its exploration rate decays on the way, and each stream draws
-its own starting rate, so that the histories show many ways to explore and to improve.
+One learner a goal and stream, all of them in one vectorised run. Optimistic initial values make
+each learner try every action everywhere; its exploration rate decays on the way, and each stream
+draws its own starting rate, so that the histories show many ways to explore and to improve.
 
     histories = learning_histories(goals, EnvConfig(), SourceConfig(), seed=0)
 """
@@ -60,7 +60,7 @@ class QLearner:
         n_actions: int,
         source: SourceConfig,
         rng: np.random.Generator,
-    ):
+    ) -> None:
         self.source, self.rng = source, rng
         self.values = np.full((n, n_cells, n_actions), source.initial_value, dtype=np.float32)
         self.epsilon_start = rng.uniform(source.epsilon_end, source.epsilon_start, size=n)

@@ -4,9 +4,9 @@
     python train.py --resume            # go on after an interruption: same result as without it
     python train.py --seed 1            # another run, beside the first
 
-Writes `checkpoints/RUN/`: a `ckpt-STEP.pt` whenever the return on the validation goals is a new best
-(so the highest step is the one to use), `histories-test.npz`, `training.json` with all numbers, and
-until it is finished `resume.pt`. Draws `figs/training/RUN.png`.
+Writes `checkpoints/RUN/`: a `ckpt-STEP.pt` whenever the return on the validation goals is a new
+best (so the highest step is the one to use), `histories-test.npz`, `training.json` with all the
+numbers, and until it is finished `resume.pt`. Draws `figs/training/RUN.png`.
 """
 
 import argparse
@@ -42,16 +42,18 @@ from config import (
     run_command,
     to_dict,
 )
-from darkroom import optimal_return, split_goals
+from darkroom import split_goals
 from dataset import ADDataset, packed_queries
+from evaluation import describe, score
 from model import ADTransformer
-from rollout import rollout
+from rollout import Sliding, rollout
 from source import learning_histories, relative_return
 
 RESUME_NAME = "resume.pt"
 LOG_NAME = "training.json"
 N_TEST_STREAMS = 8  # learning histories a test goal that are kept beside the checkpoint
 N_TRAIN_GOALS_EVALUATED = 6
+EVAL_SLIDING: Sliding = "episode"  # while training: several times faster
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,9 @@ class Trainer:
         self.losses.append(loss.item())
         self.seconds += time.perf_counter() - started
 
-    def evaluate(self, goals: np.ndarray, n_rollouts: int, label: str) -> np.ndarray:
+    def evaluate(
+        self, goals: np.ndarray, n_rollouts: int, sliding: Sliding, label: str
+    ) -> np.ndarray:
         """Rewards an episode `(G, n_rollouts, E)` of the averaged weights on `goals` `(G, 2)`."""
         train = self.settings.train
         returns = rollout(
@@ -118,6 +122,7 @@ class Trainer:
             train.eval_episodes,
             seed=train.seed,
             horizon=self.settings.env.horizon,
+            sliding=sliding,
             progress=label,
         )
         return returns.reshape(len(goals), n_rollouts, -1)
@@ -220,14 +225,17 @@ def keep_if_best(trainer: Trainer, run: Path) -> None:
     started = time.perf_counter()
     loss = float(np.mean(trainer.losses))
     trainer.losses = []
-    n_rollouts = trainer.settings.train.eval_rollouts
     entry: dict[str, Any] = {"step": trainer.step, "loss": loss}
     for name in ("train", "validation"):
-        goals = trainer.goals[name]
-        if name == "train":  # spread over the room
+        goals, n_rollouts = trainer.goals[name], trainer.settings.train.eval_rollouts
+        if name == "train":  # spread over the room; fewer rollouts, as nothing is chosen by them
             goals = goals[np.linspace(0, len(goals) - 1, N_TRAIN_GOALS_EVALUATED).astype(int)]
-        returns = trainer.evaluate(goals, n_rollouts, f"acting on {name} goals")
-        entry |= {f"{name}_{key}": value for key, value in score(trainer, goals, returns).items()}
+            n_rollouts = max(1, n_rollouts // 4)
+        returns = trainer.evaluate(goals, n_rollouts, EVAL_SLIDING, f"acting on {name} goals")
+        entry |= {
+            f"{name}_{key}": value
+            for key, value in score(trainer.settings.env, goals, returns).items()
+        }
     best = max((past["validation_relative"] for past in trainer.log), default=-1.0)
     entry["best"] = entry["validation_relative"] > best
     trainer.log.append(entry)
@@ -248,36 +256,23 @@ def keep_if_best(trainer: Trainer, run: Path) -> None:
     )
 
 
-def score(trainer: Trainer, goals: np.ndarray, returns: np.ndarray) -> dict[str, Any]:
-    """Numbers of an evaluation with returns `(G, R, E)`; its second half of episodes counts."""
-    env = trainer.settings.env
-    possible = optimal_return(goals, env.grid_size, env.horizon)
-    late = returns[:, :, returns.shape[2] // 2 :].mean(axis=(1, 2))
-    return {
-        "goals": goals.tolist(),
-        "possible": float(possible.mean()),
-        "return": float(late.mean()),
-        "relative": float(late.mean() / possible.mean()),
-        "first_episode": float(returns[:, :, 0].mean()),
-        "possible_by_goal": possible.tolist(),
-        "return_by_goal": late.tolist(),
-        "return_by_episode": returns.mean(axis=1).tolist(),
-        "rollouts": returns.shape[1],
-    }
-
-
 def finish(trainer: Trainer, run: Path) -> dict[str, Any]:
     """Evaluate the chosen checkpoint on the test goals and write `training.json`."""
     chosen = load_checkpoint(checkpoints_in(run)[-1], trainer.device)
     trainer.averaged.module.load_state_dict(chosen.model.state_dict())
     goals = trainer.goals["test"]
-    returns = trainer.evaluate(goals, trainer.settings.train.final_rollouts, "acting on test goals")
+    n_rollouts = trainer.settings.train.final_rollouts
+    returns = {
+        sliding: trainer.evaluate(goals, n_rollouts, sliding, f"acting on test goals, {sliding}")
+        for sliding in ("step", "episode")
+    }
     result = {
         "config": trainer.settings.to_dict(),
         "chosen_step": chosen.step,
         "seconds": round(trainer.seconds, 1),
         "source_relative_return": trainer.source_return,
-        "test": score(trainer, goals, returns),
+        "test": score(trainer.settings.env, goals, returns["step"]),
+        "test_dropping_episodes": score(trainer.settings.env, goals, returns["episode"]),
         "log": trainer.log,
     }
     part = run / f".{LOG_NAME}.part"
@@ -285,32 +280,6 @@ def finish(trainer: Trainer, run: Path) -> dict[str, Any]:
     part.replace(run / LOG_NAME)
     (run / RESUME_NAME).unlink(missing_ok=True)
     return result
-
-
-def describe(result: dict[str, Any], run: Path, picture: Path) -> str:
-    """The final numbers as console text."""
-    test, n = result["test"], result["config"]["eval_episodes"]
-    lines = [
-        "",
-        f"TEST GOALS (never trained or chosen on), {test['rollouts']} rollouts a goal",
-        f"{'goal':>8}  {'possible':>8}  {'episodes ' + f'{n // 2 + 1} to {n}':>17}  {'part':>5}",
-    ]
-    for goal, possible, reached in zip(
-        test["goals"], test["possible_by_goal"], test["return_by_goal"], strict=True
-    ):
-        place = f"({goal[0]}, {goal[1]})"
-        lines.append(f"{place:>8}  {possible:>8}  {reached:>17.2f}  {reached / possible:>5.0%}")
-    lines += [
-        f"{'mean':>8}  {test['possible']:>8.2f}  {test['return']:>17.2f}  {test['relative']:>5.0%}",
-        "",
-        f"Reward in episode 1: {test['first_episode']:.2f}. The source algorithm ended at "
-        f"{result['source_relative_return']:.1%} of the best possible on its own goals.",
-        f"Chosen by validation goals: update {result['chosen_step']:,} of "
-        f"{result['config']['n_updates']:,}; training and evaluating took "
-        f"{result['seconds'] / 60:.0f} minutes.",
-        f"Checkpoint {checkpoints_in(run)[-1]}, numbers {run / LOG_NAME}, picture {picture}",
-    ]
-    return "\n".join(lines)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -358,7 +327,8 @@ def main(argv: list[str] | None = None) -> None:
 
     picture = Path(flags.figs) / "training" / f"{run.name}.png"
     draw_learning_curve(result, picture)
-    print(describe(result, run, picture))
+    print(describe(result, checkpoints_in(run)[-1]))
+    print(f"All numbers: {run / LOG_NAME}, learning curves: {picture}")
 
 
 if __name__ == "__main__":

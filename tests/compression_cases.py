@@ -1,0 +1,37 @@
+"""Random histories for the tests of compression."""
+
+import torch
+from hypothesis import strategies as st
+
+from compression import History, episode_ids
+
+
+def make_history(size=2, n=12, seed=0, horizon=4, window=3):
+    """Every field known; few different values, so that there are ties and repeated transitions."""
+    g = torch.Generator().manual_seed(seed)
+    rand = lambda *shape: torch.rand(*shape, generator=g)  # noqa: E731
+    states = torch.randint(3, (size, n + 1, 2), generator=g)
+    weights = (rand(size, n) * 4).round() / 4
+    return History(
+        states=states[:, :-1],
+        actions=torch.randint(3, (size, n), generator=g),
+        rewards=(rand(size, n) < 0.3).long(),
+        next_states=states[:, 1:],
+        query_states=states[:, -1],
+        episodes=episode_ids(n, horizon, seed % horizon).expand(size, -1),
+        received=(rand(size, n) * 4).round(),
+        last_rows=rand(size, min(window, n), n),
+        query_attention=weights / weights.sum(1, keepdim=True).clamp(min=1),
+        tasks=torch.arange(size) // 2,
+    )
+
+
+@st.composite
+def histories(draw, max_n=30):
+    return make_history(
+        size=draw(st.integers(1, 3)),
+        n=draw(st.integers(0, max_n)),
+        seed=draw(st.integers(0, 2**20)),
+        horizon=draw(st.integers(1, 9)),
+        window=draw(st.integers(1, 6)),
+    )

@@ -1,0 +1,110 @@
+"""What several test modules share: one thread, a tiny model, tiny histories."""
+
+import hypothesis
+import numpy as np
+import pytest
+import torch
+
+from config import ModelConfig
+from darkroom import DarkRoom
+from dataset import Histories
+from model import ADTransformer
+
+torch.set_num_threads(1)
+hypothesis.settings.register_profile(
+    "suite", deadline=None, max_examples=25, derandomize=True, database=None
+)
+hypothesis.settings.load_profile("suite")
+
+
+class PlainRoom:
+    """One room in plain python: the slow twin."""
+
+    def __init__(self, goal, size, horizon):
+        self.goal, self.size, self.horizon = tuple(goal), size, horizon
+
+    def reset(self):
+        self.t = 0
+        self.cell = (self.size // 2, self.size // 2)
+        return self.cell
+
+    def step(self, action):
+        row, col = self.cell
+        down, up, right, left = 0, 1, 2, 3
+        if action == down and row + 1 < self.size:
+            row += 1
+        elif action == up and row > 0:
+            row -= 1
+        elif action == right and col + 1 < self.size:
+            col += 1
+        elif action == left and col > 0:
+            col -= 1
+        self.cell = (row, col)
+        self.t += 1
+        return self.cell, int(self.cell == self.goal), self.t == self.horizon
+
+
+def make_histories(
+    goals=((0, 1), (2, 2), (4, 3)), n_episodes=6, horizon=5, grid_size=5, seed=0
+) -> Histories:
+    """Histories of random play in a real room, one a goal."""
+    room = DarkRoom(np.array(goals), grid_size, horizon)
+    rng = np.random.default_rng(seed)
+    states = room.reset()
+    steps = []
+    for _ in range(n_episodes * horizon):
+        actions = room.action_space.sample(rng, room.n_rooms)
+        next_states, rewards, done = room.step(actions)
+        steps.append((states, actions, rewards, next_states))
+        states = room.reset() if done else next_states
+    parts = (np.stack(part, axis=1).astype(np.int8) for part in zip(*steps, strict=True))
+    return Histories(*parts, room.goals, horizon)
+
+
+def random_window(config: ModelConfig, n_samples: int, n: int, seed: int = 0):
+    """Context of `n` random transitions and `n + 1` random query states: what a model reads."""
+    rng = np.random.default_rng(seed)
+
+    def draw(high, *shape):
+        return torch.from_numpy(rng.integers(high, size=(n_samples, *shape)))
+
+    context = (
+        draw(config.grid_size, n, 2),
+        draw(config.num_actions, n),
+        draw(2, n),
+        draw(config.grid_size, n, 2),
+    )
+    return context, draw(config.grid_size, n + 1, 2)
+
+
+def sharp_model(config: ModelConfig, seed: int = 0, dtype=torch.float32) -> ADTransformer:
+    """A model in evaluation mode with weights larger than at initialisation.
+
+    Every weight matters to its output: positions, attention and biases as well.
+    """
+    torch.manual_seed(seed)
+    model = ADTransformer(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    return model.to(dtype).eval()
+
+
+@pytest.fixture(scope="session")
+def tiny_config() -> ModelConfig:
+    """Twelve positions, two layers of two heads, a room of 5 x 5."""
+    return ModelConfig(
+        n_transit=12, tf_n_layer=2, tf_n_head=2, tf_n_embd=16, tf_n_inner=24, grid_size=5
+    )
+
+
+@pytest.fixture
+def tiny_model(tiny_config) -> ADTransformer:
+    """A model of `tiny_config` in evaluation mode, weights large enough to tell inputs apart."""
+    return sharp_model(tiny_config)
+
+
+@pytest.fixture(scope="session")
+def tiny_histories() -> Histories:
+    """Three histories of six episodes of five steps."""
+    return make_histories()

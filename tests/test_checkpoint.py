@@ -1,0 +1,322 @@
+import os
+import pickle
+
+import pytest
+import torch
+from conftest import random_window, sharp_model
+
+import checkpoint as module
+from checkpoint import (
+    checkpoint_step,
+    checkpoints_in,
+    find_checkpoint,
+    load_checkpoint,
+    pick_device,
+    read_file,
+    save_checkpoint,
+)
+from config import EnvConfig, UserError, to_dict
+
+
+def touch(path, age=0):
+    """An empty file, written `age` seconds before now."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"")
+    os.utime(path, (1_700_000_000 - age,) * 2)
+    return path
+
+
+@pytest.fixture
+def content(tiny_config):
+    """What a checkpoint of a tiny model holds."""
+    return {
+        "step": 30,
+        "config": to_dict(tiny_config, EnvConfig(grid_size=5)),
+        "model": sharp_model(tiny_config).state_dict(),
+        "optimizer": None,
+        "lr_sched": None,
+        "goals": {"train": [[0, 0]], "validation": [[1, 2]], "test": [[4, 4], [0, 3]]},
+    }
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "run" / "ckpt-30.pt"
+
+
+def error_of(path, content=None) -> str:
+    """The one-line error of loading a file, after writing `content` to it if there is any."""
+    if content is not None:
+        save_checkpoint(path, content)
+    with pytest.raises(UserError) as caught:
+        load_checkpoint(path)
+    message = str(caught.value)
+    assert str(path) in message
+    assert "\n" not in message
+    return message
+
+
+# Finding
+
+
+def test_the_step_is_the_number_in_the_name(tmp_path):
+    assert checkpoint_step(tmp_path / "ckpt-0120.pt") == 120
+    for name in (
+        "ckpt-.pt",
+        "ckpt-1.pt.part",
+        ".ckpt-1.pt",
+        "ckpt-1a.pt",
+        "best-1.pt",
+        "ckpt--1.pt",
+    ):
+        assert checkpoint_step(tmp_path / name) is None
+
+
+def test_steps_are_ordered_as_numbers(tmp_path):
+    for step in (10_000, 9_000, 500, 100_000):
+        touch(tmp_path / f"ckpt-{step}.pt", age=step)
+    for name in ("ckpt-last.pt", ".ckpt-999999.pt.part", "resume.pt"):
+        touch(tmp_path / name)
+    assert [checkpoint_step(p) for p in checkpoints_in(tmp_path)] == [500, 9_000, 10_000, 100_000]
+
+
+def test_a_run_gives_its_highest_step_not_its_last_written(tmp_path):
+    touch(tmp_path / "ckpt-10000.pt", age=50)
+    touch(tmp_path / "ckpt-9000.pt", age=0)
+    choice = find_checkpoint(tmp_path)
+    assert choice.path == tmp_path / "ckpt-10000.pt"
+    assert choice.reason == "highest step of 2 in the run asked for"
+
+
+def test_a_folder_of_runs_gives_the_run_last_written_to(tmp_path):
+    touch(tmp_path / "a" / "ckpt-10000.pt", age=20)
+    touch(tmp_path / "b" / "ckpt-2000.pt", age=10)
+    touch(tmp_path / "b" / "ckpt-300.pt", age=0)
+    touch(tmp_path / "c" / "ckpt-90000.pt", age=5)
+    choice = find_checkpoint(str(tmp_path))
+    assert choice.path == tmp_path / "b" / "ckpt-2000.pt"
+    assert choice.reason == "last written of 3 runs, highest step of 2"
+
+
+def test_a_single_run_is_called_so(tmp_path):
+    touch(tmp_path / "a" / "ckpt-1.pt")
+    (tmp_path / "empty").mkdir()
+    touch(tmp_path / "notes.txt")
+    choice = find_checkpoint(tmp_path)
+    assert choice.path == tmp_path / "a" / "ckpt-1.pt"
+    assert choice.reason == "the only run, highest step of 1"
+
+
+def test_a_file_asked_for_is_taken_whatever_its_name(tmp_path):
+    touch(tmp_path / "ckpt-9.pt")
+    choice = find_checkpoint(touch(tmp_path / "weights.bin"))
+    assert choice.path == tmp_path / "weights.bin"
+    assert choice.reason == "the file asked for"
+
+
+@pytest.mark.parametrize("where", [".", "nowhere", "empty"])
+def test_no_checkpoint_says_to_train_first(tmp_path, where):
+    (tmp_path / "empty").mkdir()
+    touch(tmp_path / "empty" / "resume.pt")
+    with pytest.raises(UserError, match=r"No checkpoint found.*`python train\.py`"):
+        find_checkpoint(tmp_path / where)
+
+
+# Writing
+
+
+def test_a_checkpoint_survives_a_round_trip(path, content, tiny_config):
+    save_checkpoint(path, content)
+    loaded = load_checkpoint(path)
+    assert (loaded.path, loaded.step, loaded.goals) == (path, 30, content["goals"])
+    assert loaded.config == content["config"]
+    assert loaded.model.config == type(tiny_config)(**vars(tiny_config))
+    assert not loaded.model.training
+    context, queries = random_window(tiny_config, 3, 11)
+    with torch.no_grad():
+        expected = sharp_model(tiny_config)(*context, queries[:, -1])
+        assert torch.equal(loaded.model(*context, queries[:, -1]), expected)
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize("stage", ["writing", "renaming"])
+def test_a_failed_save_leaves_the_old_file_and_no_part_of_a_new_one(
+    path, content, monkeypatch, stage
+):
+    save_checkpoint(path, content)
+    before = path.read_bytes()
+
+    def full_disk(*args):
+        if stage == "writing":
+            args[1].write_bytes(b"half of it")
+        raise OSError("no space left")
+
+    broken = (torch, "save") if stage == "writing" else (module.os, "replace")
+    monkeypatch.setattr(*broken, full_disk)
+    with pytest.raises(OSError, match="no space left"):
+        save_checkpoint(path, content | {"step": 31})
+    assert path.read_bytes() == before
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+
+
+# Reading
+
+
+class Intruder:
+    """Pickled code: reading it without care would make a file."""
+
+    def __init__(self, target):
+        self.target = target
+
+    def __reduce__(self):
+        return (os.mkdir, (str(self.target),))
+
+
+@pytest.mark.parametrize("writer", ["torch", "pickle"])
+def test_code_in_a_file_is_refused_and_not_executed(tmp_path, path, content, writer):
+    target = tmp_path / "executed"
+    bad = content | {"goals": Intruder(target)}
+    if writer == "torch":
+        save_checkpoint(path, bad)
+    else:
+        path.parent.mkdir()
+        path.write_bytes(pickle.dumps(bad, protocol=2))
+    assert "cannot be read as a checkpoint" in error_of(path)
+    assert not target.exists()
+    torch.load(path, weights_only=False) if writer == "torch" else pickle.loads(path.read_bytes())
+    assert target.exists()  # the file was indeed dangerous
+
+
+@pytest.mark.parametrize("part", [0, 0.01, 0.5, 0.99])
+def test_a_truncated_file_is_an_error_with_its_size(path, content, part):
+    save_checkpoint(path, content)
+    size = int(part * path.stat().st_size)
+    path.write_bytes(path.read_bytes()[:size])
+    message = error_of(path)
+    assert f"({size:,} bytes) cannot be read as a checkpoint" in message
+    assert "truncated" in message
+
+
+def test_another_kind_of_file_is_an_error(path):
+    path.parent.mkdir()
+    path.write_text("not a checkpoint")
+    assert "cannot be read as a checkpoint" in error_of(path)
+
+
+@pytest.mark.parametrize("missing", ["step", "config", "model"])
+def test_a_dict_without_a_needed_key_is_not_a_checkpoint(path, content, missing):
+    message = error_of(path, {k: v for k, v in content.items() if k != missing})
+    assert "is not a checkpoint of an AD model" in message
+    assert "expected a dict with step, config, model" in message
+
+
+def test_weights_alone_are_not_a_checkpoint(path, content):
+    assert "got one with pos_embedding" in error_of(path, dict(content["model"]))
+    assert "got Tensor" in error_of(path, torch.zeros(3))
+
+
+def test_a_file_that_is_not_there_is_named(path):
+    assert "No checkpoint found" in error_of(path)
+    with pytest.raises(UserError, match="No checkpoint found"):
+        read_file(path.parent)
+
+
+# Tensors against config
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "tensor"),
+    [
+        ("n_transit", 13, r"pos_embedding of shape \(1, 13, 16\), got \(1, 12, 16\)"),
+        ("tf_n_embd", 8, r"pos_embedding of shape \(1, 12, 8\), got \(1, 12, 16\)"),
+        ("grid_size", 9, r"embed_query_state.weight of shape \(81, 16\), got \(25, 16\)"),
+        ("num_actions", 4, r"embed_context.weight of shape \(16, 9\), got \(16, 10\)"),
+        ("tf_n_layer", 3, r"layers.2.* got none \(and 11 more\)"),
+        ("tf_n_layer", 1, r"layers.1.* of shape none, got .* \(and 11 more\)"),
+    ],
+)
+def test_tensors_that_do_not_fit_the_config_are_named(path, content, setting, value, tensor):
+    message = error_of(path, content | {"config": content["config"] | {setting: value}})
+    with pytest.raises(UserError, match="do not fit its config: expected .*" + tensor):
+        raise UserError(message)
+
+
+@pytest.mark.parametrize(
+    "name", ["pred_action.bias", "transformer_encoder.layers.0.linear1.weight"]
+)
+def test_a_missing_tensor_is_named(path, content, name):
+    del content["model"][name]
+    assert name in error_of(path, content)
+
+
+def test_a_tensor_too_many_is_named(path, content):
+    message = error_of(path, content | {"model": content["model"] | {"extra.bias": torch.zeros(2)}})
+    assert "expected extra.bias of shape none, got (2,)" in message
+
+
+@pytest.mark.parametrize("name", ["n_transit", "tf_n_layer", "tf_n_head", "tf_n_embd", "grid_size"])
+@pytest.mark.parametrize("value", [None, "many", 0, -1])
+def test_a_config_without_a_usable_size_is_an_error(path, content, name, value):
+    config = {k: v for k, v in content["config"].items() if k != name}
+    if value is not None:
+        config[name] = value
+    assert name in error_of(path, content | {"config": config})
+
+
+def test_heads_that_do_not_divide_the_width_are_an_error(path, content):
+    message = error_of(path, content | {"config": content["config"] | {"tf_n_head": 3}})
+    assert "tf_n_head" in message
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model": [1, 2]},
+        {"config": "config"},
+        {"step": "last"},
+        {"model": {"pos_embedding": 3}},
+        {"model": {"transformer_encoder.layers.0.linear1.weight": torch.zeros(())}},
+    ],
+    ids=["model-list", "config-str", "step-str", "number-as-tensor", "no-axes"],
+)
+def test_parts_of_another_type_are_an_error(path, content, change):
+    error_of(path, content | change)
+
+
+def test_settings_of_other_code_are_left_in_the_config(path, content):
+    extra = {
+        "env_split_seed": 0,
+        "label_smoothing": 0.1,
+        "device": torch.device("cuda:3"),
+        "x": None,
+    }
+    save_checkpoint(path, content | {"config": content["config"] | extra})
+    loaded = load_checkpoint(path)
+    assert {name: loaded.config[name] for name in extra} == extra
+
+
+def test_the_feed_forward_width_is_that_of_the_tensors(path, content, tiny_config):
+    save_checkpoint(path, content | {"config": content["config"] | {"tf_n_inner": 999}})
+    assert load_checkpoint(path).model.config.tf_n_inner == tiny_config.tf_n_inner == 24
+
+
+def test_what_existing_checkpoints_do_not_say_is_taken_as_usual(path, content):
+    """No test goals, no dropout, sizes of state and action left out."""
+    for name in ("tf_dropout", "dim_states", "num_actions", "tf_n_inner"):
+        del content["config"][name]
+    del content["goals"]
+    save_checkpoint(path, content)
+    loaded = load_checkpoint(path)
+    assert loaded.goals == {}
+    assert loaded.model.config.tf_dropout == 0.0
+
+
+def test_a_device_is_picked_by_its_name():
+    assert pick_device("cpu") == torch.device("cpu")
+    assert pick_device("auto").type in ("cpu", "cuda")
+
+
+@pytest.mark.parametrize("name", ["cuda:99", "gpu", "", "cpu:x"])
+def test_a_device_that_is_not_there_is_an_error(name):
+    with pytest.raises(UserError, match=f"expected a --device of this machine.*{name!r}"):
+        pick_device(name)

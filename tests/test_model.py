@@ -1,0 +1,264 @@
+import numpy as np
+import pytest
+import torch
+from conftest import random_window, sharp_model
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from config import ModelConfig
+from model import ADTransformer, packed_mask
+
+configs = st.builds(
+    lambda heads, d_head, **rest: ModelConfig(
+        tf_n_head=heads, tf_n_embd=heads * d_head, grid_size=4, num_actions=5, **rest
+    ),
+    heads=st.integers(1, 3),
+    d_head=st.integers(1, 6),
+    n_transit=st.integers(1, 12),
+    tf_n_layer=st.integers(1, 3),
+    tf_n_inner=st.integers(1, 16),
+)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-10)])
+@given(config=configs, n_samples=st.integers(1, 3), seed=st.integers(0, 99), data=st.data())
+def test_packed_logits_equal_separate_passes_on_every_prefix(
+    dtype, tolerance, config, n_samples, seed, data
+):
+    n = data.draw(st.integers(0, config.n_transit - 1), label="n")
+    model = sharp_model(config, seed, dtype)
+    context, queries = random_window(config, n_samples, n, seed)
+    with torch.no_grad():
+        packed = model.forward_packed(*context, queries)
+        separate = [model(*(c[:, :j] for c in context), queries[:, j]) for j in range(n + 1)]
+    assert packed.shape == (n_samples, n + 1, config.num_actions)
+    assert packed.dtype == dtype
+    torch.testing.assert_close(packed, torch.stack(separate, dim=1), rtol=tolerance, atol=tolerance)
+
+
+def test_packed_gradients_equal_those_of_separate_passes(tiny_config):
+    model = sharp_model(tiny_config, dtype=torch.float64)
+    context, queries = random_window(tiny_config, 2, 7)
+    model.forward_packed(*context, queries).square().sum().backward()
+    packed = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    sum(
+        model(*(c[:, :j] for c in context), queries[:, j]).square().sum() for j in range(8)
+    ).backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(packed[name], parameter.grad, rtol=1e-8, atol=1e-8)
+
+
+def plain_forward(model, states, actions, rewards, next_states, query):
+    """Logits of one sample from the weights alone, token by token and head by head."""
+    weights, config = model.state_dict(), model.config
+    tokens = []
+    for s, a, r, s_next in zip(states, actions, rewards, next_states, strict=True):
+        one_hot = [float(a == k) for k in range(config.num_actions)]
+        x = torch.tensor([*s, *one_hot, r, *s_next], dtype=torch.float64)
+        tokens.append(weights["embed_context.weight"] @ x + weights["embed_context.bias"])
+    tokens.append(weights["embed_query_state.weight"][query[0] * config.grid_size + query[1]])
+    x = torch.stack(tokens) + weights["pos_embedding"][0, : len(tokens)]  # (T, D)
+    d_head = config.tf_n_embd // config.tf_n_head
+    for i in range(config.tf_n_layer):
+        w = {k.split(f"layers.{i}.")[1]: v for k, v in weights.items() if f"layers.{i}." in k}
+        q, k, v = (x @ w["self_attn.in_proj_weight"].T + w["self_attn.in_proj_bias"]).chunk(3, -1)
+        mixed = torch.zeros_like(x)
+        for head in range(config.tf_n_head):
+            part = slice(head * d_head, (head + 1) * d_head)
+            for t in range(len(x)):
+                score = k[: t + 1, part] @ q[t, part] / d_head**0.5
+                mixed[t, part] = torch.softmax(score, 0) @ v[: t + 1, part]
+        mixed = mixed @ w["self_attn.out_proj.weight"].T + w["self_attn.out_proj.bias"]
+        x = norm(x + mixed, w["norm1.weight"], w["norm1.bias"])
+        inner = nn.functional.gelu(x @ w["linear1.weight"].T + w["linear1.bias"])
+        inner = inner @ w["linear2.weight"].T + w["linear2.bias"]
+        x = norm(x + inner, w["norm2.weight"], w["norm2.bias"])
+    return weights["pred_action.weight"] @ x[-1] + weights["pred_action.bias"]
+
+
+def norm(x, weight, bias):
+    centred = x - x.mean(-1, keepdim=True)
+    return centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight + bias
+
+
+@pytest.mark.parametrize("n", [0, 1, 6, 11])
+def test_logits_equal_the_formulas_written_out(tiny_config, n):
+    model = sharp_model(tiny_config, dtype=torch.float64)
+    context, queries = random_window(tiny_config, 2, n)
+    with torch.inference_mode():
+        logits = model(*context, queries[:, 0])
+    for i in range(2):
+        plain = plain_forward(model, *(c[i].tolist() for c in context), queries[i, 0].tolist())
+        torch.testing.assert_close(logits[i], plain, rtol=1e-9, atol=1e-9)
+
+
+def changed(part, high):
+    """The same with every entry moved to another valid value."""
+    return (part + 1) % high
+
+
+@given(j=st.integers(0, 10), which=st.integers(0, 3))
+def test_no_output_depends_on_a_later_token(j, which):
+    config = ModelConfig(
+        n_transit=12, tf_n_layer=2, tf_n_head=2, tf_n_embd=16, tf_n_inner=24, grid_size=5
+    )
+    model = sharp_model(config, dtype=torch.float64)
+    context, queries = random_window(config, 2, 11)
+    other = [part.clone() for part in context]
+    other[which][:, j] = changed(other[which][:, j], (5, 5, 2, 5)[which])
+    with torch.no_grad():
+        before = model.forward_packed(*context, queries)
+        after = model.forward_packed(*other, queries)
+    same = (before == after).all(dim=(0, 2))
+    assert same.tolist() == [True] * (j + 1) + [False] * (11 - j)
+
+
+@given(j=st.integers(0, 11))
+def test_a_packed_query_is_seen_by_itself_alone(j):
+    config = ModelConfig(
+        n_transit=12, tf_n_layer=2, tf_n_head=2, tf_n_embd=16, tf_n_inner=24, grid_size=5
+    )
+    model = sharp_model(config, dtype=torch.float64)
+    context, queries = random_window(config, 2, 11)
+    other = queries.clone()
+    other[:, j] = changed(other[:, j], 5)
+    with torch.no_grad():
+        moved = model.forward_packed(*context, queries) != model.forward_packed(*context, other)
+    assert moved.any(dim=(0, 2)).nonzero().flatten().tolist() == [j]
+
+
+def test_samples_do_not_see_each_other(tiny_model, tiny_config):
+    context, queries = random_window(tiny_config, 4, 9)
+    with torch.no_grad():
+        together = tiny_model(*context, queries[:, -1])
+        alone = [
+            tiny_model(*(c[i : i + 1] for c in context), queries[i : i + 1, -1]) for i in range(4)
+        ]
+    torch.testing.assert_close(together, torch.cat(alone), rtol=1e-5, atol=1e-5)
+
+
+def test_the_packed_mask_worked_by_hand():
+    # Rows and columns: c1 c2 q0 q1 q2
+    allowed = [
+        [1, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0],
+        [0, 0, 1, 0, 0],
+        [1, 0, 0, 1, 0],
+        [1, 1, 0, 0, 1],
+    ]
+    assert (packed_mask(2) == 0).int().tolist() == allowed
+    assert set(packed_mask(2).flatten().tolist()) == {0.0, float("-inf")}
+    assert packed_mask(0).tolist() == [[0.0]]
+    assert packed_mask(3, dtype=torch.float64).dtype == torch.float64
+
+
+@given(config=configs)
+def test_parameters_have_the_names_and_shapes_of_existing_checkpoints(config):
+    d, inner = config.tf_n_embd, config.tf_n_inner
+    expected = {
+        "pos_embedding": (1, config.n_transit, d),
+        "embed_context.weight": (d, 2 * 2 + 5 + 1),
+        "embed_context.bias": (d,),
+        "embed_query_state.weight": (16, d),
+        "pred_action.weight": (5, d),
+        "pred_action.bias": (5,),
+    }
+    for i in range(config.tf_n_layer):
+        layer = {
+            "self_attn.in_proj_weight": (3 * d, d),
+            "self_attn.in_proj_bias": (3 * d,),
+            "self_attn.out_proj.weight": (d, d),
+            "self_attn.out_proj.bias": (d,),
+            "linear1.weight": (inner, d),
+            "linear1.bias": (inner,),
+            "linear2.weight": (d, inner),
+            "linear2.bias": (d,),
+            "norm1.weight": (d,),
+            "norm1.bias": (d,),
+            "norm2.weight": (d,),
+            "norm2.bias": (d,),
+        }
+        expected |= {f"transformer_encoder.layers.{i}.{k}": v for k, v in layer.items()}
+    found = {k: tuple(v.shape) for k, v in ADTransformer(config).state_dict().items()}
+    assert found == expected
+
+
+def test_layers_start_from_different_weights(tiny_config):
+    layers = ADTransformer(tiny_config).transformer_encoder.layers
+    for name, parameter in layers[0].named_parameters():
+        if parameter.dim() > 1:
+            assert not torch.equal(parameter, layers[1].get_parameter(name)), name
+
+
+def test_the_seed_decides_the_weights(tiny_config):
+    weights = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        weights.append(nn.utils.parameters_to_vector(ADTransformer(tiny_config).parameters()))
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+
+
+def test_every_parameter_learns(tiny_config):
+    model = ADTransformer(tiny_config)
+    context, queries = random_window(tiny_config, 8, 11)
+    model.forward_packed(*context, queries).square().sum().backward()
+    idle = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+    assert idle == []
+
+
+def test_the_context_leaves_one_position_for_the_query(tiny_model, tiny_config):
+    assert tiny_model.n_context_max == 11
+    context, queries = random_window(tiny_config, 1, 12)
+    for forward, query in (
+        (tiny_model, queries[:, -1]),
+        (tiny_model.forward_packed, queries),
+    ):
+        with pytest.raises(ValueError, match=r"at most 11 context transitions.*got 12"):
+            forward(*context, query)
+
+
+def test_the_query_state_is_looked_up_row_by_row(tiny_model):
+    cells = torch.tensor([[0, 0], [0, 4], [1, 0], [4, 4]])
+    table = tiny_model.embed_query_state.weight
+    assert torch.equal(tiny_model.embed_queries(cells), table[[0, 4, 5, 24]])
+
+
+def test_inputs_may_be_of_any_number_type(tiny_model, tiny_config):
+    context, queries = random_window(tiny_config, 2, 5)
+    with torch.no_grad():
+        expected = tiny_model(*context, queries[:, -1])
+        for dtype in (torch.int8, torch.float32, torch.float64):
+            found = tiny_model(*(c.to(dtype) for c in context), queries[:, -1].to(dtype))
+            assert torch.equal(found, expected)
+
+
+def test_dropout_is_on_everywhere_but_on_attention_weights(tiny_config):
+    model = ADTransformer(tiny_config)
+    rates = {name: m.p for name, m in model.named_modules() if isinstance(m, nn.Dropout)}
+    assert len(rates) == 3 * tiny_config.tf_n_layer
+    assert set(rates.values()) == {tiny_config.tf_dropout} == {0.1}
+    assert [layer.self_attn.dropout for layer in model.transformer_encoder.layers] == [0.0, 0.0]
+
+
+def test_dropout_acts_while_training_only(tiny_config):
+    model = sharp_model(tiny_config)
+    context, queries = random_window(tiny_config, 2, 5)
+    with torch.no_grad():
+        calm = [model(*context, queries[:, -1]) for _ in range(2)]
+        model.train()
+        noisy = [model(*context, queries[:, -1]) for _ in range(2)]
+    assert torch.equal(calm[0], calm[1])
+    assert not torch.equal(noisy[0], noisy[1])
+
+
+def test_packed_training_passes_without_dropout_equal_evaluation(tiny_config):
+    config = ModelConfig(**vars(tiny_config) | {"tf_dropout": 0.0})
+    model = sharp_model(config)
+    context, queries = random_window(config, 2, 11)
+    with torch.no_grad():
+        evaluated = model.forward_packed(*context, queries)
+        trained = model.train().forward_packed(*context, queries)
+    np.testing.assert_allclose(trained, evaluated, rtol=1e-5, atol=1e-5)

@@ -1,0 +1,161 @@
+import numpy as np
+import pytest
+import torch
+from conftest import PlainRoom, sharp_model
+
+import rollout as module
+from config import ModelConfig
+from darkroom import all_goals
+from model import ADTransformer
+from rollout import rollout
+
+
+def noise_table(n_steps, n_rooms, seed=0):
+    return np.random.default_rng(seed).gumbel(size=(n_steps, n_rooms, 5))
+
+
+def plain_rollout(model, goal, n_episodes, horizon, noise):
+    """One room: a python list of transitions, and everything computed anew at every step."""
+    room = PlainRoom(goal, model.config.grid_size, horizon)
+    past, returns, contexts = [], [], []
+    for episode in range(n_episodes):
+        state, done = room.reset(), False
+        returns.append(0)
+        while not done:
+            context = past[max(0, len(past) - (model.config.n_transit - 1)) :]
+            contexts.append(len(context))
+            s, a, r, s_next = (
+                torch.tensor([step[k] for step in context], dtype=torch.int64) for k in range(4)
+            )
+            with torch.no_grad():
+                logits = model(
+                    s.reshape(1, -1, 2), a[None], r[None], s_next.reshape(1, -1, 2),
+                    torch.tensor([state]),
+                )  # fmt: skip
+            t = episode * horizon + room.t
+            action = int(np.argmax(logits[0].double().numpy() + noise[t]))
+            next_state, reward, done = room.step(action)
+            past.append((state, action, reward, next_state))
+            returns[-1] += reward
+            state = next_state
+    return returns, contexts
+
+
+@pytest.mark.parametrize(
+    ("n_transit", "n_episodes", "horizon"),
+    [(12, 5, 6), (12, 1, 4), (7, 6, 5), (1, 4, 5), (2, 4, 5), (40, 6, 6)],
+)
+def test_rooms_together_act_as_each_alone_with_its_list_of_transitions(
+    monkeypatch, tiny_config, n_transit, n_episodes, horizon
+):
+    config = ModelConfig(**vars(tiny_config) | {"n_transit": n_transit, "grid_size": 3})
+    model = sharp_model(config, seed=n_transit)
+    goals = np.array([[1, 1], [0, 1], [2, 1], [1, 2]])
+    noise = noise_table(n_episodes * horizon, len(goals))
+    rows = iter(noise)
+    monkeypatch.setattr(
+        module, "gumbel_argmax", lambda logits, _: (logits.numpy() + next(rows)).argmax(axis=1)
+    )
+    returns = rollout(model, goals, n_episodes, seed=0, horizon=horizon)
+    assert returns.sum() > 0
+    for i, goal in enumerate(goals):
+        plain, contexts = plain_rollout(model, goal, n_episodes, horizon, noise[:, i])
+        assert returns[i].tolist() == plain
+        assert max(contexts) == min(n_transit - 1, n_episodes * horizon - 1)
+
+
+def test_the_model_reads_its_own_last_transitions_and_no_more(tiny_config):
+    model = sharp_model(tiny_config)
+    seen = []
+    model.register_forward_pre_hook(lambda _, inputs: seen.append([x.clone() for x in inputs]))
+    rollout(model, np.array([[2, 3]]), n_episodes=4, seed=0, horizon=5)
+    assert [inputs[0].shape[1] for inputs in seen] == [min(t, 11) for t in range(20)]
+    for t in range(1, 20):
+        states, actions, rewards, next_states, query = seen[t]
+        assert torch.equal(states[:, -1], seen[t - 1][4])  # where the last decision was made
+        if t % 5:
+            assert torch.equal(query, next_states[:, -1])
+        else:
+            assert query.tolist() == [[2, 2]]
+        assert rewards[0, -1] == (next_states[0, -1].tolist() == [2, 3])
+        if t > 11:  # full: the oldest dropped out, the rest moved up
+            for part, before in zip((states, actions, rewards), seen[t - 1][:3], strict=True):
+                assert torch.equal(part[:, :-1], before[:, 1:])
+
+
+def test_returns_are_whole_rewards_of_every_episode(tiny_model):
+    returns = rollout(tiny_model, all_goals(5), n_episodes=3, seed=0, horizon=7)
+    assert returns.shape == (25, 3)
+    assert returns.dtype == np.int64
+    assert returns.min() >= 0
+    assert returns.max() <= 7
+
+
+def test_a_rollout_is_seeded(tiny_model):
+    goals = all_goals(5)
+    one, same, other = (rollout(tiny_model, goals, 2, seed, horizon=8) for seed in (0, 0, 1))
+    assert np.array_equal(one, same)
+    assert not np.array_equal(one, other)
+
+
+def test_rooms_of_the_same_goal_act_differently(tiny_model):
+    returns = rollout(tiny_model, np.tile([[2, 3]], (30, 1)), 3, seed=0, horizon=8)
+    assert len({tuple(row) for row in returns.tolist()}) > 1
+
+
+def test_a_room_acts_the_same_whatever_rooms_are_beside_it(tiny_config):
+    model = sharp_model(tiny_config, dtype=torch.float64)
+    goals = all_goals(5)
+    many = rollout(model, goals, n_episodes=3, seed=0, horizon=8)
+    few = rollout(model, goals[:10], n_episodes=3, seed=0, horizon=8)
+    assert np.array_equal(few, many[:10])
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_model_is_left_in_the_mode_it_came_in(tiny_config, training):
+    model = ADTransformer(tiny_config).train(training)
+    rollout(model, np.array([[2, 2]]), n_episodes=1, seed=0, horizon=2)
+    assert all(part.training == training for part in model.modules())
+
+
+def test_the_mode_is_restored_after_an_error_as_well(tiny_config):
+    model = ADTransformer(tiny_config).train()
+
+    def fail(*_):
+        raise RuntimeError("out of memory")
+
+    model.register_forward_hook(fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        rollout(model, np.array([[2, 2]]), n_episodes=1, seed=0, horizon=2)
+    assert model.training
+
+
+def test_dropout_is_off_while_the_model_acts(tiny_config):
+    model = sharp_model(ModelConfig(**vars(tiny_config) | {"tf_dropout": 0.9}))
+    calm = rollout(model, all_goals(5), n_episodes=2, seed=0, horizon=8)
+    assert np.array_equal(calm, rollout(model.train(), all_goals(5), 2, seed=0, horizon=8))
+
+
+def test_no_weight_changes_and_no_gradient_is_kept(tiny_model):
+    before = {name: value.clone() for name, value in tiny_model.state_dict().items()}
+    rollout(tiny_model, np.array([[2, 2]]), n_episodes=2, seed=0, horizon=4)
+    assert all(torch.equal(before[k], v) for k, v in tiny_model.state_dict().items())
+    assert all(p.grad is None and p.requires_grad for p in tiny_model.parameters())
+
+
+def test_a_goal_outside_the_models_room_is_an_error(tiny_model):
+    with pytest.raises(ValueError, match=r"entries 0\.\.4"):
+        rollout(tiny_model, np.array([[5, 0]]), n_episodes=1, seed=0)
+
+
+def test_actions_are_drawn_from_the_softmax_of_the_logits(tiny_config):
+    model = ADTransformer(ModelConfig(**vars(tiny_config) | {"grid_size": 3}))
+    probabilities = [0.5, 0.25, 0.2, 0.05, 0.0]
+    with torch.no_grad():
+        model.pred_action.weight.zero_()
+        model.pred_action.bias.copy_(torch.tensor(probabilities).log())
+    # One step from the centre: each goal is reached by one action alone
+    goals = np.repeat([[2, 1], [0, 1], [1, 2], [1, 0], [1, 1]], 2000, axis=0)
+    reached = rollout(model, goals, n_episodes=1, seed=0, horizon=1).reshape(5, 2000).mean(axis=1)
+    np.testing.assert_allclose(reached, probabilities, atol=0.03)
+    assert reached[4] == 0

@@ -1,0 +1,182 @@
+import numpy as np
+import pytest
+
+from config import EnvConfig, SourceConfig
+from darkroom import MOVES, DarkRoom, optimal_return, split_goals, start_state
+from dataset import Histories
+from source import QLearner, learning_histories, relative_return
+
+SMALL = EnvConfig(grid_size=3, horizon=4)
+
+
+def small_run(seed=0, n_steps=400, **source):
+    return learning_histories(
+        np.array([[0, 0], [2, 1]]), SMALL, SourceConfig(n_source_steps=n_steps, **source), seed, 3
+    )
+
+
+@pytest.fixture(scope="module")
+def learned():
+    """Histories of the real source over all training goals, fewer streams a goal."""
+    env = EnvConfig()
+    goals = split_goals(env.goal_seed, env.grid_size, env.n_test_goals, env.n_validation_goals)
+    return learning_histories(goals["train"], env, SourceConfig(), seed=0, n_streams=3)
+
+
+def test_the_source_starts_near_random_play(learned):
+    room = DarkRoom(np.repeat(learned.goals, 10, axis=0))
+    rng = np.random.default_rng(0)
+    room.reset()
+    random_return = sum(
+        room.step(room.action_space.sample(rng, room.n_rooms))[1].mean() for _ in range(20)
+    )
+    first = learned.episode_returns()[:, 0].mean()
+    best = optimal_return(learned.goals).mean()
+    assert abs(first - random_return) < 0.05 * best
+
+
+def test_the_source_ends_near_the_best_possible_return(learned):
+    assert relative_return(learned, slice(-20, None), 9) >= 0.95
+    reached = learned.episode_returns()[:, -20:].mean(axis=1) / optimal_return(learned.goals)
+    assert (reached < 0.5).mean() <= 0.02  # hardly a learner misses its goal
+    assert reached.reshape(-1, 3).max(axis=1).min() >= 0.9  # and no goal is missed by all
+
+
+def test_the_source_improves_on_the_way(learned):
+    quarters = [relative_return(learned, slice(k, k + 15), 9) for k in (0, 45, 90, 135)]
+    assert quarters == sorted(quarters)
+    assert quarters[1] - quarters[0] > 0.1
+
+
+def plain_learning(goals, env, source, seed):
+    """Q-learning of one room after the other in plain python: the slow twin.
+
+    Only the random numbers are those of the vectorised run.
+    """
+    rng = np.random.default_rng(seed)
+    n, size, f = len(goals), env.grid_size, np.float32
+    epsilon_start = rng.uniform(source.epsilon_end, source.epsilon_start, size=n)
+    noise = [
+        (rng.random((n, 5), dtype=f), rng.integers(5, size=n), rng.random(n))
+        for _ in range(source.n_source_steps)
+    ]
+    taken = np.zeros((n, source.n_source_steps), dtype=int)
+    for i in range(n):
+        q = [[f(source.initial_value)] * 5 for _ in range(size**2)]
+        for t in range(source.n_source_steps):
+            if t % env.horizon == 0:
+                row = col = size // 2
+            ties, random_action, coin = (draws[i] for draws in noise[t])
+            decayed = min(1.0, t / source.n_source_steps / source.epsilon_decay)
+            epsilon = epsilon_start[i] * (1 - decayed) + source.epsilon_end * decayed
+            cell = row * size + col
+            ranked = [q[cell][a] + f(1e-5) * ties[a] for a in range(5)]
+            action = random_action if coin < epsilon else ranked.index(max(ranked))
+            row = min(max(row + MOVES[action][0], 0), size - 1)
+            col = min(max(col + MOVES[action][1], 0), size - 1)
+            reward = int((row, col) == tuple(goals[i]))
+            target = f(reward) + f(source.discount) * max(q[row * size + col])
+            q[cell][action] += f(source.step_size) * (target - q[cell][action])
+            taken[i, t] = action
+    return taken
+
+
+@pytest.mark.parametrize("step_size", [1.0, 0.3])
+def test_vectorised_learning_equals_one_learner_after_the_other(step_size):
+    source = SourceConfig(
+        n_source_steps=240, step_size=step_size, epsilon_start=0.8, epsilon_end=0.1
+    )
+    goals = np.array([[0, 0], [2, 1], [1, 1]])
+    fast = learning_histories(goals, SMALL, source, seed=5, n_streams=2)
+    plain = plain_learning(np.repeat(goals, 2, axis=0), SMALL, source, seed=5)
+    assert np.array_equal(fast.actions, plain)
+
+
+def test_an_update_worked_by_hand():
+    source = SourceConfig(discount=0.9, step_size=0.5, initial_value=1.0)
+    learner = QLearner(2, 4, 3, source, np.random.default_rng(0))
+    learner.values[0, 2] = [0.0, 4.0, 2.0]
+    learner.learn(np.array([1, 3]), np.array([0, 2]), np.array([1, 0]), np.array([2, 3]))
+    # (1 + 0.9 * 4 + 1) / 2 and (0 + 0.9 * 1 + 1) / 2; all else as it was
+    expected = np.ones((2, 4, 3))
+    expected[0, 2] = [0.0, 4.0, 2.0]
+    expected[0, 1, 0], expected[1, 3, 2] = 2.8, 0.95
+    np.testing.assert_allclose(learner.values, expected, rtol=1e-6)
+
+
+def learner_with_best_action_2(n, **source):
+    learner = QLearner(n, 1, 4, SourceConfig(**source), np.random.default_rng(0))
+    learner.values[:] = [0.0, 0.0, 1.0, 0.0]
+    return learner
+
+
+def test_exploration_decays_from_each_streams_own_rate_to_the_last():
+    n = 20_000
+    learner = learner_with_best_action_2(n, epsilon_start=1.0, epsilon_end=0.2, epsilon_decay=0.5)
+    assert learner.epsilon_start.min() >= 0.2
+    assert 0.99 < learner.epsilon_start.max() <= 1.0
+    for progress, epsilon in ((0.0, 0.6), (0.25, 0.4), (0.5, 0.2), (1.0, 0.2)):
+        explored = (learner.act(np.zeros(n, dtype=int), progress) != 2).mean()
+        assert explored == pytest.approx(0.75 * epsilon, abs=0.02), progress
+
+
+def test_without_exploration_the_best_action_is_always_taken():
+    learner = learner_with_best_action_2(1000, epsilon_start=0.0, epsilon_end=0.0)
+    assert (learner.act(np.zeros(1000, dtype=int), 0.0) == 2).all()
+
+
+def test_equally_good_actions_are_equally_likely():
+    learner = QLearner(20_000, 1, 5, SourceConfig(epsilon_start=0.0), np.random.default_rng(0))
+    actions = learner.act(np.zeros(20_000, dtype=int), 0.0)
+    np.testing.assert_allclose(np.bincount(actions, minlength=5) / 20_000, 0.2, atol=0.02)
+
+
+def test_histories_are_what_a_room_does():
+    histories = small_run()
+    size, horizon = SMALL.grid_size, SMALL.horizon
+    for i in range(histories.n_histories):
+        for t in range(histories.n_steps):
+            if t % horizon == 0:
+                assert np.array_equal(histories.states[i, t], start_state(size))
+            else:
+                assert np.array_equal(histories.states[i, t], histories.next_states[i, t - 1])
+            moved = histories.states[i, t] + MOVES[histories.actions[i, t]]
+            assert np.array_equal(histories.next_states[i, t], np.clip(moved, 0, size - 1))
+            on_goal = np.array_equal(histories.next_states[i, t], histories.goals[i])
+            assert histories.rewards[i, t] == on_goal
+
+
+def test_the_streams_of_a_goal_stand_side_by_side():
+    assert small_run().goals.tolist() == [[0, 0]] * 3 + [[2, 1]] * 3
+
+
+def test_streams_of_a_goal_differ():
+    actions = small_run().actions
+    assert len({row.tobytes() for row in actions}) == len(actions)
+
+
+def test_histories_are_cut_to_whole_episodes():
+    assert small_run(n_steps=47).n_steps == 44
+
+
+def test_the_number_of_streams_is_that_of_the_config_by_default():
+    source = SourceConfig(n_streams=2, n_source_steps=8)
+    assert learning_histories(np.array([[0, 0]]), SMALL, source, seed=0).n_histories == 2
+
+
+def test_same_seed_same_bytes(tmp_path):
+    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
+        small_run(seed).save(tmp_path / name)
+    a, b, c = ((tmp_path / name).read_bytes() for name in "abc")
+    assert a == b
+    assert a != c
+
+
+def test_relative_return_worked_by_hand():
+    # 3 x 3, 4 steps: a corner earns at best 3 an episode, the centre 4
+    rewards = np.array([[0, 0, 0, 0, 0, 0, 1, 1], [1, 0, 0, 0, 1, 1, 1, 1]])
+    cells = np.zeros((2, 8, 2), dtype=int)
+    goals = np.array([[0, 0], [1, 1]])
+    histories = Histories(cells, np.zeros((2, 8), dtype=int), rewards, cells, goals, horizon=4)
+    assert relative_return(histories, slice(0, 1), 3) == pytest.approx(0.5 / 3.5)
+    assert relative_return(histories, slice(-1, None), 3) == pytest.approx(3 / 3.5)
