@@ -21,6 +21,23 @@ def setting(default: Any, help: str, metavar: str | None = None, **flag: Any) ->
     return dataclasses.field(default=default, metadata=flag)
 
 
+class UserError(ValueError):
+    """A mistake that its user can mend: commands show it as one line and exit with 2."""
+
+
+def require(config: Any, **at_least: float) -> None:
+    """Check that settings of `config` are not below the given values.
+
+    Raises:
+        UserError: one is.
+    """
+    for name, least in at_least.items():
+        value = getattr(config, name)
+        if not value >= least:
+            flag = "--" + name.replace("_", "-")
+            raise UserError(f"expected {flag} of at least {least}, got {value}")
+
+
 @dataclass(frozen=True)
 class EnvConfig:
     """The task: a Dark Room, and which of its goals are kept from training."""
@@ -34,21 +51,36 @@ class EnvConfig:
     )
     goal_seed: int = setting(0, "seed of the split of the goals", "N")
 
+    def __post_init__(self) -> None:
+        require(self, grid_size=2, horizon=1, n_test_goals=1, n_validation_goals=1, goal_seed=0)
+        if self.n_test_goals + self.n_validation_goals >= self.grid_size**2:
+            raise UserError(
+                f"expected fewer test and validation goals than the {self.grid_size**2} cells of "
+                f"the room, got {self.n_test_goals} and {self.n_validation_goals}"
+            )
+
 
 @dataclass(frozen=True)
 class SourceConfig:
     """The source algorithm, tabular Q-learning, whose learning histories are distilled."""
 
-    n_streams: int = setting(40, "learning histories a training goal", "N")
+    n_streams: int = setting(60, "learning histories a training goal", "N")
     n_source_steps: int = setting(3000, "environment steps of each learning history", "N")
     discount: float = setting(0.9, "discount of the Q-learner", "X")
     step_size: float = setting(1.0, "step size of the Q-learner", "X")
     initial_value: float = setting(1.0, "optimistic initial action value", "X")
     epsilon_start: float = setting(
-        1.0, "highest exploration rate at the start; each history draws its own below it", "X"
+        0.5, "highest exploration rate at the start; each history draws its own below it", "X"
     )
     epsilon_end: float = setting(0.0, "exploration rate once it has decayed", "X")
-    epsilon_decay: float = setting(0.5, "part of the steps over which it decays", "X")
+    epsilon_decay: float = setting(0.6, "part of the steps over which it decays", "X")
+
+    def __post_init__(self) -> None:
+        require(self, n_streams=1, n_source_steps=1, epsilon_end=0, epsilon_decay=0)
+        for name in ("discount", "step_size", "epsilon_start", "epsilon_end", "epsilon_decay"):
+            if not 0 <= getattr(self, name) <= 1:
+                flag = "--" + name.replace("_", "-")
+                raise UserError(f"expected {flag} between 0 and 1, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True)
@@ -65,13 +97,22 @@ class ModelConfig:
     num_actions: int = setting(5, "number of actions", "N")
     grid_size: int = setting(9, "rows and columns of the room", "N")
 
+    def __post_init__(self) -> None:
+        require(self, n_transit=2, tf_n_layer=1, tf_n_head=1, tf_n_embd=1, tf_n_inner=1)
+        require(self, tf_dropout=0, dim_states=1, num_actions=1, grid_size=2)
+        if self.tf_n_embd % self.tf_n_head:
+            raise UserError(
+                f"expected --tf-n-embd to be a multiple of --tf-n-head, got {self.tf_n_embd} and "
+                f"{self.tf_n_head}"
+            )
+
 
 @dataclass(frozen=True)
 class TrainConfig:
     """How the model is trained, evaluated on the way, and where it is kept."""
 
     seed: int = setting(0, "seed of weights, windows and evaluation", "N")
-    n_updates: int = setting(6000, "gradient updates", "N")
+    n_updates: int = setting(4500, "gradient updates", "N")
     batch_size: int = setting(32, "windows an update", "N")
     lr: float = setting(2e-3, "peak learning rate", "X")
     n_warmup: int = setting(200, "updates of linear warm-up before the cosine decay", "N")
@@ -87,6 +128,11 @@ class TrainConfig:
     final_rollouts: int = setting(32, "rollouts a test goal at the end", "N")
     device: str = setting("auto", "cpu, cuda, or auto: cuda where there is one", "NAME")
 
+    def __post_init__(self) -> None:
+        require(self, seed=0, n_updates=1, batch_size=1, lr=0, n_warmup=0, weight_decay=0)
+        require(self, max_grad_norm=0, ema_decay=0, max_stride=1, eval_every=1)
+        require(self, eval_episodes=2, eval_rollouts=1, final_rollouts=1)
+
 
 def goal(text: str) -> tuple[int, int]:
     """Parse `ROW,COL`."""
@@ -100,12 +146,17 @@ def step_range(text: str) -> tuple[int, int]:
     return first, last
 
 
+def whole(text: str, at_least: int = 0) -> int:
+    """Parse a whole number that is not negative."""
+    value = int(text)
+    if value < at_least:
+        raise argparse.ArgumentTypeError(f"expected a whole number >= {at_least}, got {text}")
+    return value
+
+
 def count(text: str) -> int:
     """Parse a whole number of at least 1."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text}")
-    return value
+    return whole(text, at_least=1)
 
 
 @dataclass(frozen=True)
@@ -120,7 +171,7 @@ class VisualizeConfig:
     )
     num_samples: int = setting(10, "decisions to analyse", "N", type=count)
     num_figures: int | None = setting(
-        None, "decisions to draw (default: all, 50 at most)", "N", type=int
+        None, "decisions to draw (default: all, 50 at most)", "N", type=whole
     )
     layers: list[int] | None = setting(
         None, "layers to analyse, from 0 (default: all)", "N", type=int, nargs="+"
@@ -137,7 +188,7 @@ class VisualizeConfig:
     stride: int = setting(1, "the context joins every so many episodes back", "N", type=count)
     out: str = setting("figs/attention", "folder for pictures and numbers", "DIR")
     device: str = setting("auto", "cpu, cuda, or auto: cuda where there is one", "NAME")
-    seed: int = setting(0, "seed of the choice of decisions", "N")
+    seed: int = setting(0, "seed of the choice of decisions", "N", type=whole)
     dpi: int = setting(100, "pixels an inch of the pictures", "N", type=count)
 
 
@@ -175,10 +226,6 @@ def from_dict(config: type[T], values: dict[str, Any]) -> T:
 def to_dict(*configs: Any) -> dict[str, Any]:
     """Flatten settings objects into one dict of plain values."""
     return {name: value for config in configs for name, value in vars(config).items()}
-
-
-class UserError(ValueError):
-    """A mistake that its user can mend: commands show it as one line and exit with 2."""
 
 
 def run_command(main: Callable[[], None]) -> None:

@@ -60,8 +60,11 @@ def describe(result: dict[str, Any], checkpoint: Path) -> str:
     lines += [
         f"{'mean':>8}  {test['possible']:>8.2f}  {test['return']:>17.2f}  {test['relative']:>5.0%}",
         "",
-        f"With whole episodes dropped from the full context instead of single transitions: "
-        f"{result['test_dropping_episodes']['return']:.2f}.",
+        *(
+            f"The same with whole episodes dropped from a full context: {value:.2f}"
+            for sliding, value in result["test_by_sliding"].items()
+            if sliding == "episode"
+        ),
         f"Reward in episode 1: {test['first_episode']:.2f}. The source algorithm ended at "
         f"{result['source_relative_return']:.1%} of the best possible on its own goals.",
         f"Chosen by validation goals: update {result['chosen_step']:,} of "

@@ -53,7 +53,6 @@ RESUME_NAME = "resume.pt"
 LOG_NAME = "training.json"
 N_TEST_STREAMS = 8  # learning histories a test goal that are kept beside the checkpoint
 N_TRAIN_GOALS_EVALUATED = 6
-EVAL_SLIDING: Sliding = "episode"  # while training: several times faster
 
 
 @dataclass(frozen=True)
@@ -92,6 +91,8 @@ class Trainer:
         self.lr_sched = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer, lambda step: lr_factor(step, train.n_warmup, train.n_updates)
         )
+        holds_two_episodes = self.model.n_context_max >= 2 * env.horizon
+        self.slidings: list[Sliding] = ["step", "episode"] if holds_two_episodes else ["step"]
         self.step, self.seconds = 0, 0.0
         self.losses: list[float] = []  # since the last evaluation
         self.log: list[dict[str, Any]] = []
@@ -231,7 +232,8 @@ def keep_if_best(trainer: Trainer, run: Path) -> None:
         if name == "train":  # spread over the room; fewer rollouts, as nothing is chosen by them
             goals = goals[np.linspace(0, len(goals) - 1, N_TRAIN_GOALS_EVALUATED).astype(int)]
             n_rollouts = max(1, n_rollouts // 4)
-        returns = trainer.evaluate(goals, n_rollouts, EVAL_SLIDING, f"acting on {name} goals")
+        sliding = trainer.slidings[-1]  # the fastest
+        returns = trainer.evaluate(goals, n_rollouts, sliding, f"acting on {name} goals")
         entry |= {
             f"{name}_{key}": value
             for key, value in score(trainer.settings.env, goals, returns).items()
@@ -264,7 +266,7 @@ def finish(trainer: Trainer, run: Path) -> dict[str, Any]:
     n_rollouts = trainer.settings.train.final_rollouts
     returns = {
         sliding: trainer.evaluate(goals, n_rollouts, sliding, f"acting on test goals, {sliding}")
-        for sliding in ("step", "episode")
+        for sliding in trainer.slidings
     }
     result = {
         "config": trainer.settings.to_dict(),
@@ -272,7 +274,10 @@ def finish(trainer: Trainer, run: Path) -> dict[str, Any]:
         "seconds": round(trainer.seconds, 1),
         "source_relative_return": trainer.source_return,
         "test": score(trainer.settings.env, goals, returns["step"]),
-        "test_dropping_episodes": score(trainer.settings.env, goals, returns["episode"]),
+        "test_by_sliding": {
+            sliding: score(trainer.settings.env, goals, r)["return"]
+            for sliding, r in returns.items()
+        },
         "log": trainer.log,
     }
     part = run / f".{LOG_NAME}.part"
