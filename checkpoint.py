@@ -136,7 +136,9 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> Che
         UserError: it cannot be read, or its tensors do not fit its config.
     """
     content = read_file(path)
-    weights, config = content["model"], content["config"]
+    step, weights, config = content["step"], content["model"], content["config"]
+    if not isinstance(step, int):
+        raise UserError(f"{path}: expected a whole number as its step, got {type(step).__name__}")
     model = ADTransformer(model_config(path, weights, config))
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
@@ -150,22 +152,26 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> Che
         )
     model.load_state_dict(weights)
     goals = content.get("goals") or {}
-    return Checkpoint(Path(path), int(content["step"]), config, model.to(device).eval(), goals)
+    return Checkpoint(Path(path), step, config, model.to(device).eval(), goals)
 
 
 def model_config(path: str | Path, weights: dict[str, Any], config: dict[str, Any]) -> ModelConfig:
     """The model's settings: from the config, the feed-forward width from the tensors."""
     if not isinstance(config, dict) or not isinstance(weights, dict):
         raise UserError(f"{path}: expected its config and model to be dicts")
-    missing = [
-        name
-        for name in ("n_transit", "tf_n_layer", "tf_n_head", "tf_n_embd", "grid_size")
-        if not isinstance(config.get(name), int)
-    ]
-    if missing:
-        raise UserError(f"{path}: expected whole numbers in its config, none for {missing[0]}")
+    if not all(isinstance(tensor, torch.Tensor) for tensor in weights.values()):
+        raise UserError(f"{path}: expected its model to be a dict of tensors")
+    for name in ("n_transit", "tf_n_layer", "tf_n_head", "tf_n_embd", "grid_size"):
+        value = config.get(name)
+        if not isinstance(value, int) or value < 1:
+            raise UserError(f"{path}: expected {name} of 1 or more in its config, got {value!r}")
+    if config["tf_n_embd"] % config["tf_n_head"]:
+        raise UserError(
+            f"{path}: expected tf_n_head to divide tf_n_embd in its config, "
+            f"got {config['tf_n_head']} heads and width {config['tf_n_embd']}"
+        )
     inner = weights.get("transformer_encoder.layers.0.linear1.weight")
-    width = {} if inner is None else {"tf_n_inner": inner.shape[0]}
+    width = {} if inner is None or inner.dim() == 0 else {"tf_n_inner": inner.shape[0]}
     return from_dict(ModelConfig, {"tf_dropout": 0.0} | config | width)
 
 

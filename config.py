@@ -53,11 +53,6 @@ class EnvConfig:
 
     def __post_init__(self) -> None:
         require(self, grid_size=2, horizon=1, n_test_goals=1, n_validation_goals=1, goal_seed=0)
-        if self.n_test_goals + self.n_validation_goals >= self.grid_size**2:
-            raise UserError(
-                f"expected fewer test and validation goals than the {self.grid_size**2} cells of "
-                f"the room, got {self.n_test_goals} and {self.n_validation_goals}"
-            )
 
 
 @dataclass(frozen=True)
@@ -98,8 +93,10 @@ class ModelConfig:
     grid_size: int = setting(9, "rows and columns of the room", "N")
 
     def __post_init__(self) -> None:
-        require(self, n_transit=2, tf_n_layer=1, tf_n_head=1, tf_n_embd=1, tf_n_inner=1)
-        require(self, tf_dropout=0, dim_states=1, num_actions=1, grid_size=2)
+        require(self, n_transit=1, tf_n_layer=1, tf_n_head=1, tf_n_embd=1, tf_n_inner=1)
+        require(self, tf_dropout=0, num_actions=1, grid_size=2)
+        if self.dim_states != 2:
+            raise UserError(f"expected --dim-states 2, a row and a column, got {self.dim_states}")
         if self.tf_n_embd % self.tf_n_head:
             raise UserError(
                 f"expected --tf-n-embd to be a multiple of --tf-n-head, got {self.tf_n_embd} and "

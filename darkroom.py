@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from config import UserError
+
 # Change of (row, column) for each action; 4 stays. A move into a wall stays as well.
 MOVES = np.array([[1, 0], [-1, 0], [0, 1], [0, -1], [0, 0]], dtype=np.int64)
 ACTION_NAMES = ("+row", "-row", "+col", "-col", "stay")
@@ -55,7 +57,7 @@ class DarkRoom:
     def __init__(self, goals: np.ndarray, grid_size: int = 9, horizon: int = 20) -> None:
         self.state_space = Space(grid_size, (2,))
         self.action_space = Space(N_ACTIONS)
-        self.goals = np.asarray(goals, dtype=np.int64)
+        self.goals = np.asarray(goals)
         if self.goals.ndim != 2 or not self.state_space.contains(self.goals):
             raise ValueError(
                 f"expected goals of shape (N, 2) with entries 0..{grid_size - 1}, "
@@ -127,12 +129,15 @@ def split_goals(
     The test goals depend on `seed` and `n_test` alone, so that runs which validate on more or
     fewer goals still share them.
 
+    Raises:
+        UserError: the room has not that many goals.
+
     Returns:
         `{"train": (N, 2), "validation": (n_validation, 2), "test": (n_test, 2)}`, row-major order.
     """
     n_cells = grid_size**2
     if n_test < 1 or n_validation < 1 or n_test + n_validation >= n_cells:
-        raise ValueError(
+        raise UserError(
             f"a room of {n_cells} cells cannot be split into {n_test} test goals, "
             f"{n_validation} validation goals and at least one to train on"
         )

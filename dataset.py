@@ -28,7 +28,8 @@ class Histories:
 
     Attributes:
         states, next_states: `(N, S, 2)` int.
-        actions, rewards: `(N, S)` int.
+        actions: `(N, S)` int.
+        rewards: `(N, S)` int or float.
         goals: `(N, 2)` int, the goal of each history.
         horizon: steps an episode.
     """
@@ -53,6 +54,11 @@ class Histories:
                 raise ValueError(
                     f"expected {name} of shape {shape} beside actions of shape {(n, steps)}, "
                     f"got {getattr(self, name).shape}"
+                )
+        for name in ("states", "actions", "next_states", "goals"):
+            if not np.issubdtype(getattr(self, name).dtype, np.integer):
+                raise ValueError(
+                    f"expected {name} of an integer type, got {getattr(self, name).dtype}"
                 )
         if self.horizon < 1 or steps % self.horizon:
             raise ValueError(
@@ -90,9 +96,9 @@ class Histories:
         if histories is not None:
             rows = rows[np.asarray(histories, dtype=int)]
         steps = slice(None) if steps is None else steps
-        start = range(self.n_steps)[steps].start
-        if start % self.horizon:
-            raise ValueError(f"expected a first step that begins an episode, got step {start}")
+        kept = range(self.n_steps)[steps]
+        if kept.start % self.horizon or kept.step != 1:
+            raise ValueError(f"expected steps from the start of an episode on, got {kept}")
         parts = (self.states, self.actions, self.rewards, self.next_states)
         return Histories(*(part[rows][:, steps] for part in parts), self.goals[rows], self.horizon)
 
@@ -100,28 +106,31 @@ class Histories:
         """Write an `.npz` file, whole or not at all."""
         path = Path(path)
         temporary = path.with_name(f".{path.name}.part")
-        with open(temporary, "wb") as file:
-            np.savez_compressed(file, **{k: np.asarray(v) for k, v in vars(self).items()})
-        os.replace(temporary, path)
+        try:
+            with open(temporary, "wb") as file:
+                np.savez_compressed(file, **{k: np.asarray(v) for k, v in vars(self).items()})
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | Path) -> "Histories":
         """Read what `save` wrote.
 
         Raises:
-            ValueError: the file is not such an `.npz`, or its arrays do not fit each other.
+            UserError: the file is not there, not such an `.npz`, or its arrays do not fit.
         """
         try:
             with np.load(path, allow_pickle=False) as file:
                 arrays = {name: file[name] for name in cls.__dataclass_fields__}
-        except FileNotFoundError:
-            raise
+            return cls(**arrays | {"horizon": int(arrays["horizon"])})
+        except FileNotFoundError as error:
+            raise UserError(f"No learning histories found: there is no file {path}") from error
         except Exception as error:  # numpy raises a different type for each kind of damage
-            raise ValueError(
+            raise UserError(
                 f"{path} is not a whole file of learning histories "
                 f"(.npz with {', '.join(cls.__dataclass_fields__)}): {error}"
             ) from error
-        return cls(**arrays | {"horizon": int(arrays["horizon"])})
 
 
 def context_steps(steps: np.ndarray, n: int, stride: np.ndarray, horizon: int) -> np.ndarray:
@@ -222,7 +231,7 @@ class ADDataset(Dataset):
                 f"history too short for the context: the decision at step {steps[short]} lacks "
                 f"{int((context[short] < 0).sum())} of its {self.n_context} transitions"
             )
-        window = {k: v[histories[:, None], context].long() for k, v in self.tensors.items()}
+        window = {k: _widen(v[histories[:, None], context]) for k, v in self.tensors.items()}
         window["query_states"] = self.tensors["states"][histories, steps].long()
         window["target_actions"] = self.tensors["actions"][histories, steps].long()
         return window
@@ -237,7 +246,8 @@ class ADDataset(Dataset):
             self.histories.horizon,
             self.histories.n_steps // self.histories.horizon,
         )
-        within = rng.integers(horizon, size=batch_size)
+        first = max(0, self.n_context - (n_episodes - 1) * horizon)  # in short histories
+        within = rng.integers(first, horizon, size=batch_size)
         within = np.where(rng.random(batch_size) < 0.5, self.n_context % horizon, within)
         last = (n_episodes - 1) * horizon + within
         reach = np.maximum(max_stride_of(last, self.n_context, horizon), 1)
@@ -246,6 +256,11 @@ class ADDataset(Dataset):
         episode = rng.integers(np.minimum(needed, n_episodes - 1), n_episodes)
         rows = rng.integers(self.histories.n_histories, size=batch_size)
         return self.windows(rows, episode * horizon + within, stride)
+
+
+def _widen(values: Tensor) -> Tensor:
+    """Whole numbers as int64, rewards that are none as float32."""
+    return values.float() if values.is_floating_point() else values.long()
 
 
 def packed_queries(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:

@@ -56,16 +56,18 @@ def rollout(
         )
     was_training = model.training
     model.eval()
-    blocks = np.array_split(np.arange(len(goals)), max(1, -(-len(goals) // MAX_ROOMS)))
-    n_steps = n_episodes * horizon
-    bar = tqdm(total=n_steps * len(blocks), desc=progress, disable=not progress, leave=False)
-    with bar:
-        parts = [
-            _act(model, DarkRoom(goals[rooms], model.config.grid_size, horizon), n_steps,
-                 [np.random.default_rng((seed, room)) for room in rooms], sliding, bar)
-            for rooms in blocks
-        ]  # fmt: skip
-    model.train(was_training)
+    try:
+        blocks = np.array_split(np.arange(len(goals)), max(1, -(-len(goals) // MAX_ROOMS)))
+        n_steps = n_episodes * horizon
+        bar = tqdm(total=n_steps * len(blocks), desc=progress, disable=not progress, leave=False)
+        with bar:
+            parts = [
+                _act(model, DarkRoom(goals[rooms], model.config.grid_size, horizon), n_steps,
+                     [np.random.default_rng((seed, room)) for room in rooms], sliding, bar)
+                for rooms in blocks
+            ]  # fmt: skip
+    finally:
+        model.train(was_training)
     rewards = np.concatenate(parts)  # (N, n_steps)
     return rewards.reshape(len(goals), n_episodes, horizon).sum(axis=2)
 

@@ -14,7 +14,7 @@ exactly as it does without capture, bit for bit.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -161,8 +161,7 @@ class _Hooks:
             )
         self._handles.pop(layer).remove()
         # Outside inference mode, so that the record is made of ordinary tensors.
-        device = next(layer.parameters()).device.type
-        with torch.inference_mode(False), torch.no_grad(), torch.autocast(device, enabled=False):
+        with torch.inference_mode(False), torch.no_grad(), _full_precision():
             self._record._found[name] = self._read(name, layer, args, kwargs)
 
     def _after(self, module: nn.Module, _args: tuple, _output: object) -> None:
@@ -171,22 +170,33 @@ class _Hooks:
 
     def _read(self, name: str, layer: nn.Module, args: tuple, kwargs: dict) -> LayerAttention:
         wanted = self._wanted
-        every_query = wanted.received or bool(wanted.samples)
-        q, k, mask = read_call(name, layer, args, kwargs, every_query, self._masks)
-        n_samples, _, n_tokens, _ = k.shape
+        call = read_call(name, layer, args, kwargs, self._masks)
+        n_samples, n_tokens, _ = call.x.shape
         if any(not 0 <= sample < n_samples for sample in wanted.samples):
             raise CaptureError(
                 f"{name}: maps were asked for samples {list(wanted.samples)}, "
                 f"expected numbers in 0..{n_samples - 1}, the samples of the batch"
             )
-        found = {"query_rows": _to_cpu(rows.query_rows(q[:, :, -1:], k, mask))}
+        found = {"query_rows": _to_cpu(rows.last_row(call.last_scores(), call.mask))}
+        if wanted.received or wanted.samples:
+            q, k = call.queries_and_keys()
         if wanted.received:
-            found["received"] = _to_cpu(rows.received(q, k, mask))
+            found["received"] = _to_cpu(rows.received(q, k, call.mask))
         if wanted.samples:
             grid = rows.MapGrid.of(n_tokens, wanted.map_size)
-            images = rows.maps(q, k, mask, samples=wanted.samples, grid=grid)
+            images = rows.maps(q, k, call.mask, samples=wanted.samples, grid=grid)
             found |= {"maps": _to_cpu(images), "map_rows": grid.rows, "map_cols": grid.cols}
         return LayerAttention(name, **found)
+
+
+@contextmanager
+def _full_precision() -> Iterator[None]:
+    """Without autocast; entering it costs time, so only where one is on."""
+    devices = [device for device in ("cpu", "cuda") if torch.is_autocast_enabled(device)]
+    with ExitStack() as stack:
+        for device in devices:
+            stack.enter_context(torch.autocast(device, enabled=False))
+        yield
 
 
 def _to_cpu(values: Tensor) -> Tensor:

@@ -4,11 +4,13 @@ Today the one kind of layer is `nn.TransformerEncoderLayer`: pre-norm or post-no
 not, any mask. What cannot be read is refused with a `CaptureError` that names the layer.
 
     layers = find_layers(model)                                        # {name: layer}, in order
-    q, k, mask = read_call(name, layer, args, kwargs, every_query=True, masks=MaskReader())
+    call = read_call(name, layer, args, kwargs, MaskReader())
+    q, k = call.queries_and_keys()                                     # (B, H, T, d)
 """
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -69,15 +71,85 @@ def _check_encoder_layer(name: str, layer: nn.Module) -> None:
         raise CaptureError(f"{name}.self_attn adds keys of its own (bias_k, add_zero_attn)")
 
 
+@dataclass(frozen=True)
+class Call:
+    """One call of an encoder layer: what its attention is computed from.
+
+    Attributes:
+        attention: the layer's attention module.
+        x: `(B, T, D)` input of the attention, float32 or wider.
+        mask: what each query may see.
+    """
+
+    attention: nn.MultiheadAttention
+    x: Tensor
+    mask: Mask
+
+    @property
+    def n_heads(self) -> int:
+        """Number of heads `H`."""
+        return self.attention.num_heads
+
+    def last_scores(self) -> Tensor:
+        """Scores `(B, H, T)` of the last token's query, up to a constant in each row.
+
+        `q (W x + b) = (q W) x + q b`: folding the key projection into the query saves projecting
+        every token, and the constant `q b` does not change the softmax.
+        """
+        n_samples, _, width = self.x.shape
+        q = self._project(0, self.x[:, -1]).view(n_samples, self.n_heads, 1, -1)
+        weight = self._weight(1).view(self.n_heads, -1, width)  # (H, d, D)
+        folded = (q @ weight).squeeze(2)  # (B, H, D)
+        return folded @ self.x.mT * self._scale
+
+    def queries_and_keys(self) -> tuple[Tensor, Tensor]:
+        """Scaled queries and keys, `(B, H, T, d)` both."""
+        q = self._project(0, self.x).mul_(self._scale)
+        return self._split(q), self._split(self._project(1, self.x))
+
+    @property
+    def _scale(self) -> float:
+        return 1.0 / math.sqrt(self.attention.head_dim)
+
+    def _split(self, values: Tensor) -> Tensor:
+        n_samples, n_tokens, _ = values.shape
+        return values.view(n_samples, n_tokens, self.n_heads, -1).transpose(1, 2).contiguous()
+
+    def _project(self, part: int, x: Tensor) -> Tensor:
+        bias = self.attention.in_proj_bias
+        if bias is not None:
+            width = self.attention.embed_dim
+            bias = bias[part * width : (part + 1) * width].to(x.dtype)
+        return functional.linear(x, self._weight(part), bias)
+
+    def _weight(self, part: int) -> Tensor:
+        """Projection of the queries (part 0) or keys (part 1), `(D, D)`."""
+        packed, width = self.attention.in_proj_weight, self.attention.embed_dim
+        if packed is None:
+            weight = (self.attention.q_proj_weight, self.attention.k_proj_weight)[part]
+        else:
+            weight = packed[part * width : (part + 1) * width]
+        return weight.to(self.x.dtype)
+
+
 def read_call(
     name: str,
     layer: nn.TransformerEncoderLayer,
     args: tuple,
     kwargs: dict[str, Any],
-    every_query: bool,
     masks: "MaskReader",
-) -> tuple[Tensor, Tensor, Mask]:
-    """Scaled queries `(B, H, T or 1, d)`, keys `(B, H, T, d)` and mask of one call of a layer."""
+) -> Call:
+    """What a call of a layer attends with.
+
+    Args:
+        name: the layer's name, for errors.
+        layer: the layer.
+        args, kwargs: the arguments of the call.
+        masks: reads the mask, which the layers of a model share.
+
+    Raises:
+        CaptureError: padding, or a mask that cannot be read.
+    """
     x, bias, padding, is_causal = _arguments(*args, **kwargs)
     if x.is_nested or padding is not None:
         raise CaptureError(
@@ -86,23 +158,17 @@ def read_call(
         )
     attention = layer.self_attn
     if layer.norm_first:
-        x = layer.norm1(x)
+        # Autocast may hand over a narrower type; forward: hooks of the user must not fire twice.
+        x = layer.norm1.forward(x.to(layer.linear1.weight.dtype))
     if x.dim() == 2:
         x = x.unsqueeze(0)
     elif not attention.batch_first:
         x = x.transpose(0, 1)
-    x = x.to(torch.promote_types(x.dtype, torch.float32))  # (B, T, D)
+    if x.dtype.itemsize < 4:
+        x = x.float()
     n_samples, n_tokens, _ = x.shape
     mask = masks.read(name, bias, is_causal, (n_samples, attention.num_heads, n_tokens))
-
-    weights, biases = _projections(attention, x.dtype)
-    split = (-1, (attention.num_heads, attention.head_dim))
-    q = functional.linear(x if every_query else x[:, -1:], weights[0], biases[0])
-    q = q.mul_(1.0 / math.sqrt(attention.head_dim)).unflatten(*split).transpose(1, 2)
-    k = functional.linear(x, weights[1], biases[1]).unflatten(*split).transpose(1, 2)
-    if every_query:
-        q, k = q.contiguous(), k.contiguous()
-    return q, k, mask
+    return Call(attention, x, mask)
 
 
 def _arguments(
@@ -113,20 +179,6 @@ def _arguments(
 ) -> tuple[Tensor, Tensor | None, Tensor | None, bool]:
     """The arguments of `nn.TransformerEncoderLayer.forward`, however they were given."""
     return src, src_mask, src_key_padding_mask, is_causal
-
-
-def _projections(
-    attention: nn.MultiheadAttention, dtype: torch.dtype
-) -> tuple[tuple[Tensor, Tensor], tuple[Tensor | None, Tensor | None]]:
-    """Weights and biases of the query and key projections."""
-    if attention.in_proj_weight is None:
-        weights = (attention.q_proj_weight, attention.k_proj_weight)
-    else:
-        weights = attention.in_proj_weight.chunk(3)[:2]
-    if attention.in_proj_bias is None:
-        return tuple(weight.to(dtype) for weight in weights), (None, None)
-    biases = attention.in_proj_bias.chunk(3)[:2]
-    return tuple(weight.to(dtype) for weight in weights), tuple(bias.to(dtype) for bias in biases)
 
 
 class MaskReader:

@@ -5,7 +5,7 @@ query may see. A block holds as many rows as fit the processor's cache, so that 
 column sums of a block cost no trip to main memory:
 
     q = q / math.sqrt(q.shape[-1])
-    last = query_rows(q[:, :, -1:], k, Mask("causal"))                       # (B, H, T)
+    last = last_row(scores, Mask("causal"))                                  # (B, H, T)
     columns = received(q, k, Mask("causal"))                                 # (B, H, T)
     images = maps(q, k, Mask("causal"), samples=[0], grid=MapGrid.of(16384, size=512))
 
@@ -103,18 +103,16 @@ class MapGrid:
         return torch.cat([values[..., : self.n_first], middle, values[..., -1:]], dim=-1)
 
 
-def query_rows(q_last: Tensor, k: Tensor, mask: Mask) -> Tensor:
-    """Attention row of the last token.
+def last_row(scores: Tensor, mask: Mask) -> Tensor:
+    """Attention row of the last token from its scores.
 
     Args:
-        q_last: `(B, H, 1, d)` scaled query of the last token.
-        k: `(B, H, T, d)`.
-        mask: what the last token may see; it sees everything under a causal mask.
+        scores: `(B, H, T)`, up to a constant in each row.
+        mask: what the last token may see: everything under a causal mask.
 
     Returns:
         `(B, H, T)`, each row sums to 1; zeros where the mask lets the last token see nothing.
     """
-    scores = (q_last @ k.mT).squeeze(-2)  # (B, H, T)
     if mask.kind != "additive":
         return scores.softmax(-1)
     return _masked_softmax(scores, mask.of_query(scores))

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from attention.capture import CaptureError, capture
-from attention.rows import MapGrid, Mask, maps, query_rows, received
+from attention.rows import MapGrid, Mask, last_row, maps, received
 
 
 @pytest.fixture(autouse=True)
@@ -182,10 +182,12 @@ def test_capture_accumulates_in_float32_or_better(dtype):
     )
 
 
-def test_autocast_leaves_the_statistics_in_float32():
-    encoder, x = make_encoder(1), torch.randn(1, 12, 16)
+@pytest.mark.parametrize("norm_first", [True, False])
+def test_autocast_leaves_the_statistics_in_float32(norm_first):
+    encoder, x = make_encoder(2, norm_first=norm_first), torch.randn(1, 12, 16)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), capture(encoder) as record:
         encoder(x, mask=causal_mask(12))
+    assert record[1].query_rows.dtype == torch.float32
     expected = eager_attention(encoder.layers[0], x, causal_mask(12))[:, :, -1]
     torch.testing.assert_close(record[0].query_rows, expected, atol=1e-6, rtol=0, check_dtype=False)
 
@@ -240,7 +242,7 @@ def test_planted_attention_to_one_position_is_found(target):
     k[0, 0, target, 0] = 1.0
     q = torch.zeros_like(k)
     q[..., 0] = sharpness
-    assert query_rows(q[:, :, -1:], k, Mask("causal"))[0, 0, target] > 0.999
+    assert last_row((q[:, :, -1:] @ k.mT)[:, :, 0], Mask("causal"))[0, 0, target] > 0.999
     columns = received(q, k, Mask("causal"))[0, 0]
     assert columns[target] > 0.999
     image = maps(q, k, Mask("causal"), samples=[0], grid=MapGrid.of(n_tokens, 512))[0, 0]

@@ -40,7 +40,9 @@ def test_without_flags_the_settings_are_the_defaults(config):
     assert from_flags(config, make_parser(*CONFIGS).parse_args([])) == config()
 
 
-VALUES = {int: st.integers(-(10**9), 10**9), float: st.floats(allow_nan=False)}
+# What every setting takes; the width of the model must hold whole heads.
+VALUES = {int: st.integers(2, 10**9), float: st.floats(0, 1)}
+FIXED = {"dim_states": 2, "tf_n_head": 1}
 
 
 @pytest.mark.parametrize("config", CONFIGS)
@@ -49,13 +51,31 @@ def test_flags_parse_back_to_the_settings_they_came_from(config, data):
     values = {
         field.name: data.draw(VALUES[type(field.default)], label=field.name)
         for field in dataclasses.fields(config)
-        if type(field.default) in VALUES
+        if type(field.default) in VALUES and field.name not in FIXED
+    } | {
+        field.name: FIXED[field.name] for field in dataclasses.fields(config) if field.name in FIXED
     }
     wanted = config(**values)
     argv = [f"{flag(name)}={value}" for name, value in vars(wanted).items()]
     found = from_flags(config, make_parser(config).parse_args(argv))
     assert found == wanted
     assert [type(v) for v in vars(found).values()] == [type(v) for v in vars(wanted).values()]
+
+
+@pytest.mark.parametrize(
+    ("config", "values", "message"),
+    [
+        (EnvConfig, {"horizon": 0}, "expected --horizon of at least 1, got 0"),
+        (SourceConfig, {"discount": 1.5}, "expected --discount between 0 and 1, got 1.5"),
+        (SourceConfig, {"epsilon_end": -0.1}, "expected --epsilon-end of at least 0, got -0.1"),
+        (TrainConfig, {"max_stride": 0}, "expected --max-stride of at least 1, got 0"),
+        (ModelConfig, {"tf_n_embd": 10}, "multiple of --tf-n-head, got 10 and 4"),
+        (ModelConfig, {"dim_states": 3}, "expected --dim-states 2"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(config, values, message):
+    with pytest.raises(UserError, match=message):
+        config(**values)
 
 
 def test_a_setting_of_two_configs_is_one_flag_for_both():

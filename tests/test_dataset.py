@@ -1,3 +1,4 @@
+import os
 from dataclasses import replace
 
 import numpy as np
@@ -160,6 +161,19 @@ def test_another_kind_of_file_is_one_clear_error(tmp_path):
             Histories.load(tmp_path / name)
 
 
+def test_code_in_a_file_is_refused_and_not_executed(tmp_path):
+    class Intruder:
+        def __reduce__(self):
+            return (os.mkdir, (str(tmp_path / "executed"),))
+
+    rewards = np.full((3, 30), None)
+    rewards[0, 0] = Intruder()
+    path = write(tmp_path / "bad.npz", rewards=rewards)
+    with pytest.raises(UserError, match="not a whole file of learning histories"):
+        Histories.load(path)
+    assert not (tmp_path / "executed").exists()
+
+
 def test_a_file_that_is_not_there_is_named(tmp_path):
     with pytest.raises((FileNotFoundError, UserError), match=r"nowhere\.npz"):
         Histories.load(tmp_path / "nowhere.npz")
@@ -212,7 +226,7 @@ def test_select_by_steps_cuts_at_episodes(steps):
     same_part(whole.select(steps=steps), whole, [0, 1, 2], steps)
 
 
-@pytest.mark.parametrize("steps", [slice(3, 20), slice(5, 17), slice(0, 30, 2), slice(None, 9)])
+@pytest.mark.parametrize("steps", [slice(3, 23), slice(5, 17), slice(0, 30, 2), slice(None, 9)])
 def test_select_never_cuts_an_episode(steps):
     with pytest.raises(ValueError, match="episode"):
         make_histories().select(steps=steps)

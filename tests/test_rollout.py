@@ -3,84 +3,79 @@ import pytest
 import torch
 from conftest import PlainRoom, sharp_model
 
-import rollout as module
 from config import ModelConfig
 from darkroom import all_goals
 from model import ADTransformer
 from rollout import rollout
 
 
-def noise_table(n_steps, n_rooms, seed=0):
-    return np.random.default_rng(seed).gumbel(size=(n_steps, n_rooms, 5))
-
-
-def plain_rollout(model, goal, n_episodes, horizon, noise):
+def plain_rollout(model, goal, n_episodes, horizon, noise, sliding="step"):
     """One room: a python list of transitions, and everything computed anew at every step."""
     room = PlainRoom(goal, model.config.grid_size, horizon)
-    past, returns, contexts = [], [], []
+    context, returns, lengths = [], [], []
     for episode in range(n_episodes):
         state, done = room.reset(), False
         returns.append(0)
+        while sliding == "episode" and len(context) + horizon - 1 > model.n_context_max:
+            del context[:horizon]
         while not done:
-            context = past[max(0, len(past) - (model.config.n_transit - 1)) :]
-            contexts.append(len(context))
+            while len(context) > model.n_context_max:
+                del context[0]
+            lengths.append(len(context))
             s, a, r, s_next = (
                 torch.tensor([step[k] for step in context], dtype=torch.int64) for k in range(4)
             )
+            inputs = s.reshape(1, -1, 2), a[None], r[None], s_next.reshape(1, -1, 2)
             with torch.no_grad():
-                logits = model(
-                    s.reshape(1, -1, 2), a[None], r[None], s_next.reshape(1, -1, 2),
-                    torch.tensor([state]),
-                )  # fmt: skip
-            t = episode * horizon + room.t
-            action = int(np.argmax(logits[0].double().numpy() + noise[t]))
+                logits = model(*inputs, torch.tensor([state]))
+            action = int(np.argmax(logits[0].numpy() + noise[episode * horizon + room.t]))
             next_state, reward, done = room.step(action)
-            past.append((state, action, reward, next_state))
+            context.append((state, action, reward, next_state))
             returns[-1] += reward
             state = next_state
-    return returns, contexts
+    return returns, lengths
+
+
+def assert_equals_plain(config, n_episodes, horizon, sliding):
+    """Returns of four rooms together equal those of each alone; gives lengths of its contexts."""
+    model = sharp_model(config, dtype=torch.float64)
+    goals = np.array([[1, 1], [0, 1], [2, 1], [1, 2]])
+    returns = rollout(model, goals, n_episodes, seed=3, horizon=horizon, sliding=sliding)
+    for i, goal in enumerate(goals):
+        noise = np.random.default_rng((3, i)).gumbel(size=(n_episodes * horizon, 5))
+        plain, lengths = plain_rollout(model, goal, n_episodes, horizon, noise, sliding)
+        assert returns[i].tolist() == plain
+    assert returns.sum() > 0
+    return lengths
 
 
 @pytest.mark.parametrize(
     ("n_transit", "n_episodes", "horizon"),
-    [(12, 5, 6), (12, 1, 4), (7, 6, 5), (1, 4, 5), (2, 4, 5), (40, 6, 6)],
+    [(12, 5, 6), (12, 2, 4), (7, 6, 5), (1, 4, 5), (2, 4, 5), (40, 6, 6)],
 )
 def test_rooms_together_act_as_each_alone_with_its_list_of_transitions(
-    monkeypatch, tiny_config, n_transit, n_episodes, horizon
+    tiny_config, n_transit, n_episodes, horizon
 ):
     config = ModelConfig(**vars(tiny_config) | {"n_transit": n_transit, "grid_size": 3})
-    model = sharp_model(config, seed=n_transit)
-    goals = np.array([[1, 1], [0, 1], [2, 1], [1, 2]])
-    noise = noise_table(n_episodes * horizon, len(goals))
-    rows = iter(noise)
-    monkeypatch.setattr(
-        module, "gumbel_argmax", lambda logits, _: (logits.numpy() + next(rows)).argmax(axis=1)
-    )
-    returns = rollout(model, goals, n_episodes, seed=0, horizon=horizon)
-    assert returns.sum() > 0
-    for i, goal in enumerate(goals):
-        plain, contexts = plain_rollout(model, goal, n_episodes, horizon, noise[:, i])
-        assert returns[i].tolist() == plain
-        assert max(contexts) == min(n_transit - 1, n_episodes * horizon - 1)
+    lengths = assert_equals_plain(config, n_episodes, horizon, "step")
+    assert lengths == [min(t, n_transit - 1) for t in range(n_episodes * horizon)]
 
 
-def test_the_model_reads_its_own_last_transitions_and_no_more(tiny_config):
-    model = sharp_model(tiny_config)
-    seen = []
-    model.register_forward_pre_hook(lambda _, inputs: seen.append([x.clone() for x in inputs]))
-    rollout(model, np.array([[2, 3]]), n_episodes=4, seed=0, horizon=5)
-    assert [inputs[0].shape[1] for inputs in seen] == [min(t, 11) for t in range(20)]
-    for t in range(1, 20):
-        states, actions, rewards, next_states, query = seen[t]
-        assert torch.equal(states[:, -1], seen[t - 1][4])  # where the last decision was made
-        if t % 5:
-            assert torch.equal(query, next_states[:, -1])
-        else:
-            assert query.tolist() == [[2, 2]]
-        assert rewards[0, -1] == (next_states[0, -1].tolist() == [2, 3])
-        if t > 11:  # full: the oldest dropped out, the rest moved up
-            for part, before in zip((states, actions, rewards), seen[t - 1][:3], strict=True):
-                assert torch.equal(part[:, :-1], before[:, 1:])
+@pytest.mark.parametrize(
+    ("n_transit", "n_episodes", "horizon"), [(12, 6, 5), (11, 6, 5), (13, 7, 4), (12, 20, 1)]
+)
+def test_dropping_whole_episodes_equals_a_list_that_drops_them(
+    tiny_config, n_transit, n_episodes, horizon
+):
+    config = ModelConfig(**vars(tiny_config) | {"n_transit": n_transit, "grid_size": 3})
+    lengths = assert_equals_plain(config, n_episodes, horizon, "episode")
+    assert all(length % horizon == t % horizon for t, length in enumerate(lengths))
+    assert n_transit - 1 - horizon < max(lengths) < n_transit
+
+
+def test_a_context_of_less_than_two_episodes_cannot_drop_one(tiny_model):
+    with pytest.raises(ValueError, match=r"two episodes \(12 transitions\).*got 11"):
+        rollout(tiny_model, np.array([[2, 2]]), 1, seed=0, horizon=6, sliding="episode")
 
 
 def test_returns_are_whole_rewards_of_every_episode(tiny_model):
@@ -120,13 +115,8 @@ def test_the_model_is_left_in_the_mode_it_came_in(tiny_config, training):
 
 def test_the_mode_is_restored_after_an_error_as_well(tiny_config):
     model = ADTransformer(tiny_config).train()
-
-    def fail(*_):
-        raise RuntimeError("out of memory")
-
-    model.register_forward_hook(fail)
-    with pytest.raises(RuntimeError, match="out of memory"):
-        rollout(model, np.array([[2, 2]]), n_episodes=1, seed=0, horizon=2)
+    with pytest.raises(ValueError, match="expected goals"):
+        rollout(model, np.array([[99, 0]]), n_episodes=1, seed=0)
     assert model.training
 
 
@@ -155,7 +145,7 @@ def test_actions_are_drawn_from_the_softmax_of_the_logits(tiny_config):
         model.pred_action.weight.zero_()
         model.pred_action.bias.copy_(torch.tensor(probabilities).log())
     # One step from the centre: each goal is reached by one action alone
-    goals = np.repeat([[2, 1], [0, 1], [1, 2], [1, 0], [1, 1]], 2000, axis=0)
-    reached = rollout(model, goals, n_episodes=1, seed=0, horizon=1).reshape(5, 2000).mean(axis=1)
-    np.testing.assert_allclose(reached, probabilities, atol=0.03)
+    goals = np.repeat([[2, 1], [0, 1], [1, 2], [1, 0], [1, 1]], 800, axis=0)
+    reached = rollout(model, goals, n_episodes=1, seed=0, horizon=1).reshape(5, 800).mean(axis=1)
+    np.testing.assert_allclose(reached, probabilities, atol=0.05)
     assert reached[4] == 0

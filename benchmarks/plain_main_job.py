@@ -1,0 +1,116 @@
+"""The main job done the plain way, to be measured beside ours: not meant for use.
+
+Full attention maps through `need_weights`, the model run again for every layer, seaborn heatmaps at
+300 dpi with a tight layout, one figure after another.
+
+    python benchmarks/plain_main_job.py CHECKPOINT OUT
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+import seaborn as sns
+import torch
+
+from checkpoint import HISTORIES_NAME, load_checkpoint
+from dataset import ADDataset, Histories
+from decisions import choose_decisions
+
+
+def eager_maps(model: torch.nn.Module, tokens: torch.Tensor, wanted: int) -> np.ndarray:
+    """Attention maps `(B, H, T, T)` of one layer, through `need_weights`."""
+    n_tokens = tokens.shape[1]
+    mask = torch.nn.Transformer.generate_square_subsequent_mask(n_tokens)
+    for number, layer in enumerate(model.transformer_encoder.layers):
+        mixed, weights = layer.self_attn(
+            tokens, tokens, tokens, attn_mask=mask, need_weights=True, average_attn_weights=False
+        )
+        if number == wanted:
+            return weights.numpy()
+        tokens = layer.norm1(tokens + mixed)
+        tokens = layer.norm2(
+            tokens + layer.linear2(torch.nn.functional.gelu(layer.linear1(tokens)))
+        )
+    raise AssertionError(f"no layer {wanted}")
+
+
+def metrics(row: np.ndarray) -> list[float]:
+    """The four metrics of the query's row `(T,)`, averaged over heads."""
+    context = row[:-1]
+    quarter = max(1, len(context) // 4)
+    return [
+        context.mean(),
+        context.std(),
+        -(context * np.log(context + 1e-10)).sum(),
+        context[-quarter:].mean() / (context[:quarter].mean() + 1e-10),
+    ]
+
+
+def draw_heatmap(maps: np.ndarray, path: Path) -> None:
+    """One panel a head."""
+    figure, axes = plt.subplots(1, len(maps), figsize=(6 * len(maps), 5))
+    for head, panel in enumerate(np.atleast_1d(axes)):
+        sns.heatmap(maps[head], ax=panel, cmap="viridis", cbar=True)
+        panel.set(title=f"Head {head}", xlabel="key", ylabel="query")
+    plt.tight_layout()
+    plt.savefig(path, dpi=300, bbox_inches="tight")
+    plt.close(figure)
+
+
+def draw_lines(maps: np.ndarray, path: Path) -> None:
+    """The query's row, and the mean of the columns."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(14, 5))
+    for head, weights in enumerate(maps):
+        left.plot(weights[-1, :-1], label=f"Head {head}")
+        right.plot(weights.mean(axis=0), label=f"Head {head}")
+    left.legend()
+    right.legend()
+    plt.tight_layout()
+    plt.savefig(path, dpi=300, bbox_inches="tight")
+    plt.close(figure)
+
+
+def draw_summary(values: np.ndarray, path: Path) -> None:
+    """Histograms of the four metrics `(S, 4)`."""
+    figure, axes = plt.subplots(2, 2, figsize=(12, 10))
+    for panel, column in zip(axes.flat, values.T, strict=True):
+        sns.histplot(column, ax=panel)
+    plt.tight_layout()
+    plt.savefig(path, dpi=300, bbox_inches="tight")
+    plt.close(figure)
+
+
+@torch.no_grad()
+def main() -> None:
+    """Ten samples, every layer."""
+    path, out = Path(sys.argv[1]), Path(sys.argv[2])
+    model = load_checkpoint(path).model
+    histories = Histories.load(path.parent / HISTORIES_NAME)
+    decisions = choose_decisions(histories, model.n_context_max, 10, seed=0)
+    dataset = ADDataset(histories, model.n_context_max)
+    for number in range(model.config.tf_n_layer):
+        folder = out / f"layer_{number}"
+        folder.mkdir(parents=True, exist_ok=True)
+        values = []
+        for i, decision in enumerate(decisions):
+            window = dataset.windows([decision.history], [decision.step], decision.stride)
+            context = [window[k] for k in ("states", "actions", "rewards", "next_states")]
+            queries = model.embed_queries(window["query_states"]).unsqueeze(1)
+            tokens = torch.cat([model.embed_transitions(*context), queries], dim=1)
+            tokens = tokens + model.pos_embedding[:, : tokens.shape[1]]
+            maps = eager_maps(model, tokens, number)[0]
+            values.append(metrics(maps.mean(axis=0)[-1]))
+            draw_heatmap(maps, folder / f"attention_heatmap_sample{i}_layer{number}.png")
+            draw_lines(maps, folder / f"attention_lines_sample{i}_layer{number}.png")
+        draw_summary(np.array(values), folder / f"attention_summary_layer{number}.png")
+
+
+if __name__ == "__main__":
+    main()

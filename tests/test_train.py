@@ -1,0 +1,421 @@
+"""Training as a command: what it writes, and that an interruption changes nothing of it."""
+
+import contextlib
+import dataclasses
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import learning_curve
+import train as module
+from checkpoint import checkpoint_step, checkpoints_in, load_checkpoint, read_file
+from config import EnvConfig, ModelConfig, SourceConfig, TrainConfig, run_command
+from darkroom import optimal_return, split_goals
+from dataset import Histories
+from train import Trainer, lr_factor, main, make_parser
+
+N_UPDATES, EVAL_EVERY, EMA_DECAY = 7, 3, 0.5
+TINY = {
+    "n_transit": 12, "horizon": 5, "grid_size": 3, "n_test_goals": 2, "n_validation_goals": 2,
+    "n_streams": 2, "n_source_steps": 60, "tf_n_layer": 1, "tf_n_head": 2, "tf_n_embd": 16,
+    "tf_n_inner": 16, "batch_size": 4, "n_updates": N_UPDATES, "eval_every": EVAL_EVERY,
+    "eval_episodes": 4, "eval_rollouts": 2, "final_rollouts": 3, "n_warmup": 2,
+    "ema_decay": EMA_DECAY, "device": "cpu",
+}  # fmt: skip
+
+
+def flags(folder, *more, **changed):
+    """Flags of a tiny run that lives in `folder`."""
+    argv = ["--checkpoints", str(folder / "checkpoints"), "--figs", str(folder / "figs")]
+    for name, value in (TINY | changed).items():
+        argv += ["--" + name.replace("_", "-"), str(value)]
+    return [*argv, *more]
+
+
+def run_of(folder, seed=0):
+    return folder / "checkpoints" / f"AD-darkroom-seed{seed}"
+
+
+def files_of(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def fails(argv, capsys):
+    """The one line that a user's mistake ends with."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as caught:
+        run_command(lambda: main(argv))
+    out, err = capsys.readouterr()
+    assert caught.value.code == 2
+    assert out == ""
+    (line,) = [line for line in err.split("\r")[-1].splitlines() if line]
+    assert line.startswith("error: ")
+    return line
+
+
+@dataclasses.dataclass
+class Watched:
+    """A finished run, and what was seen on the way."""
+
+    folder: Path
+    stdout: str
+    weights: list  # of the training model, after every update
+    history_goals: list  # of every call that makes learning histories
+    evaluated: list  # (update, goals) of every evaluation
+
+    @property
+    def run(self):
+        return run_of(self.folder)
+
+    @property
+    def numbers(self):
+        return json.loads((self.run / "training.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Watched:
+    """One run without an interruption, watched from inside."""
+    seen = Watched(tmp_path_factory.mktemp("finished"), "", [], [], [])
+    update, evaluate, histories = Trainer.update, Trainer.evaluate, module.learning_histories
+
+    def watched_update(self):
+        update(self)
+        seen.weights.append({k: v.clone() for k, v in self.model.state_dict().items()})
+
+    def watched_evaluate(self, goals, *args):
+        seen.evaluated.append((self.step, goals.tolist()))
+        return evaluate(self, goals, *args)
+
+    def watched_histories(goals, *args):
+        seen.history_goals.append(goals.tolist())
+        return histories(goals, *args)
+
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as out:
+        patch.setattr(Trainer, "update", watched_update)
+        patch.setattr(Trainer, "evaluate", watched_evaluate)
+        patch.setattr(module, "learning_histories", watched_histories)
+        main(flags(seen.folder))
+    seen.stdout = out.getvalue()
+    return seen
+
+
+@pytest.fixture
+def no_picture(monkeypatch):
+    monkeypatch.setattr(learning_curve, "draw_learning_curve", lambda *_: None)
+
+
+def assert_same_run(run, other):
+    """Equal weights, histories and numbers; only the time that it took may differ."""
+    assert [p.name for p in checkpoints_in(run)] == [p.name for p in checkpoints_in(other)]
+    for one, two in zip(checkpoints_in(run), checkpoints_in(other), strict=True):
+        one, two = read_file(one), read_file(two)
+        assert all(torch.equal(value, two["model"][k]) for k, value in one.pop("model").items())
+        del two["model"]
+        assert one == two
+    name = "histories-test.npz"
+    assert (run / name).read_bytes() == (other / name).read_bytes()
+    one, two = (json.loads((folder / "training.json").read_text()) for folder in (run, other))
+    del one["seconds"], two["seconds"]
+    assert one == two
+
+
+# What a run leaves
+
+
+def test_a_finished_run_holds_checkpoints_histories_and_numbers_and_nothing_else(finished):
+    kept = {path.name for path in checkpoints_in(finished.run)}
+    assert kept
+    assert {p.name for p in finished.run.iterdir()} == kept | {
+        "histories-test.npz",
+        "training.json",
+    }
+    picture = finished.folder / "figs" / "training" / "AD-darkroom-seed0.png"
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_checkpoint_holds_what_its_format_says_and_no_optimizer(finished):
+    content = read_file(checkpoints_in(finished.run)[-1])
+    assert set(content) == {"step", "config", "model", "optimizer", "lr_sched", "goals"}
+    assert content["optimizer"] is None
+    assert content["lr_sched"] is None
+    assert content["config"].items() >= TINY.items()
+
+
+def test_checkpoints_are_those_that_validate_best_so_far(finished):
+    log = finished.numbers["log"]
+    assert [entry["step"] for entry in log] == [3, 6, 7]
+    best, expected = -1.0, []
+    for entry in log:
+        if entry["validation_relative"] > best:
+            best = entry["validation_relative"]
+            expected.append(entry["step"])
+    assert [checkpoint_step(path) for path in checkpoints_in(finished.run)] == expected
+    assert finished.numbers["chosen_step"] == expected[-1]
+
+
+def test_the_averaged_weights_are_kept_not_the_latest(finished):
+    for path in checkpoints_in(finished.run):
+        kept, step = read_file(path)["model"], checkpoint_step(path)
+        for name in kept:
+            average = finished.weights[0][name]
+            for weights in finished.weights[1:step]:
+                average = EMA_DECAY * average + (1 - EMA_DECAY) * weights[name]
+            torch.testing.assert_close(kept[name], average, rtol=1e-5, atol=1e-6)
+        assert not torch.equal(kept["pos_embedding"], finished.weights[step - 1]["pos_embedding"])
+
+
+def test_final_numbers_are_printed(finished):
+    test = finished.numbers["test"]
+    (mean,) = [line.split() for line in finished.stdout.splitlines() if "mean  " in line]
+    assert mean[1:3] == [f"{test['possible']:.2f}", f"{test['return']:.2f}"]
+    for (row, col), reached in zip(test["goals"], test["return_by_goal"], strict=True):
+        (line,) = [line for line in finished.stdout.splitlines() if f"({row}, {col})" in line]
+        assert f"{reached:.2f}" in line
+    assert str(checkpoints_in(finished.run)[-1]) in finished.stdout
+    assert str(finished.run / "training.json") in finished.stdout
+
+
+def test_test_numbers_are_those_of_the_kept_weights(finished):
+    model = load_checkpoint(checkpoints_in(finished.run)[-1]).model
+    goals = split_goals(0, 3, 2, 2)["test"]
+    returns = module.rollout(model, np.repeat(goals, 3, axis=0), 4, seed=0, horizon=5)
+    late = returns.reshape(2, 3, 4)[:, :, 2:].mean(axis=(1, 2))
+    test = finished.numbers["test"]
+    assert test["return_by_goal"] == late.tolist()
+    assert test["possible_by_goal"] == optimal_return(goals, 3, 5).tolist()
+    assert test["relative"] == pytest.approx(late.sum() / sum(test["possible_by_goal"]))
+
+
+# No test goal reaches training or the choice of a checkpoint
+
+
+def test_training_histories_are_of_training_goals_alone(finished):
+    split = {name: goals.tolist() for name, goals in split_goals(0, 3, 2, 2).items()}
+    assert finished.history_goals == [split["train"], split["test"]]
+    for other in ("validation", "test"):
+        assert not any(goal in split["train"] for goal in split[other])
+    assert read_file(checkpoints_in(finished.run)[-1])["goals"] == split
+    kept = Histories.load(finished.run / "histories-test.npz")
+    assert np.unique(kept.goals, axis=0).tolist() == split["test"]
+
+
+def test_no_test_goal_is_acted_on_before_the_checkpoint_is_chosen(finished):
+    split = {name: goals.tolist() for name, goals in split_goals(0, 3, 2, 2).items()}
+    choosing, final = finished.evaluated[:6], finished.evaluated[6:]
+    assert [step for step, _ in choosing] == [3, 3, 6, 6, 7, 7]
+    for _, goals in choosing[::2]:
+        assert all(goal in split["train"] for goal in goals)
+    assert all(goals == split["validation"] for _, goals in choosing[1::2])
+    assert [goals for _, goals in final] == [split["test"]] * 2
+
+
+# Interruption
+
+
+class Killed(Exception):
+    """Stands for what leaves no time to save."""
+
+
+def interrupt(monkeypatch, name, call, action):
+    """Act just before the given call, counted from 1, of a function of the module."""
+    original, calls = getattr(module, name), iter(range(1, 1000))
+
+    def wrapped(*args, **kwargs):
+        if next(calls) == call:
+            action()
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(module, name, wrapped)
+
+
+def press_ctrl_c():
+    signal.raise_signal(signal.SIGINT)
+
+
+def stop(exception):
+    raise exception
+
+
+INTERRUPTIONS = {
+    "inside the second update": ("packed_loss", 2, press_ctrl_c),
+    "inside the first update after an evaluation": ("packed_loss", 4, press_ctrl_c),
+    "as an evaluation begins": ("rollout", 1, press_ctrl_c),
+    "inside an evaluation": ("rollout", 4, press_ctrl_c),
+    "inside the last evaluation": ("rollout", 6, press_ctrl_c),
+    "inside the evaluation on test goals": ("rollout", 8, press_ctrl_c),
+    "killed after an evaluation": ("packed_loss", 5, lambda: stop(Killed())),
+    "killed inside an evaluation": ("rollout", 4, lambda: stop(Killed())),
+}
+
+
+@pytest.mark.parametrize("name", INTERRUPTIONS)
+def test_an_interrupted_run_ends_as_one_that_was_not(
+    finished, tmp_path, monkeypatch, no_picture, name
+):
+    with monkeypatch.context() as patch:
+        interrupt(patch, *INTERRUPTIONS[name])
+        with pytest.raises((KeyboardInterrupt, Killed)):
+            main(flags(tmp_path))
+    assert (run_of(tmp_path) / "resume.pt").exists()
+    assert not (run_of(tmp_path) / "training.json").exists()
+    torch.manual_seed(12345)
+    main(flags(tmp_path, "--resume"))
+    assert not (run_of(tmp_path) / "resume.pt").exists()
+    assert_same_run(run_of(tmp_path), finished.run)
+
+
+def test_a_run_may_be_interrupted_again_and_again(
+    finished, tmp_path, monkeypatch, no_picture, capsys
+):
+    update = Trainer.update
+
+    def once(self):
+        if self.step > once.resumed_at:
+            raise KeyboardInterrupt
+        update(self)
+
+    for step in range(N_UPDATES):
+        once.resumed_at = step
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(Trainer, "update", once)
+            main(flags(tmp_path, *(["--resume"] if step else [])))
+            raise KeyboardInterrupt  # the last update is followed by the end of the run
+        if step < N_UPDATES - 1:
+            assert f"Stopped at update {step + 1}." in capsys.readouterr().out
+    assert_same_run(run_of(tmp_path), finished.run)
+
+
+def test_ctrl_c_is_handled_as_before_once_training_has_ended(finished):
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+# Nothing is overwritten
+
+
+def test_a_run_is_never_overwritten(finished, capsys):
+    before = files_of(finished.folder)
+    line = fails(flags(finished.folder), capsys)
+    assert "holds a run already" in line
+    assert "--run" in line
+    assert "--resume" not in line
+    assert files_of(finished.folder) == before
+
+
+def test_an_interrupted_run_is_not_overwritten_either(tmp_path, monkeypatch, capsys):
+    interrupt(monkeypatch, "packed_loss", 2, press_ctrl_c)
+    with pytest.raises(KeyboardInterrupt):
+        main(flags(tmp_path))
+    before = files_of(tmp_path)
+    assert "--resume" in fails(flags(tmp_path), capsys)
+    line = fails(flags(tmp_path, "--resume", lr=0.5), capsys)
+    assert "expected --lr 0.002, got 0.5" in line
+    assert files_of(tmp_path) == before
+    resume = run_of(tmp_path) / "resume.pt"
+    resume.write_bytes(resume.read_bytes()[:5000])
+    assert f"{resume} (5,000 bytes) cannot be read" in fails(flags(tmp_path, "--resume"), capsys)
+
+
+def test_a_run_that_has_ended_cannot_be_resumed(finished, capsys):
+    assert "nothing to resume" in fails(flags(finished.folder, "--resume"), capsys)
+
+
+def test_another_seed_is_another_run_with_other_weights(finished, tmp_path, no_picture):
+    main(flags(tmp_path, seed=1))
+    one, other = (
+        read_file(checkpoints_in(run)[-1]) for run in (finished.run, run_of(tmp_path, seed=1))
+    )
+    assert one["goals"] == other["goals"]
+    assert not torch.allclose(one["model"]["pos_embedding"], other["model"]["pos_embedding"])
+
+
+# Flags
+
+
+def test_help_mentions_every_setting(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["--help"])
+    assert caught.value.code == 0
+    text = capsys.readouterr().out
+    for config in (EnvConfig, SourceConfig, ModelConfig, TrainConfig):
+        for field in dataclasses.fields(config):
+            assert f"--{field.name.replace('_', '-')} " in text
+    for name in ("--run", "--resume", "--checkpoints", "--figs"):
+        assert name in text
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"n_updates": 0}, "--n-updates of at least 1, got 0"),
+        ({"eval_every": 0}, "--eval-every of at least 1, got 0"),
+        ({"tf_n_head": 3}, "multiple of --tf-n-head, got 16 and 3"),
+        ({"n_test_goals": 8}, "9 cells"),
+        ({"n_source_steps": 10}, "expected more than 11 steps"),
+        ({"n_source_steps": 3}, "histories too short"),
+        ({"device": "cuda:99"}, "'cuda:99', which is not there"),
+        ({"seed": -1}, "--seed of at least 0"),
+        ({"ema_decay": 1.5}, "--ema-decay"),
+    ],
+    ids=str,
+)
+def test_settings_that_cannot_work_are_one_line_and_leave_nothing(
+    tmp_path, capsys, changed, message
+):
+    assert message in fails(flags(tmp_path, **changed), capsys)
+    assert files_of(tmp_path) == {}
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "figs"])
+def test_a_folder_that_cannot_be_written_is_one_line_before_any_work(
+    tmp_path, monkeypatch, capsys, name
+):
+    (tmp_path / name).write_text("a file")
+    monkeypatch.setattr(module, "learning_histories", None)
+    line = fails(flags(tmp_path), capsys)
+    assert "cannot write" in line
+    assert f"--{name}" in line
+
+
+def test_the_real_command_ends_with_one_line_and_code_2(tmp_path):
+    root = Path(module.__file__).parent
+    done = subprocess.run(
+        [sys.executable, root / "train.py", "--resume", "--checkpoints", tmp_path / "none"],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        timeout=300,
+    )
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("error: nothing to resume")
+    assert done.stderr.count("\n") == 1
+
+
+def test_the_learning_rate_warms_up_then_falls_to_a_twentieth():
+    factors = [lr_factor(step, 10, 100) for step in range(101)]
+    assert factors[0] == pytest.approx(0.1)
+    assert max(factors) == factors[9] > 0.97
+    assert all(a > b for a, b in zip(factors[9:], factors[10:], strict=False))
+    assert factors[100] == pytest.approx(0.05)
+
+
+def test_weight_decay_leaves_biases_and_norms_alone():
+    model = module.ADTransformer(ModelConfig(tf_n_layer=1, tf_n_embd=8, tf_n_head=1))
+    groups = module.make_optimizer(model, TrainConfig(weight_decay=0.1)).param_groups
+    decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
+    for name, parameter in model.named_parameters():
+        is_vector = "bias" in name or "norm" in name
+        assert decay[id(parameter)] == (0.0 if is_vector else 0.1)
+
+
+def test_every_setting_of_training_has_a_flag():
+    known = {action.dest for action in make_parser()._actions}
+    assert known >= {field.name for field in dataclasses.fields(TrainConfig)}
