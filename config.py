@@ -109,7 +109,7 @@ class TrainConfig:
     """How the model is trained, evaluated on the way, and where it is kept."""
 
     seed: int = setting(0, "seed of weights, windows and evaluation", "N")
-    n_updates: int = setting(4500, "gradient updates", "N")
+    n_updates: int = setting(4000, "gradient updates", "N")
     batch_size: int = setting(32, "windows an update", "N")
     lr: float = setting(2e-3, "peak learning rate", "X")
     n_warmup: int = setting(200, "updates of linear warm-up before the cosine decay", "N")
@@ -185,6 +185,11 @@ class VisualizeConfig:
     stride: int = setting(1, "the context joins every so many episodes back", "N", type=count)
     out: str = setting("figs/attention", "folder for pictures and numbers", "DIR")
     device: str = setting("auto", "cpu, cuda, or auto: cuda where there is one", "NAME")
+    precision: str = setting(
+        "float32",
+        "of the model's forward pass; metrics are float64 whatever it is",
+        choices=("float32", "bfloat16"),
+    )
     seed: int = setting(0, "seed of the choice of decisions", "N", type=whole)
     dpi: int = setting(100, "pixels an inch of the pictures", "N", type=count)
 

@@ -237,10 +237,10 @@ class ADDataset(Dataset):
         return window
 
     def sample(self, batch_size: int, rng: np.random.Generator) -> dict[str, Tensor]:
-        """Draw a training batch: uniform over histories, strides and where a window lies.
+        """Draw a training batch: uniform over histories and strides.
 
-        Half of the windows begin with an episode, as a history that is still growing does. The
-        others begin anywhere, as one that slides does.
+        A quarter of the windows begin where their history begins, as a context that is still
+        growing does, a quarter with any other episode, and half anywhere, as a full context does.
         """
         horizon, n_episodes = (
             self.histories.horizon,
@@ -248,12 +248,14 @@ class ADDataset(Dataset):
         )
         first = max(0, self.n_context - (n_episodes - 1) * horizon)  # in short histories
         within = rng.integers(first, horizon, size=batch_size)
-        within = np.where(rng.random(batch_size) < 0.5, self.n_context % horizon, within)
+        kind = rng.random(batch_size)
+        within = np.where(kind < 0.5, self.n_context % horizon, within)
         last = (n_episodes - 1) * horizon + within
         reach = np.maximum(max_stride_of(last, self.n_context, horizon), 1)
         stride = rng.integers(1, np.minimum(reach, self.max_stride), endpoint=True)
         needed = -(-np.maximum(self.n_context - within, 0) // horizon) * stride
-        episode = rng.integers(np.minimum(needed, n_episodes - 1), n_episodes)
+        needed = np.minimum(needed, n_episodes - 1)
+        episode = np.where(kind < 0.25, needed, rng.integers(needed, n_episodes))
         rows = rng.integers(self.histories.n_histories, size=batch_size)
         return self.windows(rows, episode * horizon + within, stride)
 

@@ -1,8 +1,10 @@
 """The source algorithm, tabular Q-learning (Laskin et al. 2022, section 3).
 
 One learner a goal and stream, all of them in one vectorised run. Optimistic initial values make
-each learner try every action everywhere; its exploration rate decays on the way, and each stream
-draws its own starting rate, so that the histories show many ways to explore and to improve.
+each learner try every action everywhere. Among equally good actions it keeps to the one it took
+last, so that it explores in straight lines, which reach the far corners of the room. Its rate of
+exploration decays on the way, and each stream draws its own starting rate, so that the histories
+show many ways to explore and to improve.
 
     histories = learning_histories(goals, EnvConfig(), SourceConfig(), seed=0)
 """
@@ -43,7 +45,8 @@ def learning_histories(
     states[:, 0] = room.reset()
     for t in tqdm(range(n_steps), desc="source histories", unit="step", leave=False):
         cell = states[:, t] @ np.array([env.grid_size, 1])
-        actions[:, t] = learner.act(cell, t / n_steps)
+        last = actions[:, t - 1] if t % env.horizon else None
+        actions[:, t] = learner.act(cell, t / n_steps, last)
         next_states[:, t], rewards[:, t], done = room.step(actions[:, t])
         learner.learn(cell, actions[:, t], rewards[:, t], next_states[:, t] @ [env.grid_size, 1])
         states[:, t + 1] = room.reset() if done else next_states[:, t]
@@ -66,15 +69,24 @@ class QLearner:
         self.epsilon_start = rng.uniform(source.epsilon_end, source.epsilon_start, size=n)
         self.rows = np.arange(n)
 
-    def act(self, cell: np.ndarray, progress: float) -> np.ndarray:
-        """Epsilon-greedy actions `(N,)` in cells `(N,)`, ties broken at random.
+    def act(self, cell: np.ndarray, progress: float, last: np.ndarray | None = None) -> np.ndarray:
+        """Epsilon-greedy actions.
 
-        `progress` in 0..1 is the part of the run that lies behind.
+        Args:
+            cell: `(N,)` int, where each learner stands.
+            progress: part of the run that lies behind, 0 to 1.
+            last: `(N,)` int, the action before, which wins ties; None as an episode begins. Other
+                ties are broken at random.
+
+        Returns:
+            `(N,)` int.
         """
         n, n_actions = len(self.rows), self.values.shape[2]
         decayed = min(1.0, progress / max(self.source.epsilon_decay, 1e-9))
         epsilon = self.epsilon_start + (self.source.epsilon_end - self.epsilon_start) * decayed
         tie_break = 1e-5 * self.rng.random((n, n_actions), dtype=np.float32)
+        if last is not None:
+            tie_break[self.rows, last] = 2e-5
         greedy = (self.values[self.rows, cell] + tie_break).argmax(axis=1)
         random = self.rng.integers(n_actions, size=n)
         return np.where(self.rng.random(n) < epsilon, random, greedy)

@@ -398,12 +398,14 @@ def test_sampled_windows_are_uniform_over_strides(drawn):
     np.testing.assert_allclose(np.bincount(strides) / 4000, [0, 1 / 3, 1 / 3, 1 / 3], atol=0.03)
 
 
-def test_sampled_windows_lie_anywhere_in_the_history(drawn):
+def test_a_quarter_of_the_sampled_windows_begins_with_the_history_and_the_rest_anywhere(drawn):
     _, steps, targets = drawn
-    assert steps.min() == 0
+    from_start = steps[:, 0] == 0
+    # Of the others a few percent happen to begin there: 1 in 57 to 51 episodes or so.
+    assert from_start.mean() == pytest.approx(0.25 + 0.01, abs=0.03)
     assert targets.max() == 239
-    quarters = np.bincount(targets // 60, minlength=4) / 4000
-    np.testing.assert_allclose(quarters, 0.25, atol=0.07)  # early decisions lack a past
+    quarters = np.bincount(targets[~from_start] // 60, minlength=4) / (~from_start).sum()
+    np.testing.assert_allclose(quarters, 0.25, atol=0.05)  # early decisions lack a past
 
 
 def test_sampling_is_seeded(tiny_histories):
