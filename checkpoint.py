@@ -150,6 +150,12 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> Che
             f"{path}: its tensors do not fit its config: expected {name} of shape "
             f"{expected.get(name, 'none')}, got {found.get(name, 'none')}{more}"
         )
+    diverged = [name for name, tensor in weights.items() if not tensor.isfinite().all()]
+    if diverged:
+        raise UserError(
+            f"{path}: {diverged[0]} is not finite: the training diverged. Choose an earlier "
+            "checkpoint with --checkpoint, or train with a lower --lr"
+        )
     model.load_state_dict(weights)
     goals = content.get("goals") or {}
     return Checkpoint(Path(path), step, config, model.to(device).eval(), goals)

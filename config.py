@@ -38,6 +38,18 @@ def require(config: Any, **at_least: float) -> None:
             raise UserError(f"expected {flag} of at least {least}, got {value}")
 
 
+def require_fractions(config: Any, *names: str) -> None:
+    """Check that settings of `config` lie between 0 and 1.
+
+    Raises:
+        UserError: one does not.
+    """
+    for name in names:
+        if not 0 <= getattr(config, name) <= 1:
+            flag = "--" + name.replace("_", "-")
+            raise UserError(f"expected {flag} between 0 and 1, got {getattr(config, name)}")
+
+
 @dataclass(frozen=True)
 class EnvConfig:
     """The task: a Dark Room, and which of its goals are kept from training."""
@@ -72,10 +84,8 @@ class SourceConfig:
 
     def __post_init__(self) -> None:
         require(self, n_streams=1, n_source_steps=1, epsilon_end=0, epsilon_decay=0)
-        for name in ("discount", "step_size", "epsilon_start", "epsilon_end", "epsilon_decay"):
-            if not 0 <= getattr(self, name) <= 1:
-                flag = "--" + name.replace("_", "-")
-                raise UserError(f"expected {flag} between 0 and 1, got {getattr(self, name)}")
+        names = ("discount", "step_size", "epsilon_start", "epsilon_end", "epsilon_decay")
+        require_fractions(self, *names)
 
 
 @dataclass(frozen=True)
@@ -94,7 +104,8 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         require(self, n_transit=1, tf_n_layer=1, tf_n_head=1, tf_n_embd=1, tf_n_inner=1)
-        require(self, tf_dropout=0, num_actions=1, grid_size=2)
+        require(self, num_actions=1, grid_size=2)
+        require_fractions(self, "tf_dropout")
         if self.dim_states != 2:
             raise UserError(f"expected --dim-states 2, a row and a column, got {self.dim_states}")
         if self.tf_n_embd % self.tf_n_head:
@@ -109,7 +120,7 @@ class TrainConfig:
     """How the model is trained, evaluated on the way, and where it is kept."""
 
     seed: int = setting(0, "seed of weights, windows and evaluation", "N")
-    n_updates: int = setting(4000, "gradient updates", "N")
+    n_updates: int = setting(5000, "gradient updates", "N")
     batch_size: int = setting(32, "windows an update", "N")
     lr: float = setting(2e-3, "peak learning rate", "X")
     n_warmup: int = setting(200, "updates of linear warm-up before the cosine decay", "N")
@@ -129,18 +140,25 @@ class TrainConfig:
         require(self, seed=0, n_updates=1, batch_size=1, lr=0, n_warmup=0, weight_decay=0)
         require(self, max_grad_norm=0, ema_decay=0, max_stride=1, eval_every=1)
         require(self, eval_episodes=2, eval_rollouts=1, final_rollouts=1)
+        require_fractions(self, "ema_decay")
 
 
 def goal(text: str) -> tuple[int, int]:
     """Parse `ROW,COL`."""
-    row, col = (int(part) for part in text.split(","))
-    return row, col
+    return _two_numbers(text, ",", "ROW,COL, for example 0,5")
 
 
 def step_range(text: str) -> tuple[int, int]:
     """Parse `FIRST:LAST`."""
-    first, last = (int(part) for part in text.split(":"))
-    return first, last
+    return _two_numbers(text, ":", "FIRST:LAST, for example 1000:1999")
+
+
+def _two_numbers(text: str, between: str, expected: str) -> tuple[int, int]:
+    try:
+        first, second = (int(part) for part in text.split(between))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}") from None
+    return first, second
 
 
 def whole(text: str, at_least: int = 0) -> int:

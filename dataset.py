@@ -148,14 +148,21 @@ def context_steps(steps: np.ndarray, n: int, stride: np.ndarray, horizon: int) -
     Returns:
         `(B, n)` int; negative where the history does not reach back so far.
     """
+    steps = np.asarray(steps)
+    stride = np.broadcast_to(np.asarray(stride), steps.shape)[:, None]
+    back = 1 + np.arange(-(-n // horizon))[None]
+    return joined_steps(steps, n, steps[:, None] // horizon - stride * back, horizon)
+
+
+def joined_steps(steps: np.ndarray, n: int, earlier: np.ndarray, horizon: int) -> np.ndarray:
+    """The same as `context_steps` with the earlier episodes named, latest first: `(B, m)` int."""
     steps = np.asarray(steps)[:, None]
-    stride = np.broadcast_to(np.asarray(stride), steps.shape[:1])[:, None]
     within = steps % horizon
     back = np.arange(n, 0, -1)[None, :]  # 1 = the transition right before the decision
     older = np.maximum(back - within - 1, 0)  # counted back from the end of the episode before
-    episode = steps // horizon - stride * (1 + older // horizon)
-    earlier = episode * horizon + horizon - 1 - older % horizon
-    return np.where(back <= within, steps - back, earlier)
+    episode = np.take_along_axis(earlier, older // horizon, axis=1) if n else older
+    before = episode * horizon + horizon - 1 - older % horizon
+    return np.where(back <= within, steps - back, before)
 
 
 def max_stride_of(steps: np.ndarray, n: int, horizon: int) -> np.ndarray:
@@ -223,8 +230,14 @@ class ADDataset(Dataset):
         Raises:
             UserError: a decision has not enough transitions before it.
         """
-        histories, steps = np.asarray(histories), np.asarray(steps)
+        steps = np.asarray(steps)
         context = context_steps(steps, self.n_context, strides, self.histories.horizon)
+        return self._gather(np.asarray(histories), steps, context)
+
+    def _gather(
+        self, histories: np.ndarray, steps: np.ndarray, context: np.ndarray
+    ) -> dict[str, Tensor]:
+        """Windows of decisions `(B,)` with their contexts `(B, n)`, given as steps."""
         if context.min(initial=0) < 0:
             short = int(np.argmin(context.min(axis=1)))
             raise UserError(
@@ -237,27 +250,45 @@ class ADDataset(Dataset):
         return window
 
     def sample(self, batch_size: int, rng: np.random.Generator) -> dict[str, Tensor]:
-        """Draw a training batch: uniform over histories and strides.
+        """Draw a training batch.
 
-        A quarter of the windows begin where their history begins, as a context that is still
-        growing does, a quarter with any other episode, and half anywhere, as a full context does.
+        Half of the windows join every k-th episode, k uniform, and lie anywhere in their history.
+        The others join episodes drawn at random, more of them from early learning: what stands in
+        context then often holds no reward yet while the learner knows its goal already, which
+        teaches the model to head for places where a goal may be. Half of each kind begin with an
+        episode, as a context that is still growing does, and half anywhere, as a full one does.
         """
-        horizon, n_episodes = (
-            self.histories.horizon,
-            self.histories.n_steps // self.histories.horizon,
-        )
-        first = max(0, self.n_context - (n_episodes - 1) * horizon)  # in short histories
-        within = rng.integers(first, horizon, size=batch_size)
-        kind = rng.random(batch_size)
-        within = np.where(kind < 0.5, self.n_context % horizon, within)
+        h, n = self.histories, self.n_context
+        horizon, n_episodes = h.horizon, h.n_steps // h.horizon
+        n_back = -(-n // horizon)
+        shortest = max(0, n - (n_episodes - 1) * horizon)  # in short histories
+        within = rng.integers(shortest, horizon, size=batch_size)
+        within = np.where(rng.random(batch_size) < 0.5, n % horizon, within)
         last = (n_episodes - 1) * horizon + within
-        reach = np.maximum(max_stride_of(last, self.n_context, horizon), 1)
+        reach = np.maximum(max_stride_of(last, n, horizon), 1)
         stride = rng.integers(1, np.minimum(reach, self.max_stride), endpoint=True)
-        needed = -(-np.maximum(self.n_context - within, 0) // horizon) * stride
-        needed = np.minimum(needed, n_episodes - 1)
-        episode = np.where(kind < 0.25, needed, rng.integers(needed, n_episodes))
-        rows = rng.integers(self.histories.n_histories, size=batch_size)
-        return self.windows(rows, episode * horizon + within, stride)
+        needed = -(-np.maximum(n - within, 0) // horizon) * stride
+        episode = rng.integers(np.minimum(needed, n_episodes - 1), n_episodes)
+        earlier = episode[:, None] - stride[:, None] * (1 + np.arange(n_back))
+        if n_episodes > n_back:
+            spread = _spread_episodes(batch_size, n_back + 1, n_episodes, rng)
+            use = rng.random(batch_size) < 0.5
+            episode = np.where(use, spread[:, -1], episode)
+            earlier = np.where(use[:, None], spread[:, -2::-1], earlier)
+        rows = rng.integers(h.n_histories, size=batch_size)
+        steps = episode * horizon + within
+        return self._gather(rows, steps, joined_steps(steps, n, earlier, horizon))
+
+
+def _spread_episodes(
+    batch_size: int, n: int, n_episodes: int, rng: np.random.Generator
+) -> np.ndarray:
+    """Ascending, distinct episodes `(B, n)`, the logarithm of their number uniform."""
+    drawn = n_episodes ** rng.random((batch_size, n))
+    order = np.arange(n)
+    ascending = np.sort(drawn.astype(int) - 1, axis=1) - order
+    ascending = np.maximum.accumulate(ascending, axis=1) + order
+    return np.clip(ascending, order, n_episodes - n + order)
 
 
 def _widen(values: Tensor) -> Tensor:

@@ -112,7 +112,8 @@ def guide_metrics(rows: ArrayLike) -> dict[str, np.ndarray]:
     distant = context[..., :width].mean(-1)
     return {
         "mean_context_attention": context.mean(-1),
-        "concentration": context.std(-1),
+        # Shifted by one entry, which changes nothing but makes equal weights exactly 0.
+        "concentration": (context - context[..., :1]).std(-1),
         "entropy": -(context * np.log(context + EPSILON)).sum(-1),
         "recent_distant_ratio": recent / (distant + EPSILON),
     }

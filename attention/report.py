@@ -9,11 +9,12 @@ Console blocks are returned as strings of at most 100 columns; printing is the c
 
 import csv
 import io
+import itertools
 import json
 import os
 import textwrap
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,18 +23,15 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from attention.advice import PATTERNS
-from attention.insights import (
+from attention.evidence import (
     FOCUSED_ENTROPY,
     RECENCY_RATIO,
     SPARSE_MAJORITY,
     UNIFORM_ENTROPY,
-    Insight,
     cap,
     layer_list,
-    remarks,
-    scopes,
-    verdicts,
 )
+from attention.insights import Insight, remarks, scopes, verdicts
 from attention.metrics import (
     ALL_METRICS,
     DESCRIPTIONS,
@@ -287,7 +285,8 @@ def write_json(path: str | Path, content: Mapping[str, Any]) -> None:
         ValueError: NaN or infinity somewhere in it.
         OSError: the file cannot be written.
     """
-    write_atomically(path, json.dumps(content, allow_nan=False, default=_plain) + "\n")
+    encoder = json.JSONEncoder(allow_nan=False, default=_plain)
+    write_atomically(path, itertools.chain(encoder.iterencode(content), "\n"))
 
 
 def _plain(value: object) -> Any:
@@ -306,27 +305,40 @@ def write_csv(
     Columns: `sample`, `label_columns` (empty where a sample has no such label), `layer`, `head`,
     `n_context`, the metrics, then labels that are not among `label_columns`.
     """
+    write_atomically(path, _csv_lines(metrics, label_columns))
+
+
+def _csv_lines(metrics: AttentionMetrics, label_columns: Sequence[str]) -> Iterator[str]:
     others = {key: None for s in metrics.samples for key in s.labels if key not in label_columns}
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    head = ["sample", *label_columns, "layer", "head", "n_context"]
-    writer.writerow([*head, *ALL_METRICS, *others])
+    line = io.StringIO()
+    writer = csv.writer(line, lineterminator="\n")
+
+    def written(values: Sequence[Any]) -> str:
+        line.seek(0)
+        line.truncate()
+        writer.writerow(values)
+        return line.getvalue()
+
+    yield written(["sample", *label_columns, "layer", "head", "n_context", *ALL_METRICS, *others])
     for row in metrics.rows():
         sample = row["sample"]
         labels = [sample.labels.get(key, "") for key in (*label_columns, *others)]
         own, rest = labels[: len(label_columns)], labels[len(label_columns) :]
         values = [row[name] for name in ALL_METRICS]
         place = [row["layer"], row["head"], sample.n_context]
-        writer.writerow([sample.index, *own, *place, *values, *rest])
-    write_atomically(path, text.getvalue())
+        yield written([sample.index, *own, *place, *values, *rest])
 
 
-def write_atomically(path: str | Path, text: str) -> None:
-    """Write a temporary file beside `path`, then rename it: readers never see half a file."""
+def write_atomically(path: str | Path, text: str | Iterable[str]) -> None:
+    """Write a temporary file beside `path`, then rename it: readers never see half a file.
+
+    A long text may come in pieces, so that it never lies in memory as a whole.
+    """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_text(text, encoding="utf-8", newline="")
+        with temporary.open("w", encoding="utf-8", newline="") as file:
+            file.writelines([text] if isinstance(text, str) else text)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

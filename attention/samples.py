@@ -1,7 +1,9 @@
 """What a reader must know about the tokens of one sample, whatever model they come from.
 
-sample = Sample(index=0, title="goal (2, 7), history 3, step 1240", n_context=100,
-                episode_starts=np.array([0, 20, 40, 60, 80]), rewarded=rewards > 0)
+    sample = Sample(index=0, title="goal (2, 7), history 3, step 1240", n_context=100,
+                    episode_starts=np.array([0, 20, 40, 60, 80]), rewarded=rewards > 0)
+
+A sample is what one heatmap and one line plot show.
 """
 
 from dataclasses import dataclass, field
@@ -36,7 +38,7 @@ class Sample:
                 f"got {self.rewarded.shape}"
             )
         if self.episode_starts.size and not (
-            0 <= self.episode_starts.min() and self.episode_starts.max() < self.n_context
+            self.episode_starts.min() >= 0 and self.episode_starts.max() < self.n_context
         ):
             raise ValueError(
                 f"sample {self.index}: episode starts must lie in 0..{self.n_context - 1}, "

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 import compression.attention  # noqa: F401 - enters its strategies
-from attention.insights import BROAD_SHARE, FOCUSED_ENTROPY, RECENCY_RATIO
-from attention.insights import is_sparse as has_sparse_rows
+from attention.evidence import BROAD_SHARE, FOCUSED_ENTROPY, RECENCY_RATIO
+from attention.evidence import is_sparse as has_sparse_rows
 from attention.metrics import detail_metrics, guide_metrics
 from compression.history import (
     Generator,

@@ -320,3 +320,8 @@ def test_a_device_is_picked_by_its_name():
 def test_a_device_that_is_not_there_is_an_error(name):
     with pytest.raises(UserError, match=f"expected a --device of this machine.*{name!r}"):
         pick_device(name)
+
+
+def test_weights_that_diverged_are_an_error(path, content):
+    content["model"]["pred_action.bias"][0] = float("nan")
+    assert "pred_action.bias is not finite: the training diverged" in error_of(path, content)
