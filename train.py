@@ -3,17 +3,18 @@
     python train.py                     # learning histories, training, evaluation
     python train.py --resume            # go on after an interruption: same result as without it
     python train.py --seed 1            # another run, beside the first
+    torchrun --nproc-per-node 4 train.py     # data-parallel: the same batches, shared out
 
 Writes `checkpoints/RUN/`: a `ckpt-STEP.pt` whenever the return on the validation goals is a new
 best (so the highest step is the one to use), `histories-test.npz`, `training.json` with all the
 numbers, and until it is finished `resume.pt`. Draws `figs/training/RUN.png`.
 """
 
-import argparse
+import contextlib
 import json
-import math
+import signal
 import time
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,66 +28,47 @@ from checkpoint import (
     HISTORIES_NAME,
     checkpoints_in,
     load_checkpoint,
-    pick_device,
     read_file,
     save_checkpoint,
 )
 from config import (
-    EnvConfig,
-    ModelConfig,
-    SourceConfig,
-    TrainConfig,
-    UserError,
-    add_flags,
-    from_flags,
     run_command,
-    to_dict,
 )
 from darkroom import split_goals
 from dataset import ADDataset, packed_queries
 from evaluation import describe, score
 from model import ADTransformer
+from optimisation import lr_factor, make_optimizer
+from parallel import ALONE, Group, join
 from rollout import Sliding, rollout
+from runs import RESUME_NAME, Settings, make_parser, prepare
 from source import learning_histories, relative_return
 
-RESUME_NAME = "resume.pt"
 LOG_NAME = "training.json"
 N_TEST_STREAMS = 8  # learning histories a test goal that are kept beside the checkpoint
 N_TRAIN_GOALS_EVALUATED = 6
 
 
-@dataclass(frozen=True)
-class Settings:
-    """Everything that a run depends on."""
-
-    env: EnvConfig
-    source: SourceConfig
-    model: ModelConfig
-    train: TrainConfig
-
-    def to_dict(self) -> dict[str, Any]:
-        """All settings in one flat dict, as checkpoints hold them."""
-        return to_dict(self.env, self.source, self.model, self.train)
-
-
 class Trainer:
     """A model in training, and everything needed to go on with it exactly."""
 
-    def __init__(self, settings: Settings, device: torch.device) -> None:
+    def __init__(self, settings: Settings, device: torch.device, group: Group = ALONE) -> None:
         train, env = settings.train, settings.env
-        self.settings, self.device = settings, device
+        self.settings, self.device, self.group = settings, device, group
+        self.own = group.equal_slice(train.batch_size)
         self.goals = split_goals(
             env.goal_seed, env.grid_size, env.n_test_goals, env.n_validation_goals
         )
         histories = learning_histories(self.goals["train"], env, settings.source, train.seed)
-        self.source_return = relative_return(histories, slice(-20, None), env.grid_size)
         self.dataset = ADDataset(histories, settings.model.n_transit - 1, train.max_stride)
+        self.source_return = relative_return(histories, slice(-20, None), env.grid_size)
         self.rng = np.random.default_rng(train.seed)
         torch.manual_seed(train.seed)
         self.model = ADTransformer(settings.model).to(device)
         self.averaged = AveragedModel(
             self.model, multi_avg_fn=get_ema_multi_avg_fn(train.ema_decay)
         )
+        self.objective = group.averaging(PackedLoss(self.model), device)
         self.optimizer = make_optimizer(self.model, train)
         self.lr_sched = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer, lambda step: lr_factor(step, train.n_warmup, train.n_updates)
@@ -98,19 +80,29 @@ class Trainer:
         self.log: list[dict[str, Any]] = []
 
     def update(self) -> None:
-        """One gradient update on one batch of windows."""
+        """One gradient update on one batch of windows, of which each process takes its part."""
         started = time.perf_counter()
-        batch = self.dataset.sample(self.settings.train.batch_size, self.rng)
-        loss = packed_loss(self.model.train(), {k: v.to(self.device) for k, v in batch.items()})
+        train, group = self.settings.train, self.group
+        batch = self.dataset.sample(train.batch_size, self.rng)
+        if group.size > 1:  # dropout of its own for each process, and nothing to save for a resume
+            torch.manual_seed(hash((train.seed, self.step, group.rank)))
+        loss = self.objective({k: v[self.own].to(self.device) for k, v in batch.items()})
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.train.max_grad_norm)
+        nn.utils.clip_grad_norm_(self.model.parameters(), train.max_grad_norm)
         self.optimizer.step()
         self.lr_sched.step()
         self.averaged.update_parameters(self.model)
         self.step += 1
-        self.losses.append(loss.item())
+        self.losses.append(group.mean(loss.item()))
         self.seconds += time.perf_counter() - started
+
+    @property
+    def must_evaluate(self) -> bool:
+        """Whether an evaluation is due that has not been made."""
+        train = self.settings.train
+        due = self.step > 0 and (self.step % train.eval_every == 0 or self.step == train.n_updates)
+        return due and (not self.log or self.log[-1]["step"] < self.step)
 
     def evaluate(
         self, goals: np.ndarray, n_rollouts: int, sliding: Sliding, label: str
@@ -162,6 +154,18 @@ class Trainer:
             torch.cuda.set_rng_state_all(state["rng_cuda"])
 
 
+class PackedLoss(nn.Module):
+    """`packed_loss` of a model in training, as a module whose gradients can be averaged."""
+
+    def __init__(self, model: ADTransformer) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+        """Loss of a batch of windows."""
+        return packed_loss(self.model.train(), batch)
+
+
 def packed_loss(model: ADTransformer, batch: dict[str, Tensor]) -> Tensor:
     """Cross-entropy in nats of the source's actions, the mean over all prefixes of all windows."""
     queries, targets = packed_queries(batch)
@@ -170,30 +174,15 @@ def packed_loss(model: ADTransformer, batch: dict[str, Tensor]) -> Tensor:
     return nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
-def make_optimizer(model: nn.Module, train: TrainConfig) -> torch.optim.AdamW:
-    """AdamW that decays matrices and leaves biases and norms alone."""
-    matrices = [p for p in model.parameters() if p.dim() > 1]
-    vectors = [p for p in model.parameters() if p.dim() <= 1]
-    groups = [
-        {"params": matrices, "weight_decay": train.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=train.lr, betas=(0.9, 0.99))
-
-
-def lr_factor(step: int, n_warmup: int, n_updates: int) -> float:
-    """Part of the peak learning rate: linear warm-up, then half a cosine down to a twentieth."""
-    warmup = min(1.0, (step + 1) / max(1, n_warmup))
-    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, step / n_updates)))
-    return warmup * (0.05 + 0.95 * cosine)
-
-
-def train(settings: Settings, run: Path, device: torch.device, resume: bool) -> Trainer:
-    """Train until the last update, keeping the checkpoints that validate best in `run`."""
-    trainer = Trainer(settings, device)
+def train(
+    settings: Settings, run: Path, device: torch.device, resume: bool, group: Group = ALONE
+) -> Trainer:
+    """Train until the last update; rank 0 keeps the checkpoints that validate best in `run`."""
+    with group.together(), group.told_once():
+        trainer = Trainer(settings, device, group)
     if resume:
-        trainer.load_state_dict(read_file(run / RESUME_NAME))
-    else:
+        trainer.load_state_dict(group.broadcast(group.is_main and read_file(run / RESUME_NAME)))
+    elif group.is_main:
         test = learning_histories(
             trainer.goals["test"],
             settings.env,
@@ -203,30 +192,57 @@ def train(settings: Settings, run: Path, device: torch.device, resume: bool) -> 
         )
         run.mkdir(parents=True, exist_ok=True)
         test.save(run / HISTORIES_NAME)
-    n_updates, eval_every = settings.train.n_updates, settings.train.eval_every
-    bar = tqdm(total=n_updates, initial=trainer.step, desc="training", unit="update")
     try:
-        while trainer.step < n_updates:
-            trainer.update()
+        update_to_the_end(trainer, run)
+    except KeyboardInterrupt:
+        if group.is_main:
+            save_checkpoint(run / RESUME_NAME, trainer.state_dict())
+            print(f"Stopped at update {trainer.step}. Go on with the same command and --resume.")
+        raise
+    return trainer
+
+
+def update_to_the_end(trainer: Trainer, run: Path) -> None:
+    """The updates that are left, and the evaluations between them, which are rank 0's."""
+    n_updates, is_main = trainer.settings.train.n_updates, trainer.group.is_main
+    with tqdm(
+        total=n_updates,
+        initial=trainer.step,
+        desc="training",
+        unit="update",
+        disable=not is_main,
+    ) as bar:
+        while trainer.step < n_updates or trainer.must_evaluate:
+            if trainer.must_evaluate:
+                if is_main:
+                    keep_if_best(trainer, run)
+                else:
+                    trainer.losses, trainer.log = [], [{"step": trainer.step}]
+                trainer.group.barrier()
+                continue
+            with undivided():
+                trainer.update()
             bar.update()
             bar.set_postfix_str(f"loss {np.mean(trainer.losses[-100:]):.3f}", refresh=False)
-            if trainer.step % eval_every == 0 or trainer.step == n_updates:
-                keep_if_best(trainer, run)
-    except KeyboardInterrupt:
-        save_checkpoint(run / RESUME_NAME, trainer.state_dict())
-        bar.close()
-        print(f"Stopped at update {trainer.step}. Go on with the same command and --resume.")
-        raise
-    bar.close()
-    return trainer
+
+
+@contextlib.contextmanager
+def undivided() -> Iterator[None]:
+    """Put Ctrl-C off until the block is done, so that what it changes is changed as a whole."""
+    pressed = []
+    before = signal.signal(signal.SIGINT, lambda *_: pressed.append(True))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if pressed:
+        raise KeyboardInterrupt
 
 
 def keep_if_best(trainer: Trainer, run: Path) -> None:
     """Evaluate; keep the model as a checkpoint if it is the best so far on validation goals."""
     started = time.perf_counter()
-    loss = float(np.mean(trainer.losses))
-    trainer.losses = []
-    entry: dict[str, Any] = {"step": trainer.step, "loss": loss}
+    entry: dict[str, Any] = {"step": trainer.step, "loss": float(np.mean(trainer.losses))}
     for name in ("train", "validation"):
         goals, n_rollouts = trainer.goals[name], trainer.settings.train.eval_rollouts
         if name == "train":  # spread over the room; fewer rollouts, as nothing is chosen by them
@@ -240,18 +256,29 @@ def keep_if_best(trainer: Trainer, run: Path) -> None:
         }
     best = max((past["validation_relative"] for past in trainer.log), default=-1.0)
     entry["best"] = entry["validation_relative"] > best
-    trainer.log.append(entry)
-    trainer.seconds += time.perf_counter() - started
+    with undivided():
+        trainer.log.append(entry)
+        trainer.losses = []
+        trainer.seconds += time.perf_counter() - started
+        save(trainer, run)
+    tqdm.write(progress_line(entry, trainer.settings.train.eval_episodes))
+
+
+def save(trainer: Trainer, run: Path) -> None:
+    """Write what a resume needs, and a checkpoint if the last evaluation was the best."""
     state = trainer.state_dict()
-    if entry["best"]:
+    if trainer.log[-1]["best"]:
         kept = {key: state[key] for key in ("step", "config", "model", "goals")}
-        save_checkpoint(
-            run / f"ckpt-{trainer.step}.pt", kept | {"optimizer": None, "lr_sched": None}
-        )
+        kept |= {"optimizer": None, "lr_sched": None}
+        save_checkpoint(run / f"ckpt-{trainer.step}.pt", kept)
     save_checkpoint(run / RESUME_NAME, state)
-    tqdm.write(
-        f"update {trainer.step:>6,}  loss {loss:.3f}  reward an episode, episodes "
-        f"{trainer.settings.train.eval_episodes // 2 + 1} to {trainer.settings.train.eval_episodes}"
+
+
+def progress_line(entry: dict[str, Any], n_episodes: int) -> str:
+    """An evaluation as one line of console text."""
+    return (
+        f"update {entry['step']:>6,}  loss {entry['loss']:.3f}  reward an episode, episodes "
+        f"{n_episodes // 2 + 1} to {n_episodes}"
         f": train goals {entry['train_return']:.1f} of {entry['train_possible']:.1f}, validation "
         f"goals {entry['validation_return']:.1f} of {entry['validation_possible']:.1f}"
         f"{'  (kept)' if entry['best'] else ''}"
@@ -287,50 +314,23 @@ def finish(trainer: Trainer, run: Path) -> dict[str, Any]:
     return result
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """The flags: one a setting of `config.py`, and where the run lives."""
-    parser = argparse.ArgumentParser(
-        description="Train an Algorithm Distillation model in Dark Room: learning histories of a "
-        "source algorithm, a transformer that imitates them, and its evaluation in context.",
-    )
-    parser.add_argument("--run", metavar="NAME", help="name of the run (default: AD-ENV-seedSEED)")
-    parser.add_argument("--resume", action="store_true", help="go on with an interrupted run")
-    parser.add_argument(
-        "--checkpoints", metavar="DIR", default="checkpoints", help="where runs lie"
-    )
-    parser.add_argument("--figs", metavar="DIR", default="figs", help="where pictures go")
-    add_flags(parser, TrainConfig, SourceConfig, EnvConfig, ModelConfig)
-    return parser
-
-
 def main(argv: list[str] | None = None) -> None:
     """Parse the flags, train, evaluate, save."""
-    flags = make_parser().parse_args(argv)
-    settings = Settings(*(from_flags(c, flags) for c in Settings.__annotations__.values()))
-    run = Path(flags.checkpoints) / (flags.run or f"AD-{flags.env}-seed{flags.seed}")
-    device = pick_device(flags.device)
-    begun = (run / RESUME_NAME).exists()
-    if flags.resume and not begun:
-        raise UserError(f"nothing to resume: {run} holds no interrupted run")
-    if not flags.resume and (begun or checkpoints_in(run)):
-        raise UserError(
-            f"{run} holds a run already, which is not overwritten: "
-            f"{'go on with it by --resume, or ' if begun else ''}name another with --run"
-        )
-    if flags.resume:
-        saved = read_file(run / RESUME_NAME)["config"]
-        changed = [k for k, v in settings.to_dict().items() if saved.get(k) != v]
-        if changed:
-            raise UserError(
-                f"--resume goes on with the settings of {run}: expected "
-                f"--{changed[0].replace('_', '-')} {saved.get(changed[0])}, "
-                f"got {settings.to_dict()[changed[0]]}"
-            )
-    trainer = train(settings, run, device, flags.resume)
+    with join() as group:
+        with group.told_once():
+            flags = make_parser().parse_args(argv)
+        with group.together():
+            settings, run, device = prepare(flags, group)
+        trainer = train(settings, run, device, flags.resume, group)
+        if group.is_main:
+            report(trainer, run, Path(flags.figs) / "training" / f"{run.name}.png")
+
+
+def report(trainer: Trainer, run: Path, picture: Path) -> None:
+    """Evaluate what was trained, draw its learning curve, print the numbers."""
     result = finish(trainer, run)
     from learning_curve import draw_learning_curve  # matplotlib takes a second to import
 
-    picture = Path(flags.figs) / "training" / f"{run.name}.png"
     draw_learning_curve(result, picture)
     print(describe(result, checkpoints_in(run)[-1]))
     print(f"All numbers: {run / LOG_NAME}, learning curves: {picture}")

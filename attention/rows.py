@@ -99,7 +99,8 @@ class MapGrid:
             return values
         middle = values[..., self.n_first : self.n_tokens - 1]
         middle = functional.pad(middle, (0, -middle.shape[-1] % self.bin_width))
-        middle = middle.unflatten(-1, (-1, self.bin_width)).sum(-1)
+        # A product with ones: torch sums short rows slowly.
+        middle = middle.unflatten(-1, (-1, self.bin_width)) @ values.new_ones(self.bin_width)
         return torch.cat([values[..., : self.n_first], middle, values[..., -1:]], dim=-1)
 
 
@@ -180,13 +181,14 @@ def maps(q: Tensor, k: Tensor, mask: Mask, *, samples: Sequence[int], grid: MapG
             scores = q[b, :, rows] @ k[b].mT  # (H, R, T)
             if mask.kind == "additive":
                 bias = mask.of_rows(b, every_head, rows, scores)
+                weights, seen = _masked_softmax(scores, bias), bias > -torch.inf
+            elif mask.kind == "causal":
+                seen = positions <= rows[:, None]
+                weights = scores.masked_fill_(~seen, -torch.inf).softmax(-1)
             else:
-                bias = scores.new_zeros(len(rows), n_tokens)
-            if mask.kind == "causal":
-                bias.masked_fill_(positions > rows[:, None], -torch.inf)
-            n_seen = grid.pool((bias > -torch.inf).to(scores.dtype))
-            weights = grid.pool(_masked_softmax(scores, bias))  # (H, R, C)
-            out[m, :, start : start + step] = weights / n_seen  # 0 / 0 is NaN: forbidden
+                weights, seen = scores.softmax(-1), positions >= 0
+            n_seen = grid.pool(seen.to(scores.dtype))
+            out[m, :, start : start + step] = grid.pool(weights) / n_seen  # 0 / 0: forbidden
     return out
 
 

@@ -27,7 +27,7 @@ def read_checkpoint(path):
 
 
 def context_steps(step, n, stride, horizon):
-    """Steps in the context of the decision at `step`: its own episode, then every stride-th back."""
+    """Context of the decision at `step`: its own episode so far, then every stride-th back."""
     steps = list(range(step - step % horizon, step))
     episode = step // horizon - stride
     while len(steps) < n:

@@ -26,10 +26,10 @@ from config import EnvConfig, run_command, to_dict
 from visualize_attention import main
 
 GOALS = ((0, 1), (0, 1), (2, 2), (4, 3))
-COLUMNS = (
-    "sample,goal_row,goal_col,history,step,stride,layer,head,n_context,"
-    "mean_context_attention,concentration,entropy,recent_distant_ratio"
-).split(",")
+COLUMNS = [
+    "sample", "goal_row", "goal_col", "history", "step", "stride", "layer", "head", "n_context",
+    "mean_context_attention", "concentration", "entropy", "recent_distant_ratio",
+]  # fmt: skip
 
 
 def content_of(config, step=30):
@@ -460,11 +460,11 @@ def test_a_value_of_the_wrong_form_is_told_the_right_one(capsys, argv, form):
 def test_a_failure_before_the_first_picture_leaves_earlier_results(home, monkeypatch):
     before = earlier_result(home)
 
-    def out_of_memory(*_):
-        raise RuntimeError("out of memory")
+    def broken(*_, **__):
+        raise RuntimeError("broken layer")
 
-    monkeypatch.setattr(nn.TransformerEncoderLayer, "forward", out_of_memory)
-    with pytest.raises(RuntimeError, match="out of memory"):
+    monkeypatch.setattr(nn.TransformerEncoderLayer, "forward", broken)
+    with pytest.raises(RuntimeError, match="broken layer"):
         main(["--out", "out"])
     assert files_of(home / "out") == before
 
