@@ -292,8 +292,8 @@ def finish(
     print("\n" + "\n\n".join(blocks))
     print(
         f"\n{n_pictures} pictures in {out}/: layer_N/ has a heatmap and a line plot a sample and a "
-        f"summary,\nattention_layers.png compares the layers. All numbers: {out}/metrics.json, "
-        f"{out}/metrics.csv"
+        f"summary,\nattention_layers.png compares the layers. All numbers: metrics.json and "
+        "metrics.csv there."
     )
 
 

@@ -349,8 +349,11 @@ TRAINING = {
 }  # fmt: skip
 
 
+RUN = "AD-darkroom-seed0"
+
+
 def training(folder, **changed):
-    argv = [ROOT / "train.py", "--checkpoints", folder, "--figs", folder / "figs", "--run", "r"]
+    argv = [ROOT / "train.py", "--checkpoints", folder, "--figs", folder / "figs"]
     for name, value in (TRAINING | changed).items():
         argv += ["--" + name.replace("_", "-"), value]
     return argv
@@ -359,15 +362,15 @@ def training(folder, **changed):
 def test_two_processes_train_as_one_on_the_same_batches(tmp_path):
     jobs = [start(n, *training(tmp_path / str(n))) for n in (1, 2)]
     outputs = [finish(job)[0] for job in jobs]
-    runs = [json.loads((tmp_path / str(n) / "r" / "training.json").read_text()) for n in (1, 2)]
+    runs = [json.loads((tmp_path / str(n) / RUN / "training.json").read_text()) for n in (1, 2)]
     assert outputs[1].count("TEST GOALS") == 1
     for one, two in zip(runs[0]["log"], runs[1]["log"], strict=True):
         assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)
         assert two["step"] == one["step"]
-    names = [sorted(p.name for p in (tmp_path / str(n) / "r").iterdir()) for n in (1, 2)]
+    names = [sorted(p.name for p in (tmp_path / str(n) / RUN).iterdir()) for n in (1, 2)]
     assert names[0] == names[1]
     for name in (name for name in names[0] if name.startswith("ckpt-")):
-        one, two = (torch.load(tmp_path / str(n) / "r" / name)["model"] for n in (1, 2))
+        one, two = (torch.load(tmp_path / str(n) / RUN / name)["model"] for n in (1, 2))
         for key in one:
             torch.testing.assert_close(two[key], one[key], rtol=1e-4, atol=1e-5)
 
@@ -381,7 +384,9 @@ def test_a_killed_process_ends_the_training_job_with_a_clear_error(tmp_path):
     argv = training(tmp_path, n_updates=10**6, eval_every=10**6)
     job = start(2, *argv)
     deadline = time.monotonic() + TIMEOUT
-    while not (tmp_path / "r" / "histories-test.npz").exists() and time.monotonic() < deadline:
+    while not (tmp_path / RUN / "histories-test.npz").exists():
+        assert job.poll() is None
+        assert time.monotonic() < deadline
         time.sleep(0.1)
     ranks = children(job.pid)
     assert len(ranks) == 2
@@ -390,4 +395,4 @@ def test_a_killed_process_ends_the_training_job_with_a_clear_error(tmp_path):
     assert "Signal 9 (SIGKILL) received" in err
     assert "rank      : 1" in err
     assert not any(Path(f"/proc/{rank}").exists() for rank in ranks)
-    assert not (tmp_path / "r" / "training.json").exists()
+    assert not (tmp_path / RUN / "training.json").exists()
