@@ -259,7 +259,10 @@ def start(n_processes, *argv, **more):
 
 
 def finish(process, code=0):
-    out, err = process.communicate(timeout=TIMEOUT)
+    try:
+        out, err = process.communicate(timeout=TIMEOUT)
+    finally:
+        process.terminate()  # torchrun takes its processes along
     assert process.returncode == code, err
     return out, err
 
@@ -372,7 +375,7 @@ def test_two_processes_train_as_one_on_the_same_batches(tmp_path):
     for name in (name for name in names[0] if name.startswith("ckpt-")):
         one, two = (torch.load(tmp_path / str(n) / RUN / name)["model"] for n in (1, 2))
         for key in one:
-            torch.testing.assert_close(two[key], one[key], rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(two[key], one[key], rtol=1e-4, atol=1e-4)
 
 
 def children(pid):
