@@ -22,7 +22,7 @@ from tqdm import tqdm
 from analysis import Analysis, Batch
 from attention import report
 from attention.insights import find_patterns
-from attention.metrics import GUIDE_METRICS, AttentionMetrics, uniform_received
+from attention.metrics import SUMMARY_METRICS, AttentionMetrics, uniform_received
 from checkpoint import (
     HISTORIES_NAME,
     Checkpoint,
@@ -248,10 +248,10 @@ def draw_summaries(job: Job, metrics: AttentionMetrics) -> int:
     for layer in metrics.layers:
         folder = job.out / f"layer_{layer.layer}"
         folder.mkdir(exist_ok=True)
-        values = {name: layer.mean[name] for name in GUIDE_METRICS}
+        values = {name: layer.mean[name] for name in SUMMARY_METRICS}
         path = folder / f"attention_summary_layer{layer.layer}.png"
         figures.summary(path, values, uniform, layer=layer.layer, dpi=job.dpi)
-    values = {name: metrics.pooled(name) for name in GUIDE_METRICS}
+    values = {name: metrics.pooled(name) for name in SUMMARY_METRICS}
     numbers = job.analysis.layers
     figures.layers(job.out / "attention_layers.png", values, uniform, numbers=numbers, dpi=job.dpi)
     return (2 * job.n_drawn + 1) * len(numbers) + 1

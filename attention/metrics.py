@@ -28,7 +28,7 @@ STRONG_WEIGHT = 0.1  # a position above this weight counts as strongly attended
 MASS_SHARE = 0.9  # of `tokens_for_90_percent`
 TOLERANCE = 1e-6  # a float32 weight that stands for 0.1 is not above 0.1
 
-GUIDE_METRICS = ("mean_context_attention", "concentration", "entropy", "recent_distant_ratio")
+SUMMARY_METRICS = ("mean_context_attention", "concentration", "entropy", "recent_distant_ratio")
 DETAIL_METRICS = (
     "normalised_entropy",
     "effective_tokens",
@@ -43,7 +43,7 @@ DETAIL_METRICS = (
     "strong_positions",
     "strong_share",
 )
-ALL_METRICS = GUIDE_METRICS + DETAIL_METRICS
+ALL_METRICS = SUMMARY_METRICS + DETAIL_METRICS
 DESCRIPTIONS = {
     "mean_context_attention": "mean attention weight of a context token",
     "concentration": "population standard deviation of the context weights",
@@ -96,14 +96,14 @@ def quarter(n_context: int) -> int:
     return max(1, n_context // 4)
 
 
-def guide_metrics(rows: ArrayLike) -> dict[str, np.ndarray]:
+def summary_metrics(rows: ArrayLike) -> dict[str, np.ndarray]:
     """Compute the four summary metrics of attention rows.
 
     Args:
         rows: `(..., T)`, attention rows of the query token, the query token last.
 
     Returns:
-        `GUIDE_METRICS`, each `(...)` float64. With `n = 1` both quarters are the same token and
+        `SUMMARY_METRICS`, each `(...)` float64. With `n = 1` both quarters are the same token and
         the ratio is 1; a context without mass has ratio 0.
     """
     context = as_rows(rows)[..., :-1]  # (..., n)
@@ -172,7 +172,7 @@ def uniform_reference(
     order = np.arange(n_context)
     row = np.full(n_context + 1, 1.0 / (n_context + 1))
     last = order < (n_context if n_last_episode is None else n_last_episode)
-    values = guide_metrics(row) | detail_metrics(row, last, order < n_rewarded)
+    values = summary_metrics(row) | detail_metrics(row, last, order < n_rewarded)
     return {name: float(value) for name, value in values.items()}
 
 
@@ -335,7 +335,7 @@ def collect(
 
 
 def _measure(rows: np.ndarray, last_episode: np.ndarray, rewarded: np.ndarray) -> dict:
-    return guide_metrics(rows) | detail_metrics(rows, last_episode, rewarded)
+    return summary_metrics(rows) | detail_metrics(rows, last_episode, rewarded)
 
 
 def concatenate(parts: Sequence[AttentionMetrics]) -> AttentionMetrics:

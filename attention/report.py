@@ -35,7 +35,7 @@ from attention.insights import Insight, remarks, scopes, verdicts
 from attention.metrics import (
     ALL_METRICS,
     DESCRIPTIONS,
-    GUIDE_METRICS,
+    SUMMARY_METRICS,
     AttentionMetrics,
     Summary,
     as_float64,
@@ -71,7 +71,7 @@ def layer_table(metrics: AttentionMetrics) -> str:
     table.append(
         (
             "uniform",
-            *(f"{even[name]:.4f}".ljust(len("0.0000 ± 0.0000")) for name in GUIDE_METRICS[:3]),
+            *(f"{even[name]:.4f}".ljust(len("0.0000 ± 0.0000")) for name in SUMMARY_METRICS[:3]),
             f"{even['normalised_entropy']:.2f}",
             f"{even['effective_tokens']:.1f}",
             f"{even['recent_distant_ratio']:.2f}".ljust(len("0.00 ± 0.00")),
@@ -88,7 +88,7 @@ def layer_table(metrics: AttentionMetrics) -> str:
 
 def _table_cells(summary: Mapping[str, Summary]) -> tuple[str, ...]:
     return (
-        *(_plus_minus(summary[name], 4) for name in GUIDE_METRICS[:3]),
+        *(_plus_minus(summary[name], 4) for name in SUMMARY_METRICS[:3]),
         f"{summary['normalised_entropy'].mean:.2f}",
         f"{summary['effective_tokens'].mean:.1f}",
         *_ratio(summary),

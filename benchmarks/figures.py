@@ -48,7 +48,7 @@ def cpu_seconds(draw: Callable[[Path], None], path: Path) -> float:
 def pictures(options: argparse.Namespace) -> list[tuple[str, Callable[[Path], None]]]:
     """Name and drawing function of each picture."""
     from attention import figures
-    from attention.metrics import GUIDE_METRICS, uniform_received
+    from attention.metrics import SUMMARY_METRICS, uniform_received
 
     found = []
     for n_tokens in options.tokens:
@@ -69,8 +69,8 @@ def pictures(options: argparse.Namespace) -> list[tuple[str, Callable[[Path], No
             name = f"plain heatmap, T = {n_tokens}"
             found.append((name, lambda path, maps=maps: plain_heatmap(path, maps)))
     rng = np.random.default_rng(0)
-    values = {name: rng.gamma(3, size=(4, 10)) for name in GUIDE_METRICS}
-    even = dict.fromkeys(GUIDE_METRICS, 1.0)
+    values = {name: rng.gamma(3, size=(4, 10)) for name in SUMMARY_METRICS}
+    even = dict.fromkeys(SUMMARY_METRICS, 1.0)
     first = {name: v[0] for name, v in values.items()}
     found += [
         ("summary, 10 samples", lambda path: figures.summary(path, first, even, layer=0)),

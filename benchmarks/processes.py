@@ -67,7 +67,7 @@ def measure(options: argparse.Namespace) -> None:
     import torch
 
     from analysis import Analysis
-    from attention.metrics import GUIDE_METRICS
+    from attention.metrics import SUMMARY_METRICS
     from checkpoint import HISTORIES_NAME, find_checkpoint, load_checkpoint
     from collecting import Collected
     from dataset import Histories
@@ -92,7 +92,7 @@ def measure(options: argparse.Namespace) -> None:
             metrics = collected.over(group, analysis.sample)
             seconds.append(time.perf_counter() - started)
         if metrics is not None:
-            overall = {name: metrics.overall()[name].mean for name in GUIDE_METRICS}
+            overall = {name: metrics.overall()[name].mean for name in SUMMARY_METRICS}
             content = {"seconds": min(seconds), "overall": overall}
             Path(options.result).write_text(json.dumps(content))
 

@@ -19,7 +19,7 @@ from torch import Tensor
 import compression.attention  # noqa: F401 - enters its strategies
 from attention.evidence import BROAD_SHARE, FOCUSED_ENTROPY, RECENCY_RATIO
 from attention.evidence import is_sparse as has_sparse_rows
-from attention.metrics import detail_metrics, guide_metrics
+from attention.metrics import detail_metrics, summary_metrics
 from compression.history import (
     Generator,
     History,
@@ -103,7 +103,7 @@ def attention_pattern(attention_weights: Tensor | np.ndarray) -> str:
     weights = weights / max(1.0, weights.sum())
     row = np.append(weights, max(0.0, 1 - weights.sum()))[None]  # (1, T), the query token last
     nothing = np.zeros((1, len(weights)), dtype=bool)
-    values = guide_metrics(row) | detail_metrics(row, nothing, nothing)
+    values = summary_metrics(row) | detail_metrics(row, nothing, nothing)
     entropy = values["entropy"][0]
     is_broad = not weights.any() or values["effective_tokens"][0] >= BROAD_SHARE * len(weights)
     if values["recent_distant_ratio"][0] > RECENCY_RATIO:

@@ -11,7 +11,7 @@ from torch.nn.modules import module as torch_module
 
 import analysis
 from analysis import analyse
-from attention.metrics import GUIDE_METRICS, concatenate
+from attention.metrics import SUMMARY_METRICS, concatenate
 from decisions import Decision
 
 DECISIONS = [Decision(0, 12), Decision(2, 29), Decision(1, 17), Decision(1, 28, 2), Decision(0, 14)]
@@ -102,7 +102,7 @@ def test_batches_of_any_size_give_the_same_metrics_in_order(
     assert drawn == [2, 1][: n_drawn and 2]
     assert [s.index for batch in batches for s in batch.samples] == list(range(5))
     parts = concatenate([batch.metrics for batch in batches])
-    for name in GUIDE_METRICS:
+    for name in SUMMARY_METRICS:
         np.testing.assert_allclose(parts.pooled(name), whole.metrics.pooled(name), rtol=1e-5)
 
 
@@ -119,7 +119,7 @@ def test_a_subset_of_layers_is_measured_as_among_all(tiny_model, histories):
     (whole,) = analyse(tiny_model, histories, DECISIONS, [0, 1], n_drawn=0)
     (one,) = analyse(tiny_model, histories, DECISIONS, [1], n_drawn=0)
     assert [layer.layer for layer in one.metrics.layers] == [1]
-    for name in GUIDE_METRICS:
+    for name in SUMMARY_METRICS:
         np.testing.assert_array_equal(one.metrics.pooled(name), whole.metrics.pooled(name)[1:])
 
 

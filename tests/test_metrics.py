@@ -10,14 +10,14 @@ from hypothesis import strategies as st
 
 from attention.metrics import (
     ALL_METRICS,
-    GUIDE_METRICS,
+    SUMMARY_METRICS,
     AttentionMetrics,
     collect,
     concatenate,
     detail_metrics,
-    guide_metrics,
     quarter,
     received_from_map,
+    summary_metrics,
     uniform_received,
     uniform_reference,
 )
@@ -95,9 +95,9 @@ def test_collected_metrics_equal_the_plain_twin(n, n_heads, n_samples, sharpness
                 assert layer.heads[name][s, h] == pytest.approx(value, rel=1e-9, abs=1e-12), name
 
 
-def test_guide_metrics_of_a_row_worked_by_hand():
+def test_summary_metrics_of_a_row_worked_by_hand():
     row = [0.1, 0.0, 0.1, 0.0, 0.1, 0.0, 0.2, 0.2, 0.3]  # n = 8, quarters of 2
-    values = guide_metrics(row)
+    values = summary_metrics(row)
     assert values["mean_context_attention"] == pytest.approx(0.0875)
     assert values["concentration"] == pytest.approx(math.sqrt(0.11 / 8 - 0.0875**2))
     assert values["entropy"] == pytest.approx(-(0.3 * math.log(0.1) + 0.4 * math.log(0.2)))
@@ -126,7 +126,7 @@ def test_detail_metrics_of_a_row_worked_by_hand():
 
 def test_entropy_is_not_renormalised_but_normalised_entropy_is():
     faint = np.array([0.01] * 10 + [0.9])
-    assert guide_metrics(faint)["entropy"] == pytest.approx(-0.1 * math.log(0.01), rel=1e-6)
+    assert summary_metrics(faint)["entropy"] == pytest.approx(-0.1 * math.log(0.01), rel=1e-6)
     mask = np.ones(10, bool)
     assert detail_metrics(faint, mask, mask)["normalised_entropy"] == pytest.approx(1.0)
 
@@ -182,7 +182,7 @@ def test_uniform_values_of_a_sample_follow_its_own_masks():
 def test_a_context_without_mass_reads_nothing_and_stays_finite(n):
     row = np.append(np.zeros(n), 1.0)
     mask = np.ones(n, bool)
-    values = guide_metrics(row) | detail_metrics(row, mask, mask)
+    values = summary_metrics(row) | detail_metrics(row, mask, mask)
     assert values.pop("mass_self") == 1.0
     assert {name: float(v) for name, v in values.items()} == dict.fromkeys(values, 0.0)
 
@@ -192,7 +192,7 @@ def test_short_contexts_have_quarters_of_one_token(n):
     row = np.zeros(n + 1)
     row[n - 1] += 0.6
     row[0] += 0.3
-    ratio = guide_metrics(row)["recent_distant_ratio"]
+    ratio = summary_metrics(row)["recent_distant_ratio"]
     assert ratio == pytest.approx(1.0 if n == 1 else 2.0)
 
 
@@ -202,7 +202,7 @@ def test_every_metric_is_finite_on_one_hot_rows_of_any_length():
             row = np.zeros(n + 1)
             row[position] = 1.0
             mask = np.arange(n) == 0
-            values = guide_metrics(row) | detail_metrics(row, mask, mask)
+            values = summary_metrics(row) | detail_metrics(row, mask, mask)
             assert all(np.isfinite(v).all() for v in values.values())
 
 
@@ -227,7 +227,7 @@ def test_uniform_received_equals_that_of_a_uniform_map():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_torch_rows_with_gradients_are_measured_in_float64(dtype):
     rows = torch.full((2, 3, 9), 1 / 9, dtype=dtype, requires_grad=True)
-    values = guide_metrics(rows)
+    values = summary_metrics(rows)
     assert values["entropy"].dtype == np.float64
     assert values["entropy"].shape == (2, 3)
 
@@ -241,7 +241,7 @@ def small_result(n_samples=4, n_layers=2, n_heads=3, n=8, seed=0, layers=None):
 
 def test_aggregates_are_population_statistics_of_head_averaged_rows():
     rows, _, result = small_result()
-    entropies = np.array([guide_metrics(r.mean(1))["entropy"] for r in rows])  # (L, S)
+    entropies = np.array([summary_metrics(r.mean(1))["entropy"] for r in rows])  # (L, S)
     layer = result.layers[1].summary()["entropy"]
     assert (layer.mean, layer.std, layer.median) == pytest.approx(
         (entropies[1].mean(), entropies[1].std(ddof=0), np.median(entropies[1]))
@@ -250,7 +250,7 @@ def test_aggregates_are_population_statistics_of_head_averaged_rows():
     assert (overall.mean, overall.std, overall.median) == pytest.approx(
         (entropies.mean(), entropies.std(ddof=0), np.median(entropies))
     )
-    heads = guide_metrics(rows[1])["entropy"].mean(0)
+    heads = summary_metrics(rows[1])["entropy"].mean(0)
     assert result.layers[1].head_means()["entropy"] == pytest.approx(heads)
 
 
@@ -314,7 +314,7 @@ def test_a_sample_without_episode_starts_is_one_episode():
 )
 def test_rows_that_are_no_attention_weights_are_refused(row, message):
     with pytest.raises(ValueError, match=message):
-        guide_metrics(row)
+        summary_metrics(row)
 
 
 def test_shapes_that_do_not_fit_are_named():
@@ -330,4 +330,4 @@ def test_shapes_that_do_not_fit_are_named():
         collect(rows, [*samples[:3], make_sample(3, 5, np.random.default_rng(0))])
     with pytest.raises(ValueError, match="square maps"):
         received_from_map(np.zeros((2, 3)))
-    assert tuple(result.layers[0].mean)[:4] == GUIDE_METRICS
+    assert tuple(result.layers[0].mean)[:4] == SUMMARY_METRICS

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from attention.insights import find_patterns
-from attention.metrics import ALL_METRICS, GUIDE_METRICS, collect, concatenate, uniform_received
+from attention.metrics import ALL_METRICS, SUMMARY_METRICS, collect, concatenate, uniform_received
 from attention.report import (
     drawn_arrays,
     insight_blocks,
@@ -26,7 +26,7 @@ from attention.report import (
 from attention.samples import Sample
 
 FIRST_COLUMNS = ["sample", "goal_row", "goal_col", "history", "step", "stride", "layer", "head"]
-FIRST_COLUMNS += ["n_context", *GUIDE_METRICS]
+FIRST_COLUMNS += ["n_context", *SUMMARY_METRICS]
 
 
 def make_result(n=100, n_samples=3, n_layers=4, n_heads=2, seed=0, slope=0.05):
@@ -125,7 +125,7 @@ def test_layer_table_has_a_line_a_layer_and_uniform_last():
     assert [line.split()[0] for line in table] == ["layer", "0", "1", "2", "3", "uniform"]
     entropy = result.layers[2].summary()["entropy"]
     assert f"{entropy.mean:.4f} ± {entropy.std:.4f}" in table[3]
-    uniform = [f"{result.uniform_mean()[name]:.4f}" for name in GUIDE_METRICS[:3]]
+    uniform = [f"{result.uniform_mean()[name]:.4f}" for name in SUMMARY_METRICS[:3]]
     assert table[5].split() == ["uniform", *uniform, "1.00", "100.0", "1.00"]
 
 
