@@ -363,7 +363,8 @@ def training(folder, **changed):
 
 
 def test_two_processes_train_as_one_on_the_same_batches(tmp_path):
-    jobs = [start(n, *training(tmp_path / str(n))) for n in (1, 2)]
+    # Without averaging: an average over few updates would hide most of what they changed.
+    jobs = [start(n, *training(tmp_path / str(n), ema_decay=0.0)) for n in (1, 2)]
     outputs = [finish(job)[0] for job in jobs]
     runs = [json.loads((tmp_path / str(n) / RUN / "training.json").read_text()) for n in (1, 2)]
     assert outputs[1].count("TEST GOALS") == 1
@@ -375,7 +376,11 @@ def test_two_processes_train_as_one_on_the_same_batches(tmp_path):
     for name in (name for name in names[0] if name.startswith("ckpt-")):
         one, two = (torch.load(tmp_path / str(n) / RUN / name)["model"] for n in (1, 2))
         for key in one:
-            torch.testing.assert_close(two[key], one[key], rtol=1e-4, atol=1e-4)
+            if key.endswith("in_proj_bias"):
+                # A softmax does not see a bias of its keys: that gradient is rounding alone,
+                # which Adam scales to full updates. Queries and values remain.
+                one[key], two[key] = (torch.cat([x[key][:16], x[key][32:]]) for x in (one, two))
+            torch.testing.assert_close(two[key], one[key], rtol=1e-4, atol=1e-5)
 
 
 def children(pid):
