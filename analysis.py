@@ -1,6 +1,6 @@
-"""Run an AD model on decisions of learning histories and measure where its attention goes.
+"""Run a model on decisions and measure where its attention goes.
 
-    for batch in analyse(model, histories, decisions, layers=[0, 1, 2, 3], n_drawn=10):
+    for batch in analyse(ADSubject(model, histories, decisions), layers=[0, 1, 2, 3], n_drawn=10):
         batch.metrics, batch.attention
 
 Nothing is kept between batches: however many decisions there are, what a batch takes is bounded by
@@ -17,25 +17,24 @@ import contextlib
 import itertools
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from attention.capture import LayerAttention, capture
+from attention.calls import CaptureError
 from attention.metrics import AttentionMetrics, collect
+from attention.record import LayerAttention
 from attention.samples import Sample
+from attention.tokens import sum_rows, uniform_rows, visible_to_query
 from config import UserError
-from dataset import ADDataset, Histories
-from decisions import Decision, describe
-from model import ADTransformer
 from parallel import ALONE, Group
+from subject import Subject
 
 MAX_DRAWN = 16  # decisions with maps in one pass: a map takes R x C numbers a head
 MAX_DRAWN_TOKENS = 2**15
 MAX_TOKENS = 2**13  # tokens in one pass without maps: as fast as more, and easily shared out
-INPUTS = ("states", "actions", "rewards", "next_states", "query_states")
 
 
 @dataclass(frozen=True)
@@ -48,6 +47,8 @@ class Batch:
         logits: `(B, A)` action logits.
         attention: layer number -> attention of the batch.
         drawn: which of the `B` come with a map, in the order of the maps.
+        uniform_rows: `(B, T)`, the row that weighs all that the query may see equally; None where
+            that is every token.
     """
 
     samples: tuple[Sample, ...]
@@ -55,6 +56,7 @@ class Batch:
     logits: torch.Tensor
     attention: dict[int, LayerAttention]
     drawn: tuple[int, ...] = ()
+    uniform_rows: np.ndarray | None = None
 
     @property
     def has_maps(self) -> bool:
@@ -64,36 +66,36 @@ class Batch:
 
 @dataclass(frozen=True)
 class Analysis:
-    """Forward passes over decisions, each with a full context.
+    """Forward passes over the decisions of a subject.
 
     Attributes:
-        model: the model, in evaluation mode.
-        histories: the histories that the decisions are of.
-        decisions: what to analyse.
+        subject: a model, in evaluation mode, and its decisions.
         layers: numbers of the layers to capture.
         precision: of the model's forward pass, "float32" or "bfloat16".
         group: the processes that share the work.
+        heads: numbers of the heads that are measured and drawn; None: all.
     """
 
-    model: ADTransformer
-    histories: Histories
-    decisions: Sequence[Decision]
+    subject: Subject
     layers: Sequence[int]
     precision: str = "float32"
     group: Group = ALONE
+    heads: tuple[int, ...] | None = None
 
-    def sample(self, index: int) -> Sample:
-        """What a reader must know about a decision."""
-        return describe(self.histories, self.decisions[index], index, self.model.n_context_max)
+    @property
+    def n_heads(self) -> list[int]:
+        """Heads of each captured layer that are measured and drawn."""
+        return [len(self.heads or range(self.subject.n_heads[layer])) for layer in self.layers]
 
     def drawn(self, n_drawn: int) -> Iterator[Batch]:
         """The first `n_drawn` decisions, with received attention and the maps of a fair share.
 
         Every process runs the batches of which it draws a part.
         """
-        n_tokens = self.model.config.n_transit
+        n_tokens = self.subject.n_tokens
         size = min(MAX_DRAWN, max(1, MAX_DRAWN_TOKENS // n_tokens))
-        batches = [range(i, min(i + size, n_drawn)) for i in range(0, n_drawn, size)]
+        groups = self._same_shape(range(n_drawn))
+        batches = [group[i : i + size] for group in groups for i in range(0, len(group), size)]
         return self._batches([(b, self._own(b)) for b in batches if self._own(b)])
 
     def measured(self, n_drawn: int) -> Iterator[Batch]:
@@ -104,16 +106,28 @@ class Analysis:
         """How many decisions `measured` goes through in this process."""
         return sum(map(len, self._share_after(n_drawn)))
 
-    def _share_after(self, first: int) -> list[range]:
-        size = max(1, MAX_TOKENS // self.model.config.n_transit)
-        batches = even_parts(first, len(self.decisions), size)
+    def _share_after(self, first: int) -> list[Sequence[int]]:
+        size = max(1, MAX_TOKENS // self.subject.n_tokens)
+        groups = self._same_shape(range(first, self.subject.n_samples))
+        batches = [
+            group[part.start : part.stop]
+            for group in groups
+            for part in even_parts(0, len(group), size)
+        ]
         return [batches[i] for i in self.group.share(len(batches))]
 
-    def _own(self, batch: range) -> tuple[int, ...]:
+    def _same_shape(self, indices: range) -> list[Sequence[int]]:
+        """Decisions in groups that can share a pass: all of them where they are equally long."""
+        groups: dict[object, list[int]] = {}
+        for index in indices:
+            groups.setdefault(self.subject.shape(index), []).append(index)
+        return list(groups.values())
+
+    def _own(self, batch: Sequence[int]) -> tuple[int, ...]:
         """Which decisions of a batch this process draws."""
         return tuple(i for i, n in enumerate(batch) if n % self.group.size == self.group.rank)
 
-    def _batches(self, parts: Sequence[tuple[range, tuple[int, ...]]]) -> Iterator[Batch]:
+    def _batches(self, parts: Sequence[tuple[Sequence[int], tuple[int, ...]]]) -> Iterator[Batch]:
         """Passes over decisions and which of them to draw; what does not fit memory is halved."""
         limit = max((len(indices) for indices, _ in parts), default=0)
         told = False
@@ -130,10 +144,12 @@ class Analysis:
                 limit = self._halve(len(piece), told)
                 told = True
 
-    def _attempt(self, indices: range, drawn: tuple[int, ...]) -> Batch | None:
+    def _attempt(self, indices: Sequence[int], drawn: tuple[int, ...]) -> Batch | None:
         """One pass; None if it does not fit memory. What it held is free once this returns."""
         try:
             return self._run(indices, drawn)
+        except CaptureError as error:
+            raise UserError(f"attention cannot be captured: {error}") from error
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
@@ -141,69 +157,66 @@ class Analysis:
 
     def _halve(self, n_samples: int, told: bool) -> int:
         """Half of a batch that was too large, said on stderr the first time."""
+        device = self.subject.device
         if n_samples == 1:
             raise UserError(
-                f"a single sample of {self.model.config.n_transit} tokens does not fit the memory "
-                f"of {self._device}: analyse fewer layers at once (--layers), draw fewer samples "
+                f"a single sample of {self.subject.n_tokens} tokens does not fit the memory "
+                f"of {device}: analyse fewer layers at once (--layers), draw fewer samples "
                 "(--num-figures) or use another --device"
             )
-        if self._device.type == "cuda":
+        if device.type == "cuda":
             torch.cuda.empty_cache()
         half = n_samples // 2
         if not told:
             tqdm.write(
-                f"note: a batch of {n_samples} samples does not fit the memory of {self._device}; "
+                f"note: a batch of {n_samples} samples does not fit the memory of {device}; "
                 f"going on with {half} or fewer",
                 file=sys.stderr,
             )
         return half
 
-    @property
-    def _device(self) -> torch.device:
-        return self.model.pred_action.weight.device
-
     @torch.inference_mode()
-    def _run(self, indices: range, drawn: tuple[int, ...]) -> Batch:
+    def _run(self, indices: Sequence[int], drawn: tuple[int, ...]) -> Batch:
         """One forward pass, each layer captured as it runs."""
-        model, n_context = self.model, self.model.n_context_max
-        chosen = [self.decisions[i] for i in indices]
-        samples = tuple(map(self.sample, indices))
-        window = ADDataset(self.histories, n_context).windows(
-            np.array([d.history for d in chosen]),
-            np.array([d.step for d in chosen]),
-            np.array([d.stride for d in chosen]),
-        )
-        inputs = [window[name].to(self._device) for name in INPUTS]
-        modules = [model.transformer_encoder.layers[number] for number in self.layers]
-        with self._autocast(), capture(modules, received=bool(drawn), maps=drawn or None) as record:
-            logits = model(*inputs)
-        metrics = collect([layer.query_rows for layer in record], samples, self.layers)
-        attention = dict(zip(self.layers, record, strict=True))
-        return Batch(samples, metrics, logits.float().cpu(), attention, drawn)
+        samples = tuple(map(self.subject.sample, indices))
+        tokens = self.subject.tokens(indices)
+        wanted = {"received": bool(drawn), "maps": drawn or None}
+        with self._autocast(), self.subject.captured(self.layers, indices, **wanted) as record:
+            logits = self.subject.forward(indices)
+        layers = [self._chosen_heads(layer) for layer in record]
+        rows, uniform = [layer.query_rows for layer in layers], None
+        if tokens is None:
+            metrics = collect(rows, samples, self.layers)
+        else:
+            uniform = uniform_rows(visible_to_query(rows))
+            summed = [sum_rows(layer, tokens) for layer in rows]
+            metrics = collect(summed, samples, self.layers, sum_rows(uniform, tokens))
+        metrics = replace(metrics, heads=self.heads)
+        attention = dict(zip(self.layers, layers, strict=True))
+        return Batch(samples, metrics, logits.float().cpu(), attention, drawn, uniform)
+
+    def _chosen_heads(self, layer: LayerAttention) -> LayerAttention:
+        if self.heads is None:
+            return layer
+        parts = {"query_rows": layer.query_rows, "received": layer.received, "maps": layer.maps}
+        heads = list(self.heads)
+        return replace(layer, **{k: v[:, heads] for k, v in parts.items() if v is not None})
 
     def _autocast(self) -> contextlib.AbstractContextManager:
         if self.precision == "float32":
             return contextlib.nullcontext()
-        return torch.autocast(self._device.type, getattr(torch, self.precision))
+        return torch.autocast(self.subject.device.type, getattr(torch, self.precision))
 
 
-def analyse(
-    model: ADTransformer,
-    histories: Histories,
-    decisions: Sequence[Decision],
-    layers: Sequence[int],
-    n_drawn: int,
-) -> Iterator[Batch]:
+def analyse(subject: Subject, layers: Sequence[int], n_drawn: int) -> Iterator[Batch]:
     """Forward passes over all decisions; the first `n_drawn` come with received attention and maps.
 
     Args:
-        model: the model, in evaluation mode.
-        histories: the histories that the decisions are of.
-        decisions: what to analyse, each with a full context.
+        subject: a model, in evaluation mode, and its decisions.
         layers: numbers of the layers to capture.
         n_drawn: how many of the decisions are to be drawn.
     """
-    analysis = Analysis(model, histories, decisions, layers)
+    analysis = Analysis(subject, layers)
     yield from analysis.drawn(n_drawn)
     yield from analysis.measured(n_drawn)
 

@@ -6,21 +6,32 @@ tensors `{step, config, model, optimizer, lr_sched, goals}`, read with `weights_
 
     choice = find_checkpoint("checkpoints")
     checkpoint = load_checkpoint(choice.path)
+
+Checkpoints of existing Dark Room code for Algorithm Distillation (`runs/AD-darkroom-seed0/`) load
+as they are. They hold no `goals`: which ones were held out follows from the config (`split_of`).
 """
 
+import numbers
 import os
+import random
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from config import ModelConfig, UserError, from_dict
+from darkroom import N_ACTIONS
 from model import ADTransformer
 
 HISTORIES_NAME = "histories-test.npz"
 _NAME = re.compile(r"ckpt-(\d+)\.pt")
+_REFUSED = re.compile(r"GLOBAL (\S+) was not an allowed global|but got <class '([^']+)'>")
+# Prefixes that torch.compile and data-parallel wrappers put before the name of every tensor.
+_WRAPPERS = ("module.", "_orig_mod.")
+_SIZES = ("n_transit", "tf_n_layer", "tf_n_head", "tf_n_embd", "grid_size")
 
 
 @dataclass(frozen=True)
@@ -40,7 +51,8 @@ class Checkpoint:
         step: gradient updates behind it.
         config: every setting of its training, flat.
         model: the model, in evaluation mode.
-        goals: `{"train": [[row, col], ...], "validation": [...], "test": [...]}`.
+        goals: `{"train": [[row, col], ...], "validation": [...], "test": [...]}`; those of other
+            code have no "validation", and where the split is not known it is empty.
     """
 
     path: Path
@@ -104,6 +116,8 @@ def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
 def read_file(path: str | Path) -> dict[str, Any]:
     """Read a checkpoint file as plain types and tensors; nothing in it is executed.
 
+    Numbers of numpy in its config are made plain.
+
     Raises:
         UserError: it is not there, not a checkpoint, or damaged.
     """
@@ -111,8 +125,15 @@ def read_file(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"No checkpoint found: there is no file {path}")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(_numpy_numbers()):
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises a different type for each kind of damage
+        if refused := _REFUSED.search(str(error)):
+            raise UserError(
+                f"{path} cannot be read as a checkpoint: expected tensors and plain values, got a "
+                f"{refused[1] or refused[2]}, which is not loaded because it could run code; where "
+                "you trust the file, save it again without that"
+            ) from error
         raise UserError(
             f"{path} ({path.stat().st_size:,} bytes) cannot be read as a checkpoint: expected a "
             f"whole file written by train.py, got one that is truncated or of another kind "
@@ -126,7 +147,21 @@ def read_file(path: str | Path) -> dict[str, Any]:
             f"{path} is not a checkpoint of an AD model: expected a dict with {', '.join(needed)}, "
             f"got {f'one with {found}' if found else type(content).__name__}"
         )
+    if isinstance(content["config"], dict):
+        content["config"] = {name: _plain(value) for name, value in content["config"].items()}
     return content
+
+
+def _numpy_numbers() -> list[Any]:
+    """What torch must know to read numbers of numpy, which can run nothing."""
+    scalar = np.float64(0).__reduce__()[0]
+    kinds = [type(np.dtype(kind)) for kind in "?bhilqBHILQefd"]
+    modules = ("numpy.core.multiarray", "numpy._core.multiarray")  # numpy 1 and 2
+    return [np.dtype, *kinds, *((scalar, f"{module}.scalar") for module in modules)]
+
+
+def _plain(value: Any) -> Any:
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> Checkpoint:
@@ -136,8 +171,8 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> Che
         UserError: it cannot be read, or its tensors do not fit its config.
     """
     content = read_file(path)
-    step, weights, config = content["step"], content["model"], content["config"]
-    if not isinstance(step, int):
+    step, weights, config = content["step"], unwrapped(content["model"]), content["config"]
+    if not isinstance(step, numbers.Integral):
         raise UserError(f"{path}: expected a whole number as its step, got {type(step).__name__}")
     model = ADTransformer(model_config(path, weights, config))
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -157,8 +192,58 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> Che
             "checkpoint with --checkpoint, or train with a lower --lr"
         )
     model.load_state_dict(weights)
-    goals = content.get("goals") or {}
-    return Checkpoint(Path(path), step, config, model.to(device).eval(), goals)
+    goals = content.get("goals") or split_of(config)
+    return Checkpoint(Path(path), int(step), config, model.to(device).eval(), goals)
+
+
+def unwrapped(weights: Any) -> Any:
+    """Tensors by the names they have in the model itself, whatever it was wrapped in."""
+    while isinstance(weights, dict) and weights:
+        wrapper = next((w for w in _WRAPPERS if all(str(k).startswith(w) for k in weights)), None)
+        if wrapper is None:
+            break
+        weights = {name.removeprefix(wrapper): tensor for name, tensor in weights.items()}
+    return weights
+
+
+def split_of(config: dict[str, Any]) -> dict[str, list[list[int]]]:
+    """The goals that existing Dark Room code trained on and held out, as its config implies them.
+
+    The cells of the room, row by row, are shuffled by `random.seed(env_split_seed)`; the first
+    `round(cells * train_env_ratio)` are trained on, the rest held out. Goals are in that order.
+
+    Returns:
+        `{"train": [[row, col], ...], "test": [...]}`; empty where the config does not tell.
+    """
+    seed, ratio = config.get("env_split_seed"), config.get("train_env_ratio")
+    if not is_dark_room(config) or seed is None or not isinstance(ratio, int | float):
+        return {}
+    n_cells = config["grid_size"] ** 2
+    cells = list(range(n_cells))
+    random.Random(seed).shuffle(cells)
+    goals = [list(divmod(cell, config["grid_size"])) for cell in cells]
+    n_train = round(n_cells * ratio)
+    return {"train": goals[:n_train], "test": goals[n_train:]}
+
+
+def is_dark_room(config: dict[str, Any]) -> bool:
+    """Whether a model was trained in the plain Dark Room: a goal a room, the same moves in all."""
+    return re.sub(r"[\W_]", "", str(config.get("env", "darkroom"))).lower() == "darkroom"
+
+
+def check_can_act(checkpoint: Checkpoint) -> None:
+    """Check that a model can act in the rooms that there are here.
+
+    Raises:
+        UserError: it was trained in another environment.
+    """
+    config = checkpoint.config
+    n_actions = checkpoint.model.config.num_actions
+    if not is_dark_room(config) or n_actions != N_ACTIONS:
+        raise UserError(
+            f"{checkpoint.path}: expected a model of env 'darkroom' with {N_ACTIONS} actions to "
+            f"act, got env {config.get('env')!r} with {n_actions}; its attention can be shown"
+        )
 
 
 def model_config(path: str | Path, weights: dict[str, Any], config: dict[str, Any]) -> ModelConfig:
@@ -167,7 +252,7 @@ def model_config(path: str | Path, weights: dict[str, Any], config: dict[str, An
         raise UserError(f"{path}: expected its config and model to be dicts")
     if not all(isinstance(tensor, torch.Tensor) for tensor in weights.values()):
         raise UserError(f"{path}: expected its model to be a dict of tensors")
-    for name in ("n_transit", "tf_n_layer", "tf_n_head", "tf_n_embd", "grid_size"):
+    for name in _SIZES:
         value = config.get(name)
         if not isinstance(value, int) or value < 1:
             raise UserError(f"{path}: expected {name} of 1 or more in its config, got {value!r}")
@@ -178,7 +263,10 @@ def model_config(path: str | Path, weights: dict[str, Any], config: dict[str, An
         )
     inner = weights.get("transformer_encoder.layers.0.linear1.weight")
     width = {} if inner is None or inner.dim() == 0 else {"tf_n_inner": inner.shape[0]}
-    return from_dict(ModelConfig, {"tf_dropout": 0.0} | config | width)
+    try:
+        return from_dict(ModelConfig, {"tf_dropout": 0.0} | config | width)
+    except (UserError, TypeError) as error:
+        raise UserError(f"{path}: its config does not describe a model: {error}") from error
 
 
 def pick_device(name: str) -> torch.device:

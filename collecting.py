@@ -24,9 +24,11 @@ class Collected:
 
     Args:
         n_samples: `S`; samples are numbered `0 .. S - 1` by their `index`.
+        heads: numbers of the heads measured; None: all.
     """
 
-    def __init__(self, n_samples: int) -> None:
+    def __init__(self, n_samples: int, heads: tuple[int, ...] | None = None) -> None:
+        self.heads = heads
         self.added = np.zeros(n_samples, dtype=bool)
         self.layers: dict[int, np.ndarray] = {}
         self.uniform = np.empty((len(ALL_METRICS), n_samples))
@@ -75,6 +77,7 @@ class Collected:
                 for number, values in sorted(self.layers.items())
             ),
             {name: self.uniform[m] for m, name in enumerate(ALL_METRICS)},
+            self.heads,
         )
 
     def _put(self, indices: np.ndarray, layers: dict[int, np.ndarray], uniform: np.ndarray) -> None:

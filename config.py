@@ -130,6 +130,9 @@ class TrainConfig:
     max_stride: int = setting(
         16, "windows join every k-th episode of a history, k drawn from 1 to this", "N"
     )
+    history_dropout: float = setting(
+        0.0, "part of the updates made on thinned histories, so that the model can read such", "X"
+    )
     eval_every: int = setting(500, "updates between evaluations and checkpoints", "N")
     eval_episodes: int = setting(40, "episodes a rollout; its second half counts", "N")
     eval_rollouts: int = setting(24, "rollouts a validation goal while training", "N")
@@ -140,7 +143,7 @@ class TrainConfig:
         require(self, seed=0, n_updates=1, batch_size=1, lr=0, n_warmup=0, weight_decay=0)
         require(self, max_grad_norm=0, ema_decay=0, max_stride=1, eval_every=1)
         require(self, eval_episodes=2, eval_rollouts=1, final_rollouts=1)
-        require_fractions(self, "ema_decay")
+        require_fractions(self, "ema_decay", "history_dropout")
 
 
 def goal(text: str) -> tuple[int, int]:
@@ -182,14 +185,36 @@ class VisualizeConfig:
         "checkpoints", "checkpoint file, run, or folder of runs: the latest in it", "PATH"
     )
     histories: str | None = setting(
-        None, "learning histories (.npz; default: those beside the checkpoint)", "FILE", type=str
+        None,
+        "learning histories, .npz or .hdf5 (default: those beside the checkpoint)",
+        "FILE",
+        type=str,
+    )
+    adapter: str | None = setting(
+        None,
+        "Python file that says how to run a model of your own, see examples/",
+        "FILE",
+        type=str,
     )
     num_samples: int = setting(10, "decisions to analyse", "N", type=count)
     num_figures: int | None = setting(
         None, "decisions to draw (default: all, 50 at most)", "N", type=whole
     )
+    num_effects: int = setting(
+        10,
+        "decisions on which the effect of dropping history is measured; 0: none",
+        "N",
+        type=whole,
+    )
     layers: list[int] | None = setting(
         None, "layers to analyse, from 0 (default: all)", "N", type=int, nargs="+"
+    )
+    heads: list[int] | None = setting(
+        None,
+        "heads to analyse and to average over, from 0 (default: all)",
+        "N",
+        type=int,
+        nargs="+",
     )
     goal: list[tuple[int, int]] | None = setting(
         None, "only histories of these goals", "ROW,COL", type=goal, nargs="+"
@@ -210,6 +235,89 @@ class VisualizeConfig:
     )
     seed: int = setting(0, "seed of the choice of decisions", "N", type=whole)
     dpi: int = setting(100, "pixels an inch of the pictures", "N", type=count)
+
+
+def fraction(text: str) -> float:
+    """Parse a number between 0 and 1."""
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"expected a number between 0 and 1, got {text}")
+    return value
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much a comparison plays where the flags do not say.
+
+    Attributes:
+        strategies: names in `compression`; None: all of them.
+        seeds: runs a goal.
+        episodes: episodes a run.
+    """
+
+    strategies: tuple[str, ...] | None
+    seeds: int
+    episodes: int
+
+
+QUICK = Effort(
+    strategies=("recent", "first-recent", "even", "random", "rewarded-recent", "top-k"),
+    seeds=6,
+    episodes=24,
+)
+PAPER_GRADE = Effort(strategies=None, seeds=16, episodes=40)
+BUDGETS = (10, 20, 40)  # and all that the model can read; of these those that it can read
+
+
+@dataclass(frozen=True)
+class CompareConfig:
+    """Which ways to compress to compare, how thoroughly, and where the results go."""
+
+    checkpoint: str = setting(
+        "checkpoints", "checkpoint file, run, or folder of runs: the latest in it", "PATH"
+    )
+    adapter: str | None = setting(
+        None,
+        "Python file that says how to run a model of your own, and in which environment",
+        "FILE",
+        type=str,
+    )
+    strategies: list[str] | None = setting(
+        None, "strategies to compare (default: a quick choice, all with --full)", "NAME",
+        type=str, nargs="+",
+    )  # fmt: skip
+    budgets: list[int] | None = setting(
+        None, "transitions to keep (default: 10 20 40 and all that the model reads)", "N",
+        type=count, nargs="+",
+    )  # fmt: skip
+    full: bool = setting(
+        False, "paper-grade: all strategies, more seeds and episodes", action="store_true"
+    )
+    positions: str = setting(
+        "reindexed",
+        "where a kept transition stands: right behind the one kept before it, or as in the full "
+        "history where that fits",
+        choices=("reindexed", "original"),
+    )
+    seeds: int | None = setting(
+        None,
+        f"runs a goal (default: {QUICK.seeds}, {PAPER_GRADE.seeds} with --full)",
+        "N",
+        type=count,
+    )
+    episodes: int | None = setting(
+        None,
+        "episodes a run, of which the second half counts "
+        f"(default: {QUICK.episodes}, {PAPER_GRADE.episodes} with --full)",
+        "N",
+        type=count,
+    )
+    margin: float = setting(
+        0.05, "loss that would not matter, as a part of full history's return", "X", type=fraction
+    )
+    out: str = setting("figs/compression", "folder for pictures and numbers", "DIR")
+    device: str = setting("auto", "cpu, cuda, or auto: cuda where there is one", "NAME")
+    seed: int = setting(0, "seed of action noise, random choices and bootstrap", "N", type=whole)
 
 
 def add_flags(parser: argparse.ArgumentParser, *configs: type) -> None:
@@ -235,6 +343,12 @@ def from_flags(config: type[T], flags: argparse.Namespace) -> T:
     """Build a settings object from parsed flags."""
     names = [field.name for field in dataclasses.fields(config)]
     return config(**{name: getattr(flags, name) for name in names if hasattr(flags, name)})
+
+
+def same_as_default(config: Any, name: str) -> bool:
+    """Whether a setting has the value that it has unless a flag gives another."""
+    default = next(field.default for field in dataclasses.fields(config) if field.name == name)
+    return getattr(config, name) == default
 
 
 def from_dict(config: type[T], values: dict[str, Any]) -> T:

@@ -232,17 +232,24 @@ class ADDataset(Dataset):
         """
         steps = np.asarray(steps)
         context = context_steps(steps, self.n_context, strides, self.histories.horizon)
-        return self._gather(np.asarray(histories), steps, context)
+        return self.gather(np.asarray(histories), steps, context)
 
-    def _gather(
+    def gather(
         self, histories: np.ndarray, steps: np.ndarray, context: np.ndarray
     ) -> dict[str, Tensor]:
-        """Windows of decisions `(B,)` with their contexts `(B, n)`, given as steps."""
+        """Windows of decisions `(B,)` with their contexts `(B, n)` of any length, given as steps.
+
+        Returns:
+            The keys of an item, each with a leading axis `B`.
+
+        Raises:
+            UserError: a decision has not enough transitions before it.
+        """
         if context.min(initial=0) < 0:
             short = int(np.argmin(context.min(axis=1)))
             raise UserError(
                 f"history too short for the context: the decision at step {steps[short]} lacks "
-                f"{int((context[short] < 0).sum())} of its {self.n_context} transitions"
+                f"{int((context[short] < 0).sum())} of its {context.shape[1]} transitions"
             )
         window = {k: _widen(v[histories[:, None], context]) for k, v in self.tensors.items()}
         window["query_states"] = self.tensors["states"][histories, steps].long()
@@ -250,15 +257,30 @@ class ADDataset(Dataset):
         return window
 
     def sample(self, batch_size: int, rng: np.random.Generator) -> dict[str, Tensor]:
-        """Draw a training batch.
+        """Draw a training batch: the keys of an item, each with a leading axis `B`."""
+        return self.gather(*self.draw(batch_size, self.n_context, rng))
+
+    def draw(
+        self, batch_size: int, n: int, rng: np.random.Generator
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Draw decisions to train on, and what stands before them.
 
         Half of the windows join every k-th episode, k uniform, and lie anywhere in their history.
         The others join episodes drawn at random, more of them from early learning: what stands in
         context then often holds no reward yet while the learner knows its goal already, which
         teaches the model to head for places where a goal may be. Half of each kind begin with an
         episode, as a context that is still growing does, and half anywhere, as a full one does.
+
+        Args:
+            batch_size: decisions wanted `B`.
+            n: transitions before each of them, fewer than the steps of a history.
+            rng: what to draw from.
+
+        Returns:
+            Histories `(B,)`, steps of the decisions `(B,)` and of their contexts `(B, n)`, as
+            `gather` takes them.
         """
-        h, n = self.histories, self.n_context
+        h = self.histories
         horizon, n_episodes = h.horizon, h.n_steps // h.horizon
         n_back = -(-n // horizon)
         shortest = max(0, n - (n_episodes - 1) * horizon)  # in short histories
@@ -277,7 +299,7 @@ class ADDataset(Dataset):
             earlier = np.where(use[:, None], spread[:, -2::-1], earlier)
         rows = rng.integers(h.n_histories, size=batch_size)
         steps = episode * horizon + within
-        return self._gather(rows, steps, joined_steps(steps, n, earlier, horizon))
+        return rows, steps, joined_steps(steps, n, earlier, horizon)
 
 
 def _spread_episodes(
@@ -297,7 +319,13 @@ def _widen(values: Tensor) -> Tensor:
 
 
 def packed_queries(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """States to act in after each prefix of a window, `(B, n + 1, 2)`, and actions `(B, n + 1)`."""
+    """States to act in after the `q` longest prefixes of windows, `(B, q, 2)`, actions `(B, q)`.
+
+    Windows of `ADDataset` have a decision after every prefix, `q = n + 1`; those of `thinning`
+    name their decisions themselves.
+    """
+    if batch["query_states"].ndim == 3:
+        return batch["query_states"], batch["target_actions"]
     queries = torch.cat([batch["states"], batch["query_states"].unsqueeze(1)], dim=1)
     targets = torch.cat([batch["actions"], batch["target_actions"].unsqueeze(1)], dim=1)
     return queries, targets

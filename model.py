@@ -105,6 +105,35 @@ class ADTransformer(nn.Module):
         cells = query_states.long()
         return self.embed_query_state(cells[..., 0] * self.config.grid_size + cells[..., 1])
 
+    def embed(
+        self,
+        states: Tensor,
+        actions: Tensor,
+        rewards: Tensor,
+        next_states: Tensor,
+        query_states: Tensor,
+        positions: Tensor | None = None,
+    ) -> Tensor:
+        """Tokens `(B, n + 1, D)` of a context and the query behind it, with their positions.
+
+        Arguments and errors are those of `forward`.
+        """
+        n = self._check_length(states)
+        context = self.embed_transitions(states, actions, rewards, next_states)
+        query = self.embed_queries(query_states).unsqueeze(1)
+        tokens = torch.cat([context, query], dim=1)
+        if positions is None:
+            return tokens + self.pos_embedding[:, : n + 1]
+        n_transit = self.config.n_transit
+        fits = positions.shape == tokens.shape[:2] and not positions.is_floating_point()
+        if not fits or ((positions < 0) | (positions >= n_transit)).any():
+            raise ValueError(
+                f"expected positions {tuple(tokens.shape[:2])} of whole numbers in "
+                f"0..{n_transit - 1}, got {tuple(positions.shape)} of {positions.dtype} with "
+                f"{positions.unique().tolist()}"
+            )
+        return tokens + self.pos_embedding[0, positions.long()]
+
     def forward(
         self,
         states: Tensor,
@@ -112,24 +141,24 @@ class ADTransformer(nn.Module):
         rewards: Tensor,
         next_states: Tensor,
         query_states: Tensor,
+        positions: Tensor | None = None,
     ) -> Tensor:
         """Action logits `(B, A)` for query states `(B, 2)` after a context of `n` transitions.
 
-        The context is as in `embed_transitions`, with `0 <= n <= n_transit - 1`.
+        Args:
+            states, actions, rewards, next_states: the context, as in `embed_transitions`, with
+                `0 <= n <= n_transit - 1`.
+            query_states: `(B, 2)`.
+            positions: `(B, n + 1)` int, where each transition and, last, the query stands; None:
+                `0 .. n`. A context from which transitions were dropped may keep its old ones.
 
         Raises:
-            ValueError: the context is longer than the positions that the model has.
+            ValueError: the context is longer than the positions that the model has, or positions
+                are of another shape or outside `0 .. n_transit - 1`.
         """
-        n = self._check_length(states)
-        tokens = torch.cat(
-            [
-                self.embed_transitions(states, actions, rewards, next_states),
-                self.embed_queries(query_states).unsqueeze(1),
-            ],
-            dim=1,
-        )  # (B, T, D)
-        tokens = tokens + self.pos_embedding[:, : n + 1]
-        mask = nn.Transformer.generate_square_subsequent_mask(n + 1, tokens.device, tokens.dtype)
+        tokens = self.embed(states, actions, rewards, next_states, query_states, positions)
+        n_tokens = tokens.shape[1]
+        mask = nn.Transformer.generate_square_subsequent_mask(n_tokens, tokens.device, tokens.dtype)
         hidden = self.transformer_encoder(tokens, mask=mask, is_causal=True)  # (B, T, D)
         return self.pred_action(hidden[:, -1])  # (B, A)
 
@@ -149,19 +178,21 @@ class ADTransformer(nn.Module):
 
         Args:
             states, actions, rewards, next_states: the window, as in `embed_transitions`.
-            query_states: `(B, n + 1, 2)`, the state to act in after each prefix.
+            query_states: `(B, q, 2)`, the states to act in after the `q` longest prefixes; after
+                every prefix where `q = n + 1`.
 
         Returns:
-            `(B, n + 1, A)`.
+            `(B, q, A)`.
         """
         n = self._check_length(states)
         position = self.pos_embedding[:, : n + 1]
         context = self.embed_transitions(states, actions, rewards, next_states) + position[:, :n]
-        queries = self.embed_queries(query_states) + position
-        tokens = torch.cat([context, queries], dim=1)  # (B, 2n + 1, D)
-        mask = packed_mask(n, tokens.device, tokens.dtype)
+        n_queries = query_states.shape[1]
+        queries = self.embed_queries(query_states) + position[:, n + 1 - n_queries :]
+        tokens = torch.cat([context, queries], dim=1)  # (B, n + q, D)
+        mask = packed_mask(n, n_queries, tokens.device, tokens.dtype)
         hidden = self.transformer_encoder(tokens, mask=mask, is_causal=False)
-        return self.pred_action(hidden[:, n:])  # (B, n + 1, A)
+        return self.pred_action(hidden[:, n:])  # (B, q, A)
 
     def _check_length(self, states: Tensor) -> int:
         n = states.shape[1]
@@ -185,14 +216,23 @@ def sinusoids(n_positions: int, width: int) -> Tensor:
 
 
 def packed_mask(
-    n: int, device: torch.device | None = None, dtype: torch.dtype = torch.float32
+    n: int,
+    n_queries: int | None = None,
+    device: torch.device | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Additive attention mask of `[c_1 .. c_n, q_0 .. q_n]`: `(2n + 1, 2n + 1)`, 0 or -inf."""
-    index = torch.arange(2 * n + 1, device=device)
+    """Additive attention mask of `[c_1 .. c_n, q_j .. q_n]`, 0 or -inf.
+
+    Square, `n + n_queries` wide: the queries are those after the longest prefixes, by default
+    after every one.
+    """
+    n_queries = n + 1 if n_queries is None else n_queries
+    n_tokens = n + n_queries
+    index = torch.arange(n_tokens, device=device)
     is_context = index < n
     # Prefix length after which a token stands: c_i sees c_1 .. c_i, q_j sees c_1 .. c_j.
-    sees_up_to = torch.where(is_context, index, index - n - 1)
+    sees_up_to = torch.where(is_context, index, index - n_queries)
     allowed = is_context[None, :] & (index[None, :] <= sees_up_to[:, None])
-    allowed = allowed | torch.eye(2 * n + 1, dtype=torch.bool, device=device)
-    mask = torch.zeros(2 * n + 1, 2 * n + 1, dtype=dtype, device=device)
+    allowed = allowed | torch.eye(n_tokens, dtype=torch.bool, device=device)
+    mask = torch.zeros(n_tokens, n_tokens, dtype=dtype, device=device)
     return mask.masked_fill_(~allowed, float("-inf"))

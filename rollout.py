@@ -1,23 +1,38 @@
 """The model acting in Dark Room: in-context reinforcement learning (Laskin et al. 2022, section 4).
 
 No weight changes. The model reads what it has lived through, draws an action, and the transition is
-appended. Once the context is full, old transitions drop out.
+appended. What it reads is a `reading.Reader`'s affair: by default all that fits, and once the
+context is full, old transitions drop out.
 
     returns = rollout(model, np.repeat(goals, 16, axis=0), n_episodes=40, seed=0)   # (8 * 16, 40)
+    rewards = act(DarkRoom(goals), reader, n_steps=800, noises=noises)              # (8, 800)
 """
 
-from typing import Literal
+from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from darkroom import DarkRoom
-from decoding import CachedContext
+from lived import Lived
 from model import ADTransformer
+from reading import Reader, Sliding, SlidingReader
 
 MAX_ROOMS = 64  # rooms in one pass on a CPU: more of them outgrow its cache
-Sliding = Literal["step", "episode"]
+
+
+class Room(Protocol):
+    """`B` environments that step together, all of their episodes ending at once."""
+
+    def reset(self) -> np.ndarray:
+        """Begin an episode; returns states `(B, S)`."""
+        ...
+
+    def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, bool]:
+        """Take actions `(B,)`; returns next states `(B, S)`, rewards `(B,)`, episode's end."""
+        ...
 
 
 def rollout(
@@ -32,7 +47,7 @@ def rollout(
     """Act for many episodes in many rooms at once, with actions drawn from the model's policy.
 
     Args:
-        model: the model; its dropout is off while it acts.
+        model: the model; it acts without dropout, whatever mode it is in.
         goals: `(N, 2)` int, one room each; repeat a goal for several rollouts of it.
         n_episodes: episodes in a row, the history growing through all of them.
         seed: seed of the action noise. Room i's noise depends on `seed` and i alone.
@@ -49,68 +64,65 @@ def rollout(
     Raises:
         ValueError: `sliding` is "episode" and the context does not hold two episodes.
     """
-    if sliding == "episode" and model.n_context_max < 2 * horizon:
-        raise ValueError(
-            f"expected a context of two episodes ({2 * horizon} transitions) to drop one, "
-            f"got {model.n_context_max}"
-        )
-    was_training = model.training
-    model.eval()
-    try:
-        blocks = np.array_split(np.arange(len(goals)), max(1, -(-len(goals) // MAX_ROOMS)))
-        n_steps = n_episodes * horizon
-        bar = tqdm(total=n_steps * len(blocks), desc=progress, disable=not progress, leave=False)
-        with bar:
-            parts = [
-                _act(model, DarkRoom(goals[rooms], model.config.grid_size, horizon), n_steps,
-                     [np.random.default_rng((seed, room)) for room in rooms], sliding, bar)
-                for rooms in blocks
-            ]  # fmt: skip
-    finally:
-        model.train(was_training)
+    n_steps = n_episodes * horizon
+    blocks = np.array_split(np.arange(len(goals)), max(1, -(-len(goals) // MAX_ROOMS)))
+    bar = tqdm(total=n_steps * len(goals), desc=progress, disable=not progress, leave=False)
+    with bar:
+        parts = [
+            act(
+                DarkRoom(goals[rooms], model.config.grid_size, horizon),
+                SlidingReader(model, len(rooms), sliding, horizon),
+                n_steps,
+                [np.random.default_rng((seed, room)) for room in rooms],
+                bar,
+            )
+            for rooms in blocks
+        ]
     rewards = np.concatenate(parts)  # (N, n_steps)
     return rewards.reshape(len(goals), n_episodes, horizon).sum(axis=2)
 
 
-def _act(
-    model: ADTransformer,
-    room: DarkRoom,
+def act(
+    room: Room,
+    reader: Reader,
     n_steps: int,
-    noises: list[np.random.Generator],
-    sliding: Sliding,
-    bar: tqdm,
+    noises: Sequence[np.random.Generator],
+    bar: tqdm | None = None,
+    tasks: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Rewards `(N, n_steps)` of one block of rooms."""
-    device = model.pred_action.weight.device
-    context = CachedContext(model, room.n_rooms)
-    past = torch.zeros(room.n_rooms, n_steps, 6, dtype=torch.int64)
-    noise = np.stack([rng.gumbel(size=(n_steps, model.config.num_actions)) for rng in noises])
-    rewards = np.zeros((room.n_rooms, n_steps), dtype=np.int64)
-    states = room.reset()
-    first = 0  # oldest step in context
+    """Act for `n_steps` in `B` rooms together.
+
+    Args:
+        room: the rooms.
+        reader: gives the logits of the actions; on its device the history lies.
+        n_steps: steps, through as many episodes as that takes.
+        noises: `B` generators of the action noise, one a room.
+        bar: progress bar, moved on by `B` decisions a step.
+        tasks: `(B,)` int, equal where two rooms are of the same task.
+
+    Returns:
+        `(B, n_steps)` rewards, of the type that the rooms give.
+    """
+    states = _tensor(room.reset(), reader)
+    n_rooms, state_size = states.shape
+    lived = Lived(n_rooms, n_steps, state_size, reader.device, states.dtype, tasks)
+    rewards = []
     for t in range(n_steps):
-        dropped = _n_dropped(t, t - first, model.n_context_max, room.horizon, sliding)
-        if dropped:
-            first += dropped
-            context.clear()
-        new = past[:, first + context.n_context : t].to(device)
-        query = torch.from_numpy(states).to(device)
-        logits = context.act(query, new[..., :2], new[..., 2], new[..., 3], new[..., 4:])
+        logits = reader.act(lived, states)  # (B, A)
+        if t == 0:
+            noise = np.stack([rng.gumbel(size=(n_steps, logits.shape[1])) for rng in noises])
         # The largest of logits and Gumbel noise is a draw from their softmax.
         actions = (logits.double().cpu().numpy() + noise[:, t]).argmax(axis=1)
-        next_states, rewards[:, t], done = room.step(actions)
-        step = [states, actions[:, None], rewards[:, t, None], next_states]
-        past[:, t] = torch.from_numpy(np.concatenate(step, axis=1))
-        states = room.reset() if done else next_states
-        bar.update()
-    return rewards
+        next_states, earned, done = room.step(actions)
+        rewards.append(np.array(earned))
+        next_states = _tensor(next_states, reader)
+        lived.append(states, _tensor(actions, reader), _tensor(earned, reader), next_states, done)
+        states = _tensor(room.reset(), reader) if done else next_states
+        if bar is not None:
+            bar.update(n_rooms)
+    return np.stack(rewards, axis=1) if rewards else np.zeros((n_rooms, 0), dtype=np.int64)
 
 
-def _n_dropped(t: int, n: int, n_max: int, horizon: int, sliding: Sliding) -> int:
-    """How many of `n` transitions drop out of the context before step `t`."""
-    if sliding == "step":
-        return max(0, n - n_max)
-    if t % horizon:
-        return 0
-    # As an episode begins, n is whole episodes; its last step needs horizon - 1 of its own.
-    return -(-max(0, n + horizon - 1 - n_max) // horizon) * horizon
+def _tensor(values: np.ndarray, reader: Reader) -> torch.Tensor:
+    """A copy on the reader's device: a room may use its arrays again."""
+    return torch.tensor(np.asarray(values), device=reader.device)

@@ -41,6 +41,10 @@ class Settings:
         return to_dict(self.env, self.source, self.model, self.train)
 
 
+# What a run was begun with that does not name a setting, as it is older than the setting.
+_DEFAULTS = Settings(EnvConfig(), SourceConfig(), ModelConfig(), TrainConfig()).to_dict()
+
+
 def make_parser() -> argparse.ArgumentParser:
     """The flags: one a setting of `config.py`, and where the run lives."""
     parser = argparse.ArgumentParser(
@@ -65,6 +69,8 @@ def prepare(flags: argparse.Namespace, group: Group = ALONE) -> tuple[Settings, 
     """
     settings = Settings(*(from_flags(c, flags) for c in Settings.__annotations__.values()))
     group.equal_slice(settings.train.batch_size)
+    if settings.train.history_dropout and settings.model.n_transit < 2:
+        raise UserError("expected --n-transit of at least 2 for --history-dropout to thin, got 1")
     device = group.device(pick_device(flags.device))
     run = Path(flags.checkpoints) / (flags.run or f"AD-{flags.env}-seed{flags.seed}")
     if group.is_main:
@@ -85,12 +91,12 @@ def check_folder(run: Path, settings: Settings, resume: bool) -> None:
             f"{'go on with it by --resume, or ' if begun else ''}name another with --run"
         )
     if resume:
-        saved = read_file(run / RESUME_NAME)["config"]
-        changed = [k for k, v in settings.to_dict().items() if saved.get(k) != v]
+        saved = _DEFAULTS | read_file(run / RESUME_NAME)["config"]
+        changed = [k for k, v in settings.to_dict().items() if saved[k] != v]
         if changed:
             raise UserError(
                 f"--resume goes on with the settings of {run}: expected "
-                f"--{changed[0].replace('_', '-')} {saved.get(changed[0])}, "
+                f"--{changed[0].replace('_', '-')} {saved[changed[0]]}, "
                 f"got {settings.to_dict()[changed[0]]}"
             )
 

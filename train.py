@@ -43,6 +43,7 @@ from parallel import ALONE, Group, join
 from rollout import Sliding, rollout
 from runs import RESUME_NAME, Settings, make_parser, prepare
 from source import learning_histories, relative_return
+from thinning import draw_batch
 
 LOG_NAME = "training.json"
 N_TEST_STREAMS = 8  # learning histories a test goal that are kept beside the checkpoint
@@ -55,7 +56,6 @@ class Trainer:
     def __init__(self, settings: Settings, device: torch.device, group: Group = ALONE) -> None:
         train, env = settings.train, settings.env
         self.settings, self.device, self.group = settings, device, group
-        self.own = group.equal_slice(train.batch_size)
         self.goals = split_goals(
             env.goal_seed, env.grid_size, env.n_test_goals, env.n_validation_goals
         )
@@ -83,10 +83,11 @@ class Trainer:
         """One gradient update on one batch of windows, of which each process takes its part."""
         started = time.perf_counter()
         train, group = self.settings.train, self.group
-        batch = self.dataset.sample(train.batch_size, self.rng)
+        batch = draw_batch(self.dataset, train.batch_size, train.history_dropout, self.rng)
+        own = group.equal_slice(len(batch["actions"]))
         if group.size > 1:  # dropout of its own for each process, and nothing to save for a resume
             torch.manual_seed(hash((train.seed, self.step, group.rank)))
-        loss = self.objective({k: v[self.own].to(self.device) for k, v in batch.items()})
+        loss = self.objective({k: v[own].to(self.device) for k, v in batch.items()})
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), train.max_grad_norm)

@@ -7,7 +7,8 @@ weight. What pictures of one shape have in common (frames, numbers, legend) is d
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from attention.page import (
     subtitle,
 )
 from attention.samples import Sample
+from attention.tokens import NONE, Tokens
 
 COLOURS = "viridis"  # perceptually uniform, bright = strong
 BLANK = 255  # grey level of what may not be seen
@@ -46,6 +48,9 @@ def heatmap(
     sample: Sample,
     *,
     layer: int,
+    heads: Sequence[int] | None = None,
+    more: str = "",
+    scale: tuple[float, float] | None = None,
     dpi: int = DPI,
 ) -> None:
     """Draw the attention maps of one sample and layer.
@@ -58,6 +63,9 @@ def heatmap(
             weight of its tokens.
         sample: names the picture and its tokens.
         layer: number of the layer.
+        heads: numbers of the `H` heads; None: 0, 1, 2, ...
+        more: what else the heading says, for example which page this is.
+        scale: weights at the ends of the colour scale; None: `color_range` of these maps.
         dpi: pixels an inch.
 
     Raises:
@@ -73,17 +81,20 @@ def heatmap(
         )
     rows, cols = rows.astype(np.int64), cols.astype(np.int64)
     has_lines = len(sample.episode_starts) <= MAX_EPISODE_LINES
-    sheet = _sheet(len(maps), rows.tobytes(), cols.tobytes(), dpi, has_lines)
+    numbers = tuple(range(len(maps)) if heads is None else heads)
+    layout = _Layout.of(sample)
+    sheet = _sheet(numbers, rows.tobytes(), cols.tobytes(), dpi, has_lines, layout)
     sheet.page.restore()
-    low, high = color_range(maps, n_tokens)
+    low, high = color_range(maps, n_tokens) if scale is None else scale
     history = history_colours(sample, sheet.starts)
     for corner, weights in zip(sheet.corners(), maps, strict=True):
         sheet.paste_head(corner, to_colours(_pool(weights, sheet.pooled), low, high), history)
     if has_lines:
         _draw_episodes(sheet, sample.episode_starts)
     _label_bar(sheet, low, high, n_tokens)
-    heads = "1 head" if len(maps) == 1 else f"{len(maps)} heads"
-    sheet.page.text(LEFT, 22, f"Attention heatmap · layer {layer} · {heads}", 14, weight="bold")
+    counted = "1 head" if len(maps) == 1 else f"{len(maps)} heads"
+    heading = f"Attention heatmap · layer {layer} · {counted}{more}"
+    sheet.page.text(LEFT, 22, heading, 14, weight="bold")
     sheet.page.text(LEFT, 46, subtitle(sample), 10.5)
     sheet.page.save(path)
 
@@ -131,12 +142,60 @@ def _pool(weights: np.ndarray, factor: int) -> np.ndarray:
     return np.where(n_seen > 0, total / np.maximum(n_seen, 1), np.nan)
 
 
+@dataclass(frozen=True)
+class _Layout:
+    """Which tokens the rows and columns are, and how that is said.
+
+    Attributes:
+        ticks: `(token, number of its transition)` where the axes have a number.
+        unit: what the numbers count.
+        order: says what stands in which order.
+        query: says which token the enlarged row is of.
+    """
+
+    ticks: tuple[tuple[int, int], ...]
+    unit: str = "transition"
+    order: str = "Token 0 is the oldest."
+    query: str = "the last token, whose output is the model's answer; its row is enlarged."
+
+    @classmethod
+    def of(cls, sample: Sample) -> "_Layout":
+        tokens = sample.tokens
+        n = sample.n_context if tokens is None else tokens.n
+        locator = MaxNLocator(5, integer=True, steps=[1, 2, 5, 10])
+        ticks = sorted({int(t) for t in locator.tick_values(0, n) if 0 <= t <= n})
+        if tokens is None:
+            return cls(tuple((t, t) for t in ticks))
+        first = {t: int(np.flatnonzero(tokens.transition == t)[0]) for t in ticks if t < n}
+        return cls(
+            tuple((place, t) for t, place in first.items()),
+            "number of its transition",
+            _order(tokens),
+            "the token whose output is the model's answer, shown last whatever its place in the "
+            "model; its row is enlarged.",
+        )
+
+
+def _order(tokens: Tokens) -> str:
+    """What the tokens of a transition are, and that they stand in the order of time."""
+    first = "Those of no transition stand first. " if tokens.transition[0] == NONE else ""
+    of = f"Tokens of a transition: {', '.join(tokens.parts)}. " if len(tokens.parts) > 1 else ""
+    return f"{of}{first}Transition 0 is the oldest."
+
+
 class _Sheet:
     """The page of one shape of heatmap: where things are, and what never changes, drawn once."""
 
     def __init__(
-        self, n_heads: int, rows: np.ndarray, cols: np.ndarray, dpi: int, has_lines: bool
+        self,
+        heads: tuple[int, ...],
+        rows: np.ndarray,
+        cols: np.ndarray,
+        dpi: int,
+        has_lines: bool,
+        layout: _Layout,
     ) -> None:
+        n_heads = len(heads)
         across = math.ceil(math.sqrt(n_heads))
         wanted = SIDES.get(across, SMALL_SIDE) * dpi / 100  # pixels
         self.pooled = math.ceil(len(cols) / (1.3 * wanted))
@@ -146,6 +205,7 @@ class _Sheet:
         self.side = len(self.starts) * self.zoom * 100 / dpi
         self.depth = self.side - self.zoom * 100 / dpi  # the query row stands below
         self._grid = n_heads, across
+        self._heads, self._layout = heads, layout
         bottom = max(HEADER + math.ceil(n_heads / across) * self._step[1], BAR_TOP + BAR)
         self.bar_left = LEFT + across * self._step[0] - 4
         width = max(self.bar_left - PANEL_GAP + RIGHT, MIN_WIDTH)
@@ -196,37 +256,37 @@ class _Sheet:
     def _draw_fixed(self) -> None:
         n_heads, across = self._grid
         page, n_context = self.page, int(self._ends[-1])
-        locator = MaxNLocator(5, integer=True, steps=[1, 2, 5, 10])
-        ticks = sorted({int(t) for t in locator.tick_values(0, n_context) if 0 <= t <= n_context})
-        for head, (left, top) in enumerate(self.corners()):
-            page.text(left, top - 9, f"head {head}", 10, weight="bold")
-            if head % across == 0:
-                self._label_rows(left, top, [t for t in ticks if t < n_context])
-            if head + across >= n_heads:
+        ticks = self._layout.ticks
+        for place, (left, top) in enumerate(self.corners()):
+            page.text(left, top - 9, f"head {self._heads[place]}", 10, weight="bold")
+            if place % across == 0:
+                self._label_rows(left, top, [tick for tick in ticks if tick[0] < n_context])
+            if place + across >= n_heads:
                 self._label_columns(left, self.strips(top)[1] + QUERY, ticks)
         page.text(self.bar_left, BAR_TOP - 20, "attention weight", 9)
         bar_width = round(BAR_WIDTH * page.scale)
         shades = _color_table()[np.linspace(255, 0, round(BAR * page.scale)).astype(int)]
         page.paste(self.bar_left, BAR_TOP, shades[:, None].repeat(bar_width, axis=1))
 
-    def _label_rows(self, left: float, top: float, tokens: list[int]) -> None:
+    def _label_rows(self, left: float, top: float, ticks: Sequence[tuple[int, int]]) -> None:
         page = self.page
-        for token in tokens:
+        for token, number in ticks:
             y = top + float(self.y(token) + self.y(token + 1)) / 2
             page.lines([[(left - 4, y), (left, y)]], colors=FAINT, linewidths=0.7)
-            page.text(left - 7, y, f"{token}", 8, ha="right")
-        name = "token that attends (transition)" if self.side > 180 else "token that attends"
+            page.text(left - 7, y, f"{number}", 8, ha="right")
+        name = f"token that attends ({self._layout.unit})"
+        name = name if self.depth > 6.2 * len(name) else "token that attends"
         page.text(left - 60, top + self.depth / 2, name, 9, rotation=90, ha="center")
         history, query = self.strips(top)
         page.text(left - 7, history + HISTORY / 2, "history", 8, ha="right")
         page.text(left - 7, query + QUERY / 2, "query", 9, ha="right", weight="bold")
 
-    def _label_columns(self, left: float, bottom: float, tokens: list[int]) -> None:
+    def _label_columns(self, left: float, bottom: float, ticks: Sequence[tuple[int, int]]) -> None:
         page = self.page
-        for token in tokens:
+        for token, number in ticks:
             x = left + float(self.x(token) + self.x(token + 1)) / 2
             page.lines([[(x, bottom), (x, bottom + 4)]], colors=FAINT, linewidths=0.7)
-            page.text(x, bottom + 12, f"{token}", 8, ha="center")
+            page.text(x, bottom + 12, f"{number}", 8, ha="center")
         page.text(left + self.side / 2, bottom + 28, "token attended to", 9, ha="center")
 
     def _draw_legend(self, top: float, bin_width: int, has_lines: bool) -> None:
@@ -237,20 +297,22 @@ class _Sheet:
         if has_lines:
             episodes = "White lines, and the two greys of the history: an episode begins."
         entries = [
-            f"{pixel}. Token 0 is the oldest.",
+            f"{pixel}. {self._layout.order}",
             f"Blank: not visible to the token of the row. {episodes}",
             "Red in the history: rewarded transitions.",
-            "Query: the last token, whose output is the model's answer; its row is enlarged.",
+            f"Query: {self._layout.query}",
         ]
         for i, entry in enumerate(entries):
             self.page.text(LEFT, top + 17 * i, entry, 8.5, color=SOFT)
 
 
 @lru_cache(maxsize=2)
-def _sheet(n_heads: int, rows: bytes, cols: bytes, dpi: int, has_lines: bool) -> _Sheet:
+def _sheet(
+    heads: tuple[int, ...], rows: bytes, cols: bytes, dpi: int, has_lines: bool, layout: _Layout
+) -> _Sheet:
     """The sheet of a shape of heatmap; tokens are given as the bytes of int64 arrays."""
     tokens = np.frombuffer(rows, np.int64), np.frombuffer(cols, np.int64)
-    return _Sheet(n_heads, *tokens, dpi, has_lines)
+    return _Sheet(heads, *tokens, dpi, has_lines, layout)
 
 
 def _draw_episodes(sheet: _Sheet, starts: np.ndarray) -> None:

@@ -154,7 +154,10 @@ def _sharpest_head(metrics: AttentionMetrics) -> str:
     share, layer, head, tokens = min(shares)
     if share >= BROAD_SHARE:
         return ""
-    return f" Single heads are sharper: head {head} of layer {layer} reads {tokens:.1f} in effect."
+    number = metrics.head_number(head)
+    return (
+        f" Single heads are sharper: head {number} of layer {layer} reads {tokens:.1f} in effect."
+    )
 
 
 def _layer_agreement(holding: Sequence[int], layers: Sequence[int]) -> str:

@@ -1,242 +1,161 @@
-"""Find the transformer layers of a model and read queries, keys and mask off a layer's call.
+"""Sort the modules of a model by how their attention can be seen.
 
-Today the one kind of layer is `nn.TransformerEncoderLayer`: pre-norm or post-norm, batch first or
-not, any mask. What cannot be read is refused with a `CaptureError` that names the layer.
+PyTorch's own attention modules get a hook each; what a module of the user's calls is reported by
+`watch.py` while it runs. What nobody can see is refused with a `CaptureError` that names the layer.
 
-    layers = find_layers(model)                                        # {name: layer}, in order
-    call = read_call(name, layer, args, kwargs, MaskReader())
-    q, k = call.queries_and_keys()                                     # (B, H, T, d)
+    survey = Survey.of(model)
+    survey.names                                                # {module: name}, in order
 """
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+import inspect
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 
-import torch
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import nn
 
-from attention.rows import Mask
+from attention.calls import CaptureError
+from attention.mha import check_no_added_keys
+from attention.watch import compiled_error
 
-
-class CaptureError(RuntimeError):
-    """Attention could not be captured; the message names the layer and the way out."""
-
-
-def find_layers(model_or_layers: nn.Module | Sequence[nn.Module]) -> dict[str, nn.Module]:
-    """Layers by name, in order."""
-    if isinstance(model_or_layers, nn.Module) and not isinstance(model_or_layers, nn.ModuleList):
-        layers = {
-            name or type(module).__name__: module
-            for name, module in model_or_layers.named_modules()
-            if isinstance(module, nn.TransformerEncoderLayer)
-        }
-        if not layers:
-            raise CaptureError(
-                f"found no nn.TransformerEncoderLayer in {type(model_or_layers).__name__}, "
-                "the kind of layer that can be captured; if there is one that the model does not "
-                "register as a submodule, pass the layers: capture([layer, ...])"
-            )
-    else:
-        layers = {f"layer {i}": layer for i, layer in enumerate(model_or_layers)}
-        if not layers:
-            raise CaptureError("expected a model or its transformer layers, got an empty list")
-        if len(set(layers.values())) < len(layers):
-            raise CaptureError("a layer stands twice in the list; give each layer once")
-    for name, layer in layers.items():
-        _check_encoder_layer(name, layer)
-    return layers
+# Class names that end so are expected to attend: LlamaAttention, CausalSelfAttention, FlashAttn2.
+_ATTENTION_NAME = re.compile(r"(attention|attn|mha)\d*d?$", re.IGNORECASE)
 
 
-def _check_encoder_layer(name: str, layer: nn.Module) -> None:
-    """Refuse a layer whose queries and keys are not what the code below computes."""
-    kind = nn.TransformerEncoderLayer
-    if not isinstance(layer, kind):
-        raise CaptureError(
-            f"{name} is a {type(layer).__name__}, expected an nn.TransformerEncoderLayer"
-        )
-    for method in ("forward", "_sa_block"):
-        if getattr(type(layer), method) is not getattr(kind, method):
-            raise CaptureError(
-                f"{name} is a {type(layer).__name__} with its own {method}, so its attention may "
-                "differ from that of nn.TransformerEncoderLayer; capture a plain layer"
-            )
-    attention = layer.self_attn
-    if type(attention) is not nn.MultiheadAttention:
-        raise CaptureError(
-            f"{name}.self_attn is a {type(attention).__name__}, expected nn.MultiheadAttention"
-        )
-    if attention.bias_k is not None or attention.add_zero_attn:
-        raise CaptureError(f"{name}.self_attn adds keys of its own (bias_k, add_zero_attn)")
-
-
-@dataclass(frozen=True)
-class Call:
-    """One call of an encoder layer: what its attention is computed from.
+@dataclass
+class Survey:
+    """The modules of a model, or of layers that were given one by one.
 
     Attributes:
-        attention: the layer's attention module.
-        x: `(B, T, D)` input of the attention, float32 or wider.
-        mask: what each query may see.
+        title: what was given, for errors.
+        names: every module to follow. Those inside an encoder layer of PyTorch are left out: any
+            hook there would take its fast path away.
+        given: names of the layers, if they were given one by one.
+        encoder_layers: PyTorch's encoder layers, whose fast path computes the attention.
+        attentions: PyTorch's multi-head attentions elsewhere.
+        encoders: PyTorch's encoders, which may turn their input into nested tensors.
+        closed: modules that run PyTorch's own code, which must not be watched.
+        refused: why a module's attention cannot be read.
     """
 
-    attention: nn.MultiheadAttention
-    x: Tensor
-    mask: Mask
+    title: str
+    names: dict[nn.Module, str] = field(default_factory=dict)
+    given: tuple[str, ...] | None = None
+    encoder_layers: list[nn.Module] = field(default_factory=list)
+    attentions: list[nn.Module] = field(default_factory=list)
+    encoders: list[nn.Module] = field(default_factory=list)
+    closed: set[nn.Module] = field(default_factory=set)
+    refused: dict[nn.Module, CaptureError] = field(default_factory=dict)
 
-    @property
-    def n_heads(self) -> int:
-        """Number of heads `H`."""
-        return self.attention.num_heads
-
-    def last_scores(self) -> Tensor:
-        """Scores `(B, H, T)` of the last token's query, up to a constant in each row.
-
-        `q (W x + b) = (q W) x + q b`: folding the key projection into the query saves projecting
-        every token, and the constant `q b` does not change the softmax.
-        """
-        n_samples, _, width = self.x.shape
-        q = self._project(0, self.x[:, -1]).view(n_samples, self.n_heads, 1, -1)
-        weight = self._weight(1).view(self.n_heads, -1, width)  # (H, d, D)
-        folded = (q @ weight).squeeze(2)  # (B, H, D)
-        return folded @ self.x.mT * self._scale
-
-    def queries_and_keys(self) -> tuple[Tensor, Tensor]:
-        """Scaled queries and keys, `(B, H, T, d)` both."""
-        q = self._project(0, self.x).mul_(self._scale)
-        return self._split(q), self._split(self._project(1, self.x))
-
-    @property
-    def _scale(self) -> float:
-        return 1.0 / math.sqrt(self.attention.head_dim)
-
-    def _split(self, values: Tensor) -> Tensor:
-        n_samples, n_tokens, _ = values.shape
-        return values.view(n_samples, n_tokens, self.n_heads, -1).transpose(1, 2).contiguous()
-
-    def _project(self, part: int, x: Tensor) -> Tensor:
-        bias = self.attention.in_proj_bias
-        if bias is not None:
-            width = self.attention.embed_dim
-            bias = bias[part * width : (part + 1) * width].to(x.dtype)
-        return functional.linear(x, self._weight(part), bias)
-
-    def _weight(self, part: int) -> Tensor:
-        """Projection of the queries (part 0) or keys (part 1), `(D, D)`."""
-        packed, width = self.attention.in_proj_weight, self.attention.embed_dim
-        if packed is None:
-            weight = (self.attention.q_proj_weight, self.attention.k_proj_weight)[part]
-        else:
-            weight = packed[part * width : (part + 1) * width]
-        return weight.to(self.x.dtype)
-
-
-def read_call(
-    name: str,
-    layer: nn.TransformerEncoderLayer,
-    args: tuple,
-    kwargs: dict[str, Any],
-    masks: "MaskReader",
-) -> Call:
-    """What a call of a layer attends with.
-
-    Args:
-        name: the layer's name, for errors.
-        layer: the layer.
-        args, kwargs: the arguments of the call.
-        masks: reads the mask, which the layers of a model share.
-
-    Raises:
-        CaptureError: padding, or a mask that cannot be read.
-    """
-    x, bias, padding, is_causal = _arguments(*args, **kwargs)
-    if x.is_nested or padding is not None:
-        raise CaptureError(
-            f"{name} was called with padding (src_key_padding_mask or a nested tensor), which "
-            "capture does not read; give it samples of one length without a padding mask"
-        )
-    attention = layer.self_attn
-    if layer.norm_first:
-        # Autocast may hand over a narrower type; forward: hooks of the user must not fire twice.
-        x = layer.norm1.forward(x.to(layer.linear1.weight.dtype))
-    if x.dim() == 2:
-        x = x.unsqueeze(0)
-    elif not attention.batch_first:
-        x = x.transpose(0, 1)
-    if x.dtype.itemsize < 4:
-        x = x.float()
-    n_samples, n_tokens, _ = x.shape
-    mask = masks.read(name, bias, is_causal, (n_samples, attention.num_heads, n_tokens))
-    return Call(attention, x, mask)
-
-
-def _arguments(
-    src: Tensor,
-    src_mask: Tensor | None = None,
-    src_key_padding_mask: Tensor | None = None,
-    is_causal: bool = False,
-) -> tuple[Tensor, Tensor | None, Tensor | None, bool]:
-    """The arguments of `nn.TransformerEncoderLayer.forward`, however they were given."""
-    return src, src_mask, src_key_padding_mask, is_causal
-
-
-class MaskReader:
-    """Reads the mask of a layer's call; the layers of a model share one, which is read once."""
-
-    def __init__(self) -> None:
-        self._last: tuple[Tensor, bool, Mask] | None = None
-
-    def read(
-        self, name: str, bias: Tensor | None, is_causal: bool, shape: tuple[int, int, int]
-    ) -> Mask:
-        """The mask of a call for `shape = (B, H, T)`.
+    @classmethod
+    def of(cls, model_or_layers: nn.Module | Sequence[nn.Module]) -> "Survey":
+        """Look through a model or through layers, which are called "layer 0", "layer 1", ...
 
         Raises:
-            CaptureError: its shape is unknown, `is_causal` contradicts it, or it lets the query
-                token see nothing.
+            CaptureError: there is no layer, one stands twice, or one is compiled.
         """
-        if bias is None:
-            return Mask("full")  # is_causal alone masks nothing: PyTorch ignores or refuses it
-        if self._last is not None and self._last[0] is bias and self._last[1] == is_causal:
-            return self._last[2]
-        mask = self._interpret(name, bias, is_causal, shape)
-        self._last = (bias, is_causal, mask)
-        return mask
+        if isinstance(model_or_layers, nn.Module) and not isinstance(
+            model_or_layers, nn.ModuleList
+        ):
+            survey = cls(type(model_or_layers).__name__)
+            survey._add(model_or_layers, "")
+            return survey
+        layers = list(model_or_layers)
+        if not layers:
+            raise CaptureError("expected a model or its transformer layers, got an empty list")
+        if len(set(layers)) < len(layers):
+            raise CaptureError("a layer stands twice in the list; give each layer once")
+        survey = cls("the layers", given=tuple(f"layer {i}" for i in range(len(layers))))
+        for name, layer in zip(survey.given, layers, strict=True):
+            survey._add(layer, name)
+        return survey
 
-    def _interpret(
-        self, name: str, bias: Tensor, is_causal: bool, shape: tuple[int, int, int]
-    ) -> Mask:
-        n_samples, n_heads, n_tokens = shape
-        if bias.shape == (n_samples * n_heads, n_tokens, n_tokens):
-            bias = bias.unflatten(0, (n_samples, n_heads))
-        elif bias.shape != (n_tokens, n_tokens):
+    def expected(self) -> Iterator[str]:
+        """Names of the modules that will attend if they run, known beforehand."""
+        known = {*self.encoder_layers, *self.attentions}
+        return (name for module, name in self.names.items() if module in known)
+
+    def _add(self, root: nn.Module, prefix: str) -> None:
+        opaque: tuple[str, ...] = ()  # what stands below is not looked at
+        for path, module in root.named_modules():
+            if opaque and path.startswith(opaque):
+                continue
+            name = ".".join(filter(None, (prefix, path))) or type(module).__name__
+            if module in self.names:
+                continue
+            self.names[module] = name
+            if _is_compiled(module):
+                raise compiled_error(name)
+            if self._sort(name, module):
+                if not path:
+                    return
+                opaque += (f"{path}.",)
+
+    def _sort(self, name: str, module: nn.Module) -> bool:
+        """Note what a module is; whether what it contains is part of it."""
+        if isinstance(module, nn.TransformerEncoderLayer):
+            kind, methods, found = nn.TransformerEncoderLayer, ("forward", "_sa_block"), "layer"
+            listed = self.encoder_layers
+        elif isinstance(module, nn.MultiheadAttention):
+            kind, methods, found = nn.MultiheadAttention, ("forward",), "attention"
+            listed = self.attentions
+        else:
+            if isinstance(module, nn.TransformerEncoder):
+                self.encoders.append(module)
+                if _runs_code_of(module, nn.TransformerEncoder):
+                    self.closed.add(module)
+            return False
+        if not _runs_code_of(module, kind):
+            return False  # a forward of its own that calls nothing of PyTorch's: watched
+        own = [m for m in methods if getattr(type(module), m) is not getattr(kind, m)]
+        self.closed.add(module)
+        try:
+            if own:
+                raise CaptureError(
+                    f"{name} is a {type(module).__name__} with its own {own[0]} around that of "
+                    f"nn.{kind.__name__}, so its attention may differ; capture a plain {found}, or "
+                    "choose the others: capture(model, layers=[...])"
+                )
+            _check_plain(name, module)
+        except CaptureError as error:
+            self.refused[module] = error
+        else:
+            listed.append(module)
+        return True
+
+
+def expects_attention(module: nn.Module) -> bool:
+    """Whether a module that runs should have attended, going by the name of its class."""
+    return _ATTENTION_NAME.search(type(module).__name__) is not None
+
+
+def _check_plain(name: str, module: nn.Module) -> None:
+    attention = module
+    if isinstance(module, nn.TransformerEncoderLayer):
+        attention, name = module.self_attn, f"{name}.self_attn"
+        if type(attention) is not nn.MultiheadAttention:
             raise CaptureError(
-                f"{name}: expected a mask of shape ({n_tokens}, {n_tokens}) or "
-                f"({n_samples * n_heads}, {n_tokens}, {n_tokens}), got {tuple(bias.shape)}"
+                f"{name} is a {type(attention).__name__}, expected nn.MultiheadAttention, because "
+                "the layer's fast path may run in its place; choose the other layers: "
+                "capture(model, layers=[...])"
             )
-        if is_causal:
-            _check_causal(name, bias)
-            return Mask("causal")
-        query = bias[..., -1, :]
-        forbidden = query if bias.dtype == torch.bool else query == -torch.inf
-        if forbidden.all(-1).any():
-            raise CaptureError(f"{name}: the mask lets the last (query) token see nothing")
-        return Mask("additive", bias)
+    check_no_added_keys(name, attention.bias_k, attention.add_zero_attn)
 
 
-def _check_causal(name: str, bias: Tensor) -> None:
-    """Compare three rows of the mask with `is_causal=True`: PyTorch may follow either."""
-    n_tokens = bias.shape[-1]
-    rows = torch.tensor([0, n_tokens // 2, n_tokens - 1], device=bias.device)
-    given = bias[..., rows, :]
-    ahead = torch.arange(n_tokens, device=bias.device) > rows[:, None]
-    if bias.dtype == torch.bool:
-        agrees = given == ahead
-    else:
-        agrees = given == torch.zeros_like(given).masked_fill_(ahead, -torch.inf)
-    if not agrees.all():
-        raise CaptureError(
-            f"{name} was called with is_causal=True and a mask that is not causal; which of the "
-            "two PyTorch follows depends on the kernel. Leave is_causal out"
-        )
+def _runs_code_of(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a module's forward is that of `kind`, or hands over to it through `super()`."""
+    forward = type(module).forward
+    if forward is kind.forward:
+        return True
+    code = getattr(inspect.unwrap(forward), "__code__", None)
+    return code is None or "__class__" in code.co_freevars
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    dynamo = sys.modules.get("torch._dynamo.eval_frame")
+    if dynamo is None or dynamo._stance.stance == "force_eager":
+        return False
+    if isinstance(module, dynamo.OptimizedModule) or module._compiled_call_impl is not None:
+        return True
+    return hasattr(module.forward, "_torchdynamo_orig_callable")

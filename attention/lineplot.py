@@ -6,6 +6,7 @@ Axes: `H` heads, `T` tokens, of which the last is the query token and the others
 """
 
 import math
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from attention.page import (
     subtitle,
 )
 from attention.samples import Sample
+from attention.tokens import Curves
 
 HEAD_COLOURS = ("#0173b2", "#de8f05", "#029e73", "#cc78bc", "#ca9161", "#56b4e9")
 MANY_HEADS = "#7f9db9"  # one colour for all where there are more heads than colours
@@ -43,6 +45,7 @@ def lines(
     sample: Sample,
     *,
     layer: int,
+    heads: Sequence[int] | None = None,
     dpi: int = DPI,
 ) -> None:
     """Draw what the query token attends to, and how much attention each position receives.
@@ -54,6 +57,7 @@ def lines(
         uniform_received: `(T,)` the same where attention is uniform.
         sample: names the picture and its tokens.
         layer: number of the layer.
+        heads: numbers of the `H` heads; None: 0, 1, 2, ...
         dpi: pixels an inch.
 
     Raises:
@@ -66,20 +70,47 @@ def lines(
             f"expected query rows and received attention (H, T) = ({n_heads}, {n_tokens}), "
             f"got {query_rows.shape} and {received.shape}"
         )
+    even = np.full(n_tokens, 1 / n_tokens), np.asarray(uniform_received)
+    panels = [
+        Curves((), values[:, :-1], values.mean(0)[:-1], baseline[:-1])
+        for values, baseline in zip((query_rows, received), even, strict=True)
+    ]
+    curve_lines(path, *panels, sample, layer=layer, heads=heads, dpi=dpi)
+
+
+def curve_lines(
+    path: str | Path,
+    query: Curves,
+    received: Curves,
+    sample: Sample,
+    *,
+    layer: int,
+    heads: Sequence[int] | None = None,
+    dpi: int = DPI,
+) -> None:
+    """The same from curves over transitions, for models of several tokens a transition.
+
+    Args:
+        path: PNG to write.
+        query: what the query attends to.
+        received: what each transition receives.
+        sample: names the picture and its transitions.
+        layer: number of the layer.
+        heads: numbers of the heads, where each has a curve; None: 0, 1, 2, ...
+        dpi: pixels an inch.
+    """
+    numbers = range(len(query.values)) if heads is None else heads
+    names = query.names or tuple(f"head {number}" for number in numbers)
     has_episodes = len(sample.episode_starts) <= MAX_EPISODE_LINES
-    page = _sheet(n_heads, sample.n_context, dpi, has_episodes)
+    page = _sheet(names, bool(query.names), sample.n_context, dpi, has_episodes)
     page.restore()
     page.text(LEFT, 22, f"Attention lines · layer {layer}", 14, weight="bold")
     page.text(LEFT, 46, subtitle(sample), 10.5)
-    uniform = np.full(n_tokens, 1 / n_tokens)
-    baselines = (uniform, np.asarray(uniform_received))
-    for left, values, baseline in zip(
-        (LEFT, RIGHT), (query_rows, received), baselines, strict=True
-    ):
+    for left, panel in ((LEFT, query), (RIGHT, received)):
         if has_episodes:
             _draw_episodes(page, left, sample)
         page.paste(left, STRIP_TOP, _history_strip(sample, page))
-        _draw_plot(page, left, values[:, :-1], baseline[:-1])
+        _draw_plot(page, left, panel)
     page.save(path)
 
 
@@ -130,11 +161,11 @@ def _x(left: float, positions: np.ndarray, n: int) -> np.ndarray:
     return left + WIDTH * (positions + 0.5) / n
 
 
-def _draw_plot(page: Page, left: float, values: np.ndarray, baseline: np.ndarray) -> None:
-    """Lines of heads, mean and uniform attention: `values (H, n)`, `baseline (n,)`."""
-    n_heads, n = values.shape
-    scale = Scale(values, baseline)
-    mean = values.mean(0)
+def _draw_plot(page: Page, left: float, panel: Curves) -> None:
+    """Thin lines of heads or parts, a bold one of their mean or sum, dashed uniform attention."""
+    values, mean, baseline = panel.values, panel.whole, panel.uniform
+    n_lines, n = values.shape
+    scale = Scale(np.vstack([values, mean]), baseline)
     binned, starts = bin_means(np.vstack([values, mean, baseline]))
     middle = (starts + np.append(starts[1:], n) - 1) / 2
     x = _x(left, middle, n)
@@ -145,8 +176,8 @@ def _draw_plot(page: Page, left: float, values: np.ndarray, baseline: np.ndarray
     if n == 1:  # a line needs two ends
         x, binned = np.array([left, left + WIDTH]), binned.repeat(2, axis=1)
     curves = [np.stack([x, scale.y(line)], 1) for line in binned]
-    colours = [_head_colour(head, n_heads) for head in range(n_heads)]
-    page.lines(curves[:-2], colors=colours, linewidths=0.8, alpha=0.8)
+    colours = [_colour(line, n_lines) for line in range(n_lines)]
+    page.lines(curves[:-2], colors=colours, linewidths=1.1 if panel.names else 0.8, alpha=0.8)
     page.lines(curves[-2:-1], colors=INK, linewidths=1.6)
     page.lines(curves[-1:], colors=UNIFORM, linewidths=1.5, linestyles="--")
     for weight in scale.ticks():
@@ -157,8 +188,8 @@ def _draw_plot(page: Page, left: float, values: np.ndarray, baseline: np.ndarray
     page.text(left - 62, TOP + HEIGHT / 2, name, 9, rotation=90, ha="center")
 
 
-def _head_colour(head: int, n_heads: int) -> str:
-    return HEAD_COLOURS[head] if n_heads <= len(HEAD_COLOURS) else MANY_HEADS
+def _colour(line: int, n_lines: int) -> str:
+    return HEAD_COLOURS[line] if n_lines <= len(HEAD_COLOURS) else MANY_HEADS
 
 
 def _draw_episodes(page: Page, left: float, sample: Sample) -> None:
@@ -177,11 +208,14 @@ def _history_strip(sample: Sample, page: Page) -> np.ndarray:
 
 
 @lru_cache(maxsize=2)
-def _sheet(n_heads: int, n_context: int, dpi: int, has_episodes: bool) -> Page:
+def _sheet(
+    names: tuple[str, ...], of_parts: bool, n_context: int, dpi: int, has_episodes: bool
+) -> Page:
     """What all line plots of one shape have in common, drawn once."""
     page = Page(1250, 510, dpi)
-    page.text(LEFT, 86, "Attention of the query token to each position", 11, weight="bold")
-    page.text(RIGHT, 86, "Attention that each position receives", 11, weight="bold")
+    unit = "transition" if of_parts else "position"
+    page.text(LEFT, 86, f"Attention of the query token to each {unit}", 11, weight="bold")
+    page.text(RIGHT, 86, f"Attention that each {unit} receives", 11, weight="bold")
     locator = MaxNLocator(8, integer=True, steps=[1, 2, 5, 10])
     ticks = {int(t) for t in locator.tick_values(0, n_context - 1) if 0 <= t < n_context}
     bottom = STRIP_TOP + STRIP
@@ -195,18 +229,23 @@ def _sheet(n_heads: int, n_context: int, dpi: int, has_episodes: bool) -> Page:
             page.text(x, bottom + 12, f"{tick}", 8, ha="center")
         name = "position in the history (0 = oldest transition)"
         page.text(left + WIDTH / 2, bottom + 31, name, 9, ha="center")
-    _draw_legend(page, n_heads, n_context, has_episodes)
+    _draw_legend(page, names, of_parts, n_context, has_episodes)
     page.keep()
     return page
 
 
-def _draw_legend(page: Page, n_heads: int, n_context: int, has_episodes: bool) -> None:
-    entries = [("mean over heads", {"colors": INK, "linewidths": 2})]
-    if n_heads > len(HEAD_COLOURS):
-        entries.append((f"each of the {n_heads} heads", {"colors": MANY_HEADS, "linewidths": 1}))
+def _draw_legend(
+    page: Page, names: tuple[str, ...], of_parts: bool, n_context: int, has_episodes: bool
+) -> None:
+    whole = "whole transition (left: sum, right: mean of its tokens)"
+    entries = [(whole if of_parts else "mean over heads", {"colors": INK, "linewidths": 2})]
+    if len(names) > len(HEAD_COLOURS):
+        what = "part" if of_parts else "head"
+        label = f"each of the {len(names)} {what}s"
+        entries.append((label, {"colors": MANY_HEADS, "linewidths": 1}))
     else:
-        for head, colour in enumerate(HEAD_COLOURS[:n_heads]):
-            entries.append((f"head {head}", {"colors": colour, "linewidths": 1.2}))
+        for name, colour in zip(names, HEAD_COLOURS, strict=False):
+            entries.append((name, {"colors": colour, "linewidths": 1.2}))
     entries.append(
         ("uniform attention", {"colors": UNIFORM, "linewidths": 1.6, "linestyles": "--"})
     )
@@ -217,8 +256,11 @@ def _draw_legend(page: Page, n_heads: int, n_context: int, has_episodes: bool) -
         x += 56 + 7 * len(label)
     episodes = "episodes in two greys, " if has_episodes else ""
     notes = f"History strip: {episodes}rewarded transitions in red."
+    notes += " Means over heads." if of_parts else ""
     page.text(LEFT, y + 22, notes, 8.5, color=SOFT)
     received = "Average over the queries that may see the position."
+    if of_parts:
+        received = "Average over the queries that may see the token."
     page.text(RIGHT, y + 22, received, 8.5, color=SOFT)
     width = -(-n_context // MAX_POINTS)
     if width > 1:

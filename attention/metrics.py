@@ -247,12 +247,19 @@ class AttentionMetrics:
     Attributes:
         samples: the `S` decisions, in order.
         layers: one `LayerMetrics` a layer, in layer order.
-        uniform: name -> `(S,)`, each metric of that sample under uniform causal attention.
+        uniform: name -> `(S,)`, each metric of that sample under uniform attention to all that the
+            query may see.
+        heads: numbers of the heads measured, in order; None: 0, 1, 2, ...
     """
 
     samples: tuple[Sample, ...]
     layers: tuple[LayerMetrics, ...]
     uniform: dict[str, np.ndarray]
+    heads: tuple[int, ...] | None = None
+
+    def head_number(self, place: int) -> int:
+        """Number in the model of the head at a place of the measured ones."""
+        return place if self.heads is None else self.heads[place]
 
     @property
     def n_context(self) -> np.ndarray:
@@ -280,7 +287,8 @@ class AttentionMetrics:
             for layer in self.layers:
                 for head in range(layer.heads["entropy"].shape[1]):
                     values = {name: float(v[s, head]) for name, v in layer.heads.items()}
-                    yield {"sample": sample, "layer": layer.layer, "head": head, **values}
+                    number = self.head_number(head)
+                    yield {"sample": sample, "layer": layer.layer, "head": number, **values}
                 values = {name: float(v[s]) for name, v in layer.mean.items()}
                 yield {"sample": sample, "layer": layer.layer, "head": "mean", **values}
 
@@ -299,7 +307,10 @@ def sample_masks(samples: Sequence[Sample]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def collect(
-    query_rows: Sequence[ArrayLike], samples: Sequence[Sample], layers: Sequence[int] | None = None
+    query_rows: Sequence[ArrayLike],
+    samples: Sequence[Sample],
+    layers: Sequence[int] | None = None,
+    uniform_rows: ArrayLike | None = None,
 ) -> AttentionMetrics:
     """Measure one batch.
 
@@ -308,6 +319,8 @@ def collect(
             in `H`.
         samples: the `B` samples of the batch, all with `n = T - 1` context tokens.
         layers: number of each layer in the model; None: 0, 1, 2, ...
+        uniform_rows: `(B, T)`, the row that weighs all that the query may see equally; None: every
+            token `1 / T`, as under a causal mask with the query last.
 
     Raises:
         ValueError: shapes that do not fit each other, or rows that are no attention weights.
@@ -330,7 +343,8 @@ def collect(
             )
         heads = _measure(rows, last_episode[:, None], rewarded[:, None])
         measured.append(LayerMetrics(number, _measure(rows.mean(1), last_episode, rewarded), heads))
-    uniform = _measure(np.full((n_samples, n + 1), 1.0 / (n + 1)), last_episode, rewarded)
+    even = np.full((n_samples, n + 1), 1.0 / (n + 1)) if uniform_rows is None else uniform_rows
+    uniform = _measure(as_float64(even), last_episode, rewarded)
     return AttentionMetrics(tuple(samples), tuple(measured), uniform)
 
 
@@ -356,7 +370,8 @@ def concatenate(parts: Sequence[AttentionMetrics]) -> AttentionMetrics:
         for same_layer in zip(*(part.layers for part in parts), strict=True)
     )
     samples = tuple(sample for part in parts for sample in part.samples)
-    return AttentionMetrics(samples, layers, _join([part.uniform for part in parts]))
+    uniform = _join([part.uniform for part in parts])
+    return AttentionMetrics(samples, layers, uniform, parts[0].heads)
 
 
 def _join(dicts: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:

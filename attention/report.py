@@ -13,7 +13,6 @@ import itertools
 import json
 import os
 import textwrap
-import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -23,6 +22,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from attention.advice import PATTERNS
+from attention.console import WIDTH, aligned, columns, wrap
 from attention.evidence import (
     FOCUSED_ENTROPY,
     RECENCY_RATIO,
@@ -43,7 +43,6 @@ from attention.metrics import (
 )
 from attention.samples import Sample
 
-WIDTH = 100
 SCHEMA_VERSION = 1
 LABEL_COLUMNS = ("goal_row", "goal_col", "history", "step", "stride")
 PARTED = 0.1  # mean and median differ by more than this share: the median is shown as well
@@ -52,9 +51,9 @@ DRAWN_DIGITS = 6  # significant digits of drawn arrays; metrics keep all theirs
 
 def loaded_block(lines: Mapping[str, str]) -> str:
     """`label: text` lines with the texts aligned; long texts wrap below themselves."""
-    width = max(_columns(label) for label in lines) + 2
+    width = max(columns(label) for label in lines) + 2
     return "\n".join(
-        _wrap(text, f"{label}:" + " " * (width - _columns(label) - 1), " " * width)
+        wrap(text, f"{label}:" + " " * (width - columns(label) - 1), " " * width)
         for label, text in lines.items()
     )
 
@@ -83,7 +82,7 @@ def layer_table(metrics: AttentionMetrics) -> str:
         "effect, exp(entropy); recent/distant: last quarter of the context over the first, and the "
         "median where it differs; uniform: what reading every token equally would show"
     )
-    return "\n".join([title, *_aligned(table), *textwrap.wrap(legend, WIDTH)])
+    return "\n".join([title, *aligned(table), *textwrap.wrap(legend, WIDTH)])
 
 
 def _table_cells(summary: Mapping[str, Summary]) -> tuple[str, ...]:
@@ -134,7 +133,7 @@ def pattern_table(metrics: AttentionMetrics) -> str:
             for name, (x, holds) in verdicts(scope).items()
         ]
         table.append(("all" if scope.layer is None else f"layer {scope.layer}", *cells))
-    return "\n".join(["PATTERNS PER LAYER", *_aligned(table)])
+    return "\n".join(["PATTERNS PER LAYER", *aligned(table)])
 
 
 def insight_blocks(insights: Sequence[Insight], metrics: AttentionMetrics) -> str:
@@ -146,7 +145,7 @@ def insight_blocks(insights: Sequence[Insight], metrics: AttentionMetrics) -> st
             "💡 INSIGHT: No single pattern over all layers together.\n"
             "   Measure before compressing: neither place nor weight says what can go."
         )
-    blocks += [_wrap(text, "   ℹ️  ", "      ") for text in remarks(metrics)]
+    blocks += [wrap(text, "   ℹ️  ", "      ") for text in remarks(metrics)]
     in_layers = [insight for insight in insights if insight.layer is not None]
     if in_layers:
         blocks.append("WHERE LAYERS DIFFER FROM THE WHOLE")
@@ -168,17 +167,17 @@ def _insight_block(insights: Sequence[Insight]) -> str:
         if doubted:
             where = "" if len(doubted) == len(insights) else f"in {layer_list(doubted)} "
             headline += f" ({where}by the absolute rule only)"
-    lines = [headline, f"   {first.advice}", _wrap(first.meaning, "   ")]
+    lines = [headline, f"   {first.advice}", wrap(first.meaning, "   ")]
     for insight in insights:
         where = f"Layer {insight.layer}: " if len(insights) > 1 else ""
-        lines.append(_wrap(f"{where}{insight.evidence}", "   📊 ", "      "))
+        lines.append(wrap(f"{where}{insight.evidence}", "   📊 ", "      "))
         if insight.caveat:
-            lines.append(_wrap(insight.caveat, "   ⚠️  ", "      "))
+            lines.append(wrap(insight.caveat, "   ⚠️  ", "      "))
         if insight.effect:
-            lines.append(_wrap(insight.effect, "   🧪 ", "      "))
+            lines.append(wrap(insight.effect, "   🧪 ", "      "))
     lines.append("   Strategies:")
-    lines += [_wrap(strategy, "   - ", "     ") for strategy in first.strategies]
-    lines.append(_wrap(f"Example: {first.example}", "   - ", "     "))
+    lines += [wrap(strategy, "   - ", "     ") for strategy in first.strategies]
+    lines.append(wrap(f"Example: {first.example}", "   - ", "     "))
     return "\n".join(lines)
 
 
@@ -229,7 +228,9 @@ def metrics_json(
             "the heatmaps alone",
             "uniform_received": {
                 str(n + 1): rounded(uniform_received(n + 1))
-                for n in sorted({s.n_context for s in metrics.samples if s.index in shown})
+                for n in sorted(
+                    {s.n_context for s in metrics.samples if s.index in shown and s.tokens is None}
+                )
             },
             "layers": {
                 str(layer): {str(index): dict(arrays) for index, arrays in samples.items()}
@@ -249,25 +250,42 @@ def _sample_json(sample: Sample, is_drawn: bool) -> dict[str, Any]:
     if is_drawn:
         entry["episode_starts"] = list(sample.episode_starts)
         entry["rewarded"] = list(np.flatnonzero(sample.rewarded))
+        if (tokens := sample.tokens) is not None:
+            parts = {"part": list(tokens.part), "decides": tokens.decides}
+            entry["tokens"] = {"transition": list(tokens.transition), **parts}
     return entry
 
 
-def drawn_arrays(query_rows: ArrayLike, received: ArrayLike | None = None) -> dict[str, Any]:
+def drawn_arrays(
+    query_rows: ArrayLike,
+    received: ArrayLike | None = None,
+    uniform_query_row: ArrayLike | None = None,
+    uniform_received: ArrayLike | None = None,
+) -> dict[str, Any]:
     """What the pictures of one sample and layer show, rounded to 6 significant digits.
 
     Args:
         query_rows: `(H, T)`, the query token's attention row of every head.
-        received: `(H, T)`, average attention each position receives, or None.
+        received: `(H, T)`, average attention each position receives, or None; NaN where there is
+            none becomes 0.
+        uniform_query_row, uniform_received: `(T,)`, both under uniform attention, where that is not
+            the plain case of a causal mask with the query last.
 
     Returns:
-        `query_rows` and `received`, each `{"mean": T numbers, "heads": H lists of T}`.
+        `query_rows` and `received`, each `{"mean": T numbers, "heads": H lists of T}`; then what is
+        given of the uniform ones, `T` numbers each.
     """
     arrays = {"query_rows": query_rows, "received": received}
-    return {
-        name: {"mean": rounded(as_float64(a).mean(0)), "heads": rounded(a)}
+    found = {
+        name: {
+            "mean": rounded(np.nan_to_num(as_float64(a)).mean(0)),
+            "heads": rounded(np.nan_to_num(as_float64(a))),
+        }
         for name, a in arrays.items()
         if a is not None
     }
+    even = {"uniform_query_row": uniform_query_row, "uniform_received": uniform_received}
+    return found | {name: rounded(row) for name, row in even.items() if row is not None}
 
 
 def rounded(values: ArrayLike, digits: int = DRAWN_DIGITS) -> list[Any]:
@@ -359,24 +377,3 @@ def _ratio(summary: Mapping[str, Summary]) -> tuple[str, str]:
     parted = abs(ratio.mean - ratio.median) > PARTED * min(ratio.mean, ratio.median)
     parted = parted and cap(ratio.mean) != cap(ratio.median)
     return f"{cap(ratio.mean)} ± {cap(ratio.std)}", cap(ratio.median) if parted else ""
-
-
-def _aligned(table: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of a table, its columns right-aligned."""
-    widths = [max(map(_columns, column)) for column in zip(*table, strict=True)]
-    return [
-        "  ".join(" " * (w - _columns(c)) + c for c, w in zip(row, widths, strict=True)).rstrip()
-        for row in table
-    ]
-
-
-def _wrap(text: str, first: str, then: str | None = None) -> str:
-    width = WIDTH - (_columns(first) - len(first))  # textwrap counts characters
-    return textwrap.fill(
-        text, width, initial_indent=first, subsequent_indent=first if then is None else then
-    )
-
-
-def _columns(text: str) -> int:
-    """Console columns of a text: wide characters take two."""
-    return sum(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)

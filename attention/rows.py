@@ -1,59 +1,32 @@
 """Attention arithmetic in row blocks: exact softmax rows, never a whole T x T matrix.
 
-Every function takes the scaled queries and the keys of one layer and a `Mask` that says what a
-query may see. A block holds as many rows as fit the processor's cache, so that the softmax and the
-column sums of a block cost no trip to main memory:
+Every function takes the scaled queries and the keys of one layer, or the scores where the model
+holds them, and a `Mask` that says what a query may see. A block holds as many rows as fit the
+processor's cache, so that the softmax and the column sums cost no trip to main memory:
 
     q = q / math.sqrt(q.shape[-1])
     last = last_row(scores, Mask("causal"))                                  # (B, H, T)
     columns = received(q, k, Mask("causal"))                                 # (B, H, T)
     images = maps(q, k, Mask("causal"), samples=[0], grid=MapGrid.of(16384, size=512))
 
-Axes: `B` samples, `H` heads, `T` tokens, `d` width of a head, `R`, `C` rows, columns of a map.
+Axes: `B` samples, `H` heads, `Tq` queries, `Tk` keys (both `T` in self-attention), `d` width of a
+head, `R`, `C` rows and columns of a map.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from attention.masks import Mask, hidden
 
 # Scores held at once. A CPU is fastest while they stay in its cache; a GPU wants wide kernels.
 BLOCK_SCORES_CPU = 2**19
 BLOCK_SCORES_GPU = 2**26
 MIN_BLOCK_ROWS = 32
 N_EXACT_FIRST = 4  # leading tokens, where attention sinks sit, that keep a map column each
-
-
-@dataclass(frozen=True)
-class Mask:
-    """Which keys a query may see.
-
-    Attributes:
-        kind: "full" (every key), "causal" (keys up to the query's own) or "additive".
-        bias: for "additive": `(T, T)` or `(B, H, T, T)`. A float is added to the scores, -inf
-            forbids; a bool is True where attention is forbidden.
-    """
-
-    kind: Literal["full", "causal", "additive"]
-    bias: Tensor | None = None
-
-    def of_rows(self, sample: int, heads: slice, rows: slice | Tensor, like: Tensor) -> Tensor:
-        """Additive mask of rows of a sample, `(R, T)` or `(h, R, T)`, in the type of `like`."""
-        bias = self.bias[rows] if self.bias.dim() == 2 else self.bias[sample, heads][:, rows]
-        return _additive(bias, like)
-
-    def of_query(self, like: Tensor) -> Tensor:
-        """Additive mask of the last token, `(T,)` or `(B, H, T)`, in the type of `like`."""
-        return _additive(self.bias[..., -1, :], like)
-
-
-def _additive(bias: Tensor, like: Tensor) -> Tensor:
-    if bias.dtype == torch.bool:
-        return like.new_zeros(bias.shape).masked_fill_(bias, -torch.inf)
-    return bias.to(like.dtype)
 
 
 @dataclass(frozen=True)
@@ -105,91 +78,135 @@ class MapGrid:
 
 
 def last_row(scores: Tensor, mask: Mask) -> Tensor:
-    """Attention row of the last token from its scores.
+    """Attention row of the last token from its scores, as `query_row`."""
+    return query_row(scores, mask.of_query(scores.shape[-1] - 1, scores))
+
+
+def query_row(scores: Tensor, bias: Tensor | None) -> Tensor:
+    """Attention row of one query a sample from its scores.
 
     Args:
-        scores: `(B, H, T)`, up to a constant in each row.
-        mask: what the last token may see: everything under a causal mask.
+        scores: `(B, H, Tk)`, up to a constant in each row.
+        bias: additive mask of that query, broadcasts to the scores; None if it sees everything.
 
     Returns:
-        `(B, H, T)`, each row sums to 1; zeros where the mask lets the last token see nothing.
+        `(B, H, Tk)`, each row sums to 1; zeros where the mask lets the query see nothing.
     """
-    if mask.kind != "additive":
-        return scores.softmax(-1)
-    return _masked_softmax(scores, mask.of_query(scores))
+    return scores.softmax(-1) if bias is None else _masked_softmax(scores, bias)
 
 
-def received(q: Tensor, k: Tensor, mask: Mask) -> Tensor:
-    """Attention that each position receives, averaged over the queries allowed to see it.
+def received(q: Tensor, k: Tensor | None, mask: Mask) -> Tensor:
+    """Attention that each key receives, averaged over the queries allowed to see it.
 
     Args:
-        q: `(B, H, T, d)` scaled queries.
-        k: `(B, H, T, d)`.
-        mask: what a query may see.
+        q: `(B, H, Tq, d)` scaled queries, or the scores `(B, H, Tq, Tk)`.
+        k: `(B, Hk, Tk, d)`, `Hk` dividing `H`; None if `q` are scores.
+        mask: what a query may see. Queries that are padding are left out.
 
     Returns:
-        `(B, H, T)`: column means of the attention matrix over its allowed entries, `T - j` of them
-        in column `j` under a causal mask; NaN where no query may see a position.
+        `(B, H, Tk)`: column means of the attention matrix over its allowed entries, `T - j` of them
+        in column `j` under a causal mask; NaN where no query may see a key.
     """
-    n_samples, n_heads, n_tokens, _ = k.shape
-    total = k.new_zeros(n_samples, n_heads, n_tokens)
+    n_samples, n_heads, n_queries, n_keys = _shape(q, k)
+    total = q.new_zeros(n_samples, n_heads, n_keys, dtype=_wide(q.dtype))
     count = torch.zeros_like(total)
-    if mask.kind == "causal":
-        count += torch.arange(n_tokens, 0, -1, device=k.device)
-    elif mask.kind == "full":
-        count += n_tokens
-    for b, heads, rows in _blocks(k):
-        if mask.kind == "causal":
-            seen = slice(0, rows.stop)
-            scores = q[b, heads, rows] @ k[b, heads, seen].mT  # (h, R, rows.stop)
-            n_rows = rows.stop - rows.start
-            ahead = torch.ones(n_rows, n_rows, dtype=torch.bool, device=k.device).triu_(1)
-            scores[..., rows].masked_fill_(ahead, -torch.inf)
-            total[b, heads, seen] += scores.softmax(-1).sum(1)
+    by_position = mask.plain and mask.padded is None  # then the counts are known beforehand
+    if by_position:
+        first = torch.arange(n_keys, device=q.device) if mask.kind == "causal" else 0
+        count += torch.as_tensor(n_queries - first).clamp(min=0)
+    for b, heads, rows in _blocks(n_samples, n_heads, n_queries, n_keys, q.device):
+        if by_position and mask.kind == "causal":
+            weights = _causal_weights(q, k, b, heads, rows)
+            total[b, heads, : weights.shape[-1]] += weights.sum(1)
             continue
-        scores = q[b, heads, rows] @ k[b, heads].mT  # (h, R, T)
-        if mask.kind == "full":
-            total[b, heads] += scores.softmax(-1).sum(1)
-            continue
-        bias = mask.of_rows(b, heads, rows, scores)
-        total[b, heads] += _masked_softmax(scores, bias).sum(1)
-        count[b, heads] += (bias > -torch.inf).sum(-2)
+        weights, seen = _weights(q, k, mask, b, heads, rows)
+        if mask.padded is not None:
+            real = ~mask.padded[b, rows].to(q.device)
+            weights, seen = weights[:, real], seen[..., real, :]
+        total[b, heads] += weights.sum(1)
+        if not by_position:
+            count[b, heads] += seen.sum(-2)
     return total / count
 
 
-def maps(q: Tensor, k: Tensor, mask: Mask, *, samples: Sequence[int], grid: MapGrid) -> Tensor:
+def maps(
+    q: Tensor,
+    k: Tensor | None,
+    mask: Mask,
+    *,
+    samples: Sequence[int],
+    grid: MapGrid,
+    rows: Tensor | None = None,
+) -> Tensor:
     """Attention maps of bounded size.
 
     Args:
-        q: `(B, H, T, d)` scaled queries.
-        k: `(B, H, T, d)`.
-        mask: what a query may see.
+        q, k, mask: as in `received`.
         samples: which `M` of the `B` samples.
-        grid: rows and columns of the maps.
+        grid: columns of the maps, and their rows in self-attention.
+        rows: `(R,)` int64, queries that have a row, where they are not the grid's.
 
     Returns:
         `(M, H, R, C)`, NaN where every token of the bin is forbidden to the row.
     """
-    n_heads, n_tokens = k.shape[1:3]
-    out = k.new_empty(len(samples), n_heads, len(grid.rows), len(grid.cols))
-    step = max(1, _block_scores(k) // (n_heads * n_tokens))
-    positions = torch.arange(n_tokens, device=k.device)
-    every_head = slice(None)
+    _, n_heads, _, n_keys = _shape(q, k)
+    map_rows = grid.rows if rows is None else rows
+    shape = len(samples), n_heads, len(map_rows), len(grid.cols)
+    out = q.new_empty(shape, dtype=_wide(q.dtype))
+    step = max(1, _block_scores(q.device) // (n_heads * n_keys))
     for m, b in enumerate(samples):
-        for start in range(0, len(grid.rows), step):
-            rows = grid.rows[start : start + step].to(k.device)
-            scores = q[b, :, rows] @ k[b].mT  # (H, R, T)
-            if mask.kind == "additive":
-                bias = mask.of_rows(b, every_head, rows, scores)
-                weights, seen = _masked_softmax(scores, bias), bias > -torch.inf
-            elif mask.kind == "causal":
-                seen = positions <= rows[:, None]
-                weights = scores.masked_fill_(~seen, -torch.inf).softmax(-1)
-            else:
-                weights, seen = scores.softmax(-1), positions >= 0
-            n_seen = grid.pool(seen.to(scores.dtype))
+        for start in range(0, len(map_rows), step):
+            chosen = map_rows[start : start + step].to(q.device)
+            weights, seen = _weights(q, k, mask, b, slice(0, n_heads), chosen)  # (H, R, Tk)
+            n_seen = grid.pool(seen.to(weights.dtype))
             out[m, :, start : start + step] = grid.pool(weights) / n_seen  # 0 / 0: forbidden
     return out
+
+
+def _weights(
+    q: Tensor, k: Tensor | None, mask: Mask, b: int, heads: slice, rows: slice | Tensor
+) -> tuple[Tensor, Tensor]:
+    """Weights `(h, R, Tk)` of rows and which of them are allowed, which broadcasts to them."""
+    scores = _scores(q, k, b, heads, rows)
+    if mask.kind == "scores":
+        weights = scores.softmax(-1)
+        blind = (scores == -torch.inf).all(-1, keepdim=True)
+        return weights.masked_fill(blind, 0.0), ~hidden(scores, weights)
+    bias = mask.of_rows(b, heads, rows, scores)
+    if bias is None:
+        weights = scores.softmax(-1)
+        return weights, weights.new_ones(1, dtype=torch.bool).expand(weights.shape[-2:])
+    return _masked_softmax(scores, bias), bias > -torch.inf
+
+
+def _causal_weights(q: Tensor, k: Tensor | None, b: int, heads: slice, rows: slice) -> Tensor:
+    """Weights `(h, R, C)` of rows under a causal mask; the keys after all of these are left out."""
+    scores = _scores(q, k, b, heads, rows, rows.stop)
+    n_keys = scores.shape[-1]
+    near = slice(min(rows.start, n_keys), n_keys)  # where the mask cuts through the rows
+    ahead = torch.ones(rows.stop - rows.start, n_keys - near.start, dtype=torch.bool)
+    scores[..., near].masked_fill_(ahead.to(q.device).triu_(1), -torch.inf)
+    return scores.softmax(-1)
+
+
+def _scores(
+    q: Tensor,
+    k: Tensor | None,
+    b: int,
+    heads: slice,
+    rows: slice | Tensor,
+    n_keys: int | None = None,
+) -> Tensor:
+    """Scores `(h, R, C)` of rows with the first `n_keys` keys."""
+    if k is None:
+        return q[b, heads, rows, :n_keys].to(_wide(q.dtype))
+    group = q.shape[1] // k.shape[1]
+    if group == 1:
+        keys = k[b, heads, :n_keys]
+    else:
+        shared = torch.arange(heads.start, heads.stop, device=k.device) // group
+        keys = k[b, shared, :n_keys]
+    return q[b, heads, rows] @ keys.mT
 
 
 def _masked_softmax(scores: Tensor, bias: Tensor) -> Tensor:
@@ -199,18 +216,29 @@ def _masked_softmax(scores: Tensor, bias: Tensor) -> Tensor:
     return weights.masked_fill_(blind, 0.0)
 
 
-def _block_scores(k: Tensor) -> int:
-    return BLOCK_SCORES_CPU if k.device.type == "cpu" else BLOCK_SCORES_GPU
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return dtype if dtype.itemsize >= 4 else torch.float32
 
 
-def _blocks(k: Tensor) -> Iterator[tuple[int, slice, slice]]:
+def _shape(q: Tensor, k: Tensor | None) -> tuple[int, int, int, int]:
+    """`(B, H, Tq, Tk)`."""
+    n_samples, n_heads, n_queries, last = q.shape
+    return n_samples, n_heads, n_queries, last if k is None else k.shape[2]
+
+
+def _block_scores(device: torch.device) -> int:
+    return BLOCK_SCORES_CPU if device.type == "cpu" else BLOCK_SCORES_GPU
+
+
+def _blocks(
+    n_samples: int, n_heads: int, n_queries: int, n_keys: int, device: torch.device
+) -> Iterator[tuple[int, slice, slice]]:
     """Sample, heads and rows of each block of scores."""
-    n_samples, n_heads, n_tokens, _ = k.shape
-    n_scores = _block_scores(k)
-    per_block = min(n_heads, max(1, n_scores // (n_tokens * min(MIN_BLOCK_ROWS, n_tokens))))
-    n_rows = min(n_tokens, max(MIN_BLOCK_ROWS, n_scores // (n_tokens * per_block)))
+    n_scores = _block_scores(device)
+    per_block = min(n_heads, max(1, n_scores // (n_keys * min(MIN_BLOCK_ROWS, n_queries))))
+    n_rows = min(n_queries, max(MIN_BLOCK_ROWS, n_scores // (n_keys * per_block)))
     for b in range(n_samples):
         for head in range(0, n_heads, per_block):
-            for row in range(0, n_tokens, n_rows):
+            for row in range(0, n_queries, n_rows):
                 heads = slice(head, min(head + per_block, n_heads))
-                yield b, heads, slice(row, min(row + n_rows, n_tokens))
+                yield b, heads, slice(row, min(row + n_rows, n_queries))

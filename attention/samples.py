@@ -10,18 +10,22 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from attention.tokens import Tokens
+
 
 @dataclass(frozen=True)
 class Sample:
-    """One decision of the model: `n_context` transitions, then the query token.
+    """One decision of the model: `n_context` transitions, then the query.
 
     Attributes:
         index: number of the sample within a run, the `I` of the file names.
         title: one line that says which decision this is, for the titles of pictures.
-        n_context: number of context tokens `n`; the query token is token `n`.
-        episode_starts: `(E,)` int, context token indices at which an episode begins, ascending.
+        n_context: number of transitions `n`. Where `tokens` is None each is one token, and the
+            query token is token `n`.
+        episode_starts: `(E,)` int, transitions at which an episode begins, ascending.
         rewarded: `(n,)` bool, context transitions that were rewarded.
         labels: columns that name the sample in tables, for example goal, history and step.
+        tokens: what each token is that the model reads; None: a transition each, then the query.
     """
 
     index: int
@@ -30,6 +34,7 @@ class Sample:
     episode_starts: np.ndarray
     rewarded: np.ndarray
     labels: dict[str, int | float | str] = field(default_factory=dict)
+    tokens: Tokens | None = None
 
     def __post_init__(self) -> None:
         if self.rewarded.shape != (self.n_context,):

@@ -73,15 +73,17 @@ def measure(options: argparse.Namespace) -> None:
     from dataset import Histories
     from decisions import choose_decisions
     from parallel import join
+    from subject import ADSubject
 
     torch.set_num_threads(1)
     path = find_checkpoint(options.checkpoint).path
     model = load_checkpoint(path, torch.device("cpu")).model
     histories = Histories.load(path.parent / HISTORIES_NAME)
     decisions = choose_decisions(histories, model.n_context_max, options.samples, seed=0)
+    subject = ADSubject(model, histories, decisions)
     layers = range(model.config.tf_n_layer)
     with join() as group:
-        analysis = Analysis(model, histories, decisions, layers, group=group)
+        analysis = Analysis(subject, layers, group=group)
         seconds = []
         for _ in range(options.repeats):
             group.barrier()
@@ -89,7 +91,7 @@ def measure(options: argparse.Namespace) -> None:
             collected = Collected(len(decisions))
             for batch in analysis.measured(n_drawn=0):
                 collected.add(batch.metrics)
-            metrics = collected.over(group, analysis.sample)
+            metrics = collected.over(group, subject.sample)
             seconds.append(time.perf_counter() - started)
         if metrics is not None:
             overall = {name: metrics.overall()[name].mean for name in SUMMARY_METRICS}

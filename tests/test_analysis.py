@@ -13,6 +13,7 @@ import analysis
 from analysis import analyse
 from attention.metrics import SUMMARY_METRICS, concatenate
 from decisions import Decision
+from subject import ADSubject, fused_attention
 
 DECISIONS = [Decision(0, 12), Decision(2, 29), Decision(1, 17), Decision(1, 28, 2), Decision(0, 14)]
 
@@ -28,7 +29,7 @@ def logits_without_capture(model, histories, decision):
         for part in zip(*plain_decision(histories, decision)[0], strict=True)
     ]
     query = torch.tensor([plain_decision(histories, decision)[1]])
-    with torch.inference_mode():
+    with torch.inference_mode(), fused_attention():
         return model(*tensors, query)[0]
 
 
@@ -51,16 +52,16 @@ def hooks_of(model):
 
 @pytest.mark.parametrize("n_drawn", [0, 2, 5])
 def test_outputs_equal_those_without_capture(tiny_model, histories, n_drawn):
-    batches = list(analyse(tiny_model, histories, DECISIONS, [0, 1], n_drawn))
+    batches = list(analyse(ADSubject(tiny_model, histories, DECISIONS), [0, 1], n_drawn))
     logits = torch.cat([batch.logits for batch in batches])
     for found, decision in zip(logits, DECISIONS, strict=True):
         expected = logits_without_capture(tiny_model, histories, decision)
-        torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
 
 
 def test_rows_metrics_and_logits_equal_the_plain_model(tiny_model, tiny_config, histories):
     tensors = {k: v.numpy().astype(np.float64) for k, v in tiny_model.state_dict().items()}
-    (batch,) = analyse(tiny_model, histories, DECISIONS, [0, 1], n_drawn=5)
+    (batch,) = analyse(ADSubject(tiny_model, histories, DECISIONS), [0, 1], n_drawn=5)
     for i, decision in enumerate(DECISIONS):
         inputs = plain_decision(histories, decision)
         logits, rows = plain_model.run_model(tensors, vars(tiny_config), *inputs)
@@ -80,7 +81,7 @@ def test_each_layer_runs_once_a_batch_and_the_last_row_of_a_map_is_the_querys(
         layer.register_forward_hook(lambda layer, *_: runs.update([layer]))
         for layer in tiny_model.transformer_encoder.layers
     ]
-    (batch,) = analyse(tiny_model, histories, DECISIONS, [1], n_drawn=5)
+    (batch,) = analyse(ADSubject(tiny_model, histories, DECISIONS), [1], n_drawn=5)
     for handle in handles:
         handle.remove()
     assert sorted(runs.values()) == [1, 1]
@@ -94,10 +95,10 @@ def test_each_layer_runs_once_a_batch_and_the_last_row_of_a_map_is_the_querys(
 def test_batches_of_any_size_give_the_same_metrics_in_order(
     tiny_model, histories, monkeypatch, n_drawn
 ):
-    (whole,) = analyse(tiny_model, histories, DECISIONS, [0, 1], n_drawn=5)
+    (whole,) = analyse(ADSubject(tiny_model, histories, DECISIONS), [0, 1], n_drawn=5)
     monkeypatch.setattr(analysis, "MAX_DRAWN", 2)
     monkeypatch.setattr(analysis, "MAX_TOKENS", 12)
-    batches = list(analyse(tiny_model, histories, DECISIONS, [0, 1], n_drawn))
+    batches = list(analyse(ADSubject(tiny_model, histories, DECISIONS), [0, 1], n_drawn))
     drawn = [len(batch.samples) for batch in batches if batch.has_maps]
     assert drawn == [2, 1][: n_drawn and 2]
     assert [s.index for batch in batches for s in batch.samples] == list(range(5))
@@ -107,7 +108,7 @@ def test_batches_of_any_size_give_the_same_metrics_in_order(
 
 
 def test_nothing_that_is_not_drawn_carries_maps(tiny_model, histories):
-    drawn, rest = analyse(tiny_model, histories, DECISIONS, [0, 1], n_drawn=2)
+    drawn, rest = analyse(ADSubject(tiny_model, histories, DECISIONS), [0, 1], n_drawn=2)
     assert drawn.has_maps
     assert not rest.has_maps
     for layer in rest.attention.values():
@@ -116,8 +117,8 @@ def test_nothing_that_is_not_drawn_carries_maps(tiny_model, histories):
 
 
 def test_a_subset_of_layers_is_measured_as_among_all(tiny_model, histories):
-    (whole,) = analyse(tiny_model, histories, DECISIONS, [0, 1], n_drawn=0)
-    (one,) = analyse(tiny_model, histories, DECISIONS, [1], n_drawn=0)
+    (whole,) = analyse(ADSubject(tiny_model, histories, DECISIONS), [0, 1], n_drawn=0)
+    (one,) = analyse(ADSubject(tiny_model, histories, DECISIONS), [1], n_drawn=0)
     assert [layer.layer for layer in one.metrics.layers] == [1]
     for name in SUMMARY_METRICS:
         np.testing.assert_array_equal(one.metrics.pooled(name), whole.metrics.pooled(name)[1:])
@@ -125,7 +126,7 @@ def test_a_subset_of_layers_is_measured_as_among_all(tiny_model, histories):
 
 def test_no_hook_is_left(tiny_model, histories):
     before = hooks_of(tiny_model)
-    list(analyse(tiny_model, histories, DECISIONS, [0, 1], n_drawn=2))
+    list(analyse(ADSubject(tiny_model, histories, DECISIONS), [0, 1], n_drawn=2))
     assert hooks_of(tiny_model) == before == []
 
 
@@ -135,13 +136,13 @@ def test_no_hook_is_left_after_an_error_inside_the_model(tiny_model, histories, 
 
     monkeypatch.setattr(tiny_model.transformer_encoder.layers[1], "forward", broken)
     with pytest.raises(RuntimeError, match="broken layer"):
-        list(analyse(tiny_model, histories, DECISIONS, [0, 1], n_drawn=2))
+        list(analyse(ADSubject(tiny_model, histories, DECISIONS), [0, 1], n_drawn=2))
     assert hooks_of(tiny_model) == []
 
 
 def test_the_model_keeps_its_mode_and_its_weights(tiny_model, histories):
     before = {name: tensor.clone() for name, tensor in tiny_model.state_dict().items()}
-    list(analyse(tiny_model, histories, DECISIONS, [0, 1], n_drawn=2))
+    list(analyse(ADSubject(tiny_model, histories, DECISIONS), [0, 1], n_drawn=2))
     assert not any(part.training for part in tiny_model.modules())
     assert all(torch.equal(before[k], v) for k, v in tiny_model.state_dict().items())
 
@@ -152,7 +153,7 @@ def test_a_longer_context_than_an_episode_is_read_in_the_order_of_time(tiny_conf
     found = {}
     for stride in (1, 3):
         decision = Decision(1, 57, stride)
-        (batch,) = analyse(model, histories, [decision], [0], n_drawn=0)
+        (batch,) = analyse(ADSubject(model, histories, [decision]), [0], n_drawn=0)
         found[stride] = batch.logits[0]
         expected = logits_without_capture(model, histories, decision)
         torch.testing.assert_close(found[stride], expected, rtol=0, atol=1e-6)

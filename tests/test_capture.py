@@ -408,7 +408,6 @@ def test_a_layer_given_twice_is_an_error():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        ({"src_key_padding_mask": torch.zeros(1, 5, dtype=torch.bool)}, "padding"),
         ({"mask": torch.zeros(5, 5), "is_causal": True}, "mask that is not causal"),
         ({"mask": torch.zeros(4, 4)}, r"expected a mask of shape \(5, 5\)"),
         ({"mask": torch.full((5, 5), -torch.inf)}, "see nothing"),

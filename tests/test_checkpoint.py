@@ -1,19 +1,30 @@
+import argparse
 import os
 import pickle
+import random
+import re
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import random_window, sharp_model
+from foreign import held_out, make_foreign_run
+from hypothesis import given
+from hypothesis import strategies as st
 
 import checkpoint as module
 from checkpoint import (
+    check_can_act,
     checkpoint_step,
     checkpoints_in,
     find_checkpoint,
+    is_dark_room,
     load_checkpoint,
     pick_device,
     read_file,
     save_checkpoint,
+    split_of,
 )
 from config import EnvConfig, UserError, to_dict
 
@@ -309,6 +320,133 @@ def test_what_existing_checkpoints_do_not_say_is_taken_as_usual(path, content):
     loaded = load_checkpoint(path)
     assert loaded.goals == {}
     assert loaded.model.config.tf_dropout == 0.0
+
+
+# Checkpoints of other code
+
+
+def test_a_foreign_run_loads_as_it_is(tmp_path, tiny_model, tiny_config):
+    run, _ = make_foreign_run(
+        tmp_path, tiny_model.state_dict(), 2, grid_size=5, horizon=5, n_steps=5, step=9000
+    )
+    touch(run / "events.out.tfevents.1")
+    for where in (run, run.parent, run / "ckpt-9000.pt"):
+        assert find_checkpoint(where).path == run / "ckpt-9000.pt"
+    loaded = load_checkpoint(run / "ckpt-9000.pt")
+    assert loaded.step == 9000
+    assert vars(loaded.model.config) == vars(tiny_config)
+    assert loaded.config["device"] == torch.device("cuda:0")
+    assert loaded.config["tf_n_inner"] != tiny_config.tf_n_inner
+    context, queries = random_window(tiny_config, 3, 11)
+    with torch.no_grad():
+        expected = tiny_model(*context, queries[:, -1])
+        assert torch.equal(loaded.model(*context, queries[:, -1]), expected)
+
+
+def test_held_out_goals_are_those_that_such_code_names(tmp_path):
+    """The eight goals that a published run with split seed 0 was evaluated on."""
+    goals = split_of({"grid_size": 9, "env_split_seed": 0, "train_env_ratio": 0.9})
+    expected = [[4, 2], [5, 6], [6, 8], [7, 2], [3, 6], [0, 5], [5, 8], [5, 4]]
+    assert goals["test"] == expected
+    assert len(goals["train"]) == 73
+    assert sorted(goals["train"] + expected) == [[r, c] for r in range(9) for c in range(9)]
+
+
+@given(st.integers(2, 12), st.integers(-5, 2**40), st.floats(0, 1))
+def test_the_split_is_that_of_the_global_generator_and_leaves_it_alone(grid_size, seed, ratio):
+    random.seed(1)
+    before = random.getstate()
+    config = {"grid_size": grid_size, "env_split_seed": seed, "train_env_ratio": ratio}
+    goals = split_of(config)
+    assert random.getstate() == before
+    cells = held_out(seed, ratio, grid_size**2)
+    assert goals["test"] == [list(divmod(cell, grid_size)) for cell in cells]
+    assert len(goals["train"]) + len(cells) == grid_size**2
+
+
+def test_goals_that_a_checkpoint_names_are_not_derived(path, content):
+    config = content["config"] | {"env_split_seed": 0, "train_env_ratio": 0.9}
+    save_checkpoint(path, content | {"config": config})
+    assert load_checkpoint(path).goals == content["goals"]
+
+
+@pytest.mark.parametrize(
+    "change", [{"env_split_seed": None}, {"train_env_ratio": None}, {"env": "darkroompermuted"}]
+)
+def test_a_split_that_the_config_does_not_tell_is_not_guessed(change):
+    config = {"env": "darkroom", "grid_size": 9, "env_split_seed": 0, "train_env_ratio": 0.9}
+    assert split_of(config)
+    assert split_of(config | change) == {}
+
+
+@pytest.mark.parametrize("env", ["darkroom", "DarkRoom", "dark_room", "Dark Room"])
+def test_the_dark_room_is_known_by_any_spelling(env):
+    assert is_dark_room({"env": env})
+    assert is_dark_room({})
+    for other in ("darkroompermuted", "darkkeytodoor", "dark_room_hard", None, 3):
+        assert not is_dark_room({"env": other})
+
+
+def test_acting_needs_a_room_that_there_is(path, content):
+    save_checkpoint(path, content)
+    check_can_act(load_checkpoint(path))
+    save_checkpoint(path, content | {"config": content["config"] | {"env": "darkkeytodoor"}})
+    with pytest.raises(UserError, match="to act, got env 'darkkeytodoor' with 5"):
+        check_can_act(load_checkpoint(path))
+
+
+@pytest.mark.parametrize("wrapper", ["module.", "_orig_mod.", "_orig_mod.module."])
+def test_names_of_wrapped_models_are_those_of_the_model(path, content, wrapper):
+    expected = content["model"]
+    wrapped = {wrapper + name: tensor for name, tensor in expected.items()}
+    save_checkpoint(path, content | {"model": wrapped})
+    found = load_checkpoint(path).model.state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_a_prefix_of_some_names_is_left_in_place(path, content):
+    content["model"]["module.pred_action.bias"] = content["model"].pop("pred_action.bias")
+    assert "expected pred_action.bias of shape (5,), got none (and 1 more)" in error_of(
+        path, content
+    )
+
+
+def test_a_buffer_that_other_code_stores_is_named(path, content):
+    content["model"]["causal_mask"] = torch.zeros(12, 12)
+    assert "expected causal_mask of shape none, got (12, 12)" in error_of(path, content)
+
+
+def test_numbers_of_numpy_are_read_as_plain_ones(path, content):
+    config = content["config"] | {
+        "tf_n_head": np.int64(2),
+        "lr": np.float32(0.5),
+        "flag": np.bool_(True),
+        "reward": np.float64(1.25),
+    }
+    save_checkpoint(path, content | {"config": config, "step": np.int64(7), "best": np.float64(3)})
+    loaded = load_checkpoint(path)
+    assert type(loaded.step) is int
+    for name, value in {"tf_n_head": 2, "lr": 0.5, "flag": True, "reward": 1.25}.items():
+        assert loaded.config[name] == value
+        assert type(loaded.config[name]) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("value", "name"),
+    [(Path("runs"), r"pathlib\S*Path"), (argparse.Namespace(x=1), "argparse.Namespace")],
+)
+def test_an_object_in_the_config_is_named(path, content, value, name):
+    message = error_of(path, content | {"config": content["config"] | {"log_dir": value}})
+    assert re.search(f"cannot be read as a checkpoint: .* got a {name}, which is not", message)
+    assert "save it again without that" in message
+
+
+@pytest.mark.parametrize(
+    "change", [{"num_actions": None}, {"dim_states": 3}, {"tf_dropout": "low"}, {"tf_dropout": 2}]
+)
+def test_other_settings_that_describe_no_model_are_an_error(path, content, change):
+    message = error_of(path, content | {"config": content["config"] | change})
+    assert "its config does not describe a model" in message
 
 
 def test_a_device_is_picked_by_its_name():

@@ -428,6 +428,30 @@ def test_sampling_is_seeded(tiny_histories):
     assert not torch.equal(a["states"], c["states"])
 
 
+@given(
+    n=st.integers(0, 23),
+    horizon=st.integers(1, 4),
+    n_episodes=st.integers(6, 9),
+    seed=st.integers(0, 99),
+)
+def test_contexts_of_any_length_are_drawn_and_gathered(n, horizon, n_episodes, seed):
+    assume(n_episodes * horizon > n)
+    dataset = ADDataset(numbered(2, n_episodes, horizon), 3, max_stride=2)
+    rows, steps, context = dataset.draw(30, n, np.random.default_rng(seed))
+    assert context.shape == (30, n)
+    assert (np.diff(np.column_stack([context, steps])) > 0).all()
+    window = dataset.gather(rows, steps, context)
+    assert np.array_equal(window["actions"], 100_000 + 1000 * rows[:, None] + context)
+    assert np.array_equal(window["target_actions"], 100_000 + 1000 * rows + steps)
+
+
+def test_decisions_that_a_batch_names_itself_are_its_queries():
+    queries, targets = torch.zeros(2, 3, 2), torch.ones(2, 3)
+    found = packed_queries({"query_states": queries, "target_actions": targets})
+    assert found[0] is queries
+    assert found[1] is targets
+
+
 def test_packed_queries_are_the_state_and_action_after_each_prefix():
     batch = ADDataset(numbered(2, 4, 3), 4).windows([1, 0], [10, 6], [1, 1])
     queries, targets = packed_queries(batch)

@@ -45,7 +45,8 @@ def draw(path, maps, sample, dpi=100):
 
 def sheet_of(maps, dpi=100, has_lines=True):
     tokens = np.arange(maps.shape[1], dtype=np.int64).tobytes()
-    return heatmap_module._sheet(len(maps), tokens, tokens, dpi, has_lines)
+    layout = heatmap_module._Layout.of(make_sample(maps.shape[1] - 1))
+    return heatmap_module._sheet(tuple(range(len(maps))), tokens, tokens, dpi, has_lines, layout)
 
 
 def cells(pixels, sheet, corner, n_tokens):
@@ -141,7 +142,8 @@ def test_pooled_map_of_a_long_context(tmp_path):
     rows, cols = np.array([0, 4, 9, 14, 20]), np.array([0, 1, 5, 10, 15])
     maps = np.where(np.tri(5, dtype=bool), 0.05, np.nan)[None]
     heatmap(tmp_path / "map.png", maps, rows, cols, make_sample(20), layer=0)
-    sheet = heatmap_module._sheet(1, rows.tobytes(), cols.tobytes(), 100, True)
+    layout = heatmap_module._Layout.of(make_sample(20))
+    sheet = heatmap_module._sheet((0,), rows.tobytes(), cols.tobytes(), 100, True, layout)
     cell = sheet.side / 5
     np.testing.assert_allclose(sheet.x([0, 1, 5, 10, 15, 21]), cell * np.arange(6))
     np.testing.assert_allclose(sheet.x(3), 1.5 * cell)

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import random_window, sharp_model
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -35,6 +35,19 @@ def test_packed_logits_equal_separate_passes_on_every_prefix(
     assert packed.shape == (n_samples, n + 1, config.num_actions)
     assert packed.dtype == dtype
     torch.testing.assert_close(packed, torch.stack(separate, dim=1), rtol=tolerance, atol=tolerance)
+
+
+@given(config=configs, seed=st.integers(0, 99), data=st.data())
+def test_fewer_packed_queries_are_those_after_the_longest_prefixes(config, seed, data):
+    n = data.draw(st.integers(0, config.n_transit - 1), label="n")
+    n_queries = data.draw(st.integers(0, n + 1), label="n_queries")
+    model = sharp_model(config, seed, torch.float64)
+    context, queries = random_window(config, 2, n, seed)
+    last = slice(n + 1 - n_queries, None)
+    with torch.no_grad():
+        few = model.forward_packed(*context, queries[:, last])
+        every = model.forward_packed(*context, queries)
+    torch.testing.assert_close(few, every[:, last], rtol=1e-10, atol=1e-10)
 
 
 def test_packed_gradients_equal_those_of_separate_passes(tiny_config):
@@ -150,6 +163,12 @@ def test_the_packed_mask_worked_by_hand():
     ]
     assert (packed_mask(2) == 0).int().tolist() == allowed
     assert set(packed_mask(2).flatten().tolist()) == {0.0, float("-inf")}
+    assert (packed_mask(2, 2) == 0).int().tolist() == [
+        [1, 0, 0, 0],
+        [1, 1, 0, 0],
+        [1, 0, 1, 0],
+        [1, 1, 0, 1],
+    ]
     assert packed_mask(0).tolist() == [[0.0]]
     assert packed_mask(3, dtype=torch.float64).dtype == torch.float64
 
@@ -262,3 +281,49 @@ def test_packed_training_passes_without_dropout_equal_evaluation(tiny_config):
         evaluated = model.forward_packed(*context, queries)
         trained = model.train().forward_packed(*context, queries)
     np.testing.assert_allclose(trained, evaluated, rtol=1e-5, atol=1e-5)
+
+
+@settings(max_examples=8)
+@given(n=st.integers(0, 11), data=st.data())
+def test_tokens_stand_where_positions_say(n, data):
+    config = ModelConfig(
+        n_transit=12, tf_n_layer=2, tf_n_head=2, tf_n_embd=16, tf_n_inner=24, grid_size=5
+    )
+    model = sharp_model(config, dtype=torch.float64)
+    rows = st.permutations(range(12)).map(lambda order: order[: n + 1])
+    positions = torch.tensor([data.draw(rows), data.draw(rows)])
+    context, queries = random_window(config, 2, n)
+    with torch.no_grad():
+        logits = model(*context, queries[:, n], positions)
+        for i in range(2):
+            # A model whose embeddings of positions are dealt out anew, read in the default order
+            moved = sharp_model(config, dtype=torch.float64)
+            moved.pos_embedding[0, : n + 1] = model.pos_embedding[0, positions[i]]
+            alone = moved(*(part[i : i + 1] for part in context), queries[i : i + 1, n])
+            torch.testing.assert_close(logits[i], alone[0], rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("n", [0, 5, 11])
+def test_positions_in_order_are_the_default(tiny_model, tiny_config, n):
+    context, queries = random_window(tiny_config, 2, n)
+    in_order = torch.arange(n + 1).expand(2, -1)
+    with torch.no_grad():
+        default = tiny_model(*context, queries[:, n])
+        assert torch.equal(tiny_model(*context, queries[:, n], in_order), default)
+
+
+@pytest.mark.parametrize(
+    "positions",
+    [
+        torch.arange(4),
+        torch.arange(3).expand(2, -1),
+        torch.arange(5).expand(2, -1),
+        torch.arange(4.0).expand(2, -1),
+        torch.arange(9, 13).expand(2, -1),
+        torch.arange(-1, 3).expand(2, -1),
+    ],
+)
+def test_positions_that_the_model_has_not_are_an_error(tiny_model, tiny_config, positions):
+    context, queries = random_window(tiny_config, 2, 3)
+    with pytest.raises(ValueError, match=r"positions \(2, 4\) of whole numbers in 0\.\.11"):
+        tiny_model(*context, queries[:, 3], positions)

@@ -24,6 +24,7 @@ from collecting import Collected
 from config import EnvConfig, ModelConfig, UserError, to_dict
 from decisions import Decision
 from parallel import ALONE, Group, join
+from subject import ADSubject
 
 ROOT = Path(module.__file__).parent
 TINY = ModelConfig(
@@ -35,11 +36,11 @@ TIMEOUT = 400
 
 def tiny_analysis(group=ALONE, model=None, **more):
     model = model or sharp_model(TINY)
-    return Analysis(model, make_histories(), DECISIONS, [0, 1], group=group, **more)
+    return Analysis(ADSubject(model, make_histories(), DECISIONS), [0, 1], group=group, **more)
 
 
 def collected(analysis, n_drawn, collect=None):
-    collect = collect or Collected(len(analysis.decisions))
+    collect = collect or Collected(analysis.subject.n_samples)
     for batch in itertools.chain(analysis.measured(n_drawn), analysis.drawn(n_drawn)):
         collect.add(batch.metrics)
     return collect
@@ -110,8 +111,8 @@ def test_ranks_together_measure_every_sample_to_the_bit_and_draw_each_once(
     assert sum(n_measured) == len(DECISIONS) - n_drawn
     assert sorted(drawn) == list(range(n_drawn))
     alone = tiny_analysis()
-    expected = collected(alone, n_drawn).over(ALONE, alone.sample)
-    assert_same_metrics(together.over(ALONE, alone.sample), expected)
+    expected = collected(alone, n_drawn).over(ALONE, alone.subject.sample)
+    assert_same_metrics(together.over(ALONE, alone.subject.sample), expected)
 
 
 def test_collected_batches_in_any_order_equal_those_joined(monkeypatch):
@@ -121,7 +122,7 @@ def test_collected_batches_in_any_order_equal_those_joined(monkeypatch):
     found = Collected(len(DECISIONS))
     for part in reversed(parts):
         found.add(part)
-    assert_same_metrics(found.over(ALONE, analysis.sample), concatenate(parts))
+    assert_same_metrics(found.over(ALONE, analysis.subject.sample), concatenate(parts))
 
 
 def test_a_sample_that_was_never_measured_is_missed():
@@ -129,7 +130,7 @@ def test_a_sample_that_was_never_measured_is_missed():
     found = Collected(len(DECISIONS) + 1)
     collected(analysis, 0, found)
     with pytest.raises(ValueError, match="19 is missing"):
-        found.over(ALONE, analysis.sample)
+        found.over(ALONE, analysis.subject.sample)
 
 
 # Memory
@@ -151,15 +152,15 @@ def limit_batches(model, most, error=None):
 
 @pytest.mark.parametrize("n_drawn", [0, 7, 19])
 def test_what_does_not_fit_memory_is_halved_and_said_once(capsys, n_drawn):
-    expected = collected(tiny_analysis(), n_drawn).over(ALONE, tiny_analysis().sample)
+    expected = collected(tiny_analysis(), n_drawn).over(ALONE, tiny_analysis().subject.sample)
     analysis = tiny_analysis()
-    sizes = limit_batches(analysis.model, 3)
+    sizes = limit_batches(analysis.subject.model, 3)
     drawn = [b.samples[i].index for b in analysis.drawn(n_drawn) for i in b.drawn]
     assert drawn == list(range(n_drawn))
     capsys.readouterr()
     sizes.clear()
     found = collected(analysis, n_drawn)
-    assert_same_metrics(found.over(ALONE, analysis.sample), expected, rtol=1e-5)
+    assert_same_metrics(found.over(ALONE, analysis.subject.sample), expected, rtol=1e-5)
     assert sum(size for size in sizes if size <= 3) == len(DECISIONS)
     assert len([size for size in sizes if size > 3]) <= 6
     notes = capsys.readouterr().err.strip().splitlines()
@@ -169,7 +170,7 @@ def test_what_does_not_fit_memory_is_halved_and_said_once(capsys, n_drawn):
 
 def test_a_sample_that_does_not_fit_alone_is_one_line(capsys):
     analysis = tiny_analysis()
-    limit_batches(analysis.model, 0)
+    limit_batches(analysis.subject.model, 0)
     with pytest.raises(UserError, match="a single sample of 12 tokens does not fit"):
         list(analysis.measured(0))
 
@@ -188,7 +189,7 @@ def test_a_sample_that_does_not_fit_alone_is_one_line(capsys):
 def test_only_a_lack_of_memory_halves_a_batch(capsys, error, is_memory):
     assert is_out_of_memory(error) == is_memory
     analysis = tiny_analysis()
-    sizes = limit_batches(analysis.model, 10, error)
+    sizes = limit_batches(analysis.subject.model, 10, error)
     if is_memory:
         assert len(list(analysis.measured(0))) > 1
     else:
@@ -205,8 +206,8 @@ def test_a_real_lack_of_memory_on_a_cpu_is_recognised():
 
 def test_bfloat16_moves_the_metrics_a_little_and_leaves_float32_alone():
     full, half = tiny_analysis(), tiny_analysis(precision="bfloat16")
-    a = collected(full, 5).over(ALONE, full.sample).pooled("entropy")
-    b = collected(half, 5).over(ALONE, half.sample).pooled("entropy")
+    a = collected(full, 5).over(ALONE, full.subject.sample).pooled("entropy")
+    b = collected(half, 5).over(ALONE, half.subject.sample).pooled("entropy")
     assert 0 < np.abs(a - b).max() < 0.1
     (batch,) = half.measured(0)
     assert batch.logits.dtype == torch.float32

@@ -6,7 +6,7 @@ from conftest import PlainRoom, sharp_model
 from config import ModelConfig
 from darkroom import all_goals
 from model import ADTransformer
-from rollout import rollout
+from rollout import act, rollout
 
 
 def plain_rollout(model, goal, n_episodes, horizon, noise, sliding="step"):
@@ -149,3 +149,51 @@ def test_actions_are_drawn_from_the_softmax_of_the_logits(tiny_config):
     reached = rollout(model, goals, n_episodes=1, seed=0, horizon=1).reshape(5, 800).mean(axis=1)
     np.testing.assert_allclose(reached, probabilities, atol=0.05)
     assert reached[4] == 0
+
+
+class Buffered:
+    """An environment with float states and rewards that uses its arrays again and again."""
+
+    def __init__(self, n_rooms):
+        self.states, self.rewards = np.zeros((n_rooms, 3)), np.zeros(n_rooms)
+
+    def reset(self):
+        self.states[:] = 0.25
+        return self.states
+
+    def step(self, actions):
+        self.states += 1
+        self.rewards[:] = 0.5 * actions
+        return self.states, self.rewards, self.states[0, 0] > 2
+
+
+class Listener:
+    """A reader that keeps the histories."""
+
+    device = "cpu"
+
+    def __init__(self):
+        self.histories = []
+
+    def act(self, lived, query_states):
+        self.histories.append(lived.history(query_states))
+        return torch.zeros(len(query_states), 3)
+
+
+def test_any_environment_is_lived_through_as_it_is():
+    reader = Listener()
+    noises = [np.random.default_rng(room) for room in range(2)]
+    rewards = act(Buffered(2), reader, 5, noises)
+    last = reader.histories[-1]
+    assert last.states[0, :, 0].tolist() == [0.25, 1.25, 0.25, 1.25]
+    assert last.next_states[0, :, 0].tolist() == [1.25, 2.25, 1.25, 2.25]
+    assert last.query_states[0].tolist() == [0.25] * 3
+    assert last.episodes[0].tolist() == [0, 0, 1, 1]
+    assert torch.equal(last.rewards, 0.5 * last.actions)
+    assert np.array_equal(rewards[:, :4], last.rewards.numpy())
+    expected = [np.random.default_rng(room).gumbel(size=(5, 3)).argmax(axis=1) for room in range(2)]
+    assert np.array_equal(last.actions, np.stack(expected)[:, :4])
+
+
+def test_no_steps_give_no_rewards(tiny_model):
+    assert rollout(tiny_model, np.array([[2, 2]]), n_episodes=0, seed=0).shape == (1, 0)

@@ -295,6 +295,39 @@ def test_a_run_may_be_interrupted_again_and_again(
     assert_same_run(run_of(tmp_path), finished.run)
 
 
+def test_a_run_on_thinned_histories_ends_alike_with_and_without_an_interruption(
+    tmp_path, monkeypatch, no_picture, finished
+):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    main(flags(whole, history_dropout=0.5))
+    with monkeypatch.context() as patch:
+        interrupt(patch, "packed_loss", 5, press_ctrl_c)
+        with pytest.raises(KeyboardInterrupt):
+            main(flags(parts, history_dropout=0.5))
+    main(flags(parts, "--resume", history_dropout=0.5))
+    assert_same_run(run_of(whole), run_of(parts))
+    losses = [json.loads((run / "training.json").read_text())["log"][-1]["loss"]
+              for run in (run_of(whole), finished.run)]  # fmt: skip
+    assert losses[0] != losses[1]
+
+
+def test_a_run_begun_before_there_was_a_setting_goes_on_with_its_default(
+    finished, tmp_path, monkeypatch, no_picture, capsys
+):
+    with monkeypatch.context() as patch:
+        interrupt(patch, "packed_loss", 2, press_ctrl_c)
+        with pytest.raises(KeyboardInterrupt):
+            main(flags(tmp_path))
+    resume = run_of(tmp_path) / "resume.pt"
+    state = read_file(resume)
+    del state["config"]["history_dropout"]
+    torch.save(state, resume)
+    line = fails(flags(tmp_path, "--resume", history_dropout=0.5), capsys)
+    assert "expected --history-dropout 0.0, got 0.5" in line
+    main(flags(tmp_path, "--resume"))
+    assert_same_run(run_of(tmp_path), finished.run)
+
+
 def test_ctrl_c_is_handled_as_before_once_training_has_ended(finished):
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
@@ -365,6 +398,8 @@ def test_help_mentions_every_setting(capsys):
         ({"device": "cuda:99"}, "'cuda:99', which is not there"),
         ({"seed": -1}, "--seed of at least 0"),
         ({"ema_decay": 1.5}, "--ema-decay"),
+        ({"history_dropout": -0.1}, "--history-dropout between 0 and 1, got -0.1"),
+        ({"history_dropout": 0.5, "n_transit": 1}, "--n-transit of at least 2"),
     ],
     ids=str,
 )

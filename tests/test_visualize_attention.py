@@ -19,6 +19,7 @@ import torch
 from conftest import make_histories, sharp_model
 from torch import nn
 
+import loading
 import visualize_attention as module
 from attention import figures
 from checkpoint import save_checkpoint
@@ -33,10 +34,12 @@ COLUMNS = [
 
 
 def content_of(config, step=30):
+    model = sharp_model(config).state_dict()
+    model["pred_action.weight"] *= 40  # so that history decides the action
     return {
         "step": step,
         "config": to_dict(config, EnvConfig(grid_size=5, horizon=5)),
-        "model": sharp_model(config).state_dict(),
+        "model": model,
         "optimizer": None,
         "lr_sched": None,
         "goals": {"train": [[0, 0]], "validation": [[1, 2]], "test": [[0, 1], [2, 2], [4, 3]]},
@@ -59,7 +62,7 @@ def files_of(folder):
 
 def pictures(samples, layers):
     """Names of all files of a run, as documented."""
-    names = {"attention_layers.png", "metrics.json", "metrics.csv"}
+    names = {"attention_layers.png", "deletion_curves.png", "metrics.json", "metrics.csv"}
     for n in layers:
         names.add(f"layer_{n}/attention_summary_layer{n}.png")
         for i in samples:
@@ -95,7 +98,7 @@ def shown(tmp_path_factory, tiny_config) -> Shown:
     """`python visualize_attention.py` as a user runs it, but for size."""
     folder = tmp_path_factory.mktemp("shown")
     make_run(folder / "checkpoints" / "tiny", tiny_config)
-    forward, load = nn.TransformerEncoderLayer.forward, module.load_checkpoint
+    forward, load = nn.TransformerEncoderLayer.forward, loading.load_checkpoint
     seen = Shown(folder, "", Counter(), [])
 
     def counted(layer, *args, **kwargs):
@@ -110,7 +113,7 @@ def shown(tmp_path_factory, tiny_config) -> Shown:
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as out:
         patch.chdir(folder)
         patch.setattr(nn.TransformerEncoderLayer, "forward", counted)
-        patch.setattr(module, "load_checkpoint", loaded)
+        patch.setattr(loading, "load_checkpoint", loaded)
         main(["--num-samples", "3", "--dpi", "40"])
     seen.stdout = out.getvalue()
     return seen
@@ -121,7 +124,7 @@ def home(tmp_path, tiny_config, monkeypatch):
     """A folder with a run in it, to work in, with pictures that take no time to draw."""
     make_run(tmp_path / "checkpoints" / "tiny", tiny_config)
     monkeypatch.chdir(tmp_path)
-    for name in ("heatmap", "lines", "summary", "layers"):
+    for name in ("heatmap", "curve_lines", "summary", "layers", "deletion_curves"):
         monkeypatch.setattr(figures, name, lambda path, *_, **__: Path(path).write_bytes(b"png"))
     return tmp_path
 
@@ -142,7 +145,7 @@ def samples_of(*argv):
 def test_files_are_named_as_documented(shown):
     assert set(shown.files) == pictures(range(3), range(2))
     drawn = {name for name in shown.files if name.endswith(".png")}
-    assert len(drawn) == 2 * 3 * 2 + 2 + 1
+    assert len(drawn) == 2 * 3 * 2 + 2 + 2
     assert all(shown.files[name].startswith(b"\x89PNG") for name in drawn)
 
 
@@ -189,11 +192,11 @@ def test_json_says_what_was_analysed(shown):
     assert (meta["step"], meta["seed"], meta["n_transit"]) == (30, 0, 12)
 
 
-def test_each_layer_runs_once_and_no_hook_is_left(shown):
+def test_each_layer_runs_once_to_be_shown_and_once_to_be_judged_and_no_hook_is_left(shown):
     (model,) = shown.models
     layers = list(model.transformer_encoder.layers)
-    assert [shown.runs[layer] for layer in layers] == [1, 1]
-    assert sum(shown.runs.values()) == 2
+    assert [shown.runs[layer] for layer in layers] == [2, 2]
+    assert sum(shown.runs.values()) == 4
     for part in model.modules():
         assert not part._forward_hooks
         assert not part._forward_pre_hooks
@@ -229,8 +232,8 @@ def test_console_says_what_was_loaded(shown):
     assert "2 layers x 2 heads" in shown.stdout
     assert "11 transitions" in shown.stdout
     assert "3 decisions of 3 goals" in shown.stdout
-    assert "13 pictures" not in shown.stdout
-    assert "15 pictures in figs/attention/" in shown.stdout
+    assert "15 pictures" not in shown.stdout
+    assert "16 pictures in figs/attention/" in shown.stdout
 
 
 def test_console_has_the_overall_block_with_the_numbers_of_the_json(shown):
@@ -247,6 +250,57 @@ def test_console_has_the_overall_block_with_the_numbers_of_the_json(shown):
 
 def test_console_has_an_insight(shown):
     assert any(line.startswith("💡 INSIGHT: ") for line in shown.stdout.splitlines())
+
+
+# What dropping history does
+
+
+def test_every_pattern_is_printed_with_what_its_advice_does(shown):
+    patterns = {insight["pattern"] for insight in shown.json["insights"]}
+    effects = [one["effect"] for one in shown.json["insights"] if one["effect"]]
+    assert len(effects) == len(patterns) == shown.stdout.count("🧪")
+    words = " ".join(shown.stdout.split())
+    for text in effects:
+        assert text in words
+        assert "of 3 decisions" in text
+
+
+def test_effects_are_in_the_json_and_in_tables_on_the_console(shown):
+    effects = shown.json["effects"]
+    assert effects["settings"]["samples"] == [0, 1, 2]
+    assert effects["settings"]["n_context"] == 11
+    assert {"recent", "even", "top-k", "random", "least-attended"} <= set(effects["strategies"])
+    for pattern in {insight["pattern"] for insight in shown.json["insights"]}:
+        advised = [e for e in effects["strategies"].values() if pattern in e["advised_by"]]
+        assert advised
+    assert [layer["layer"] for layer in effects["faithfulness"]["layers"]] == [0, 1]
+    assert "EFFECT OF DROPPING HISTORY (3 decisions, 11 transitions each)" in shown.stdout
+    assert "HOW FAR ATTENTION IS A GUIDE" in shown.stdout
+    assert "deletion_curves.png shows the effect of dropping history" in shown.stdout
+    assert max(map(len, shown.stdout.splitlines())) <= 100
+
+
+def test_num_effects_bounds_the_decisions_that_effects_are_measured_on(home, capsys):
+    found = analysed("--num-samples", "6", "--num-effects", "2", "--num-figures", "0")
+    assert found["effects"]["settings"]["samples"] == [1, 4]
+    none = analysed("--num-samples", "6", "--num-effects", "0", "--num-figures", "0")
+    assert none["effects"] is None
+    assert all(insight["effect"] is None for insight in none["insights"])
+    assert not (home / "out" / "deletion_curves.png").exists()
+    console = capsys.readouterr().out.split("EFFECT OF DROPPING HISTORY")
+    assert len(console) == 2
+    assert "deletion_curves.png" not in console[1].split("Checkpoint:")[1]
+
+
+def test_the_seed_decides_what_is_drawn_at_random(home):
+    flags = ("--history", "2", "--steps", "30:32", "--num-figures", "0")
+    one, same, other = (analysed(*flags, "--seed", seed)["effects"] for seed in "001")
+    assert one == same
+    random = [found["strategies"]["random"]["sizes"] for found in (one, other)]
+    assert random[0] != random[1]
+    assert one["strategies"]["recent"] == other["strategies"]["recent"] or (
+        one["settings"]["samples"] == other["settings"]["samples"]
+    )
 
 
 def test_the_latest_checkpoint_is_of_the_run_last_written_and_the_highest_number(

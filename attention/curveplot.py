@@ -1,0 +1,211 @@
+"""What dropping history does to the action, as a picture: a line a strategy, beside chance.
+
+    deletion_curves("deletion_curves.png", strategies, empty, n_context=99, worst="least-attended")
+
+Left how often the most likely action changes, right how far the action distribution moves, both
+against the number of transitions kept. Axes are logarithmic but for that of flips; KL has a zero.
+"""
+
+import textwrap
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator, NullLocator
+
+from attention.page import DPI, INK, REWARD, SOFT, Page
+
+Strategies = Mapping[str, Mapping[str, Any]]
+RANDOM, BAND = "#8a8a8a", "#dfdfdf"
+COLOURS = (
+    "#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#8c510a", "#5e3c99", "#01665e",
+    "#b8860b", "#d95f9b", "#4d4d4d", "#7fbc41",
+)  # fmt: skip
+MARKERS = "osD^vPX<>ph*"
+WIDTH, HEIGHT, TOP = 470, 300, 112
+PLACES = (84, 652)
+MAX_TICKS = 9
+LEGEND, ROW, MORE = TOP + HEIGHT + 92, 20, 16  # place, height of a row, of a second line in it
+COLUMNS = (50, 178, 300)  # of the legend: name, advised by, rule
+RULE_WIDTH = 118  # characters
+LINEAR_BELOW = 0.01  # nats: the logarithmic axis has a zero
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """One of the two plots: what it shows of each outcome."""
+
+    name: str
+    band: str
+    scale: float
+    title: str
+    unit: str
+    is_log: bool
+
+
+QUANTITIES = (
+    Quantity(
+        "flips",
+        "flips_band",
+        100.0,
+        "Decisions whose most likely action changes",
+        "% of decisions",
+        False,
+    ),
+    Quantity(
+        "kl_mean",
+        "kl_band",
+        1.0,
+        "How far the action distribution moves",
+        "mean KL(full || compressed), nats (log scale)",
+        True,
+    ),
+)
+
+
+def deletion_curves(
+    path: str | Path,
+    strategies: Strategies,
+    empty: Mapping[str, float] | None,
+    *,
+    n_context: int,
+    worst: str,
+    dpi: int = DPI,
+) -> None:
+    """Draw effect against transitions kept.
+
+    Args:
+        path: PNG to write.
+        strategies: name -> `{"rule", "advised_by", "sizes"}`; sizes are mappings with
+            `kept_mean`, `flips`, `kl_mean` and `n_decisions`. A strategy that has `random` beside
+            them keeps as many as it needs and is a point. The one called "random" has
+            `flips_band` and `kl_band` as well, low and high.
+        empty: `flips` and `kl_mean` with no history at all, if they are known.
+        n_context: transitions of the full context, where every line ends at nothing.
+        worst: name of the strategy that keeps what attention says matters least.
+        dpi: pixels an inch.
+    """
+    styles = _styles(strategies, worst)
+    rules = {name: textwrap.wrap(_about(name, strategies[name]), RULE_WIDTH) for name in styles}
+    height = sum(ROW + MORE * (len(rule) - 1) for rule in rules.values())
+    page = Page(1180, LEGEND + height + ROW + 14, dpi)
+    n_decisions = strategies["random"]["sizes"][0]["n_decisions"]
+    decisions = "1 decision" if n_decisions == 1 else f"{n_decisions:,} decisions"
+    page.text(PLACES[0], 22, f"Effect of dropping history · {decisions}", 14, weight="bold")
+    about = (
+        f"Decisions made again on part of their {n_context:,} transitions, against all of them. "
+        "Lower is better; below the grey band: better than chance"
+    )
+    page.text(PLACES[0], 46, about, 10.5)
+    for left, quantity in zip(PLACES, QUANTITIES, strict=True):
+        page.text(left, TOP - 24, quantity.title, 11, weight="bold")
+        axes = page.plot(left, TOP, WIDTH, HEIGHT)
+        if empty is not None:
+            value = quantity.scale * empty[quantity.name]
+            axes.axhline(value, color=INK, lw=1.2, ls=":", zorder=2)
+        _draw(axes, strategies, styles, quantity, n_context)
+    _legend(page, strategies, styles, rules, has_empty=empty is not None)
+    page.save(path)
+
+
+def _styles(strategies: Strategies, worst: str) -> dict[str, dict[str, Any]]:
+    """Line, colour and marker of each strategy, in the order of the legend."""
+    others = [name for name in strategies if name not in ("random", worst)]
+    styles = {"random": {"color": RANDOM, "marker": "."}}
+    if worst in strategies:
+        styles[worst] = {"color": REWARD, "marker": "x"}
+    for i, name in enumerate(others):
+        styles[name] = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
+    for name, style in styles.items():
+        style |= {"ms": 4.5, "lw": 2.2 if strategies[name]["advised_by"] else 1.3}
+        if _is_point(strategies[name]):
+            style |= {"ls": "none", "ms": 8, "mec": INK}
+    return styles
+
+
+def _draw(
+    axes: Axes,
+    strategies: Strategies,
+    styles: Mapping[str, Mapping[str, Any]],
+    quantity: Quantity,
+    n_context: int,
+) -> None:
+    """One quantity: the band of random draws, then a line or a point a strategy."""
+    sizes = strategies["random"]["sizes"]
+    kept = [*(size["n_keep"] for size in sizes), n_context]
+    band = [*(size[quantity.band] for size in sizes), (0.0, 0.0)]
+    low, high = quantity.scale * np.array(band).T
+    axes.fill_between(kept, low, high, color=BAND, lw=0, zorder=1)
+    for name, style in styles.items():
+        found = strategies[name]["sizes"]
+        x = [size["kept_mean"] for size in found]
+        y = [quantity.scale * size[quantity.name] for size in found]
+        if _is_point(strategies[name]):
+            axes.plot(np.maximum(x, kept[0]), y, zorder=5, clip_on=False, **style)
+        else:
+            axes.plot([*x, n_context], [*y, 0.0], zorder=3, clip_on=False, **style)
+    axes.set_xscale("log")
+    axes.set_xlim(kept[0] * 0.93, n_context)
+    ticks = kept[:: -(-len(kept) // MAX_TICKS)]
+    axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xlabel(f"transitions kept of {n_context:,} (log scale)", fontsize=9)
+    if quantity.is_log:
+        axes.set_yscale("symlog", linthresh=LINEAR_BELOW)
+        axes.yaxis.set_major_formatter(lambda value, _place: f"{value:g}")
+        axes.yaxis.set_minor_locator(NullLocator())
+    else:
+        axes.yaxis.set_major_locator(MaxNLocator(5))
+    axes.set_ylim(bottom=0.0)
+    axes.set_ylabel(quantity.unit, fontsize=9)
+    axes.grid(axis="y", color="#eeeeee", lw=0.8)
+    axes.set_axisbelow(True)
+
+
+def _legend(
+    page: Page,
+    strategies: Strategies,
+    styles: Mapping[str, Mapping[str, Any]],
+    rules: Mapping[str, list[str]],
+    has_empty: bool,
+) -> None:
+    """Every strategy with what advises it and its rule."""
+    left, y = PLACES[0], LEGEND
+    for offset, text in zip(COLUMNS, ("strategy", "advised for", "rule"), strict=True):
+        page.text(left + offset, y - ROW, text, 8.5, color=SOFT)
+    for name, rule in rules.items():
+        axes = page.plot(left, y - ROW / 2, 40, ROW)
+        axes.set_axis_off()
+        axes.set_xlim(0, 2)
+        axes.set_ylim(-1, 1)
+        if name == "random":
+            axes.fill_between([0, 2], -0.7, 0.7, color=BAND, lw=0)
+        x = [1] if _is_point(strategies[name]) else [0, 1, 2]
+        axes.plot(x, [0] * len(x), markevery=[len(x) // 2], **styles[name])
+        page.text(left + COLUMNS[0], y, name, 9, weight="bold")
+        page.text(left + COLUMNS[1], y, ", ".join(strategies[name]["advised_by"]), 9)
+        for i, line in enumerate(rule):
+            page.text(left + COLUMNS[2], y + MORE * i, line, 9, color=SOFT)
+        y += ROW + MORE * (len(rule) - 1)
+    if has_empty:
+        page.lines([[(left, y), (left + 40, y)]], colors=INK, linewidths=1.2, linestyles=":")
+        page.text(left + COLUMNS[0], y, "empty", 9, weight="bold")
+        page.text(left + COLUMNS[2], y, "No history at all", 9, color=SOFT)
+
+
+def _is_point(entry: Mapping[str, Any]) -> bool:
+    """Whether a strategy keeps as many as it needs: one size, with random draws of the same."""
+    return "random" in entry["sizes"][0]
+
+
+def _about(name: str, entry: Mapping[str, Any]) -> str:
+    """The rule of a strategy, and what its line does not say."""
+    text = entry["rule"].rstrip(".")
+    if name == "random":
+        text += "; band: the middle 90 % of the draws"
+    if _is_point(entry):
+        text += f"; {entry['sizes'][0]['kept_mean']:.1f} here"
+    return text

@@ -1,0 +1,351 @@
+"""The two pictures of a comparison: return against transitions kept, and against episodes.
+
+draw_by_budget("figs/compression/return_by_budget.png", study, picture)
+draw_by_episode("figs/compression/return_by_episode.png", study, picture)
+
+A few strategies have a colour, the same in both pictures; the others are grey. Every number drawn
+is in `results.json`. The same study gives the same bytes.
+"""
+
+import io
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
+
+from attention.lineplot import HEAD_COLOURS
+from attention.page import DPI, FAINT, INK, SOFT, UNIFORM
+from judgement import RANDOM, RECENT, Row, Study
+
+N_COLOURED = 4  # strategies with a colour of their own, beside recent and random
+N_COLUMNS = 4  # panels beside each other
+GREY, FULL_COLOUR, EMPTY_COLOUR = "#c4c4c4", "#0b6e4f", "#8a8a8a"
+PANEL = 4.75  # inches from one row of panels to the next, names below them included
+ASIDE = 0.045  # between intervals of strategies at one budget, in roots of transitions
+LABEL_GAP = 0.036  # between labels, of the height of the plot
+
+
+@dataclass(frozen=True)
+class Picture:
+    """What a picture says beside the numbers.
+
+    Attributes:
+        title: the model and the task in a few words.
+        subtitle: goals, seeds, episodes and how kept transitions are numbered.
+        best: mean best possible return an episode, or None.
+        n_max: transitions that the model can read.
+    """
+
+    title: str
+    subtitle: str
+    best: float | None
+    n_max: int
+
+
+def draw_by_budget(path: str | Path, study: Study, picture: Picture) -> None:
+    """Return over the second half of the episodes, against transitions kept; a line a strategy."""
+    figure = Figure(figsize=(11.5, 7.2), dpi=DPI)
+    axes = figure.add_axes((0.065, 0.115, 0.655, 0.735))
+    _heading(figure, f"What compressed history earns · {picture.title}", picture, study)
+    lines = _by_strategy(study)
+    colours = _colours(study)
+    _draw_levels(axes, study, picture)
+    if study.recommended is not None:
+        _ring(axes, study.recommended)
+    if RANDOM in lines:
+        _draw_random(axes, lines[RANDOM])
+    for name in sorted(lines, key=lambda name: name in colours):
+        aside = list(colours).index(name) - (len(colours) - 1) / 2 if name in colours else 0.0
+        _draw_line(axes, lines[name], colours.get(name, GREY), name in colours, aside)
+    budgets = sorted({row.arm.n_keep for row in study.candidates})
+    _budget_axis(axes, budgets, [row.kept for row in study.candidates])
+    axes.set_xlabel("transitions kept (of each decision's history)", fontsize=10.5)
+    axes.set_ylabel("reward an episode, second half of the episodes", fontsize=10.5)
+    axes.set_ylim(*_limits(study, picture))
+    _label_lines(axes, lines, colours)
+    _explain_markers(figure, study)
+    _save(figure, path)
+
+
+def draw_by_episode(path: str | Path, study: Study, picture: Picture) -> None:
+    """Return of each in-context episode: a panel a budget, full and empty history in each."""
+    budgets = sorted({row.arm.n_keep for row in study.candidates})
+    n_columns = min(N_COLUMNS, max(1, len(budgets)))
+    n_rows = -(-max(1, len(budgets)) // n_columns)
+    width, height = max(9.0, 0.8 + 3.6 * n_columns), 1.15 + PANEL * n_rows
+    figure = Figure(figsize=(width, height), dpi=DPI)
+    _heading(figure, f"How fast it adapts · {picture.title}", picture, study)
+    note = (
+        "In brackets: adaptation loss, the reward an episode lost against full history over all "
+        "episodes (the area between the lines)"
+    )
+    figure.text(0.6 / width, 1 - 1.08 / height, note, size=10, color=INK, va="center")
+    colours = _colours(study)
+    shared, step = None, (width - 0.7) / n_columns
+    for i, budget in enumerate(budgets):
+        row, column = divmod(i, n_columns)
+        left, bottom = 0.6 + column * step, (n_rows - 1 - row) * PANEL + 1.5
+        box = (left / width, bottom / height, (step - 0.22) / width, (PANEL - 1.95) / height)
+        axes = figure.add_axes(box, sharey=shared)
+        shared = shared or axes
+        _draw_panel(axes, study, budget, colours, picture)
+        axes.set_xlabel("episode in context", fontsize=9.5)
+        if column == 0:
+            axes.set_ylabel("reward an episode", fontsize=9.5)
+        else:
+            axes.tick_params(labelleft=False)
+    _save(figure, path)
+
+
+def _heading(figure: Figure, title: str, picture: Picture, study: Study) -> None:
+    width, height = figure.get_size_inches()
+    place = {"x": 0.6 / width, "va": "center"}
+    figure.text(y=1 - 0.3 / height, s=title, size=14, weight="bold", color=INK, **place)
+    figure.text(y=1 - 0.58 / height, s=picture.subtitle, size=10, color=INK, **place)
+    figure.text(y=1 - 0.83 / height, s=finding(study), size=10, color=FULL_COLOUR, **place)
+
+
+def finding(study: Study) -> str:
+    """What the comparison found, in a line."""
+    if study.doubts:
+        return "The model is not shown to use its history: no compression can be judged on it."
+    row = study.recommended
+    if row is None:
+        share = f"{study.margin_share:.0%}"
+        return f"No shorter history is shown to lose less than {share} of full history's return."
+    return (
+        f"Recommended: {row.arm.name}"
+        + (f", {row.arm.n_keep} transitions" if row.arm.n_keep is not None else "")
+        + f": {row.mean.value:.2f} against {study.full.mean.value:.2f}, difference "
+        f"{row.difference.value:+.2f} [{row.difference.low:+.2f}, {row.difference.high:+.2f}] "
+        f"({row.verdict})"
+    )
+
+
+def _by_strategy(study: Study) -> dict[str, list[Row]]:
+    """Rows of each strategy with a budget, the smallest first; full history ends recency's line."""
+    lines: dict[str, list[Row]] = {}
+    for row in sorted(study.candidates, key=lambda row: row.arm.n_keep):
+        lines.setdefault(row.arm.name, []).append(row)
+    return lines
+
+
+def _colours(study: Study) -> dict[str, str]:
+    """The strategies that stand out: recency, random, the recommended and the best on average."""
+    lines = _by_strategy(study)
+    average = {
+        name: np.mean([row.mean.value for row in rows])
+        for name, rows in lines.items()
+        if name not in (RECENT, RANDOM)
+    }
+    best = sorted(average, key=lambda name: (-average[name], name))
+    if study.recommended is not None and study.recommended.arm.name in average:
+        best.sort(key=lambda name: name != study.recommended.arm.name)
+    colours = dict(zip(best[:N_COLOURED], HEAD_COLOURS, strict=False))
+    return colours | {name: c for name, c in ((RANDOM, UNIFORM), (RECENT, INK)) if name in lines}
+
+
+def _draw_levels(axes: Axes, study: Study, picture: Picture) -> None:
+    """Full and empty history as horizontal bands, and the best possible return."""
+    for row, colour in ((study.full, FULL_COLOUR), (study.empty, EMPTY_COLOUR)):
+        axes.axhline(row.mean.value, color=colour, lw=1.6, ls="--", zorder=1.5)
+        if not row.mean.is_open:
+            axes.axhspan(row.mean.low, row.mean.high, color=colour, alpha=0.16, lw=0, zorder=1)
+    full, empty = study.full.mean.value, study.empty.mean.value
+    name = f"full history (up to {picture.n_max} transitions): {full:.2f}"
+    _name_level(axes, full, name, FULL_COLOUR, "left")
+    _name_level(axes, empty, f"empty history: {empty:.2f}", EMPTY_COLOUR, "right")
+    if picture.best is not None:
+        axes.axhline(picture.best, color=FAINT, lw=1, ls=":", zorder=1)
+        _name_level(axes, picture.best, f"best possible: {picture.best:.2f}", SOFT, "right")
+
+
+def _name_level(axes: Axes, height: float, name: str, colour: str, side: str) -> None:
+    axes.annotate(
+        name, (0.01 if side == "left" else 0.99, height), xycoords=("axes fraction", "data"),
+        xytext=(0, 4), textcoords="offset points", color=colour, fontsize=9.5, ha=side, zorder=6,
+    )  # fmt: skip
+
+
+def _ring(axes: Axes, row: Row) -> None:
+    """Mark the recommended arm."""
+    place = (row.kept, row.mean.value)
+    axes.plot(*place, "o", ms=15, mec=FULL_COLOUR, mfc="none", mew=1.6, zorder=5)
+    axes.annotate(
+        "recommended", place, xytext=(0, 11), textcoords="offset points", ha="center",
+        color=FULL_COLOUR, fontsize=9.5, weight="bold", zorder=6,
+    )  # fmt: skip
+
+
+def _draw_random(axes: Axes, rows: Sequence[Row]) -> None:
+    """The 95 % interval of a random choice, shaded: what a strategy has to beat."""
+    rows = [row for row in rows if not row.mean.is_open]
+    axes.fill_between(
+        [row.kept for row in rows],
+        [row.mean.low for row in rows],
+        [row.mean.high for row in rows],
+        color=UNIFORM, alpha=0.13, lw=0, zorder=1.2,
+    )  # fmt: skip
+
+
+def _draw_line(
+    axes: Axes, rows: Sequence[Row], colour: str, stands_out: bool, aside: float
+) -> None:
+    """A strategy: its intervals where it stands out, each a little aside of those of the others;
+    markers filled where it is shown safe.
+    """
+    x = [row.kept for row in rows]
+    y = [row.mean.value for row in rows]
+    order = 4 if stands_out else 2
+    axes.plot(x, y, color=colour, lw=2.0 if stands_out else 1.0, zorder=order)
+    for row in rows:
+        if stands_out and not row.mean.is_open:
+            place = max(0.0, row.kept**0.5 + ASIDE * aside) ** 2
+            axes.plot([place] * 2, [row.mean.low, row.mean.high], color=colour, lw=1.1,
+                      alpha=0.7, zorder=order)  # fmt: skip
+        axes.plot(row.kept, row.mean.value, "o", ms=6.5 if stands_out else 4, mec=colour,
+                  mfc=colour if row.is_good else "white", mew=1.4, zorder=order + 0.5)  # fmt: skip
+
+
+def _budget_axis(axes: Axes, budgets: Sequence[int], kept: Sequence[float]) -> None:
+    """A square-root scale: small budgets stand apart, and nothing kept has a place."""
+    axes.set_xscale(
+        "function", functions=(lambda x: np.sqrt(np.maximum(x, 0)), lambda x: np.square(x))
+    )
+    low, high = np.sqrt(min(kept, default=0)), np.sqrt(max(kept, default=1))
+    pad = 0.06 * (high - low) or 0.5
+    axes.set_xlim(max(0.0, low - pad) ** 2, (high + pad) ** 2)
+    axes.xaxis.set_major_locator(FixedLocator(list(budgets)))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xticklabels([str(budget) for budget in budgets])
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="x", color="#eeeeee", lw=0.8, zorder=0)
+    axes.set_axisbelow(True)
+    axes.tick_params(labelsize=9.5)
+
+
+def _limits(study: Study, picture: Picture) -> tuple[float, float]:
+    rows = [row.mean for row in study.rows]
+    values = [v for e in rows for v in (e.value, e.low, e.high) if v is not None]
+    low, high = min(0.0, *values), max([*values, picture.best or -np.inf])
+    return low - 0.03 * (high - low), high + 0.06 * (high - low or 1)
+
+
+def _label_lines(axes: Axes, lines: dict[str, list[Row]], colours: dict[str, str]) -> None:
+    """Names in a column beside the plot, in the order of the lines' ends, with leaders to them."""
+    bottom, top = axes.get_ylim()
+    ends = {name: (rows[-1].mean.value - bottom) / (top - bottom) for name, rows in lines.items()}
+    names = sorted(ends, key=lambda name: (ends[name], name))
+    for name, height in zip(names, spread([ends[name] for name in names], LABEL_GAP), strict=True):
+        colour = colours.get(name)
+        last = lines[name][-1]
+        axes.annotate(
+            name, (last.kept, last.mean.value), xycoords="data",
+            xytext=(1.045, height), textcoords="axes fraction",
+            color=colour or "#777777", fontsize=9.5, va="center", annotation_clip=False,
+            weight="bold" if colour else "normal",
+            arrowprops={"arrowstyle": "-", "color": colour or GREY, "lw": 0.7, "shrinkB": 4,
+                        "shrinkA": 1, "relpos": (0, 0.5)},
+        )  # fmt: skip
+
+
+def spread(places: Sequence[float], gap: float) -> list[float]:
+    """Move ascending `places` apart to at least `gap`, as little as can be, between 0 and 1.
+
+    Where they do not all fit they are spaced evenly.
+    """
+    if (len(places) - 1) * gap >= 1:
+        return list(np.linspace(0, 1, len(places)))
+    groups: list[list[float]] = []  # of places that touch: number of them, sum of their origins
+    for i, place in enumerate(places):
+        groups.append([1, place - i * gap])
+        while len(groups) > 1 and groups[-2][1] / groups[-2][0] > groups[-1][1] / groups[-1][0]:
+            n, total = groups.pop()
+            groups[-1][0] += n
+            groups[-1][1] += total
+    origins = [total / n for n, total in groups for _ in range(int(n))]
+    highest = 1 - (len(places) - 1) * gap
+    return [min(max(origin, 0.0), highest) + i * gap for i, origin in enumerate(origins)]
+
+
+def _explain_markers(figure: Figure, study: Study) -> None:
+    share = f"{study.margin_share:.0%}"
+    lines = [
+        ("filled", f"shown to lose less than {share}"),
+        ("", "of full history (safe or better)"),
+        ("open", "not shown: worse or inconclusive"),
+        ("bar", "95 % interval over seeds"),
+        ("band", "95 % interval of random choice"),
+    ]
+    axes = figure.add_axes((0.735, 0.025, 0.26, 0.145))
+    axes.set(xlim=(0, 1), ylim=(len(lines), -1))
+    axes.axis("off")
+    for i, (kind, text) in enumerate(lines):
+        if kind in ("filled", "open"):
+            face = SOFT if kind == "filled" else "white"
+            axes.plot(0.05, i, "o", ms=6.5, mec=SOFT, mfc=face, mew=1.4)
+        elif kind == "bar":
+            axes.plot([0.05, 0.05], [i - 0.4, i + 0.4], color=SOFT, lw=1.2)
+        elif kind == "band":
+            axes.fill_between([0.02, 0.08], i - 0.35, i + 0.35, color=UNIFORM, alpha=0.25, lw=0)
+        axes.text(0.12, i, text, size=8.5, color=SOFT, va="center")
+
+
+def _draw_panel(
+    axes: Axes, study: Study, budget: int, colours: dict[str, str], picture: Picture
+) -> None:
+    """Curves of one budget; the legend has what each loses over all episodes."""
+    episodes = np.arange(1, len(study.full.by_episode) + 1)
+    rows = sorted(
+        (row for row in study.candidates if row.arm.n_keep == budget),
+        key=lambda row: row.arm.name not in colours,
+    )
+    low, high = zip(*((e.low, e.high) for e in study.full_by_episode), strict=True)
+    if None not in low:
+        axes.fill_between(episodes, low, high, color=FULL_COLOUR, alpha=0.16, lw=0)
+    axes.plot(episodes, study.full.by_episode, color=FULL_COLOUR, lw=2.2, ls="--", zorder=5,
+              label="full history")  # fmt: skip
+    for row in rows:
+        colour = colours.get(row.arm.name)
+        axes.plot(
+            episodes, row.by_episode, color=colour or GREY, lw=1.6 if colour else 0.8,
+            zorder=4 if colour else 2,
+            label=f"{row.arm.name} ({_loss(row)})" if colour else None,
+        )  # fmt: skip
+    axes.plot(episodes, study.empty.by_episode, color=EMPTY_COLOUR, lw=1.6, ls=":", zorder=3,
+              label=f"empty history ({_loss(study.empty)})")  # fmt: skip
+    if picture.best is not None:
+        axes.axhline(picture.best, color=FAINT, lw=1, ls=":")
+        _name_level(axes, picture.best, "best possible", SOFT, "right")
+    axes.set_title(f"{budget} transitions kept", fontsize=10.5, loc="left", color=INK)
+    ticks = MaxNLocator(5, integer=True, steps=[1, 2, 4, 5, 10]).tick_values(1, len(episodes))
+    axes.xaxis.set_major_locator(FixedLocator([1, *(t for t in ticks if 2 < t <= len(episodes))]))
+    axes.set_xlim(1, max(2, len(episodes)))
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(labelsize=9)
+    axes.legend(fontsize=8.5, frameon=False, loc="upper left", bbox_to_anchor=(-0.03, -0.17),
+                ncols=2, columnspacing=1.0, handlelength=1.4, borderpad=0)  # fmt: skip
+
+
+def _loss(row: Row) -> str:
+    return f"{round(row.adaptation_loss.value, 1) + 0.0:+.1f}"
+
+
+def _save(figure: Figure, path: str | Path) -> None:
+    """Write a PNG, whole or not at all."""
+    path = Path(path)
+    FigureCanvasAgg(figure)
+    content = io.BytesIO()
+    figure.savefig(content, format="png", metadata={"Software": None})
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(content.getvalue())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,110 @@
+"""Draw pictures on all cores: several processes that only draw, fed while the model runs.
+
+    with Painter(n_processes=2) as painter:
+        painter.draw("heatmap", path, maps, rows, cols, sample, layer=2)
+    # every picture is on the disk here
+
+Pictures are the same, byte for byte, however many processes draw them. Processes are forked, so
+that they start at once and share what is imported; where that cannot be, everything is drawn here.
+"""
+
+import concurrent.futures
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any, Self
+
+from config import UserError
+
+MAX_PROCESSES = 8
+MIN_PICTURES = 8  # for fewer, starting processes takes longer than it saves
+IN_FLIGHT = 3  # pictures waiting for each process: their numbers lie in memory
+
+
+def drawing_processes(n_pictures: int) -> int:
+    """How many processes should draw: a process a core, 1 where it does not pay or cannot be."""
+    if n_pictures < MIN_PICTURES or "fork" not in multiprocessing.get_all_start_methods():
+        return 1
+    has_affinity = hasattr(os, "sched_getaffinity")
+    n_cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
+    return min(MAX_PROCESSES, n_cores)
+
+
+class Painter:
+    """Draws with the functions of `attention.figures`, in order of arrival.
+
+    Args:
+        n_processes: processes that draw; with 1, `draw` draws at once and in this process.
+        drawn: called after each picture, for a progress bar.
+    """
+
+    def __init__(self, n_processes: int, drawn: Callable[[], object] = lambda: None) -> None:
+        import attention.figures  # noqa: F401 - slow to import: once, before processes are forked
+
+        self._drawn = drawn
+        self._room = IN_FLIGHT * n_processes
+        self._waiting: set[concurrent.futures.Future] = set()
+        self._pool = None
+        if n_processes > 1:
+            fork = multiprocessing.get_context("fork")
+            self._pool = concurrent.futures.ProcessPoolExecutor(n_processes, fork, _start)
+
+    def draw(self, kind: str, *args: Any, **kwargs: Any) -> None:
+        """Draw a picture: `attention.figures.<kind>(*args, **kwargs)`; arrays from numpy.
+
+        Raises:
+            UserError: a drawing process was killed.
+        """
+        if self._pool is None:
+            _draw(kind, args, kwargs)
+            self._drawn()
+            return
+        self._collect(self._room)
+        try:
+            self._waiting.add(self._pool.submit(_draw, kind, args, kwargs))
+        except BrokenProcessPool as error:
+            raise _killed() from error
+
+    def _collect(self, at_most: int) -> None:
+        """Wait until at most so many pictures are on their way."""
+        while len(self._waiting) > at_most:
+            done, self._waiting = concurrent.futures.wait(
+                self._waiting, return_when=concurrent.futures.FIRST_COMPLETED
+            )
+            for future in done:
+                try:
+                    future.result()
+                except BrokenProcessPool as error:
+                    raise _killed() from error
+                self._drawn()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        try:
+            if kind is None:
+                self._collect(0)
+        finally:
+            if self._pool is not None:
+                self._pool.shutdown(cancel_futures=True)
+
+
+def _start() -> None:
+    """In a drawing process: Ctrl-C is for the process that it draws for."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _draw(kind: str, args: tuple, kwargs: dict[str, Any]) -> None:
+    from attention import figures
+
+    getattr(figures, kind)(*args, **kwargs)
+
+
+def _killed() -> UserError:
+    return UserError(
+        "a process that draws pictures was killed, probably for lack of memory: draw fewer samples "
+        "(--num-figures) or analyse fewer layers at once (--layers)"
+    )

@@ -1,0 +1,105 @@
+"""Adapter: attention written out, with an `nn.Softmax`; query first, and padding behind.
+
+    python visualize_attention.py --adapter examples/explicit_softmax.py
+
+The model sees its whole input at once (no causal mask), always of the same length: a shorter
+history is padded. For a model of your own: import it in place of `Model`, load its weights in
+`load`, and make `samples` from your histories.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import one_hot, pad
+
+from adapter import Decision, History, Tokens
+
+N_CELLS, N_ACTIONS, WIDTH, N_HEADS = 16, 4, 32, 2
+N_MAX = 24
+
+
+class Attention(nn.Module):
+    """Scores, softmax and weighted sum. The softmax is a module, so that it can be looked into."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.project, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.softmax = nn.Softmax(dim=-1)
+
+    def forward(self, x: Tensor, is_padding: Tensor) -> Tensor:
+        """`x (B, T, D)`, `is_padding (B, T)` bool."""
+        q, k, v = (
+            part.unflatten(-1, (N_HEADS, -1)).transpose(1, 2)  # (B, H, T, d)
+            for part in self.project(x).chunk(3, dim=-1)
+        )
+        scores = q @ k.mT / q.shape[-1] ** 0.5
+        weights = self.softmax(scores.masked_fill(is_padding[:, None, None], -torch.inf))
+        return self.out((weights @ v).transpose(1, 2).flatten(2))
+
+
+class Model(nn.Module):
+    """The query, then transitions, then padding; the query's output gives the action."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.state = nn.Embedding(N_CELLS, WIDTH)
+        self.rest = nn.Linear(N_ACTIONS + 1, WIDTH)
+        self.position = nn.Parameter(torch.randn(N_MAX + 1, WIDTH))
+        self.attentions = nn.ModuleList(Attention() for _ in range(2))
+        self.head = nn.Linear(WIDTH, N_ACTIONS)
+
+    def forward(
+        self, query: Tensor, states: Tensor, actions: Tensor, rewards: Tensor, is_padding: Tensor
+    ) -> Tensor:
+        """Logits `(B, A)` from `query (B,)` and padded `states, actions, rewards (B, N_MAX)`."""
+        rest = torch.cat([one_hot(actions, N_ACTIONS), rewards[..., None]], dim=-1)
+        context = self.state(states) + self.rest(rest)
+        x = torch.cat([self.state(query)[:, None], context], dim=1) + self.position
+        for attention in self.attentions:
+            x = x + attention(x, pad(is_padding, (1, 0)))
+        return self.head(x[:, 0])
+
+
+def load() -> nn.Module:
+    """The model with its weights: here random ones, and yours by `model.load_state_dict(...)`."""
+    return Model()
+
+
+def samples(n: int, seed: int) -> list[Decision]:
+    """Decisions after 8, 16 and 24 random transitions."""
+    rng = np.random.default_rng(seed)
+    return [random_transitions(rng, 8 * (1 + i % 3), i) for i in range(n)]
+
+
+def random_transitions(rng: np.random.Generator, n: int, number: int) -> Decision:
+    """Transitions between random cells."""
+    states = rng.integers(N_CELLS, size=n + 1)
+    return Decision(
+        states=states[:-1],
+        actions=rng.integers(N_ACTIONS, size=n),
+        rewards=states[1:] == 0,
+        query_state=states[-1],
+        episodes=np.arange(n) // 8,
+        title=f"decision {number}",
+        labels={"number": number},
+    )
+
+
+def act(model: nn.Module, history: History) -> Tensor:
+    """Action logits `(B, A)`, the history padded to `N_MAX` transitions."""
+    more = N_MAX - history.n
+    padded = [pad(part, (0, more)) for part in (history.states[..., 0], history.actions)]
+    padded.append(pad(history.rewards, (0, more)))
+    is_padding = torch.arange(N_MAX, device=history.device) >= history.n
+    is_padding = is_padding.expand(history.size, -1)
+    return model(history.query_states[:, 0], *padded, is_padding)
+
+
+def tokens(history: History) -> Tokens:
+    """The query, which decides; a token a transition; padding."""
+    n, more = history.n, N_MAX - history.n
+    return Tokens(
+        transition=[-1, *range(n), *[-1] * more],
+        part=["query", *["transition"] * n, *["padding"] * more],
+        decides=0,
+    )

@@ -1,0 +1,77 @@
+"""Adapter: Hugging Face GPT-2, the query state first, as in Decision-Pretrained Transformers.
+
+    pip install transformers
+    python visualize_attention.py --adapter examples/gpt2_query_first.py
+
+The model (Lee et al. 2023, arXiv 2306.14892) reads the query state, then transitions, and its
+output at the last token gives the action in the query state. So the query token is of no
+transition, and the token that decides is the last transition. For a model of your own: import it in
+place of `Model`, load its weights in `load`, and make `samples` from your histories.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import GPT2Config, GPT2Model
+
+from adapter import Decision, History, Tokens
+
+N_ARMS, N_MAX, WIDTH = 5, 40, 32
+
+
+class Model(nn.Module):
+    """GPT-2 on embedded transitions of a bandit whose state is a context of two numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        config = GPT2Config(
+            vocab_size=1, bos_token_id=None, eos_token_id=None, n_positions=N_MAX + 1,
+            n_embd=WIDTH, n_layer=3, n_head=4,
+            resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, initializer_range=0.3,
+        )  # fmt: skip
+        self.embed = nn.Linear(2 + N_ARMS + 1, WIDTH)
+        self.gpt2 = GPT2Model(config)
+        self.head = nn.Linear(WIDTH, N_ARMS)
+
+    def forward(self, states: Tensor, actions: Tensor, rewards: Tensor, query: Tensor) -> Tensor:
+        """Logits `(B, A)` from `states (B, n, 2)`, `actions`, `rewards (B, n)`, `query (B, 2)`."""
+        arms = nn.functional.one_hot(actions, N_ARMS).float()
+        context = torch.cat([states, arms, rewards[..., None]], dim=-1)
+        first = nn.functional.pad(query, (0, N_ARMS + 1))[:, None]
+        x = self.embed(torch.cat([first, context], dim=1))  # (B, 1 + n, D)
+        return self.head(self.gpt2(inputs_embeds=x).last_hidden_state[:, -1])
+
+
+def load() -> nn.Module:
+    """The model with its weights: here random ones, and yours by `model.load_state_dict(...)`."""
+    return Model()
+
+
+def samples(n: int, seed: int) -> list[Decision]:
+    """Decisions of contextual bandits, after 12 to 40 random pulls."""
+    rng = np.random.default_rng(seed)
+    return [random_pulls(rng, int(rng.choice([12, 25, N_MAX])), i) for i in range(n)]
+
+
+def random_pulls(rng: np.random.Generator, n: int, bandit: int) -> Decision:
+    """Random pulls of a bandit with weights of its own."""
+    states, actions = rng.normal(size=(n, 2)), rng.integers(N_ARMS, size=n)
+    means = (states @ rng.normal(size=(2, N_ARMS)))[np.arange(n), actions]
+    return Decision(
+        states=states,
+        actions=actions,
+        rewards=means + 0.1 * rng.normal(size=n),
+        query_state=rng.normal(size=2),
+        title=f"bandit {bandit}",
+        labels={"bandit": bandit},
+    )
+
+
+def act(model: nn.Module, history: History) -> Tensor:
+    """Action logits `(B, A)`."""
+    return model(history.states, history.actions, history.rewards, history.query_states)
+
+
+def tokens(history: History) -> Tokens:
+    """The query state, then a token a transition; the last of them decides."""
+    return Tokens.of(history.n, query="first", decides=-1)

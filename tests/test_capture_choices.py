@@ -1,0 +1,236 @@
+"""Which layers, which query, what is padding: what `capture` can be told, and what it refuses."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn import functional
+
+from attention.capture import CaptureError, capture
+
+CLOSE = {"atol": 1e-6, "rtol": 0, "check_dtype": False, "equal_nan": True}
+
+
+class Attend(nn.Module):
+    def forward(self, x, allowed):
+        heads = x.unflatten(-1, (2, -1)).transpose(1, 2)
+        out = functional.scaled_dot_product_attention(heads, heads, heads, allowed)
+        return out.transpose(1, 2).flatten(2)
+
+
+class Stack(nn.Module):
+    """Blocks that attend, each within a block, with a mask that they share."""
+
+    def __init__(self, n_blocks=3):
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.ModuleDict({"attn": Attend()}) for _ in range(n_blocks))
+
+    def forward(self, x, allowed=None):
+        for block in self.blocks:
+            x = x + block["attn"](x, allowed)
+        return x
+
+
+def whole(x, allowed=None):
+    """Weights (B, 2, T, T) of the first block."""
+    heads = x.double().unflatten(-1, (2, -1)).transpose(1, 2)
+    scores = heads @ heads.mT / heads.shape[-1] ** 0.5
+    if allowed is not None:
+        scores = scores.masked_fill(~allowed, -torch.inf)
+    return scores.softmax(-1)
+
+
+def captured(model, *inputs, **options):
+    with torch.no_grad(), capture(model, **options) as record:
+        model(*inputs)
+    return record
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    n_samples=st.integers(1, 4),
+    n_tokens=st.integers(1, 12),
+    kind=st.sampled_from(["sdpa", "causal", "each", "softmax", "attention"]),
+    as_tensor=st.booleans(),
+    data=st.data(),
+)
+def test_the_query_may_stand_anywhere(n_samples, n_tokens, kind, as_tensor, data):
+    positions = st.integers(-n_tokens, n_tokens - 1)
+    if as_tensor:
+        query = torch.tensor([data.draw(positions) for _ in range(n_samples)])
+    else:
+        query = data.draw(positions)
+    torch.manual_seed(0)
+    x = torch.randn(n_samples, n_tokens, 8)
+    allowed = torch.ones(n_tokens, n_tokens, dtype=torch.bool).tril()
+    if kind == "each":
+        allowed = torch.rand(n_samples, 1, n_tokens, n_tokens) < 0.6
+        allowed |= torch.eye(n_tokens, dtype=torch.bool)
+    weights = whole(x, None if kind == "sdpa" else allowed)
+    if kind == "attention":
+        model = nn.MultiheadAttention(8, 2, bias=False, batch_first=True).eval()
+        nn.init.zeros_(model.in_proj_weight)
+        model.in_proj_weight.data.view(3, 8, 8)[:] = torch.eye(8)
+        options = {"attn_mask": ~allowed, "is_causal": True, "need_weights": False}
+        with torch.no_grad(), capture(model, query=query) as record:
+            model(x, x, x, **options)
+    elif kind == "softmax":
+        record = captured(Softmax(), x, allowed, query=query)
+    else:
+        record = captured(Stack(1), x, None if kind == "sdpa" else allowed, query=query)
+    expected = weights[torch.arange(n_samples), :, torch.as_tensor(query).expand(n_samples)]
+    torch.testing.assert_close(record[0].query_rows, expected, **CLOSE)
+
+
+class Softmax(nn.Module):
+    def forward(self, x, allowed):
+        heads = x.unflatten(-1, (2, -1)).transpose(1, 2)
+        scores = heads @ heads.mT / heads.shape[-1] ** 0.5
+        return scores.masked_fill(~allowed, -torch.inf).softmax(-1)
+
+
+def test_padding_that_the_mask_does_not_tell_leaves_its_queries_out():
+    x, lengths = torch.randn(2, 5, 8), torch.tensor([5, 3])
+    padding = torch.arange(5) >= lengths[:, None]
+    allowed = (~padding)[:, None, None, :].expand(2, 1, 5, 5)
+    record = captured(Stack(), x, allowed, padding=padding, query=lengths - 1, maps=[1])
+    weights = whole(x, allowed)
+    torch.testing.assert_close(record[0].received[0], weights[0].mean(1), **CLOSE)
+    real = weights[1, :, :3].mean(1)
+    real[:, 3:] = torch.nan
+    torch.testing.assert_close(record[0].received[1], real, **CLOSE)
+    assert record[0].maps[0, :, :, 3:].isnan().all()
+    assert (record[0].query_rows[1, :, 3:] == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("layers", "names"),
+    [
+        (None, ["blocks.0.attn", "blocks.1.attn", "blocks.2.attn"]),
+        ([0, 2], ["blocks.0.attn", "blocks.2.attn"]),
+        (["blocks.1"], ["blocks.1.attn"]),
+        (["*.2.*", 0], ["blocks.0.attn", "blocks.2.attn"]),
+        ("blocks.0.attn", ["blocks.0.attn"]),
+        (1, ["blocks.1.attn"]),
+    ],
+)
+def test_layers_are_chosen_by_name_or_number(layers, names):
+    record = captured(Stack(), torch.randn(1, 4, 8), layers=layers)
+    assert list(record.names) == names
+    assert [layer.name for layer in record] == names
+    assert len(record) == len(names)
+
+
+def test_layers_given_one_by_one_keep_their_order():
+    model, x = Stack(), torch.randn(1, 4, 8)
+    with torch.no_grad(), capture([model.blocks[2], model.blocks[0]["attn"]]) as record:
+        model(x)
+    assert record.names == ("layer 0.attn", "layer 1")
+    torch.testing.assert_close(record[1].query_rows, whole(x)[:, :, -1], **CLOSE)
+
+
+def test_chosen_layers_may_leave_out_what_cannot_be_read_or_does_not_run():
+    model = nn.ModuleDict(
+        {"used": Attend(), "unused": nn.MultiheadAttention(8, 2, add_bias_kv=True)}
+    )
+    model.forward = lambda x: model["used"](x, None)
+    record = captured(model, torch.randn(1, 3, 8), layers=["used"])
+    assert record.names == ("used",)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"query": 4}, r"blocks\.0\.attn has 4 queries, none at position 4; .*layers="),
+        ({"query": -5}, "none at position -5"),
+        (
+            {"query": torch.tensor([0])},
+            r"blocks\.0\.attn: expected one query a sample \(2\), got 1",
+        ),
+        ({"query": torch.tensor([0, 9])}, r"none at positions \[0, 9\]"),
+        ({"query": torch.tensor([0.0, 1.0])}, r"whole numbers \(B,\).*float32 \(2,\)"),
+        ({"query": torch.tensor(1)}, r"got torch\.int64 \(\)"),
+        ({"padding": torch.zeros(2, 3, dtype=torch.bool)}, r"padding of shape \(2, 4\), got"),
+        ({"padding": torch.zeros(2, 4)}, r"bool padding \(B, T\).*float32"),
+        ({"maps": [2]}, r"expected numbers in 0\.\.1"),
+        ({"map_size": 7}, "map_size of at least 8, got 7"),
+        ({"layers": [-1]}, r"by number from 0 .*got \[-1\]"),
+        ({"layers": []}, r"got \[\]"),
+        ({"layers": ["blocks.7"]}, r"layers=\['blocks\.7'\]; layers that ran: blocks\.0\.attn, "),
+        ({"layers": [3]}, r"layers=\[3\]; layers that ran: blocks\.0\.attn, "),
+    ],
+)
+def test_what_does_not_fit_is_an_error(options, message):
+    with pytest.raises(CaptureError, match=message):
+        captured(Stack(), torch.randn(2, 4, 8), **options)
+
+
+def test_a_query_that_sees_nothing_is_an_error_with_a_way_out():
+    x, allowed = torch.randn(1, 4, 8), torch.ones(4, 4, dtype=torch.bool)
+    allowed[3] = False
+    message = r"blocks\.0\.attn: .*see nothing .*capture\(model, query="
+    with pytest.raises(CaptureError, match=message):
+        captured(Stack(1), x, allowed)
+    assert captured(Stack(1), x, allowed, query=2).names == ("blocks.0.attn",)
+    with pytest.raises(CaptureError, match="see nothing"):
+        captured(Softmax(), x, allowed)
+
+
+def test_three_axes_without_a_number_of_heads_are_an_error():
+    class Flat(nn.Module):
+        def forward(self, x):
+            return functional.scaled_dot_product_attention(x, x, x)
+
+    for options in ({}, {"heads": 4}):
+        with pytest.raises(CaptureError, match=r"^Flat .*\(6, 3, 4\).*heads=H"):
+            captured(Flat(), torch.randn(6, 3, 4), **options)
+
+
+def test_a_layer_that_runs_twice_is_an_error():
+    model = Stack(1)
+    model.blocks.append(model.blocks[0])
+    with pytest.raises(CaptureError, match=r"blocks\.0\.attn ran twice"):
+        captured(model, torch.randn(1, 3, 8))
+    model = Stack(2)
+    with torch.no_grad(), capture(model) as record:
+        model(torch.randn(1, 3, 8))
+        with pytest.raises(CaptureError, match="ran twice"):
+            model(torch.randn(1, 3, 8))
+    assert len(record) == 2
+
+
+def test_reading_before_anything_ran_is_an_error():
+    with torch.no_grad(), capture(model := Stack()) as record:
+        with pytest.raises(CaptureError, match="nothing is captured yet"):
+            _ = record[0]
+        model(torch.randn(1, 3, 8))
+    assert record[0].name == "blocks.0.attn"
+
+
+def test_a_given_module_without_attention_is_an_error():
+    model = Stack()
+    given = [model.blocks[0], nn.Linear(8, 8)]
+    with (
+        pytest.raises(CaptureError, match="layer 1 is a Linear, in which no attention was seen"),
+        torch.no_grad(),
+        capture(given),
+    ):
+        model(torch.randn(1, 3, 8))
+
+
+def test_cross_attention_maps_are_bounded_on_both_axes():
+    class Cross(nn.Module):
+        def forward(self, q, k):
+            return functional.scaled_dot_product_attention(q, k, k)
+
+    q, k = torch.randn(1, 2, 50, 4), torch.randn(1, 2, 30, 4)
+    found = captured(Cross(), q, k, maps=[0], map_size=10)[0]
+    weights = (q.double() @ k.double().mT / 2).softmax(-1)[0]
+    assert found.maps.shape[2:] == (len(found.map_rows), len(found.map_cols))
+    assert max(found.maps.shape[2:]) <= 10
+    ends = [*found.map_cols[1:].tolist(), 30]
+    for c, (start, end) in enumerate(zip(found.map_cols.tolist(), ends, strict=True)):
+        expected = weights[:, found.map_rows, start:end].mean(-1)
+        torch.testing.assert_close(found.maps[0, :, :, c], expected, **CLOSE)
+    torch.testing.assert_close(found.received[0], weights.mean(1), **CLOSE)

@@ -1,0 +1,72 @@
+"""Hugging Face models as they come: equal to the weights that they return eagerly."""
+
+import pytest
+import torch
+
+from attention.capture import CaptureError, capture
+
+transformers = pytest.importorskip("transformers")
+
+CLOSE = {"atol": 1e-6, "rtol": 0}
+IDS = torch.arange(18).view(2, 9) % 7
+PADDED = torch.ones(2, 9, dtype=torch.long).index_put(
+    (torch.tensor([1, 1]), torch.arange(2)), torch.tensor(0)
+)
+
+
+def gpt2():
+    config = transformers.GPT2Config(
+        vocab_size=8, n_embd=16, n_layer=2, n_head=4, n_positions=12,
+        bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    return transformers.GPT2LMHeadModel(config).eval()
+
+
+def llama():
+    config = transformers.LlamaConfig(
+        vocab_size=8, hidden_size=16, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, intermediate_size=32,
+    )  # fmt: skip
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+NAMES = {
+    gpt2: ("transformer.h.0.attn", "transformer.h.1.attn"),
+    llama: ("model.layers.0.self_attn", "model.layers.1.self_attn"),
+}
+
+
+@pytest.mark.parametrize("make", NAMES)
+@pytest.mark.parametrize("implementation", [None, "eager"])
+@pytest.mark.parametrize("mask", [None, PADDED])
+@pytest.mark.parametrize("context", [torch.enable_grad, torch.inference_mode])
+def test_captured_rows_are_the_models_own(make, implementation, mask, context):
+    """Without an implementation, the model's default. Sample 1 is padded on the left."""
+    torch.manual_seed(0)
+    model = make()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    if implementation:
+        model.set_attn_implementation(implementation)
+    with context():
+        plain = model(IDS, attention_mask=mask).logits
+        with capture(model, maps=[0]) as record:
+            captured = model(IDS, attention_mask=mask).logits
+    assert torch.equal(plain, captured)
+    assert record.names == NAMES[make]
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        eager = model(IDS, attention_mask=mask, output_attentions=True).attentions
+    ahead = torch.ones(9, 9, dtype=torch.bool).triu(1)
+    for found, weights in zip(record, eager, strict=True):
+        torch.testing.assert_close(found.query_rows, weights[:, :, -1], **CLOSE)
+        torch.testing.assert_close(found.maps[0].nan_to_num(), weights[0], **CLOSE)
+        assert (found.maps[0].isnan() == ahead).all()
+        received = weights[0].sum(1) / torch.arange(9, 0, -1)
+        torch.testing.assert_close(found.received[0], received, **CLOSE)
+
+
+def test_generating_runs_a_layer_twice():
+    model = llama()
+    with pytest.raises(CaptureError, match="ran twice"), capture(model):
+        model.generate(IDS, max_new_tokens=3, do_sample=False)

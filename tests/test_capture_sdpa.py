@@ -1,0 +1,444 @@
+"""Attention of a module's own calls: scaled dot products and softmax, equal to eager weights."""
+
+import math
+import warnings
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn import functional
+from torch.nn.attention import bias as attention_bias
+from torch.nn.functional import scaled_dot_product_attention as imported_by_name
+
+from attention.capture import CaptureError, capture
+
+CONTEXTS = [torch.enable_grad, torch.no_grad, torch.inference_mode]
+CLOSE = {"atol": 1e-6, "rtol": 0, "check_dtype": False, "equal_nan": True}
+
+
+class Attend(nn.Module):
+    """Calls scaled_dot_product_attention with whatever it is given."""
+
+    def __init__(self, **options):
+        super().__init__()
+        self.options = options
+
+    def forward(self, q, k, v):
+        return functional.scaled_dot_product_attention(q, k, v, **self.options)
+
+
+class ByName(Attend):
+    def forward(self, q, k, v):
+        return imported_by_name(query=q, key=k, value=v, **self.options)
+
+
+class Overload(Attend):
+    def forward(self, q, k, v):
+        return torch.ops.aten.scaled_dot_product_attention(q, k, v, **self.options)
+
+
+def eager_weights(q, k, forbidden=None, added=None, scale=None):
+    """The plain twin: weights (B, H, Tq, Tk) in float64, key heads repeated as needed."""
+    k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+    scores = q.double() @ k.double().mT * (scale or 1 / math.sqrt(q.shape[-1]))
+    scores = scores if added is None else scores + added.double()
+    scores = scores if forbidden is None else scores.masked_fill(forbidden, -torch.inf)
+    return scores.softmax(-1).detach()
+
+
+def check(found, weights, forbidden):
+    torch.testing.assert_close(found.query_rows, weights[:, :, -1], **CLOSE)
+    allowed = (~forbidden).expand(weights.shape)
+    received = (weights * allowed).sum(2) / allowed.sum(2)
+    torch.testing.assert_close(found.received, received, **CLOSE)
+    maps = weights.masked_fill(forbidden, torch.nan)[:1]
+    torch.testing.assert_close(found.maps, maps, **CLOSE)
+
+
+def run_twice(model, *inputs, context=torch.no_grad, **options):
+    """The record of a forward pass, and whether the output is the one without capture."""
+    with context():
+        torch.manual_seed(1)
+        plain = model(*inputs)
+        torch.manual_seed(1)
+        with capture(model, maps=[0], **options) as record:
+            captured = model(*inputs)
+    assert torch.equal(plain, captured)
+    assert plain.requires_grad == captured.requires_grad
+    return record
+
+
+def is_clean(model):
+    own = [h for m in model.modules() for h in (*m._forward_hooks, *m._forward_pre_hooks)]
+    module = torch.nn.modules.module
+    own += [*module._global_forward_hooks, *module._global_forward_pre_hooks]
+    return not own and torch._C._len_torch_function_stack() == 0
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    n_samples=st.integers(1, 3),
+    n_queries=st.integers(1, 9),
+    n_keys=st.sampled_from([None, 1, 5, 12]),
+    heads=st.sampled_from([(1, 1), (3, 3), (4, 2), (4, 1)]),
+    mask=st.sampled_from(["none", "causal", "bool 2", "float 2", "bool 4", "float 4", "bool 3"]),
+    scale=st.sampled_from([None, 0.3, 1.0]),
+    kind=st.sampled_from([Attend, ByName, Overload]),
+    dropout=st.booleans(),
+    context=st.sampled_from(CONTEXTS),
+    dtype=st.sampled_from([torch.float32, torch.float64, torch.float16, torch.bfloat16]),
+    seed=st.integers(0, 99),
+)
+def test_scaled_dot_product_attention(
+    n_samples, n_queries, n_keys, heads, mask, scale, kind, dropout, context, dtype, seed
+):
+    torch.manual_seed(seed)
+    n_keys = n_keys or n_queries
+    q = torch.randn(n_samples, heads[0], n_queries, 4).to(dtype).requires_grad_()
+    k, v = torch.randn(2, n_samples, heads[1], n_keys, 4).to(dtype)
+    options = {"scale": scale, "enable_gqa": heads[0] != heads[1], "dropout_p": 0.2 * dropout}
+    leading = {"2": (), "3": (heads[0],), "4": (n_samples, 1)}.get(mask[-1], ())
+    allowed = torch.rand(*leading, n_queries, n_keys) < 0.7
+    allowed[..., 0] = True
+    added = torch.randn(allowed.shape).to(dtype)
+    if mask == "none":
+        allowed[:] = True
+    elif mask == "causal":
+        allowed = torch.ones(n_queries, n_keys, dtype=torch.bool).tril()
+        options["is_causal"] = True
+    elif "bool" in mask:
+        options["attn_mask"] = allowed
+    else:
+        options["attn_mask"] = added.masked_fill(~allowed, -torch.inf)
+    record = run_twice(kind(**options), q, k, v, context=context)
+    extra = added if "float" in mask else None
+    forbidden = ~allowed if allowed.dim() < 4 else ~allowed.expand(-1, heads[0], -1, -1)
+    check(record[0], eager_weights(q, k, forbidden, extra, scale), forbidden)
+
+
+def test_a_causal_bias_of_either_corner():
+    q, k, v = torch.randn(1, 2, 3, 4), torch.randn(1, 2, 5, 4), torch.randn(1, 2, 5, 4)
+    for make, diagonal in (
+        (attention_bias.causal_upper_left, 0),
+        (attention_bias.causal_lower_right, 2),
+    ):
+        record = run_twice(Attend(attn_mask=make(3, 5)), q, k, v)
+        forbidden = torch.ones(3, 5, dtype=torch.bool).triu(diagonal + 1)
+        check(record[0], eager_weights(q, k, forbidden), forbidden)
+
+
+def test_axes_before_the_heads_count_as_samples():
+    q, k, v = torch.randn(3, 2, 2, 4, 5, 4).unbind()
+    mask = torch.rand(2, 1, 1, 5, 5) < 0.7
+    mask[..., 0] = True
+    record = run_twice(Attend(attn_mask=mask), q, k, v)
+    forbidden = ~mask.expand(2, 2, 4, 5, 5).flatten(0, 1)
+    check(record[0], eager_weights(q.flatten(0, 1), k.flatten(0, 1), forbidden), forbidden)
+
+
+@pytest.mark.parametrize("n_heads", [1, 2])
+@pytest.mark.parametrize("masked", [True, False])
+def test_three_axes_with_the_number_of_heads(n_heads, masked):
+    q, k, v = torch.randn(3, 6, 5, 4).unbind()
+    allowed = torch.rand(6, 5, 5) < 0.7
+    allowed[..., 0] = True
+    model = Attend(attn_mask=allowed if masked else None)
+    record = run_twice(model, q, k, v, heads=n_heads)
+    forbidden = ~allowed if masked else torch.zeros(6, 5, 5, dtype=torch.bool)
+    split = [x.unflatten(0, (-1, n_heads)) for x in (q, k, forbidden)]
+    check(record[0], eager_weights(*split), split[2])
+
+
+class Rotary(nn.Module):
+    """Grouped queries with rotary positions, keys repeated or not."""
+
+    def __init__(self, width=16, n_heads=4, n_shared=2, grouped=True):
+        super().__init__()
+        self.n_heads, self.n_shared, self.grouped = n_heads, n_shared, grouped
+        self.q = nn.Linear(width, width)
+        self.kv = nn.Linear(width, 2 * n_shared * width // n_heads)
+
+    @staticmethod
+    def rotate(x):
+        a, b = x.chunk(2, -1)
+        angle = torch.arange(x.shape[2])[:, None] / 10 ** torch.arange(a.shape[-1])
+        return torch.cat([a * angle.cos() - b * angle.sin(), a * angle.sin() + b * angle.cos()], -1)
+
+    def project(self, x):
+        q = self.q(x).unflatten(-1, (self.n_heads, -1)).transpose(1, 2)
+        k, v = self.kv(x).unflatten(-1, (2 * self.n_shared, -1)).transpose(1, 2).chunk(2, 1)
+        return self.rotate(q), self.rotate(k), v
+
+    def forward(self, x):
+        q, k, v = self.project(x)
+        options = {"is_causal": True, "enable_gqa": self.grouped}
+        if not self.grouped:
+            k, v = (part.repeat_interleave(self.n_heads // self.n_shared, 1) for part in (k, v))
+        out = functional.scaled_dot_product_attention(q, k, v, **options)
+        return x + out.transpose(1, 2).flatten(2)
+
+
+class Block(nn.Module):
+    def __init__(self, attention):
+        super().__init__()
+        self.attention, self.norm = attention, nn.LayerNorm(16)
+
+    def forward(self, x):
+        return self.attention(self.norm(x))
+
+
+@pytest.mark.parametrize("grouped", [True, False])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("context", CONTEXTS)
+def test_rotary_positions_and_grouped_queries(grouped, training, context):
+    torch.manual_seed(0)
+    model = nn.Sequential(*(Block(Rotary(grouped=grouped)) for _ in range(3))).train(training)
+    x = torch.randn(2, 7, 16)
+    record = run_twice(model, x, context=context)
+    assert record.names == ("0.attention", "1.attention", "2.attention")
+    ahead = torch.ones(7, 7, dtype=torch.bool).triu(1)
+    with torch.no_grad():
+        for found, block in zip(record, model, strict=True):
+            q, k, _ = block.attention.project(block.norm(x))
+            check(found, eager_weights(q, k, ahead), ahead)
+            x = block(x)
+
+
+def test_gradients_are_those_without_capture():
+    model, x = Block(Rotary()), torch.randn(2, 5, 16)
+    model(x).square().sum().backward()
+    plain = [parameter.grad.clone() for parameter in model.parameters()]
+    model.zero_grad()
+    with capture(model):
+        model(x).square().sum().backward()
+    assert all(torch.equal(a, p.grad) for a, p in zip(plain, model.parameters(), strict=True))
+
+
+def test_autocast_does_not_reach_the_statistics():
+    q, k, v = torch.randn(3, 2, 4, 9, 8).unbind()
+    autocast = torch.autocast("cpu", torch.bfloat16)
+    with autocast, torch.no_grad(), capture(model := Attend()) as record:
+        model(q, k, v)
+    weights = eager_weights(q, k)
+    torch.testing.assert_close(record[0].query_rows, weights[:, :, -1], **CLOSE)
+    torch.testing.assert_close(record[0].received, weights.mean(2), **CLOSE)
+
+
+def test_two_calls_of_one_module_are_two_entries():
+    class Twice(nn.Module):
+        def forward(self, q, k, v):
+            attend = functional.scaled_dot_product_attention
+            return attend(q, k, v) - attend(k, q, v)
+
+    q, k, v = torch.randn(3, 1, 2, 4, 4).unbind()
+    record = run_twice(Twice(), q, k, v)
+    assert record.names == ("Twice", "Twice #2")
+    torch.testing.assert_close(record[1].query_rows, eager_weights(k, q)[:, :, -1], **CLOSE)
+
+
+class Explicit(nn.Module):
+    """Eager attention whose weights come from `weigh(scores)`."""
+
+    def __init__(self, weigh, mask_value=-torch.inf, dtype=torch.float32):
+        super().__init__()
+        self.softmax = weigh
+        self.mask_value, self.dtype = mask_value, dtype
+
+    def scores(self, x):
+        heads = x.to(self.dtype).unflatten(-1, (2, -1)).transpose(1, 2)
+        ahead = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).triu(1)
+        return (heads @ heads.mT).masked_fill(ahead, self.mask_value)
+
+    def forward(self, x):
+        heads = x.to(self.dtype).unflatten(-1, (2, -1)).transpose(1, 2)
+        return (self.softmax(self.scores(x)).to(self.dtype) @ heads).transpose(1, 2).flatten(2)
+
+
+SOFTMAX = {
+    "nn.Softmax": nn.Softmax(dim=-1),
+    "nn.Softmax by number": nn.Softmax(dim=3),
+    "functional": lambda s: functional.softmax(s, dim=-1),
+    "functional in float32": lambda s: functional.softmax(s, -1, dtype=torch.float32),
+    "torch": lambda s: torch.softmax(s, -1),
+    "torch, in place": lambda s: torch.softmax(s, -1, out=s),
+    "method": lambda s: s.softmax(dim=-1),
+    "special": lambda s: torch.special.softmax(s, -1),
+    "aten": lambda s: torch.ops.aten._softmax(s, -1, False),
+}
+
+
+@pytest.mark.parametrize("weigh", SOFTMAX)
+@pytest.mark.parametrize("mask_value", [-torch.inf, -1e9, torch.finfo(torch.float32).min])
+def test_an_explicit_softmax(weigh, mask_value):
+    torch.manual_seed(0)
+    model = nn.Sequential(Explicit(SOFTMAX[weigh], mask_value), nn.Linear(8, 8))
+    x = torch.randn(2, 6, 8)
+    record = run_twice(model, x)
+    assert record.names == ("0",)
+    ahead = torch.ones(6, 6, dtype=torch.bool).triu(1)
+    check(record[0], model[0].scores(x).double().softmax(-1), ahead)
+
+
+@pytest.mark.parametrize("context", CONTEXTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_explicit_softmax_in_every_context(context, dtype):
+    model, x = Explicit(nn.Softmax(-1), dtype=dtype), torch.randn(2, 6, 8)
+    record = run_twice(model, x.requires_grad_(context is torch.enable_grad), context=context)
+    weights = model.scores(x).detach().double().softmax(-1)
+    check(record[0], weights, torch.ones(6, 6, dtype=torch.bool).triu(1))
+
+
+def test_a_softmax_of_three_axes_is_named():
+    class Head(nn.Module):
+        def forward(self, x):
+            return (x @ x.mT).softmax(-1) @ x
+
+    model, x = nn.Sequential(Head(), Head()), torch.randn(2, 5, 4)
+    with pytest.raises(CaptureError, match=r'softmax over \(2, 5, 5\) .*softmax="0".*heads=H'):
+        run_twice(model, x)
+    record = run_twice(model, x, softmax=["0", "1"], heads=1)
+    weights = (x @ x.mT).double().softmax(-1)[:, None]
+    check(record[0], weights, torch.zeros(5, 5, dtype=torch.bool))
+
+
+def test_cross_attention_through_a_softmax_is_named():
+    class CrossAttention(nn.Module):
+        def forward(self, q, k):
+            return (q @ k.mT).softmax(-1)
+
+    q, k = torch.randn(1, 2, 3, 4), torch.randn(1, 2, 5, 4)
+    model = CrossAttention()
+    with pytest.raises(CaptureError, match=r"CrossAttention .*was not seen.*softmax over"):
+        run_twice(model, q, k)
+    record = run_twice(model, q, k, softmax="Cross*")
+    weights = (q @ k.mT).double().softmax(-1)
+    check(record[0], weights, torch.zeros(3, 5, dtype=torch.bool))
+
+
+def test_a_softmax_over_another_axis_is_no_attention():
+    class Segmentation(nn.Module):
+        def forward(self, x):
+            return x.softmax(1) + x.log_softmax(-1)
+
+    with pytest.raises(CaptureError, match="found no"), capture(model := Segmentation()):
+        model(torch.randn(1, 3, 5, 5))
+    assert is_clean(model)
+
+
+class Kernel(nn.Module):
+    """A fused kernel that nobody can look into."""
+
+    def forward(self, q, k, v):
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)[0]
+
+
+class ExternalAttention(nn.Module):
+    def forward(self, q, k, v):
+        return torch.from_numpy((q.numpy() + v.numpy())[:])
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (Kernel, r"^1 calls _scaled_dot_product_flash_attention_for_cpu, .*layers="),
+        (ExternalAttention, r"^1 is a ExternalAttention that ran, but .*not seen.*layers="),
+    ],
+)
+def test_an_external_kernel_is_an_error_though_other_layers_are_seen(kind, message):
+    class Stack(nn.Sequential):
+        def forward(self, q):
+            return self[1](self[0](q, q, q), q, q)
+
+    model, q = Stack(Attend(), kind()), torch.randn(1, 2, 3, 8)
+    with torch.no_grad(), pytest.raises(CaptureError, match=message), capture(model):
+        model(q)
+    assert is_clean(model)
+    assert run_twice(model, q, layers=["0"]).names == ("0",)
+
+
+def test_flex_attention_is_an_error():
+    from torch.nn.attention.flex_attention import flex_attention
+
+    class Flex(nn.Module):
+        def forward(self, q):
+            return flex_attention(q, q, q)
+
+    model = nn.Sequential(Flex())
+    with (
+        warnings.catch_warnings(action="ignore"),
+        torch.no_grad(),
+        pytest.raises(CaptureError, match=r"^0 runs code compiled .*set_stance.*sdpa"),
+        capture(model),
+    ):
+        model(torch.randn(1, 2, 16, 16))
+    assert is_clean(model)
+
+
+@pytest.mark.parametrize("how", ["wrapped", "in place", "forward", "inside"])
+def test_compiled_modules_are_an_error(how):
+    model = nn.Sequential(Attend())
+    q = torch.randn(1, 2, 3, 4)
+    compile_it = {"backend": "eager"}
+    if how == "wrapped":
+        model = torch.compile(model, **compile_it)
+    elif how == "in place":
+        model.compile(**compile_it)
+    elif how == "forward":
+        model[0].forward = torch.compile(model[0].forward, **compile_it)
+    else:
+        inner = torch.compile(
+            lambda q: functional.scaled_dot_product_attention(q, q, q), **compile_it
+        )
+
+        class Inside(nn.Module):
+            def forward(self, q):
+                return inner(q)
+
+        model = nn.Sequential(Inside())
+    with (
+        torch.no_grad(),
+        pytest.raises(CaptureError, match=r"compiled by torch\.compile .*force_eager"),
+        capture(model),
+    ):
+        model(q) if how == "inside" else model(q, q, q)
+    assert is_clean(model)
+
+
+def test_nothing_is_left_behind_after_an_error_inside_a_module():
+    class Broken(nn.Module):
+        def forward(self, q):
+            functional.scaled_dot_product_attention(q, q, q)
+            raise KeyError("inside")
+
+    with pytest.raises(KeyError), capture(model := nn.Sequential(Broken())):
+        model(torch.randn(1, 2, 3, 4))
+    assert is_clean(model)
+
+
+def test_calls_outside_the_model_do_not_count():
+    model, q = Attend(), torch.randn(1, 2, 3, 4)
+    with capture(model) as record:
+        functional.scaled_dot_product_attention(q, q, q)
+        Attend()(q, q, q)
+        model(q, q, q)
+        q.softmax(-1)
+    assert record.names == ("Attend",)
+
+
+def test_a_mode_of_the_users_own_goes_on_working():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attend, self.attention = Attend(), nn.MultiheadAttention(4, 2, batch_first=True)
+
+        def forward(self, x):
+            with torch.device("cpu"):
+                x = self.attention(x, x, x, need_weights=False)[0]
+            q = x[:, None]
+            return self.attend(q, q, q)
+
+    model = Model().eval()
+    assert run_twice(model, torch.randn(2, 5, 4)).names == ("attention", "attend")
+    assert is_clean(model)

@@ -1,0 +1,193 @@
+"""The table, the recommendation, csv and json of a judged comparison, and its pictures."""
+
+import csv
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_judgement import N_EPISODES, N_GOALS, judged, outcome, outcomes
+
+import comparison_report as report
+from comparison_figures import Picture, draw_by_budget, draw_by_episode, finding, spread
+from intervals import Estimate
+from judgement import Arm, judge
+
+PICTURE = Picture("a model in a room", "4 goals x 6 seeds", best=12.0, n_max=99)
+
+
+@pytest.fixture(scope="module")
+def study():
+    return judge(
+        outcomes(
+            outcome(Arm("recent", 10), 4.0),
+            outcome(Arm("recent", 20), 10.0),
+            outcome(Arm("random", 10), 3.0),
+            outcome(Arm("random", 20), 5.0),
+            outcome(Arm("rewarded-recent", 10), 9.0, noise=3.0),
+            outcome(Arm("rewarded-recent", 20), 11.0),
+            outcome(Arm("top-k", 20), 10.0, tokens=111.0),
+        ),
+        0.05,
+        best=[12.0] * N_GOALS,
+    )
+
+
+# Console
+
+
+def test_the_table_is_sorted_by_return_and_names_every_column(study):
+    lines = report.table(study).splitlines()
+    heads = lines[1].split("  ")
+    assert [head.strip() for head in heads if head.strip()] == [
+        "strategy", "kept", "return [95 % CI]", "IQM", "difference to full", "verdict", "area",
+        "tokens", "ms",
+    ]  # fmt: skip
+    names = [line.split()[0] for line in lines[2 : 2 + len(study.rows)]]
+    assert names == [row.arm.key for row in study.rows]
+    assert names[0] == "rewarded-recent@20"
+
+
+def test_a_line_of_the_table_holds_the_numbers_of_its_arm(study):
+    row = study.row("rewarded-recent", 20)
+    (line,) = [x for x in report.table(study).splitlines() if x.startswith("rewarded-recent@20")]
+    difference = report.interval(row.difference, "+")
+    expected = [
+        "20", report.interval(row.mean), f"{row.iqm.value:.2f}", difference, "better",
+        f"{row.adaptation_loss.value:+.2f}", "21.0", "0.00",
+    ]  # fmt: skip
+    assert line.split(maxsplit=1)[1].split() == " ".join(expected).split()
+
+
+def test_intervals_are_written_without_a_negative_zero():
+    assert report.interval(Estimate(-0.001, -0.004, 0.123), "+") == "+0.00 [+0.00, +0.12]"
+    assert report.interval(Estimate(1.0, None, None)) == "1.00"
+
+
+def test_the_advice_states_margin_positions_and_number_of_comparisons(study):
+    text = " ".join(report.advice(study, "numbered anew").split())
+    assert f"5% of full history's return, {study.margin:.2f} reward an episode" in text
+    assert "Numbered anew." in text
+    assert "8 arms are compared with full history" in text
+    assert "Intervals hold for these goals and new seeds" in text
+
+
+def test_an_arm_that_kept_everything_though_asked_for_less_is_named():
+    given = outcomes(outcome(Arm("recent", 10), 5.0), outcome(Arm("even", 10), 5.0))
+    given[-1] = replace(given[-1], cost={**given[-1].cost, "identical_to_full": 3})
+    assert "NOT COMPRESSED in some decisions: even@10." in report.advice(judge(given, 0.05), "p")
+    assert "NOT COMPRESSED" not in report.advice(judge(given[:-1], 0.05), "p")
+
+
+def test_the_recommendation_says_which_why_and_what_else(study):
+    text = report.recommendation(study)
+    assert "Recommended for this checkpoint: rewarded-recent with 20 transitions (better)" in text
+    assert "Keep the latest transitions for half of the budget" in text
+    assert "reads 21.0 tokens a decision instead of 90.0" in text
+    assert "also safe or better: recent@20." in text
+    assert "top-k" not in text
+
+
+def test_slower_adaptation_is_said_with_the_recommendation():
+    text = report.recommendation(judged(outcome(Arm("recent", 10), 10.0, slow=4.0)))
+    assert "But it adapts more slowly: 1.99 [1.9" in text
+
+
+def test_without_a_safe_arm_it_says_so_and_what_may_settle_it():
+    text = report.recommendation(judged(outcome(Arm("recent", 10), 9.4, noise=3.0)))
+    assert text.startswith("No recommendation")
+    assert "1 is inconclusive, the most promising recent@10: " in text
+    assert "--strategies recent --budgets 10 --seeds 32, or --full" in text
+    assert "inconclusive" not in report.recommendation(judged(outcome(Arm("recent", 10), 1.0)))
+
+
+# Files
+
+
+def test_csv_has_a_row_an_arm_with_the_numbers_of_the_study(study, tmp_path):
+    report.write_csv(tmp_path / "results.csv", study)
+    with (tmp_path / "results.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(r["strategy"], r["budget"]) for r in rows] == [
+        (row.arm.name, str(row.arm.n_keep or "")) for row in study.rows
+    ]
+    for record, row in zip(rows, study.rows, strict=True):
+        assert float(record["return"]) == row.mean.value
+        assert float(record["difference_low"]) == row.difference.low
+        assert float(record["iqm_of_best_high"]) == row.iqm_of_best.high
+        assert record["verdict"] == (row.verdict or "")
+    assert [path.name for path in tmp_path.iterdir()] == ["results.csv"]
+
+
+def test_the_summary_holds_what_the_pictures_show(study):
+    summary = json.loads(json.dumps(report.summary(study, {"seeds": 6}), allow_nan=False))
+    assert summary["seeds"] == 6
+    assert summary["recommended"] == "rewarded-recent@20"
+    assert summary["margin"] == study.margin
+    assert len(summary["full_by_episode"]) == N_EPISODES
+    for record, row in zip(summary["rows"], study.rows, strict=True):
+        assert record["by_episode"] == row.by_episode.tolist()
+        assert (record["return_low"], record["return_high"]) == (row.mean.low, row.mean.high)
+        assert record["kept"] == (row.kept if row.verdict else None)
+    assert set(summary["units"]) <= set(summary["rows"][0])
+
+
+# Pictures
+
+
+def drawn(study, folder, picture=PICTURE):
+    folder.mkdir(exist_ok=True)
+    draw_by_budget(folder / "budget.png", study, picture)
+    draw_by_episode(folder / "episode.png", study, picture)
+    return [(folder / name).read_bytes() for name in ("budget.png", "episode.png")]
+
+
+def test_pictures_are_the_same_bytes_for_the_same_study_and_follow_it(study, tmp_path):
+    one, again = drawn(study, tmp_path / "one"), drawn(study, tmp_path / "two")
+    assert one == again
+    assert all(png.startswith(b"\x89PNG") for png in one)
+    assert len(list((tmp_path / "one").iterdir())) == 2
+    changed = judge(
+        outcomes(outcome(Arm("recent", 10), 9.0), outcome(Arm("recent", 20), 3.0)), 0.05
+    )
+    for before, after in zip(one, drawn(changed, tmp_path / "one"), strict=True):
+        assert before != after
+
+
+@pytest.mark.parametrize("kind", ["no arm", "one seed", "many budgets", "no best, losses"])
+def test_unusual_studies_are_drawn(kind, tmp_path):
+    picture = PICTURE
+    if kind == "no arm":
+        study = judged()
+    elif kind == "one seed":
+        shape = (N_GOALS, 1, 1)
+        study = judged(outcome(Arm("random", 1), 3.0, shape=shape), shape=shape)
+    elif kind == "many budgets":
+        study = judged(*(outcome(Arm("even", n), 5.0) for n in (1, 2, 3, 5, 8)))
+    else:
+        study = judged(outcome(Arm("random", 4), -30.0), full=-10.0, empty=-50.0, control=-50.0)
+        picture = replace(PICTURE, best=None)
+    drawn(study, tmp_path, picture)
+
+
+def test_the_line_below_the_title_says_what_was_found(study):
+    assert finding(study).startswith("Recommended: rewarded-recent, 20 transitions: ")
+    assert "(better)" in finding(study)
+    assert "No shorter history is shown" in finding(judged(outcome(Arm("recent", 10), 1.0)))
+    assert "not shown to use its history" in finding(judged(empty=10.0))
+
+
+@settings(max_examples=20)
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=30), st.floats(0.001, 0.1))
+def test_labels_keep_their_order_and_their_distance(places, gap):
+    places = sorted(places)
+    found = spread(places, gap)
+    steps = np.diff(found)
+    if (len(places) - 1) * gap < 1:
+        assert (steps >= gap - 1e-9).all()
+    assert min(found) >= -1e-9
+    assert max(found) <= 1 + 1e-9
+    if len(places) == 1 or np.diff(places).min() >= gap:
+        assert found == pytest.approx(places)

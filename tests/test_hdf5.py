@@ -1,0 +1,488 @@
+import runpy
+import sys
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from conftest import make_histories, sharp_model
+from foreign import foreign_logits, held_out, make_foreign_run, write_hdf5
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import hdf5
+from checkpoint import find_checkpoint, load_checkpoint
+from config import UserError
+from darkroom import MOVES
+from dataset import ADDataset
+from hdf5 import read_hdf5
+from histories import histories_path, read_histories
+
+GRID, HORIZON = 3, 4
+GOALS = [[2, 0], [0, 1]]
+
+
+def content(n_steps=8, n_streams=2):
+    """Arrays of one group by hand: each entry tells its step, stream and axis."""
+    steps, streams = np.arange(n_steps)[:, None], np.arange(n_streams)[None]
+    cell = (steps + streams) % GRID
+    return {
+        "states": np.stack([cell, (cell + 1) % GRID], axis=-1).astype(np.float32),
+        "actions": (steps + 2 * streams) % 5,
+        "rewards": np.zeros((n_steps, n_streams), dtype=np.float32),
+        "next_states": np.stack([(cell + 2) % GRID, cell], axis=-1).astype(np.float32),
+        "dones": np.broadcast_to(steps % HORIZON == HORIZON - 1, (n_steps, n_streams)),
+    }
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "history.hdf5"
+
+
+def write(path, groups):
+    """A file of groups by name; arrays that are None are left out."""
+    with h5py.File(path, "w") as file:
+        for name, arrays in groups.items():
+            group = file.create_group(name)
+            for key, values in arrays.items():
+                if values is not None:
+                    group[key] = values
+    return path
+
+
+def both(**changes):
+    """Both groups of `GOALS`, the second changed."""
+    return {"6": content(), "1": content() | changes}
+
+
+def read(path, goals=GOALS, horizon=HORIZON, told=None):
+    notes = [] if told is None else told
+    histories = read_hdf5(path, GRID, horizon, goals, tell=notes.append)
+    assert told is not None or not notes
+    return histories
+
+
+def error_of(path, **options) -> str:
+    with pytest.raises(UserError) as caught:
+        read(path, told=[], **options)
+    message = str(caught.value)
+    assert str(path) in message
+    assert "\n" not in message
+    return message
+
+
+# What is read
+
+
+def test_streams_become_histories_in_the_order_of_the_goals(path):
+    write(path, both(rewards=np.ones((8, 2)), next_states=np.tile([0.0, 1.0], (8, 2, 1))))
+    histories = read(path)
+    assert histories.goals.tolist() == [[2, 0], [2, 0], [0, 1], [0, 1]]
+    assert histories.states.shape == (4, 8, 2)
+    assert histories.states[1].tolist() == content()["states"][:, 1].tolist()
+    assert histories.actions[0].tolist() == [0, 1, 2, 3, 4, 0, 1, 2]
+    assert histories.actions[1].tolist() == [2, 3, 4, 0, 1, 2, 3, 4]
+    assert histories.next_states[2].tolist() == [[0, 1]] * 8
+    assert histories.rewards.sum(axis=1).tolist() == [0, 0, 8, 8]
+    assert histories.horizon == HORIZON
+
+
+@settings(max_examples=15)
+@given(st.integers(1, 4), st.integers(1, 3), st.integers(1, 5), st.data())
+def test_any_file_is_read_as_written(tmp_path_factory, n_episodes, n_streams, horizon, data):
+    rng = np.random.default_rng(data.draw(st.integers(0, 99)))
+    n_steps = n_episodes * horizon
+    cells = data.draw(st.lists(st.integers(0, 8), min_size=1, max_size=4, unique=True))
+    number = data.draw(st.sampled_from([np.int32, np.int64, np.uint8, np.float32, np.float64]))
+    groups = {
+        str(cell): {
+            "states": rng.integers(GRID, size=(n_steps, n_streams, 2)).astype(number),
+            "actions": rng.integers(5, size=(n_steps, n_streams)).astype(number),
+            "rewards": np.zeros((n_steps, n_streams), dtype=number),
+            "next_states": rng.integers(GRID, size=(n_steps, n_streams, 2)).astype(number),
+        }
+        for cell in cells
+    }
+    path = write(tmp_path_factory.mktemp("any") / "x.h5", groups)
+    histories = read(path, goals=[divmod(cell, GRID) for cell in cells], horizon=horizon)
+    for i, cell in enumerate(cells):
+        for stream in range(n_streams):
+            row = i * n_streams + stream
+            assert histories.goals[row].tolist() == list(divmod(cell, GRID))
+            for name in ("states", "actions", "rewards", "next_states"):
+                expected = groups[str(cell)][name][:, stream]
+                np.testing.assert_array_equal(getattr(histories, name)[row], expected)
+    assert histories.states.dtype == histories.actions.dtype == np.int8
+    assert histories.states.flags["C_CONTIGUOUS"]
+
+
+def test_rewards_that_are_not_whole_stay_so(path):
+    rewards = np.full((8, 2), 0.5)
+    histories = read(write(path, both(rewards=rewards, next_states=np.tile([0, 1], (8, 2, 1)))))
+    assert histories.rewards.dtype == np.float32
+    assert histories.rewards[:, 0].tolist() == [0, 0, 0.5, 0.5]
+
+
+def test_the_state_after_the_reset_is_kept(tmp_path):
+    path = tmp_path / "x.hdf5"
+    write_hdf5(path, grid_size=3, horizon=5, n_steps=20, n_streams=1)
+    histories = read_hdf5(path, 3, 5)
+    assert histories.next_states[:, 4::5].tolist() == [[[1, 1]] * 4] * 9
+    reached = np.clip(histories.states + MOVES[histories.actions], 0, 2)
+    assert (histories.next_states != reached).any()
+    np.testing.assert_array_equal(histories.next_states[:, 0::5], reached[:, 0::5])
+
+
+def test_without_goals_all_groups_are_read_in_the_order_of_their_numbers(path):
+    write(path, {name: content() for name in ("10", "0", "9")})
+    histories = read_hdf5(path, 4, HORIZON)
+    assert histories.goals[::2].tolist() == [[0, 0], [2, 1], [2, 2]]
+
+
+def test_groups_that_are_not_asked_for_may_hold_anything(path):
+    write(path, both() | {"4": {"x": np.zeros(3)}, "about": {}})
+    assert read(path).n_histories == 4
+
+
+def test_what_a_group_holds_beside_is_left_alone(path):
+    write(path, both(optimal_actions=np.zeros((2, 8))))
+    assert read(path).n_histories == 4
+
+
+@pytest.mark.parametrize("dones", [None, np.zeros((8, 2), dtype=bool)])
+def test_dones_may_be_missing_or_unmarked_where_the_horizon_is_known(path, dones):
+    write(path, {"6": content() | {"dones": dones}, "1": content() | {"dones": dones}})
+    assert read(path).horizon == HORIZON
+    message = error_of(path, horizon=None)
+    assert "expected the steps of an episode in the checkpoint's config" in message
+
+
+def test_the_horizon_may_come_from_dones(path):
+    assert read(write(path, both()), horizon=None).horizon == HORIZON
+
+
+# What is told
+
+
+def test_histories_are_cut_to_whole_episodes_and_the_shortest_and_that_is_told_once(path):
+    told = []
+    write(path, {"6": content(11), "1": content(15)})
+    histories = read(path, told=told)
+    assert histories.n_steps == 8
+    np.testing.assert_array_equal(histories.actions[0], content(11)["actions"][:8, 0])
+    (note,) = told
+    assert "up to 15 steps; the first 8 of each are used, whole episodes of 4 steps" in note
+
+
+def test_streams_that_do_not_fit_memory_are_left_out_and_that_is_told_once(path, monkeypatch):
+    monkeypatch.setattr(hdf5, "MAX_TRANSITIONS", 2 * 8 * 2 + 15)
+    told = []
+    write(path, {"6": content(8, 5), "1": content(8, 1)})
+    histories = read(path, told=told)
+    assert histories.goals.tolist() == [[2, 0], [2, 0], [0, 1]]
+    np.testing.assert_array_equal(histories.actions[1], content(8, 5)["actions"][:, 1])
+    (note,) = told
+    assert "2 goals x up to 5 streams x 8 steps; the first 2 streams of each goal" in note
+
+
+def test_goals_may_have_different_numbers_of_streams(path):
+    write(path, {"6": content(8, 3), "1": content(8, 1)})
+    assert read(path).goals.tolist() == [[2, 0]] * 3 + [[0, 1]]
+
+
+def test_rewards_away_from_the_goal_that_a_group_is_named_for_are_told(path):
+    rewards, next_states = np.zeros((8, 2)), np.tile([0, 1], (8, 2, 1))
+    rewards[5, 1], next_states[5, 1] = 1, [1, 2]
+    told = []
+    read(write(path, both(rewards=rewards, next_states=next_states)), told=told)
+    (note,) = told
+    assert "rewards of the group named for goal 0,1 are earned at 1,2" in note
+    rewards[5, 1], rewards[7, 0], next_states[7, 0] = 0, 1, [1, 1]
+    read(write(path, both(rewards=rewards, next_states=next_states)))  # the reset hides the place
+
+
+# What is an error
+
+
+def test_without_h5py_one_line_says_what_to_install(path, monkeypatch):
+    write(path, both())
+    monkeypatch.setitem(sys.modules, "h5py", None)
+    assert "needs h5py, which is not installed: pip install h5py" in error_of(path)
+
+
+def test_without_h5py_other_files_are_read(tiny_run, monkeypatch):
+    run, file = tiny_run
+    make_histories().save(run / "x.npz")
+    monkeypatch.setitem(sys.modules, "h5py", None)
+    runpy.run_path(hdf5.__file__)
+    checkpoint = load_checkpoint(find_checkpoint(run).path)
+    assert read_histories(run / "x.npz", checkpoint).n_histories == 3
+    with pytest.raises(UserError, match="pip install h5py"):
+        read_histories(file, checkpoint)
+
+
+def test_another_kind_of_file_is_an_error(path):
+    path.write_text("not HDF5")
+    assert "cannot be read as an HDF5 file of learning histories" in error_of(path)
+
+
+@pytest.mark.parametrize("part", [0, 0.3, 0.9])
+def test_a_truncated_file_is_an_error(path, part):
+    write(path, both())
+    path.write_bytes(path.read_bytes()[: int(part * path.stat().st_size)])
+    assert "cannot be read as an HDF5 file" in error_of(path)
+
+
+def test_an_empty_file_is_an_error(path):
+    assert "is empty: expected a group for each goal, named 0 to 8" in error_of(write(path, {}))
+
+
+def test_a_missing_group_is_named_with_what_is_there(path):
+    message = error_of(write(path, {str(cell): content() for cell in range(6)}))
+    assert "got none of goal 2,0 (6) in 0, 1, 2, 3, ... (6)" in message
+
+
+def test_groups_with_other_names_are_an_error(path):
+    write(path, {"goal-0": content()})
+    assert "named 0 to 8 row by row, got none of goal 2,0 (6) in goal-0" in error_of(path)
+    assert "named 0 to 8 row by row, got 'goal-0'" in error_of(path, goals=None)
+    write(path, {"9": content()})
+    assert "named 0 to 8 row by row, got '9'" in error_of(path, goals=None)
+
+
+def test_a_dataset_in_the_place_of_a_group_is_an_error(path):
+    with h5py.File(path, "w") as file:
+        file["6"] = np.zeros(3)
+    assert "got none of goal 2,0 (6)" in error_of(path)
+
+
+@pytest.mark.parametrize("name", ["states", "actions", "rewards", "next_states"])
+def test_a_missing_dataset_is_named_with_what_is_there(path, name):
+    message = error_of(write(path, both(**{name: None})))
+    there = ", ".join(sorted(set(content()) - {name}))
+    assert f"group 1: expected a dataset {name}, got {there}" in message
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "expected"),
+    [
+        ("states", (8, 2), "expected states of shape (8, 2, 2) beside actions of shape (8, 2)"),
+        ("states", (2, 8, 2), "(time, streams), got (2, 8, 2)"),
+        ("next_states", (8, 2, 3), "expected next_states of shape (8, 2, 2)"),
+        ("rewards", (8, 3), "expected rewards of shape (8, 2)"),
+        ("dones", (8,), "expected dones of shape (8, 2)"),
+        ("actions", (8,), "expected actions (T, streams), got (8,)"),
+        ("actions", (8, 2, 1), "expected actions (T, streams), got (8, 2, 1)"),
+        ("actions", (0, 2), "expected learning histories, got (0, 2) actions"),
+        ("actions", (8, 0), "expected learning histories, got (8, 0) actions"),
+    ],
+)
+def test_shapes_that_do_not_fit_are_an_error(path, name, shape, expected):
+    message = error_of(write(path, both(**{name: np.zeros(shape)})))
+    assert f"{path}, group 1: expected" in message
+    assert expected in message
+
+
+def test_fewer_steps_than_an_episode_are_an_error(path):
+    write(path, {"6": content(3), "1": content(3)})
+    assert "expected episodes of 4 steps, got 3 steps" in error_of(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("states", 0.5, "states: expected whole numbers, got 0.5"),
+        ("actions", 1.25, "actions: expected whole numbers, got 1.25"),
+        ("next_states", np.nan, "next_states: expected finite numbers, got nan"),
+        ("rewards", np.inf, "rewards: expected finite numbers, got inf"),
+    ],
+)
+def test_values_of_another_kind_are_an_error(path, name, value, expected):
+    values = content()[name].astype(np.float64)
+    values[3, 1] = value
+    assert f"group 1: {expected}" in error_of(write(path, both(**{name: values})))
+
+
+def test_text_is_no_number(path):
+    message = error_of(write(path, both(actions=np.full((8, 2), b"up"))))
+    assert "actions: expected numbers, got |S2" in message
+
+
+@pytest.mark.parametrize(("step", "found"), [(5, "an end at step 5"), (3, "none at step 3")])
+def test_episodes_of_another_length_are_an_error(path, step, found):
+    dones = content()["dones"].copy()
+    dones[step, 1] = not dones[step, 1]
+    message = error_of(write(path, both(dones=dones)))
+    assert (
+        f"end every 4 steps, as the checkpoint's horizon says, got {found} of stream 1" in message
+    )
+
+
+# With a checkpoint
+
+
+@pytest.fixture(scope="module")
+def shipped_run(tmp_path_factory):
+    """A run with the shipped weights and its HDF5 file."""
+    return make_foreign_run(tmp_path_factory.mktemp("shipped"), n_steps=200, n_streams=2)
+
+
+@pytest.fixture
+def tiny_run(tmp_path, tiny_model):
+    """A run of a tiny model in a room of 5 x 5."""
+    weights = tiny_model.state_dict()
+    return make_foreign_run(tmp_path, weights, 2, grid_size=5, horizon=5, n_steps=40)
+
+
+def changed(run, **config):
+    """The checkpoint of a run after a change of its config; None removes a setting."""
+    path = find_checkpoint(run).path
+    content = torch.load(path, weights_only=True)
+    config = content["config"] | config
+    torch.save(content | {"config": {k: v for k, v in config.items() if v is not None}}, path)
+    return load_checkpoint(path)
+
+
+def test_held_out_goals_are_read_and_decided_on_as_that_code_does(shipped_run):
+    run, file = shipped_run
+    checkpoint = load_checkpoint(find_checkpoint(run).path)
+    histories = read_histories(file, checkpoint)
+    cells = held_out(seed=0, ratio=0.9)
+    assert histories.goals[::2].tolist() == [list(divmod(cell, 9)) for cell in cells]
+    inputs = ADDataset(histories, 99)
+    for cell, stream, step in ((0, 0, 99), (3, 1, 123), (7, 0, 140), (5, 1, 199)):
+        window = inputs.windows(np.array([2 * cell + stream]), np.array([step]), 1)
+        del window["target_actions"]
+        with torch.no_grad():
+            found = checkpoint.model(**window)[0]
+        expected = foreign_logits(checkpoint.path, file, cells[cell], stream, step)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+        assert expected.std() > 0.1
+
+
+def test_sharp_weights_and_another_room_give_the_same_logits(tiny_run):
+    run, file = tiny_run
+    checkpoint = load_checkpoint(find_checkpoint(run).path)
+    histories = read_histories(file, checkpoint)
+    cells = held_out(0, 0.9, 25)
+    assert histories.goals[::2].tolist() == [list(divmod(cell, 5)) for cell in cells]
+    for step in range(11, 40, 4):
+        window = ADDataset(histories, 11).windows(np.array([1]), np.array([step]), 1)
+        del window["target_actions"]
+        with torch.no_grad():
+            found = checkpoint.model(**window)[0]
+        expected = foreign_logits(checkpoint.path, file, cells[0], 1, step)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+
+
+def test_a_checkpoint_with_goals_of_its_own_reads_those(tiny_run):
+    run, file = tiny_run
+    path = find_checkpoint(run).path
+    content = torch.load(path, weights_only=True)
+    torch.save(content | {"goals": {"train": [], "test": [[3, 1]]}}, path)
+    assert read_histories(file, load_checkpoint(path)).goals.tolist() == [[3, 1]] * 2
+
+
+def test_without_a_split_all_goals_are_read_and_that_is_told(tiny_run):
+    run, file = tiny_run
+    told = []
+    histories = read_histories(file, changed(run, env_split_seed=None), told.append)
+    assert histories.n_histories == 50
+    (note,) = told
+    assert "does not say which goals it holds out" in note
+
+
+def test_groups_of_another_environment_are_no_goals(tiny_run):
+    run, file = tiny_run
+    with pytest.raises(UserError, match="env 'darkroom', where a group is a goal, got env 'dark"):
+        read_histories(file, changed(run, env="darkroompermuted"))
+
+
+@pytest.mark.parametrize("horizon", [0, "long", 2.5])
+def test_a_horizon_that_is_none_is_an_error(tiny_run, horizon):
+    run, file = tiny_run
+    with pytest.raises(UserError, match=f"expected horizon of 1 or more.*got {horizon!r}"):
+        read_histories(file, changed(run, horizon=horizon))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("states", 5, "does not fit the checkpoint: expected rows and columns below 5, got 5"),
+        ("next_states", -1, "expected rows and columns of 0 or more, got -1"),
+        ("actions", 5, "does not fit the checkpoint: expected actions below 5, got 5"),
+        ("actions", -1, "expected actions of 0 or more, got -1"),
+    ],
+)
+@pytest.mark.parametrize("suffix", ["hdf5", "npz"])
+def test_states_and_actions_that_the_model_does_not_know_are_an_error(
+    tiny_run, name, value, expected, suffix
+):
+    run, file = tiny_run
+    checkpoint = load_checkpoint(find_checkpoint(run).path)
+    if suffix == "npz":
+        histories = make_histories()
+        getattr(histories, name)[1, 3] = value
+        file = run / "x.npz"
+        histories.save(file)
+    else:
+        with h5py.File(file, "r+") as opened:
+            opened[str(held_out(0, 0.9, 25)[1])][name][3, 1] = value
+    with pytest.raises(UserError) as caught:
+        read_histories(file, checkpoint)
+    assert str(file) in str(caught.value)
+    assert expected in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["x.h5", "x.HDF5"])
+def test_the_kind_of_file_is_told_by_its_suffix(tiny_run, name):
+    run, file = tiny_run
+    checkpoint = load_checkpoint(find_checkpoint(run).path)
+    assert read_histories(file.rename(run / name), checkpoint).n_histories == 6
+    make_histories().save(run / "x.npz")
+    assert read_histories(run / "x.npz", checkpoint).n_histories == 3
+
+
+def test_where_other_code_keeps_its_histories_is_said(tiny_run):
+    run, file = tiny_run
+    checkpoint = load_checkpoint(find_checkpoint(run).path)
+    path = histories_path(None, checkpoint)
+    assert path == run / "histories-test.npz"
+    with pytest.raises(UserError) as caught:
+        read_histories(path, checkpoint)
+    assert f"expected {path}; this run comes from code that keeps them apart" in str(caught.value)
+    assert "--histories datasets/history_darkroom_PPO_alg-seed42.hdf5" in str(caught.value)
+    assert histories_path(file, checkpoint) == file
+
+
+def test_a_file_that_is_not_there_is_named(tiny_run):
+    run, _ = tiny_run
+    checkpoint = load_checkpoint(find_checkpoint(run).path)
+    with pytest.raises(UserError, match=r"^no learning histories: there is no file no\.hdf5$"):
+        read_histories("no.hdf5", checkpoint)
+
+
+def test_histories_that_are_not_beside_a_checkpoint_are_asked_for(tiny_run):
+    checkpoint = changed(tiny_run[0], env_split_seed=None)
+    beside = histories_path(None, checkpoint)
+    with pytest.raises(UserError, match=f"expected {beside} beside the checkpoint; name a file"):
+        read_histories(beside, checkpoint)
+
+
+def test_a_file_without_histories_is_an_error(tiny_run):
+    run, _ = tiny_run
+    make_histories().select(histories=[]).save(run / "x.npz")
+    with pytest.raises(UserError, match="does not fit: expected learning histories"):
+        read_histories(run / "x.npz", load_checkpoint(find_checkpoint(run).path))
+
+
+def test_weights_of_another_model_give_other_logits(tmp_path, tiny_config, tiny_run):
+    """The comparison with that code's own numbers can fail."""
+    _, file = tiny_run
+    other = sharp_model(tiny_config, seed=1).state_dict()
+    run, _ = make_foreign_run(tmp_path / "other", other, 2, grid_size=5, horizon=5, n_steps=40)
+    cell = held_out(0, 0.9, 25)[0]
+    one = foreign_logits(find_checkpoint(tiny_run[0]).path, file, cell, 0, 20)
+    two = foreign_logits(find_checkpoint(run).path, file, cell, 0, 20)
+    assert (one - two).abs().max() > 0.1

@@ -1,0 +1,173 @@
+"""A model planted to look at rewarded transitions alone: the insights and the effects say so.
+
+What it does is known: it takes the action of the rewarded transitions, whichever are left, and
+action 0 where none is. Rewards lie early, so that recency loses them.
+"""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from test_planted import planted_model
+
+import visualize_attention
+from checkpoint import HISTORIES_NAME, save_checkpoint
+from config import EnvConfig, ModelConfig, to_dict
+from dataset import Histories
+from effects import budgets
+from model import ADTransformer
+
+N, REWARDED = 40, (3, 4, 5, 8, 11)
+GOALS = ((0, 1), (2, 2), (4, 3), (1, 4))  # goal g is reached by action g + 1
+
+
+def model_of_rewards() -> ADTransformer:
+    """One layer, one head: attention falls on rewarded tokens, and brings their actions along."""
+    config = ModelConfig(n_transit=N + 1, tf_n_layer=1, tf_n_head=1, tf_n_embd=8, grid_size=5)
+    model = ADTransformer(config).eval()
+    layer, width = model.transformer_encoder.layers[0], config.tf_n_embd
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+        for norm in (layer.norm1, layer.norm2):
+            norm.weight.fill_(1)
+        model.embed_query_state.weight[:, 6] = 1  # not all numbers of the query are the same
+        model.embed_context.weight[0, 2 + config.num_actions] = 1  # token[0]: the reward
+        for action in range(config.num_actions):
+            model.embed_context.weight[1 + action, 2 + action] = 1  # token[1 + a]: action a
+        attention = layer.self_attn
+        attention.in_proj_bias[0] = 1  # every query asks for token[0]
+        attention.in_proj_weight[width, 0] = 40 * width**0.5
+        for i in range(1, 1 + config.num_actions):
+            attention.in_proj_weight[2 * width + i, i] = 1  # values: the actions
+            attention.out_proj.weight[i, i] = 1
+            model.pred_action.weight[i - 1, i] = 8
+    return model
+
+
+def histories_with_early_rewards() -> Histories:
+    """Two histories a goal, one decision long: action 0 but where it is rewarded."""
+    goals = np.repeat(GOALS, 2, axis=0)
+    shape = (len(goals), N + 1)
+    states = np.random.default_rng(0).integers(5, size=(*shape, 2)).astype(np.int8)
+    actions, rewards = np.zeros(shape, np.int8), np.zeros(shape, np.int8)
+    rewards[:, REWARDED] = 1
+    actions[:, REWARDED] = 1 + np.arange(len(goals))[:, None] // 2
+    return Histories(states, actions, rewards, states, goals, horizon=N + 1)
+
+
+def analysed(tmp_path, model, histories, *argv):
+    """Run the command on a model; gives `metrics.json`."""
+    content = {
+        "step": 1,
+        "config": to_dict(EnvConfig(grid_size=5), model.config),
+        "model": model.state_dict(),
+        "goals": {},
+    }
+    save_checkpoint(tmp_path / "run" / "ckpt-1.pt", content)
+    histories.save(tmp_path / "run" / HISTORIES_NAME)
+    arguments = ["--checkpoint", tmp_path, "--out", tmp_path / "figs", "--num-figures", 0, *argv]
+    visualize_attention.main([str(argument) for argument in arguments])
+    return json.loads((tmp_path / "figs" / "metrics.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("planted")
+    return analysed(folder, model_of_rewards(), histories_with_early_rewards()), folder
+
+
+def sizes(found, name):
+    return found["effects"]["strategies"][name]["sizes"]
+
+
+def test_the_planted_model_does_what_it_was_planted_to_do():
+    histories, model = histories_with_early_rewards(), model_of_rewards()
+    parts = (histories.states, histories.actions, histories.rewards, histories.next_states)
+    states, actions, rewards, next_states = (torch.from_numpy(p[:, :N]) for p in parts)
+    query = torch.from_numpy(histories.states[:, N])
+    full = model(states, actions, rewards, next_states, query)
+    assert full.argmax(1).tolist() == [1, 1, 2, 2, 3, 3, 4, 4]
+    blind = model(states, actions, 0 * rewards, next_states, query)
+    assert blind.argmax(1).tolist() == [0] * 8
+
+
+def test_keeping_rewards_loses_nothing(planted):
+    found, _ = planted
+    for name in ("top-k", "rewarded-recent"):
+        for size in sizes(found, name):
+            if name == "rewarded-recent" and size["n_keep"] == 1:
+                continue  # half of the budget, rounded up, is for the latest
+            assert size["flips"] == 0
+            assert size["kl_mean"] < 1e-4
+    assert found["effects"]["strategies"]["top-k"]["enough"] == 1
+    assert found["effects"]["strategies"]["rewarded-recent"]["enough"] == 2
+
+
+def test_recency_loses_all(planted):
+    found, _ = planted
+    reaches = N - max(REWARDED)
+    assert budgets(N)[-2] < reaches
+    for size in sizes(found, "recent"):
+        assert size["flips"] == (1 if size["n_keep"] < reaches else 0)
+        assert size["kl_mean"] > 1 or size["flips"] == 0
+    for size in sizes(found, "least-attended"):
+        assert size["flips"] == 1
+    assert found["effects"]["controls"]["empty"]["flips"] == 1
+
+
+def test_random_drops_lose_as_often_as_they_miss_every_reward(planted):
+    found, _ = planted
+    for size in sizes(found, "random"):
+        kept = size["n_keep"]
+        missed = np.prod([(N - kept - i) / (N - i) for i in range(len(REWARDED))])
+        assert size["flips"] == pytest.approx(missed, abs=0.12)
+
+
+def test_the_insight_says_that_its_advice_is_better_than_chance(planted):
+    found, _ = planted
+    (insight,) = [one for one in found["insights"] if one["pattern"] == "sparse"]
+    assert insight["effect"].startswith(
+        "Keeping the 5 most attended of 40 transitions changes the most likely action in 0% of 8 "
+        "decisions (KL 0 nats" if sizes(found, "top-k")[2]["kl_mean"] == 0 else
+        "Keeping the 5 most attended of 40 transitions changes the most likely action in 0% of 8 "
+        "decisions (KL < 0.001 nats"
+    )  # fmt: skip
+    assert "the 5 least attended: 100%" in insight["effect"]
+    assert "Better than each of 20 random draws." in insight["effect"]
+
+
+def test_attention_ranks_transitions_as_leaving_them_out_does(tmp_path):
+    """With one rewarded transition, and it alone matters; attention falls on it alone."""
+    histories = histories_with_early_rewards()
+    rewards = np.zeros_like(histories.rewards)
+    rewards[:, 8] = 1
+    once = Histories(
+        histories.states, histories.actions, rewards, histories.states, histories.goals, N + 1
+    )
+    found = analysed(tmp_path, model_of_rewards(), once)["effects"]["faithfulness"]
+    kl = np.array(found["leave_one_out"]["kl"])
+    assert (kl[:, 8] > 1).all()
+    assert (np.delete(kl, 8, axis=1) < 1e-4).all()
+    assert found["overall"] > 0.2
+    assert abs(found["recency"]) < 0.35
+
+
+def test_a_model_that_ignores_its_history_is_told_so(tmp_path, capsys):
+    model = planted_model(np.full(N + 1, 1 / (N + 1)))
+    found = analysed(tmp_path, model, histories_with_early_rewards())
+    assert found["effects"]["ignores_history"] is True
+    assert found["effects"]["strategies"] == {}
+    assert all("ignores its history" in one["effect"] for one in found["insights"])
+    console = " ".join(capsys.readouterr().out.split())
+    assert "No compression can be judged: over 8 decisions the model ignores its history" in console
+    assert not (tmp_path / "figs" / "deletion_curves.png").exists()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_model_that_was_not_trained_is_told_that_it_ignores_its_history(tmp_path, seed):
+    torch.manual_seed(seed)
+    model = ADTransformer(ModelConfig(n_transit=N + 1, grid_size=5)).eval()
+    found = analysed(tmp_path, model, histories_with_early_rewards())
+    assert found["effects"]["ignores_history"] is True

@@ -1,0 +1,243 @@
+"""Windows of thinned histories: what is kept, what follows, which decisions are learned from."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_histories, sharp_model
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from test_dataset import numbered
+
+import thinning as module
+from compression import STRATEGIES, History
+from config import ModelConfig
+from dataset import ADDataset
+from thinning import CONTEXT, TRAINED_ON, draw_batch, sample_thinned, thin
+from train import packed_loss
+
+
+def windows(n_windows=3, n=14, horizon=5, seed=0):
+    """Windows of random play and the episodes of their transitions, found step by step."""
+    dataset = ADDataset(make_histories(n_episodes=6, horizon=horizon), n)
+    steps = np.array([n, n + 3, n + 9])[:n_windows]
+    window = dataset.windows(np.arange(n_windows), steps, 1)
+    episodes = [[step // horizon for step in range(t - n, t)] for t in steps]
+    return window, torch.tensor(episodes)
+
+
+# One thinning
+
+
+@pytest.mark.parametrize("n_following", [0, 1, 5])
+@pytest.mark.parametrize("name", TRAINED_ON)
+def test_a_thinned_window_is_what_the_strategy_keeps_and_then_what_follows(name, n_following):
+    window, episodes = windows()
+    n_past, n_keep = 14 - n_following, 6
+    found = thin(window, episodes, STRATEGIES[name], n_keep, n_following, np.random.default_rng(3))
+    states = torch.cat([window["states"], window["query_states"][:, None]], dim=1)
+    past = History(
+        *(window[part][:, :n_past] for part in CONTEXT),
+        query_states=states[:, n_past],
+        episodes=episodes[:, :n_past],
+    )
+    kept = STRATEGIES[name].select(past, n_keep, np.random.default_rng(3))
+    for row in range(3):
+        expected = [*kept[row].tolist(), *range(n_past, 14)]
+        for part in CONTEXT:
+            assert torch.equal(found[part][row], window[part][row][expected])
+        assert torch.equal(found["query_states"][row], states[row, n_past:])
+        actions = [*window["actions"][row].tolist(), int(window["target_actions"][row])]
+        assert found["target_actions"][row].tolist() == actions[n_past:]
+
+
+def test_a_thinning_worked_by_hand():
+    # History 1, decision at step 8; of steps 2 to 5 two are kept, and 6 and 7 follow.
+    window = ADDataset(numbered(2, 4, 3), 6).windows([1], [8], 1)
+    episodes = torch.tensor([[0, 1, 1, 1, 2, 2]])
+    rng = np.random.default_rng(0)
+    found = thin(window, episodes, STRATEGIES["even"], 2, 2, rng)
+    assert found["states"][0, :, 0].tolist() == [1002, 1005, 1006, 1007]
+    assert found["rewards"].tolist() == [[201_002, 201_005, 201_006, 201_007]]
+    assert found["query_states"][0, :, 0].tolist() == [1006, 1007, 1008]
+    assert found["target_actions"].tolist() == [[101_006, 101_007, 101_008]]
+
+
+def test_episodes_are_ranked_as_they_lie_before_the_thinning():
+    window = ADDataset(numbered(1, 2, 6), 6).windows([0], [6], 1)
+    window["rewards"] = torch.tensor([[0, 2, 0, 0, 1, 0]])
+    episodes = torch.tensor([[0, 0, 1, 1, 1, 2]])
+    rng = np.random.default_rng(0)
+    found = thin(window, episodes, STRATEGIES["best-episodes"], 2, 1, rng)
+    assert found["states"][0, :, 0].tolist() == [0, 1, 5]
+
+
+def test_nothing_is_thinned_where_all_is_kept():
+    window, episodes = windows()
+    found = thin(window, episodes, STRATEGIES["random"], 14, 0, np.random.default_rng(0))
+    for part in CONTEXT:
+        assert torch.equal(found[part], window[part])
+    assert torch.equal(found["query_states"][:, 0], window["query_states"])
+    assert torch.equal(found["target_actions"][:, 0], window["target_actions"])
+
+
+@pytest.mark.parametrize("name", TRAINED_ON)
+def test_strategies_trained_on_keep_what_is_asked_and_need_no_model(name):
+    assert STRATEGIES[name].keeps == "n_keep"
+    assert STRATEGIES[name].looks_at in ("nothing", "history")
+    assert set(STRATEGIES[name].needs) <= {"episodes", "query_states"}
+
+
+# Batches
+
+
+@given(
+    n_context=st.integers(1, 20),
+    horizon=st.integers(1, 6),
+    n_episodes=st.integers(1, 30),
+    batch_size=st.integers(1, 5),
+    seed=st.integers(0, 999),
+)
+def test_thinned_windows_are_past_transitions_in_order_and_decisions_after_them(
+    n_context, horizon, n_episodes, batch_size, seed
+):
+    assume(n_episodes * horizon > n_context)
+    dataset = ADDataset(numbered(3, n_episodes, horizon), n_context, max_stride=4)
+    batch = sample_thinned(dataset, batch_size, np.random.default_rng(seed))
+    (size, n), q = batch["actions"].shape, batch["target_actions"].shape[1]
+    assert size % batch_size == 0
+    assert size <= 8 * batch_size
+    assert min(5, n_context) <= n <= n_context
+    assert 1 <= q <= min(9, n // 2) + 1
+    marks = batch["actions"] - 100_000
+    assert torch.equal(batch["states"][..., 0], marks)
+    assert torch.equal(batch["states"][..., 1], marks)
+    assert torch.equal(batch["rewards"], marks + 200_000)
+    assert torch.equal(batch["next_states"][..., 0], marks + 300_000)
+    assert torch.equal(batch["next_states"][..., 1], marks + 400_000)
+    decisions = batch["target_actions"] - 100_000
+    assert torch.equal(batch["query_states"][..., 0], decisions)
+    lived = torch.cat([marks, decisions[:, -1:]], dim=1)
+    assert (lived // 1000 == lived[:, :1] // 1000).all()
+    assert (lived.diff(dim=1) > 0).all()
+    assert torch.equal(lived[:, n + 1 - q :], decisions)
+
+
+@pytest.fixture(scope="module")
+def drawn():
+    """150 batches of 2 of a model that reads up to 40 of 900 transitions, and their thinnings."""
+    dataset = ADDataset(numbered(2, 90, 10), 40, max_stride=8)
+    thinnings = []
+
+    def watched(window, episodes, strategy, n_keep, n_following, rng):
+        n_past = window["actions"].shape[1] - n_following
+        thinnings.append((strategy.name, n_past, n_keep))
+        of_step = (window["actions"] - 100_000) % 1000 // 10
+        assert torch.equal(episodes.diff(dim=1) > 0, of_step.diff(dim=1) > 0)
+        return thin(window, episodes, strategy, n_keep, n_following, rng)
+
+    rng = np.random.default_rng(0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "thin", watched)
+        batches = [sample_thinned(dataset, 2, rng) for _ in range(150)]
+    return batches, thinnings
+
+
+def test_strategies_are_drawn_equally_often(drawn):
+    names = [name for name, _, _ in drawn[1]]
+    assert set(names) == set(TRAINED_ON)
+    counts = np.array([names.count(name) for name in TRAINED_ON])
+    np.testing.assert_allclose(counts / len(names), 1 / len(TRAINED_ON), atol=0.03)
+
+
+def test_a_batch_holds_several_thinnings_of_one_length(drawn):
+    batches, thinnings = drawn
+    per_batch = [min(8, len(batch["actions"])) for batch in batches]
+    assert sum(per_batch) == len(thinnings)
+    ends = np.cumsum(per_batch)
+    for end, count in zip(ends, per_batch, strict=True):
+        assert len({n_keep for _, _, n_keep in thinnings[end - count : end]}) == 1
+
+
+def test_lengths_read_are_log_uniform_from_5_to_the_longest_context(drawn):
+    lengths = np.array([batch["actions"].shape[1] for batch in drawn[0]])
+    assert (lengths.min(), lengths.max()) == (5, pytest.approx(40, abs=3))
+    edges = 5 * (41 / 5) ** (np.arange(1, 4) / 4)
+    shares = [(lengths < edge).mean() for edge in np.ceil(edges)]
+    expected = np.log(np.ceil(edges) / 5) / np.log(41 / 5)
+    np.testing.assert_allclose(shares, expected, atol=0.08)
+
+
+def test_the_longest_context_is_read_and_a_shorter_one_than_5_only_where_none_is_longer():
+    for longest, expected in ((3, {3}), (5, {5}), (7, {5, 6, 7})):
+        dataset, rng = ADDataset(numbered(1, 3, 4), longest), np.random.default_rng(0)
+        batches = [sample_thinned(dataset, 1, rng) for _ in range(30)]
+        assert {batch["actions"].shape[1] for batch in batches} == expected
+
+
+def test_what_is_thinned_is_log_uniformly_long_up_to_a_whole_history(drawn):
+    reach = np.array([
+        np.log(n_past / n_keep) / np.log(900 / n_keep) for _, n_past, n_keep in drawn[1]
+    ])  # fmt: skip
+    assert max(n_past for _, n_past, _ in drawn[1]) > 850
+    np.testing.assert_allclose(np.quantile(reach, [0.25, 0.5, 0.75]), [0.25, 0.5, 0.75], atol=0.05)
+
+
+def test_shorter_windows_come_in_larger_batches_of_about_as_many_tokens(drawn):
+    full = 2 * (2 * 40 + 1)
+    for batch in drawn[0]:
+        (size, n), q = batch["actions"].shape, batch["target_actions"].shape[1]
+        if size < 2 * 8:
+            assert 2 / 3 <= size * (n + q) / full <= 4 / 3
+        else:
+            assert size * (n + q) <= 4 / 3 * full
+    sizes = {len(batch["actions"]) for batch in drawn[0]}
+    assert sizes >= {4, 8, 16}
+    assert max(sizes) == 2 * 8
+
+
+def test_thinned_batches_are_seeded():
+    dataset = ADDataset(make_histories(n_episodes=20), 11, max_stride=3)
+    a, b, c = (sample_thinned(dataset, 4, np.random.default_rng(seed)) for seed in (0, 0, 1))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert a["states"].shape != c["states"].shape or not torch.equal(a["states"], c["states"])
+
+
+# Which batches are thinned
+
+
+def test_without_history_dropout_batches_are_those_of_the_dataset_to_the_bit():
+    dataset = ADDataset(make_histories(n_episodes=20), 11, max_stride=3)
+    rng, plain = np.random.default_rng(0), np.random.default_rng(0)
+    for _ in range(5):
+        found, expected = draw_batch(dataset, 4, 0.0, rng), dataset.sample(4, plain)
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert rng.bit_generator.state == plain.bit_generator.state
+
+
+def test_history_dropout_is_the_share_of_thinned_batches():
+    dataset, rng = ADDataset(make_histories(n_episodes=4), 6), np.random.default_rng(0)
+
+    def is_thinned(share):
+        return draw_batch(dataset, 1, share, rng)["query_states"].ndim == 3
+
+    assert np.mean([is_thinned(0.3) for _ in range(300)]) == pytest.approx(0.3, abs=0.06)
+    assert all(is_thinned(1.0) for _ in range(20))
+
+
+def test_the_loss_of_a_thinned_batch_is_that_of_a_pass_a_decision():
+    dataset = ADDataset(make_histories(n_episodes=30), 11, max_stride=3)
+    config = ModelConfig(
+        n_transit=12, tf_n_layer=2, tf_n_head=2, tf_n_embd=16, tf_n_inner=24, grid_size=5
+    )
+    model = sharp_model(config, dtype=torch.float64)
+    for seed in range(6):
+        batch = sample_thinned(dataset, 2, np.random.default_rng(seed))
+        n, q = batch["actions"].shape[1], batch["target_actions"].shape[1]
+        losses = []
+        for j in range(q):
+            prefix = (batch[name][:, : n + 1 - q + j] for name in CONTEXT)
+            chances = model(*prefix, batch["query_states"][:, j]).softmax(dim=1)
+            chosen = chances.gather(1, batch["target_actions"][:, j, None])
+            losses += (-chosen.log())[:, 0].tolist()
+        assert packed_loss(model, batch).item() == pytest.approx(np.mean(losses), rel=1e-9)

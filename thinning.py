@@ -1,0 +1,133 @@
+"""History dropout: training windows whose history is thinned, as compression thins it.
+
+A model that acts on compressed history reads a few transitions of many, re-indexed to the positions
+0, 1, ..., and decides in the state in which it stands. Training shows it just that: a long history
+is thinned by one of the strategies of `compression`, a few real transitions follow, and the loss is
+that of the decisions from the thinning on. Prefixes of what was kept are no decisions to learn
+from: a transition that is kept because of what came later, as the last visit of its state and
+action or as one of a good episode, would teach the actions of a selection, not of the learner.
+
+    python train.py --history-dropout 0.5
+    batch = sample_thinned(dataset, batch_size=32, rng=np.random.default_rng(0))
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from compression import STRATEGIES, History, Strategy, episode_ids
+from dataset import ADDataset, packed_queries
+
+# Those that look at nothing but the history, keep exactly what is asked, and are fast.
+TRAINED_ON = (
+    "random",
+    "random-recent",
+    "recent",
+    "first-recent",
+    "decay",
+    "decay-spaced",
+    "even",
+    "one-visit",
+    "rewarded-recent",
+    "best-episodes",
+    "nearest",
+)
+FEWEST_READ = 5  # transitions, unless the model reads no more than fewer
+MOST_FOLLOWING = 9  # transitions between the thinning and the last decision
+N_THINNINGS = 8  # in one batch, each of a strategy and a length of its own
+MOST_TIMES = 8  # more windows than in other batches
+
+CONTEXT = ("states", "actions", "rewards", "next_states")
+
+
+def draw_batch(
+    dataset: ADDataset, batch_size: int, history_dropout: float, rng: np.random.Generator
+) -> dict[str, Tensor]:
+    """Draw a training batch, one of thinned histories with a chance of `history_dropout`.
+
+    Without history dropout nothing is drawn to decide that: the batches are those of
+    `dataset.sample`.
+    """
+    if history_dropout and rng.random() < history_dropout:
+        return sample_thinned(dataset, batch_size, rng)
+    return dataset.sample(batch_size, rng)
+
+
+def sample_thinned(
+    dataset: ADDataset, batch_size: int, rng: np.random.Generator
+) -> dict[str, Tensor]:
+    """Draw a training batch of thinned histories.
+
+    The model reads `n` transitions in all windows of a batch, `n` log-uniform up to the longest
+    context; the last few, at most half, lie between the thinning and the last decision. What is
+    thinned is log-uniformly long, up to a whole learning history, of episodes joined as in
+    `ADDataset.draw`. Shorter windows come in larger batches, so that a pass over
+    `[c_1 .. c_n, q_j .. q_n]` is about as many tokens as one over a full window with all its
+    queries.
+
+    Args:
+        dataset: whose learning histories to thin.
+        batch_size: the number of windows `B` is a multiple of it, 1 to 8 times.
+        rng: what to draw from.
+
+    Returns:
+        `states (B, n, 2), actions (B, n), rewards (B, n), next_states (B, n, 2)`, and for the
+        decisions after the `q` longest prefixes `query_states (B, q, 2), target_actions (B, q)`.
+    """
+    longest = dataset.n_context
+    n_read = _log_uniform(min(FEWEST_READ, longest), longest, rng)
+    n_following = int(rng.integers(min(MOST_FOLLOWING, n_read // 2), endpoint=True))
+    times = round((2 * longest + 1) / (n_read + n_following + 1))
+    n_windows = batch_size * min(max(times, 1), MOST_TIMES)
+    parts = []
+    for rows in np.array_split(np.arange(n_windows), min(N_THINNINGS, n_windows)):
+        strategy = STRATEGIES[TRAINED_ON[rng.integers(len(TRAINED_ON))]]
+        n_keep = n_read - n_following
+        n_past = _log_uniform(n_keep, dataset.histories.n_steps - 1 - n_following, rng)
+        histories, steps, context = dataset.draw(len(rows), n_past + n_following, rng)
+        window = dataset.gather(histories, steps, context)
+        horizon = dataset.histories.horizon
+        episodes = episode_ids(context.shape[1], horizon, steps % horizon)
+        parts.append(thin(window, episodes, strategy, n_keep, n_following, rng))
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def thin(
+    window: dict[str, Tensor],
+    episodes: Tensor,
+    strategy: Strategy,
+    n_keep: int,
+    n_following: int,
+    rng: np.random.Generator,
+) -> dict[str, Tensor]:
+    """Thin the history of windows a few transitions before their decision.
+
+    Args:
+        window: `m` transitions before each decision, as `ADDataset.gather` makes it.
+        episodes: `(B, m)` int, the episode of each transition.
+        strategy: one of `TRAINED_ON`, or like them.
+        n_keep: how many of the first `m - n_following` transitions are kept.
+        n_following: transitions after the thinning, all of which stay.
+        rng: what the strategy draws from.
+
+    Returns:
+        Windows of `n = n_keep + n_following` transitions and the decisions after the longest
+        `q = n_following + 1` prefixes, with the keys and shapes of `sample_thinned`.
+    """
+    n_past = window["actions"].shape[1] - n_following
+    queries, targets = packed_queries(window)
+    past = History(
+        *(window[name][:, :n_past] for name in CONTEXT),
+        query_states=queries[:, n_past],
+        episodes=episodes[:, :n_past],
+    )
+    kept = past.take(strategy.select(past, n_keep, rng))
+    thinned = {
+        name: torch.cat([getattr(kept, name), window[name][:, n_past:]], dim=1) for name in CONTEXT
+    }
+    return thinned | {"query_states": queries[:, n_past:], "target_actions": targets[:, n_past:]}
+
+
+def _log_uniform(low: int, high: int, rng: np.random.Generator) -> int:
+    """A whole number in `low .. high`, its logarithm uniform."""
+    return int(low * ((high + 1) / low) ** rng.random())
