@@ -16,11 +16,14 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
-import comparison_report as report
-from adapter import load_adapter
-from adapter_task import adapter_task
+from adapter.file import load_adapter
+from adapter.task import adapter_task
 from checkpoint import find_checkpoint, load_checkpoint, pick_device
-from comparison import Plays, fingerprint, n_decisions, plan, play_arms, twin_of
+from comparison import report as report
+from comparison.judgement import Arm, Study, judge
+from comparison.kept_results import PICTURES, RESULTS, TABLE, KeptResults, code_digest
+from comparison.playing import Plays, fingerprint, n_decisions, plan, play_arms, twin_of
+from comparison.task import Task, darkroom_task
 from compression import MERGES, STRATEGIES
 from config import (
     BUDGETS,
@@ -33,9 +36,6 @@ from config import (
     run_command,
     same_as_default,
 )
-from judgement import Arm, Study, judge
-from kept_results import PICTURES, RESULTS, TABLE, KeptResults, code_digest
-from task import Task, darkroom_task
 
 POSITIONS = {
     "reindexed": "kept transitions are numbered anew (reindexed)",
@@ -160,7 +160,7 @@ def announced(job: Job, kept: KeptResults) -> str:
 
 def save(job: Job, study: Study, kept: KeptResults) -> None:
     """Write the numbers and the pictures."""
-    from comparison_figures import Picture, draw_by_budget, draw_by_episode
+    from comparison.figures import Picture, draw_by_budget, draw_by_episode
 
     task, plays = job.task, job.plays
     n_max, best = task.view.n_max, task.best

@@ -321,8 +321,8 @@ def _widen(values: Tensor) -> Tensor:
 def packed_queries(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """States to act in after the `q` longest prefixes of windows, `(B, q, 2)`, actions `(B, q)`.
 
-    Windows of `ADDataset` have a decision after every prefix, `q = n + 1`; those of `thinning`
-    name their decisions themselves.
+    Windows of `ADDataset` have a decision after every prefix, `q = n + 1`; those of
+    `training.thinning` name their decisions themselves.
     """
     if batch["query_states"].ndim == 3:
         return batch["query_states"], batch["target_actions"]

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from adapted import AdaptedSubject
-from adapter import load_adapter
+from adapter.file import load_adapter
+from adapter.subject import AdaptedSubject
 from attention.report import LABEL_COLUMNS
 from checkpoint import find_checkpoint, load_checkpoint
 from config import UserError, VisualizeConfig, same_as_default

@@ -1,8 +1,8 @@
 """The model acting in Dark Room: in-context reinforcement learning (Laskin et al. 2022, section 4).
 
 No weight changes. The model reads what it has lived through, draws an action, and the transition is
-appended. What it reads is a `reading.Reader`'s affair: by default all that fits, and once the
-context is full, old transitions drop out.
+appended. What it reads is an `acting.reading.Reader`'s affair: by default all that fits, and once
+the context is full, old transitions drop out.
 
     returns = rollout(model, np.repeat(goals, 16, axis=0), n_episodes=40, seed=0)   # (8 * 16, 40)
     rewards = act(DarkRoom(goals), reader, n_steps=800, noises=noises)              # (8, 800)
@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from acting.lived import Lived
+from acting.reading import Reader, Sliding, SlidingReader
 from darkroom import DarkRoom
-from lived import Lived
 from model import ADTransformer
-from reading import Reader, Sliding, SlidingReader
 
 MAX_ROOMS = 64  # rooms in one pass on a CPU: more of them outgrow its cache
 

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from acting.views import ModelView, view
 from attention.capture import capture
 from attention.record import LayerAttention
 from attention.samples import Sample
@@ -25,7 +26,6 @@ from compression.history import History, episode_ids
 from dataset import ADDataset, Histories
 from decisions import Decision, describe
 from model import ADTransformer
-from views import ModelView, view
 
 
 @contextmanager

@@ -36,14 +36,14 @@ from config import (
 )
 from darkroom import split_goals
 from dataset import ADDataset, packed_queries
-from evaluation import describe, score
 from model import ADTransformer
-from optimisation import lr_factor, make_optimizer
 from parallel import ALONE, Group, join
 from rollout import Sliding, rollout
-from runs import RESUME_NAME, Settings, make_parser, prepare
 from source import learning_histories, relative_return
-from thinning import draw_batch
+from training.evaluation import describe, score
+from training.optimisation import lr_factor, make_optimizer
+from training.runs import RESUME_NAME, Settings, make_parser, prepare
+from training.thinning import draw_batch
 
 LOG_NAME = "training.json"
 N_TEST_STREAMS = 8  # learning histories a test goal that are kept beside the checkpoint
@@ -330,7 +330,7 @@ def main(argv: list[str] | None = None) -> None:
 def report(trainer: Trainer, run: Path, picture: Path) -> None:
     """Evaluate what was trained, draw its learning curve, print the numbers."""
     result = finish(trainer, run)
-    from learning_curve import draw_learning_curve  # matplotlib takes a second to import
+    from training.learning_curve import draw_learning_curve  # matplotlib takes a second to import
 
     draw_learning_curve(result, picture)
     print(describe(result, checkpoints_in(run)[-1]))

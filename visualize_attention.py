@@ -28,7 +28,7 @@ from checkpoint import pick_device
 from collecting import Collected
 from config import UserError, VisualizeConfig, add_flags, from_flags, run_command
 from drawing import Painter, drawing_processes
-from dropping import Dropping, measure_dropping
+from effects.dropping import Dropping, measure_dropping
 from loading import Loaded, load
 from parallel import Group, join
 from pictures import CURVES, clear_pictures, draw_batch, draw_summaries, n_pictures, prepare_output

@@ -130,7 +130,7 @@ def _mask(
             bias = bias.flatten(0, -4)
     else:
         bias = bias.expand(shape[-2:])
-    if is_causal:
+    if is_causal:  # where PyTorch does not refuse the two together, both hold
         rows, columns = (torch.arange(n, device=bias.device) for n in shape[-2:])
         ahead = columns > rows[:, None]
         is_bool = bias.dtype == torch.bool

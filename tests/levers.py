@@ -8,8 +8,8 @@ last, and any lever where it sees no reward.
 import numpy as np
 import torch
 
-from task import Task
-from views import ModelView
+from acting.views import ModelView
+from comparison.task import Task
 
 N_LEVERS, HORIZON, N_MAX = 4, 6, 30
 SURE = 50.0  # a logit that no action noise overcomes

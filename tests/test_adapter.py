@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-import adapter as module
-from adapted import AdaptedSubject
-from adapter import load_adapter
-from adapter_task import GymRooms, adapter_task
+from adapter import file as module
+from adapter.file import load_adapter
+from adapter.subject import AdaptedSubject
+from adapter.task import GymRooms, adapter_task
 from analysis import Analysis
 from attention import figures
 from attention.capture import capture
@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from adapter import Decision, Tokens
+from adapter.file import Decision, Tokens
 
 
 class Model(nn.Module):
@@ -284,7 +284,8 @@ def test_the_view_acts_as_the_model_on_shorter_history(home):
 def test_a_look_gives_the_attention_among_transitions(home, monkeypatch):
     subject = subject_of(written())
     history = subject.history([0, 1, 2])
-    monkeypatch.setattr("adapted.MAX_LOOKED", 10_000)  # so that the batch is looked at in pieces
+    # So that the batch is looked at in pieces.
+    monkeypatch.setattr("adapter.subject.MAX_LOOKED", 10_000)
     found = subject.view.look(history, ["query_attention", "received", "last_rows"])
     with torch.inference_mode(), capture(subject.model, maps=range(3)) as record:
         subject.model(history.states, history.actions, history.rewards, history.query_states)

@@ -129,6 +129,20 @@ def test_a_causal_bias_of_either_corner():
         check(record[0], eager_weights(q, k, forbidden), forbidden)
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
+def test_a_mask_and_the_causal_flag_both_hold(dtype):
+    q, k, v = torch.randn(3, 1, 2, 6, 4).unbind()
+    allowed = torch.rand(6, 6) < 0.6
+    allowed[:, 0] = True
+    mask = allowed if dtype == torch.bool else torch.zeros(6, 6).masked_fill(~allowed, -torch.inf)
+    model = Attend(attn_mask=mask, is_causal=True)
+    forbidden = ~allowed | torch.ones(6, 6, dtype=torch.bool).triu(1)
+    weights = eager_weights(q, k, forbidden)
+    with torch.no_grad():
+        torch.testing.assert_close(model(q, k, v), (weights @ v.double()).float())
+    check(run_twice(model, q, k, v)[0], weights, forbidden)
+
+
 def test_axes_before_the_heads_count_as_samples():
     q, k, v = torch.randn(3, 2, 2, 4, 5, 4).unbind()
     mask = torch.rand(2, 1, 1, 5, 5) < 0.7
@@ -415,6 +429,30 @@ def test_nothing_is_left_behind_after_an_error_inside_a_module():
     with pytest.raises(KeyError), capture(model := nn.Sequential(Broken())):
         model(torch.randn(1, 2, 3, 4))
     assert is_clean(model)
+
+
+def test_nothing_is_left_behind_after_an_interrupt():
+    """Hooks that are always called are not, on a KeyboardInterrupt."""
+
+    class Interrupted(nn.Module):
+        def forward(self, q):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), capture(model := nn.Sequential(Interrupted())):
+        model(torch.randn(1, 2, 3, 4))
+    assert is_clean(model)
+
+
+def test_an_attention_that_leaves_the_work_to_a_module_inside():
+    class OuterAttention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.core = nn.Sequential(Explicit(nn.Softmax(-1)))
+
+        def forward(self, x):
+            return self.core(x)
+
+    assert run_twice(OuterAttention(), torch.randn(1, 3, 8)).names == ("core.0",)
 
 
 def test_calls_outside_the_model_do_not_count():

@@ -14,11 +14,11 @@ import torch
 from conftest import sharp_model
 
 import compare_compression as module
-import comparison
 from checkpoint import save_checkpoint
 from compare_compression import all_strategies, main
+from comparison import playing as comparison
+from comparison.kept_results import FILES
 from config import EnvConfig, run_command, to_dict
-from kept_results import FILES
 
 CHECKPOINT = Path("checkpoints/tiny/ckpt-30.pt")
 SMALL = ["--strategies", "recent", "random", "top-k", "--budgets", "3", "6",
@@ -66,7 +66,7 @@ def timeless(folder):
 
 
 def no_pictures(monkeypatch):
-    import comparison_figures
+    from comparison import figures as comparison_figures
 
     for name in ("draw_by_budget", "draw_by_episode"):
         monkeypatch.setattr(comparison_figures, name, lambda path, *_: path.write_bytes(b"png"))
@@ -154,11 +154,13 @@ def test_a_killed_comparison_goes_on_to_the_same_files(done, tmp_path, monkeypat
     monkeypatch.chdir(folder)
     results = tmp_path / "out" / "results.json"
     slow = (
-        "import time, comparison, compare_compression as c; play = comparison.play\n"
+        "import time, compare_compression as c\n"
+        "from comparison import playing\n"
+        "play = playing.play\n"
         "def slowly(task, arm, *more):\n"
         "    time.sleep(0 if arm.name in ('full', 'empty') else 60)\n"
         "    return play(task, arm, *more)\n"
-        f"comparison.play = slowly; c.main({[*SMALL, '--out', str(tmp_path / 'out')]!r})"
+        f"playing.play = slowly; c.main({[*SMALL, '--out', str(tmp_path / 'out')]!r})"
     )
     environment = os.environ | {
         "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(module.__file__).parent)

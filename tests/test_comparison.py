@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from levers import HORIZON, N_MAX, levers_task
 
-import comparison
-from comparison import Plays, fingerprint, n_decisions, plan, play, play_arms
+from acting.reading import Cost
+from comparison import playing as comparison
+from comparison.judgement import Arm
+from comparison.kept_results import FILES, KeptResults, code_digest
+from comparison.playing import Plays, fingerprint, n_decisions, plan, play, play_arms
 from config import UserError
-from judgement import Arm
-from kept_results import FILES, KeptResults, code_digest
-from reading import Cost
 
 PLAYS = Plays(n_seeds=2, n_episodes=3, seed=0)
 
@@ -256,7 +256,7 @@ def test_returns_survive_the_file_exactly(tmp_path):
 
 
 def test_the_digest_follows_the_code(tmp_path, monkeypatch):
-    import kept_results
+    from comparison import kept_results
 
     before = code_digest()
     assert before == code_digest()

@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_judgement import N_EPISODES, N_GOALS, judged, outcome, outcomes
 
-import comparison_report as report
-from comparison_figures import Picture, draw_by_budget, draw_by_episode, finding, spread
-from intervals import Estimate
-from judgement import Arm, judge
+from comparison import report as report
+from comparison.figures import Picture, draw_by_budget, draw_by_episode, finding, spread
+from comparison.intervals import Estimate
+from comparison.judgement import Arm, judge
 
 PICTURE = Picture("a model in a room", "4 goals x 6 seeds", best=12.0, n_max=99)
 

@@ -5,8 +5,8 @@ from conftest import random_window, sharp_model
 from hypothesis import given
 from hypothesis import strategies as st
 
+from acting.decoding import CachedContext
 from config import ModelConfig
-from decoding import CachedContext
 from model import ADTransformer
 
 SHAPES = [(12, 1, 1, 8), (12, 2, 2, 16), (20, 3, 4, 16), (2, 2, 1, 8)]  # T, L, H, D

@@ -10,16 +10,24 @@ from compression_cases import make_history
 from hypothesis import given
 from hypothesis import strategies as st
 
-import effects as module
+from acting.views import ModelView
 from attention.advice import PATTERNS
 from compression import CONTROLS, MERGES, STRATEGIES, History, get_strategy
 from config import UserError
-from dropping import measure_dropping
-from effects import ADVISED, N_DRAWS, STANDARD, budgets, ignores_history, measure_effects, spread
-from effects_json import effects_json, picture
-from effects_report import effect_line, effects_block
-from outcomes import UNMOVED, Outcome, against_random, enough
-from views import ModelView
+from effects import measure as module
+from effects.content import effects_json, picture
+from effects.dropping import measure_dropping
+from effects.measure import (
+    ADVISED,
+    N_DRAWS,
+    STANDARD,
+    budgets,
+    ignores_history,
+    measure_effects,
+    spread,
+)
+from effects.outcomes import UNMOVED, Outcome, against_random, enough
+from effects.report import effect_line, effects_block
 
 ALL = tuple(PATTERNS)
 

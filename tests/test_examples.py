@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from adapted import AdaptedSubject
-from adapter import load_adapter
+from adapter.file import load_adapter
+from adapter.subject import AdaptedSubject
 from attention import figures
 from config import UserError, run_command
 from visualize_attention import main

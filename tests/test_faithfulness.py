@@ -9,14 +9,13 @@ from conftest import make_histories, sharp_model
 from hypothesis import given
 from hypothesis import strategies as st
 
-import faithfulness as module
 from analysis import Analysis
 from attention.capture import capture
 from compression import kl_divergence
 from decisions import Decision
-from effects_json import faithfulness_json
-from effects_report import faithfulness_block
-from faithfulness import (
+from effects import faithfulness as module
+from effects.content import faithfulness_json
+from effects.faithfulness import (
     Faithfulness,
     affordable,
     average_ranks,
@@ -24,6 +23,7 @@ from faithfulness import (
     measure_faithfulness,
     spearman,
 )
+from effects.report import faithfulness_block
 from subject import ADSubject
 
 NAN = float("nan")

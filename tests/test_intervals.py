@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import intervals
-from intervals import (
+from comparison import intervals
+from comparison.intervals import (
     Bootstrap,
     Estimate,
     degrees_of_freedom,

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from intervals import late_scores
-from judgement import Arm, Outcome, judge
+from comparison.intervals import late_scores
+from comparison.judgement import Arm, Outcome, judge
 
 N_GOALS, N_SEEDS, N_EPISODES = 4, 6, 8
 FULL_TOKENS = 90.0

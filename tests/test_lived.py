@@ -3,8 +3,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from acting.lived import Lived
 from compression import episode_ids
-from lived import Lived
 
 
 def transitions(n_steps, n_rooms=2, state_size=3, dtype=torch.int64, seed=0):

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 from levers import HORIZON, ignores_history, levers_task
 
-from comparison import Plays, fingerprint, plan, play_arms
-from comparison_report import recommendation
-from intervals import late_scores
-from judgement import Arm, judge
-from kept_results import KeptResults
+from comparison.intervals import late_scores
+from comparison.judgement import Arm, judge
+from comparison.kept_results import KeptResults
+from comparison.playing import Plays, fingerprint, plan, play_arms
+from comparison.report import recommendation
 
 PLAYS = Plays(n_seeds=4, n_episodes=16, seed=0)
 SHORT = HORIZON - 2  # shorter than the way from one reward to the next decision that counts

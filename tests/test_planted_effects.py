@@ -15,7 +15,7 @@ import visualize_attention
 from checkpoint import HISTORIES_NAME, save_checkpoint
 from config import EnvConfig, ModelConfig, to_dict
 from dataset import Histories
-from effects import budgets
+from effects.measure import budgets
 from model import ADTransformer
 
 N, REWARDED = 40, (3, 4, 5, 8, 11)

@@ -6,11 +6,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_views import plain_maps
 
+from acting.lived import Lived
+from acting.reading import (
+    CompressedReader,
+    Cost,
+    ModelView,
+    SlidingReader,
+    original_positions,
+    view,
+)
 from compression import CONTROLS, MERGES, STRATEGIES, History, Strategy, get_strategy
 from config import ModelConfig, UserError
 from darkroom import DarkRoom
-from lived import Lived
-from reading import CompressedReader, Cost, ModelView, SlidingReader, original_positions, view
 from rollout import act, rollout
 
 HORIZON = 4

@@ -8,12 +8,12 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from test_dataset import numbered
 
-import thinning as module
 from compression import STRATEGIES, History
 from config import ModelConfig
 from dataset import ADDataset
-from thinning import CONTEXT, TRAINED_ON, draw_batch, sample_thinned, thin
 from train import packed_loss
+from training import thinning as module
+from training.thinning import CONTEXT, TRAINED_ON, draw_batch, sample_thinned, thin
 
 
 def windows(n_windows=3, n=14, horizon=5, seed=0):

@@ -15,13 +15,13 @@ import numpy as np
 import pytest
 import torch
 
-import learning_curve
 import train as module
 from checkpoint import checkpoint_step, checkpoints_in, load_checkpoint, read_file
 from config import EnvConfig, ModelConfig, SourceConfig, TrainConfig, run_command
 from darkroom import optimal_return, split_goals
 from dataset import Histories
 from train import Trainer, lr_factor, main, make_parser
+from training import learning_curve
 
 N_UPDATES, EVAL_EVERY, EMA_DECAY = 7, 3, 0.5
 TINY = {

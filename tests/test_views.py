@@ -6,11 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from plain_model import encoder_layer
 
-import views
+from acting import views
+from acting.views import LOOKS, look, view
 from compression import History
 from config import ModelConfig, UserError
 from model import ADTransformer
-from views import LOOKS, look, view
 
 MODELS = {
     (n_layers, n_heads): sharp_model(

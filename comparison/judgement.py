@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
+from comparison.intervals import LEVEL, Bootstrap, Estimate, Verdict, late_scores, verdict
 from compression import CONTROLS
-from intervals import LEVEL, Bootstrap, Estimate, Verdict, late_scores, verdict
 
 FULL, EMPTY, RANDOM, RECENT = "full", "empty", "random", "recent"
 
@@ -48,7 +48,7 @@ class Outcome:
     Attributes:
         arm: the arm.
         returns: `(G, R, E)` reward of each episode.
-        cost: plain numbers, those of `reading.Cost` (see `comparison.cost_of`).
+        cost: plain numbers, those of `acting.reading.Cost` (see `playing.cost_of`).
     """
 
     arm: Arm

@@ -12,9 +12,9 @@ import numpy as np
 from attention.console import aligned, wrap
 from attention.evidence import counted
 from attention.insights import Insight
-from effects import N_DRAWS, UNMOVED_EMPTY, WORST, Effects, budgets, share_of
-from faithfulness import Faithfulness, mean_defined
-from outcomes import UNMOVED, Outcome, against_random, enough
+from effects.faithfulness import Faithfulness, mean_defined
+from effects.measure import N_DRAWS, UNMOVED_EMPTY, WORST, Effects, budgets, share_of
+from effects.outcomes import UNMOVED, Outcome, against_random, enough
 
 # For each pattern: the strategy of its line, and at how many transitions.
 HEADLINES = {"recency": ("recent", 10), "uniform": ("even", 10), "sparse": ("top-k", 5)}

@@ -21,7 +21,7 @@ from analysis import Analysis
 from attention.tokens import sum_rows
 from compression import leave_one_out
 from compression.oracles import DECIMALS
-from effects import MAX_TOKENS, spread
+from effects.measure import MAX_TOKENS, spread
 
 MAX_LEFT_OUT_TOKENS = 40_000  # tokens run for leave-one-out, if that does for one decision
 

@@ -13,9 +13,9 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from acting.decoding import attend, fast_logits, keys_and_values, queries
 from compression import History
 from config import UserError
-from decoding import attend, fast_logits, keys_and_values, queries
 from model import ADTransformer
 
 Positions = Literal["reindexed", "original"]

@@ -13,12 +13,12 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from acting.decoding import CachedContext
+from acting.lived import Lived
+from acting.views import LOOKS, ModelView, Positions, view
 from compression import Control, Generator, History, Merge, Strategy, by_count, kept_counts
 from config import UserError
-from decoding import CachedContext
-from lived import Lived
 from model import ADTransformer
-from views import LOOKS, ModelView, Positions, view
 
 __all__ = [
     "CompressedReader",

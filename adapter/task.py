@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from adapted import AdaptedSubject
-from adapter import Adapter, kind
-from adapter_decisions import as_array
+from adapter.decisions import as_array
+from adapter.file import Adapter, kind
+from adapter.subject import AdaptedSubject
+from comparison.task import Task
 from config import UserError
-from task import Task
 
 N_TRIED = 4  # samples that are read to see what the model takes
 

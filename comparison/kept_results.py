@@ -18,18 +18,18 @@ from typing import Any
 
 import numpy as np
 
+from acting.reading import Cost
 from attention.report import write_json
+from comparison.judgement import Arm
 from config import UserError
-from judgement import Arm
-from reading import Cost
 
 SCHEMA_VERSION = 1
 RESULTS, TABLE = "results.json", "results.csv"
 PICTURES = ("return_by_budget.png", "return_by_episode.png")
 FILES = (RESULTS, TABLE, *PICTURES)
 CODE = (
-    "compression/*.py", "darkroom.py", "decoding.py", "lived.py", "model.py", "reading.py",
-    "rollout.py", "task.py", "views.py", "comparison.py",
+    "compression/*.py", "acting/*.py", "darkroom.py", "model.py", "rollout.py",
+    "comparison/task.py", "comparison/playing.py",
 )  # fmt: skip
 
 
@@ -93,7 +93,7 @@ class KeptResults:
 
 def code_digest() -> str:
     """Digest of the program's files that returns depend on: changed code plays anew."""
-    root = Path(__file__).parent
+    root = Path(__file__).parents[1]
     digest = hashlib.sha256()
     for path in sorted(path for pattern in CODE for path in root.glob(pattern)):
         digest.update(path.read_bytes())

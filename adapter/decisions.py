@@ -8,7 +8,7 @@ What does not fit is told with the number of the decision and the name of the ar
 import numpy as np
 from torch import Tensor
 
-from adapter import Adapter, Decision, kind
+from adapter.file import Adapter, Decision, kind
 from attention.metrics import ALL_METRICS
 
 MAX_TITLE = 80  # characters that fit a picture's width

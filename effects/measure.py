@@ -32,7 +32,7 @@ from compression import (
 )
 from compression.history import keep_where, uniform
 from config import UserError
-from outcomes import UNMOVED, Outcome, compare
+from effects.outcomes import UNMOVED, Outcome, compare
 from subject import Subject
 
 # For each pattern, in the order of its strategies and then its example: what is measured for it.

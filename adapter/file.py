@@ -50,7 +50,7 @@ _CAPTURE = (
     "layers(model) chooses layers, and CAPTURE = {...} gives capture's arguments softmax and heads"
 )
 TRACEBACK = "ADAPTER_TRACEBACK"
-ROOT = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @dataclass(frozen=True)
@@ -214,11 +214,8 @@ def _place(error: BaseException, path: Path) -> str:
 def _is_theirs(file: Path, own: Path) -> bool:
     if file == own:
         return True
-    return (
-        own.parent in file.parents
-        and "site-packages" not in file.parts
-        and not (file.parent == ROOT or file.parent.name in ("attention", "compression"))
-    )
+    is_ours = file.parent == ROOT or (file.parent / "__init__.py" in ROOT.glob("*/__init__.py"))
+    return own.parent in file.parents and "site-packages" not in file.parts and not is_ours
 
 
 def _short(file: str) -> str:
@@ -231,7 +228,7 @@ def _short(file: str) -> str:
 def _their_modules(path: Path, theirs: dict[str, ModuleType]) -> Iterator[None]:
     """Let the user's code import what lies beside it, also where its name is one of ours.
 
-    Their `model.py` or `config.py` would otherwise be ours. `adapter` always is this module.
+    Their `model.py` or `config.py` would otherwise be ours. `adapter` always is ours.
     """
     folder = path.resolve().parent
     names = _shared_names(folder) - {path.stem}

@@ -4,7 +4,7 @@
     room = task.make_room(np.array([0, 1, 1]))          # three rooms, two of them of goal 1
 
 Anything with a `ModelView` and rooms that step together can be a `Task`: nothing here or in
-`comparison` asks what kind of model or environment it is.
+`comparison.playing` asks what kind of model or environment it is.
 """
 
 import hashlib
@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 
+from acting.views import ModelView, Positions, view
 from checkpoint import Checkpoint
 from config import EnvConfig, UserError, from_dict
 from darkroom import DarkRoom, optimal_return
 from rollout import Room
-from views import ModelView, Positions, view
 
 
 @dataclass(frozen=True)

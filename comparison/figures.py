@@ -21,7 +21,7 @@ from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
 from attention.lineplot import HEAD_COLOURS
 from attention.page import DPI, FAINT, INK, SOFT, UNIFORM
-from judgement import RANDOM, RECENT, Row, Study
+from comparison.judgement import RANDOM, RECENT, Row, Study
 
 N_COLOURED = 4  # strategies with a colour of their own, beside recent and random
 N_COLUMNS = 4  # panels beside each other

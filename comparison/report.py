@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from attention.report import loaded_block, write_atomically
+from comparison.intervals import LEVEL, Estimate
+from comparison.judgement import Row, Study
 from compression import CONTROLS, MERGES, STRATEGIES
-from intervals import LEVEL, Estimate
-from judgement import Row, Study
 
 __all__ = [
     "advice",

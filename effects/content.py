@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from compression import get_strategy
-from effects import DRAWN, N_DRAWS, UNMOVED_EMPTY, WORST, Effects, budgets
-from faithfulness import Faithfulness, mean_defined
-from outcomes import BAND, UNMOVED, Outcome, against_random, enough
+from effects.faithfulness import Faithfulness, mean_defined
+from effects.measure import DRAWN, N_DRAWS, UNMOVED_EMPTY, WORST, Effects, budgets
+from effects.outcomes import BAND, UNMOVED, Outcome, against_random, enough
 
 
 def effects_json(effects: Effects) -> dict[str, Any]:

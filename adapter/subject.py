@@ -17,8 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from adapter import Adapter, Decision, kind
-from adapter_decisions import read_decisions
+from acting.views import N_LAST_ROWS, ModelView
+from adapter.decisions import read_decisions
+from adapter.file import Adapter, Decision, kind
 from attention.calls import CaptureError
 from attention.capture import capture
 from attention.record import LayerAttention, Record
@@ -26,7 +27,6 @@ from attention.samples import Sample
 from attention.tokens import NONE, PADDING, Tokens, sum_rows
 from compression import History
 from config import UserError
-from views import N_LAST_ROWS, ModelView
 
 CAPTURE = ("softmax", "heads")  # arguments of capture that an adapter may give
 MAX_LOOKED = 2**25  # attention weights held at once by a look: all layers, heads, rows and columns
@@ -298,7 +298,7 @@ class AdaptedSubject:
 
         Args:
             history: up to `n_max` transitions before each of `B` decisions.
-            wanted: some of `views.LOOKS`.
+            wanted: some of `acting.views.LOOKS`.
         """
         whole = set(wanted) - {"query_attention"}
         tokens = len(self.tokens_of(history.rows(torch.zeros(1, dtype=torch.long)))[0])

@@ -19,13 +19,13 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from acting.reading import CompressedReader, Cost
+from comparison.judgement import EMPTY, FULL, RECENT, Arm, Outcome
+from comparison.kept_results import KeptResults
+from comparison.task import Task
 from compression import CONTROLS, STRATEGIES, Control, Merge, Strategy, get_strategy
 from config import UserError
-from judgement import EMPTY, FULL, RECENT, Arm, Outcome
-from kept_results import KeptResults
-from reading import CompressedReader, Cost
 from rollout import MAX_ROOMS, act
-from task import Task
 
 
 @dataclass(frozen=True)

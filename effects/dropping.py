@@ -18,10 +18,10 @@ from analysis import Analysis, is_out_of_memory
 from attention.console import wrap
 from attention.insights import Insight
 from config import UserError
-from effects import Effects, alike_in_shape, measure_effects, n_steps
-from effects_json import effects_json, faithfulness_json, picture
-from effects_report import effects_block, faithfulness_block, with_effects
-from faithfulness import Faithfulness, affordable, measure_faithfulness
+from effects.content import effects_json, faithfulness_json, picture
+from effects.faithfulness import Faithfulness, affordable, measure_faithfulness
+from effects.measure import Effects, alike_in_shape, measure_effects, n_steps
+from effects.report import effects_block, faithfulness_block, with_effects
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""A model that acts: how it reads what it has lived through, whole or compressed."""

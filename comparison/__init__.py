@@ -1,0 +1,1 @@
+"""Compressed against full history in an environment: arms, statistics, verdicts, reports."""
