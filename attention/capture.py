@@ -216,8 +216,9 @@ class _Session:
         module = frame.module
         if module in self._encoder_layers and module not in self._layer_hooks:
             self._put_on(module)
-        wanted = not self._choice.by_number and self._choice.has_name(frame.name)
-        if wanted and not frame.n_inside and expects_attention(module):
+        if frame.n_inside or self._choice.by_number or not expects_attention(module):
+            return
+        if self._choice.has_name(frame.name):
             self._unread[frame.name] = type(module).__name__
 
     def _called(self, kind: str, func: Callable, args: tuple, kwargs: dict) -> None:
@@ -270,8 +271,7 @@ class _Session:
     def _take(self, frame: Frame, read: Callable[[str], Call]) -> None:
         name, wanted = self._admit(frame)
         if wanted:
-            # Outside inference mode, so that the record is made of ordinary tensors.
-            with torch.inference_mode(False), torch.no_grad(), _full_precision():
+            with _plain_arithmetic():
                 self.record.add(self._statistics.of(name, read(name)))
 
 
@@ -282,10 +282,17 @@ _WAY_OUT = (
 
 
 @contextmanager
-def _full_precision() -> Iterator[None]:
-    """Without autocast; entering it costs time, so only where one is on."""
-    devices = [device for device in ("cpu", "cuda") if torch.is_autocast_enabled(device)]
+def _plain_arithmetic() -> Iterator[None]:
+    """Without gradients, autocast or inference mode, so that the record is of ordinary tensors.
+
+    Each costs time to enter, so only where one is on.
+    """
     with ExitStack() as stack:
-        for device in devices:
-            stack.enter_context(torch.autocast(device, enabled=False))
+        if torch.is_inference_mode_enabled():
+            stack.enter_context(torch.inference_mode(False))
+        if torch.is_grad_enabled():
+            stack.enter_context(torch.no_grad())
+        for device in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
         yield

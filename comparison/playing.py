@@ -95,8 +95,14 @@ def n_decisions(task: Task, plays: Plays) -> int:
 
 
 def twin_of(arm: Arm, task: Task) -> Arm | None:
-    """An arm that does the same: recency at all that the model can read is full history."""
-    return Arm(FULL) if arm == Arm(RECENT, task.view.n_max) else None
+    """An arm that does the same: full history, where all that the model can read is kept.
+
+    Recency is one, and so is what looks at attention: it chooses among what the model can read.
+    """
+    strategy = STRATEGIES.get(arm.name)
+    looks = strategy is not None and strategy.looks_at.endswith("attention")
+    is_same = arm.n_keep == task.view.n_max and (arm.name == RECENT or looks)
+    return Arm(FULL) if is_same else None
 
 
 def play_arms(

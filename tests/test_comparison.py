@@ -7,11 +7,15 @@ import pytest
 from levers import HORIZON, N_MAX, levers_task
 
 from acting.reading import Cost
+from acting.views import view
 from comparison import playing as comparison
 from comparison.judgement import Arm
 from comparison.kept_results import FILES, KeptResults, code_digest
 from comparison.playing import Plays, fingerprint, n_decisions, plan, play, play_arms
+from comparison.task import Task
+from compression import STRATEGIES
 from config import UserError
+from darkroom import DarkRoom
 
 PLAYS = Plays(n_seeds=2, n_episodes=3, seed=0)
 
@@ -143,6 +147,23 @@ def test_recency_at_the_whole_context_is_full_history_and_not_played_again(tmp_p
     copied = outcomes[Arm("recent", N_MAX)]
     np.testing.assert_array_equal(copied.returns, outcomes[Arm("full")].returns)
     np.testing.assert_array_equal(copied.returns, real(task, Arm("recent", N_MAX), plays)[0])
+
+
+ATTENTIVE = [name for name, s in STRATEGIES.items() if s.looks_at.endswith("attention")]
+
+
+@pytest.mark.parametrize("name", ATTENTIVE)
+def test_at_the_whole_context_attention_has_no_choice_and_full_history_counts(name, tiny_model):
+    goals = np.array([[0, 1], [4, 3]])
+    n_max = tiny_model.n_context_max
+    task = Task(
+        "tiny", view(tiny_model), lambda n: DarkRoom(goals[n], 5, 5), ("a", "b"), None, 5
+    )  # fmt: skip
+    plays = Plays(n_seeds=2, n_episodes=4, seed=0)
+    assert comparison.twin_of(Arm(name, n_max), task) == Arm("full")
+    assert comparison.twin_of(Arm(name, n_max - 1), task) is None
+    found, expected = (play(task, arm, plays)[0] for arm in (Arm(name, n_max), Arm("full")))
+    np.testing.assert_array_equal(found, expected)
 
 
 def test_costs_are_a_decision_s():
