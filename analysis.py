@@ -34,7 +34,7 @@ from subject import Subject
 
 MAX_DRAWN = 16  # decisions with maps in one pass: a map takes R x C numbers a head
 MAX_DRAWN_TOKENS = 2**15
-MAX_TOKENS = 2**13  # tokens in one pass without maps: as fast as more, and easily shared out
+MAX_TOKENS = 2**12  # tokens in one pass without maps: as fast as more, and easily shared out
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from adapter.file import load_adapter
 from adapter.task import adapter_task
 from checkpoint import find_checkpoint, load_checkpoint, pick_device
 from comparison import report as report
-from comparison.judgement import Arm, Study, judge
+from comparison.judgement import FULL, Arm, Study, confirm, judge
 from comparison.kept_results import PICTURES, RESULTS, TABLE, KeptResults, code_digest
 from comparison.playing import Plays, fingerprint, n_decisions, plan, play_arms, twin_of
 from comparison.task import Task, darkroom_task
@@ -51,6 +51,9 @@ def main(argv: list[str] | None = None) -> None:
     print(announced(job, kept), flush=True)
     try:
         outcomes = play_arms(job.task, job.arms, job.plays, kept)
+        study = judge(outcomes, config.margin, job.task.best, config.seed)
+        if config.confirm and study.to_confirm is not None:
+            study = confirmed(job, study, kept)
     except KeyboardInterrupt:
         done = sum(arm.key in kept.arms for arm in job.arms)
         print(
@@ -59,7 +62,6 @@ def main(argv: list[str] | None = None) -> None:
             file=sys.stderr,
         )
         raise
-    study = judge(outcomes, config.margin, job.task.best, config.seed)
     save(job, study, kept)
     print(f"\n{report.table(study)}\n\n{report.advice(study, POSITIONS[config.positions])}")
     names = ", ".join((*PICTURES, TABLE, RESULTS))
@@ -133,6 +135,16 @@ def load_task(config: CompareConfig) -> tuple[Task, dict[str, str], dict[str, An
     return task, {"Adapter": config.adapter}, {"adapter": config.adapter}
 
 
+def confirmed(job: Job, study: Study, kept: KeptResults) -> Study:
+    """Play the most promising arm and full history again, on new seeds, and judge it on those."""
+    plays = job.plays.confirming(job.config.confirm)
+    arms = [Arm(FULL), study.to_confirm]
+    again = kept.confirming(fingerprint(job.task, plays, code_digest()))
+    outcomes = play_arms(job.task, arms, plays, again)
+    again.finish({"confirms": arms[1].key})
+    return confirm(study, *outcomes, job.task.best, job.config.seed)
+
+
 def announced(job: Job, kept: KeptResults) -> str:
     """What is going to be done, as console text."""
     task, plays = job.task, job.plays
@@ -151,6 +163,11 @@ def announced(job: Job, kept: KeptResults) -> str:
         "Margin": f"{job.config.margin:.0%} of full history's return",
         "Work": f"{len(missing)} arms x {each:,} decisions = {len(missing) * each:,}",
     }
+    if job.config.confirm:
+        text["Then"] = (
+            "where nothing shorter is shown to be safe, the most promising arm and full history "
+            f"again, on {job.config.confirm} new seeds a goal"
+        )
     if job.left_out:
         text["Budgets"] += f" (the usual {', '.join(map(str, job.left_out))} exceed that)"
     if kept.note:

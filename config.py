@@ -262,7 +262,7 @@ class Effort:
 
 QUICK = Effort(
     strategies=("recent", "first-recent", "even", "random", "rewarded-recent", "top-k"),
-    seeds=6,
+    seeds=4,
     episodes=24,
 )
 PAPER_GRADE = Effort(strategies=None, seeds=16, episodes=40)
@@ -311,6 +311,13 @@ class CompareConfig:
         f"(default: {QUICK.episodes}, {PAPER_GRADE.episodes} with --full)",
         "N",
         type=count,
+    )
+    confirm: int = setting(
+        32,
+        "new runs a goal of the most promising arm beside full history, where no shorter one is "
+        "shown to be safe yet; 0: none",
+        "N",
+        type=whole,
     )
     margin: float = setting(
         0.05, "loss that would not matter, as a part of full history's return", "X", type=fraction

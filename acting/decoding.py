@@ -16,6 +16,10 @@ from torch.nn.functional import linear, scaled_dot_product_attention
 from compression import History
 from model import ADTransformer
 
+TOKENS_AT_ONCE = (
+    2**12
+)  # in one pass on a CPU: what a layer makes of more of them outgrows its cache
+
 
 class CachedContext:
     """Keys and values `(L, B, H, n, D / H)` of the `n` transitions that each of `B` rooms lived."""
@@ -91,7 +95,8 @@ class CachedContext:
 def fast_logits(model: ADTransformer, history: History, positions: Tensor | None = None) -> Tensor:
     """Action logits `(B, A)` of one pass over a history: `model(*history.inputs, positions)`.
 
-    Faster by what only the query needs of the last layer. There is no dropout in it.
+    Faster by what only the query needs of the last layer, and by going through a large batch in
+    parts that fit the processor's cache. There is no dropout in it.
 
     Args:
         model: the model.
@@ -101,7 +106,15 @@ def fast_logits(model: ADTransformer, history: History, positions: Tensor | None
     Raises:
         ValueError: the history is longer than the model's positions, or positions do not fit.
     """
-    hidden = model.embed(*history.inputs, positions)
+    tokens = model.embed(*history.inputs, positions)  # (B, T, D)
+    size = len(tokens)
+    if tokens.device.type == "cpu":
+        size = max(1, TOKENS_AT_ONCE // tokens.shape[1])
+    return torch.cat([_logits(model, part) for part in tokens.split(max(1, size))])
+
+
+def _logits(model: ADTransformer, hidden: Tensor) -> Tensor:
+    """Action logits `(B, A)` from embedded tokens `(B, T, D)`."""
     layers = model.transformer_encoder.layers
     for number, layer in enumerate(layers):
         keys, values = keys_and_values(layer, hidden)

@@ -13,7 +13,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from acting.decoding import CachedContext
+from acting.decoding import CachedContext, fast_logits
 from acting.lived import Lived
 from acting.views import LOOKS, ModelView, Positions, view
 from compression import Control, Generator, History, Merge, Strategy, by_count, kept_counts
@@ -150,7 +150,7 @@ class SlidingReader:
             )
         self.cost = Cost()
         self.device = model.pred_action.weight.device
-        self._context = CachedContext(model, n_rooms)
+        self._model, self._context = model, CachedContext(model, n_rooms)
         self._n_max, self._sliding, self._horizon = model.n_context_max, sliding, horizon
         self._first = 0  # oldest step in context
 
@@ -162,12 +162,16 @@ class SlidingReader:
             self._first += dropped
             context.clear()
         new = lived.history(query_states, first=self._first + context.n_context)
-        logits = context.act(query_states, *new.inputs[:4])
+        if self._sliding == "step" and new.n == self._n_max:  # nothing kept would hold a step on
+            logits = fast_logits(self._model, new)
+        else:
+            logits = context.act(query_states, *new.inputs[:4])
         cost = self.cost
         cost.decisions += new.size
         cost.tokens_read += new.size * (new.n + 1)
         cost.seconds_model += _seconds(self.device) - started
-        cost.record_kept([context.n_context] * new.size, self._n_max, lived.n, self._n_max)
+        n_read = min(lived.n - self._first, self._n_max)
+        cost.record_kept([n_read] * new.size, self._n_max, lived.n, self._n_max)
         return logits
 
     def _n_dropped(self, t: int) -> int:

@@ -119,10 +119,13 @@ def finding(study: Study) -> str:
     if row is None:
         share = f"{study.margin_share:.0%}"
         return f"No shorter history is shown to lose less than {share} of full history's return."
+    full, where, tried = study.full, "", study.confirmation
+    if tried is not None:
+        row, full, where = tried.row, tried.full, f" in {tried.n_seeds} new runs a goal"
     return (
         f"Recommended: {row.arm.name}"
         + (f", {row.arm.n_keep} transitions" if row.arm.n_keep is not None else "")
-        + f": {row.mean.value:.2f} against {study.full.mean.value:.2f}, difference "
+        + f": {row.mean.value:.2f} against {full.mean.value:.2f}{where}, difference "
         f"{row.difference.value:+.2f} [{row.difference.low:+.2f}, {row.difference.high:+.2f}] "
         f"({row.verdict})"
     )

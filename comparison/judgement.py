@@ -12,7 +12,7 @@ Axes: `G` goals, `R` seeds of each, `E` episodes of a run.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -102,6 +102,23 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Confirmation:
+    """The most promising arm once more beside full history, on runs that did not choose it.
+
+    Attributes:
+        row: the arm, judged on these runs alone.
+        full: full history in the same runs.
+        margin: reward an episode, the same part of full history's return as in the study.
+        n_seeds: runs of each goal.
+    """
+
+    row: Row
+    full: Row
+    margin: float
+    n_seeds: int
+
+
+@dataclass(frozen=True)
 class Study:
     """A judged comparison.
 
@@ -116,6 +133,7 @@ class Study:
         n_compared: arms that were compared with full history, controls left out.
         stands_corrected: whether the recommended arm's verdict holds at the level that corrects for
             all these comparisons (Bonferroni).
+        confirmation: what became of the most promising arm, where none was recommended at first.
     """
 
     rows: tuple[Row, ...]
@@ -126,6 +144,7 @@ class Study:
     recommended: Row | None
     n_compared: int
     stands_corrected: bool
+    confirmation: Confirmation | None = None
 
     def row(self, name: str, n_keep: int | None = None) -> Row | None:
         """The row of an arm, or None."""
@@ -147,6 +166,20 @@ class Study:
         """Ways to compress that have a budget, the highest return first."""
         rows = (row for row in self.rows if row.arm.is_candidate)
         return tuple(row for row in rows if row.arm.n_keep is not None)
+
+    @property
+    def unsettled(self) -> tuple[Row, ...]:
+        """Candidates that save tokens and whose verdict is open, the most promising first."""
+        rows = (r for r in self.candidates if r.verdict == "inconclusive")
+        saving = (row for row in rows if row.tokens < self.full.tokens)
+        return tuple(sorted(saving, key=lambda r: (-r.difference.value, r.tokens, r.arm.key)))
+
+    @property
+    def to_confirm(self) -> Arm | None:
+        """The arm worth more runs: the most promising one, where nothing is recommended yet."""
+        if self.doubts or self.recommended is not None or not self.unsettled:
+            return None
+        return self.unsettled[0].arm
 
 
 def judge(
@@ -196,6 +229,31 @@ def judge(
         n_compared=n_compared,
         stands_corrected=stands,
     )
+
+
+def confirm(
+    study: Study,
+    full: Outcome,
+    arm: Outcome,
+    best: Sequence[float] | None = None,
+    seed: int = 0,
+) -> Study:
+    """The study with its most promising arm judged on new runs, and recommended if they confirm it.
+
+    One comparison, chosen before its runs were played: nothing has to be corrected for.
+
+    Args:
+        study: whose `to_confirm` was played again.
+        full, arm: full history and that arm in the new runs, which are of the same goals.
+        best: as for `judge`.
+        seed: of the bootstrap.
+    """
+    bootstrap = Bootstrap(*full.returns.shape[:2], seed)
+    margin = study.margin_share * abs(float(late_scores(full.returns).mean()))
+    rows = [_row(each, full.returns, margin, best, bootstrap) for each in (full, arm)]
+    found = Confirmation(rows[1], rows[0], margin, full.returns.shape[1])
+    recommended = study.row(arm.arm.name, arm.arm.n_keep) if found.row.is_good else None
+    return replace(study, confirmation=found, recommended=recommended)
 
 
 def _row(

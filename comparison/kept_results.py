@@ -26,6 +26,7 @@ from config import UserError
 SCHEMA_VERSION = 1
 RESULTS, TABLE = "results.json", "results.csv"
 PICTURES = ("return_by_budget.png", "return_by_episode.png")
+CONFIRMATION = "confirmation.json"
 FILES = (RESULTS, TABLE, *PICTURES)
 CODE = (
     "compression/*.py", "acting/*.py", "darkroom.py", "model.py", "rollout.py",
@@ -41,10 +42,17 @@ class KeptResults:
         note: what was found in the folder, in a line; empty where there was nothing.
     """
 
-    def __init__(self, out: Path, fingerprint: Mapping[str, Any]) -> None:
-        self.out, self.fingerprint = out, dict(fingerprint)
+    def __init__(self, out: Path, fingerprint: Mapping[str, Any], name: str = RESULTS) -> None:
+        self.out, self.fingerprint, self.name = out, dict(fingerprint), name
         self.arms: dict[str, dict[str, Any]] = {}
         self.note = ""
+
+    def confirming(self, fingerprint: Mapping[str, Any]) -> "KeptResults":
+        """Runs that confirm an arm of these results, in a file beside them, taken up if there."""
+        kept = KeptResults(self.out, fingerprint, CONFIRMATION)
+        arms, _ = _matching(kept.out / CONFIRMATION, kept.fingerprint)
+        kept.arms = arms or {}
+        return kept
 
     @classmethod
     def open(cls, out: str | Path, fingerprint: Mapping[str, Any]) -> "KeptResults":
@@ -54,7 +62,7 @@ class KeptResults:
             UserError: the folder cannot be written to.
         """
         kept = cls(_writable(Path(out)), fingerprint)
-        found = [kept.out / name for name in FILES if (kept.out / name).exists()]
+        found = [kept.out / name for name in (*FILES, CONFIRMATION) if (kept.out / name).exists()]
         arms, why = _matching(kept.out / RESULTS, kept.fingerprint)
         if arms is not None:
             kept.arms = arms
@@ -88,7 +96,7 @@ class KeptResults:
 
     def _write(self, more: Mapping[str, Any]) -> None:
         head = {"schema_version": SCHEMA_VERSION, "fingerprint": self.fingerprint}
-        write_json(self.out / RESULTS, head | dict(more) | {"arms": self.arms})
+        write_json(self.out / self.name, head | dict(more) | {"arms": self.arms})
 
 
 def code_digest() -> str:
@@ -144,7 +152,7 @@ def _writable(out: Path) -> Path:
         raise UserError(
             f"cannot write to the output folder {out} ({error.strerror}): choose another with --out"
         ) from error
-    for name in FILES:
+    for name in (*FILES, CONFIRMATION):
         if (out / name).is_dir():
             raise UserError(
                 f"cannot write to the output folder {out}: {out / name} is in the way; move it or "

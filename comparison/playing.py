@@ -11,7 +11,7 @@ goes on where it was.
 
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -27,6 +27,8 @@ from compression import CONTROLS, STRATEGIES, Control, Merge, Strategy, get_stra
 from config import UserError
 from rollout import MAX_ROOMS, act
 
+CONFIRMING = 10**9  # between the seed of a comparison and that of the runs that confirm it
+
 
 @dataclass(frozen=True)
 class Plays:
@@ -41,6 +43,10 @@ class Plays:
     n_seeds: int
     n_episodes: int
     seed: int
+
+    def confirming(self, n_seeds: int) -> "Plays":
+        """Runs of other action noise, for one arm that these runs point to."""
+        return replace(self, n_seeds=n_seeds, seed=self.seed + CONFIRMING)
 
 
 def plan(task: Task, strategies: Sequence[str], budgets: Sequence[int], plays: Plays) -> list[Arm]:

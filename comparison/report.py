@@ -14,7 +14,7 @@ from typing import Any
 
 from attention.report import loaded_block, write_atomically
 from comparison.intervals import LEVEL, Estimate
-from comparison.judgement import Row, Study
+from comparison.judgement import Confirmation, Row, Study
 from compression import CONTROLS, MERGES, STRATEGIES
 
 __all__ = [
@@ -129,6 +129,8 @@ def recommendation(study: Study) -> str:
     best = study.recommended
     if best is None:
         return _nothing_found(study)
+    if study.confirmation is not None:
+        return _confirmed(study.confirmation)
     full = study.full
     also = [
         row.arm.key
@@ -157,22 +159,45 @@ def recommendation(study: Study) -> str:
 
 
 def _nothing_found(study: Study) -> str:
-    unsettled = [
-        row
-        for row in study.candidates
-        if row.verdict == "inconclusive" and row.tokens < study.full.tokens
-    ]
+    unsettled, tried = study.unsettled, study.confirmation
     text = (
         "No recommendation: no strategy that reads fewer tokens than full history is shown to "
         f"lose less than {study.margin_share:.0%} of its return at these budgets."
     )
-    if unsettled:
-        row = max(unsettled, key=lambda row: row.difference.value)
+    if not unsettled:
+        return text
+    row, n = unsettled[0], len(unsettled)
+    text += (
+        f" {n} {'is' if n == 1 else 'are'} inconclusive, the most promising {row.arm.key}: "
+        f"{interval(row.difference, '+')}."
+    )
+    if tried is not None:
         text += (
-            f" {len(unsettled)} {'is' if len(unsettled) == 1 else 'are'} inconclusive, the most "
-            f"promising {row.arm.key}: {interval(row.difference, '+')}. More runs may settle it: "
-            f"--strategies {row.arm.name} --budgets {row.arm.n_keep} --seeds 32, or --full."
+            f" Played again on {tried.n_seeds} new seeds a goal it is {tried.row.verdict}: "
+            f"{interval(tried.row.difference, '+')}."
         )
+    if tried is None or tried.row.verdict == "inconclusive":
+        text += (
+            f" More runs may settle it: --strategies {row.arm.name} --budgets {row.arm.n_keep} "
+            f"--seeds {4 * (tried.n_seeds if tried else 8)}, or --full."
+        )
+    return text
+
+
+def _confirmed(found: Confirmation) -> str:
+    """A recommendation that rests on runs of its own."""
+    row, full = found.row, found.full
+    text = (
+        f"Recommended for this checkpoint: {row.arm.name} with {row.arm.n_keep} transitions "
+        f"({row.verdict}). {rule_of(row)} It was the most promising arm above, and was played "
+        f"again beside full history, on {found.n_seeds} new seeds a goal: it earns "
+        f"{interval(row.mean)} reward an episode there, full history {interval(full.mean)}; "
+        f"paired, {interval(row.difference, '+')}, with a margin of {found.margin:.2f}. It reads "
+        f"{row.tokens:.1f} tokens a decision instead of {full.tokens:.1f}."
+    )
+    loss = row.adaptation_loss
+    if loss.low is not None and loss.low > found.margin:
+        text += f" But it adapts more slowly: {interval(loss)} reward an episode over all episodes."
     return text
 
 
@@ -189,17 +214,18 @@ def _wrapped(text: str, first: str = "", then: str = "") -> str:
 
 def records(study: Study) -> list[dict[str, Any]]:
     """A flat dict of plain values a row: what `results.csv` holds; None where unknown."""
-    found = []
-    for row in study.rows:
-        record: dict[str, Any] = {"strategy": row.arm.name, "budget": row.arm.n_keep}
-        record |= {"kept": row.kept if row.verdict else None, "verdict": row.verdict}
-        for name, attribute in INTERVALS.items():
-            estimate = getattr(row, attribute) or Estimate(None, None, None)
-            record |= {name: estimate.value, f"{name}_low": estimate.low}
-            record[f"{name}_high"] = estimate.high
-        costs = ("tokens_per_decision", "ms_selecting", "ms_model")
-        found.append(record | {name: row.cost[name] for name in costs})
-    return found
+    return [_record(row) for row in study.rows]
+
+
+def _record(row: Row) -> dict[str, Any]:
+    record: dict[str, Any] = {"strategy": row.arm.name, "budget": row.arm.n_keep}
+    record |= {"kept": row.kept if row.verdict else None, "verdict": row.verdict}
+    for name, attribute in INTERVALS.items():
+        estimate = getattr(row, attribute) or Estimate(None, None, None)
+        record |= {name: estimate.value, f"{name}_low": estimate.low}
+        record[f"{name}_high"] = estimate.high
+    costs = ("tokens_per_decision", "ms_selecting", "ms_model")
+    return record | {name: row.cost[name] for name in costs}
 
 
 def write_csv(path: str | Path, study: Study) -> None:
@@ -218,7 +244,12 @@ def summary(study: Study, meta: Mapping[str, Any]) -> dict[str, Any]:
         record | {"by_episode": row.by_episode.tolist()}
         for record, row in zip(records(study), study.rows, strict=True)
     ]
-    best = study.recommended
+    best, tried = study.recommended, study.confirmation
+    confirmation = tried and {
+        "seeds": tried.n_seeds,
+        "margin": tried.margin,
+        "rows": [_record(tried.full), _record(tried.row)],
+    }
     return {
         **meta,
         "level": LEVEL,
@@ -232,4 +263,5 @@ def summary(study: Study, meta: Mapping[str, Any]) -> dict[str, Any]:
         "recommendation": recommendation(study),
         "n_compared": study.n_compared,
         "stands_corrected": study.stands_corrected,
+        "confirmation": confirmation,
     }

@@ -9,15 +9,18 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import sharp_model
+from levers import levers_task
 
 import compare_compression as module
 from checkpoint import save_checkpoint
 from compare_compression import all_strategies, main
-from comparison import playing as comparison
-from comparison.kept_results import FILES
+from comparison import playing
+from comparison.intervals import late_scores
+from comparison.kept_results import CONFIRMATION, FILES
 from config import EnvConfig, run_command, to_dict
 
 CHECKPOINT = Path("checkpoints/tiny/ckpt-30.pt")
@@ -140,7 +143,7 @@ def test_json_and_csv_agree_and_hold_every_return(done):
 def test_the_same_command_again_plays_nothing_and_writes_the_same_bytes(done, monkeypatch, capsys):
     folder, _ = done
     monkeypatch.chdir(folder)
-    monkeypatch.setattr(comparison, "play", None)
+    monkeypatch.setattr(playing, "play", None)
     before = files_of("figs/compression")
     main(SMALL)
     assert files_of("figs/compression") == before
@@ -183,14 +186,14 @@ def test_a_killed_comparison_goes_on_to_the_same_files(done, tmp_path, monkeypat
 
 
 def test_ctrl_c_says_what_is_kept_and_leaves_a_valid_file(home, monkeypatch, capsys):
-    real = comparison.play
+    real = playing.play
 
     def interrupted(task, arm, *more):
         if arm.key == "recent@6":
             raise KeyboardInterrupt
         return real(task, arm, *more)
 
-    monkeypatch.setattr(comparison, "play", interrupted)
+    monkeypatch.setattr(playing, "play", interrupted)
     with pytest.raises(SystemExit) as caught:
         run_command(lambda: main([*SMALL, "--out", "out"]))
     assert caught.value.code == 130
@@ -331,7 +334,7 @@ def test_a_mistake_is_one_line_and_leaves_earlier_results(home, capsys, name):
     assert files_of("out") == before
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", [*FILES, CONFIRMATION])
 def test_what_stands_in_the_way_of_a_file_is_one_line(home, capsys, name):
     (home / "out" / name).mkdir(parents=True)
     with pytest.raises(SystemExit) as caught:
@@ -357,3 +360,44 @@ def test_a_flag_without_sense_is_an_error_that_names_it(home, capsys, argv):
     assert caught.value.code == 2
     assert out == ""
     assert argv.split()[0] in err.splitlines()[-1]
+
+
+# Confirmation
+
+
+@pytest.fixture
+def levers(tmp_path, monkeypatch):
+    """The command on the planted task: arguments of a comparison that 2 seeds cannot settle."""
+    monkeypatch.chdir(tmp_path)
+    planted = levers_task(), {"Checkpoint": "planted"}, {"checkpoint": "planted"}
+    monkeypatch.setattr(module, "load_task", lambda config: planted)
+    return ["--strategies", "random", "--budgets", "14", "--seeds", "2", "--episodes", "8"]
+
+
+def test_the_most_promising_arm_is_played_again_where_nothing_is_shown_to_be_safe(levers, capsys):
+    main([*levers, "--confirm", "24", "--margin", "0.4"])
+    console = capsys.readouterr().out
+    summary = json.loads(Path("figs/compression/results.json").read_text())["summary"]
+    kept = json.loads(Path("figs/compression/confirmation.json").read_text())
+    confirmation = summary["confirmation"]
+    assert confirmation["seeds"] == 24
+    assert list(kept["arms"]) == ["full", "random@14"]
+    returns = np.array(kept["arms"]["random@14"]["returns"], dtype=float)
+    assert returns.shape == (3, 24, 8)
+    arm = confirmation["rows"][1]
+    assert arm["return"] == pytest.approx(late_scores(returns).mean())
+    assert arm["verdict"] in ("safe", "better")
+    assert summary["recommended"] == "random@14"
+    assert "Recommended for this checkpoint: random with 14 transitions" in console
+    assert "on 24 new seeds a goal" in " ".join(console.split())
+
+
+def test_a_confirmation_is_not_played_twice_and_can_be_left_out(levers, monkeypatch, capsys):
+    main([*levers, "--confirm", "3"])
+    first = capsys.readouterr().out.partition("COMPRESSED")[2]
+    monkeypatch.setattr(playing, "play", None)
+    main([*levers, "--confirm", "3"])
+    assert capsys.readouterr().out.partition("COMPRESSED")[2] == first
+    main([*levers, "--confirm", "0"])
+    assert "Played again on 3 new seeds a goal" in " ".join(first.split())
+    assert "Played again" not in " ".join(capsys.readouterr().out.split())

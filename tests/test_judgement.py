@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from comparison.intervals import late_scores
-from comparison.judgement import Arm, Outcome, judge
+from comparison.judgement import Arm, Outcome, confirm, judge
 
 N_GOALS, N_SEEDS, N_EPISODES = 4, 6, 8
 FULL_TOKENS = 90.0
@@ -182,3 +182,50 @@ def test_missing_baselines_and_other_shapes_are_refused():
     odd = outcome(Arm("recent", 10), 1.0, shape=(N_GOALS, N_SEEDS, 3))
     with pytest.raises(ValueError, match="expected returns of shape"):
         judged(odd)
+
+
+# Confirmation
+
+
+def unsettled_study():
+    """Nothing is safe; `even@10` looks best, then `random@5`."""
+    return judged(
+        outcome(Arm("recent", 10), 4.0),
+        outcome(Arm("random", 5), 9.6, noise=3.0),
+        outcome(Arm("even", 10), 10.2, noise=3.0),
+        outcome(Arm("top-k", 10), 10.4, noise=3.0, tokens=FULL_TOKENS + 11),
+    )
+
+
+def test_the_most_promising_arm_that_saves_tokens_is_the_one_to_confirm():
+    study = unsettled_study()
+    assert study.recommended is None
+    assert [row.arm.key for row in study.unsettled] == ["even@10", "random@5"]
+    assert study.to_confirm == Arm("even", 10)
+
+
+def test_nothing_is_to_confirm_where_an_arm_is_safe_or_the_model_is_doubted():
+    noisy = outcome(Arm("random", 5), 9.6, noise=3.0)
+    assert judged(noisy, outcome(Arm("even", 10), 10.0)).to_confirm is None
+    assert judged(noisy, control=10.0).to_confirm is None
+    assert judged(outcome(Arm("recent", 10), 4.0)).to_confirm is None
+
+
+@pytest.mark.parametrize(
+    ("level", "verdict"), [(10.0, "safe"), (11.0, "better"), (4.0, "worse"), (9.5, "inconclusive")]
+)
+def test_new_runs_alone_decide_on_the_arm_to_confirm(level, verdict):
+    study, shape = unsettled_study(), (N_GOALS, 9, N_EPISODES)
+    full = outcome(Arm("full"), 10.0, FULL_TOKENS, shape=shape)
+    again = outcome(Arm("even", 10), level, shape=shape, seed=1, noise=0.05 + (level == 9.5))
+    found = confirm(study, full, again)
+    assert found.confirmation.row.verdict == verdict
+    assert found.confirmation.n_seeds == 9
+    difference = (late_scores(again.returns) - late_scores(full.returns)).mean()
+    assert found.confirmation.row.difference.value == pytest.approx(difference)
+    is_good = verdict in ("safe", "better")
+    assert (found.recommended is not None) == is_good
+    if is_good:
+        assert found.recommended.arm == Arm("even", 10)
+        assert found.recommended in found.rows
+    assert found.rows == study.rows
