@@ -21,7 +21,14 @@ from adapter.task import adapter_task
 from checkpoint import find_checkpoint, load_checkpoint, pick_device
 from comparison import report as report
 from comparison.judgement import FULL, Arm, Study, confirm, judge
-from comparison.kept_results import PICTURES, RESULTS, TABLE, KeptResults, code_digest
+from comparison.kept_results import (
+    CONFIRMATION,
+    PICTURES,
+    RESULTS,
+    TABLE,
+    KeptResults,
+    code_digest,
+)
 from comparison.playing import Plays, fingerprint, n_decisions, plan, play_arms, twin_of
 from comparison.task import Task, darkroom_task
 from compression import MERGES, STRATEGIES
@@ -64,7 +71,8 @@ def main(argv: list[str] | None = None) -> None:
         raise
     save(job, study, kept)
     print(f"\n{report.table(study)}\n\n{report.advice(study, POSITIONS[config.positions])}")
-    names = ", ".join((*PICTURES, TABLE, RESULTS))
+    more = () if study.confirmation is None else (CONFIRMATION,)
+    names = ", ".join((*PICTURES, TABLE, RESULTS, *more))
     print(f"\nIn {kept.out}/: {names}.")
 
 

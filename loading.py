@@ -12,7 +12,7 @@ import torch
 
 from adapter.file import load_adapter
 from adapter.subject import AdaptedSubject
-from attention.report import LABEL_COLUMNS
+from attention.files import LABEL_COLUMNS
 from checkpoint import find_checkpoint, load_checkpoint
 from config import UserError, VisualizeConfig, same_as_default
 from decisions import Filter, choose_decisions

@@ -15,8 +15,8 @@ from typing import Any
 
 from analysis import Batch
 from attention.arranged import Shown, show
+from attention.files import drawn_arrays
 from attention.metrics import SUMMARY_METRICS, AttentionMetrics
-from attention.report import drawn_arrays
 from config import UserError
 from drawing import Painter
 

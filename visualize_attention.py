@@ -21,7 +21,7 @@ from typing import Any
 from tqdm import tqdm
 
 from analysis import Analysis
-from attention import report
+from attention import files, report
 from attention.insights import Insight, find_patterns
 from attention.metrics import AttentionMetrics
 from checkpoint import pick_device
@@ -199,10 +199,10 @@ def write_numbers(
     subject = job.loaded.subject
     meta = {**vars(job.config), **job.loaded.meta, "device": subject.device.type}
     meta |= {"n_layers": len(subject.layers)}
-    content = report.metrics_json(metrics, insights, meta, drawn)
+    content = files.metrics_json(metrics, insights, meta, drawn)
     content["effects"] = dropping.content
-    report.write_json(job.out / "metrics.json", content)
-    report.write_csv(job.out / "metrics.csv", metrics, job.loaded.label_columns)
+    files.write_json(job.out / "metrics.json", content)
+    files.write_csv(job.out / "metrics.csv", metrics, job.loaded.label_columns)
     blocks = [report.layer_table(metrics), report.overall_block(metrics)]
     blocks += [report.pattern_table(metrics)] if len(metrics.layers) > 1 else []
     blocks += [report.insight_blocks(insights, metrics)]

@@ -31,6 +31,7 @@ class Projections:
         n_heads: `H`.
         q_weight, k_weight: `(D, D)` and `(D, kdim)`.
         q_bias, k_bias: `(D,)` or None.
+        scale: of the scores, one over the root of a head's width.
     """
 
     n_heads: int
@@ -38,6 +39,7 @@ class Projections:
     k_weight: Tensor
     q_bias: Tensor | None
     k_bias: Tensor | None
+    scale: float
 
     @classmethod
     def of(
@@ -54,7 +56,7 @@ class Projections:
             q_weight, k_weight = packed[:width], packed[width : 2 * width]
         width = q_weight.shape[0]
         biases = (None, None) if bias is None else (bias[:width], bias[width : 2 * width])
-        return cls(n_heads, q_weight, k_weight, *biases)
+        return cls(n_heads, q_weight, k_weight, *biases, 1.0 / math.sqrt(width // n_heads))
 
 
 @dataclass(frozen=True)
@@ -100,17 +102,13 @@ class ProjectedCall:
         q = self._project(parts.q_weight, parts.q_bias, pick(self.query, query))
         weight = parts.k_weight.to(q.dtype).view(parts.n_heads, -1, self.key.shape[-1])  # (H, d, D)
         folded = (q.view(n_samples, parts.n_heads, 1, -1) @ weight).squeeze(2)  # (B, H, D)
-        return folded @ self.key.mT * self._scale
+        return (folded * parts.scale) @ self.key.mT
 
     def queries_and_keys(self) -> tuple[Tensor, Tensor]:
         """Scaled queries `(B, H, Tq, d)` and keys `(B, H, Tk, d)`."""
         parts = self.projections
-        q = self._project(parts.q_weight, parts.q_bias, self.query).mul_(self._scale)
+        q = self._project(parts.q_weight, parts.q_bias, self.query).mul_(parts.scale)
         return self._split(q), self._split(self._project(parts.k_weight, parts.k_bias, self.key))
-
-    @property
-    def _scale(self) -> float:
-        return 1.0 / math.sqrt(self.projections.q_weight.shape[0] // self.projections.n_heads)
 
     def _split(self, values: Tensor) -> Tensor:
         return values.unflatten(-1, (self.projections.n_heads, -1)).transpose(1, 2).contiguous()

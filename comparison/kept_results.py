@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from acting.reading import Cost
-from attention.report import write_json
+from attention.files import write_json
 from comparison.judgement import Arm
 from config import UserError
 

@@ -12,7 +12,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from attention.report import loaded_block, write_atomically
+from attention.files import write_atomically
+from attention.report import loaded_block
 from comparison.intervals import LEVEL, Estimate
 from comparison.judgement import Confirmation, Row, Study
 from compression import CONTROLS, MERGES, STRATEGIES

@@ -8,20 +8,22 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from attention.insights import find_patterns
-from attention.metrics import ALL_METRICS, SUMMARY_METRICS, collect, concatenate, uniform_received
-from attention.report import (
+from attention.files import (
     drawn_arrays,
-    insight_blocks,
-    layer_table,
-    loaded_block,
     metrics_json,
-    overall_block,
-    pattern_table,
     rounded,
     write_atomically,
     write_csv,
     write_json,
+)
+from attention.insights import find_patterns
+from attention.metrics import ALL_METRICS, SUMMARY_METRICS, collect, concatenate, uniform_received
+from attention.report import (
+    insight_blocks,
+    layer_table,
+    loaded_block,
+    overall_block,
+    pattern_table,
 )
 from attention.samples import Sample
 
@@ -247,7 +249,7 @@ def test_metrics_json_holds_the_numbers_at_full_precision(tmp_path):
     for layer, entry in zip(result.layers, content["layers"], strict=True):
         assert entry["layer"] == layer.layer
         for name in ALL_METRICS:
-            assert entry["per_sample"][name] == layer.mean[name].tolist()
+            np.testing.assert_array_equal(entry["per_sample"][name], layer.mean[name])
             assert entry["head_means"][name] == layer.head_means()[name].tolist()
             assert entry["over_samples"][name]["median"] == np.median(layer.mean[name])
     assert content["overall"]["entropy"]["mean"] == result.overall()["entropy"].mean
@@ -338,7 +340,7 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
     def fail(*_):
         raise OSError("disk full")
 
-    monkeypatch.setattr("attention.report.os.replace", fail)
+    monkeypatch.setattr("attention.files.os.replace", fail)
     with pytest.raises(OSError, match="disk full"):
         write_atomically(path, "new")
     assert path.read_text() == "old"
