@@ -102,7 +102,7 @@ class ProjectedCall:
         q = self._project(parts.q_weight, parts.q_bias, pick(self.query, query))
         weight = parts.k_weight.to(q.dtype).view(parts.n_heads, -1, self.key.shape[-1])  # (H, d, D)
         folded = (q.view(n_samples, parts.n_heads, 1, -1) @ weight).squeeze(2)  # (B, H, D)
-        return (folded * parts.scale) @ self.key.mT
+        return folded @ self.key.mT * parts.scale
 
     def queries_and_keys(self) -> tuple[Tensor, Tensor]:
         """Scaled queries `(B, H, Tq, d)` and keys `(B, H, Tk, d)`."""
