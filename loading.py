@@ -4,7 +4,7 @@ loaded = load(config, pick_device("auto"))
 loaded.subject, loaded.facts
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from attention.files import LABEL_COLUMNS
 from checkpoint import find_checkpoint, load_checkpoint
 from config import UserError, VisualizeConfig, same_as_default
 from decisions import Filter, choose_decisions
+from hdf5 import to_stderr
 from histories import histories_path, read_histories
 from subject import ADSubject, Subject
 
@@ -37,8 +38,15 @@ class Loaded:
     label_columns: Sequence[str] = LABEL_COLUMNS
 
 
-def load(config: VisualizeConfig, device: torch.device) -> Loaded:
+def load(
+    config: VisualizeConfig, device: torch.device, tell: Callable[[str], None] = to_stderr
+) -> Loaded:
     """Load everything; nothing is written.
+
+    Args:
+        config: what to load.
+        device: where the model will lie.
+        tell: called with a line of text that the user should read.
 
     Raises:
         UserError: something is missing, damaged, or does not fit.
@@ -48,7 +56,7 @@ def load(config: VisualizeConfig, device: torch.device) -> Loaded:
     choice = find_checkpoint(config.checkpoint)
     checkpoint = load_checkpoint(choice.path, device)
     path = histories_path(config.histories, checkpoint)
-    histories = read_histories(path, checkpoint)
+    histories = read_histories(path, checkpoint, tell)
     decisions = choose_decisions(
         histories,
         checkpoint.model.n_context_max,

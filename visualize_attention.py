@@ -29,6 +29,7 @@ from collecting import Collected
 from config import UserError, VisualizeConfig, add_flags, from_flags, run_command
 from drawing import Painter, drawing_processes
 from effects.dropping import Dropping, measure_dropping
+from hdf5 import to_stderr
 from loading import Loaded, load
 from parallel import Group, join
 from pictures import CURVES, clear_pictures, draw_batch, draw_summaries, n_pictures, prepare_output
@@ -74,7 +75,8 @@ class Job:
 
 def prepare(config: VisualizeConfig, group: Group) -> Job:
     """Load and check everything; no file of an earlier run is touched."""
-    loaded = load(config, group.device(pick_device(config.device)))
+    tell = to_stderr if group.is_main else lambda line: None
+    loaded = load(config, group.device(pick_device(config.device)), tell)
     subject = loaded.subject
     layers = check_layers(config.layers, len(subject.layers))
     heads = check_heads(config.heads, [subject.n_heads[layer] for layer in layers])

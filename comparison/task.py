@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from acting.views import ModelView, Positions, view
-from checkpoint import Checkpoint
+from checkpoint import Checkpoint, check_can_act
 from config import EnvConfig, UserError, from_dict
 from darkroom import DarkRoom, optimal_return
 from rollout import Room
@@ -56,6 +56,7 @@ def darkroom_task(checkpoint: Checkpoint, positions: Positions) -> Task:
     Raises:
         UserError: the checkpoint holds no test goals, or such that its room has not.
     """
+    check_can_act(checkpoint)
     goals = checkpoint.goals.get("test") if isinstance(checkpoint.goals, dict) else None
     if not goals:
         raise UserError(

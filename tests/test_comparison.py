@@ -1,6 +1,7 @@
 """Playing arms and keeping what they earned, with a task that is no Dark Room."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,11 +9,12 @@ from levers import HORIZON, N_MAX, levers_task
 
 from acting.reading import Cost
 from acting.views import view
+from checkpoint import Checkpoint
 from comparison import playing as comparison
 from comparison.judgement import Arm
 from comparison.kept_results import FILES, KeptResults, code_digest
 from comparison.playing import Plays, fingerprint, n_decisions, plan, play, play_arms
-from comparison.task import Task
+from comparison.task import Task, darkroom_task
 from compression import STRATEGIES
 from config import UserError
 from darkroom import DarkRoom
@@ -283,3 +285,10 @@ def test_the_digest_follows_the_code(tmp_path, monkeypatch):
     assert before == code_digest()
     monkeypatch.setattr(kept_results, "CODE", kept_results.CODE[:-1])
     assert code_digest() != before
+
+
+def test_a_model_of_another_environment_is_not_played_in_dark_room(tiny_model):
+    config = {"env": "darkroompermuted", "horizon": 5}
+    checkpoint = Checkpoint(Path("a.pt"), 0, config, tiny_model, {"test": [[0, 1]]})
+    with pytest.raises(UserError, match="expected a model of env 'darkroom'.*'darkroompermuted'"):
+        darkroom_task(checkpoint, "reindexed")
