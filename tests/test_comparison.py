@@ -290,5 +290,5 @@ def test_the_digest_follows_the_code(tmp_path, monkeypatch):
 def test_a_model_of_another_environment_is_not_played_in_dark_room(tiny_model):
     config = {"env": "darkroompermuted", "horizon": 5}
     checkpoint = Checkpoint(Path("a.pt"), 0, config, tiny_model, {"test": [[0, 1]]})
-    with pytest.raises(UserError, match="expected a model of env 'darkroom'.*'darkroompermuted'"):
+    with pytest.raises(UserError, match=r"expected a model of env 'darkroom'.*'darkroompermuted'"):
         darkroom_task(checkpoint, "reindexed")
