@@ -19,7 +19,7 @@ from typing import Any
 from adapter.file import load_adapter
 from adapter.task import adapter_task
 from checkpoint import find_checkpoint, load_checkpoint, pick_device
-from comparison import report as report
+from comparison import report
 from comparison.judgement import FULL, Arm, Study, confirm, judge
 from comparison.kept_results import (
     CONFIRMATION,

@@ -8,7 +8,6 @@
 A run leaves no picture of an earlier run among its own, and touches no other file.
 """
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,8 @@ from analysis import Batch
 from attention.arranged import Shown, show
 from attention.files import drawn_arrays
 from attention.metrics import SUMMARY_METRICS, AttentionMetrics
-from config import UserError
 from drawing import Painter
+from output import in_the_way, writable_folder
 
 HEADS_A_PAGE = 16  # a heatmap has so many panels at most
 NUMBERS = ("metrics.json", "metrics.csv")
@@ -31,23 +30,12 @@ def prepare_output(out: Path, layers: Sequence[int]) -> Path:
     Raises:
         UserError: they cannot.
     """
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        probe = out / f".write-test-{os.getpid()}"
-        probe.touch()
-        probe.unlink()
+    with writable_folder(out):
         folders = [out / f"layer_{layer}" for layer in layers]
         files = [*(out / name for name in NUMBERS), *stale_pictures(out)]
         for path in [*folders, *files]:
             if path.exists() and path.is_dir() != (path in folders):
-                raise UserError(
-                    f"cannot write to the output folder {out}: {path} is in the way; move it or "
-                    "choose another folder with --out"
-                )
-    except OSError as error:
-        raise UserError(
-            f"cannot write to the output folder {out} ({error.strerror}): choose another with --out"
-        ) from error
+                raise in_the_way(out, path)
     return out
 
 

@@ -153,6 +153,10 @@ class ADSubject:
         """The model, acting on any history."""
         return view(self.model)
 
+    @cached_property
+    def _dataset(self) -> ADDataset:
+        return ADDataset(self.histories, self.model.n_context_max)
+
     def sample(self, index: int) -> Sample:
         """What a reader must know about a decision."""
         return describe(self.histories, self.decisions[index], index, self.model.n_context_max)
@@ -193,7 +197,7 @@ class ADSubject:
 
     def _history(self, indices: Sequence[int], **more: Tensor) -> History:
         chosen = [self.decisions[i] for i in indices]
-        window = ADDataset(self.histories, self.model.n_context_max).windows(
+        window = self._dataset.windows(
             np.array([d.history for d in chosen]),
             np.array([d.step for d in chosen]),
             np.array([d.stride for d in chosen]),

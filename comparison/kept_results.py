@@ -21,7 +21,7 @@ import numpy as np
 from acting.reading import Cost
 from attention.files import write_json
 from comparison.judgement import Arm
-from config import UserError
+from output import in_the_way, writable_folder
 
 SCHEMA_VERSION = 1
 RESULTS, TABLE = "results.json", "results.csv"
@@ -143,19 +143,8 @@ def _plain(returns: np.ndarray) -> list[Any]:
 
 def _writable(out: Path) -> Path:
     """Make the output folder and check that its files can be written."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        probe = out / f".write-test-{os.getpid()}"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise UserError(
-            f"cannot write to the output folder {out} ({error.strerror}): choose another with --out"
-        ) from error
-    for name in (*FILES, CONFIRMATION):
-        if (out / name).is_dir():
-            raise UserError(
-                f"cannot write to the output folder {out}: {out / name} is in the way; move it or "
-                "choose another folder with --out"
-            )
+    with writable_folder(out):
+        for name in (*FILES, CONFIRMATION):
+            if (out / name).is_dir():
+                raise in_the_way(out, out / name)
     return out

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_judgement import N_EPISODES, N_GOALS, judged, outcome, outcomes
 
-from comparison import report as report
+from comparison import report
 from comparison.figures import Picture, draw_by_budget, draw_by_episode, finding, spread
 from comparison.intervals import Estimate
 from comparison.judgement import Arm, judge
