@@ -158,3 +158,24 @@ def test_a_longer_context_than_an_episode_is_read_in_the_order_of_time(tiny_conf
         expected = logits_without_capture(model, histories, decision)
         torch.testing.assert_close(found[stride], expected, rtol=0, atol=1e-6)
     assert not torch.allclose(found[1], found[3], atol=1e-3)
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_a_pass_leaves_the_fast_path_out_and_its_switch_as_it_was(
+    tiny_model, histories, monkeypatch, enabled
+):
+    switch, forward, seen = torch.backends.mha, tiny_model.forward, []
+    was = switch.get_fastpath_enabled()
+    switch.set_fastpath_enabled(enabled)
+    try:
+        monkeypatch.setattr(
+            tiny_model,
+            "forward",
+            lambda *a: (seen.append(switch.get_fastpath_enabled()), forward(*a))[1],
+        )
+        list(analyse(ADSubject(tiny_model, histories, DECISIONS), [0], n_drawn=1))
+        assert seen
+        assert not any(seen)
+        assert switch.get_fastpath_enabled() == enabled
+    finally:
+        switch.set_fastpath_enabled(was)

@@ -292,3 +292,12 @@ def test_a_model_of_another_environment_is_not_played_in_dark_room(tiny_model):
     checkpoint = Checkpoint(Path("a.pt"), 0, config, tiny_model, {"test": [[0, 1]]})
     with pytest.raises(UserError, match=r"expected a model of env 'darkroom'.*'darkroompermuted'"):
         darkroom_task(checkpoint, "reindexed")
+
+
+def test_runs_that_confirm_have_action_noise_of_their_own():
+    task, arm = levers_task(), Arm("random", 4)
+    first = play(task, arm, PLAYS)[0]
+    again = play(task, arm, PLAYS.confirming(PLAYS.n_seeds))[0]
+    assert first.shape == again.shape
+    assert (first != again).any()
+    assert PLAYS.confirming(7).n_seeds == 7

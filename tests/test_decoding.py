@@ -5,7 +5,9 @@ from conftest import random_window, sharp_model
 from hypothesis import given
 from hypothesis import strategies as st
 
-from acting.decoding import CachedContext
+from acting import decoding
+from acting.decoding import CachedContext, fast_logits
+from compression import History
 from config import ModelConfig
 from model import ADTransformer
 
@@ -119,3 +121,13 @@ def test_rooms_do_not_read_each_other():
         both = together.act(queries[:, i], *new)
         assert_equal(both[2:3], alone.act(queries[2:3, i], *(part[2:3] for part in new)))
     assert np.ptp(both.numpy(), axis=0).min() > 1e-3
+
+
+@pytest.mark.parametrize("tokens_at_once", [1, 12, 25, 10_000])
+def test_a_large_batch_in_parts_gives_the_logits_of_one_pass(monkeypatch, tokens_at_once):
+    model = MODELS[12, 2, 2, 16]
+    n = model.n_context_max
+    window, queries = random_window(model.config, 7, n)
+    monkeypatch.setattr(decoding, "TOKENS_AT_ONCE", tokens_at_once)
+    found = fast_logits(model, History(*window, query_states=queries[:, n]))
+    assert_equal(found, forward(model, window, queries, 0, n))
