@@ -198,7 +198,7 @@ def _csv_lines(metrics: AttentionMetrics, label_columns: Sequence[str]) -> Itera
         yield written([sample.index, *own, *place, *values, *rest])
 
 
-def write_atomically(path: str | Path, text: str | Iterable[str]) -> None:
+def write_atomically(path: str | Path, content: str | bytes | Iterable[str]) -> None:
     """Write a temporary file beside `path`, then rename it: readers never see half a file.
 
     A long text may come in pieces, so that it never lies in memory as a whole.
@@ -206,8 +206,11 @@ def write_atomically(path: str | Path, text: str | Iterable[str]) -> None:
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("w", encoding="utf-8", newline="") as file:
-            file.writelines([text] if isinstance(text, str) else text)
+        if isinstance(content, bytes):
+            temporary.write_bytes(content)
+        else:
+            with temporary.open("w", encoding="utf-8", newline="") as file:
+                file.writelines([content] if isinstance(content, str) else content)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

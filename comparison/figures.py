@@ -8,7 +8,6 @@ is in `results.json`. The same study gives the same bytes.
 """
 
 import io
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
+from attention.files import write_atomically
 from attention.lineplot import HEAD_COLOURS
 from attention.page import DPI, FAINT, INK, SOFT, UNIFORM
 from comparison.judgement import RANDOM, RECENT, Row, Study
@@ -341,14 +341,7 @@ def _loss(row: Row) -> str:
 
 
 def _save(figure: Figure, path: str | Path) -> None:
-    """Write a PNG, whole or not at all."""
-    path = Path(path)
     FigureCanvasAgg(figure)
     content = io.BytesIO()
     figure.savefig(content, format="png", metadata={"Software": None})
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(content.getvalue())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_atomically(path, content.getvalue())
