@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from config import UserError
+from historylens.common.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,16 @@
 """What several test modules share: one thread, a tiny model, tiny histories."""
 
+from pathlib import Path
+
 import hypothesis
 import numpy as np
 import pytest
 import torch
 
+from ad.darkroom import DarkRoom
 from config import ModelConfig
-from darkroom import DarkRoom
 from dataset import Histories
+from historylens.common.errors import run_command
 from model import ADTransformer
 
 torch.set_num_threads(1)
@@ -108,3 +111,42 @@ def tiny_model(tiny_config) -> ADTransformer:
 def tiny_histories() -> Histories:
     """Three histories of six episodes of five steps."""
     return make_histories()
+
+
+def refused(main, argv, capsys) -> str:
+    """The one line, without its newline, with which a command refuses, exit code 2."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        run_command(lambda: main([str(part) for part in argv]))
+    said = capsys.readouterr().err
+    assert end.value.code == 2
+    assert said.count("\n") == 1, said
+    assert said.startswith("error: ")
+    return said.strip()
+
+
+def write_checkpoint(path, model: ADTransformer, goals=None, step=5, **config) -> Path:
+    """A checkpoint file as training writes it; further settings go into its config."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = {
+        "step": step,
+        "config": {**vars(model.config), "env": "darkroom", "horizon": 5, **config},
+        "model": model.state_dict(),
+        "optimizer": None,
+        "lr_sched": None,
+        "goals": {"train": [], "validation": [], "test": goals or []},
+    }
+    torch.save(content, path)
+    return path
+
+
+def n_hooks(model: torch.nn.Module) -> int:
+    """Hooks on the modules of a model, and global ones."""
+    from torch.nn.modules import module as hooks
+
+    own = sum(
+        len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks)
+        for m in model.modules()
+    )
+    return own + len(hooks._global_forward_hooks) + len(hooks._global_forward_pre_hooks)

@@ -1,1 +1,0 @@
-"""A model that acts: how it reads what it has lived through, whole or compressed."""

@@ -1,0 +1,148 @@
+"""Dark Room, the grid world of Laskin et al. 2022 (section 4), for many goals at once.
+
+An agent starts in the centre of a dark square room. It sees its own position and nothing else: the
+goal is hidden, and only the reward, 1 on every step spent on the goal, tells where it is. Episodes
+have a fixed length and never end early.
+
+    room = DarkRoom(goals=all_goals(9))                 # 81 rooms side by side
+    states = room.reset()                               # (81, 2)
+    states, rewards, done = room.step(np.full(81, 2))   # everyone one column to the right
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from historylens.common.errors import UserError
+
+# Change of (row, column) for each action; 4 stays. A move into a wall stays as well.
+MOVES = np.array([[1, 0], [-1, 0], [0, 1], [0, -1], [0, 0]], dtype=np.int64)
+ACTION_NAMES = ("+row", "-row", "+col", "-col", "stay")
+N_ACTIONS = len(MOVES)
+
+
+@dataclass(frozen=True)
+class Space:
+    """The integers `0 .. n - 1` in an array of a fixed shape.
+
+    Attributes:
+        n: number of values of each entry.
+        shape: shape of one element; `()` for a single number.
+    """
+
+    n: int
+    shape: tuple[int, ...] = ()
+
+    def sample(self, rng: np.random.Generator, size: int) -> np.ndarray:
+        """Draw `size` elements uniformly: `(size, *shape)` int64."""
+        return rng.integers(self.n, size=(size, *self.shape))
+
+    def contains(self, values: np.ndarray) -> bool:
+        """Whether `values` `(..., *shape)` are all elements of this space."""
+        values = np.asarray(values)
+        tail = values.shape[values.ndim - len(self.shape) :]
+        whole = np.issubdtype(values.dtype, np.integer)
+        return tail == self.shape and whole and bool(((values >= 0) & (values < self.n)).all())
+
+
+class DarkRoom:
+    """`N` rooms stepped together, one goal each.
+
+    Args:
+        goals: `(N, 2)` int, (row, column) of each room's goal.
+        grid_size: rows and columns of the room; the start is the cell in its centre.
+        horizon: steps an episode.
+    """
+
+    def __init__(self, goals: np.ndarray, grid_size: int = 9, horizon: int = 20) -> None:
+        self.state_space = Space(grid_size, (2,))
+        self.action_space = Space(N_ACTIONS)
+        self.goals = np.asarray(goals)
+        if self.goals.ndim != 2 or not self.state_space.contains(self.goals):
+            raise ValueError(
+                f"expected goals of shape (N, 2) with entries 0..{grid_size - 1}, "
+                f"got {np.asarray(goals).tolist()}"
+            )
+        self.grid_size = grid_size
+        self.horizon = horizon
+        self.reset()
+
+    @property
+    def n_rooms(self) -> int:
+        """Number of rooms `N`."""
+        return len(self.goals)
+
+    def reset(self) -> np.ndarray:
+        """Put every agent in the centre; returns `(N, 2)` states."""
+        self.n_steps = 0
+        self.states = np.tile(start_state(self.grid_size), (self.n_rooms, 1))
+        return self.states
+
+    def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, bool]:
+        """Act once in every room.
+
+        Args:
+            actions: `(N,)` int in 0..4.
+
+        Returns:
+            next states `(N, 2)`, rewards `(N,)` of 0 or 1, and whether the episode ends here. The
+            next state of the last step is the one reached, not that of the coming reset.
+        """
+        if self.n_steps >= self.horizon:
+            raise RuntimeError(f"the episode ended after {self.horizon} steps: call reset() first")
+        actions = np.asarray(actions)
+        if actions.shape != (self.n_rooms,) or not self.action_space.contains(actions):
+            raise ValueError(
+                f"expected {self.n_rooms} actions in 0..{N_ACTIONS - 1}, got {actions.tolist()}"
+            )
+        self.states = np.clip(self.states + MOVES[actions], 0, self.grid_size - 1)
+        self.n_steps += 1
+        rewards = (self.states == self.goals).all(axis=1).astype(np.int64)
+        return self.states, rewards, self.n_steps == self.horizon
+
+
+def start_state(grid_size: int) -> np.ndarray:
+    """(row, column) of the cell in which every episode starts: `(2,)` int."""
+    return np.full(2, grid_size // 2)
+
+
+def all_goals(grid_size: int) -> np.ndarray:
+    """Every cell of the room, row by row: `(grid_size**2, 2)` int."""
+    return np.stack(np.divmod(np.arange(grid_size**2), grid_size), axis=1)
+
+
+def optimal_return(goals: np.ndarray, grid_size: int = 9, horizon: int = 20) -> np.ndarray:
+    """Best possible reward an episode for each goal, `(N,)` for goals `(N, 2)`.
+
+    The first step already earns where the goal is the start or a neighbour of it, so a goal
+    `d >= 1` steps away earns on the steps `d .. horizon`.
+    """
+    distance = np.abs(np.asarray(goals) - start_state(grid_size)).sum(axis=1)
+    return np.maximum(horizon + 1 - np.maximum(distance, 1), 0)
+
+
+def split_goals(
+    seed: int, grid_size: int = 9, n_test: int = 8, n_validation: int = 6
+) -> dict[str, np.ndarray]:
+    """Split the cells of the room at random into goals to train on, to validate on and to test on.
+
+    The test goals depend on `seed` and `n_test` alone, so that runs which validate on more or
+    fewer goals still share them.
+
+    Raises:
+        UserError: the room has not that many goals.
+
+    Returns:
+        `{"train": (N, 2), "validation": (n_validation, 2), "test": (n_test, 2)}`, row-major order.
+    """
+    n_cells = grid_size**2
+    if n_test < 1 or n_validation < 1 or n_test + n_validation >= n_cells:
+        raise UserError(
+            f"a room of {n_cells} cells cannot be split into {n_test} test goals, "
+            f"{n_validation} validation goals and at least one to train on"
+        )
+    order = np.random.default_rng(seed).permutation(n_cells)
+    bounds = [n_test, n_test + n_validation]
+    test, validation, train = (np.sort(part) for part in np.split(order, bounds))
+    cells = all_goals(grid_size)
+    return {"train": cells[train], "validation": cells[validation], "test": cells[test]}

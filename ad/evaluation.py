@@ -1,0 +1,75 @@
+"""How well a model learns in context: numbers of its rollouts, and the same as console text.
+
+numbers = score(EnvConfig(), goals, returns)                    # returns (G, R, E)
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from config import EnvConfig
+from ad.darkroom import optimal_return
+
+
+def score(env: EnvConfig, goals: np.ndarray, returns: np.ndarray) -> dict[str, Any]:
+    """Numbers of an evaluation on goals `(G, 2)`; the second half of its episodes counts.
+
+    Args:
+        env: the room.
+        goals: `(G, 2)` int.
+        returns: `(G, R, E)` reward of each of `E` episodes of `R` rollouts a goal.
+
+    Returns:
+        Plain numbers: `return` and `possible`, the mean reward an episode reached and the best
+        there is, `relative`, their quotient, and the same by goal and by episode.
+    """
+    possible = optimal_return(goals, env.grid_size, env.horizon)
+    late = returns[:, :, returns.shape[2] // 2 :].mean(axis=(1, 2))
+    return {
+        "goals": goals.tolist(),
+        "possible": float(possible.mean()),
+        "return": float(late.mean()),
+        "relative": float(late.mean() / possible.mean()),
+        "first_episode": float(returns[:, :, 0].mean()),
+        "possible_by_goal": possible.tolist(),
+        "return_by_goal": late.tolist(),
+        "return_by_episode": returns.mean(axis=1).tolist(),
+        "rollouts": returns.shape[1],
+    }
+
+
+def describe(result: dict[str, Any], checkpoint: Path) -> str:
+    """The final numbers of a training run as console text.
+
+    Args:
+        result: the content of `training.json`.
+        checkpoint: the checkpoint chosen.
+    """
+    test, n = result["test"], result["config"]["eval_episodes"]
+    lines = [
+        "",
+        f"TEST GOALS (never trained or chosen on), {test['rollouts']} rollouts a goal",
+        f"{'goal':>8}  {'possible':>8}  {'episodes ' + f'{n // 2 + 1} to {n}':>17}  {'part':>5}",
+    ]
+    for goal, possible, reached in zip(
+        test["goals"], test["possible_by_goal"], test["return_by_goal"], strict=True
+    ):
+        place = f"({goal[0]}, {goal[1]})"
+        lines.append(f"{place:>8}  {possible:>8}  {reached:>17.2f}  {reached / possible:>5.0%}")
+    lines += [
+        f"{'mean':>8}  {test['possible']:>8.2f}  {test['return']:>17.2f}  {test['relative']:>5.0%}",
+        "",
+        *(
+            f"The same with whole episodes dropped from a full context: {value:.2f}"
+            for sliding, value in result["test_by_sliding"].items()
+            if sliding == "episode"
+        ),
+        f"Reward in episode 1: {test['first_episode']:.2f}. The source algorithm ended at "
+        f"{result['source_relative_return']:.1%} of the best possible on its own goals.",
+        f"Chosen by validation goals: update {result['chosen_step']:,} of "
+        f"{result['config']['n_updates']:,}; training and evaluating took "
+        f"{result['seconds'] / 60:.0f} minutes.",
+        f"Checkpoint: {checkpoint}",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,258 @@
+"""Learning histories in HDF5, as existing Dark Room code for Algorithm Distillation keeps them.
+
+A file holds a group for each goal, named by the cell of the goal, row by row: "0" to "80" in a room
+of 9 x 9. A group holds `states` and `next_states` `(T, streams, 2)` and `actions`, `rewards` and
+`dones` `(T, streams)`, time first. A stream is one learning history.
+
+At the last step of an episode `next_states` holds the state after the reset, not the one reached.
+It is kept so: the models of that code were trained on it.
+
+    histories = read_hdf5("datasets/history_darkroom_PPO_alg-seed42.hdf5", 9, 20, goals=[[4, 2]])
+
+Needs h5py (`pip install h5py`), which nothing else does.
+"""
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from historylens.common.errors import UserError
+from dataset import Histories
+
+SUFFIXES = (".hdf5", ".h5")
+MAX_TRANSITIONS = 2**26  # held at once: 400 MB, as one transition takes 6 bytes
+_AXES = {"states": 3, "actions": 2, "rewards": 2, "next_states": 3}
+
+
+def to_stderr(text: str) -> None:
+    """Tell the user something beside the results."""
+    print(f"note: {text}", file=sys.stderr)
+
+
+def read_hdf5(
+    path: str | Path,
+    grid_size: int,
+    horizon: int | None = None,
+    goals: Sequence[Sequence[int]] | None = None,
+    tell: Callable[[str], None] = to_stderr,
+) -> Histories:
+    """Read the learning histories of some goals.
+
+    Every stream of a goal is one history, those of a goal side by side. Histories are cut to whole
+    episodes and to the shortest of them. Of a file of more than `MAX_TRANSITIONS` transitions the
+    first streams of each goal are read, as many as stay below it. Each is told once.
+
+    Args:
+        path: the file.
+        grid_size: rows and columns of the room.
+        horizon: steps an episode; where it is None, up to the first of `dones`.
+        goals: `(G, 2)`, (row, column) of the goals wanted; None: all in the file.
+        tell: called with a line of text that the user should read.
+
+    Returns:
+        Histories of `N = G * streams`; states and actions are whole numbers, rewards too where all
+        of them are, float32 elsewhere.
+
+    Raises:
+        UserError: h5py is missing, or the file is damaged or not of this kind.
+    """
+    path = Path(path)
+    with _open(path) as file:
+        try:
+            groups = _find_groups(path, file, grid_size, goals)
+            shapes = {cell: _check_shapes(path, cell, group) for cell, group in groups.items()}
+            horizon = horizon or _horizon_of(path, groups)
+            n_steps = _whole_episodes(path, shapes, horizon, tell)
+            n_streams = _n_streams(path, shapes, n_steps, tell)
+            parts = []
+            for cell, group in groups.items():
+                n = min(n_streams, shapes[cell][1])
+                parts.append(_read_group(f"{path}, group {cell}", group, n_steps, n, horizon))
+        except (OSError, RuntimeError) as error:  # what h5py raises where bytes are missing
+            raise UserError(f"{path} is damaged: {_one_line(error)}") from error
+    arrays = [np.concatenate(arrays) for arrays in zip(*parts, strict=True)]
+    cells = np.repeat(list(groups), [len(part[1]) for part in parts])
+    histories = Histories(*arrays, np.stack(np.divmod(cells, grid_size), axis=1), horizon)
+    _tell_other_goals(path, histories, tell)
+    return histories
+
+
+def _open(path: Path) -> Any:
+    """The opened file; h5py is imported here, so that nobody needs it for other files."""
+    h5py = _import_h5py(path)
+    try:
+        return h5py.File(path, "r")
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be read as an HDF5 file of learning histories: {_one_line(error)}"
+        ) from error
+
+
+def _import_h5py(path: Path) -> ModuleType:
+    try:
+        import h5py
+    except ImportError as error:
+        raise UserError(
+            f"reading {path} needs h5py, which is not installed: pip install h5py"
+        ) from error
+    return h5py
+
+
+def _find_groups(
+    path: Path, file: Any, grid_size: int, goals: Sequence[Sequence[int]] | None
+) -> dict[int, Any]:
+    """Groups by the cell of their goal, in the order of `goals` or of the cells."""
+    expected = f"expected a group for each goal, named 0 to {grid_size**2 - 1} row by row"
+    if not len(file):
+        raise UserError(f"{path} is empty: {expected}")
+    there = ", ".join(list(file)[:4]) + (f", ... ({len(file)})" if len(file) > 4 else "")
+    if goals is None:
+        if odd := [name for name in file if not name.isdecimal() or int(name) >= grid_size**2]:
+            raise UserError(f"{path}: {expected}, got {odd[0]!r}")
+        cells = sorted(map(int, file))
+    else:
+        cells = [int(row) * grid_size + int(col) for row, col in goals]
+    for cell in cells:
+        group = file.get(str(cell))
+        if group is None or not hasattr(group, "keys"):
+            row, col = divmod(cell, grid_size)
+            raise UserError(f"{path}: {expected}, got none of goal {row},{col} ({cell}) in {there}")
+    return {cell: file[str(cell)] for cell in cells}
+
+
+def _check_shapes(path: Path, cell: int, group: Any) -> tuple[int, int]:
+    """Steps and streams of a group whose arrays fit each other."""
+    names = [*_AXES, *(["dones"] if "dones" in group else [])]
+    for name in names:
+        if not hasattr(group.get(name), "shape"):
+            there = ", ".join(group) or "nothing"
+            raise UserError(f"{path}, group {cell}: expected a dataset {name}, got {there}")
+    found = group["actions"].shape
+    if len(found) != 2:
+        raise UserError(f"{path}, group {cell}: expected actions (T, streams), got {found}")
+    if 0 in found:
+        raise UserError(f"{path}, group {cell}: expected learning histories, got {found} actions")
+    for name in names:
+        expected = (*found, 2)[: _AXES.get(name, 2)]
+        if group[name].shape != expected:
+            raise UserError(
+                f"{path}, group {cell}: expected {name} of shape {expected} beside actions of "
+                f"shape {found} (time, streams), got {group[name].shape}"
+            )
+    return found
+
+
+def _horizon_of(path: Path, groups: dict[int, Any]) -> int:
+    """Steps up to the first end of an episode."""
+    for group in groups.values():
+        ends = np.flatnonzero(group["dones"][:, 0]) if "dones" in group else []
+        if len(ends):
+            return int(ends[0]) + 1
+    raise UserError(
+        f"{path}: expected the steps of an episode in the checkpoint's config (horizon) or marked "
+        "by dones, got neither"
+    )
+
+
+def _whole_episodes(
+    path: Path, shapes: dict[int, tuple[int, int]], horizon: int, tell: Callable[[str], None]
+) -> int:
+    """Steps that every history has, in whole episodes."""
+    steps = [n_steps for n_steps, _ in shapes.values()]
+    whole = min(steps) // horizon * horizon
+    if not whole:
+        raise UserError(f"{path}: expected episodes of {horizon} steps, got {min(steps)} steps")
+    if max(steps) > whole:
+        tell(
+            f"{path} holds histories of up to {max(steps):,} steps; the first {whole:,} of each "
+            f"are used, whole episodes of {horizon} steps that all of them have"
+        )
+    return whole
+
+
+def _n_streams(
+    path: Path, shapes: dict[int, tuple[int, int]], n_steps: int, tell: Callable[[str], None]
+) -> int:
+    """Streams of each goal that fit `MAX_TRANSITIONS`, at least one."""
+    most = max(n_streams for _, n_streams in shapes.values())
+    fit = max(1, MAX_TRANSITIONS // (n_steps * len(shapes)))
+    if fit < most:
+        tell(
+            f"{path} holds {len(shapes)} goals x up to {most:,} streams x {n_steps:,} steps; the "
+            f"first {fit:,} streams of each goal are used"
+        )
+    return min(fit, most)
+
+
+def _read_group(
+    where: str, group: Any, n_steps: int, n_streams: int, horizon: int
+) -> tuple[np.ndarray, ...]:
+    """States, actions, rewards and next states of a goal, streams first."""
+    arrays = {
+        name: np.ascontiguousarray(group[name][:n_steps, :n_streams].swapaxes(0, 1))
+        for name in [*_AXES, *(["dones"] if "dones" in group else [])]
+    }
+    if "dones" in arrays:
+        _check_dones(where, arrays["dones"] != 0, horizon)
+    for name in ("states", "actions", "next_states"):
+        arrays[name] = _whole(f"{where}: {name}", arrays[name])
+    arrays["rewards"] = _numbers(f"{where}: rewards", arrays["rewards"])
+    return tuple(arrays[name] for name in _AXES)
+
+
+def _check_dones(where: str, dones: np.ndarray, horizon: int) -> None:
+    """Check that episodes, where they are marked `(streams, T)`, all have `horizon` steps."""
+    expected = np.arange(dones.shape[1]) % horizon == horizon - 1
+    wrong = np.argwhere(dones != expected)
+    if dones.any() and len(wrong):
+        stream, step = wrong[0]
+        found = "an end" if dones[stream, step] else "none"
+        raise UserError(
+            f"{where}: expected an episode to end every {horizon} steps, as the checkpoint's "
+            f"horizon says, got {found} at step {step} of stream {stream} (dones)"
+        )
+
+
+def _numbers(what: str, values: np.ndarray) -> np.ndarray:
+    """Finite numbers, in as few bytes as they need: whole ones as int8, if they fit."""
+    if values.dtype.kind not in "buif":
+        raise UserError(f"{what}: expected numbers, got {values.dtype}")
+    if not np.isfinite(values).all():
+        raise UserError(f"{what}: expected finite numbers, got {values[~np.isfinite(values)][0]}")
+    if values.dtype.kind == "f" and (values != np.round(values)).any():
+        return values.astype(np.float32)
+    small = values.min() >= -128 and values.max() <= 127
+    return values.astype(np.int8 if small else np.int64)
+
+
+def _whole(what: str, values: np.ndarray) -> np.ndarray:
+    """Whole numbers, whatever type they are stored as."""
+    numbers = _numbers(what, values)
+    if numbers.dtype.kind == "f":
+        odd = values[values != np.round(values)][0]
+        raise UserError(f"{what}: expected whole numbers, got {odd}")
+    return numbers
+
+
+def _tell_other_goals(path: Path, histories: Histories, tell: Callable[[str], None]) -> None:
+    """Say so if rewards are earned elsewhere than at the goal that a group is named for."""
+    inside = np.arange(histories.n_steps) % histories.horizon < histories.horizon - 1
+    rewarded = (histories.rewards > 0) & inside  # at an episode's end the reset hides the place
+    away = (histories.next_states != histories.goals[:, None]).any(axis=2)
+    found = np.argwhere(rewarded & away)
+    if len(found):
+        history, step = found[0]
+        row, col = histories.goals[history].tolist()
+        there = ",".join(map(str, histories.next_states[history, step].tolist()))
+        tell(
+            f"{path}: rewards of the group named for goal {row},{col} are earned at {there}; "
+            "if its groups are in another order than row by row, the goals named here are wrong"
+        )
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())

@@ -1,1 +1,0 @@
-"""Attention of any causal transformer: capture it, measure it, draw it, read advice off it."""

@@ -1,1 +1,0 @@
-"""Compressed against full history in an environment: arms, statistics, verdicts, reports."""

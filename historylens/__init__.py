@@ -1,0 +1,14 @@
+"""Which history does an in-context reinforcement learner use, and how much of it can go?
+
+    from historylens import capture, Decision, Tokens
+
+`capture` records the attention of any PyTorch model; `Decision` and `Tokens` are what an adapter
+gives (`historylens --adapter my_model.py`); `compress_history` shortens one history.
+"""
+
+from historylens.capture import CaptureError, capture
+from historylens.compression import compress_history
+from historylens.history import Decision, History
+from historylens.tokens import Tokens
+
+__all__ = ["CaptureError", "Decision", "History", "Tokens", "capture", "compress_history"]

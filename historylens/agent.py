@@ -1,0 +1,319 @@
+"""What decides: a model with decisions to look at, and where there is one, its environment.
+
+The AD model that comes with the tool is an `Agent`, and so is what an adapter gives; everything
+that follows (analysis, effects, comparison) knows nothing else.
+
+    logits = agent.act(History.of(agent.decisions[:2]))                  # (2, A)
+    logits, attention = attend(agent, history, layers=[0, 3])            # one captured pass
+    rewards = rollout(agent.environment.make(goals), policy, n_steps=800, noises=noises)
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from historylens.capture import LayerAttention, capture
+from historylens.common.batches import MAX_TOKENS_ACTING, MAX_WEIGHTS
+from historylens.common.errors import UserError
+from historylens.history import Decision, History, HistoryBuffer
+from historylens.tokens import NONE, PADDING, Tokens, sum_rows
+
+LOOKS = ("query_attention", "received", "last_rows")  # fields of a History that a look gives
+N_LAST_ROWS = 8  # transitions whose attention rows are in last_rows
+
+
+class Rooms(Protocol):
+    """`B` environments that step together, all of their episodes ending at once."""
+
+    def reset(self) -> np.ndarray:
+        """Begin an episode; returns states `(B, S)`."""
+        ...
+
+    def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, bool]:
+        """Take actions `(B,)`; returns next states `(B, S)`, rewards `(B,)`, episode's end."""
+        ...
+
+
+@dataclass(frozen=True)
+class Environment:
+    """Tasks that an agent can be put to, none of which it was trained on.
+
+    Attributes:
+        goals: names of the tasks, by number.
+        horizon: steps an episode.
+        make: from the task number of each of `B` environments, `(B,)` int, to these.
+        best: best possible return an episode of each task, or None where it is not known.
+    """
+
+    goals: tuple[str, ...]
+    horizon: int
+    make: Callable[[np.ndarray], Rooms]
+    best: tuple[float, ...] | None = None
+
+
+class Agent(ABC):
+    """A model in evaluation mode, and decisions that it makes after some history.
+
+    Attributes:
+        model: the model.
+        device: where it lies.
+        decisions: what to look at; may be empty.
+        n_max: transitions that the model can read at once.
+        layers: names of what attends, in the order in which it runs.
+        n_heads: heads of each layer.
+        capture_options: further arguments of `capture`.
+        environment: where it can act, or None.
+        title: the model, and the environment, in a few words.
+        identity: plain values on which results depend, such as a digest of the weights.
+        facts: name -> what was loaded, in words.
+        meta: the same as plain values.
+        label_columns: labels that name a decision, in the order of the table's columns.
+    """
+
+    model: nn.Module
+    device: torch.device
+    decisions: Sequence[Decision]
+    n_max: int
+    layers: Sequence[str]
+    n_heads: Sequence[int]
+    capture_options: Mapping[str, Any] = {}  # noqa: RUF012 - read only
+    environment: Environment | None = None
+    title: str
+    identity: Mapping[str, Any]
+    facts: Mapping[str, str]
+    meta: Mapping[str, Any]
+    label_columns: Sequence[str]
+
+    @abstractmethod
+    def act(self, history: History, positions: Tensor | None = None) -> Tensor:
+        """Action logits `(B, A)` on up to `n_max` transitions.
+
+        Args:
+            history: without padding.
+            positions: `(B, n + 1)` int64, where each transition and, last, the query stands; None:
+                one behind the other. Only for agents that can place them.
+        """
+
+    def forward(self, history: History) -> Tensor:
+        """The model's own forward pass, whose attention is captured: action logits `(B, A)`."""
+        return self.act(history)
+
+    def tokens(self, history: History) -> list[Tokens]:
+        """What each token is that the model reads, a map each of the `B` histories."""
+        return [Tokens.of(history.n)] * history.size
+
+    def length(self, index: int) -> int:
+        """Transitions before a decision; equally long ones can share a pass."""
+        return self.decisions[index].n
+
+    def history(self, indices: Sequence[int]) -> History:
+        """What lies before some equally long decisions, on the model's device."""
+        return History.of([self.decisions[i] for i in indices], self.device)
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens of the longest decision."""
+        longest = max(range(len(self.decisions)), key=self.length)
+        return len(self.tokens(self.history([longest]))[0])
+
+
+class Policy(Protocol):
+    """Decides on what environments have been through.
+
+    Attributes:
+        device: where it wants the history to lie.
+    """
+
+    device: torch.device | str
+
+    def act(self, buffer: HistoryBuffer, query_states: Tensor) -> Tensor:
+        """Action logits `(B, A)` in `query_states` `(B, S)`."""
+        ...
+
+
+@torch.inference_mode()
+def attend(
+    agent: Agent,
+    history: History,
+    layers: Sequence[int] | None = None,
+    *,
+    received: bool = False,
+    maps: Sequence[int] = (),
+    map_size: int | None = None,
+) -> tuple[Tensor, list[LayerAttention]]:
+    """One forward pass, and the attention in it.
+
+    Args:
+        agent: what decides.
+        history: `n` transitions before each of `B` decisions, without padding.
+        layers: numbers of the layers to capture; None: all.
+        received, maps, map_size: as for `capture`.
+
+    Returns:
+        Action logits `(B, A)`, and the attention of each layer asked for.
+
+    Raises:
+        CaptureError: attention cannot be read.
+    """
+    names = [agent.layers[i] for i in (range(len(agent.layers)) if layers is None else layers)]
+    options = {**agent.capture_options, **where_of(agent.tokens(history))}
+    if not any("#" in name for name in names):  # several calls of one module are told by number
+        options["layers"] = names
+    if map_size is not None:
+        options["map_size"] = map_size
+    with capture(agent.model, received=received, maps=maps, **options) as record:
+        logits = agent.forward(history)
+    by_name = {layer.name: layer for layer in record}
+    return logits, [by_name[name] for name in names]
+
+
+def where_of(tokens: Sequence[Tokens]) -> dict[str, Any]:
+    """Arguments of capture that say which token decides and which are padding, where it matters."""
+    told: dict[str, Any] = {}
+    if any(one.decides != len(one) - 1 for one in tokens):
+        told["query"] = torch.tensor([one.decides for one in tokens])
+    if any(PADDING in one.part for one in tokens):
+        told["padding"] = torch.tensor([[p == PADDING for p in one.part] for one in tokens])
+    return told
+
+
+def look(agent: Agent, history: History, wanted: Collection[str]) -> History:
+    """The history with its attention, averaged over layers and heads, from one pass over it.
+
+    Rows and columns of a transition's tokens count as one: columns are summed, rows averaged.
+
+    Args:
+        agent: what decides.
+        history: up to `n_max` transitions before each of `B` decisions.
+        wanted: fields of `History`; those that are none of `LOOKS` are left as they are.
+    """
+    wanted = [name for name in wanted if name in LOOKS]
+    if not wanted:
+        return history
+    size = history.size
+    if wanted != ["query_attention"]:
+        n_tokens = len(agent.tokens(history.rows(slice(0, 1)))[0])
+        size = max(1, MAX_WEIGHTS // (n_tokens**2 * sum(agent.n_heads)))
+    parts = [
+        _look(agent, history.rows(slice(start, start + size)), wanted)
+        for start in range(0, history.size, size)
+    ]
+    return replace(history, **{name: torch.cat([p[name] for p in parts]) for name in wanted})
+
+
+def _look(agent: Agent, history: History, wanted: Sequence[str]) -> dict[str, Tensor]:
+    tokens = agent.tokens(history)
+    whole = wanted != ["query_attention"]
+    options = {"maps": range(history.size), "map_size": max(8, len(tokens[0]))} if whole else {}
+    _, layers = attend(agent, history, **options)
+    known = {}
+    if "query_attention" in wanted:
+        rows = sum(layer.query_rows.double().mean(1) for layer in layers) / len(layers)
+        known["query_attention"] = sum_rows(rows.numpy(), tokens)[..., :-1]
+    if whole:
+        weights = sum(layer.maps.nan_to_num().double().mean(1) for layer in layers)
+        rows = _among_transitions(weights.numpy() / len(layers), tokens)  # (B, n, n)
+        known |= {"received": rows.sum(1), "last_rows": rows[:, -N_LAST_ROWS:]}
+    return {name: torch.from_numpy(known[name]).float().to(history.device) for name in wanted}
+
+
+def _among_transitions(weights: np.ndarray, tokens: Sequence[Tokens]) -> np.ndarray:
+    """Attention of transitions to transitions `(B, n, n)` from that of tokens `(B, T, T)`.
+
+    The row of the token that decides counts only where it belongs to a transition.
+    """
+    columns = sum_rows(weights, tokens)[..., :-1]  # (B, T, n)
+    rows = sum_rows(columns.swapaxes(1, 2), tokens)[..., :-1].swapaxes(1, 2)  # (B, n, n)
+    counts = [np.bincount(one.transition[one.transition != NONE]) for one in tokens]
+    return rows / np.stack(counts)[:, :, None]
+
+
+@torch.inference_mode()
+def act_in_parts(agent: Agent, history: History, positions: Tensor | None = None) -> Tensor:
+    """Action logits `(B, A)` on histories of any lengths; a pass for every length that occurs.
+
+    Args:
+        agent: what decides.
+        history: padded in front where a decision keeps fewer transitions than another.
+        positions: `(B, n + 1)` as for `Agent.act`, padded alike.
+    """
+    size = max(1, MAX_TOKENS_ACTING // (history.n + 1))
+    rows = torch.arange(history.size, device=history.device)
+    logits, order = [], []
+    for some in rows.split(size):
+        chosen = history if len(some) == history.size else history.rows(some)
+        for own, part in chosen.by_count():
+            placed = None if positions is None else positions[some[own], -part.n - 1 :]
+            logits.append(agent.act(part, placed))
+            order.append(some[own])
+    return torch.cat(logits)[torch.cat(order).argsort()]
+
+
+def rollout(
+    rooms: Rooms,
+    policy: Policy,
+    n_steps: int,
+    noises: Sequence[np.random.Generator],
+    bar: tqdm | None = None,
+    tasks: np.ndarray | None = None,
+) -> np.ndarray:
+    """Act for `n_steps` in `B` environments together; no weight changes.
+
+    Args:
+        rooms: the environments.
+        policy: gives the logits of the actions; on its device the history lies.
+        n_steps: steps, through as many episodes as that takes.
+        noises: `B` generators of the action noise, one an environment.
+        bar: progress bar, moved on by `B` decisions a step.
+        tasks: `(B,)` int, equal where two environments are of the same task.
+
+    Returns:
+        `(B, n_steps)` rewards, of the type that the environments give.
+    """
+
+    def tensor(values: np.ndarray) -> Tensor:  # a copy: environments may use their arrays again
+        return torch.tensor(np.asarray(values), device=policy.device)
+
+    states = tensor(rooms.reset())
+    n_rooms, state_size = states.shape
+    buffer = HistoryBuffer(n_rooms, n_steps, state_size, policy.device, states.dtype, tasks)
+    rewards = []
+    for t in range(n_steps):
+        logits = policy.act(buffer, states)  # (B, A)
+        if t == 0:
+            noise = np.stack([rng.gumbel(size=(n_steps, logits.shape[1])) for rng in noises])
+        # The largest of logits and Gumbel noise is a draw from their softmax.
+        actions = (logits.double().cpu().numpy() + noise[:, t]).argmax(axis=1)
+        next_states, earned, done = rooms.step(actions)
+        rewards.append(np.array(earned))
+        next_states = tensor(next_states)
+        buffer.append(states, tensor(actions), tensor(earned), next_states, done)
+        states = tensor(rooms.reset()) if done else next_states
+        if bar is not None:
+            bar.update(n_rooms)
+    return np.stack(rewards, axis=1) if rewards else np.zeros((n_rooms, 0), dtype=np.int64)
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of that name; `auto` is a GPU where there is one.
+
+    Raises:
+        UserError: there is no such device here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except Exception as error:  # torch raises a different type for each missing backend
+        raise UserError(
+            f"expected a --device of this machine (cpu, cuda, cuda:1, ...), got {name!r}, "
+            "which is not there"
+        ) from error
+    return device

@@ -1,0 +1,1 @@
+"""What every part of the tool shares: errors, settings, files, console text, processes."""

@@ -1,0 +1,41 @@
+"""How much goes through a model at once, and what it looks like when that was too much."""
+
+import itertools
+from collections.abc import Hashable, Iterable
+
+import torch
+
+MAX_TOKENS = 2**12  # in a captured pass without maps: as fast as more, and easily shared out
+MAX_DRAWN = 16  # decisions with maps in one pass: a map takes R x C numbers a head
+MAX_DRAWN_TOKENS = 2**15
+MAX_TOKENS_ACTING = 2**14  # in a pass that only acts, on compressed histories
+MAX_WEIGHTS = 2**25  # attention weights held at once: all layers, heads, rows and columns
+MAX_ROOMS = 64  # environments that step together on a CPU: more of them outgrow its cache
+
+
+def even_parts(start: int, stop: int, size: int) -> list[range]:
+    """`start .. stop - 1` in as few parts of at most `size` as there can be, about equally long."""
+    n_parts = -(-(stop - start) // size)
+    ends = [start + (stop - start) * i // n_parts for i in range(n_parts + 1)] if n_parts else []
+    return [range(*pair) for pair in itertools.pairwise(ends)]
+
+
+def alike(keys: Iterable[tuple[int, Hashable]]) -> list[list[int]]:
+    """Numbers in groups of one key, which can share a pass, in order of first appearance."""
+    groups: dict[Hashable, list[int]] = {}
+    for number, key in keys:
+        groups.setdefault(key, []).append(number)
+    return list(groups.values())
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether there was no memory left: numpy, PyTorch on a GPU and on a CPU say it differently."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    signs = (
+        "DefaultCPUAllocator",
+        "not enough memory",
+        "CUBLAS_STATUS_ALLOC_FAILED",
+        "CUDA error: out of memory",
+    )
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)

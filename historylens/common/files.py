@@ -1,0 +1,99 @@
+"""The one way to write: a file is whole or it is not there, and folders are checked beforehand.
+
+with writable_folder("figs/attention") as out:
+    ...                                        # look at what lies there: a failure is one line
+write_json(out / "metrics.json", {"entropy": 1.5})
+"""
+
+import contextlib
+import itertools
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from historylens.common.errors import UserError
+
+Content = str | bytes | Iterable[str] | Callable[[BinaryIO], object]
+
+
+def write_atomically(path: str | Path, content: Content) -> None:
+    """Write a temporary file beside `path`, then rename it: readers never see half a file.
+
+    Args:
+        path: the file.
+        content: text, bytes, a long text in pieces that never lies in memory as a whole, or
+            what writes to an open binary file.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            if callable(content):
+                content(file)
+            elif isinstance(content, bytes):
+                file.write(content)
+            else:
+                pieces = [content] if isinstance(content, str) else content
+                file.writelines(piece.encode() for piece in pieces)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: str | Path, content: Mapping[str, Any], **style: Any) -> None:
+    """Write `content` as JSON: plain finite numbers only, all at once or not at all.
+
+    Args:
+        path: the file.
+        content: plain types, numpy's numbers and arrays, and paths.
+        style: further arguments of `json.JSONEncoder`.
+
+    Raises:
+        ValueError: NaN or infinity somewhere in it.
+        OSError: the file cannot be written.
+    """
+    encoder = json.JSONEncoder(allow_nan=False, default=_plain, **style)
+    write_atomically(path, itertools.chain(encoder.iterencode(content), "\n"))
+
+
+def _plain(value: object) -> Any:
+    if isinstance(value, np.generic | np.ndarray):
+        return value.tolist()
+    if isinstance(value, Path):
+        return str(value)
+    raise TypeError(f"expected plain types for JSON, got {type(value).__name__}: {value!r}")
+
+
+@contextlib.contextmanager
+def writable_folder(out: str | Path) -> Iterator[Path]:
+    """Make an output folder and check that files can be written to it, and look into it.
+
+    Raises:
+        UserError: they cannot, or the system refuses what the block does.
+    """
+    out = Path(out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        probe = out / f".write-test-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+        yield out
+    except OSError as error:
+        raise UserError(
+            f"cannot write to the output folder {out} ({error.strerror}): choose another with --out"
+        ) from error
+
+
+def in_the_way(out: Path, path: Path) -> UserError:
+    """What to say of something that stands where a result is to lie."""
+    return UserError(
+        f"cannot write to the output folder {out}: {path} is in the way; move it or choose another "
+        "folder with --out"
+    )

@@ -1,0 +1,219 @@
+"""One job in several processes: each takes its share of the work, rank 0 writes and prints.
+
+    torchrun --nproc-per-node 4 visualize_attention.py --num-samples 5000
+
+    with join() as group:                     # the processes that torchrun started, or this one
+        device = group.device(torch.device("cuda"))             # a GPU for each process
+        parts = group.gather(work(n) for n in group.share(100))   # all parts on rank 0
+
+Gloo carries CPU tensors and python objects, NCCL what lies on GPUs. A process that nothing started
+beside others forms no group: every method then does what one process does, at no cost.
+"""
+
+import contextlib
+import io
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import nn
+
+from historylens.common.errors import UserError
+
+TIMEOUT = timedelta(hours=1)  # longer than rank 0 ever works while the others wait
+LOST_RANK = 1  # exit code
+
+
+@dataclass(frozen=True)
+class Group:
+    """The processes of a job, seen from one of them; by default there is only this one.
+
+    Attributes:
+        rank: number of this process, from 0.
+        size: number of processes.
+        local_rank: number of this process on its machine.
+    """
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes and prints."""
+        return self.rank == 0
+
+    def share(self, n_items: int) -> range:
+        """Numbers of `0 .. n_items - 1` for this process: every `size`-th from `rank` on."""
+        return range(self.rank, n_items, self.size)
+
+    def equal_slice(self, n_items: int) -> slice:
+        """The part of `n_items` for this process, as long as that of every other.
+
+        Raises:
+            UserError: they cannot be dealt out evenly.
+        """
+        if n_items % self.size:
+            raise UserError(
+                f"expected a batch size that {self.size} processes can share evenly, got {n_items}"
+            )
+        n_own = n_items // self.size
+        return slice(self.rank * n_own, (self.rank + 1) * n_own)
+
+    def device(self, device: torch.device) -> torch.device:
+        """The device of this process: with several, "cuda" means a GPU for each of them.
+
+        Raises:
+            UserError: the machine has fewer GPUs than processes, or all were given the same one.
+        """
+        if self.size == 1 or device.type != "cuda":
+            return device
+        if device.index is not None:
+            raise UserError(
+                f"expected --device cuda, a GPU for each of {self.size} processes, got {device}"
+            )
+        if self.local_rank >= torch.cuda.device_count():
+            raise UserError(
+                f"expected at most {torch.cuda.device_count()} processes on this machine, one a "
+                f"GPU, got {self.local_rank + 1} or more: lower --nproc-per-node"
+            )
+        torch.cuda.set_device(self.local_rank)
+        return torch.device("cuda", self.local_rank)
+
+    def gather(self, value: Any) -> list[Any] | None:
+        """The values of all processes by rank, on rank 0; None on the others."""
+        if self.size == 1:
+            return [value]
+        values = [None] * self.size if self.is_main else None
+        torch.distributed.gather_object(value, values, dst=0)
+        return values
+
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's value, on all processes."""
+        if self.size == 1:
+            return value
+        values = [value]
+        torch.distributed.broadcast_object_list(values, src=0)
+        return values[0]
+
+    def mean(self, value: float) -> float:
+        """Mean of a number over all processes, on all of them."""
+        if self.size == 1:
+            return value
+        total = torch.tensor(value, dtype=torch.float64)
+        torch.distributed.all_reduce(total)
+        return float(total) / self.size
+
+    def barrier(self) -> None:
+        """Wait until all processes are here."""
+        self.mean(0.0)
+
+    def averaging(self, module: nn.Module, device: torch.device) -> nn.Module:
+        """`module` with gradients that are averaged over all processes as it runs backward."""
+        if self.size == 1:
+            return module
+        devices = None if device.type == "cpu" else [device]
+        return nn.parallel.DistributedDataParallel(module, device_ids=devices)
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """A block that each process runs by itself: at its end all go on, or all stop.
+
+        A user's mistake that several processes meet is told once, by the first of them; the
+        others exit quietly with code 2.
+        """
+        mistake = None
+        try:
+            yield
+        except UserError as error:
+            if self.size == 1:
+                raise
+            mistake = error
+        if self.size == 1:
+            return
+        mistakes = [None] * self.size
+        torch.distributed.all_gather_object(mistakes, mistake and str(mistake))
+        if mistake and mistakes.index(str(mistake)) == self.rank:
+            raise mistake
+        if any(mistakes):
+            sys.exit(2)
+
+    @contextlib.contextmanager
+    def told_once(self) -> Iterator[None]:
+        """A block whose console text is the same on all processes: only rank 0's is shown."""
+        with contextlib.ExitStack() as stack:
+            if not self.is_main:
+                stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+                stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
+            yield
+
+
+ALONE = Group()
+
+
+@contextlib.contextmanager
+def join() -> Iterator[Group]:
+    """Join the processes that torchrun started beside this one, until the block ends.
+
+    A process that loses another says so in one line and exits with code 1. Torchrun stops those
+    that are left, names the one that failed first, and exits with code 1 as well.
+
+    Raises:
+        UserError: torchrun's environment is incomplete, or the processes do not find each other.
+    """
+    group = _read_environment()
+    if group.size == 1:
+        yield group
+        return
+    on_gpus = torch.cuda.is_available() and torch.distributed.is_nccl_available()
+    try:
+        torch.distributed.init_process_group(
+            "cpu:gloo,cuda:nccl" if on_gpus else "gloo", timeout=TIMEOUT
+        )
+    except (RuntimeError, ValueError) as error:
+        raise UserError(
+            f"the {group.size} processes of this job did not find each other: {_brief(error)}"
+        ) from error
+    try:
+        yield group
+    except RuntimeError as error:
+        if not _is_lost_connection(error):
+            raise
+        print(
+            f"error: rank {group.rank} lost another of the {group.size} processes of this job, "
+            f"which died or hangs; nothing more is written ({_brief(error)})",
+            file=sys.stderr,
+        )
+        sys.stderr.flush()
+        os._exit(LOST_RANK)  # what would tidy up waits for the process that is gone
+    torch.distributed.destroy_process_group()
+
+
+def _read_environment() -> Group:
+    """Rank and size as torchrun gives them."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        return Group()
+    missing = [n for n in (*names, "MASTER_ADDR", "MASTER_PORT") if n not in os.environ]
+    if missing:
+        raise UserError(
+            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but {missing[0]} is not set: start several "
+            "processes with `torchrun --nproc-per-node N`, or unset WORLD_SIZE"
+        )
+    rank, size, local_rank = (int(os.environ[name]) for name in names)
+    return Group(rank, size, local_rank)
+
+
+def _is_lost_connection(error: RuntimeError) -> bool:
+    """Whether a collective failed: gloo raises a bare RuntimeError that names its source file."""
+    return isinstance(error, torch.distributed.DistError) or "gloo" in str(error).lower()
+
+
+def _brief(error: Exception) -> str:
+    """First sentence of a message, without the source line it begins with."""
+    text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return text.rpartition("] ")[2].split(". ")[0]

@@ -1,0 +1,67 @@
+"""Text for the console: wrapped paragraphs, aligned tables, numbers and lists in words.
+
+print(wrap("a long text ...", "   - ", "     "))
+for line in aligned([("layer", "entropy"), ("0", "4.47")]): print(line)
+"""
+
+import textwrap
+import unicodedata
+from collections.abc import Collection, Mapping, Sequence
+
+WIDTH = 100
+
+
+def aligned(table: Sequence[Sequence[str]], left: Collection[int] = ()) -> list[str]:
+    """Lines of a table, its columns right-aligned but for those of the numbers `left`."""
+    widths = [max(map(columns, column)) for column in zip(*table, strict=True)]
+    lines = []
+    for row in table:
+        cells = []
+        for i, (cell, width) in enumerate(zip(row, widths, strict=True)):
+            space = " " * (width - columns(cell))
+            cells.append(cell + space if i in left else space + cell)
+        lines.append("  ".join(cells).rstrip())
+    return lines
+
+
+def wrap(text: str, first: str = "", then: str | None = None) -> str:
+    """A text in lines that begin with `first`, and from the second on with `then`, if given."""
+    width = WIDTH - (columns(first) - len(first))  # textwrap counts characters
+    return textwrap.fill(
+        text, width, initial_indent=first, subsequent_indent=first if then is None else then
+    )
+
+
+def labelled(lines: Mapping[str, str]) -> str:
+    """`label: text` lines with the texts aligned; long texts wrap below themselves."""
+    width = max(columns(label) for label in lines) + 2
+    return "\n".join(
+        wrap(text, f"{label}:" + " " * (width - columns(label) - 1), " " * width)
+        for label, text in lines.items()
+    )
+
+
+def columns(text: str) -> int:
+    """Console columns of a text: wide characters take two."""
+    return sum(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
+
+
+def cap(value: float, limit: float = 1000.0, decimals: int = 2) -> str:
+    """A ratio for people to read: a denominator near zero makes it huge and its digits noise."""
+    return f"> {limit:.0f}" if value > limit else f"{value:.{decimals}f}"
+
+
+def fixed(value: float, decimals: int, sign: str = "") -> str:
+    """Fixed decimals without a negative zero."""
+    return f"{round(value, decimals) + 0.0:{sign}.{decimals}f}"
+
+
+def counted(number: int, noun: str) -> str:
+    """`1 layer`, `4 layers`."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def listed(layers: Sequence[int]) -> str:
+    """`layer 1`, `layers 1 and 2`, `layers 0, 1 and 3`."""
+    *first, last = [str(layer) for layer in layers]
+    return f"layers {', '.join(first)} and {last}" if first else f"layer {last}"

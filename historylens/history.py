@@ -1,0 +1,322 @@
+"""The transitions before decisions: one decision, a batch of them, and a store that grows.
+
+A `Decision` is a state in which a model acts and the transitions before it; a `History` is a batch
+of `B` of them, each with `n` transitions in the order of time, and the one type that everything
+passes on; a `HistoryBuffer` holds what environments that step together have been through.
+
+    history = History.of([decision, other])
+    shorter = history.take(indices)                    # (B, k) indices
+    logits = model(*shorter.inputs)                    # (B, A)
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+PADDING = -1  # in front of the indices of a decision that keeps fewer than another
+
+
+@dataclass(frozen=True)
+class Decision:
+    """A state in which a model acts, and the `n` transitions before it in the order of time.
+
+    Arrays, tensors and lists are accepted. Whatever else a transition holds (an image, flattened;
+    a continuous action) may be columns of its state.
+
+    Attributes:
+        states: `(n,)` or `(n, S)`, the state before each transition.
+        actions: `(n,)` int.
+        rewards: `(n,)`; above 0 counts as rewarded.
+        query_state: a number or `(S,)`, the state to act in.
+        next_states: as `states`; None: the state of the transition that follows.
+        episodes: `(n,)` int, number of the episode of each transition, never falling; None: one.
+        title: says which decision this is, in the titles of pictures.
+        labels: columns of metrics.csv that name it.
+        task: number of the task, for comparisons between decisions of different tasks.
+    """
+
+    states: Any
+    actions: Any
+    rewards: Any
+    query_state: Any
+    next_states: Any = None
+    episodes: Any = None
+    title: str = ""
+    labels: dict[str, int | float | str] = field(default_factory=dict)
+    task: int | None = None
+
+    @property
+    def n(self) -> int:
+        """Transitions before the decision."""
+        return len(self.rewards)
+
+    @property
+    def episode_starts(self) -> np.ndarray:
+        """`(E,)` int, transitions at which an episode begins, ascending."""
+        if self.episodes is None:
+            return np.zeros(min(self.n, 1), dtype=np.int64)
+        return np.append(0, np.flatnonzero(np.diff(self.episodes)) + 1)[: self.n]
+
+    @property
+    def rewarded(self) -> np.ndarray:
+        """`(n,)` bool, transitions that were rewarded."""
+        return np.asarray(self.rewards) > 0
+
+
+@dataclass(frozen=True)
+class History:
+    """Raw history before each of `B` decisions, and what is known of the attention to it.
+
+    What is None is unknown. Nothing is checked here: `checked` does, where histories enter.
+
+    Attributes:
+        states, next_states: `(B, n, S)`, `S` numbers describe a state.
+        actions: `(B, n)` int.
+        rewards: `(B, n)`.
+        query_states: `(B, S)`, the state in which to act.
+        episodes: `(B, n)` int, number of the episode of each transition, never falling.
+        tasks: `(B,)` int, equal where two histories are of the same task.
+        received: `(B, n)`, attention that each transition received from the tokens after it, the
+            query not included, summed over them.
+        last_rows: `(B, W, n)`, attention rows of the last `W` transitions.
+        query_attention: `(B, n)`, the query's attention to each transition, after the softmax.
+        kept: `(B, n)` int64, which transitions of the raw history these are, ascending; a decision
+            that keeps fewer than another has `PADDING` in front, and any transition there
+            (`by_count` splits such a batch). None: nothing was left out, or these are new tokens.
+    """
+
+    states: Tensor
+    actions: Tensor
+    rewards: Tensor
+    next_states: Tensor
+    query_states: Tensor | None = None
+    episodes: Tensor | None = None
+    tasks: Tensor | None = None
+    received: Tensor | None = None
+    last_rows: Tensor | None = None
+    query_attention: Tensor | None = None
+    kept: Tensor | None = None
+
+    @classmethod
+    def of(cls, decisions: Sequence[Decision], device: torch.device | str = "cpu") -> "History":
+        """The histories of decisions with equally many transitions, arrays `(n, S)` and `(n,)`.
+
+        Whole numbers become int64, others float32. Tasks and episodes are known where all
+        decisions have them.
+        """
+
+        def stacked(name: str) -> Tensor | None:
+            parts = [getattr(decision, name) for decision in decisions]
+            if any(part is None for part in parts):
+                return None
+            values = torch.from_numpy(np.stack(parts)).to(device)
+            return values.float() if values.is_floating_point() else values.long()
+
+        names = ("states", "actions", "rewards", "next_states")
+        return cls(
+            *map(stacked, names),
+            query_states=stacked("query_state"),
+            episodes=stacked("episodes"),
+            tasks=stacked("task"),
+        )
+
+    def checked(self) -> "History":
+        """The same with tensors in place of arrays and lists, for what a user hands over.
+
+        Raises:
+            ValueError: shapes that do not fit each other, or attention that is negative or no
+                number.
+        """
+        known = {name: torch.as_tensor(value) for name, value in self._known().items()}
+        actions, states = known["actions"], known["states"]
+        if actions.ndim != 2 or states.ndim != 3:
+            raise ValueError(
+                "expected actions of shape (B, n) and states of shape (B, n, S), "
+                f"got {tuple(actions.shape)} and {tuple(states.shape)}"
+            )
+        size, n, width = *actions.shape, states.shape[-1]
+        window = known["last_rows"].shape[1] if "last_rows" in known else 0
+        expected = dict.fromkeys(["rewards", "episodes", "received", "query_attention"], (size, n))
+        expected |= dict.fromkeys(["states", "next_states"], (size, n, width))
+        expected |= {"query_states": (size, width), "tasks": (size,)}
+        expected |= {"last_rows": (size, window, n)}
+        for name, shape in expected.items():
+            if name in known and tuple(known[name].shape) != shape:
+                raise ValueError(
+                    f"expected {name} of shape {shape} beside actions of shape {(size, n)}, "
+                    f"got {tuple(known[name].shape)}"
+                )
+        for name in {"received", "last_rows", "query_attention"} & known.keys():
+            if not ((known[name] >= 0) & known[name].isfinite()).all():
+                raise ValueError(f"expected {name} after the softmax: finite and not negative")
+        return replace(self, **known)
+
+    @property
+    def size(self) -> int:
+        """Number of decisions `B`."""
+        return self.actions.shape[0]
+
+    @property
+    def n(self) -> int:
+        """Transitions before each decision, padding of `kept` included."""
+        return self.actions.shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the actions lie."""
+        return self.actions.device
+
+    @property
+    def inputs(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """States, actions, rewards, next states and query states: what a model reads."""
+        return self.states, self.actions, self.rewards, self.next_states, self.query_states
+
+    @property
+    def counts(self) -> Tensor:
+        """`(B,)` int, transitions that each decision really has."""
+        if self.kept is None:
+            return torch.full((self.size,), self.n, device=self.device)
+        return (self.kept != PADDING).sum(dim=1)
+
+    def take(self, indices: Tensor) -> "History":
+        """Keep the transitions at `indices` `(B, k)`, ascending, none twice, padding in front."""
+        rows = torch.arange(self.size, device=self.device)[:, None]
+        places = indices.clamp(min=0)
+        taken = {
+            name: value if name in ("query_states", "tasks") else value[rows, places]
+            for name, value in self._known().items()
+            if name not in ("last_rows", "kept")
+        }
+        if self.last_rows is not None:
+            window = self.last_rows.shape[1]
+            taken["last_rows"] = self.last_rows.gather(2, places[:, None].expand(-1, window, -1))
+        return replace(self, **taken, kept=indices)
+
+    def latest(self, n: int) -> "History":
+        """The latest `n` transitions, or all where there are fewer; nothing counts as left out."""
+        if n >= self.n:
+            return self
+        start = self.n - n
+        cut = {
+            name: value[..., start:] if name == "last_rows" else value[:, start:]
+            for name, value in self._known().items()
+            if name not in ("query_states", "tasks")
+        }
+        return replace(self, **cut)
+
+    def rows(self, rows: Tensor | slice) -> "History":
+        """The decisions at `rows` `(R,)`, which may repeat."""
+        return replace(self, **{name: value[rows] for name, value in self._known().items()})
+
+    def by_count(self) -> Iterator[tuple[Tensor, "History"]]:
+        """Split into parts of equally many transitions each, without padding, fewest first.
+
+        Yields:
+            The rows `(R,)` of the batch, and their history.
+        """
+        counts = self.counts
+        for count in counts.unique(sorted=True).tolist():
+            rows = (counts == count).nonzero()[:, 0]
+            part = self if len(rows) == self.size else self.rows(rows)
+            yield rows, part.latest(count)
+
+    def _known(self) -> dict[str, Tensor]:
+        values = {each.name: getattr(self, each.name) for each in fields(self)}
+        return {name: value for name, value in values.items() if value is not None}
+
+
+class HistoryBuffer:
+    """Transitions of `B` environments that step together: a store that grows in place.
+
+    The history before a decision may be far longer than what a model can read at once. It is handed
+    out as views of the store: nothing is copied, however long it is.
+
+    Args:
+        n_rooms: environments `B`.
+        n_steps: transitions that there is place for.
+        state_size: numbers `S` that describe a state.
+        device: where the store lies and what it hands out.
+        state_dtype: type of the numbers of a state.
+        tasks: `(B,)` int, equal where two environments are of the same task.
+
+    Attributes:
+        n: transitions so far.
+    """
+
+    def __init__(
+        self,
+        n_rooms: int,
+        n_steps: int,
+        state_size: int,
+        device: torch.device | str = "cpu",
+        state_dtype: torch.dtype = torch.int64,
+        tasks: np.ndarray | Tensor | None = None,
+    ) -> None:
+        shape = (n_rooms, n_steps)
+        self.n = 0
+        self._tasks = None if tasks is None else torch.as_tensor(tasks, device=device)
+        self._states = torch.empty(*shape, state_size, dtype=state_dtype, device=device)
+        self._next_states = torch.empty_like(self._states)
+        self._actions = torch.empty(shape, dtype=torch.int64, device=device)
+        self._rewards = torch.empty(shape, dtype=torch.float32, device=device)
+        self._episodes = torch.zeros(n_steps + 1, dtype=torch.int64, device=device)
+
+    def append(
+        self,
+        states: Tensor,
+        actions: Tensor,
+        rewards: Tensor,
+        next_states: Tensor,
+        done: bool = False,
+    ) -> None:
+        """Append one transition of every environment.
+
+        Args:
+            states, next_states: `(B, S)` of the store's type.
+            actions: `(B,)` int.
+            rewards: `(B,)`, kept as float32.
+            done: whether an episode ends with it, so that the next transition begins another.
+        """
+        self._states[:, self.n] = states
+        self._actions[:, self.n] = actions
+        self._rewards[:, self.n] = rewards
+        self._next_states[:, self.n] = next_states
+        self.n += 1
+        self._episodes[self.n] = self._episodes[self.n - 1] + int(done)
+
+    def history(self, query_states: Tensor, first: int = 0) -> History:
+        """The raw transitions `first .. n - 1` before decisions in `query_states` `(B, S)`.
+
+        Views of the store, which later transitions leave as they are.
+        """
+        past = slice(first, self.n)
+        return History(
+            self._states[:, past],
+            self._actions[:, past],
+            self._rewards[:, past],
+            self._next_states[:, past],
+            query_states=query_states,
+            episodes=self._episodes[past].expand(len(self._actions), -1),
+            tasks=self._tasks,
+        )
+
+
+def episode_ids(n: int, horizon: int, steps_taken: int | Tensor | np.ndarray) -> Tensor:
+    """Number the episodes of `n` transitions before a decision, from 0.
+
+    Args:
+        n: transitions.
+        horizon: steps of a whole episode.
+        steps_taken: `(B,)` or a number, steps of the decision's own episode taken before it.
+
+    Returns:
+        `(B, n)` int; `(1, n)` for a number. The first episode may be cut at its front.
+    """
+    taken = torch.as_tensor(steps_taken).reshape(-1, 1)
+    from_own = torch.arange(n)[None, :] - (n - taken)  # negative before the decision's episode
+    ids = torch.div(from_own, horizon, rounding_mode="floor")
+    return ids - ids[:, :1]

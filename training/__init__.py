@@ -1,1 +1,0 @@
-"""What training needs beside the model: settings, optimiser, thinned windows, evaluation."""
