@@ -11,6 +11,7 @@ The settings of an analysis and of a comparison stand in `historylens.analysis` 
 import argparse
 from dataclasses import dataclass
 
+from historylens.analysis import AnalysisConfig
 from historylens.common.errors import UserError
 from historylens.common.settings import count, require, require_fractions, setting
 
@@ -167,3 +168,8 @@ class ActingConfig:
         "history where that fits",
         choices=("reindexed", "original"),
     )
+
+
+@dataclass(frozen=True)
+class VisualizeConfig(AnalysisConfig, CheckpointConfig):
+    """What to analyse, and where the pictures go."""

@@ -10,7 +10,6 @@ learning.
     dataset[0]["states"]                    # (99, 2)
 """
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from historylens.common.errors import UserError
+from historylens.common.files import write_atomically
 
 
 @dataclass(frozen=True)
@@ -104,14 +104,8 @@ class Histories:
 
     def save(self, path: str | Path) -> None:
         """Write an `.npz` file, whole or not at all."""
-        path = Path(path)
-        temporary = path.with_name(f".{path.name}.part")
-        try:
-            with open(temporary, "wb") as file:
-                np.savez_compressed(file, **{k: np.asarray(v) for k, v in vars(self).items()})
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        arrays = {name: np.asarray(value) for name, value in vars(self).items()}
+        write_atomically(path, lambda file: np.savez_compressed(file, **arrays))
 
     @classmethod
     def load(cls, path: str | Path) -> "Histories":

@@ -1,102 +1,41 @@
-"""Act step by step without reading the whole context again: keys and values are kept.
+"""The AD model acting: in-context reinforcement learning (Laskin et al. 2022, section 4).
 
-While a context grows, what earlier tokens computed does not change, so a step costs two tokens: the
-newest transition, which is kept, and the query, which is not. When the oldest transition drops out
-every position shifts and the cache is void; reading the context anew is the same call from empty.
+No weight changes. The model reads the transitions before a decision, draws an action, and the new
+transition is appended; once the context is full, old transitions drop out.
 
-    context = CachedContext(model, n_rooms=128)
-    logits = context.act(query_states)                            # (128, A), nothing lived through
-    logits = context.act(query_states, states, actions, rewards, next_states)   # m new transitions
+    returns = rollout_goals(model, np.repeat(goals, 16, axis=0), n_episodes=40, seed=0)  # (128, 40)
+    logits = fast_logits(model, history)              # (B, A), as model(*history.inputs)
+
+The encoder is walked by hand, which leaves out what the query does not need. While a context
+grows, what earlier tokens computed does not change, so that a step costs two tokens: the newest
+transition, whose keys and values are kept, and the query, whose are not. When the oldest transition
+drops out every position shifts, and all is read anew. There is no dropout in any of it.
 """
 
+from collections.abc import Callable
+from typing import Literal
+
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, scaled_dot_product_attention
+from tqdm import tqdm
 
-from compression import History
+from ad.darkroom import DarkRoom
+from historylens.agent import rollout
+from historylens.common.batches import MAX_ROOMS
+from historylens.history import History, HistoryBuffer
 from model import ADTransformer
 
-TOKENS_AT_ONCE = (
-    2**12
-)  # in one pass on a CPU: what a layer makes of more of them outgrows its cache
+TOKENS_AT_ONCE = 2**12  # on a CPU: what a layer makes of more of them outgrows its cache
 
-
-class CachedContext:
-    """Keys and values `(L, B, H, n, D / H)` of the `n` transitions that each of `B` rooms lived."""
-
-    def __init__(self, model: ADTransformer, n_rooms: int) -> None:
-        self.model = model
-        self.n_rooms = n_rooms
-        self.n_context = 0
-        config, weight = model.config, model.pred_action.weight
-        n_layers, n_heads = config.tf_n_layer, config.tf_n_head
-        shape = (n_layers, n_rooms, n_heads, config.n_transit, config.tf_n_embd // n_heads)
-        self.keys = torch.empty(shape, dtype=weight.dtype, device=weight.device)
-        self.values = torch.empty_like(self.keys)
-
-    def clear(self) -> None:
-        """Forget everything."""
-        self.n_context = 0
-
-    @torch.inference_mode()
-    def act(
-        self,
-        query_states: Tensor,
-        states: Tensor | None = None,
-        actions: Tensor | None = None,
-        rewards: Tensor | None = None,
-        next_states: Tensor | None = None,
-    ) -> Tensor:
-        """Append `m` transitions, then give the logits of the action in the query states.
-
-        Args:
-            query_states: `(B, 2)`.
-            states, actions, rewards, next_states: `(B, m, 2)`, `(B, m)`, `(B, m)`, `(B, m, 2)`;
-                left out where there is nothing new.
-
-        Returns:
-            `(B, A)`, equal to `model(context, query_states)` on the whole context.
-
-        Raises:
-            ValueError: the context would outgrow the model's positions.
-        """
-        tokens = self.model.embed_queries(query_states).unsqueeze(1)  # (B, 1, D)
-        if states is not None:
-            new = self.model.embed_transitions(states, actions, rewards, next_states)
-            tokens = torch.cat([new, tokens], dim=1)  # (B, m + 1, D)
-        end = self.n_context + tokens.shape[1]
-        if end > self.model.config.n_transit:
-            raise ValueError(
-                f"expected at most {self.model.n_context_max} transitions in context, got {end - 1}"
-            )
-        hidden = tokens + self.model.pos_embedding[:, self.n_context : end]
-        layers = self.model.transformer_encoder.layers
-        for number, layer in enumerate(layers):
-            keys, values = self._remember(number, layer, hidden)
-            if number == len(layers) - 1:
-                hidden = hidden[:, -1:]
-            hidden = attend(layer, hidden, keys, values)
-        self.n_context = end - 1  # the query's own key is overwritten by the next token
-        return self.model.pred_action(hidden[:, -1])
-
-    def _remember(
-        self, number: int, layer: nn.TransformerEncoderLayer, x: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Append keys and values of new tokens `(B, m, D)`; gives all, `(B, H, n + m, D / H)`."""
-        end = self.n_context + x.shape[1]
-        keys, values = self.keys[number, :, :, :end], self.values[number, :, :, :end]
-        new_keys, new_values = keys_and_values(layer, x)
-        keys[:, :, self.n_context :] = new_keys
-        values[:, :, self.n_context :] = new_values
-        return keys, values
+Sliding = Literal["step", "episode"]
+Keep = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 @torch.inference_mode()
 def fast_logits(model: ADTransformer, history: History, positions: Tensor | None = None) -> Tensor:
     """Action logits `(B, A)` of one pass over a history: `model(*history.inputs, positions)`.
-
-    Faster by what only the query needs of the last layer, and by going through a large batch in
-    parts that fit the processor's cache. There is no dropout in it.
 
     Args:
         model: the model.
@@ -107,59 +46,194 @@ def fast_logits(model: ADTransformer, history: History, positions: Tensor | None
         ValueError: the history is longer than the model's positions, or positions do not fit.
     """
     tokens = model.embed(*history.inputs, positions)  # (B, T, D)
-    size = len(tokens)
-    if tokens.device.type == "cpu":
-        size = max(1, TOKENS_AT_ONCE // tokens.shape[1])
-    return torch.cat([_logits(model, part) for part in tokens.split(max(1, size))])
+    size = TOKENS_AT_ONCE // tokens.shape[1] if tokens.device.type == "cpu" else len(tokens)
+    return torch.cat([_walk(model, part) for part in tokens.split(max(1, size))])
 
 
-def _logits(model: ADTransformer, hidden: Tensor) -> Tensor:
-    """Action logits `(B, A)` from embedded tokens `(B, T, D)`."""
+class CachedContext:
+    """Keys and values `(L, B, H, n, D / H)` of the `n` transitions before `B` decisions.
+
+    context = CachedContext(model, n_rooms=128)
+    logits = context.act(new)                         # (128, A), after the transitions of `new`
+
+    Attributes:
+        n_context: transitions in context.
+    """
+
+    def __init__(self, model: ADTransformer, n_rooms: int) -> None:
+        config, weight = model.config, model.pred_action.weight
+        n_layers, n_heads = config.tf_n_layer, config.tf_n_head
+        shape = (n_layers, n_rooms, n_heads, config.n_transit, config.tf_n_embd // n_heads)
+        self.n_context = 0
+        self._model = model
+        self._keys = torch.empty(shape, dtype=weight.dtype, device=weight.device)
+        self._values = torch.empty_like(self._keys)
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self.n_context = 0
+
+    @torch.inference_mode()
+    def act(self, new: History) -> Tensor:
+        """Append the `m` transitions of `new`, then give the logits in its query states.
+
+        Returns:
+            `(B, A)`, equal to `model(*context.inputs)` on the whole context.
+
+        Raises:
+            ValueError: the context would outgrow the model's positions.
+        """
+        model, first, end = self._model, self.n_context, self.n_context + new.n + 1
+        if end > model.config.n_transit:
+            raise ValueError(
+                f"expected at most {model.n_context_max} transitions in context, got {end - 1}"
+            )
+
+        def keep(number: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+            known = self._keys[number, :, :, :end], self._values[number, :, :, :end]
+            known[0][:, :, first:] = keys
+            known[1][:, :, first:] = values
+            return known
+
+        transitions = model.embed_transitions(*new.inputs[:4])
+        query = model.embed_queries(new.query_states).unsqueeze(1)
+        tokens = torch.cat([transitions, query], dim=1)  # (B, m + 1, D)
+        logits = _walk(model, tokens + model.pos_embedding[:, first:end], keep)
+        self.n_context = end - 1  # the query's own key is overwritten by the next token
+        return logits
+
+
+def _walk(model: ADTransformer, x: Tensor, keep: Keep | None = None) -> Tensor:
+    """Action logits `(B, A)` of the last of embedded tokens `(B, m, D)`, the query.
+
+    `keep` takes the number of a layer and the new tokens' keys and values, and gives those of all
+    `T` tokens in context.
+    """
     layers = model.transformer_encoder.layers
     for number, layer in enumerate(layers):
-        keys, values = keys_and_values(layer, hidden)
+        weight, bias = layer.self_attn.in_proj_weight, layer.self_attn.in_proj_bias
+        width = x.shape[2]
+        keys, values = linear(x, weight[width:], bias[width:]).chunk(2, dim=-1)
+        keys, values = _heads(layer, keys), _heads(layer, values)  # (B, H, m, D / H)
+        if keep is not None:
+            keys, values = keep(number, keys, values)  # (B, H, T, D / H)
         if number == len(layers) - 1:
-            hidden = hidden[:, -1:]
-        hidden = attend(layer, hidden, keys, values)
-    return model.pred_action(hidden[:, -1])
+            x = x[:, -1:]
+        queries = _heads(layer, linear(x, weight[:width], bias[:width]))
+        mixed = _mix(queries, keys, values).transpose(1, 2).reshape(x.shape)
+        x = layer.norm1(x + layer.self_attn.out_proj(mixed))
+        x = layer.norm2(x + layer.linear2(layer.activation(layer.linear1(x))))
+    return model.pred_action(x[:, -1])
 
 
-def keys_and_values(layer: nn.TransformerEncoderLayer, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and values `(B, H, m, D / H)` of tokens `(B, m, D)`."""
-    weight, bias, width = layer.self_attn.in_proj_weight, layer.self_attn.in_proj_bias, x.shape[2]
-    keys, values = linear(x, weight[width:], bias[width:]).chunk(2, dim=-1)
-    return split_heads(layer, keys), split_heads(layer, values)
+def _mix(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """Causal attention of the latest `m` of `T` tokens: `(B, H, m, D / H)`."""
+    n_new, n_tokens = queries.shape[2], keys.shape[2]
+    mask = None
+    if 1 < n_new < n_tokens:
+        mask = torch.ones(n_new, n_tokens, dtype=torch.bool, device=keys.device)
+        mask = mask.tril(n_tokens - n_new)
+    is_causal = n_new == n_tokens
+    return scaled_dot_product_attention(queries, keys, values, mask, is_causal=is_causal)
 
 
-def queries(layer: nn.TransformerEncoderLayer, x: Tensor) -> Tensor:
-    """Queries `(B, H, m, D / H)` of tokens `(B, m, D)`, not scaled."""
-    weight, bias, width = layer.self_attn.in_proj_weight, layer.self_attn.in_proj_bias, x.shape[2]
-    return split_heads(layer, linear(x, weight[:width], bias[:width]))
-
-
-def attend(layer: nn.TransformerEncoderLayer, x: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """One post-norm layer on the latest `m` of `T` tokens: `(B, m, D)` to `(B, m, D)`.
-
-    `keys` and `values` `(B, H, T, D / H)` are those of all tokens. There is no dropout.
-    """
-    n_queries, n_tokens = x.shape[1], keys.shape[2]
-    if n_queries == n_tokens:
-        mixed = scaled_dot_product_attention(queries(layer, x), keys, values, is_causal=True)
-    else:
-        mask = None
-        if n_queries > 1:
-            mask = torch.ones(n_queries, n_tokens, dtype=torch.bool, device=x.device)
-            mask = mask.tril(n_tokens - n_queries)
-        mixed = scaled_dot_product_attention(queries(layer, x), keys, values, attn_mask=mask)
-    return feed(layer, x, mixed)
-
-
-def feed(layer: nn.TransformerEncoderLayer, x: Tensor, mixed: Tensor) -> Tensor:
-    """What a post-norm layer makes of its input `(B, m, D)` and its heads `(B, H, m, D / H)`."""
-    x = layer.norm1(x + layer.self_attn.out_proj(mixed.transpose(1, 2).reshape(x.shape)))
-    return layer.norm2(x + layer.linear2(layer.activation(layer.linear1(x))))
-
-
-def split_heads(layer: nn.TransformerEncoderLayer, x: Tensor) -> Tensor:
+def _heads(layer: nn.TransformerEncoderLayer, x: Tensor) -> Tensor:
     """`(B, m, D)` -> `(B, H, m, D / H)`."""
     return x.unflatten(-1, (layer.self_attn.num_heads, -1)).transpose(1, 2)
+
+
+class SlidingPolicy:
+    """Decides on the latest transitions, as many as fit: a `historylens.agent.Policy`.
+
+    One policy follows one `HistoryBuffer` from its beginning.
+
+    Args:
+        model: the model; it acts without dropout, whatever mode it is in.
+        n_rooms: environments `B`.
+        sliding: what drops out of a full context. "step": the oldest transition at each step, so
+            that the context always is as long as can be. "episode": the oldest whole episodes as
+            an episode begins, as many as make room for it; keys and values then hold for an
+            episode, which is several times faster.
+        horizon: steps an episode, for "episode".
+
+    Raises:
+        ValueError: `sliding` is "episode" and the context does not hold two episodes.
+    """
+
+    def __init__(
+        self, model: ADTransformer, n_rooms: int, sliding: Sliding = "step", horizon: int = 20
+    ) -> None:
+        if sliding == "episode" and model.n_context_max < 2 * horizon:
+            raise ValueError(
+                f"expected a context of two episodes ({2 * horizon} transitions) to drop one, "
+                f"got {model.n_context_max}"
+            )
+        self.device = model.pred_action.weight.device
+        self._model, self._context = model, CachedContext(model, n_rooms)
+        self._n_max, self._sliding, self._horizon = model.n_context_max, sliding, horizon
+        self._first = 0  # oldest step in context
+
+    def act(self, buffer: HistoryBuffer, query_states: Tensor) -> Tensor:
+        """Action logits `(B, A)`."""
+        if n_dropped := self._n_dropped(buffer.n):
+            self._first += n_dropped
+            self._context.clear()
+        new = buffer.history(query_states, first=self._first + self._context.n_context)
+        if self._sliding == "step" and new.n == self._n_max:  # nothing kept would hold a step on
+            return fast_logits(self._model, new)
+        return self._context.act(new)
+
+    def _n_dropped(self, t: int) -> int:
+        """How many transitions drop out of the context before step `t`."""
+        n = t - self._first
+        if self._sliding == "step":
+            return max(0, n - self._n_max)
+        if t % self._horizon:
+            return 0
+        # As an episode begins, n is whole episodes; its last step needs horizon - 1 of its own.
+        too_many = max(0, n + self._horizon - 1 - self._n_max)
+        return -(-too_many // self._horizon) * self._horizon
+
+
+def rollout_goals(
+    model: ADTransformer,
+    goals: np.ndarray,
+    n_episodes: int,
+    seed: int,
+    horizon: int = 20,
+    sliding: Sliding = "step",
+    progress: str | None = None,
+) -> np.ndarray:
+    """Act for many episodes in many rooms at once, with actions drawn from the model's policy.
+
+    Args:
+        model: the model; it acts without dropout, whatever mode it is in.
+        goals: `(N, 2)` int, one room each; repeat a goal for several rollouts of it.
+        n_episodes: episodes in a row, the history growing through all of them.
+        seed: seed of the action noise. Room i's noise depends on `seed` and i alone.
+        horizon: steps an episode.
+        sliding: what drops out of a full context, as for `SlidingPolicy`.
+        progress: label of a progress bar, if one is wanted.
+
+    Returns:
+        `(N, n_episodes)` int, the reward of each episode.
+
+    Raises:
+        ValueError: `sliding` is "episode" and the context does not hold two episodes.
+    """
+    n_steps = n_episodes * horizon
+    n_blocks = max(1, -(-len(goals) // MAX_ROOMS))
+    bar = tqdm(total=n_steps * len(goals), desc=progress, disable=not progress, leave=False)
+    with bar:
+        parts = [
+            rollout(
+                DarkRoom(goals[rooms], model.config.grid_size, horizon),
+                SlidingPolicy(model, len(rooms), sliding, horizon),
+                n_steps,
+                [np.random.default_rng((seed, room)) for room in rooms],
+                bar,
+            )
+            for rooms in np.array_split(np.arange(len(goals)), n_blocks)
+        ]
+    rewards = np.concatenate(parts)  # (N, n_steps)
+    return rewards.reshape(len(goals), n_episodes, horizon).sum(axis=2)

@@ -1,177 +1,205 @@
-"""Choose the decisions to analyse: spread over goals, histories and stages of learning.
+"""The AD model as an agent: a checkpoint, and decisions from learning histories.
 
-A decision is one step of a learning history: the state the learner stood in, and as context the `n`
-transitions before it.
-
-    decisions = choose_decisions(histories, n_context=99, n_samples=10, seed=0)
-    samples = [describe(histories, decision, i, 99) for i, decision in enumerate(decisions)]
+agent = load_for_analysis(VisualizeConfig(), pick_device("auto"))
+agent.decisions[0].title, agent.act(agent.history([0]))
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Callable, Sequence
+from functools import cached_property, lru_cache
+from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
-from attention.samples import Sample
-from historylens.common.errors import UserError
-from dataset import Histories, context_steps, max_stride_of
-
-
-@dataclass(frozen=True)
-class Decision:
-    """Step `step` of history `history`, whose context joins every `stride`-th episode back."""
-
-    history: int
-    step: int
-    stride: int = 1
-
-
-@dataclass(frozen=True)
-class Filter:
-    """Which decisions may be chosen; None: all.
-
-    Attributes:
-        goals: (row, column) of the goals whose histories count.
-        histories: numbers of histories in the file.
-        steps: first and last step of a history.
-    """
-
-    goals: Sequence[tuple[int, int]] | None = None
-    histories: Sequence[int] | None = None
-    steps: tuple[int, int] | None = None
+from ad.acting import fast_logits
+from ad.checkpoints import Checkpoint, Choice, check_can_act, find_checkpoint, load_checkpoint
+from ad.darkroom import DarkRoom, optimal_return
+from ad.decisions import Filter, HistoryDecisions, Place, choose_decisions
+from ad.histories import histories_path, read_histories
+from config import EnvConfig
+from dataset import Histories
+from historylens.agent import Agent, Environment
+from historylens.common.errors import UserError, note
+from historylens.common.settings import from_dict
+from historylens.history import Decision, History
+from historylens.tokens import Tokens
 
 
-def choose_decisions(
-    histories: Histories,
-    n_context: int,
-    n_samples: int,
-    seed: int,
-    stride: int = 1,
-    only: Filter | None = None,
-) -> list[Decision]:
-    """Spread `n_samples` decisions evenly over goals, their histories, and stages of learning.
+@lru_cache(maxsize=4)
+def _plain_tokens(n: int) -> Tokens:
+    return Tokens.of(n)
 
-    Goals take turns, and so do the histories of each goal. The stages divide the eligible steps
-    into `n_samples` equal parts, one decision from each, dealt out to the goals in random order.
+
+class ADAgent(Agent):
+    """A checkpoint's model, with or without decisions of learning histories.
 
     Args:
-        histories: where the decisions come from.
-        n_context: transitions before a decision `n`.
-        n_samples: decisions wanted. Where fewer are eligible, all of them are taken.
-        seed: seed of the choice; the same seed chooses the same decisions.
-        stride: join every so many episodes.
-        only: what is eligible.
+        checkpoint: the model, and what it was trained on.
+        device: where the model lies.
+        decisions: of learning histories, each with a full context.
+        facts, meta: what was loaded, in words and as plain values.
+    """
+
+    label_columns = ("goal_row", "goal_col", "history", "step", "stride")
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        device: torch.device,
+        decisions: Sequence[Decision] = (),
+        facts: dict[str, str] | None = None,
+        meta: dict[str, Any] | None = None,
+    ) -> None:
+        self.checkpoint, self.model, self.device = checkpoint, checkpoint.model, device
+        config = self.model.config
+        self.decisions, self.facts, self.meta = decisions, facts or {}, meta or {}
+        self.n_max = self.model.n_context_max
+        self.layers = [f"transformer_encoder.layers.{i}" for i in range(config.tf_n_layer)]
+        self.n_heads = [config.tf_n_head] * config.tf_n_layer
+        self.title = f"AD in Dark Room, {config.tf_n_layer} layers, {config.n_transit} tokens"
+
+    def act(self, history: History, positions: Tensor | None = None) -> Tensor:
+        """Action logits `(B, A)`, by a walk of the encoder that spares what only others need."""
+        return fast_logits(self.model, history, positions)
+
+    def forward(self, history: History) -> Tensor:
+        """Action logits `(B, A)` by the model's own forward pass."""
+        return self.model(*history.inputs)
+
+    def tokens(self, history: History) -> list[Tokens]:
+        """A token a transition, then the query."""
+        return [_plain_tokens(history.n)] * history.size
+
+    def length(self, index: int) -> int:
+        """Transitions before a decision, the same for all."""
+        return self.n_max
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens of a decision: every position that the model has."""
+        return self.n_max + 1
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """The checkpoint's digest, and the room."""
+        return {
+            "checkpoint": hashlib.sha256(self.checkpoint.path.read_bytes()).hexdigest(),
+            "grid_size": self.model.config.grid_size,
+        }
+
+    @cached_property
+    def environment(self) -> Environment:
+        """Dark Room, on the test goals that the checkpoint holds.
+
+        Raises:
+            UserError: it holds none, or such that its room has not, or is of another environment.
+        """
+        checkpoint = self.checkpoint
+        check_can_act(checkpoint)
+        goals = checkpoint.goals.get("test") if isinstance(checkpoint.goals, dict) else None
+        if not goals:
+            raise UserError(
+                f"{checkpoint.path} holds no test goals: expected its goals to have a list 'test', "
+                "goals that the model was not trained on; train again, or name another "
+                "--checkpoint"
+            )
+        room = {"grid_size": self.model.config.grid_size}
+        env = from_dict(EnvConfig, checkpoint.config | room)
+        try:
+            cells = np.array(goals)
+            DarkRoom(cells, env.grid_size, env.horizon)
+        except ValueError as error:
+            raise UserError(
+                f"{checkpoint.path}: its test goals do not fit its room: {error}"
+            ) from None
+        best = optimal_return(cells, env.grid_size, env.horizon)
+        return Environment(
+            goals=tuple(f"({row}, {col})" for row, col in cells.tolist()),
+            horizon=env.horizon,
+            make=lambda numbers: DarkRoom(cells[numbers], env.grid_size, env.horizon),
+            best=tuple(best.tolist()),
+        )
+
+
+def load_for_analysis(
+    config: Any, device: torch.device, tell: Callable[[str], None] = note
+) -> ADAgent:
+    """Load a checkpoint, its histories, and choose decisions; nothing is written.
+
+    Args:
+        config: a `VisualizeConfig`.
+        device: where the model will lie.
+        tell: called with a line of text that the user should read.
 
     Raises:
-        UserError: nothing is eligible.
+        UserError: something is missing, damaged, or does not fit.
     """
-    rng = np.random.default_rng(seed)
-    by_goal = _eligible_histories(histories, only or Filter(), rng)
-    steps = _eligible_steps(histories, n_context, stride, only or Filter())
-    n_eligible = len(steps) * sum(map(len, by_goal))
-    if n_samples >= n_eligible:
-        return [Decision(int(h), int(t), stride) for rows in by_goal for h in rows for t in steps]
-    turns = _take_turns(by_goal, n_samples, capacity=len(steps))  # (n_samples,) histories
-    stages = (rng.permutation(n_samples) + rng.random(n_samples)) / n_samples
-    chosen = np.empty(n_samples, dtype=int)
-    for history in np.unique(turns):
-        own = np.flatnonzero(turns == history)
-        own = own[np.argsort(stages[own])]
-        chosen[own] = steps[_distinct((stages[own] * len(steps)).astype(int), len(steps))]
-    return [Decision(int(h), int(t), stride) for h, t in zip(turns, chosen, strict=True)]
+    choice = find_checkpoint(config.checkpoint)
+    checkpoint = load_checkpoint(choice.path, device)
+    path = histories_path(config.histories, checkpoint)
+    histories = read_histories(path, checkpoint, tell)
+    n_context = checkpoint.model.n_context_max
+    only = Filter(config.goal, config.history, config.steps)
+    places = choose_decisions(
+        histories, n_context, config.num_samples, config.seed, config.stride, only
+    )
+    model = checkpoint.model.config
+    facts = {
+        "Checkpoint": f"{choice.path} ({choice.reason})",
+        "Step": f"{checkpoint.step:,} gradient updates",
+        "Model": f"{model.tf_n_layer} layers x {model.tf_n_head} heads, width {model.tf_n_embd}, "
+        f"{sum(p.numel() for p in checkpoint.model.parameters()):,} parameters",
+        "Context length": f"{n_context} transitions, then the query token "
+        f"({model.n_transit} tokens)",
+        "Device": str(device),
+        "Histories": f"{path} ({histories.n_histories} histories of {histories.n_steps:,} steps, "
+        f"{len(set(map(tuple, histories.goals.tolist())))} goals)",
+        "Samples": _samples_fact(histories, places),
+    }
+    meta = {
+        "checkpoint": str(choice.path),
+        "step": checkpoint.step,
+        "histories": str(path),
+        "n_transit": model.n_transit,
+        "n_heads": model.tf_n_head,
+    }
+    decisions = HistoryDecisions(histories, places, n_context)
+    return ADAgent(checkpoint, device, decisions, facts, meta)
 
 
-def describe(histories: Histories, decision: Decision, index: int, n_context: int) -> Sample:
-    """What a reader must know about the tokens of a decision."""
-    horizon = histories.horizon
-    context = context_steps(np.array([decision.step]), n_context, decision.stride, horizon)[0]
-    row, col = histories.goals[decision.history].tolist()
-    starts = np.flatnonzero(np.diff(context // horizon, prepend=-1))
-    joined = "" if decision.stride == 1 else f", one episode in {decision.stride}"
-    return Sample(
-        index=index,
-        title=(
-            f"goal ({row}, {col}), history {decision.history}, episode "
-            f"{decision.step // horizon + 1} of {histories.n_steps // horizon}, "
-            f"step {decision.step}{joined}"
-        ),
-        n_context=n_context,
-        episode_starts=starts,
-        rewarded=histories.rewards[decision.history, context] > 0,
-        labels={
-            "goal_row": row,
-            "goal_col": col,
-            "history": decision.history,
-            "step": decision.step,
-            "stride": decision.stride,
-        },
+def _samples_fact(histories: Histories, places: Sequence[Place]) -> str:
+    """Which decisions were chosen, in words."""
+    goals = {tuple(histories.goals[place.history].tolist()) for place in places}
+    steps = [place.step for place in places]
+    return (
+        f"{len(places)} decisions of {len(goals)} goals and "
+        f"{len({place.history for place in places})} histories, "
+        f"steps {min(steps):,} to {max(steps):,}"
     )
 
 
-def _eligible_histories(
-    histories: Histories, only: Filter, rng: np.random.Generator
-) -> list[np.ndarray]:
-    """Numbers of the eligible histories, one shuffled array a goal, goals in random order."""
-    rows = np.arange(histories.n_histories)
-    if only.histories is not None:
-        unknown = sorted(set(only.histories) - set(rows.tolist()))
-        if unknown:
-            raise UserError(
-                f"expected histories in 0..{histories.n_histories - 1}, got {unknown[0]}"
-            )
-        rows = np.unique(only.histories)
-    goals = [tuple(goal) for goal in histories.goals.tolist()]
-    if only.goals is not None:
-        unknown = [goal for goal in only.goals if tuple(goal) not in goals]
-        if unknown:
-            there = ", ".join(f"{row},{col}" for row, col in dict.fromkeys(goals))
-            raise UserError(
-                f"no history of goal {unknown[0][0]},{unknown[0][1]}: expected one of {there}"
-            )
-        rows = np.array([row for row in rows if goals[row] in set(map(tuple, only.goals))])
-    if not len(rows):
-        raise UserError("no decision passes the filter: no history is of a goal asked for")
-    by_goal: dict[tuple[int, ...], list[int]] = {}
-    for row in rows:
-        by_goal.setdefault(goals[row], []).append(int(row))
-    groups = [rng.permutation(group) for group in by_goal.values()]
-    return [groups[i] for i in rng.permutation(len(groups))]
+def load_for_acting(config: Any, device: torch.device) -> ADAgent:
+    """Load a checkpoint whose model can act in its environment.
 
+    Args:
+        config: an `ActingConfig`.
+        device: where the model will lie.
 
-def _eligible_steps(histories: Histories, n_context: int, stride: int, only: Filter) -> np.ndarray:
-    """Steps that have a full context and lie in the range asked for, ascending."""
-    steps = np.arange(histories.n_steps)
-    steps = steps[max_stride_of(steps, n_context, histories.horizon) >= stride]
-    if not steps.size:
-        raise UserError(
-            f"histories too short for the context: expected {n_context} transitions before a "
-            f"decision (stride {stride}), got histories of {histories.n_steps} steps"
-        )
-    if only.steps is not None:
-        first, last = only.steps
-        inside = steps[(steps >= first) & (steps <= last)]
-        if not inside.size:
-            raise UserError(
-                f"no decision passes the filter: expected steps between {steps[0]} (the first "
-                f"with {n_context} transitions before it) and {steps[-1]}, got {first}:{last}"
-            )
-        steps = inside
-    return steps
-
-
-def _take_turns(by_goal: list[np.ndarray], n_turns: int, capacity: int) -> np.ndarray:
-    """Deal out turns to the goals, and each goal's to its histories, `capacity` at most to each."""
-    queues = [list(rows) * capacity for rows in by_goal]
-    turns: list[int] = []
-    for n_round in range(max(map(len, queues))):
-        turns += [queue[n_round] for queue in queues if n_round < len(queue)]
-        if len(turns) >= n_turns:
-            break
-    return np.array(turns[:n_turns])
-
-
-def _distinct(indices: np.ndarray, size: int) -> np.ndarray:
-    """Ascending indices below `size`, moved as little as it takes to make them distinct."""
-    order = np.arange(len(indices))
-    forward = np.maximum.accumulate(indices - order) + order
-    return np.minimum(forward, size - len(indices) + order)
+    Raises:
+        UserError: something is missing, damaged, or does not fit.
+    """
+    choice: Choice = find_checkpoint(config.checkpoint)
+    checkpoint = load_checkpoint(choice.path, device)
+    facts = {"Checkpoint": f"{choice.path} ({choice.reason})"}
+    agent = ADAgent(
+        checkpoint,
+        device,
+        facts=facts,
+        meta={"checkpoint": str(choice.path), "step": checkpoint.step},
+    )
+    _ = agent.environment  # what is wrong with it is told before anything is played
+    if not agent.n_max:
+        raise UserError(f"{choice.path}: its model reads no history: there is nothing to compress")
+    return agent

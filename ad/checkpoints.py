@@ -12,7 +12,6 @@ as they are. They hold no `goals`: which ones were held out follows from the con
 """
 
 import numbers
-import os
 import random
 import re
 from dataclasses import dataclass
@@ -22,8 +21,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from config import ModelConfig, UserError, from_dict
 from ad.darkroom import N_ACTIONS
+from config import ModelConfig
+from historylens.common.errors import UserError
+from historylens.common.files import write_atomically
+from historylens.common.settings import from_dict
 from model import ADTransformer
 
 HISTORIES_NAME = "histories-test.npz"
@@ -105,12 +107,7 @@ def find_checkpoint(where: str | Path) -> Choice:
 def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
     """Write a dict of plain types and tensors, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.part")
-    try:
-        torch.save(content, temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_atomically(path, lambda file: torch.save(content, file))
 
 
 def read_file(path: str | Path) -> dict[str, Any]:
@@ -267,22 +264,3 @@ def model_config(path: str | Path, weights: dict[str, Any], config: dict[str, An
         return from_dict(ModelConfig, {"tf_dropout": 0.0} | config | width)
     except (UserError, TypeError) as error:
         raise UserError(f"{path}: its config does not describe a model: {error}") from error
-
-
-def pick_device(name: str) -> torch.device:
-    """The device of that name; `auto` is a GPU where there is one.
-
-    Raises:
-        UserError: there is no such device here.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except Exception as error:  # torch raises a different type for each missing backend
-        raise UserError(
-            f"expected a --device of this machine (cpu, cuda, cuda:1, ...), got {name!r}, "
-            "which is not there"
-        ) from error
-    return device

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from config import EnvConfig
 from ad.darkroom import optimal_return
+from config import EnvConfig
 
 
 def score(env: EnvConfig, goals: np.ndarray, returns: np.ndarray) -> dict[str, Any]:
@@ -39,11 +39,22 @@ def score(env: EnvConfig, goals: np.ndarray, returns: np.ndarray) -> dict[str, A
     }
 
 
+def progress_line(entry: dict[str, Any], n_episodes: int) -> str:
+    """One entry of `log` in `training.json`, an evaluation while training, as console text."""
+    return (
+        f"update {entry['step']:>6,}  loss {entry['loss']:.3f}  reward an episode, episodes "
+        f"{n_episodes // 2 + 1} to {n_episodes}"
+        f": train goals {entry['train_return']:.1f} of {entry['train_possible']:.1f}, validation "
+        f"goals {entry['validation_return']:.1f} of {entry['validation_possible']:.1f}"
+        f"{'  (kept)' if entry['best'] else ''}"
+    )
+
+
 def describe(result: dict[str, Any], checkpoint: Path) -> str:
     """The final numbers of a training run as console text.
 
     Args:
-        result: the content of `training.json`.
+        result: what `training.json` holds.
         checkpoint: the checkpoint chosen.
     """
     test, n = result["test"], result["config"]["eval_episodes"]

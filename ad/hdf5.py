@@ -12,7 +12,6 @@ It is kept so: the models of that code were trained on it.
 Needs h5py (`pip install h5py`), which nothing else does.
 """
 
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -20,17 +19,12 @@ from typing import Any
 
 import numpy as np
 
-from historylens.common.errors import UserError
 from dataset import Histories
+from historylens.common.errors import UserError, note
 
 SUFFIXES = (".hdf5", ".h5")
 MAX_TRANSITIONS = 2**26  # held at once: 400 MB, as one transition takes 6 bytes
 _AXES = {"states": 3, "actions": 2, "rewards": 2, "next_states": 3}
-
-
-def to_stderr(text: str) -> None:
-    """Tell the user something beside the results."""
-    print(f"note: {text}", file=sys.stderr)
 
 
 def read_hdf5(
@@ -38,7 +32,7 @@ def read_hdf5(
     grid_size: int,
     horizon: int | None = None,
     goals: Sequence[Sequence[int]] | None = None,
-    tell: Callable[[str], None] = to_stderr,
+    tell: Callable[[str], None] = note,
 ) -> Histories:
     """Read the learning histories of some goals.
 

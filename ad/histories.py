@@ -7,10 +7,10 @@ histories = read_histories(path, checkpoint)             # .npz, .hdf5 or .h5
 from collections.abc import Callable
 from pathlib import Path
 
-import hdf5
+from ad import hdf5
 from ad.checkpoints import HISTORIES_NAME, Checkpoint, is_dark_room
-from historylens.common.errors import UserError
 from dataset import Histories
+from historylens.common.errors import UserError, note
 
 
 def histories_path(given: str | Path | None, checkpoint: Checkpoint) -> Path:
@@ -19,7 +19,7 @@ def histories_path(given: str | Path | None, checkpoint: Checkpoint) -> Path:
 
 
 def read_histories(
-    path: str | Path, checkpoint: Checkpoint, tell: Callable[[str], None] = hdf5.to_stderr
+    path: str | Path, checkpoint: Checkpoint, tell: Callable[[str], None] = note
 ) -> Histories:
     """Read learning histories that the checkpoint's model can read.
 

@@ -13,9 +13,11 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
+from historylens.common.files import write_atomically
+
 
 def draw_learning_curve(result: dict[str, Any], path: str | Path) -> None:
-    """Left: return against gradient updates. Right: return against episodes lived in context.
+    """Left: return against gradient updates. Right: return against episodes in context.
 
     Args:
         result: what training wrote, with `config`, `log`, `chosen_step` and `test`.
@@ -33,7 +35,8 @@ def draw_learning_curve(result: dict[str, Any], path: str | Path) -> None:
     )
     draw_training(left, result)
     draw_in_context(right, result["test"])
-    figure.savefig(path, dpi=100, metadata={"Software": None})
+    style = {"format": "png", "dpi": 100, "metadata": {"Software": None}}
+    write_atomically(path, lambda file: figure.savefig(file, **style))
     plt.close(figure)
 
 

@@ -12,8 +12,8 @@ show many ways to explore and to improve.
 import numpy as np
 from tqdm import tqdm
 
-from config import EnvConfig, SourceConfig
 from ad.darkroom import DarkRoom, optimal_return
+from config import EnvConfig, SourceConfig
 from dataset import Histories
 
 

@@ -2,7 +2,7 @@
 
 A model that acts on compressed history reads a few transitions of many, re-indexed to the positions
 0, 1, ..., and decides in the state in which it stands. Training shows it just that: a long history
-is thinned by one of the strategies of `compression`, a few real transitions follow, and the loss is
+is thinned by a method of `historylens.compression`, a few real transitions follow, and the loss is
 that of the decisions from the thinning on. Prefixes of what was kept are no decisions to learn
 from: a transition that is kept because of what came later, as the last visit of its state and
 action or as one of a good episode, would teach the actions of a selection, not of the learner.
@@ -15,10 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from compression import STRATEGIES, History, Strategy, episode_ids
 from dataset import ADDataset, packed_queries
+from historylens.compression import METHODS
+from historylens.compression.method import Method
+from historylens.history import History, episode_ids
 
-# Those that look at nothing but the history, keep exactly what is asked, and are fast.
+# Methods that look at nothing but the history, keep exactly what is asked, and are fast.
 TRAINED_ON = (
     "random",
     "random-recent",
@@ -34,7 +36,7 @@ TRAINED_ON = (
 )
 FEWEST_READ = 5  # transitions, unless the model reads no more than fewer
 MOST_FOLLOWING = 9  # transitions between the thinning and the last decision
-N_THINNINGS = 8  # in one batch, each of a strategy and a length of its own
+N_THINNINGS = 8  # in one batch, each of a method and a length of its own
 MOST_TIMES = 8  # more windows than in other batches
 
 CONTEXT = ("states", "actions", "rewards", "next_states")
@@ -81,21 +83,21 @@ def sample_thinned(
     n_windows = batch_size * min(max(times, 1), MOST_TIMES)
     parts = []
     for rows in np.array_split(np.arange(n_windows), min(N_THINNINGS, n_windows)):
-        strategy = STRATEGIES[TRAINED_ON[rng.integers(len(TRAINED_ON))]]
+        method = METHODS[TRAINED_ON[rng.integers(len(TRAINED_ON))]]
         n_keep = n_read - n_following
         n_past = _log_uniform(n_keep, dataset.histories.n_steps - 1 - n_following, rng)
         histories, steps, context = dataset.draw(len(rows), n_past + n_following, rng)
         window = dataset.gather(histories, steps, context)
         horizon = dataset.histories.horizon
         episodes = episode_ids(context.shape[1], horizon, steps % horizon)
-        parts.append(thin(window, episodes, strategy, n_keep, n_following, rng))
+        parts.append(thin(window, episodes, method, n_keep, n_following, rng))
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 def thin(
     window: dict[str, Tensor],
     episodes: Tensor,
-    strategy: Strategy,
+    method: Method,
     n_keep: int,
     n_following: int,
     rng: np.random.Generator,
@@ -105,10 +107,10 @@ def thin(
     Args:
         window: `m` transitions before each decision, as `ADDataset.gather` makes it.
         episodes: `(B, m)` int, the episode of each transition.
-        strategy: one of `TRAINED_ON`, or like them.
+        method: one of `TRAINED_ON`, or like them.
         n_keep: how many of the first `m - n_following` transitions are kept.
         n_following: transitions after the thinning, all of which stay.
-        rng: what the strategy draws from.
+        rng: what the method draws from.
 
     Returns:
         Windows of `n = n_keep + n_following` transitions and the decisions after the longest
@@ -121,7 +123,7 @@ def thin(
         query_states=queries[:, n_past],
         episodes=episodes[:, :n_past],
     )
-    kept = past.take(strategy.select(past, n_keep, rng))
+    kept = method.compress(past, n_keep, rng)
     thinned = {
         name: torch.cat([getattr(kept, name), window[name][:, n_past:]], dim=1) for name in CONTEXT
     }

@@ -1,30 +1,55 @@
-"""What a training run is asked for: its settings, its flags and the folder it lives in.
+"""Train an AD model on learning histories, keep the checkpoint that validates best, evaluate it.
 
-settings, run, device = prepare(make_parser().parse_args(["--seed", "1"]))
+    settings, run, device = prepare(flags)                     # checked, before any work
+    trainer = train(settings, run, device, resume=False)
+    result = finish(trainer, run)                              # what training.json holds
+
+Writes `ckpt-STEP.pt`, `histories-test.npz`, `training.json` and, until it is finished, `resume.pt`
+to the folder of the run. An interrupted run goes on to the result that it would have had.
 """
 
 import argparse
+import contextlib
+import json
+import math
 import os
+import signal
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from tqdm import tqdm
 
-from ad.checkpoints import checkpoints_in, pick_device, read_file
-from config import (
-    EnvConfig,
-    ModelConfig,
-    SourceConfig,
-    TrainConfig,
-    UserError,
-    add_flags,
-    from_flags,
-    to_dict,
+from ad.acting import Sliding, rollout_goals
+from ad.checkpoints import (
+    HISTORIES_NAME,
+    checkpoints_in,
+    load_checkpoint,
+    read_file,
+    save_checkpoint,
 )
-from parallel import ALONE, Group
+from ad.darkroom import split_goals
+from ad.evaluation import progress_line, score
+from ad.source import learning_histories, relative_return
+from ad.thinning import draw_batch
+from config import EnvConfig, ModelConfig, SourceConfig, TrainConfig
+from dataset import ADDataset, packed_queries
+from historylens.agent import pick_device
+from historylens.common.errors import UserError
+from historylens.common.files import write_atomically
+from historylens.common.processes import ALONE, Group
+from historylens.common.settings import flag_of, from_flags, to_dict
+from model import ADTransformer
 
-RESUME_NAME = "resume.pt"
+LOG_NAME, RESUME_NAME = "training.json", "resume.pt"
+N_TEST_STREAMS = 8  # learning histories a test goal that are kept beside the checkpoint
+N_TRAIN_GOALS_EVALUATED = 6
 
 
 @dataclass(frozen=True)
@@ -41,46 +66,27 @@ class Settings:
         return to_dict(self.env, self.source, self.model, self.train)
 
 
-# What a run was begun with that does not name a setting, as it is older than the setting.
-_DEFAULTS = Settings(EnvConfig(), SourceConfig(), ModelConfig(), TrainConfig()).to_dict()
-
-
-def make_parser() -> argparse.ArgumentParser:
-    """The flags: one a setting of `config.py`, and where the run lives."""
-    parser = argparse.ArgumentParser(
-        description="Train an Algorithm Distillation model in Dark Room: learning histories of a "
-        "source algorithm, a transformer that imitates them, and its evaluation in context.",
-    )
-    parser.add_argument("--run", metavar="NAME", help="name of the run (default: AD-ENV-seedSEED)")
-    parser.add_argument("--resume", action="store_true", help="go on with an interrupted run")
-    parser.add_argument(
-        "--checkpoints", metavar="DIR", default="checkpoints", help="where runs lie"
-    )
-    parser.add_argument("--figs", metavar="DIR", default="figs", help="where pictures go")
-    add_flags(parser, TrainConfig, SourceConfig, EnvConfig, ModelConfig)
-    return parser
-
-
 def prepare(flags: argparse.Namespace, group: Group = ALONE) -> tuple[Settings, Path, torch.device]:
     """Settings, folder and device of a run, checked before any work.
 
     Raises:
         UserError: the settings cannot work, or the folder holds another run.
     """
-    settings = Settings(*(from_flags(c, flags) for c in Settings.__annotations__.values()))
+    configs = (EnvConfig, SourceConfig, ModelConfig, TrainConfig)
+    settings = Settings(*(from_flags(config, flags) for config in configs))
     group.equal_slice(settings.train.batch_size)
     if settings.train.history_dropout and settings.model.n_transit < 2:
         raise UserError("expected --n-transit of at least 2 for --history-dropout to thin, got 1")
     device = group.device(pick_device(flags.device))
-    run = Path(flags.checkpoints) / (flags.run or f"AD-{flags.env}-seed{flags.seed}")
+    run = Path(flags.checkpoints) / (flags.run or f"AD-{settings.env.env}-seed{flags.seed}")
     if group.is_main:
-        check_folder(run, settings, flags.resume)
-        check_writable(run, "--checkpoints")
-        check_writable(Path(flags.figs) / "training", "--figs")
+        _check_folder(run, settings, flags.resume)
+        _check_writable(run, "--checkpoints")
+        _check_writable(Path(flags.figs) / "training", "--figs")
     return settings, run, device
 
 
-def check_folder(run: Path, settings: Settings, resume: bool) -> None:
+def _check_folder(run: Path, settings: Settings, resume: bool) -> None:
     """Refuse to overwrite a run, and to go on with one that there is not or that differs."""
     begun = (run / RESUME_NAME).exists()
     if resume and not begun:
@@ -91,18 +97,269 @@ def check_folder(run: Path, settings: Settings, resume: bool) -> None:
             f"{'go on with it by --resume, or ' if begun else ''}name another with --run"
         )
     if resume:
-        saved = _DEFAULTS | read_file(run / RESUME_NAME)["config"]
-        changed = [k for k, v in settings.to_dict().items() if saved[k] != v]
-        if changed:
-            raise UserError(
-                f"--resume goes on with the settings of {run}: expected "
-                f"--{changed[0].replace('_', '-')} {saved[changed[0]]}, "
-                f"got {settings.to_dict()[changed[0]]}"
-            )
+        # A run may be older than a setting.
+        defaults = Settings(EnvConfig(), SourceConfig(), ModelConfig(), TrainConfig()).to_dict()
+        saved = defaults | read_file(run / RESUME_NAME)["config"]
+        for name, value in settings.to_dict().items():
+            if saved[name] != value:
+                raise UserError(
+                    f"--resume goes on with the settings of {run}: expected {flag_of(name)} "
+                    f"{saved[name]}, got {value}"
+                )
 
 
-def check_writable(folder: Path, flag: str) -> None:
+def _check_writable(folder: Path, flag: str) -> None:
     """Refuse a folder that cannot be made or written, without making it."""
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         raise UserError(f"cannot write to {folder}: choose another folder with {flag}")
+
+
+def make_optimizer(model: nn.Module, train: TrainConfig) -> torch.optim.AdamW:
+    """AdamW that decays matrices and leaves biases and norms alone."""
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    vectors = [p for p in model.parameters() if p.dim() <= 1]
+    groups = [
+        {"params": matrices, "weight_decay": train.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=train.lr, betas=(0.9, 0.99))
+
+
+def lr_factor(step: int, n_warmup: int, n_updates: int) -> float:
+    """Part of the peak learning rate: linear warm-up, then half a cosine down to a twentieth."""
+    warmup = min(1.0, (step + 1) / max(1, n_warmup))
+    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, step / n_updates)))
+    return warmup * (0.05 + 0.95 * cosine)
+
+
+class PackedLoss(nn.Module):
+    """Cross-entropy in nats of the source's actions, the mean over all prefixes of all windows.
+
+    A module, so that its gradients can be averaged over processes.
+    """
+
+    def __init__(self, model: ADTransformer) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+        """Loss of a batch of windows, as `ad.thinning.draw_batch` gives them."""
+        queries, targets = packed_queries(batch)
+        context = (batch[name] for name in ("states", "actions", "rewards", "next_states"))
+        logits = self.model.forward_packed(*context, queries)  # (B, q, A)
+        return nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+
+class Trainer:
+    """A model in training, and everything needed to go on with it exactly."""
+
+    def __init__(self, settings: Settings, device: torch.device, group: Group = ALONE) -> None:
+        train, env = settings.train, settings.env
+        self.settings, self.device, self.group = settings, device, group
+        self.goals = split_goals(
+            env.goal_seed, env.grid_size, env.n_test_goals, env.n_validation_goals
+        )
+        histories = learning_histories(self.goals["train"], env, settings.source, train.seed)
+        self.dataset = ADDataset(histories, settings.model.n_transit - 1, train.max_stride)
+        self.source_return = relative_return(histories, slice(-20, None), env.grid_size)
+        self.rng = np.random.default_rng(train.seed)
+        torch.manual_seed(train.seed)
+        self.model = ADTransformer(settings.model).to(device)
+        ema = get_ema_multi_avg_fn(train.ema_decay)
+        self.averaged = AveragedModel(self.model, multi_avg_fn=ema)
+        self.objective = group.averaging(PackedLoss(self.model), device)
+        self.optimizer = make_optimizer(self.model, train)
+        self.lr_sched = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer, lambda step: lr_factor(step, train.n_warmup, train.n_updates)
+        )
+        holds_two_episodes = self.model.n_context_max >= 2 * env.horizon
+        self.slidings: list[Sliding] = ["step", "episode"] if holds_two_episodes else ["step"]
+        self.step, self.seconds = 0, 0.0
+        self.losses: list[float] = []  # since the last evaluation
+        self.log: list[dict[str, Any]] = []  # an entry an evaluation
+
+    def update(self) -> None:
+        """One gradient update on one batch of windows, of which each process takes its part."""
+        started = time.perf_counter()
+        train, group = self.settings.train, self.group
+        batch = draw_batch(self.dataset, train.batch_size, train.history_dropout, self.rng)
+        own = group.equal_slice(len(batch["actions"]))
+        if group.size > 1:  # dropout of its own for each process, and nothing to save for a resume
+            torch.manual_seed(hash((train.seed, self.step, group.rank)))
+        loss = self.objective({k: v[own].to(self.device) for k, v in batch.items()})
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), train.max_grad_norm)
+        self.optimizer.step()
+        self.lr_sched.step()
+        self.averaged.update_parameters(self.model)
+        self.step += 1
+        self.losses.append(group.mean(loss.item()))
+        self.seconds += time.perf_counter() - started
+
+    @property
+    def must_evaluate(self) -> bool:
+        """Whether an evaluation is due that has not been made."""
+        train = self.settings.train
+        due = self.step > 0 and (self.step % train.eval_every == 0 or self.step == train.n_updates)
+        return due and (not self.log or self.log[-1]["step"] < self.step)
+
+    def evaluate(
+        self, goals: np.ndarray, n_rollouts: int, sliding: Sliding, progress: str
+    ) -> dict[str, Any]:
+        """Numbers of the averaged weights acting on `goals` `(G, 2)`, as `score` gives them."""
+        env, train = self.settings.env, self.settings.train
+        returns = rollout_goals(
+            self.averaged.module,
+            np.repeat(goals, n_rollouts, axis=0),
+            train.eval_episodes,
+            seed=train.seed,
+            horizon=env.horizon,
+            sliding=sliding,
+            progress=progress,
+        )
+        return score(env, goals, returns.reshape(len(goals), n_rollouts, -1))
+
+    def evaluate_on_the_way(self) -> dict[str, Any]:
+        """An entry of the log: return on training and validation goals, whether it is the best."""
+        entry: dict[str, Any] = {"step": self.step, "loss": float(np.mean(self.losses))}
+        for name in ("train", "validation"):
+            goals, n_rollouts = self.goals[name], self.settings.train.eval_rollouts
+            if (
+                name == "train"
+            ):  # spread over the room; fewer rollouts, as nothing is chosen by them
+                goals = goals[np.linspace(0, len(goals) - 1, N_TRAIN_GOALS_EVALUATED).astype(int)]
+                n_rollouts = max(1, n_rollouts // 4)
+            fastest = self.slidings[-1]
+            numbers = self.evaluate(goals, n_rollouts, fastest, f"acting on {name} goals")
+            entry |= {f"{name}_{key}": value for key, value in numbers.items()}
+        best = max((past["validation_relative"] for past in self.log), default=-1.0)
+        return entry | {"best": entry["validation_relative"] > best}
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that changes in training, as plain types and tensors."""
+        cuda = torch.cuda.get_rng_state_all() if self.device.type == "cuda" else []
+        return {
+            "step": self.step,
+            "seconds": self.seconds,
+            "config": self.settings.to_dict(),
+            "model": self.averaged.module.state_dict(),
+            "n_averaged": self.averaged.n_averaged,
+            "training_model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "lr_sched": self.lr_sched.state_dict(),
+            "goals": {name: goals.tolist() for name, goals in self.goals.items()},
+            "rng": {"numpy": self.rng.bit_generator.state, "torch": torch.get_rng_state()},
+            "rng_cuda": cuda,
+            "losses": self.losses,
+            "log": self.log,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go back to where `state_dict` was taken."""
+        self.step, self.seconds = state["step"], state["seconds"]
+        self.losses, self.log = state["losses"], state["log"]
+        self.averaged.module.load_state_dict(state["model"])
+        self.averaged.n_averaged.copy_(state["n_averaged"])
+        self.model.load_state_dict(state["training_model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.lr_sched.load_state_dict(state["lr_sched"])
+        self.rng.bit_generator.state = state["rng"]["numpy"]
+        torch.set_rng_state(state["rng"]["torch"])
+        if state["rng_cuda"] and self.device.type == "cuda":
+            torch.cuda.set_rng_state_all(state["rng_cuda"])
+
+
+def train(
+    settings: Settings, run: Path, device: torch.device, resume: bool, group: Group = ALONE
+) -> Trainer:
+    """Train until the last update; rank 0 keeps the checkpoints that validate best in `run`."""
+    with group.together(), group.told_once():
+        trainer = Trainer(settings, device, group)
+    if resume:
+        trainer.load_state_dict(group.broadcast(group.is_main and read_file(run / RESUME_NAME)))
+    elif group.is_main:
+        goals, seed = trainer.goals["test"], settings.train.seed + 1
+        test = learning_histories(goals, settings.env, settings.source, seed, N_TEST_STREAMS)
+        run.mkdir(parents=True, exist_ok=True)
+        test.save(run / HISTORIES_NAME)
+    try:
+        _update_to_the_end(trainer, run)
+    except KeyboardInterrupt:
+        if group.is_main:
+            save_checkpoint(run / RESUME_NAME, trainer.state_dict())
+            print(f"Stopped at update {trainer.step}. Go on with the same command and --resume.")
+        raise
+    return trainer
+
+
+def _update_to_the_end(trainer: Trainer, run: Path) -> None:
+    """The updates that are left, and the evaluations between them."""
+    n_updates, is_main = trainer.settings.train.n_updates, trainer.group.is_main
+    style = {"desc": "training", "unit": "update", "disable": not is_main}
+    with tqdm(total=n_updates, initial=trainer.step, **style) as bar:
+        while trainer.step < n_updates or trainer.must_evaluate:
+            if trainer.must_evaluate:
+                _keep_if_best(trainer, run)
+                continue
+            with undivided():
+                trainer.update()
+            bar.update()
+            bar.set_postfix_str(f"loss {np.mean(trainer.losses[-100:]):.3f}", refresh=False)
+
+
+def _keep_if_best(trainer: Trainer, run: Path) -> None:
+    """Rank 0 evaluates, writes what a resume needs, and a checkpoint if it is the best so far."""
+    started, group = time.perf_counter(), trainer.group
+    entry = group.broadcast(trainer.evaluate_on_the_way() if group.is_main else None)
+    with undivided():
+        trainer.log.append(entry)
+        trainer.losses = []
+        trainer.seconds += time.perf_counter() - started
+        if group.is_main:
+            state = trainer.state_dict()
+            if entry["best"]:
+                kept = {key: state[key] for key in ("step", "config", "model", "goals")}
+                kept |= {"optimizer": None, "lr_sched": None}
+                save_checkpoint(run / f"ckpt-{trainer.step}.pt", kept)
+            save_checkpoint(run / RESUME_NAME, state)
+    if group.is_main:
+        tqdm.write(progress_line(entry, trainer.settings.train.eval_episodes))
+
+
+@contextlib.contextmanager
+def undivided() -> Iterator[None]:
+    """Put Ctrl-C off until the block is done, so that what it changes is changed as a whole."""
+    pressed = []
+    before = signal.signal(signal.SIGINT, lambda *_: pressed.append(True))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if pressed:
+        raise KeyboardInterrupt
+
+
+def finish(trainer: Trainer, run: Path) -> dict[str, Any]:
+    """Evaluate the chosen checkpoint on the test goals and write `training.json`."""
+    chosen = load_checkpoint(checkpoints_in(run)[-1], trainer.device)
+    trainer.averaged.module.load_state_dict(chosen.model.state_dict())
+    goals, n_rollouts = trainer.goals["test"], trainer.settings.train.final_rollouts
+    test = {
+        sliding: trainer.evaluate(goals, n_rollouts, sliding, f"acting on test goals, {sliding}")
+        for sliding in trainer.slidings
+    }
+    result = {
+        "config": trainer.settings.to_dict(),
+        "chosen_step": chosen.step,
+        "seconds": round(trainer.seconds, 1),
+        "source_relative_return": trainer.source_return,
+        "test": test["step"],
+        "test_by_sliding": {sliding: numbers["return"] for sliding, numbers in test.items()},
+        "log": trainer.log,
+    }
+    # Not write_json: a training that diverged has losses that are no numbers.
+    write_atomically(run / LOG_NAME, json.dumps(result, indent=1) + "\n")
+    (run / RESUME_NAME).unlink(missing_ok=True)
+    return result

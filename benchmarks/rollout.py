@@ -14,10 +14,10 @@ import numpy as np
 import setting
 import torch
 
+from ad.acting import rollout_goals
+from ad.darkroom import DarkRoom, all_goals
 from config import ModelConfig
-from darkroom import DarkRoom, all_goals
 from model import ADTransformer
-from rollout import rollout
 
 
 @torch.inference_mode()
@@ -56,7 +56,7 @@ def main() -> None:
     rows, plain_seconds = [], {}
     for name, mode, n_steps in cases:
         started = time.perf_counter()
-        rollout(model, goals, n_steps // 20, seed=0, sliding=mode)
+        rollout_goals(model, goals, n_steps // 20, seed=0, sliding=mode)
         ours = time.perf_counter() - started
         row = [name, str(n_steps), f"{ours:.1f}"]
         for fused in (False, True):
@@ -66,11 +66,8 @@ def main() -> None:
             row += [f"{plain:.1f}", f"{plain / ours:.1f}x"]
         rows.append(row)
     print(f"{flags.n_rooms} rooms, context of {flags.n_transit} tokens")
-    print(
-        setting.table(
-            ["mode", "steps", "ours, s", "plain, s", "/ ours", "plain fused, s", "/ ours"], rows
-        )
-    )
+    header = ["mode", "steps", "ours, s", "plain, s", "/ ours", "plain fused, s", "/ ours"]
+    print(setting.table(header, rows))
 
 
 if __name__ == "__main__":

@@ -14,11 +14,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from checkpoint import HISTORIES_NAME, save_checkpoint
-from config import EnvConfig, ModelConfig, SourceConfig, to_dict
-from darkroom import split_goals
+from ad.checkpoints import HISTORIES_NAME, save_checkpoint
+from ad.darkroom import split_goals
+from ad.source import learning_histories
+from config import EnvConfig, ModelConfig, SourceConfig
+from historylens.common.settings import to_dict
 from model import ADTransformer
-from source import learning_histories
 
 ROOT = Path(__file__).resolve().parent.parent
 

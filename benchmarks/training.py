@@ -6,37 +6,40 @@ python benchmarks/training.py                # batches of 32 windows of 99 trans
 import argparse
 import statistics
 import time
-from collections.abc import Callable
 
 import numpy as np
 import setting
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from ad.darkroom import split_goals
+from ad.source import learning_histories
+from ad.training import PackedLoss, make_optimizer
 from config import EnvConfig, ModelConfig, SourceConfig, TrainConfig
-from darkroom import split_goals
 from dataset import ADDataset
 from model import ADTransformer
-from source import learning_histories
-from train import make_optimizer, packed_loss
 
 
-def single_loss(model: ADTransformer, batch: dict[str, Tensor]) -> Tensor:
+class SingleLoss(PackedLoss):
     """Cross-entropy of the action after the whole window, the one target that it has."""
-    names = ("states", "actions", "rewards", "next_states", "query_states")
-    return nn.functional.cross_entropy(model(*(batch[n] for n in names)), batch["target_actions"])
+
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+        """Loss of a batch of windows."""
+        names = ("states", "actions", "rewards", "next_states", "query_states")
+        logits = self.model(*(batch[name] for name in names))
+        return torch.nn.functional.cross_entropy(logits, batch["target_actions"])
 
 
-def seconds_of(loss: Callable, batch: dict[str, Tensor], repeats: int) -> float:
+def seconds_of(loss: type[PackedLoss], batch: dict[str, Tensor], repeats: int) -> float:
     """Median seconds of a training step."""
     torch.manual_seed(0)
-    model = ADTransformer(ModelConfig()).train()
-    optimizer = make_optimizer(model, TrainConfig())
+    objective = loss(ADTransformer(ModelConfig()))
+    optimizer = make_optimizer(objective.model, TrainConfig())
     seconds = []
     for _ in range(repeats + 1):
         started = time.perf_counter()
         optimizer.zero_grad(set_to_none=True)
-        loss(model, batch).backward()
+        objective(batch).backward()
         optimizer.step()
         seconds.append(time.perf_counter() - started)
     return statistics.median(seconds[1:])
@@ -52,7 +55,7 @@ def main() -> None:
     n_context, batch_size = ModelConfig().n_transit - 1, TrainConfig().batch_size
     batch = ADDataset(histories, n_context, 4).sample(batch_size, np.random.default_rng(0))
     rows = []
-    cases = [("packed queries", packed_loss, n_context + 1), ("one target", single_loss, 1)]
+    cases = [("packed queries", PackedLoss, n_context + 1), ("one target", SingleLoss, 1)]
     for name, loss, targets in cases:
         seconds = seconds_of(loss, batch, flags.repeats)
         rate = targets * batch_size / seconds

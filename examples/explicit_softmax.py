@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import one_hot, pad
 
-from adapter import Decision, History, Tokens
+from historylens import Decision, History, Tokens
 
 N_CELLS, N_ACTIONS, WIDTH, N_HEADS = 16, 4, 32, 2
 N_MAX = 24

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2Model
 
-from adapter import Decision, History, Tokens
+from historylens import Decision, History, Tokens
 
 N_ARMS, N_MAX, WIDTH = 5, 40, 32
 

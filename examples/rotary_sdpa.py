@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import one_hot, scaled_dot_product_attention
 
-from adapter import Decision, History
+from historylens import Decision, History
 
 STATE, N_ACTIONS, WIDTH, N_HEADS, N_GROUPS = 3, 4, 48, 6, 2
 N_MAX = 50

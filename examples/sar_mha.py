@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from adapter import Decision, History, Tokens
+from historylens import Decision, History, Tokens
 
 N_CELLS, WIDTH, N_HEADS = 9, 32, 4
 N_MAX = 30  # transitions that the model can read

@@ -82,7 +82,7 @@ class Agent(ABC):
     n_max: int
     layers: Sequence[str]
     n_heads: Sequence[int]
-    capture_options: Mapping[str, Any] = {}  # noqa: RUF012 - read only
+    capture_options: Mapping[str, Any] = {}
     environment: Environment | None = None
     title: str
     identity: Mapping[str, Any]

@@ -1,51 +1,61 @@
-"""Numbers -> console text.
+"""Numbers -> console text, `metrics.json` and `metrics.csv`.
 
 Blocks are returned as strings of at most 100 columns; printing is the command's affair.
 
-    print(layer_table(result)); print(overall_block(result)); print(insight_blocks(insights))
+    print(layer_table(metrics)); print(overall_block(metrics)); print(insight_blocks(...))
+    write_json(out / "metrics.json", metrics_json(metrics, agent.decisions, ...))
+    write_csv(out / "metrics.csv", metrics, agent.decisions, agent.label_columns)
 """
 
+import csv
+import io
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
 
-from attention.advice import PATTERNS
-from attention.console import WIDTH, aligned, columns, wrap
-from attention.evidence import (
-    FOCUSED_ENTROPY,
-    RECENCY_RATIO,
-    SPARSE_MAJORITY,
-    UNIFORM_ENTROPY,
-    cap,
-    layer_list,
-)
-from attention.insights import Insight, remarks, scopes, verdicts
-from attention.metrics import (
+import numpy as np
+
+from historylens.common.files import rounded, write_atomically
+from historylens.common.text import WIDTH, aligned, cap, counted, fixed, listed, wrap
+from historylens.history import Decision
+from historylens.insights import Insight, remarks, scopes, verdicts
+from historylens.insights.patterns import PATTERNS
+from historylens.metrics import (
+    DESCRIPTIONS,
+    NAMES,
     SUMMARY_METRICS,
-    AttentionMetrics,
+    Metrics,
     Summary,
+    uniform_received,
 )
+from historylens.tokens import Tokens
 
+SCHEMA_VERSION = 1
 PARTED = 0.1  # mean and median differ by more than this share: the median is shown as well
 
 
-def loaded_block(lines: Mapping[str, str]) -> str:
-    """`label: text` lines with the texts aligned; long texts wrap below themselves."""
-    width = max(columns(label) for label in lines) + 2
-    return "\n".join(
-        wrap(text, f"{label}:" + " " * (width - columns(label) - 1), " " * width)
-        for label, text in lines.items()
-    )
+def summaries(metrics: Metrics, layer: int | None = None) -> dict[str, Summary]:
+    """Each metric of the head-averaged row: of the layer at a place, or of all; see `Metrics`."""
+    return {name: metrics.summary(name, layer) for name in NAMES}
 
 
-def layer_table(metrics: AttentionMetrics) -> str:
+def uniform_means(metrics: Metrics) -> dict[str, float]:
+    """Each metric under uniform attention, mean over samples."""
+    return {name: float(metrics.of_uniform(name).mean()) for name in NAMES}
+
+
+def layer_table(metrics: Metrics) -> str:
     """The metrics of every layer: mean ± std over samples, uniform attention in the last row."""
     n = scopes(metrics)[0].length
     title = f"METRICS PER LAYER (mean ± std over samples; {n} context tokens, "
-    title += f"{len(metrics.samples)} sample{'' if len(metrics.samples) == 1 else 's'})"
+    title += f"{counted(metrics.n_samples, 'sample')})"
     names = ("mean attention", "concentration", "entropy", "/ ln n", "tokens", "recent/distant")
     table = [("layer", *names, "median")]
-    table += [(str(layer.layer), *_table_cells(layer.summary())) for layer in metrics.layers]
-    even = metrics.uniform_mean()
+    for place, layer in enumerate(metrics.layers):
+        table.append((str(layer), *_table_cells(summaries(metrics, place))))
+    even = uniform_means(metrics)
     table.append(
         (
             "uniform",
@@ -73,12 +83,12 @@ def _table_cells(summary: Mapping[str, Summary]) -> tuple[str, ...]:
     )
 
 
-def overall_block(metrics: AttentionMetrics) -> str:
+def overall_block(metrics: Metrics) -> str:
     """The four metrics over all layers and samples, mean ± std.
 
     The median stands beside the ratio where it parts from the mean.
     """
-    overall = metrics.overall()
+    overall = summaries(metrics)
     ratio, median = _ratio(overall)
     return "\n".join(
         [
@@ -92,18 +102,12 @@ def overall_block(metrics: AttentionMetrics) -> str:
     )
 
 
-def pattern_table(metrics: AttentionMetrics) -> str:
+def pattern_table(metrics: Metrics) -> str:
     """Which pattern holds in which layer, each with the figure that its rule looks at."""
     table = [
         ("", *PATTERNS),
-        ("figure", "median ratio", "mean entropy", "mean entropy", "sparse rows"),
-        (
-            "rule",
-            f"> {RECENCY_RATIO}",
-            f"> {UNIFORM_ENTROPY}",
-            f"< {FOCUSED_ENTROPY}",
-            f"> {SPARSE_MAJORITY:.0%}",
-        ),
+        ("figure", *(pattern.figure_name for pattern in PATTERNS.values())),
+        ("rule", *(pattern.rule_text for pattern in PATTERNS.values())),
     ]
     overall, *per_layer = scopes(metrics)
     for scope in [*per_layer, overall] if len(per_layer) > 1 else per_layer:
@@ -115,7 +119,7 @@ def pattern_table(metrics: AttentionMetrics) -> str:
     return "\n".join(["PATTERNS PER LAYER", *aligned(table)])
 
 
-def insight_blocks(insights: Sequence[Insight], metrics: AttentionMetrics) -> str:
+def insight_blocks(insights: Sequence[Insight], metrics: Metrics) -> str:
     """Insights with evidence, caveat and strategies: the whole model, then layers that differ."""
     whole = [insight for insight in insights if insight.layer is None]
     blocks = [_insight_block([insight]) for insight in whole]
@@ -140,11 +144,11 @@ def _insight_block(insights: Sequence[Insight]) -> str:
     first = insights[0]
     headline = first.headline
     if len(insights) > 1:
-        layers = layer_list([i.layer for i in insights])
+        layers = listed([i.layer for i in insights])
         headline = f"💡 INSIGHT: {PATTERNS[first.pattern].title} detected in {layers}!"
         doubted = [i.layer for i in insights if i.by_rule_only]
         if doubted:
-            where = "" if len(doubted) == len(insights) else f"in {layer_list(doubted)} "
+            where = "" if len(doubted) == len(insights) else f"in {listed(doubted)} "
             headline += f" ({where}by the absolute rule only)"
     lines = [headline, f"   {first.advice}", wrap(first.meaning, "   ")]
     for insight in insights:
@@ -161,12 +165,7 @@ def _insight_block(insights: Sequence[Insight]) -> str:
 
 
 def _plus_minus(summary: Summary, decimals: int) -> str:
-    return f"{_fixed(summary.mean, decimals)} ± {_fixed(summary.std, decimals)}"
-
-
-def _fixed(value: float, decimals: int) -> str:
-    """Fixed decimals without a negative zero."""
-    return f"{round(value, decimals) + 0.0:.{decimals}f}"
+    return f"{fixed(summary.mean, decimals)} ± {fixed(summary.std, decimals)}"
 
 
 def _ratio(summary: Mapping[str, Summary]) -> tuple[str, str]:
@@ -175,3 +174,111 @@ def _ratio(summary: Mapping[str, Summary]) -> tuple[str, str]:
     parted = abs(ratio.mean - ratio.median) > PARTED * min(ratio.mean, ratio.median)
     parted = parted and cap(ratio.mean) != cap(ratio.median)
     return f"{cap(ratio.mean)} ± {cap(ratio.std)}", cap(ratio.median) if parted else ""
+
+
+def metrics_json(
+    metrics: Metrics,
+    decisions: Sequence[Decision],
+    insights: Sequence[Insight],
+    meta: Mapping[str, Any],
+    drawn: Mapping[int, Mapping[int, Mapping[str, Any]]],
+    tokens: Mapping[int, Tokens],
+) -> dict[str, Any]:
+    """Everything that was measured, as plain numbers: the content of `metrics.json`.
+
+    Args:
+        metrics: of all samples.
+        decisions: the samples.
+        insights: as `find_patterns` returns them.
+        meta: settings of the run (checkpoint, step, seed, ...), as plain types.
+        drawn: layer -> sample -> the arrays in its pictures.
+        tokens: sample -> what its tokens are, for those in pictures.
+
+    Returns:
+        `schema`, `version`, `meta`, `definitions`, `samples`, `layers` (aggregates over samples,
+        per-head means, every sample's values), `overall`, `uniform`, `insights`, `remarks`,
+        `drawn`. Whole attention maps are left out (`T * T` numbers a head would make the file
+        unreadable): their last row is in `drawn`, the rest in the heatmaps alone.
+    """
+    plain = {len(one) for one in tokens.values() if one.is_plain}
+    return {
+        "schema": "attention-metrics",
+        "version": SCHEMA_VERSION,
+        "meta": dict(meta),
+        "definitions": DESCRIPTIONS,
+        "samples": [_sample_json(i, one, tokens.get(i)) for i, one in enumerate(decisions)],
+        "layers": [
+            {
+                "layer": layer,
+                "over_samples": {n: asdict(s) for n, s in summaries(metrics, place).items()},
+                "head_means": {n: metrics.of_heads(n, place).mean(0) for n in NAMES},
+                "per_sample": {n: metrics.of(n)[place] for n in NAMES},
+                "patterns": [name for name, (_, holds) in verdicts(scope).items() if holds],
+            }
+            for place, (layer, scope) in enumerate(
+                zip(metrics.layers, scopes(metrics)[1:], strict=True)
+            )
+        ],
+        "overall": {name: asdict(summary) for name, summary in summaries(metrics).items()},
+        "uniform": uniform_means(metrics),
+        "insights": [asdict(insight) for insight in insights],
+        "remarks": remarks(metrics),
+        "drawn": {
+            "note": "whole maps are not stored: their last row is query_rows, the rest is in "
+            "the heatmaps alone",
+            "uniform_received": {str(n): rounded(uniform_received(n)) for n in sorted(plain)},
+            "layers": {
+                str(layer): {str(index): dict(arrays) for index, arrays in samples.items()}
+                for layer, samples in drawn.items()
+            },
+        },
+    }
+
+
+def _sample_json(index: int, decision: Decision, tokens: Tokens | None) -> dict[str, Any]:
+    """A sample; where it is in pictures, with its episodes, rewards, and tokens if not plain."""
+    entry = {
+        "sample": index,
+        "title": decision.title or f"sample {index}",
+        "n_context": decision.n,
+        **decision.labels,
+    }
+    if tokens is not None:
+        entry["episode_starts"] = decision.episode_starts
+        entry["rewarded"] = np.flatnonzero(decision.rewarded)
+        if not tokens.is_plain:
+            parts = {"part": list(tokens.part), "decides": tokens.decides}
+            entry["tokens"] = {"transition": tokens.transition, **parts}
+    return entry
+
+
+def write_csv(
+    path: str | Path,
+    metrics: Metrics,
+    decisions: Sequence[Decision],
+    label_columns: Sequence[str],
+) -> None:
+    """Write one row a sample, layer and head (a number or `mean`), all at once or not at all.
+
+    Columns: `sample`, `label_columns` (empty where a sample has no such label), `layer`, `head`,
+    `n_context`, the metrics.
+    """
+    write_atomically(path, _csv_lines(metrics, decisions, label_columns))
+
+
+def _csv_lines(
+    metrics: Metrics, decisions: Sequence[Decision], label_columns: Sequence[str]
+) -> Iterator[str]:
+    line = io.StringIO()
+    writer = csv.writer(line, lineterminator="\n")
+    writer.writerow(["sample", *label_columns, "layer", "head", "n_context", *NAMES])
+    for index, decision in enumerate(decisions):
+        labels = [decision.labels.get(key, "") for key in label_columns]
+        for place, layer in enumerate(metrics.layers):
+            heads = metrics.heads[place]
+            rows = metrics.values[index, place, [*range(len(heads)), -1]].tolist()
+            for head, values in zip((*heads, "mean"), rows, strict=True):
+                writer.writerow([index, *labels, layer, head, decision.n, *values])
+        yield line.getvalue()
+        line.seek(0)
+        line.truncate()

@@ -150,3 +150,15 @@ def n_hooks(model: torch.nn.Module) -> int:
         for m in model.modules()
     )
     return own + len(hooks._global_forward_hooks) + len(hooks._global_forward_pre_hooks)
+
+
+def ad_agent(model: ADTransformer, histories: Histories, places=()):
+    """An AD model as an agent, and the decisions `(history, step, stride)` of histories."""
+    from ad.agent import ADAgent
+    from ad.checkpoints import Checkpoint
+    from ad.decisions import HistoryDecisions, Place
+
+    checkpoint = Checkpoint(Path("ckpt-5.pt"), 5, {}, model, {})
+    places = [Place(*place) for place in places]
+    decisions = HistoryDecisions(histories, places, model.n_context_max)
+    return ADAgent(checkpoint, torch.device("cpu"), decisions)

@@ -8,8 +8,7 @@ last, and any lever where it sees no reward.
 import numpy as np
 import torch
 
-from acting.views import ModelView
-from comparison.task import Task
+from historylens.agent import Agent, Environment
 
 N_LEVERS, HORIZON, N_MAX = 4, 6, 30
 SURE = 50.0  # a logit that no action noise overcomes
@@ -50,14 +49,17 @@ def ignores_history(history):
     return torch.zeros(history.size, N_LEVERS)
 
 
-def levers_task(logits=rewarded_only, n_levers=3, best=True, **view) -> Task:
-    """One goal a lever."""
-    return Task(
-        name="levers",
-        view=ModelView(n_max=N_MAX, logits=logits, **view),
-        make_room=Levers,
-        goals=tuple(f"lever {number}" for number in range(n_levers)),
-        best=(1.0,) * n_levers if best else None,
-        horizon=HORIZON,
-        identity={"model": logits.__name__},
-    )
+class LeversAgent(Agent):
+    """The planted model, a goal a lever."""
+
+    decisions, n_max, layers, n_heads, label_columns = (), N_MAX, (), (), ()
+    title, facts, meta = "levers", {"Checkpoint": "planted"}, {"checkpoint": "planted"}
+
+    def __init__(self, logits=rewarded_only, n_levers=3):
+        self.model, self.device, self.logits = torch.nn.Identity(), torch.device("cpu"), logits
+        self.identity = {"model": logits.__name__}
+        names = tuple(f"lever {number}" for number in range(n_levers))
+        self.environment = Environment(names, HORIZON, Levers, (1.0,) * n_levers)
+
+    def act(self, history, positions=None):
+        return self.logits(history)

@@ -3,22 +3,20 @@
 import csv
 import json
 import re
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import refused
 
-from adapter import file as module
-from adapter.file import load_adapter
-from adapter.subject import AdaptedSubject
-from adapter.task import GymRooms, adapter_task
-from analysis import Analysis
-from attention import figures
-from attention.capture import capture
-from attention.tokens import Tokens, sum_rows
-from config import UserError, run_command
+from historylens.adapter.agent import load, load_acting
+from historylens.adapter.environment import GymRooms
+from historylens.adapter.file import load_adapter
+from historylens.agent import look
+from historylens.capture import capture
+from historylens.common.errors import UserError
+from historylens.tokens import sum_rows
 from visualize_attention import main
 
 ADAPTER = """
@@ -26,7 +24,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from adapter.file import Decision, Tokens
+from historylens import Decision, Tokens
 
 
 class Model(nn.Module):
@@ -102,12 +100,13 @@ def make_env(goals):
 """
 
 
+CPU = torch.device("cpu")
+
+
 @pytest.fixture
 def home(tmp_path, monkeypatch):
-    """A folder to work in, with pictures that take no time to draw."""
+    """A folder to work in."""
     monkeypatch.chdir(tmp_path)
-    for name in ("heatmap", "curve_lines", "summary", "layers"):
-        monkeypatch.setattr(figures, name, lambda path, *_, **__: Path(path).write_bytes(b"png"))
     return tmp_path
 
 
@@ -120,47 +119,58 @@ def written(text=ADAPTER, *changes, name="mine.py"):
     return name
 
 
-def analysed(path, *argv):
-    main(["--adapter", path, "--num-samples", "3", "--out", "out", *argv])
-    return json.loads(Path("out/metrics.json").read_text())
+def analysed(path, *argv, out="out"):
+    """Run the main job on three samples, one of them drawn: `metrics.json` and `metrics.csv`."""
+    flags = ["--num-samples", "3", "--num-figures", "1", "--num-effects", "0", "--dpi", "20"]
+    main(["--adapter", str(path), *flags, "--out", str(out), *argv])
+    table = (Path(out) / "metrics.csv").read_text()
+    return json.loads((Path(out) / "metrics.json").read_text()), table
 
 
-def table():
-    return list(csv.DictReader(Path("out/metrics.csv").read_text().splitlines()))
+def agent_of(*changes, text=ADAPTER, n=4):
+    return load(written(text, *changes), n, 0, CPU)
 
 
-def subject_of(path, n=4):
-    return AdaptedSubject.of(load_adapter(path), n, 0, torch.device("cpu"))
+def rows_of(agent, indices):
+    """Attention rows `(B, H, T)` of each layer, captured in a pass of their own."""
+    with torch.inference_mode(), capture(agent.model) as record:
+        agent.act(agent.history(indices))
+    return [layer.query_rows.double().numpy() for layer in record]
 
 
 # The main job
 
 
-def test_metrics_are_those_of_transitions_whatever_tokens_they_are_cut_into(home):
-    content = analysed(written())
-    subject = subject_of("mine.py", 3)
-    with torch.inference_mode(), capture(subject.model) as record:
-        subject.forward([0, 1, 2])
-    for layer, found in zip(record, content["layers"], strict=True):
-        rows = layer.query_rows.double().numpy()  # (3, H, 25)
-        whole = rows[..., :24].reshape(3, 4, 8, 3).sum(-1).mean(1)
-        np.testing.assert_allclose(
-            found["per_sample"]["mean_context_attention"], whole.mean(-1), rtol=1e-5
-        )
+@pytest.fixture(scope="module")
+def job(tmp_path_factory):
+    """The adapter, and what the main job writes for it."""
+    folder = tmp_path_factory.mktemp("job")
+    path = folder / "mine.py"
+    path.write_text(ADAPTER)
+    return path, *analysed(path, out=folder / "out")
+
+
+def test_metrics_are_those_of_transitions_whatever_tokens_they_are_cut_into(job):
+    path, content, _ = job
+    for rows, found in zip(
+        rows_of(load(path, 3, 0, CPU), [0, 1, 2]), content["layers"], strict=True
+    ):
+        whole = rows[..., :24].reshape(3, 4, 8, 3).sum(-1).mean(1)  # rows (3, H, 25)
         ratio = whole[:, -2:].mean(-1) / whole[:, :2].mean(-1)
-        np.testing.assert_allclose(found["per_sample"]["recent_distant_ratio"], ratio, rtol=1e-5)
+        each = found["per_sample"]
+        np.testing.assert_allclose(each["mean_context_attention"], whole.mean(-1), rtol=1e-5)
+        np.testing.assert_allclose(each["recent_distant_ratio"], ratio, rtol=1e-5)
     assert content["uniform"]["mean_context_attention"] == pytest.approx(3 / 25)
 
 
-def test_labels_of_samples_are_columns_of_the_table(home):
-    analysed(written())
-    rows = table()
+def test_labels_of_samples_are_columns_of_the_table(job):
+    rows = list(csv.DictReader(job[2].splitlines()))
     assert [*rows[0]][:6] == ["sample", "maze", "kind", "layer", "head", "n_context"]
     assert {row["maze"] for row in rows} == {"0", "1", "2"}
 
 
-def test_numbers_of_the_pictures_say_what_each_token_is(home):
-    content = analysed(written(), "--num-figures", "1")
+def test_numbers_of_the_pictures_say_what_each_token_is(job):
+    content = job[1]
     assert content["samples"][0]["tokens"]["part"][:4] == ["state", "action", "reward", "state"]
     assert content["samples"][0]["tokens"]["decides"] == 24
     drawn = content["drawn"]["layers"]["0"]["0"]
@@ -169,39 +179,99 @@ def test_numbers_of_the_pictures_say_what_each_token_is(home):
     assert drawn["uniform_received"][-1] == pytest.approx(1 / 25, rel=1e-5)
 
 
-def test_the_same_seed_gives_the_same_files(home):
-    path = written()
-    first = analysed(path) and Path("out/metrics.csv").read_bytes()
-    assert first == (analysed(path) and Path("out/metrics.csv").read_bytes())
+def test_the_same_seed_gives_the_same_files(job, home):
+    assert analysed(job[0])[1] == job[2]
+
+
+def test_heads_chooses_heads_and_keeps_their_numbers(job, home):
+    path, every, _ = job
+    some, table = analysed(path, "--heads", "3", "1", "--layers", "1")
+    assert [row["head"] for row in csv.DictReader(table.splitlines())][:3] == ["1", "3", "mean"]
+    both = [every["layers"][1]["head_means"]["entropy"][head] for head in (1, 3)]
+    assert some["layers"][0]["head_means"]["entropy"] == both
+    assert len(some["drawn"]["layers"]["1"]["0"]["query_rows"]["heads"]) == 2
 
 
 def test_samples_of_several_lengths_equal_those_alone(home):
-    lengths = ("one(rng, 8, i)", "one(rng, (4, 8)[i % 2], i)")
-    content = analysed(written(ADAPTER, lengths))
+    path = written(ADAPTER, ("one(rng, 8, i)", "one(rng, (4, 8)[i % 2], i)"))
+    content, _ = analysed(path)
     assert [s["n_context"] for s in content["samples"]] == [4, 8, 4]
-    subject = subject_of("mine.py", 3)
+    agent = load(path, 3, 0, CPU)
     for i in range(3):
-        with torch.inference_mode(), capture(subject.model) as record:
-            subject.forward([i])
-        rows = sum_rows(record[0].query_rows.numpy(), subject.tokens([i]))
+        rows = sum_rows(rows_of(agent, [i])[0], agent.tokens(agent.history([i])))
         found = content["layers"][0]["per_sample"]["mean_context_attention"][i]
         assert found == pytest.approx(rows[..., :-1].mean(), rel=1e-5)
 
 
-def test_without_tokens_a_transition_is_one_and_the_query_last(home):
-    one_token = (
-        ("3 * 16", "16"),
-        ("def tokens(history)", "def not_used(history)"),
+def test_many_heads_are_drawn_on_several_pages(job, home):
+    assert not list((job[0].parent / "out").glob("layer_0/*page*"))
+    path = written(ADAPTER, ("16", "34"), ("Layer(34, 4, 34", "Layer(34, 34, 34"))
+    analysed(path, "--layers", "0")
+    names = sorted(path.name for path in Path("out").glob("layer_0/attention_heatmap*"))
+    assert names == [
+        "attention_heatmap_sample0_layer0.png",
+        "attention_heatmap_sample0_layer0_page2.png",
+        "attention_heatmap_sample0_layer0_page3.png",
+    ]
+
+
+def test_a_mistake_leaves_earlier_results(home, capsys):
+    Path("out").mkdir()
+    Path("out/metrics.json").write_text("earlier")
+    path = written(ADAPTER, ("return Model()", "raise KeyError('weights')"))
+    said = refused(main, ["--adapter", path, "--out", "out"], capsys)
+    assert said.startswith("error: mine.py: load() raised KeyError: 'weights' (mine.py:3")
+    assert Path("out/metrics.json").read_text() == "earlier"
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--goal", "0,1"], "--goal has no meaning beside --adapter"),
+        (["--checkpoint", "here"], "--checkpoint has no meaning"),
+        (["--heads", "4"], "unknown head 4: expected --heads in 0..3"),
+        (["--layers", "2"], "unknown layer 2"),
+    ],
+)
+def test_a_flag_without_sense_is_one_line(home, capsys, argv, words):
+    assert words in refused(main, ["--adapter", written(), *argv], capsys)
+
+
+# What an adapter may leave out or choose
+
+
+def test_what_is_loaded_is_said_in_words(home):
+    agent = agent_of(("one(rng, 8, i)", "one(rng, (4, 8)[i % 2], i)"), ("range(n)", "range(3)"))
+    assert agent.facts["Adapter"] == "mine.py"
+    assert re.fullmatch(r"Model: 2 layers x 4 heads, [\d,]+ parameters", agent.facts["Model"])
+    assert agent.facts["Context length"] == (
+        "4 to 8 transitions, 25 tokens at most; a transition is state, action, reward; token 24 "
+        "decides; metrics are of whole transitions"
     )
-    content = analysed(written(ADAPTER, *one_token))
-    assert content["uniform"]["mean_context_attention"] == pytest.approx(1 / 9)
+    assert agent.facts["Samples"].endswith("3 decisions of the adapter, which has no more of the 4 "
+                                           "asked for")  # fmt: skip
+    assert agent.title == "Model of mine.py"
 
 
-def test_layers_chooses_the_modules_to_look_into(home):
-    layers = "\ndef layers(model):\n    return CHOSEN\n"
-    for chosen in ("model.encoder.layers[1:]", "['encoder.layers.1']", "'*.1'"):
-        subject = subject_of(written(ADAPTER + layers, ("CHOSEN", chosen)))
-        assert subject.layers == ("encoder.layers.1",)
+def test_without_tokens_a_transition_is_one_and_the_query_last(home):
+    agent = agent_of(("3 * 16", "16"), ("def tokens(history)", "def not_used(history)"))
+    assert all(one.is_plain for one in agent.tokens(agent.history([0, 1])))
+    (row, _) = rows_of(agent, [0])
+    assert row.shape[-1] == agent.n_tokens == 9
+
+
+def test_a_batch_may_have_a_map_for_each_sample(home):
+    agent = agent_of(
+        ("return Tokens.of(", "return [Tokens.of("), ('"reward"))', '"reward"))] * history.size')
+    )
+    assert [len(one) for one in agent.tokens(agent.history([0, 1]))] == [25, 25]
+
+
+@pytest.mark.parametrize("chosen", ["model.encoder.layers[1:]", "['encoder.layers.1']", "'*.1'"])
+def test_layers_chooses_the_modules_to_look_into(home, chosen):
+    agent = agent_of(text=f"{ADAPTER}\ndef layers(model):\n    return {chosen}\n")
+    assert agent.layers == ("encoder.layers.1",)
+    assert agent.n_heads == (4,)
 
 
 def test_a_softmax_of_its_own_shape_is_named_in_the_adapter(home):
@@ -219,99 +289,77 @@ class Attend(nn.Module):
         ("self.head =", "self.one = Attend()\n        self.head ="),
         ("self.encoder(x, mask, is_causal=True)", "self.one(x)"),
         ("self.encoder =", "unused ="),
-        ("def load()", "CAPTURE = {'softmax': 'one', 'heads': 1}\n\n\ndef load()"),
     ]
-    assert subject_of(written(ADAPTER, *changes)).n_heads == (1,)
-    unnamed = [*changes[:4], ("def load()", "def load()")]
+    named = ("def load()", "CAPTURE = {'softmax': 'one', 'heads': 1}\n\n\ndef load()")
+    assert agent_of(*changes, named).n_heads == (1,)
     with pytest.raises(UserError, match=r"mine\.py: act\(\) cannot be looked into.*CAPTURE ="):
-        subject_of(written(ADAPTER, *unnamed))
+        agent_of(*changes)
 
 
-def test_heads_chooses_heads_and_keeps_their_numbers(home):
-    path = written()
-    every = analysed(path)
-    some = analysed(path, "--heads", "3", "1", "--layers", "1")
-    rows = table()
-    assert [row["head"] for row in rows[:3]] == ["1", "3", "mean"]
-    both = [every["layers"][1]["head_means"]["entropy"][head] for head in (1, 3)]
-    assert some["layers"][0]["head_means"]["entropy"] == both
+def test_next_states_episodes_and_titles_have_defaults(home):
+    agent = agent_of(("episodes=np.arange(n) // 3, ", ""), ('title=f"maze {i}", ', ""))
+    history = agent.history([0])
+    assert torch.equal(history.next_states[:, :-1], history.states[:, 1:])
+    assert torch.equal(history.next_states[:, -1], history.query_states)
+    assert not history.episodes.any()
+    assert [one.title for one in agent.decisions[:2]] == ["sample 0", "sample 1"]
 
 
-def test_batches_know_the_numbers_of_chosen_heads(home):
-    (batch,) = Analysis(subject_of(written(), 2), [0], heads=(1, 3)).drawn(2)
-    assert [row["head"] for row in batch.metrics.rows()][:3] == [1, 3, "mean"]
-    assert batch.attention[0].maps.shape[1] == batch.attention[0].received.shape[1] == 2
-
-
-def test_many_heads_are_drawn_on_several_pages(home):
-    analysed(written(ADAPTER, ("Layer(16, 4, 16", "Layer(16, 16, 16")), "--num-figures", "1")
-    assert not list(Path("out").glob("layer_0/*page*"))
-    many = [("16", "34"), ("Layer(34, 4, 34", "Layer(34, 34, 34")]
-    analysed(written(ADAPTER, *many), "--num-figures", "1")
-    names = sorted(path.name for path in Path("out").glob("layer_0/attention_heatmap*"))
-    assert names == [
-        "attention_heatmap_sample0_layer0.png",
-        "attention_heatmap_sample0_layer0_page2.png",
-        "attention_heatmap_sample0_layer0_page3.png",
-    ]
-
-
-def test_modules_beside_the_file_are_the_users_though_ours_bear_their_names(home):
-    Path("config.py").write_text("WIDTH = 16\n")
-    ours = sys.modules["config"]
-    late = ("return Model()", "import config\n    assert config.WIDTH == 16\n    return Model()")
-    early = ("import torch\n", "import torch\nfrom config import WIDTH\n")
-    assert analysed(written(ADAPTER, late, early))["samples"]
-    assert sys.modules["config"] is ours
+def test_states_are_of_one_type_in_every_batch(home):
+    some_whole = ("rng.normal(size=(n, 2))", "np.zeros((n, 2), int) + (i % 2) / 2")
+    agent = agent_of(some_whole)
+    types = {agent.history([i]).states.dtype for i in range(4)}
+    assert types == {agent.history([0, 1]).query_states.dtype} == {torch.float32}
 
 
 # Acting on any history
 
 
-def test_the_view_acts_as_the_model_on_shorter_history(home):
-    subject = subject_of(written())
-    history = subject.history([0, 1])
+def test_it_acts_as_the_model_on_shorter_history(home):
+    agent = agent_of()
+    history = agent.history([0, 1])
     kept = torch.tensor([[0, 3, 5], [1, 2, 7]])
-    found = subject.view.logits(history.take(kept))
     rows = torch.arange(2)[:, None]
     parts = history.states[rows, kept], history.actions[rows, kept], history.rewards[rows, kept]
-    expected = subject.model(*parts, history.query_states)
+    expected = agent.model(*parts, history.query_states)
+    found = agent.act(history.take(kept))
     torch.testing.assert_close(found, expected.detach(), rtol=0, atol=1e-6)
-    assert subject.view.n_max == 8
-    assert subject.view.logits(history.take(kept[:, :0])).shape == (2, 3)
+    assert agent.n_max == 8
+    assert agent.act(history.take(kept[:, :0])).shape == (2, 3)
 
 
 def test_a_look_gives_the_attention_among_transitions(home, monkeypatch):
-    subject = subject_of(written())
-    history = subject.history([0, 1, 2])
-    # So that the batch is looked at in pieces.
-    monkeypatch.setattr("adapter.subject.MAX_LOOKED", 10_000)
-    found = subject.view.look(history, ["query_attention", "received", "last_rows"])
-    with torch.inference_mode(), capture(subject.model, maps=range(3)) as record:
-        subject.model(history.states, history.actions, history.rewards, history.query_states)
+    agent = agent_of()
+    history = agent.history([0, 1, 2])
+    monkeypatch.setattr("historylens.agent.MAX_WEIGHTS", 10_000)  # it is looked at in pieces
+    found = look(agent, history, ["query_attention", "received", "last_rows"])
+    with torch.inference_mode(), capture(agent.model, maps=range(3)) as record:
+        agent.act(history)
     whole = sum(layer.maps.nan_to_num().mean(1) for layer in record) / 2  # (3, 25, 25)
     blocks = whole[:, :24, :24].reshape(3, 8, 3, 8, 3).sum(4).mean(2)
-    torch.testing.assert_close(found["received"], blocks.sum(1), rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(found["last_rows"], blocks, rtol=1e-5, atol=1e-6)
     query = whole[:, 24, :24].reshape(3, 8, 3).sum(2)
-    torch.testing.assert_close(found["query_attention"], query, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found.received, blocks.sum(1), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found.last_rows, blocks, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found.query_attention, query, rtol=1e-5, atol=1e-6)
 
 
-def test_next_states_and_episodes_have_defaults(home):
-    subject = subject_of(written(ADAPTER, ("episodes=np.arange(n) // 3, ", "")))
-    history = subject.history([0])
-    assert torch.equal(history.next_states[:, :-1], history.states[:, 1:])
-    assert torch.equal(history.next_states[:, -1], history.query_states)
-    assert not history.episodes.any()
+def test_lack_of_memory_passes_so_that_a_batch_can_be_halved(home):
+    agent = agent_of(("    return model(", "    1 / (history.size < 3)\n    return model("))
+    assert agent.act(agent.history([0, 1])).shape == (2, 3)
+    with pytest.raises(UserError, match="ZeroDivisionError"):
+        agent.act(agent.history([0, 1, 2]))
+    agent.adapter.module.act = lambda *_: torch.empty(2**60)
+    with pytest.raises(RuntimeError, match="memory"):
+        agent.act(agent.history([0]))
 
 
 # Environments
 
 
-def rooms_of(*changes, n=2):
+def rooms_of(*changes, state=np.zeros(2, np.float32)):  # noqa: B008
     pytest.importorskip("gymnasium")
-    path = written(ADAPTER + ENVIRONMENT, *changes)
-    return GymRooms(load_adapter(path), [0, 1][:n], 4, 2, seed=0)
+    adapter = load_adapter(written(ADAPTER + ENVIRONMENT, *changes))
+    return GymRooms(adapter, [0, 1], 4, state, seed=0)
 
 
 def test_an_environment_plays_episodes_of_the_horizon(home):
@@ -340,14 +388,45 @@ def test_an_early_end_that_costs_a_step_is_refused(home):
         rooms.step(np.array([0, 0]))
 
 
-def test_a_task_knows_the_weights_that_its_results_depend_on(home):
+def test_states_of_an_environment_are_of_the_type_of_samples(home):
+    rooms = rooms_of(state=np.zeros(2, np.int64))
+    assert rooms.reset().dtype == np.int64  # the environment's are floats
+    with pytest.raises(UserError, match=r"make_env\(\): expected states of whole numbers, as sam"):
+        rooms.step(np.array([0, 0]))
+    assert rooms_of(("np.float32), {}", "int), {}")).reset().dtype == np.float32
+
+
+def test_a_model_in_its_environments_knows_what_its_results_depend_on(home):
     pytest.importorskip("gymnasium")
-    first = adapter_task(load_adapter(written(ADAPTER + ENVIRONMENT)), 0, torch.device("cpu"))
-    changed = written(ADAPTER + ENVIRONMENT, ("std=0.5", "std=0.6"))
-    second = adapter_task(load_adapter(changed), 0, torch.device("cpu"))
-    assert first.goals == ("left", "right")
-    assert first.view.n_max == 8
+    first = load_acting(written(ADAPTER + ENVIRONMENT), 0, CPU)
+    second = load_acting(written(ADAPTER + ENVIRONMENT, ("std=0.5", "std=0.6")), 0, CPU)
+    assert first.environment.goals == ("left", "right")
+    assert (first.environment.horizon, first.n_max) == (4, 8)
+    assert first.environment.make(np.array([0, 1, 1])).reset().shape == (3, 2)
+    assert first.identity.keys() == {"adapter", "weights"}
     assert first.identity["weights"] != second.identity["weights"]
+    assert load("mine.py", 4, 0, CPU).identity == second.identity
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (
+            [("def make_env(", "def make(")],
+            r"no make_env\(\): a comparison plays in an environment",
+        ),
+        ([("GOALS, HORIZON =", "NAMES, HORIZON =")], "GOALS: expected a list of names"),
+        ([('"right"), 4', '"right"), None')], "HORIZON: expected a whole number"),
+        ([("rooms, autoreset", "rooms[:0] or rooms * 2, autoreset")], r"1 environments, got 2"),
+        ([("return gymnasium.vector", "return 3 and repr, gymnasium.vector")], "got a tuple of 2"),
+        ([("np.zeros(2,", "np.zeros(3,"), ("1.0, (2,)", "1.0, (3,)")], "states of 2 numbers"),
+        ([("self.t = 0", "1 / 0")], r"reset\(\) of make_env\(\)'s environment raised Zero.*py:8\d"),
+    ],
+)
+def test_an_environment_that_does_not_fit_is_one_line(home, changes, words):
+    pytest.importorskip("gymnasium")
+    with pytest.raises(UserError, match=words):
+        load_acting(written(ADAPTER + ENVIRONMENT, *changes), 0, CPU)
 
 
 # What does not fit
@@ -400,6 +479,8 @@ WRONG = {
                              r"tokens\(\): expected a Tokens.*got nothing"),
     "tokens raises": ([('parts=("state", "action", "reward"))', 'query="middle")')],
                       r"tokens\(\) raised ValueError: expected query as 'last' or 'first'"),
+    "a task is no number": ([("title=f", "task='left', title=f")],
+                            r"samples\(\)\[0\]\.task: expected a whole number, got a str"),
     "a label is no value": ([('"maze": i', '"maze": None')],
                             r"labels\['maze'\]: expected a finite number or a string, got nothing"),
     "a label has the name of a column": ([('"maze": i', '"layer": i')], r"labels: .*got 'layer'"),
@@ -420,25 +501,14 @@ WRONG = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_a_mistake_is_one_line_and_leaves_earlier_results(home, capsys, monkeypatch, name):
+def test_a_mistake_is_one_line_with_its_place(home, name):
     changes, words = WRONG[name]
-    Path("out").mkdir()
-    Path("out/metrics.json").write_text("earlier")
-    said = failed(capsys, written(ADAPTER, *changes))
+    with pytest.raises(UserError) as error:
+        agent_of(*changes, n=3)
+    said = str(error.value)
     assert re.search(words, said), said
-    assert "mine.py: " in said
-    assert Path("out/metrics.json").read_text() == "earlier"
-
-
-def failed(capsys, path, *argv):
-    """The one line that a failing run says."""
-    with pytest.raises(SystemExit) as end:
-        run_command(lambda: analysed(path, *argv))
-    captured = capsys.readouterr()
-    assert end.value.code == 2
-    assert captured.err.count("\n") == 1
-    assert captured.err.startswith("error: ")
-    return captured.err
+    assert said.startswith("mine.py: ")
+    assert "\n" not in said
 
 
 @pytest.mark.parametrize(
@@ -449,54 +519,21 @@ def failed(capsys, path, *argv):
         ("notes.txt", r"expected --adapter to name a Python file \(.py\)"),
     ],
 )
-def test_what_is_no_adapter_is_one_line(home, capsys, path, words):
+def test_what_is_no_adapter_is_one_line(home, path, words):
     Path("notes.txt").write_text("text")
-    assert re.search(words, failed(capsys, path))
+    with pytest.raises(UserError, match=words):
+        load(path, 1, 0, CPU)
 
 
-@pytest.mark.parametrize(
-    ("argv", "words"),
-    [
-        (["--goal", "0,1"], "--goal has no meaning beside --adapter"),
-        (["--checkpoint", "here"], "--checkpoint has no meaning"),
-        (["--heads", "4"], "unknown head 4: expected --heads in 0..3"),
-        (["--layers", "2"], "unknown layer 2"),
-    ],
-)
-def test_a_flag_without_sense_is_one_line(home, capsys, argv, words):
-    assert words in failed(capsys, written(), *argv)
+def test_the_place_is_that_in_a_module_beside_the_file(home):
+    Path("beside_it.py").write_text("def weights():\n    raise OSError('no disk')\n")
+    change = ("return Model()", "import beside_it\n    beside_it.weights()")
+    with pytest.raises(UserError, match=r"load\(\) raised OSError: no disk \(beside_it\.py:2\)"):
+        agent_of(change)
 
 
 def test_the_traceback_is_shown_on_demand(home, capsys, monkeypatch):
-    monkeypatch.setenv(module.TRACEBACK, "1")
-    path = written(ADAPTER, ("return Model()", "raise KeyError('weights')"))
+    monkeypatch.setenv("ADAPTER_TRACEBACK", "1")
     with pytest.raises(UserError):
-        analysed(path)
+        agent_of(("return Model()", "raise KeyError('weights')"))
     assert "Traceback" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ([("def make_env(", "def make(")], r"no make_env\(\)"),
-        ([("GOALS, HORIZON =", "NAMES, HORIZON =")], "GOALS: expected a list of names"),
-        ([('"right"), 4', '"right"), None')], "HORIZON: expected a whole number"),
-        ([("rooms, autoreset", "rooms[:0] or rooms * 2, autoreset")], r"1 environments, got 2"),
-        ([("return gymnasium.vector", "return 3 and repr, gymnasium.vector")], "got a tuple of 2"),
-        ([("np.zeros(2,", "np.zeros(3,"), ("1.0, (2,)", "1.0, (3,)")], "states of 2 numbers"),
-    ],
-)
-def test_an_environment_that_does_not_fit_is_one_line(home, changes, words):
-    pytest.importorskip("gymnasium")
-    with pytest.raises(UserError, match=words):
-        adapter_task(load_adapter(written(ADAPTER + ENVIRONMENT, *changes)), 0, torch.device("cpu"))
-
-
-def test_a_batch_may_have_a_map_for_each_sample(home):
-    each = [
-        ("return Tokens.of(", "return [Tokens.of("),
-        ('"reward"))', '"reward"))] * history.size'),
-    ]
-    subject = subject_of(written(ADAPTER, *each))
-    assert [len(one) for one in subject.tokens([0, 1])] == [25, 25]
-    assert isinstance(subject.tokens([0])[0], Tokens)

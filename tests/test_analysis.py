@@ -6,82 +6,81 @@ import numpy as np
 import plain_model
 import pytest
 import torch
-from conftest import make_histories, sharp_model
-from torch.nn.modules import module as torch_module
+from conftest import ad_agent, make_histories, n_hooks, sharp_model
 
-import analysis
-from analysis import analyse
-from attention.metrics import SUMMARY_METRICS, concatenate
-from decisions import Decision
-from subject import ADSubject, fused_attention
+from historylens import analysis
+from historylens.agent import attend
+from historylens.analysis import AnalysisConfig, Job, batches, measure
+from historylens.common.processes import ALONE
+from historylens.metrics import NAMES, Metrics
 
-DECISIONS = [Decision(0, 12), Decision(2, 29), Decision(1, 17), Decision(1, 28, 2), Decision(0, 14)]
+PLACES = [(0, 12, 1), (2, 29, 1), (1, 17, 1), (1, 28, 2), (0, 14, 1)]  # history, step, stride
 
 
 @pytest.fixture
-def histories(tiny_histories):
-    return tiny_histories
+def agent(tiny_model, tiny_histories):
+    return ad_agent(tiny_model, tiny_histories, PLACES)
 
 
-def logits_without_capture(model, histories, decision):
-    tensors = [
-        torch.tensor(part)[None]
-        for part in zip(*plain_decision(histories, decision)[0], strict=True)
-    ]
-    query = torch.tensor([plain_decision(histories, decision)[1]])
-    with torch.inference_mode(), fused_attention():
-        return model(*tensors, query)[0]
+def job_of(agent, tmp_path, n_drawn=0, **settings) -> Job:
+    config = AnalysisConfig(out=str(tmp_path / "out"), num_figures=n_drawn, **settings)
+    return Job.of(agent, config, ALONE)
 
 
-def plain_decision(histories, decision):
-    place = (decision.history, decision.step, decision.stride, 11)
-    return plain_model.decision(vars(histories), *place)
+def one_batch(job, drawn=()):
+    (batch,) = batches(job, [(range(len(job.agent.decisions)), list(drawn))])
+    return batch
 
 
-def hooks_of(model):
-    """Every hook on the model's modules and every global one."""
-    found = []
-    for part in model.modules():
-        found += [*part._forward_hooks, *part._forward_pre_hooks, *part._backward_hooks]
-    return found + [
-        *torch_module._global_forward_hooks,
-        *torch_module._global_forward_pre_hooks,
-        *torch_module._global_forward_hooks_always_called,
-    ]
+def measured(job, parts) -> np.ndarray:
+    metrics = Metrics(len(job.agent.decisions), job.layers, job.heads)
+    for batch in batches(job, parts):
+        batch.measure(metrics)
+    return metrics.gather(ALONE).values
 
 
-@pytest.mark.parametrize("n_drawn", [0, 2, 5])
-def test_outputs_equal_those_without_capture(tiny_model, histories, n_drawn):
-    batches = list(analyse(ADSubject(tiny_model, histories, DECISIONS), [0, 1], n_drawn))
-    logits = torch.cat([batch.logits for batch in batches])
-    for found, decision in zip(logits, DECISIONS, strict=True):
-        expected = logits_without_capture(tiny_model, histories, decision)
-        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+def without_capture(agent, index):
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    with torch.inference_mode():
+        logits = agent.model(*agent.history([index]).inputs)[0]
+    torch.backends.mha.set_fastpath_enabled(fast)
+    return logits
 
 
-def test_rows_metrics_and_logits_equal_the_plain_model(tiny_model, tiny_config, histories):
-    tensors = {k: v.numpy().astype(np.float64) for k, v in tiny_model.state_dict().items()}
-    (batch,) = analyse(ADSubject(tiny_model, histories, DECISIONS), [0, 1], n_drawn=5)
-    for i, decision in enumerate(DECISIONS):
-        inputs = plain_decision(histories, decision)
-        logits, rows = plain_model.run_model(tensors, vars(tiny_config), *inputs)
-        np.testing.assert_allclose(batch.logits[i], logits, atol=1e-4)
+@pytest.mark.parametrize("drawn", [[], [0, 1], range(5)])
+def test_outputs_equal_those_without_capture(agent, drawn):
+    options = {"received": True, "maps": list(drawn)} if drawn else {}
+    logits, _ = attend(agent, agent.history(range(5)), **options)
+    for i in range(5):
+        torch.testing.assert_close(logits[i], without_capture(agent, i), rtol=1e-6, atol=1e-6)
+
+
+def test_rows_metrics_and_logits_equal_the_plain_model(agent, tiny_config, tmp_path):
+    tensors = {k: v.numpy().astype(np.float64) for k, v in agent.model.state_dict().items()}
+    job = job_of(agent, tmp_path)
+    batch, values = one_batch(job, range(5)), measured(job, [(range(5), [])])
+    logits, _ = attend(agent, batch.history)
+    for i, place in enumerate(PLACES):
+        inputs = plain_model.decision(vars(agent.decisions.histories), *place, 11)
+        plain, rows = plain_model.run_model(tensors, vars(tiny_config), *inputs)
+        np.testing.assert_allclose(logits[i], plain, atol=1e-4)
         for layer in (0, 1):
-            found = batch.attention[layer].query_rows[i]
-            np.testing.assert_allclose(found, rows[layer], atol=1e-6)
+            np.testing.assert_allclose(
+                batch.attention[layer].query_rows[i], rows[layer], atol=1e-6
+            )
             for name, value in plain_model.four_metrics(rows[layer].mean(axis=0)).items():
-                assert batch.metrics.layers[layer].mean[name][i] == pytest.approx(value, rel=1e-5)
+                got = values[i, layer, -1, NAMES.index(name)]
+                assert got == pytest.approx(value, rel=1e-5)
 
 
-def test_each_layer_runs_once_a_batch_and_the_last_row_of_a_map_is_the_querys(
-    tiny_model, histories
-):
+def test_each_layer_runs_once_a_batch_and_the_last_row_of_a_map_is_the_querys(agent, tmp_path):
     runs = Counter()
     handles = [
         layer.register_forward_hook(lambda layer, *_: runs.update([layer]))
-        for layer in tiny_model.transformer_encoder.layers
+        for layer in agent.model.transformer_encoder.layers
     ]
-    (batch,) = analyse(ADSubject(tiny_model, histories, DECISIONS), [1], n_drawn=5)
+    batch = one_batch(job_of(agent, tmp_path, layers=[1]), range(5))
     for handle in handles:
         handle.remove()
     assert sorted(runs.values()) == [1, 1]
@@ -91,91 +90,90 @@ def test_each_layer_runs_once_a_batch_and_the_last_row_of_a_map_is_the_querys(
     torch.testing.assert_close(layer.maps[:, :, -1], layer.query_rows)
 
 
-@pytest.mark.parametrize("n_drawn", [0, 3])
-def test_batches_of_any_size_give_the_same_metrics_in_order(
-    tiny_model, histories, monkeypatch, n_drawn
-):
-    (whole,) = analyse(ADSubject(tiny_model, histories, DECISIONS), [0, 1], n_drawn=5)
-    monkeypatch.setattr(analysis, "MAX_DRAWN", 2)
-    monkeypatch.setattr(analysis, "MAX_TOKENS", 12)
-    batches = list(analyse(ADSubject(tiny_model, histories, DECISIONS), [0, 1], n_drawn))
-    drawn = [len(batch.samples) for batch in batches if batch.has_maps]
-    assert drawn == [2, 1][: n_drawn and 2]
-    assert [s.index for batch in batches for s in batch.samples] == list(range(5))
-    parts = concatenate([batch.metrics for batch in batches])
-    for name in SUMMARY_METRICS:
-        np.testing.assert_allclose(parts.pooled(name), whole.metrics.pooled(name), rtol=1e-5)
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_batches_of_any_size_give_the_same_metrics(agent, tmp_path, size):
+    job = job_of(agent, tmp_path)
+    whole = measured(job, [(range(5), [])])
+    parts = [(range(i, min(5, i + size)), []) for i in range(0, 5, size)]
+    np.testing.assert_allclose(measured(job, parts), whole, rtol=1e-5, atol=1e-6)
 
 
-def test_nothing_that_is_not_drawn_carries_maps(tiny_model, histories):
-    drawn, rest = analyse(ADSubject(tiny_model, histories, DECISIONS), [0, 1], n_drawn=2)
-    assert drawn.has_maps
-    assert not rest.has_maps
+def test_all_that_is_not_drawn_is_measured_once(agent, tmp_path, monkeypatch):
+    monkeypatch.setattr(analysis, "MAX_TOKENS", 24)
+    job = job_of(agent, tmp_path, n_drawn=2)
+    metrics = Metrics(5, job.layers, job.heads)
+    measure(job, metrics)
+    with pytest.raises(ValueError, match="0 is missing"):
+        metrics.gather(ALONE)
+    one_batch(job).measure(metrics)
+    assert np.isfinite(metrics.gather(ALONE).values).all()
+
+
+def test_nothing_that_is_not_drawn_carries_maps(agent, tmp_path):
+    drawn, rest = batches(job_of(agent, tmp_path), [([0, 1], [0, 1]), ([2, 3, 4], [])])
+    assert all(layer.maps is not None for layer in drawn.attention.values())
     for layer in rest.attention.values():
         assert layer.maps is None
         assert layer.received is None
 
 
-def test_a_subset_of_layers_is_measured_as_among_all(tiny_model, histories):
-    (whole,) = analyse(ADSubject(tiny_model, histories, DECISIONS), [0, 1], n_drawn=0)
-    (one,) = analyse(ADSubject(tiny_model, histories, DECISIONS), [1], n_drawn=0)
-    assert [layer.layer for layer in one.metrics.layers] == [1]
-    for name in SUMMARY_METRICS:
-        np.testing.assert_array_equal(one.metrics.pooled(name), whole.metrics.pooled(name)[1:])
+def test_a_subset_of_layers_and_heads_is_measured_as_among_all(agent, tmp_path):
+    whole = measured(job_of(agent, tmp_path), [(range(5), [])])
+    one = measured(job_of(agent, tmp_path, layers=[1], heads=[1]), [(range(5), [])])
+    np.testing.assert_array_equal(one[:, 0, 0], whole[:, 1, 1])
 
 
-def test_no_hook_is_left(tiny_model, histories):
-    before = hooks_of(tiny_model)
-    list(analyse(ADSubject(tiny_model, histories, DECISIONS), [0, 1], n_drawn=2))
-    assert hooks_of(tiny_model) == before == []
+def test_what_does_not_fit_memory_is_halved_and_said_once(agent, tmp_path, monkeypatch, capsys):
+    real = analysis.attend
+
+    def small_memory(agent, history, *args, **kwargs):
+        if history.size > 2:
+            raise torch.OutOfMemoryError("too much")
+        return real(agent, history, *args, **kwargs)
+
+    job = job_of(agent, tmp_path)
+    whole = measured(job, [(range(5), [])])
+    monkeypatch.setattr(analysis, "attend", small_memory)
+    np.testing.assert_allclose(measured(job, [(range(5), [])]), whole, rtol=1e-5, atol=1e-6)
+    assert capsys.readouterr().err.count("does not fit the memory of cpu") == 1
 
 
-def test_no_hook_is_left_after_an_error_inside_the_model(tiny_model, histories, monkeypatch):
+def test_no_hook_is_left_after_a_pass_or_an_error_inside_the_model(agent, tmp_path, monkeypatch):
+    one_batch(job_of(agent, tmp_path), [0])
+    assert n_hooks(agent.model) == 0
+
     def broken(*_, **__):
         raise RuntimeError("broken layer")
 
-    monkeypatch.setattr(tiny_model.transformer_encoder.layers[1], "forward", broken)
+    monkeypatch.setattr(agent.model.transformer_encoder.layers[1], "forward", broken)
     with pytest.raises(RuntimeError, match="broken layer"):
-        list(analyse(ADSubject(tiny_model, histories, DECISIONS), [0, 1], n_drawn=2))
-    assert hooks_of(tiny_model) == []
+        one_batch(job_of(agent, tmp_path))
+    assert n_hooks(agent.model) == 0
 
 
-def test_the_model_keeps_its_mode_and_its_weights(tiny_model, histories):
-    before = {name: tensor.clone() for name, tensor in tiny_model.state_dict().items()}
-    list(analyse(ADSubject(tiny_model, histories, DECISIONS), [0, 1], n_drawn=2))
-    assert not any(part.training for part in tiny_model.modules())
-    assert all(torch.equal(before[k], v) for k, v in tiny_model.state_dict().items())
+def test_the_model_keeps_its_mode_and_its_weights(agent, tmp_path):
+    before = {name: tensor.clone() for name, tensor in agent.model.state_dict().items()}
+    one_batch(job_of(agent, tmp_path), [0, 1])
+    assert not any(part.training for part in agent.model.modules())
+    assert all(torch.equal(before[k], v) for k, v in agent.model.state_dict().items())
 
 
 def test_a_longer_context_than_an_episode_is_read_in_the_order_of_time(tiny_config):
-    histories = make_histories(n_episodes=12)
-    model = sharp_model(tiny_config)
-    found = {}
-    for stride in (1, 3):
-        decision = Decision(1, 57, stride)
-        (batch,) = analyse(ADSubject(model, histories, [decision]), [0], n_drawn=0)
-        found[stride] = batch.logits[0]
-        expected = logits_without_capture(model, histories, decision)
-        torch.testing.assert_close(found[stride], expected, rtol=0, atol=1e-6)
-    assert not torch.allclose(found[1], found[3], atol=1e-3)
+    agent = ad_agent(
+        sharp_model(tiny_config), make_histories(n_episodes=12), [(1, 57, 1), (1, 57, 3)]
+    )
+    logits, _ = attend(agent, agent.history([0, 1]))
+    for i in (0, 1):
+        torch.testing.assert_close(logits[i], without_capture(agent, i), rtol=0, atol=1e-6)
+    assert not torch.allclose(logits[0], logits[1], atol=1e-3)
 
 
 @pytest.mark.parametrize("enabled", [True, False])
-def test_a_pass_leaves_the_fast_path_out_and_its_switch_as_it_was(
-    tiny_model, histories, monkeypatch, enabled
-):
-    switch, forward, seen = torch.backends.mha, tiny_model.forward, []
-    was = switch.get_fastpath_enabled()
-    switch.set_fastpath_enabled(enabled)
+def test_a_pass_leaves_the_switch_of_the_fast_path_as_it_was(agent, enabled):
+    was = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(enabled)
     try:
-        monkeypatch.setattr(
-            tiny_model,
-            "forward",
-            lambda *a: (seen.append(switch.get_fastpath_enabled()), forward(*a))[1],
-        )
-        list(analyse(ADSubject(tiny_model, histories, DECISIONS), [0], n_drawn=1))
-        assert seen
-        assert not any(seen)
-        assert switch.get_fastpath_enabled() == enabled
+        attend(agent, agent.history([0]))
+        assert torch.backends.mha.get_fastpath_enabled() == enabled
     finally:
-        switch.set_fastpath_enabled(was)
+        torch.backends.mha.set_fastpath_enabled(was)

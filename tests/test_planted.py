@@ -7,11 +7,12 @@ import pytest
 import torch
 
 import visualize_attention
-from checkpoint import HISTORIES_NAME, save_checkpoint
-from config import EnvConfig, ModelConfig, SourceConfig, to_dict
-from darkroom import split_goals
+from ad.checkpoints import HISTORIES_NAME, save_checkpoint
+from config import EnvConfig, ModelConfig, SourceConfig
+from historylens.common.settings import to_dict
+from ad.darkroom import split_goals
 from model import ADTransformer
-from source import learning_histories
+from ad.source import learning_histories
 
 N_TRANSIT = 81  # 80 transitions and the query
 

@@ -1,10 +1,4 @@
-"""Bring your own model: `python visualize_attention.py --adapter my_model.py`.
+"""Bring your own model: a Python file says how to run it, and its model is an `Agent`.
 
-A user's file imports what it needs from here:
-
-    from adapter import Decision, Tokens
+agent = load("my_model.py", n=10, seed=0, device=torch.device("cpu"))       # adapter.agent
 """
-
-from adapter.file import Adapter, Decision, History, Tokens, load_adapter
-
-__all__ = ["Adapter", "Decision", "History", "Tokens", "load_adapter"]

@@ -1,103 +1,60 @@
-"""An adapter's model in its own environments, as something that compare_compression.py can play.
+"""The environments of an adapter, whose episodes all are `HORIZON` steps.
 
-    task = adapter_task(load_adapter("my_model.py"), seed=0, device=device)
+    rooms = GymRooms(load_adapter("my_model.py"), goals=[0, 1, 1], horizon=20, state=state, seed=0)
 
-The environments speak the vector API of Gymnasium (https://gymnasium.farama.org); nothing here
-imports it. An episode is `HORIZON` steps: all environments are reset after so many. One that ends
-earlier begins anew at once, and its return is that of the `HORIZON` steps.
+They speak the vector API of Gymnasium (https://gymnasium.farama.org); nothing here imports it. All
+are reset after `HORIZON` steps. One that ends earlier begins anew at once, and its return is that
+of the `HORIZON` steps.
 """
 
-import hashlib
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
-from torch import nn
 
-from adapter.decisions import as_array
-from adapter.file import Adapter, kind
-from adapter.subject import AdaptedSubject
-from comparison.task import Task
-from config import UserError
-
-N_TRIED = 4  # samples that are read to see what the model takes
+from historylens.adapter.decisions import as_array
+from historylens.adapter.file import Adapter, kind
+from historylens.common.errors import UserError
 
 
-def adapter_task(adapter: Adapter, seed: int, device: torch.device) -> Task:
-    """The model and the environments of an adapter.
+def read_tasks(adapter: Adapter) -> tuple[tuple[str, ...], int]:
+    """Names of the tasks, and steps an episode.
 
     Raises:
-        UserError: the adapter lacks an environment, or something does not fit.
+        UserError: the adapter lacks an environment, or what goes with it.
     """
-    goals, horizon = _read_settings(adapter)
-    subject = AdaptedSubject.of(adapter, N_TRIED, seed, device)
-    size = subject.decisions[0].states.shape[1]
-
-    def make_room(numbers: np.ndarray) -> "GymRooms":
-        return GymRooms(adapter, np.asarray(numbers).tolist(), horizon, size, seed)
-
-    make_room(np.zeros(1, dtype=int)).reset()
-    return Task(
-        name=f"{type(subject.model).__name__} of {adapter.path.name}",
-        view=subject.view,
-        make_room=make_room,
-        goals=goals,
-        best=None,
-        horizon=horizon,
-        identity={
-            "adapter": hashlib.sha256(adapter.path.read_bytes()).hexdigest(),
-            "weights": weights_digest(subject.model),
-        },
-    )
-
-
-def _read_settings(adapter: Adapter) -> tuple[tuple[str, ...], int]:
-    """Names of the tasks, and steps an episode."""
-    if not adapter.has("make_env"):
+    if adapter.get("make_env") is None:
         raise UserError(
             f"{adapter.path}: no make_env(): a comparison plays in an environment: expected "
             "`def make_env(goals) -> gymnasium.vector.VectorEnv`, GOALS and HORIZON"
         )
-    goals = getattr(adapter.module, "GOALS", None)
+    goals, horizon = adapter.get("GOALS"), adapter.get("HORIZON")
     if not isinstance(goals, Sequence) or isinstance(goals, str) or not goals:
         raise adapter.wrong("GOALS", "a list of names of tasks beside make_env()", kind(goals))
-    horizon = getattr(adapter.module, "HORIZON", None)
     if not isinstance(horizon, int) or horizon < 1:
         raise adapter.wrong("HORIZON", "a whole number, the steps of an episode", kind(horizon))
     return tuple(str(goal) for goal in goals), horizon
 
 
-def weights_digest(model: nn.Module) -> str:
-    """Digest of all parameters and buffers of a model."""
-    digest = hashlib.sha256()
-    for name, values in model.state_dict().items():
-        digest.update(name.encode())
-        if isinstance(values, torch.Tensor):
-            digest.update(values.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
 class GymRooms:
-    """Environments of a Gymnasium vector environment, whose episodes all are `horizon` steps.
+    """Environments of a Gymnasium vector environment.
 
     Args:
         adapter: whose make_env() makes them.
         goals: numbers of the tasks, one an environment.
         horizon: steps an episode.
-        state_size: numbers `S` of a state.
+        state: `(S,)`, a state of samples(): those here are of its size and type.
         seed: of the environments; that of environment i depends on it and i alone.
     """
 
     def __init__(
-        self, adapter: Adapter, goals: list[int], horizon: int, state_size: int, seed: int
+        self, adapter: Adapter, goals: list[int], horizon: int, state: np.ndarray, seed: int
     ) -> None:
-        self._adapter, self._horizon = adapter, horizon
-        self._shape = len(goals), state_size
+        self._adapter, self._horizon, self._state = adapter, horizon, state
+        self._n_envs = len(goals)
         self._env = adapter.call("make_env", goals)
-        for method in ("reset", "step"):
-            if not callable(getattr(self._env, method, None)):
-                raise adapter.wrong("make_env()", "a gymnasium.vector.VectorEnv", kind(self._env))
+        if not all(callable(getattr(self._env, name, None)) for name in ("reset", "step")):
+            raise adapter.wrong("make_env()", "a gymnasium.vector.VectorEnv", kind(self._env))
         n_envs = getattr(self._env, "num_envs", len(goals))
         if n_envs != len(goals):
             raise adapter.wrong("make_env()", f"{len(goals)} environments", f"{n_envs}")
@@ -106,12 +63,8 @@ class GymRooms:
 
     def reset(self) -> np.ndarray:
         """Begin an episode in all of them: `(N, S)` states."""
-        with self._adapter.blamed("reset() of make_env()'s environment"):
-            given = self._env.reset(seed=self._seeds)
-        self._seeds, self._n_steps = None, 0
-        if not isinstance(given, tuple) or len(given) != 2:
-            raise self._wrong("reset()", "states and a dict", given)
-        return self._states(given[0])
+        seeds, self._seeds, self._n_steps = self._seeds, None, 0
+        return self._states(self._reset(seed=seeds))
 
     def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, bool]:
         """Act once in all of them: next states `(N, S)`, rewards `(N,)`, end of the episode."""
@@ -126,9 +79,16 @@ class GymRooms:
         if ended.any() and not is_last:
             states = self._begin_anew(states, ended)
         rewards = np.asarray(rewards, dtype=np.float32)
-        if rewards.shape != self._shape[:1]:
-            raise self._wrong("step()", f"rewards of shape {self._shape[:1]}", rewards)
+        if rewards.shape != (self._n_envs,):
+            raise self._wrong("step()", f"rewards of shape ({self._n_envs},)", rewards)
         return self._states(states), rewards, is_last
+
+    def _reset(self, **how: Any) -> Any:
+        with self._adapter.blamed("reset() of make_env()'s environment"):
+            given = self._env.reset(**how)
+        if not isinstance(given, tuple) or len(given) != 2:
+            raise self._wrong("reset()", "states and a dict", given)
+        return given[0]
 
     def _begin_anew(self, states: Any, ended: np.ndarray) -> Any:
         """States after environments that ended early were reset."""
@@ -137,8 +97,7 @@ class GymRooms:
         if name == "SAME_STEP":
             return states
         if name == "DISABLED":
-            with self._adapter.blamed("reset() of make_env()'s environment"):
-                return self._env.reset(options={"reset_mask": ended})[0]
+            return self._reset(options={"reset_mask": ended})
         raise UserError(
             f"{self._adapter.path}: make_env(): an environment ended after {self._n_steps} of "
             f"HORIZON = {self._horizon} steps: expected all to last that long, or the vector "
@@ -146,11 +105,13 @@ class GymRooms:
         )
 
     def _states(self, given: Any) -> np.ndarray:
-        states = as_array(given)
-        n, size = self._shape
-        if states.dtype == object or states.size != n * size or len(states) != n:
+        n, size, dtype = self._n_envs, self._state.size, self._state.dtype
+        states = as_array(given, whole=dtype == np.int64)
+        if states.dtype == object or states.size != n * size or states.shape[:1] != (n,):
             raise self._wrong("", f"states of {size} numbers, as samples() has them", given)
-        return states.reshape(n, size)
+        if not np.can_cast(states.dtype, dtype, "same_kind"):
+            raise self._wrong("", "states of whole numbers, as samples() has them", given)
+        return states.reshape(n, size).astype(dtype)
 
     def _wrong(self, method: str, expected: str, given: Any) -> UserError:
         name = f"{method} of make_env()'s environment" if method else "make_env()"

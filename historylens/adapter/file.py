@@ -1,91 +1,42 @@
-"""Bring your own model: read and check a file of your code that says how to run it.
+"""Read a file of the user's code that says how to run a model.
 
     python visualize_attention.py --adapter my_model.py
 
-The file defines these functions; README.md has a complete one, `examples/` has four:
-
-    load() -> nn.Module                         your model with its weights
-    samples(n, seed) -> list[Decision]          n decisions, each with the transitions before it
-    act(model, history) -> (B, A) logits        run it on a batch of equally long histories
-    tokens(history) -> Tokens                   what each token that it reads is; not needed where
-                                                there is one a transition, and the query last
-    layers(model) -> list of modules or names   not needed where they are found
-    make_env(goals) -> gymnasium VectorEnv      for compare_compression.py, with GOALS and HORIZON
-
+It defines the functions of `SIGNATURES`; README.md has a complete one, `examples/` has four.
 What goes wrong in it is told in one line with the place in the file; with ADAPTER_TRACEBACK=1 in
 the environment, the whole traceback as well.
 """
 
 import contextlib
+import functools
 import importlib.util
 import os
 import sys
 import traceback
-from collections.abc import Iterator, Set
-from dataclasses import dataclass, field
-from functools import lru_cache
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from analysis import is_out_of_memory
-from attention.calls import CaptureError
-from attention.tokens import Tokens
-from compression import History
-from config import UserError
-
-__all__ = ["Adapter", "Decision", "History", "Tokens", "load_adapter"]
+from historylens.capture import CaptureError
+from historylens.common.batches import is_out_of_memory
+from historylens.common.errors import UserError, note
+from historylens.history import Decision, History
+from historylens.tokens import Tokens
 
 REQUIRED = ("load", "samples", "act")
-OPTIONAL = ("tokens", "layers", "make_env")
 SIGNATURES = {
     "load": "load() -> nn.Module",
     "samples": "samples(n, seed) -> list[Decision]",
     "act": "act(model, history) -> action logits (B, A)",
-    "tokens": "tokens(history) -> Tokens",
-    "layers": "layers(model) -> list of modules or their names",
-    "make_env": "make_env(goals) -> gymnasium.vector.VectorEnv",
+    "tokens": "tokens(history) -> Tokens",  # else a token a transition, and the query last
+    "layers": "layers(model) -> list of modules or their names",  # else all that attend
+    "make_env": "make_env(goals) -> gymnasium.vector.VectorEnv",  # for a comparison
 }
-_CAPTURE = (
-    "layers(model) chooses layers, and CAPTURE = {...} gives capture's arguments softmax and heads"
-)
 TRACEBACK = "ADAPTER_TRACEBACK"
-ROOT = Path(__file__).resolve().parents[1]
-
-
-@dataclass(frozen=True)
-class Decision:
-    """A state in which a model acts, and the `n` transitions before it in the order of time.
-
-    Arrays, tensors and lists are accepted. Whatever else a transition holds (an image, flattened;
-    a continuous action) may be columns of its state.
-
-    Attributes:
-        states: `(n,)` or `(n, S)`, the state before each transition.
-        actions: `(n,)` int.
-        rewards: `(n,)`; above 0 counts as rewarded.
-        query_state: a number or `(S,)`, the state to act in.
-        next_states: as `states`; None: the state of the transition that follows.
-        episodes: `(n,)` int, number of the episode of each transition, never falling; None: one.
-        title: says which decision this is, in the titles of pictures.
-        labels: columns of metrics.csv that name it.
-        task: number of the task, for comparisons between decisions of different tasks.
-    """
-
-    states: Any
-    actions: Any
-    rewards: Any
-    query_state: Any
-    next_states: Any = None
-    episodes: Any = None
-    title: str = ""
-    labels: dict[str, int | float | str] = field(default_factory=dict)
-    task: int | None = None
-
-    @property
-    def n(self) -> int:
-        """Transitions before the decision."""
-        return len(self.rewards)
+PACKAGE = Path(__file__).resolve().parents[1]
 
 
 @dataclass(frozen=True)
@@ -95,25 +46,19 @@ class Adapter:
     Attributes:
         path: the file, as it was named.
         module: its content.
-        theirs: modules of the user that bear the names of modules here.
     """
 
     path: Path
     module: ModuleType
-    theirs: dict[str, ModuleType] = field(default_factory=dict)
 
-    def has(self, name: str) -> bool:
-        """Whether the file defines a name."""
-        return getattr(self.module, name, None) is not None
+    def get(self, name: str, default: Any = None) -> Any:
+        """What the file defines under a name."""
+        return vars(self.module).get(name, default)
 
     def call(self, name: str, *args: Any) -> Any:
-        """Call a function of the file.
-
-        Raises:
-            UserError: it raised; one line that says what and where.
-        """
+        """Call a function of the file; what it raises is told in one line."""
         with self.blamed(f"{name}()"):
-            return getattr(self.module, name)(*args)
+            return self.get(name)(*args)
 
     @contextlib.contextmanager
     def blamed(self, what: str) -> Iterator[None]:
@@ -122,8 +67,7 @@ class Adapter:
         Lack of memory passes, so that the batch can be halved.
         """
         try:
-            with _their_modules(self.path, self.theirs):
-                yield
+            yield
         except (Exception, SystemExit) as error:
             if isinstance(error, UserError) or is_out_of_memory(error):
                 raise
@@ -139,6 +83,8 @@ class Adapter:
 def load_adapter(path: str | Path) -> Adapter:
     """Run the file and check that it defines what it must.
 
+    Its folder stays first on `sys.path`.
+
     Raises:
         UserError: there is no such file, it is no Python, it raises, or a function is missing.
     """
@@ -148,121 +94,114 @@ def load_adapter(path: str | Path) -> Adapter:
         raise UserError(f"{path}: {what}: expected --adapter to name a Python file")
     if path.suffix != ".py":
         raise UserError(f"{path}: expected --adapter to name a Python file (.py)")
-    spec = importlib.util.spec_from_file_location("adapter_of_user", path.resolve())
-    adapter = Adapter(path, importlib.util.module_from_spec(spec))
+    name = "adapter" if path.stem == "adapter" else "adapter_of_user"
+    spec = importlib.util.spec_from_file_location(name, path.resolve())
+    module = importlib.util.module_from_spec(spec)
+    if name == "adapter":
+        module.__getattr__ = _once_of_adapter  # its `from adapter import` finds itself
+    _put_first(path.resolve().parent)
+    adapter = Adapter(path, module)
     with adapter.blamed("importing it"):
-        sys.modules[spec.name] = adapter.module  # dataclasses and pickle look it up
-        spec.loader.exec_module(adapter.module)
-    for name in (*REQUIRED, *OPTIONAL):
-        value = getattr(adapter.module, name, None)
+        sys.modules[name] = module  # dataclasses and pickle look it up
+        spec.loader.exec_module(module)
+    for name, signature in SIGNATURES.items():
+        value = adapter.get(name)
         if value is None and name in REQUIRED:
-            raise UserError(
-                f"{path}: no {name}(): expected `def {SIGNATURES[name]}`{_near(adapter)}"
-            )
+            there = [f"{n}()" for n in SIGNATURES if adapter.get(n) is not None]
+            near = f"; it defines {', '.join(there)}" if there else ""
+            raise UserError(f"{path}: no {name}(): expected `def {signature}`{near}")
         if value is not None and not callable(value):
-            raise adapter.wrong(name, f"a function {SIGNATURES[name]}", kind(value))
+            raise adapter.wrong(name, f"a function {signature}", kind(value))
     return adapter
-
-
-def _near(adapter: Adapter) -> str:
-    """Which of the functions a file does define, in words."""
-    there = [name for name in (*REQUIRED, *OPTIONAL) if adapter.has(name)]
-    return f"; it defines {', '.join(f'{n}()' for n in there)}" if there else ""
 
 
 def kind(value: Any) -> str:
     """What a value is, in a few words."""
     if value is None:
         return "nothing (None)"
-    shape = getattr(value, "shape", None)
-    if shape is not None and hasattr(value, "dtype"):
-        return f"{type(value).__name__} {tuple(shape)} of {value.dtype}"
+    if hasattr(value, "shape") and hasattr(value, "dtype"):
+        return f"{type(value).__name__} {tuple(value.shape)} of {value.dtype}"
     if isinstance(value, list | tuple):
         return f"a {type(value).__name__} of {len(value)}"
     return f"a {type(value).__name__}"
 
 
+def _put_first(folder: Path) -> None:
+    """Let the user's code import what lies beside it, and nothing that lies beside our commands.
+
+    Their `model`, wherever it lies, would otherwise be ours.
+    """
+    started = vars(sys.modules["__main__"]).get("__file__")
+    ours = PACKAGE.parent
+    if started and Path(started).resolve().parent == ours == Path(sys.path[0]).resolve():
+        del sys.path[0]
+    sys.path.insert(0, str(folder))
+    if _OLD_IMPORT not in sys.meta_path:
+        sys.meta_path.append(_OLD_IMPORT)  # at the end: asked where the user has no such module
+
+
+class _OldImport:
+    """Finds a module `adapter`, from which adapters once imported their names."""
+
+    def find_spec(self, name: str, *_: object) -> ModuleSpec | None:
+        return ModuleSpec(name, self) if name == "adapter" else None
+
+    def create_module(self, spec: ModuleSpec) -> None:
+        return None  # the usual
+
+    def exec_module(self, module: ModuleType) -> None:
+        module.__getattr__ = _once_of_adapter
+
+
+_OLD_IMPORT = _OldImport()
+
+
+def _once_of_adapter(name: str) -> type:
+    """A module's `__getattr__`: names that `from adapter import ...` gave."""
+    for known in (Decision, History, Tokens):
+        if name == known.__name__:
+            _tell_new_import()
+            return known
+    raise AttributeError(f"module 'adapter' has no attribute {name!r}")
+
+
+@functools.cache
+def _tell_new_import() -> None:
+    note("`from adapter import Decision, Tokens` is now `from historylens import Decision, Tokens`")
+
+
 def _told(error: BaseException, path: Path) -> str:
     """What an exception says, and where in the user's code it was raised, on one line."""
     if isinstance(error, CaptureError):
-        return f"cannot be looked into: {error}; in this file, {_CAPTURE}"
+        return (
+            f"cannot be looked into: {error}; in this file, layers(model) chooses layers, and "
+            "CAPTURE = {...} gives capture's arguments softmax and heads"
+        )
     said = " ".join(str(error).split())
     said = f"{type(error).__name__}: {said}" if said else type(error).__name__
     if isinstance(error, SyntaxError) and error.filename:
-        said = f"SyntaxError: {error.msg}"
-        place = f"{_short(error.filename)}:{error.lineno}"
+        said, place = f"SyntaxError: {error.msg}", f"{_short(error.filename)}:{error.lineno}"
     else:
         place = _place(error, path)
     hint = ""
     if isinstance(error, ModuleNotFoundError) and error.name:
         hint = f"; `pip install {error.name.partition('.')[0]}`, or put it beside the file"
-    return f"raised {said} ({place}){hint}" + (
-        "" if os.environ.get(TRACEBACK) else f"; {TRACEBACK}=1 shows the traceback"
-    )
+    more = "" if os.environ.get(TRACEBACK) else f"; {TRACEBACK}=1 shows the traceback"
+    return f"raised {said} ({place}){hint}{more}"
 
 
 def _place(error: BaseException, path: Path) -> str:
     """`file:line` of the innermost line of the user's code."""
     own = path.resolve()
-    frames = traceback.extract_tb(error.__traceback__)
-    theirs = [frame for frame in frames if _is_theirs(Path(frame.filename), own)]
-    if not theirs:  # the call itself does not fit, for example its arguments
-        return str(path)
-    return f"{_short(theirs[-1].filename)}:{theirs[-1].lineno}"
-
-
-def _is_theirs(file: Path, own: Path) -> bool:
-    if file == own:
-        return True
-    is_ours = file.parent == ROOT or (file.parent / "__init__.py" in ROOT.glob("*/__init__.py"))
-    return own.parent in file.parents and "site-packages" not in file.parts and not is_ours
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        file = Path(frame.filename)
+        is_beside = own.parent in file.parents and "site-packages" not in file.parts
+        if file == own or (is_beside and PACKAGE not in file.parents):
+            return f"{_short(frame.filename)}:{frame.lineno}"
+    return str(path)  # the call itself does not fit, for example its arguments
 
 
 def _short(file: str) -> str:
     """A file's path from here, where it lies below."""
     path = Path(file)
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
-
-
-@contextlib.contextmanager
-def _their_modules(path: Path, theirs: dict[str, ModuleType]) -> Iterator[None]:
-    """Let the user's code import what lies beside it, also where its name is one of ours.
-
-    Their `model.py` or `config.py` would otherwise be ours. `adapter` always is ours.
-    """
-    folder = path.resolve().parent
-    names = _shared_names(folder) - {path.stem}
-    ours = _taken_out(names)
-    sys.modules.update(theirs)
-    sys.path.insert(0, str(folder))
-    try:
-        yield
-    finally:
-        with contextlib.suppress(ValueError):
-            sys.path.remove(str(folder))
-        theirs.update(_taken_out(names))
-        sys.modules.update(ours)
-
-
-def _taken_out(names: Set[str]) -> dict[str, ModuleType]:
-    """Modules of these names and what lies in them, removed from those that are imported."""
-    if not names:
-        return {}
-    found = {n: m for n, m in sys.modules.items() if n.partition(".")[0] in names}
-    for name in found:
-        del sys.modules[name]
-    return found
-
-
-@lru_cache(maxsize=4)
-def _shared_names(folder: Path) -> frozenset[str]:
-    """Names that can be imported from there and from here alike."""
-    if folder == ROOT:
-        return frozenset()
-    return frozenset(_names_in(ROOT) & _names_in(folder) - {"adapter"})
-
-
-def _names_in(folder: Path) -> set[str]:
-    """Names under which the content of a folder can be imported."""
-    files = {entry.stem for entry in folder.glob("*.py")}
-    return files | {entry.parent.name for entry in folder.glob("*/__init__.py")}

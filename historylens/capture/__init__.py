@@ -1,41 +1,59 @@
 """Capture the attention of every layer of a PyTorch transformer during one forward pass.
 
-Fused kernels return no attention weights. So hooks read what each attention call is computed from,
-compute the rows once more, and keep what analysis needs: the query token's row, the attention that
-each position receives, and maps of bounded size, never a T x T matrix of their own. The model never
-notices: its outputs are the same bit for bit.
+Fused kernels return no attention weights. So capture reads what each attention call is computed
+from, computes the rows once more, and keeps what analysis needs: the query token's row, the
+attention that each position receives, and maps of bounded size, never a T x T matrix of their own.
 
     with capture(model, maps=[0]) as record:
         model(*inputs)
     record.names                                           # as the layers ran
     record[0].query_rows                                   # (B, H, T) of the first layer
 
-Seen are `nn.MultiheadAttention`, alone and inside PyTorch's encoder and decoder layers, every call
-of `nn.functional.scaled_dot_product_attention`, `nn.functional.multi_head_attention_forward` and
-softmax (see `softmax.py`) by a module of the model.
+Forward hooks name the module that runs, and a `TorchFunctionMode` sees what it calls:
+`nn.functional.scaled_dot_product_attention`, `nn.functional.multi_head_attention_forward` (to which
+`nn.MultiheadAttention`, PyTorch's encoder and decoder layers and subclasses of them all come) and
+softmax.
 
-The hook of an encoder layer takes itself off while the layer runs. PyTorch's encoder layer leaves
-its fast path as soon as a hook is on it, and the two paths differ in the last digits.
+PyTorch leaves the fast path of its own layers while a mode is on. So the outputs are, bit for bit,
+those with `torch.backends.mha.set_fastpath_enabled(False)`; the fast path differs from them in the
+last digits, and at padded positions, which it may skip.
 """
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.overrides import TorchFunctionMode
 
-from attention.calls import Call, CaptureError
-from attention.choice import Choice, matches
-from attention.layers import Survey, expects_attention
-from attention.mha import MaskReader, read_attention, read_encoder_layer, read_functional
-from attention.record import LayerAttention, Record
-from attention.sdpa import read_sdpa
-from attention.softmax import is_square, read_softmax, softmax_scores
-from attention.statistics import MAP_SIZE, Statistics
-from attention.watch import Frame, Watch, compiled_error
+from historylens.capture.inputs import (
+    Call,
+    CaptureError,
+    read_multi_head,
+    read_sdpa,
+    read_softmax,
+    softmax_scores,
+)
+from historylens.capture.layers import (
+    Choice,
+    compiled_error,
+    expects_attention,
+    matches,
+    names_of,
+    will_attend,
+)
+from historylens.capture.record import LayerAttention, Record, Wanted
 
-__all__ = ["MAP_SIZE", "CaptureError", "LayerAttention", "Record", "capture"]
+__all__ = ["CaptureError", "LayerAttention", "Record", "capture"]
+
+_WAY_OUT = (
+    "Compute it with nn.functional.scaled_dot_product_attention or a softmax over (B, H, T, T) "
+    '(Hugging Face: attn_implementation="sdpa" or "eager")'
+)
 
 
 @contextmanager
@@ -44,7 +62,7 @@ def capture(
     *,
     received: bool = True,
     maps: Sequence[int] | None = None,
-    map_size: int = MAP_SIZE,
+    map_size: int = 512,
     query: int | Tensor = -1,
     padding: Tensor | None = None,
     layers: Sequence[str | int] | None = None,
@@ -69,76 +87,180 @@ def capture(
         heads: `H`, for attention that comes as `(B * H, T, T)` or from queries `(B * H, T, d)`.
 
     Yields:
-        The record, filled when the forward has run. Hooks are gone when the block ends.
+        The record, filled when the forward has run. Hooks and mode are gone when the block ends;
+        the fast path of PyTorch's layers is off inside it.
 
     Raises:
         CaptureError: there is no attention, a layer's cannot be read, did not run or ran twice, or
             an argument does not fit. It names the layer and the way out.
     """
-    statistics = Statistics(received, tuple(maps or ()), map_size, query, padding)
-    choice = Choice(layers)
-    survey = Survey.of(model_or_layers)
+    wanted = Wanted(received, tuple(maps or ()), map_size, query, padding)
     named = (softmax,) if isinstance(softmax, str) else tuple(softmax)
-    session = _Session(survey, statistics, choice, named, heads)
+    session = _Session(model_or_layers, wanted, Choice(layers), named, heads)
+    handles = []
     try:
-        session.arm()
-        yield session.record
+        handles.append(register_module_forward_pre_hook(session.enter))
+        handles.append(register_module_forward_hook(session.leave, always_call=True))
+        with session:
+            yield session.record
         session.check_complete()
     except Exception as error:
-        if session.watch.compiled is not None:
-            raise compiled_error(session.watch.compiled) from error
+        if session.compiled is not None:
+            raise compiled_error(session.compiled) from error
         raise
     finally:
-        session.remove()
+        for handle in handles:
+            handle.remove()
 
 
-class _Session:
-    """Owns every hook of one capture, and fills its record."""
+@dataclass(eq=False)
+class _Run:
+    """A running module: its attention calls so far, and whether any came from it or inside it."""
+
+    module: nn.Module
+    name: str
+    n_calls: int = 0
+    attended: bool = False
+
+
+class _Session(TorchFunctionMode):
+    """Follows the running modules of a model, and records the attention calls that they make.
+
+    Attributes:
+        record: what is found.
+        compiled: name of the module in which torch.compile failed, because the mode was on.
+    """
 
     def __init__(
         self,
-        survey: Survey,
-        statistics: Statistics,
+        model_or_layers: nn.Module | Sequence[nn.Module],
+        wanted: Wanted,
         choice: Choice,
         softmax: tuple[str, ...],
         n_heads: int | None,
     ) -> None:
-        expected = [] if choice.by_number else filter(choice.has_name, survey.expected())
-        self.record = Record(tuple(expected), survey.given)
-        self.watch = Watch(survey.names, survey.closed, self._entered, self._left, self._called)
-        self._survey = survey
-        self._statistics = statistics
+        super().__init__()
+        self._names, self._given = names_of(model_or_layers)
+        self._title = "the layers" if self._given else type(model_or_layers).__name__
+        waiting = [name for module, name in self._names.items() if will_attend(module)]
+        waiting = [] if choice.by_number else filter(choice.has_name, waiting)
+        self.record = Record(tuple(waiting), self._given)
+        self.compiled: str | None = None
+        self._wanted = wanted
         self._choice = choice
         self._softmax = softmax
         self._n_heads = n_heads
-        self._encoder_layers = set(survey.encoder_layers)
-        self._handles: list[Any] = []
-        self._layer_hooks: dict[nn.Module, Any] = {}
-        self._masks = MaskReader()
-        self._lengths: dict[nn.Module, int] = {}  # of the padded batch, for layers of an encoder
-        self._frames: dict[str, Frame] = {}
+        self._running: list[_Run] = []  # the innermost last
+        self._kinds: dict[Callable, str | None] = {}
+        self._calls: dict[str, _Run] = {}  # every attention call by name
         self._n_calls = 0
         self._unread: dict[str, str] = {}
-        self._other_softmax: dict[str, tuple[int, ...]] = {}
+        self._hint = ""  # what came nearest to attention
 
-    def arm(self) -> None:
-        for module, error in self._survey.refused.items():
-            if not self._choice.by_number and self._choice.has_name(self._survey.names[module]):
-                raise error
-        for module in self._survey.encoder_layers:
-            self._put_on(module)
-        for hook, modules in (
-            (self._before_attention, self._survey.attentions),
-            (self._before_encoder, self._survey.encoders),
-        ):
-            self._handles += [m.register_forward_pre_hook(hook, with_kwargs=True) for m in modules]
-        self.watch.arm()
+    def enter(self, module: nn.Module, args: tuple) -> None:
+        """Note that a module starts.
 
-    def remove(self) -> None:
-        self.watch.remove()
-        for handle in (*self._handles, *self._layer_hooks.values()):
-            handle.remove()
-        self._layer_hooks.clear()
+        Raises:
+            CaptureError: it is an attention of PyTorch's, and is given a nested tensor.
+        """
+        name = self._names.get(module)
+        if name is None:
+            return
+        self._running.append(_Run(module, name))
+        self.record.waiting.pop(name, None)
+        is_mha = isinstance(module, nn.MultiheadAttention)
+        if is_mha and any(isinstance(x, Tensor) and x.is_nested for x in args):
+            raise CaptureError(
+                f"{name} was called with nested tensors, which PyTorch reads on its fast path only "
+                "and capture does not; give it padded tensors and a key padding mask"
+            )
+
+    def leave(self, module: nn.Module, _args: tuple, _output: object) -> None:
+        """Note that a module has ended, or failed."""
+        if not any(run.module is module for run in self._running):
+            return
+        while (run := self._running.pop()).module is not module:
+            pass  # what an interrupt left above it has ended too
+        error = sys.exc_info()[0]  # a hook that is always called runs where the error is handled
+        if error is not None and error.__module__.startswith("torch._dynamo"):
+            self.compiled = self.compiled or run.name
+        if not run.attended and expects_attention(module) and not self._choice.by_number:
+            if self._choice.has_name(run.name):
+                self._unread[run.name] = type(module).__name__
+
+    def __torch_function__(
+        self, func: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if not self._running:
+            return func(*args, **kwargs)
+        if func not in self._kinds:
+            self._kinds[func] = _kind_of(func)
+        kind = self._kinds[func]
+        if kind and (torch.compiler.is_compiling() or _in_compiled_code()):
+            raise compiled_error(self._running[-1].name)
+        if kind == "softmax":  # before it may overwrite its input
+            self._take_softmax(args, kwargs)
+        elif kind == "opaque":
+            self._refuse(func)
+        output = func(*args, **kwargs)
+        if kind == "sdpa":  # afterwards: PyTorch's own complaint about a wrong shape comes first
+            self._take(lambda name: read_sdpa(name, self._n_heads, *args, **kwargs))
+        elif kind == "multi head":
+            self._take(lambda name: read_multi_head(name, *args, **kwargs))
+        return output
+
+    def _take_softmax(self, args: tuple, kwargs: dict) -> None:
+        scores = softmax_scores(args, kwargs)
+        if scores is None:
+            return
+        run = caller = self._running[-1]
+        if isinstance(run.module, nn.Softmax) and len(self._running) > 1:
+            caller = self._running[-2]  # an nn.Softmax is a part of the attention around it
+        names = run.name, caller.name
+        is_square = scores.dim() == 4 and scores.shape[-1] == scores.shape[-2]
+        if is_square or any(matches(name, chosen) for name in names for chosen in self._softmax):
+            self._take(lambda name: read_softmax(name, self._n_heads, scores), caller)
+        elif scores.dim() > 2:
+            self._hint = self._hint or (
+                f" (a softmax over {tuple(scores.shape)} in {run.name} is not taken for attention "
+                f'unless you say so: capture(model, softmax="{run.name}"), with heads=H if it has '
+                "3 axes)"
+            )
+
+    def _refuse(self, func: Callable) -> None:
+        name, is_wanted = self._admit(self._running[-1])
+        if is_wanted:
+            raise CaptureError(
+                f"{name} calls {func.__name__}, a kernel whose attention capture cannot "
+                f"read. {_WAY_OUT}, or choose the other layers: capture(model, layers=[...])"
+            )
+
+    def _take(self, read: Callable[[str], Call], run: _Run | None = None) -> None:
+        name, is_wanted = self._admit(run or self._running[-1])
+        if is_wanted:
+            with _plain_arithmetic():
+                self.record.add(self._wanted.of(name, read(name)))
+
+    def _admit(self, run: _Run) -> tuple[str, bool]:
+        """Name of an attention call of a module, and whether it is wanted.
+
+        Raises:
+            CaptureError: the module has attended before, in an earlier run.
+        """
+        for around in self._running:
+            around.attended = True
+        run.n_calls += 1
+        name = run.name if run.n_calls == 1 else f"{run.name} #{run.n_calls}"
+        is_wanted = self._choice.takes(name, self._n_calls)
+        self._n_calls += 1
+        first = self._calls.setdefault(name, run)
+        if first is not run and (is_wanted or self._choice.by_number):
+            raise CaptureError(
+                f"{name} ran twice inside one capture. Run the model once per `with capture(...)`; "
+                "a model that reuses a layer, or recomputes it in backward, cannot be captured"
+            )
+        return name, is_wanted
 
     def check_complete(self) -> None:
         """Refuse a record that lacks a layer.
@@ -146,139 +268,48 @@ class _Session:
         Raises:
             CaptureError: something attended unseen, did not run, or there is nothing at all.
         """
-        if self.record._expected:
-            _ = self.record.layers
-        if self._unread:
-            name, kind = next(iter(self._unread.items()))
+        self.record.check_all_ran()
+        for name, kind in self._unread.items():
             raise CaptureError(
-                f"{name} is a {kind} that ran, but its attention was not seen{self._hint()}. "
+                f"{name} is a {kind} that ran, but its attention was not seen{self._hint}. "
                 f"{_WAY_OUT}, or choose the other layers: capture(model, layers=[...])"
             )
         if self._choice.missing:
-            seen = ", ".join(self._frames) or "none"
-            raise CaptureError(
-                f"found no attention for layers={self._choice.missing}; layers that ran: {seen}"
-            )
-        given = self._survey.given or ()
-        names = self.record.names
-        for module, name in self._survey.names.items():
-            if name in given and not any(matches(found, name) for found in names):
+            missing, seen = sorted(self._choice.missing, key=str), ", ".join(self._calls) or "none"
+            raise CaptureError(f"found no attention for layers={missing}; layers that ran: {seen}")
+        for module, name in self._names.items():
+            if name in self._given and not any(matches(x, name) for x in self.record.names):
                 raise CaptureError(
                     f"{name} is a {type(module).__name__}, in which no attention was seen"
-                    f"{self._hint()}. {_WAY_OUT}"
+                    f"{self._hint}. {_WAY_OUT}"
                 )
         if not len(self.record):
             raise CaptureError(
-                f"found no nn.TransformerEncoderLayer in {self._survey.title}, no "
+                f"found no nn.TransformerEncoderLayer in {self._title}, no "
                 "nn.MultiheadAttention, no call of scaled_dot_product_attention and no softmax "
-                f"over (B, H, T, T) by a module of it that ran{self._hint()}. {_WAY_OUT}"
+                f"over (B, H, T, T) by a module of it that ran{self._hint}. {_WAY_OUT}"
             )
 
-    def _hint(self) -> str:
-        """What came nearest to attention."""
-        for name, shape in self._other_softmax.items():
-            return (
-                f" (a softmax over {shape} in {name} is not taken for attention unless you say so: "
-                f'capture(model, softmax="{name}"), with heads=H if it has 3 axes)'
-            )
-        return ""
 
-    def _put_on(self, layer: nn.Module) -> None:
-        hook = self._before_layer
-        self._layer_hooks[layer] = layer.register_forward_pre_hook(hook, with_kwargs=True)
-
-    def _before_layer(self, layer: nn.Module, args: tuple, kwargs: dict) -> None:
-        # Off while the layer runs; when it has, _left puts it on again.
-        self._layer_hooks.pop(layer).remove()
-        length = self._lengths.get(layer)
-        self._take(
-            self.watch.stack[-1],
-            lambda name: read_encoder_layer(name, layer, args, kwargs, self._masks, length),
-        )
-
-    def _before_attention(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        self._take(
-            self.watch.stack[-1],
-            lambda name: read_attention(name, module, args, kwargs, self._masks),
-        )
-
-    def _before_encoder(self, encoder: nn.Module, args: tuple, kwargs: dict) -> None:
-        source = args[0] if args else kwargs.get("src")
-        if isinstance(source, Tensor) and source.dim() == 3 and not source.is_nested:
-            self._lengths |= dict.fromkeys(encoder.layers, source.shape[1])
-
-    def _entered(self, frame: Frame) -> None:
-        error = self._survey.refused.get(frame.module)
-        if error is not None and self._admit(frame)[1]:
-            raise error
-
-    def _left(self, frame: Frame) -> None:
-        module = frame.module
-        if module in self._encoder_layers and module not in self._layer_hooks:
-            self._put_on(module)
-        if frame.n_inside or self._choice.by_number or not expects_attention(module):
-            return
-        if self._choice.has_name(frame.name):
-            self._unread[frame.name] = type(module).__name__
-
-    def _called(self, kind: str, func: Callable, args: tuple, kwargs: dict) -> None:
-        frame = self.watch.stack[-1]
-        if kind == "softmax":
-            self._take_softmax(args, kwargs)
-        elif kind == "sdpa":
-            self._take(frame, lambda name: read_sdpa(name, args, kwargs, self._n_heads))
-        elif kind == "mha":
-            self._take(frame, lambda name: read_functional(name, args, kwargs, self._masks))
-        elif self._admit(frame)[1]:
-            raise CaptureError(
-                f"{frame.name} calls {func.__name__}, a kernel whose attention capture cannot "
-                f"read. {_WAY_OUT}, or choose the other layers: capture(model, layers=[...])"
-            )
-
-    def _take_softmax(self, args: tuple, kwargs: dict) -> None:
-        frame = caller = self.watch.stack[-1]
-        if isinstance(frame.module, nn.Softmax) and len(self.watch.stack) > 1:
-            caller = self.watch.stack[-2]  # an nn.Softmax is a part of the attention around it
-        scores = softmax_scores(args, kwargs)
-        if scores is None:
-            return
-        names = frame.name, caller.name
-        named = any(matches(name, chosen) for name in names for chosen in self._softmax)
-        if named or is_square(scores):
-            self._take(caller, lambda name: read_softmax(name, scores, self._n_heads))
-        elif scores.dim() > 2:
-            self._other_softmax.setdefault(frame.name, tuple(scores.shape))
-
-    def _admit(self, frame: Frame) -> tuple[str, bool]:
-        """Name of an attention call of a module, and whether it is wanted.
-
-        Raises:
-            CaptureError: the module has attended before, in an earlier run.
-        """
-        frame.n_calls += 1
-        frame.n_inside += 1
-        name = frame.name if frame.n_calls == 1 else f"{frame.name} #{frame.n_calls}"
-        wanted = self._choice.takes(name, self._n_calls)
-        self._n_calls += 1
-        first = self._frames.setdefault(name, frame)
-        if first is not frame and (wanted or self._choice.by_number):
-            raise CaptureError(
-                f"{name} ran twice inside one capture. Run the model once per `with capture(...)`; "
-                "a model that reuses a layer, or recomputes it in backward, cannot be captured"
-            )
-        return name, wanted
-
-    def _take(self, frame: Frame, read: Callable[[str], Call]) -> None:
-        name, wanted = self._admit(frame)
-        if wanted:
-            with _plain_arithmetic():
-                self.record.add(self._statistics.of(name, read(name)))
+_KINDS = {
+    "scaled_dot_product_attention": "sdpa",
+    "multi_head_attention_forward": "multi head",
+    "softmax": "softmax",
+    "special_softmax": "softmax",
+    "_softmax": "softmax",
+}
 
 
-_WAY_OUT = (
-    "Compute it with nn.functional.scaled_dot_product_attention or a softmax over (B, H, T, T) "
-    '(Hugging Face: attn_implementation="sdpa" or "eager")'
-)
+def _kind_of(func: Callable) -> str | None:
+    """What a PyTorch function does: a value of `_KINDS`, "opaque" for other attention, or None."""
+    name = getattr(func, "__name__", "").split(".")[0]
+    is_attention = "attention" in name or "attn" in name
+    return _KINDS.get(name, "opaque" if is_attention else None)
+
+
+def _in_compiled_code() -> bool:
+    """Whether this runs inside a compiled function that fell back to plain Python."""
+    return torch._C._dynamo.eval_frame.get_eval_frame_callback() not in (None, False)
 
 
 @contextmanager

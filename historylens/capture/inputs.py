@@ -1,34 +1,98 @@
 """What an attention call is computed from, whichever way a model computes it.
 
-A `Call` gives the scores of a query and the queries and keys of all; `mha.py`, `sdpa.py` and
-`softmax.py` read one off a model. `capture.py` turns it into rows, received attention and maps.
+    call = read_sdpa("blocks.0.attn", None, *args, **kwargs)  # scaled_dot_product_attention
+    call = read_multi_head("layers.0", *args, **kwargs)       # multi_head_attention_forward
+    call = read_softmax("blocks.0.attn", None, scores)        # a softmax of the model's own
+    call.row_scores(query), call.queries_and_keys()           # one record for all three
 
-Axes: `B` samples, `H` heads, `Tq` queries, `Tk` keys, `d` width of a head. In self-attention
-`Tq = Tk = T`.
+Dropout of weights is left out. Axes: `B` samples, `H` heads, `Tq` queries, `Tk` keys (both `T` in
+self-attention), `d` width of a head, `D` width of the model.
 """
 
-from typing import Protocol
+import inspect
+import math
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from attention.masks import Mask
+from historylens.capture.masks import Mask, pick
+
+_MULTI_HEAD = inspect.signature(functional.multi_head_attention_forward)
 
 
 class CaptureError(RuntimeError):
     """Attention could not be captured; the message names the layer and the way out."""
 
 
-class Call(Protocol):
+@dataclass(frozen=True)
+class Projection:
+    """How a multi-head attention makes the queries and keys of `H` heads from its inputs.
+
+    Attributes:
+        n_heads: `H`.
+        q_weight, k_weight: `(D, D)` and `(D, kdim)`.
+        q_bias, k_bias: `(D,)` or None.
+    """
+
+    n_heads: int
+    q_weight: Tensor
+    k_weight: Tensor
+    q_bias: Tensor | None
+    k_bias: Tensor | None
+
+    def queries(self, x: Tensor) -> Tensor:
+        """Queries `(B, H, Tq, d)` of inputs `(B, 1, Tq, D)`."""
+        return self._heads(x, self.q_weight, self.q_bias)
+
+    def keys(self, x: Tensor) -> Tensor:
+        """Keys `(B, H, Tk, d)` of inputs `(B, 1, Tk, kdim)`."""
+        return self._heads(x, self.k_weight, self.k_bias)
+
+    def folded(self, x: Tensor) -> Tensor:
+        """Queries `(B, H, Tq, kdim)` that score the inputs of the keys as they are.
+
+        `q (W x + b) = (q W) x + q b`: for a few queries it saves projecting every key, and the
+        constant `q b` does not change their softmax.
+        """
+        q = self.queries(x)
+        return q @ self.k_weight.to(q.dtype).unflatten(0, (self.n_heads, -1))
+
+    def _heads(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        bias = None if bias is None else bias.to(x.dtype)
+        values = functional.linear(x[:, 0], weight.to(x.dtype), bias)  # (B, T, D)
+        return values.unflatten(-1, (self.n_heads, -1)).transpose(1, 2).contiguous()
+
+
+@dataclass(frozen=True)
+class Call:
     """One attention call.
 
     Attributes:
-        shape: `(B, H, Tq, Tk)`; grouped queries count as heads.
+        q: `(B, H, Tq, d)` queries, not yet scaled; the scores `(B, H, Tq, Tk)` where `k` is None.
+        k: `(B, Hk, Tk, d)` keys, `Hk` dividing `H`: head `h` reads key head `h // (H / Hk)`. None
+            where a model holds its scores.
         mask: which keys a query may see.
+        scale: factor of the scores.
+        projection: turns `q` and `k` into heads; they are inputs `(B, 1, T, D)` then.
     """
 
-    shape: tuple[int, int, int, int]
+    q: Tensor
+    k: Tensor | None
     mask: Mask
+    scale: float = 1.0
+    projection: Projection | None = None
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """`(B, H, Tq, Tk)`."""
+        n_samples, n_heads, n_queries, n_keys = self.q.shape
+        if self.projection is not None:
+            n_heads = self.projection.n_heads
+        return n_samples, n_heads, n_queries, n_keys if self.k is None else self.k.shape[2]
 
     def row_scores(self, query: int | Tensor) -> Tensor:
         """Scores `(B, H, Tk)` of one query a sample, before the mask, up to a constant a row.
@@ -36,22 +100,176 @@ class Call(Protocol):
         Args:
             query: its position, `0 <= query < Tq`, for all samples or `(B,)` int64.
         """
+        q = wide(pick(self.q, query))  # (B, H, d)
+        if self.k is None:
+            return q
+        if self.projection is not None:
+            q = self.projection.folded(q[:, :, None])[:, :, 0]  # (B, H, kdim), one key head
+        grouped = q.unflatten(1, (self.k.shape[1], -1))  # (B, Hk, H / Hk, d)
+        return (grouped @ wide(self.k).mT).flatten(1, 2) * self.scale
 
     def queries_and_keys(self) -> tuple[Tensor, Tensor | None]:
-        """Scaled queries `(B, H, Tq, d)` and keys `(B, Hk, Tk, d)`, `Hk` dividing `H`.
+        """Scaled queries `(B, H, Tq, d)` and keys `(B, Hk, Tk, d)`, float32 or wider.
 
-        Float32 or wider. Where a model holds its scores: these, `(B, H, Tq, Tk)`, and None.
+        Where a model holds its scores: these as they are, `(B, H, Tq, Tk)`, and None.
         """
-
-
-def pick(values: Tensor, query: int | Tensor) -> Tensor:
-    """The query's part of `(B, T, D)` or `(B, H, T, D)`: `(B, D)` or `(B, H, D)`."""
-    if isinstance(query, int):
-        return values.select(-2, query)
-    samples, query = torch.arange(len(values), device=values.device), query.to(values.device)
-    return values[samples, query] if values.dim() == 3 else values[samples, :, query]
+        if self.k is None:
+            return self.q, None
+        q, k = wide(self.q), wide(self.k)
+        if self.projection is not None:
+            q, k = self.projection.queries(q), self.projection.keys(k)
+        return q * self.scale, k
 
 
 def wide(values: Tensor) -> Tensor:
     """In float32, if narrower."""
     return values.float() if values.dtype.itemsize < 4 else values
+
+
+def read_multi_head(name: str, /, *args: Any, **kwargs: Any) -> Call:
+    """What a call of `nn.functional.multi_head_attention_forward` attends with.
+
+    Queries and keys are projected once more, as the function keeps its own to itself.
+
+    Raises:
+        CaptureError: the attention has keys that are no token.
+    """
+    bound = _MULTI_HEAD.bind(*args, **kwargs)
+    bound.apply_defaults()
+    given = SimpleNamespace(**bound.arguments)
+    if given.static_k is not None:
+        raise CaptureError(
+            f"{name} passes static_k to multi_head_attention_forward, which capture does not read; "
+            "leave it out with layers="
+        )
+    if given.bias_k is not None or given.add_zero_attn:
+        raise CaptureError(
+            f"{name} adds keys of its own (add_bias_kv, add_zero_attn), which are no token of the "
+            "input; choose the other layers: capture(model, layers=[...])"
+        )
+    weights = given.q_proj_weight, given.k_proj_weight
+    if not given.use_separate_proj_weight:
+        weights = given.in_proj_weight.chunk(3)[:2]
+    biases = (None, None) if given.in_proj_bias is None else given.in_proj_bias.chunk(3)[:2]
+    q, k = (
+        x[None, None] if x.dim() == 2 else x.transpose(0, 1)[:, None]  # (B, 1, T, D)
+        for x in (given.query, given.key)
+    )
+    scale = 1.0 / math.sqrt(q.shape[-1] // given.num_heads)
+    mask = _multi_head_mask(given, len(q))
+    return Call(q, k, mask, scale, Projection(given.num_heads, *weights, *biases))
+
+
+def _multi_head_mask(given: SimpleNamespace, n_samples: int) -> Mask:
+    """The mask that the function follows, which is not always the one that it is given."""
+    keys, bias = given.key_padding_mask, given.attn_mask
+    if given.is_causal and keys is None and not given.need_weights:
+        return Mask("causal")  # then attn_mask is not looked at
+    if bias is not None and bias.dim() == 3:
+        bias = bias.unflatten(0, (n_samples, given.num_heads))
+    mask = Mask("full") if bias is None else Mask("additive", bias)
+    if keys is None:
+        return mask
+    keys = keys if keys.dim() == 2 else keys[None]
+    padded = keys if keys.dtype == torch.bool else keys == -torch.inf
+    return replace(mask, keys=keys, padded=padded if _is_self(given.query, given.key) else None)
+
+
+def _is_self(query: Tensor, key: Tensor) -> bool:
+    """Whether queries and keys are the same tokens: one tensor, or two views of it."""
+    same = query.data_ptr() == key.data_ptr() and query.shape == key.shape
+    return same and query.stride() == key.stride()
+
+
+def softmax_scores(args: tuple, kwargs: dict[str, Any]) -> Tensor | None:
+    """The input of a softmax over its last axis; None if it is over another axis."""
+    scores = args[0] if args else kwargs.get("input", kwargs.get("self"))
+    dim = args[1] if len(args) > 1 else kwargs.get("dim")
+    return scores if isinstance(dim, int) and dim in (-1, scores.dim() - 1) else None
+
+
+def read_softmax(name: str, n_heads: int | None, scores: Tensor) -> Call:
+    """Attention whose weights are the softmax of `scores`, the mask included.
+
+    Args:
+        name: of the module that computes it, for errors.
+        n_heads: `H`, needed for 3 axes.
+        scores: `(B, H, Tq, Tk)`, or with 3 axes `(B * H, Tq, Tk)`.
+
+    Raises:
+        CaptureError: 3 axes and no `n_heads`.
+    """
+    return Call(_with_heads(name, scores, n_heads, "scores"), None, Mask("scores"))
+
+
+def read_sdpa(
+    name: str,
+    n_heads: int | None,
+    /,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Call:
+    """What a call of `nn.functional.scaled_dot_product_attention` attends with.
+
+    Queries and keys are those of the call, so rotary positions, normalised queries and a scale of
+    one's own are exact.
+
+    Args:
+        name: of the module that made the call, for errors.
+        n_heads: `H` of queries with 3 axes, `(B * H, T, d)`.
+        query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa: as it was called.
+
+    Raises:
+        CaptureError: queries with 3 axes and no `n_heads`, or tensors that cannot be read.
+    """
+    if query.is_nested or key.is_nested:
+        raise CaptureError(
+            f"{name} calls scaled_dot_product_attention with nested tensors, which capture does "
+            "not read; give the model padded tensors and a mask"
+        )
+    if not enable_gqa:
+        leading = torch.broadcast_shapes(query.shape[:-2], key.shape[:-2])
+        query, key = (x.expand(*leading, *x.shape[-2:]) for x in (query, key))
+    q, k = (_with_heads(name, x, n_heads, "queries") for x in (query, key))
+    scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
+    if attn_mask is None:
+        return Call(q, k, Mask("causal" if is_causal else "full"), scale)
+    bias = _sdpa_bias(name, n_heads, attn_mask, (*query.shape[:-1], key.shape[-2]))
+    allows = bias.dtype == torch.bool
+    if is_causal:  # where PyTorch does not refuse the two together, both hold
+        ahead = torch.ones(bias.shape[-2:], dtype=torch.bool, device=bias.device).triu_(1)
+        bias = bias & ~ahead if allows else bias.masked_fill(ahead, -torch.inf)
+    return Call(q, k, Mask("additive", bias, allows=allows), scale)
+
+
+def _sdpa_bias(name: str, n_heads: int | None, bias: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """The mask of weights `shape = (..., Tq, Tk)` as `(Tq, Tk)`, or with the 4 axes of a `Mask`."""
+    if hasattr(bias, "_materialize"):  # torch.nn.attention.bias.CausalBias, slow to import
+        bias = bias._materialize()
+    if bias.dim() < 3:
+        return bias.expand(shape[-2:])
+    if len(shape) != 4:
+        return _with_heads(name, bias.expand(shape), n_heads, "a mask")
+    bias = bias.expand(*bias.shape[:-2], *shape[-2:])
+    return bias if bias.dim() == 4 else bias[None]
+
+
+def _with_heads(name: str, values: Tensor, n_heads: int | None, what: str) -> Tensor:
+    """`values` `(..., H, T, d)` with exactly 4 axes; further leading axes count as samples."""
+    if values.dim() == 2:
+        return values[None, None]
+    if values.dim() != 3:
+        return values.flatten(0, -4)
+    if n_heads is None or len(values) % n_heads:
+        raise CaptureError(
+            f"{name} attends with {what} of 3 axes {tuple(values.shape)}, of which the first holds "
+            "samples and heads; say how many heads there are: capture(model, heads=H), with "
+            "heads=1 if each call is a single head"
+        )
+    return values.unflatten(0, (-1, n_heads))

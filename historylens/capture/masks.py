@@ -55,7 +55,7 @@ class Mask:
         bias = None
         if self.kind == "causal":
             index = torch.arange(rows.start, rows.stop) if isinstance(rows, slice) else rows
-            bias = self._causal(index.to(like.device), like)
+            bias = _causal(index.to(like.device), like)
         elif self.kind == "additive":
             bias = self._additive(self._part(sample, heads)[..., rows, :], like)
         if self.keys is not None:
@@ -72,19 +72,12 @@ class Mask:
         """
         bias = None
         if self.kind == "causal":
-            # The usual query, the last token, sees everything.
-            if not (isinstance(query, int) and query >= like.shape[-1] - 1):
-                index = torch.as_tensor(query, device=like.device).reshape(-1, 1)
-                bias = self._causal(index, like)
+            if isinstance(query, Tensor) or query < like.shape[-1] - 1:  # the last sees everything
+                index = torch.as_tensor(query, device=like.device)
+                bias = _causal(index.reshape(-1, 1), like)
         elif self.kind == "additive":
-            bias = self.bias
-            if isinstance(query, int):
-                bias = bias[..., query, :]
-            else:
-                bias = bias.expand(like.shape[0], -1, -1, -1) if bias.dim() == 4 else bias
-                samples, query = torch.arange(len(query), device=bias.device), query.to(bias.device)
-                bias = bias[query][:, None] if bias.dim() == 2 else bias[samples, :, query]
-            bias = self._additive(bias, like)
+            bias = self.bias if self.bias.dim() == 4 else self.bias[None, None]
+            bias = self._additive(pick(bias, query), like)
         if self.keys is not None:
             keys = _additive(self.keys, like)[:, None]
             bias = keys if bias is None else bias + keys
@@ -96,18 +89,26 @@ class Mask:
         bias = self.bias[sample if len(self.bias) > 1 else 0]
         return bias[heads] if len(bias) > 1 else bias
 
-    def _causal(self, index: Tensor, like: Tensor) -> Tensor:
-        """Rows `(R, Tk)` of the causal mask, or `(B, 1, Tk)` for `index` `(B, 1)`."""
-        ahead = torch.arange(like.shape[-1], device=like.device) > index[..., None]
-        return _additive(ahead, like)
-
     def _additive(self, bias: Tensor, like: Tensor) -> Tensor:
         return _additive(~bias if self.allows else bias, like)
+
+
+def pick(values: Tensor, query: int | Tensor) -> Tensor:
+    """One query a sample of `(B, H, Tq, d)`: `(B, H, d)`."""
+    if isinstance(query, int):
+        return values.select(2, query)
+    samples = torch.arange(len(query), device=values.device)
+    return values.expand(len(query), -1, -1, -1)[samples, :, query.to(values.device)]
 
 
 def hidden(scores: Tensor, weights: Tensor) -> Tensor:
     """Where a mask that is part of the scores forbids, for the softmax `weights` of `scores`."""
     return (scores == -torch.inf) | ((scores <= MASKED_SCORE) & (weights == 0))
+
+
+def _causal(index: Tensor, like: Tensor) -> Tensor:
+    """Rows `(R, Tk)` of the causal mask at `index` `(R,)`; `(B, 1, Tk)` for `(B, 1)`."""
+    return _additive(torch.arange(like.shape[-1], device=like.device) > index[..., None], like)
 
 
 def _additive(bias: Tensor, like: Tensor) -> Tensor:

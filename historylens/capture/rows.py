@@ -5,7 +5,7 @@ holds them, and a `Mask` that says what a query may see. A block holds as many r
 processor's cache, so that the softmax and the column sums cost no trip to main memory:
 
     q = q / math.sqrt(q.shape[-1])
-    last = last_row(scores, Mask("causal"))                                  # (B, H, T)
+    row = query_row(scores, bias)                                            # (B, H, T)
     columns = received(q, k, Mask("causal"))                                 # (B, H, T)
     images = maps(q, k, Mask("causal"), samples=[0], grid=MapGrid.of(16384, size=512))
 
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from attention.masks import Mask, hidden
+from historylens.capture.masks import Mask, hidden
 
 # Scores held at once. A CPU is fastest while they stay in its cache; a GPU wants wide kernels.
 BLOCK_SCORES_CPU = 2**19
@@ -75,11 +75,6 @@ class MapGrid:
         # A product with ones: torch sums short rows slowly.
         middle = middle.unflatten(-1, (-1, self.bin_width)) @ values.new_ones(self.bin_width)
         return torch.cat([values[..., : self.n_first], middle, values[..., -1:]], dim=-1)
-
-
-def last_row(scores: Tensor, mask: Mask) -> Tensor:
-    """Attention row of the last token from its scores, as `query_row`."""
-    return query_row(scores, mask.of_query(scores.shape[-1] - 1, scores))
 
 
 def query_row(scores: Tensor, bias: Tensor | None) -> Tensor:

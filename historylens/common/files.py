@@ -97,3 +97,10 @@ def in_the_way(out: Path, path: Path) -> UserError:
         f"cannot write to the output folder {out}: {path} is in the way; move it or choose another "
         "folder with --out"
     )
+
+
+def rounded(values: np.ndarray, digits: int = 6) -> list[Any]:
+    """Nested lists of floats with so many significant digits."""
+    if values.ndim > 1:
+        return [rounded(row, digits) for row in values]
+    return [float(f"{value:.{digits}g}") for value in values]

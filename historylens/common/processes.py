@@ -4,7 +4,7 @@
 
     with join() as group:                     # the processes that torchrun started, or this one
         device = group.device(torch.device("cuda"))             # a GPU for each process
-        parts = group.gather(work(n) for n in group.share(100))   # all parts on rank 0
+        parts = group.gather([work(n) for n in group.share(100)])  # all parts on rank 0
 
 Gloo carries CPU tensors and python objects, NCCL what lies on GPUs. A process that nothing started
 beside others forms no group: every method then does what one process does, at no cost.
@@ -126,15 +126,14 @@ class Group:
         A user's mistake that several processes meet is told once, by the first of them; the
         others exit quietly with code 2.
         """
+        if self.size == 1:
+            yield
+            return
         mistake = None
         try:
             yield
         except UserError as error:
-            if self.size == 1:
-                raise
             mistake = error
-        if self.size == 1:
-            return
         mistakes = [None] * self.size
         torch.distributed.all_gather_object(mistakes, mistake and str(mistake))
         if mistake and mistakes.index(str(mistake)) == self.rank:
@@ -145,10 +144,11 @@ class Group:
     @contextlib.contextmanager
     def told_once(self) -> Iterator[None]:
         """A block whose console text is the same on all processes: only rank 0's is shown."""
-        with contextlib.ExitStack() as stack:
-            if not self.is_main:
-                stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
-                stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
+        if self.is_main:
+            yield
+            return
+        unseen = io.StringIO()
+        with contextlib.redirect_stdout(unseen), contextlib.redirect_stderr(unseen):
             yield
 
 
@@ -170,10 +170,9 @@ def join() -> Iterator[Group]:
         yield group
         return
     on_gpus = torch.cuda.is_available() and torch.distributed.is_nccl_available()
+    backend = "cpu:gloo,cuda:nccl" if on_gpus else "gloo"
     try:
-        torch.distributed.init_process_group(
-            "cpu:gloo,cuda:nccl" if on_gpus else "gloo", timeout=TIMEOUT
-        )
+        torch.distributed.init_process_group(backend, timeout=TIMEOUT)
     except (RuntimeError, ValueError) as error:
         raise UserError(
             f"the {group.size} processes of this job did not find each other: {_brief(error)}"
@@ -195,17 +194,16 @@ def join() -> Iterator[Group]:
 
 def _read_environment() -> Group:
     """Rank and size as torchrun gives them."""
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-    if os.environ.get("WORLD_SIZE", "1") == "1":
-        return Group()
-    missing = [n for n in (*names, "MASTER_ADDR", "MASTER_PORT") if n not in os.environ]
-    if missing:
+    size = os.environ.get("WORLD_SIZE", "1")
+    if size == "1":
+        return ALONE
+    names = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    if missing := [name for name in names if name not in os.environ]:
         raise UserError(
-            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but {missing[0]} is not set: start several "
+            f"WORLD_SIZE is {size}, but {missing[0]} is not set: start several "
             "processes with `torchrun --nproc-per-node N`, or unset WORLD_SIZE"
         )
-    rank, size, local_rank = (int(os.environ[name]) for name in names)
-    return Group(rank, size, local_rank)
+    return Group(int(os.environ["RANK"]), int(size), int(os.environ["LOCAL_RANK"]))
 
 
 def _is_lost_connection(error: RuntimeError) -> bool:
@@ -215,5 +213,5 @@ def _is_lost_connection(error: RuntimeError) -> bool:
 
 def _brief(error: Exception) -> str:
     """First sentence of a message, without the source line it begins with."""
-    text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    text = (str(error).strip() or type(error).__name__).splitlines()[0]
     return text.rpartition("] ")[2].split(". ")[0]

@@ -1,17 +1,18 @@
 """Settings as dataclasses, and the flags made of them: default, help and type stand once.
 
-    @dataclass(frozen=True)
-    class Config:
-        '''What to analyse.'''
-        seed: int = setting(0, "seed of the choice of decisions", "N", type=whole)
+@dataclass(frozen=True)
+class Config:
+    '''What to analyse.'''
+    seed: int = setting(0, "seed of the choice of decisions", "N", type=whole)
 
-    parser = argparse.ArgumentParser()
-    add_flags(parser, Config)
-    config = from_flags(Config, parser.parse_args())
+parser = argparse.ArgumentParser()
+add_flags(parser, Config)
+config = from_flags(Config, parser.parse_args())
 """
 
 import argparse
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 from historylens.common.errors import UserError
@@ -112,3 +113,13 @@ def same_as_default(config: Any, name: str) -> bool:
     """Whether a setting has the value that it has unless a flag gives another."""
     default = next(field.default for field in dataclasses.fields(config) if field.name == name)
     return getattr(config, name) == default
+
+
+def names_adapter(argv: Sequence[str]) -> bool:
+    """Whether the arguments of a command name a user's adapter."""
+    parser = argparse.ArgumentParser(add_help=False, exit_on_error=False)
+    parser.add_argument("--adapter", nargs="?", const="")
+    try:
+        return parser.parse_known_args(argv)[0].adapter is not None
+    except argparse.ArgumentError:
+        return False

@@ -24,6 +24,8 @@ from typing import Literal
 
 import numpy as np
 
+from historylens.common.text import fixed
+
 LEVEL = 0.95  # of every interval
 N_RESAMPLES = 10_000
 N_RESAMPLES_IQM = 2_000  # the IQM's resamples cost more
@@ -32,7 +34,6 @@ MANY = 1000  # degrees of freedom from which Student's t counts as normal
 MAX_SKEWNESS = 0.5  # of a mean over runs: what is estimated beyond it is noise of few seeds
 
 Verdict = Literal["better", "safe", "worse", "inconclusive"]
-VERDICTS = ("better", "safe", "inconclusive", "worse")
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,13 @@ class Estimate:
     @property
     def is_open(self) -> bool:
         """Whether there is no interval."""
-        return self.low is None or self.high is None
+        return self.low is None
+
+    def text(self, sign: str = "") -> str:
+        """`12.34 [12.00, 12.70]`; the value alone where there is no interval."""
+        known = (self.value,) if self.is_open else (self.value, self.low, self.high)
+        value, *ends = (fixed(number, 2, sign) for number in known)
+        return f"{value} [{', '.join(ends)}]" if ends else value
 
 
 class Bootstrap:
@@ -57,53 +64,40 @@ class Bootstrap:
         n_seeds: runs `R` of each; with one there are values but no intervals.
         seed: of the draws.
         n_resamples: number of them.
-        level: of the intervals.
     """
 
     def __init__(
-        self,
-        n_goals: int,
-        n_seeds: int,
-        seed: int = 0,
-        n_resamples: int = N_RESAMPLES,
-        level: float = LEVEL,
+        self, n_goals: int, n_seeds: int, seed: int = 0, n_resamples: int = N_RESAMPLES
     ) -> None:
-        if n_goals < 1 or n_seeds < 1:
-            raise ValueError(f"expected goals and seeds, got {n_goals} and {n_seeds}")
-        self.n_goals, self.n_seeds, self.level = n_goals, n_seeds, level
+        self.n_goals, self.n_seeds = n_goals, n_seeds
         even = np.full(n_seeds, 1 / n_seeds)
         rng = np.random.default_rng(seed)
         # How often each run is drawn: a resample is a row of weights. (N, G * R)
         counts = rng.multinomial(n_seeds, even, size=(n_resamples, n_goals))
         self._counts = counts.reshape(n_resamples, -1).astype(np.float64)
 
-    def mean(self, scores: np.ndarray, level: float | None = None) -> Estimate:
-        """Mean over all runs of `scores (G, R)`, with its interval of `level` (own by default)."""
-        scores = self._checked(scores)
-        if self.n_seeds == 1:
-            return Estimate(float(scores.mean()), None, None)
-        low, high = self.bounds(scores[None], level)[0].tolist()
-        return Estimate(float(scores.mean()), low, high)
-
-    def bounds(self, scores: np.ndarray, level: float | None = None) -> np.ndarray:
-        """Ends of the intervals of the means of `N` studies at once.
+    def mean(self, scores: np.ndarray, n_compared: int = 1) -> Estimate:
+        """Mean over all runs of `scores (G, R)`, with its interval.
 
         Args:
-            scores: `(N, G, R)`, at least two seeds.
-            level: of the intervals; own by default.
-
-        Returns:
-            `(N, 2)`.
+            scores: one a run.
+            n_compared: comparisons that the interval is corrected for (Bonferroni).
         """
+        ends = (None, None)
+        if self.n_seeds > 1:
+            ends = self.bounds(scores[None], n_compared)[0].tolist()
+        return Estimate(float(scores.mean()), *ends)
+
+    def bounds(self, scores: np.ndarray, n_compared: int = 1) -> np.ndarray:
+        """Ends `(N, 2)` of the intervals of the means of `N` studies, `scores (N, G, R)`, R > 1."""
         size = self.n_goals * self.n_seeds
         resampled = scores.reshape(-1, size) @ self._counts.T / size  # (N, resamples)
-        tail = (1 - (level or self.level)) / 2
+        tail = (1 - LEVEL) / 2 / n_compared
         ends = self._ends(scores.mean(axis=(1, 2)), resampled, scores, tail)
         return ends + skew_shift(scores, NormalDist().inv_cdf(1 - tail))[:, None]
 
     def iqm(self, scores: np.ndarray) -> Estimate:
         """Mean of the middle half of all runs of `scores (G, R)`, with its interval."""
-        scores = self._checked(scores)
         order = scores.ravel().argsort(kind="stable")
         values, n_cut = scores.ravel()[order], int(TRIM * scores.size)
         counts = np.vstack([np.ones(scores.size), self._counts[:N_RESAMPLES_IQM, order]])
@@ -111,27 +105,18 @@ class Bootstrap:
         within = counts.cumsum(axis=1).clip(n_cut, scores.size - n_cut)
         kept = np.diff(within, axis=1, prepend=n_cut)
         means = kept @ values / (scores.size - 2 * n_cut)
-        if self.n_seeds == 1:
-            return Estimate(float(means[0]), None, None)
-        tail = (1 - self.level) / 2
-        low, high = self._ends(means[:1], means[None, 1:], scores[None], tail)[0].tolist()
-        return Estimate(float(means[0]), low, high)
-
-    def _checked(self, scores: np.ndarray) -> np.ndarray:
-        scores = np.asarray(scores, dtype=np.float64)
-        if scores.shape != (self.n_goals, self.n_seeds) or not np.isfinite(scores).all():
-            raise ValueError(
-                f"expected finite scores of shape ({self.n_goals}, {self.n_seeds}), "
-                f"got {scores.shape}"
-            )
-        return scores
+        ends = (None, None)
+        if self.n_seeds > 1:
+            tail = (1 - LEVEL) / 2
+            ends = self._ends(means[:1], means[None, 1:], scores[None], tail)[0].tolist()
+        return Estimate(float(means[0]), *ends)
 
     def _ends(
         self, values: np.ndarray, resampled: np.ndarray, scores: np.ndarray, tail: float
     ) -> np.ndarray:
         """Scaled percentile intervals `(N, 2)` of `values (N,)`, resampled `(N, resamples)`."""
-        freedom = degrees_of_freedom(scores)
-        scale = np.array([student_quantile(1 - tail, each) for each in freedom.tolist()])
+        freedom = (degrees_of_freedom(scores) + 1e-9).astype(int).tolist()  # rounded down
+        scale = np.array([student_quantile(1 - tail, each) for each in freedom])
         scale *= math.sqrt(self.n_seeds / (self.n_seeds - 1)) / NormalDist().inv_cdf(1 - tail)
         low, high = np.quantile(resampled, [tail, 1 - tail], axis=1) - values
         return values[:, None] + scale[:, None] * np.stack(
@@ -170,13 +155,9 @@ def skew_shift(scores: np.ndarray, z: float) -> np.ndarray:
     return skewness.clip(-MAX_SKEWNESS, MAX_SKEWNESS) * error * (z**2 + 2) / 6
 
 
-def student_quantile(p: float, freedom: float) -> float:
-    """Quantile of Student's t for `0.5 < p < 1`; fractional freedom is rounded down."""
-    return _student_quantile(p, min(int(freedom + 1e-9), MANY))
-
-
 @lru_cache(maxsize=4096)
-def _student_quantile(p: float, freedom: int) -> float:
+def student_quantile(p: float, freedom: int) -> float:
+    """Quantile of Student's t for `0.5 < p < 1`."""
     if freedom >= MANY:
         return NormalDist().inv_cdf(p)
     low, high = 0.0, math.pi / 2  # t = sqrt(freedom) tan(angle)
@@ -207,15 +188,12 @@ def verdict(difference: Estimate, margin: float) -> Verdict:
     is less than the margin. `worse`: below `-margin`. Otherwise, and without an interval (one
     seed), `inconclusive`. The lower end of a 95 % interval is passed by chance in 2.5 %.
 
-    With a margin of 0 (full history earns nothing) nothing is `safe`; without any variance the
-    interval is the value itself.
+    With a margin of 0 (full history earns nothing) nothing is `safe`.
 
     Args:
         difference: return of the arm minus that of full history.
         margin: the loss that would not matter, in the same unit, 0 or more.
     """
-    if margin < 0:
-        raise ValueError(f"expected a margin of 0 or more, got {margin}")
     if difference.is_open:
         return "inconclusive"
     if difference.low > 0:

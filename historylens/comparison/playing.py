@@ -1,197 +1,176 @@
-"""Play arms of compressed history in an environment, paired, and keep what they earned.
+"""Play arms of compressed history in an agent's environment, paired, and keep what they earned.
 
-    arms = plan(task, ["recent", "rewarded-recent"], [10, 20], plays)
-    kept = KeptResults.open(out, fingerprint(task, plays, code_digest()))
-    outcomes = play_arms(task, arms, plays, kept)
+    arms = plan(agent, ["recent", "rewarded-recent"], [10, 20], plays)
+    results, note = open_results(out, fingerprint(agent, plays))
+    played = play_arms(agent, arms, plays, results)
 
-Every arm acts on the same goals with the same action noise: that of a room depends on the seed and
-the room's number alone. After each arm the results are on disk, so that an interrupted comparison
-goes on where it was.
+Every arm acts on the same goals with the same action noise: that of an environment depends on the
+seed and the environment's number alone. After each arm the results are on disk, so that an
+interrupted comparison goes on where it was.
 """
 
+import contextlib
+import hashlib
+import inspect
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from acting.reading import CompressedReader, Cost
-from comparison.judgement import EMPTY, FULL, RECENT, Arm, Outcome
-from comparison.kept_results import KeptResults
-from comparison.task import Task
-from compression import CONTROLS, STRATEGIES, Control, Merge, Strategy, get_strategy
-from config import UserError
-from rollout import MAX_ROOMS, act
+from historylens.agent import Agent, rollout
+from historylens.common.batches import MAX_ROOMS, even_parts
+from historylens.common.errors import UserError
+from historylens.comparison.policy import CompressedPolicy, Positions
+from historylens.comparison.results import ResultsFile
+from historylens.comparison.study import EMPTY, FULL, RECENT, Arm, Result
+from historylens.compression.method import METHODS, get_method
 
 CONFIRMING = 10**9  # between the seed of a comparison and that of the runs that confirm it
+CODE = (  # files here, beside the agent's, that returns depend on
+    "agent.py", "history.py", "tokens.py", "capture/*.py", "compression/*.py",
+    "comparison/playing.py", "comparison/policy.py",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Plays:
-    """How often each arm plays.
+    """How each arm plays.
 
     Attributes:
         n_seeds: runs `R` of each goal.
         n_episodes: episodes `E` of a run.
         seed: of action noise and of what strategies draw.
+        positions: where kept transitions stand.
     """
 
     n_seeds: int
     n_episodes: int
     seed: int
+    positions: Positions = "reindexed"
 
     def confirming(self, n_seeds: int) -> "Plays":
         """Runs of other action noise, for one arm that these runs point to."""
         return replace(self, n_seeds=n_seeds, seed=self.seed + CONFIRMING)
 
 
-def plan(task: Task, strategies: Sequence[str], budgets: Sequence[int], plays: Plays) -> list[Arm]:
+def plan(agent: Agent, names: Sequence[str], budgets: Sequence[int], plays: Plays) -> list[Arm]:
     """The arms to play: full, empty and the controls, then each strategy at each budget.
 
     With a single goal there is no other task, and that control is left out.
 
     Raises:
-        UserError: an unknown strategy, one that this model cannot serve, or a budget that the model
-            or the history cannot.
+        UserError: an unknown strategy, or a budget that the model or the history cannot serve.
     """
-    n_max, n_steps = task.view.n_max, plays.n_episodes * task.horizon
+    environment = agent.environment
+    if not agent.n_max:
+        raise UserError(f"{agent.title}: it reads no history: there is nothing to compress")
+    n_steps = plays.n_episodes * environment.horizon
     for budget in budgets:
-        if not 1 <= budget <= n_max:
+        if not 1 <= budget <= agent.n_max:
             raise UserError(
-                f"expected --budgets in 1..{n_max}, the transitions that this model can read, "
-                f"got {budget}"
+                f"expected --budgets in 1..{agent.n_max}, the transitions that this model can "
+                f"read, got {budget}"
             )
         if n_steps <= budget:
             raise UserError(
-                f"history shorter than the budget: {plays.n_episodes} episodes of {task.horizon} "
-                f"steps never hold more than {n_steps - 1} transitions, and nothing is compressed "
-                f"at --budgets {budget}: expected more --episodes or a smaller budget"
+                f"history shorter than the budget: {plays.n_episodes} episodes of "
+                f"{environment.horizon} steps never hold more than {n_steps - 1} transitions, and "
+                f"nothing is compressed at --budgets {budget}: expected more --episodes or a "
+                "smaller budget"
             )
-    arms = [Arm(FULL), Arm(EMPTY)]
-    arms += [Arm(name) for name in CONTROLS if name != "other-task" or task.n_goals > 1]
-    for name in dict.fromkeys(strategies):
-        if STRATEGIES.get(name) is None or STRATEGIES[name].keeps not in ("all", "none"):
-            arms += [Arm(name, budget) for budget in sorted(set(budgets))]
-    for arm in arms:
-        CompressedReader(task.view, method_of(arm), arm.n_keep)
-    return arms
-
-
-def method_of(arm: Arm) -> Strategy | Merge | Control:
-    """What an arm does to the history.
-
-    Raises:
-        UserError: there is nothing of that name.
-    """
-    if arm.name in CONTROLS:
-        return CONTROLS[arm.name]
     try:
-        return get_strategy(arm.name)
+        chosen = [get_method(name) for name in dict.fromkeys(names)]
     except ValueError as error:
         raise UserError(str(error)) from None
+    controls = [name for name, method in METHODS.items() if method.kind == "control"]
+    if len(environment.goals) == 1:
+        controls.remove("other-task")
+    arms = [Arm(name) for name in (FULL, EMPTY, *controls)]
+    with_budget = [method.name for method in chosen if method.keeps not in ("all", "none")]
+    return arms + [Arm(name, budget) for name in with_budget for budget in sorted(set(budgets))]
 
 
-def n_decisions(task: Task, plays: Plays) -> int:
-    """Decisions that an arm makes."""
-    return task.n_goals * plays.n_seeds * plays.n_episodes * task.horizon
+def played_as(arm: Arm, agent: Agent) -> Arm:
+    """The arm itself, or full history where that is the same: all that the model can read is kept.
 
-
-def twin_of(arm: Arm, task: Task) -> Arm | None:
-    """An arm that does the same: full history, where all that the model can read is kept.
-
-    Recency is one, and so is what looks at attention: it chooses among what the model can read.
+    It is for recency, and for what looks at attention: that chooses among what the model can read.
     """
-    strategy = STRATEGIES.get(arm.name)
-    looks = strategy is not None and strategy.looks_at.endswith("attention")
-    is_same = arm.n_keep == task.view.n_max and (arm.name == RECENT or looks)
-    return Arm(FULL) if is_same else None
+    looks = arm.method.looks_at.endswith("attention")
+    is_full = arm.n_keep == agent.n_max and (arm.name == RECENT or looks)
+    return Arm(FULL) if is_full else arm
+
+
+def missing(agent: Agent, arms: Sequence[Arm], results: ResultsFile) -> list[Arm]:
+    """The arms that are still to be played."""
+    return [arm for arm in arms if arm.key not in results.by_key and played_as(arm, agent) == arm]
 
 
 def play_arms(
-    task: Task, arms: Sequence[Arm], plays: Plays, kept: KeptResults, progress: bool = True
-) -> list[Outcome]:
-    """Play the arms that are not kept yet; keep each as soon as it is finished."""
-    missing = [arm for arm in arms if arm.key not in kept.arms and twin_of(arm, task) is None]
-    total = len(missing) * n_decisions(task, plays)
-    with tqdm(
-        total=total, unit=" decisions", unit_scale=True, disable=not (progress and missing)
-    ) as bar:
-        for i, arm in enumerate(missing):
-            bar.set_description(f"{arm.key} ({i + 1} of {len(missing)} arms)")
-            kept.add(arm, *play(task, arm, plays, bar))
-    return [Outcome(arm, *_read(kept.arms[(twin_of(arm, task) or arm).key])) for arm in arms]
+    agent: Agent, arms: Sequence[Arm], plays: Plays, results: ResultsFile
+) -> list[Result]:
+    """Play the arms that are still missing, keep each as soon as it is finished; gives all."""
+    todo, tasks = missing(agent, arms, results), agent.environment
+    each = len(tasks.goals) * plays.n_seeds * plays.n_episodes * tasks.horizon
+    with tqdm(total=len(todo) * each, unit=" decisions", unit_scale=True, disable=not todo) as bar:
+        for i, arm in enumerate(todo):
+            bar.set_description(f"{arm.key} ({i + 1} of {len(todo)} arms)")
+            results.add(play(agent, arm, plays, bar))
+    return [replace(results.by_key[played_as(arm, agent).key], arm=arm) for arm in arms]
 
 
-def play(task: Task, arm: Arm, plays: Plays, bar: tqdm | None = None) -> tuple[np.ndarray, Cost]:
-    """Play one arm: rewards of each episode `(G, R, E)`, and what it cost.
+def play(agent: Agent, arm: Arm, plays: Plays, bar: tqdm | None = None) -> Result:
+    """Play one arm.
 
-    Goals take turns among the rooms, so that every block of rooms holds several.
+    Goals take turns among the environments, so that every batch of them holds several.
     """
-    n_rooms = task.n_goals * plays.n_seeds
-    goals = np.arange(n_rooms) % task.n_goals
-    generator = torch.Generator().manual_seed(_seed_of(arm, plays.seed))
-    cost, parts = Cost(), []
-    n_blocks = -(-n_rooms // MAX_ROOMS)
-    bounds = np.linspace(0, n_rooms, n_blocks + 1).round().astype(int).tolist()
-    for start, stop in pairwise(bounds):
-        reader = CompressedReader(task.view, method_of(arm), arm.n_keep, generator)
-        parts.append(
-            act(
-                task.make_room(goals[start:stop]),
-                reader,
-                plays.n_episodes * task.horizon,
-                [np.random.default_rng((plays.seed, room)) for room in range(start, stop)],
-                bar,
-                goals[start:stop],
-            )
-        )
-        cost += reader.cost
-    rewards = np.concatenate(parts)  # (N, n_steps)
-    shape = (plays.n_seeds, task.n_goals, plays.n_episodes, task.horizon)
-    return rewards.reshape(shape).sum(axis=3).swapaxes(0, 1), cost
+    environment = agent.environment
+    n_goals, n_steps = len(environment.goals), plays.n_episodes * environment.horizon
+    # A seed of the arm's own: what it draws does not depend on which arms play beside it.
+    seed = zlib.crc32(f"{plays.seed} {arm.key}".encode())
+    generator = torch.Generator().manual_seed(seed)
+    policy = CompressedPolicy(agent, arm.method, arm.n_keep, generator, plays.positions)
+    parts = []
+    for part in even_parts(0, n_goals * plays.n_seeds, MAX_ROOMS):
+        goals = np.array(part) % n_goals
+        noises = [np.random.default_rng((plays.seed, number)) for number in part]
+        parts.append(rollout(environment.make(goals), policy, n_steps, noises, bar, goals))
+    shape = (plays.n_seeds, n_goals, plays.n_episodes, environment.horizon)
+    rewards = np.concatenate(parts).reshape(shape)
+    return Result(arm, rewards.sum(axis=3).swapaxes(0, 1).astype(np.float64), policy.cost)
 
 
-def _seed_of(arm: Arm, seed: int) -> int:
-    """A seed of an arm's own: what it draws does not depend on which arms play beside it."""
-    return zlib.crc32(f"{seed} {arm.key}".encode())
-
-
-def _read(entry: dict[str, Any]) -> tuple[np.ndarray, dict[str, Any]]:
-    """Returns `(G, R, E)` and costs a decision of a kept arm."""
-    cost = Cost(**entry["cost"], **entry["seconds"])
-    per_decision = 1000 / max(1, cost.decisions)
-    return np.array(entry["returns"], dtype=np.float64), {
-        "kept_mean": cost.kept_mean,
-        "kept_min": cost.kept_min,
-        "kept_max": cost.kept_max,
-        "identical_to_full": cost.identical_to_full,
-        "tokens_per_decision": cost.tokens_per_decision,
-        "ms_selecting": cost.seconds_selecting * per_decision,
-        "ms_model": cost.seconds_model * per_decision,
-    }
-
-
-def fingerprint(task: Task, plays: Plays, code: str) -> dict[str, Any]:
-    """Everything that the returns of an arm depend on, as plain values.
-
-    Args:
-        task: the model and the environment.
-        plays: how often each arm plays.
-        code: digest of the program (`kept_results.code_digest`).
-    """
+def fingerprint(agent: Agent, plays: Plays) -> dict[str, Any]:
+    """Everything that the returns of an arm depend on, as plain values."""
     return {
-        **task.identity,
-        "goals": list(task.goals),
-        "horizon": task.horizon,
-        "n_max": task.view.n_max,
-        "positions": task.view.positions,
-        "device": torch.device(task.view.device).type,
+        **agent.identity,
+        "goals": list(agent.environment.goals),
+        "horizon": agent.environment.horizon,
+        "n_max": agent.n_max,
+        "positions": plays.positions,
+        "device": torch.device(agent.device).type,
         "seeds": plays.n_seeds,
         "episodes": plays.n_episodes,
         "seed": plays.seed,
-        "code": code,
+        "code": code_digest(agent),
     }
+
+
+def code_digest(agent: Agent) -> str:
+    """Digest of the program's files that returns depend on: changed code plays anew.
+
+    They are those of `CODE`, all files beside that of the agent's class, and that of its model's.
+    """
+    root = Path(__file__).parents[1]
+    paths = {path for pattern in CODE for path in root.glob(pattern)}
+    paths.update(Path(inspect.getfile(type(agent))).parent.glob("*.py"))
+    with contextlib.suppress(TypeError, OSError):  # made at run time, it has no file
+        paths.add(Path(inspect.getfile(type(agent.model))))
+    digest = hashlib.sha256()
+    for path in sorted(paths):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()

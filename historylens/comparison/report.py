@@ -1,43 +1,20 @@
 """A judged comparison as console text, `results.csv` and the summary in `results.json`.
 
-print(table(study)); print(advice(study, setting))
+print(table(study)); print(advice(study, "kept transitions are numbered anew"))
 write_csv("figs/compression/results.csv", study)
 """
 
 import csv
 import io
-import textwrap
-from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from attention.files import write_atomically
-from attention.report import loaded_block
-from comparison.intervals import LEVEL, Estimate
-from comparison.judgement import Confirmation, Row, Study
-from compression import CONTROLS, MERGES, STRATEGIES
+from historylens.common.files import write_atomically
+from historylens.common.text import aligned, wrap
+from historylens.comparison.intervals import LEVEL, Estimate
+from historylens.comparison.study import Confirmation, Row, Study
 
-__all__ = [
-    "advice",
-    "interval",
-    "loaded_block",
-    "recommendation",
-    "records",
-    "summary",
-    "table",
-    "write_csv",
-]
-
-WIDTH = 100
-INTERVALS = {
-    "return": "mean",
-    "iqm": "iqm",
-    "part_of_best": "part_of_best",
-    "iqm_of_best": "iqm_of_best",
-    "difference": "difference",
-    "adaptation_loss": "adaptation_loss",
-}
 UNITS = {
     "return": "reward an episode, mean over runs, second half of the episodes",
     "iqm": "the same, mean of the middle half of the runs",
@@ -57,16 +34,6 @@ def table(study: Study) -> str:
     """All arms, the highest return first, and what the columns mean."""
     heads = ("strategy", "kept", "return [95 % CI]", "IQM", "difference to full", "verdict",
              "area", "tokens", "ms")  # fmt: skip
-    lines = [heads, *(_cells(row) for row in study.rows)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    left = {0, 5}  # columns of words
-    text = [
-        "  ".join(
-            cell.ljust(width) if i in left else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in lines
-    ]
     legend = (
         "return, IQM: reward an episode over the second half of the episodes, mean and "
         "interquartile mean over runs; difference: paired, with its 95 % interval; area: reward "
@@ -74,49 +41,39 @@ def table(study: Study) -> str:
         "is slower; kept: mean, once there is more; tokens: read a decision, looking at attention "
         "included; ms: a decision, selecting included, in batches"
     )
-    return "\n".join(["COMPRESSED AGAINST FULL HISTORY", *text, *textwrap.wrap(legend, WIDTH)])
+    lines = aligned([heads, *map(_cells, study.rows)], left=(0, 5))
+    return "\n".join(["COMPRESSED AGAINST FULL HISTORY", *lines, wrap(legend)])
 
 
 def _cells(row: Row) -> tuple[str, ...]:
-    cost = row.cost
     is_full = row.verdict is None
+    is_whole = row.arm.method.keeps == "all"
     return (
         row.arm.key,
-        "all" if is_full or row.arm.name in CONTROLS else f"{row.kept:.1f}".removesuffix(".0"),
-        interval(row.mean),
+        "all" if is_whole else f"{row.kept:.1f}".removesuffix(".0"),
+        row.mean.text(),
         f"{row.iqm.value:.2f}",
-        "" if is_full else interval(row.difference, "+"),
+        "" if is_full else row.difference.text("+"),
         row.verdict or "",
         "" if is_full else f"{row.adaptation_loss.value:+.2f}",
         f"{row.tokens:.1f}",
-        f"{cost['ms_selecting'] + cost['ms_model']:.2f}",
+        f"{sum(_milliseconds(row)):.2f}",
     )
-
-
-def interval(estimate: Estimate, sign: str = "") -> str:
-    """`12.34 [12.00, 12.70]`; the value alone where there is no interval."""
-    value, *ends = (
-        f"{round(number, 2) + 0.0:{sign}.2f}"  # no negative zero
-        for number in (estimate.value, estimate.low, estimate.high)
-        if number is not None
-    )
-    return f"{value} [{', '.join(ends)}]" if ends else value
 
 
 def advice(study: Study, positions: str) -> str:
     """The margin, how verdicts are to be read, and one recommendation or why there is none."""
-    share = f"{study.margin_share:.0%}"
     verdicts = (
-        f"Margin, stated beforehand: {share} of full history's return, "
+        f"Margin, stated beforehand: {study.margin_share:.0%} of full history's return, "
         f"{study.margin:.2f} reward an episode. better: gains; safe: loses less than the margin; "
         f"worse: loses more, each with its {LEVEL:.0%} interval; inconclusive: more seeds are "
         f"needed. {positions[0].upper()}{positions[1:]}. {study.n_compared} arms are compared "
         "with full history, each at this level. Intervals hold for these goals and new seeds."
     )
-    parts = [_wrapped(verdicts), _wrapped(recommendation(study), "=> ", "   ")]
-    uncompressed = [row.arm.key for row in study.candidates if row.cost.get("identical_to_full")]
+    parts = [wrap(verdicts), wrap(recommendation(study), "=> ", "   ")]
+    uncompressed = [row.arm.key for row in study.candidates if row.cost.identical_to_full]
     if uncompressed:
-        parts.insert(0, _wrapped(f"NOT COMPRESSED in some decisions: {', '.join(uncompressed)}."))
+        parts.insert(0, wrap(f"NOT COMPRESSED in some decisions: {', '.join(uncompressed)}."))
     return "\n\n".join(parts)
 
 
@@ -127,40 +84,61 @@ def recommendation(study: Study) -> str:
             "The model ignores its history, or is not shown to use it: no compression can be "
             f"judged on it. {' '.join(study.doubts)}"
         )
-    best = study.recommended
-    if best is None:
-        return _nothing_found(study)
+    if study.recommended is None:
+        return _none_recommended(study)
     if study.confirmation is not None:
         return _confirmed(study.confirmation)
-    full = study.full
+    full, best = study.full, study.recommended
+    text = (
+        f"{_opening(best)} It earns {best.mean.value:.2f} reward an episode, full history "
+        f"{full.mean.value:.2f}: {best.difference.text('+')}. It is the smallest budget with a "
+        f"verdict safe or better, and reads {_tokens(best, full)}."
+    )
+    rivals = [row for row in study.candidates if row.is_good and row is not best]
     also = [
         row.arm.key
-        for row in study.candidates
-        if row.arm.n_keep == best.arm.n_keep and row.is_good and row is not best
-        and row.tokens < full.tokens
-    ]  # fmt: skip
-    text = (
-        f"Recommended for this checkpoint: {best.arm.name}"
-        + (f" with {best.arm.n_keep} transitions" if best.arm.n_keep is not None else "")
-        + f" ({best.verdict}). {rule_of(best)} It earns {best.mean.value:.2f} reward an episode, "
-        f"full history {full.mean.value:.2f}: {interval(best.difference, '+')}. "
-        f"It is the smallest budget with a verdict safe or better, and reads {best.tokens:.1f} "
-        f"tokens a decision instead of {full.tokens:.1f}."
-    )
+        for row in rivals
+        if row.arm.n_keep == best.arm.n_keep and row.tokens < full.tokens
+    ]
     if also:
         text += f" At that budget it earns most; also safe or better: {', '.join(also)}."
-    loss = best.adaptation_loss
-    if loss.low is not None and loss.low > study.margin:
-        text += f" But it adapts more slowly: {interval(loss)} reward an episode over all episodes."
-    most = study.rows[0]
-    if most.arm.is_candidate and most.is_good and most is not best:
-        text += f" Most reward: {most.arm.key}, {interval(most.mean)}."
+    text += _slower(best, study.margin)
+    if rivals and rivals[0] is study.rows[0]:
+        text += f" Most reward: {rivals[0].arm.key}, {rivals[0].mean.text()}."
     stands = "holds" if study.stands_corrected else "does not hold; confirm it with more --seeds"
     return f"{text} Corrected for {study.n_compared} comparisons (Bonferroni) the verdict {stands}."
 
 
-def _nothing_found(study: Study) -> str:
-    unsettled, tried = study.unsettled, study.confirmation
+def _confirmed(confirmation: Confirmation) -> str:
+    """A recommendation that rests on runs of its own."""
+    row, full = confirmation.row, confirmation.full
+    return (
+        f"{_opening(row)} It was the most promising arm above, and was played again beside full "
+        f"history, on {confirmation.n_seeds} new seeds a goal: it earns {row.mean.text()} reward "
+        f"an episode there, full history {full.mean.text()}; paired, {row.difference.text('+')}, "
+        f"with a margin of {confirmation.margin:.2f}. It reads {_tokens(row, full)}."
+    ) + _slower(row, confirmation.margin)
+
+
+def _opening(row: Row) -> str:
+    budget = "" if row.arm.n_keep is None else f" with {row.arm.n_keep} transitions"
+    name, rule = row.arm.name, row.arm.method.rule
+    return f"Recommended for this checkpoint: {name}{budget} ({row.verdict}). {rule}"
+
+
+def _tokens(row: Row, full: Row) -> str:
+    return f"{row.tokens:.1f} tokens a decision instead of {full.tokens:.1f}"
+
+
+def _slower(row: Row, margin: float) -> str:
+    loss = row.adaptation_loss
+    if loss.is_open or loss.low <= margin:
+        return ""
+    return f" But it adapts more slowly: {loss.text()} reward an episode over all episodes."
+
+
+def _none_recommended(study: Study) -> str:
+    unsettled, again = study.unsettled, study.confirmation
     text = (
         "No recommendation: no strategy that reads fewer tokens than full history is shown to "
         f"lose less than {study.margin_share:.0%} of its return at these budgets."
@@ -170,68 +148,50 @@ def _nothing_found(study: Study) -> str:
     row, n = unsettled[0], len(unsettled)
     text += (
         f" {n} {'is' if n == 1 else 'are'} inconclusive, the most promising {row.arm.key}: "
-        f"{interval(row.difference, '+')}."
+        f"{row.difference.text('+')}."
     )
-    if tried is not None:
+    if again is not None:
         text += (
-            f" Played again on {tried.n_seeds} new seeds a goal it is {tried.row.verdict}: "
-            f"{interval(tried.row.difference, '+')}."
+            f" Played again on {again.n_seeds} new seeds a goal it is {again.row.verdict}: "
+            f"{again.row.difference.text('+')}."
         )
-    if tried is None or tried.row.verdict == "inconclusive":
+    if again is None or again.row.verdict == "inconclusive":
         text += (
             f" More runs may settle it: --strategies {row.arm.name} --budgets {row.arm.n_keep} "
-            f"--seeds {4 * (tried.n_seeds if tried else 8)}, or --full."
+            f"--seeds {4 * (again.n_seeds if again else 8)}, or --full."
         )
     return text
-
-
-def _confirmed(found: Confirmation) -> str:
-    """A recommendation that rests on runs of its own."""
-    row, full = found.row, found.full
-    text = (
-        f"Recommended for this checkpoint: {row.arm.name} with {row.arm.n_keep} transitions "
-        f"({row.verdict}). {rule_of(row)} It was the most promising arm above, and was played "
-        f"again beside full history, on {found.n_seeds} new seeds a goal: it earns "
-        f"{interval(row.mean)} reward an episode there, full history {interval(full.mean)}; "
-        f"paired, {interval(row.difference, '+')}, with a margin of {found.margin:.2f}. It reads "
-        f"{row.tokens:.1f} tokens a decision instead of {full.tokens:.1f}."
-    )
-    loss = row.adaptation_loss
-    if loss.low is not None and loss.low > found.margin:
-        text += f" But it adapts more slowly: {interval(loss)} reward an episode over all episodes."
-    return text
-
-
-def rule_of(row: Row) -> str:
-    """What the strategy of a row does, in one sentence."""
-    known = STRATEGIES | MERGES | CONTROLS
-    rule = " ".join(known[row.arm.name].rule.split())
-    return rule if rule.endswith(".") else f"{rule}."
-
-
-def _wrapped(text: str, first: str = "", then: str = "") -> str:
-    return textwrap.fill(text, WIDTH, initial_indent=first, subsequent_indent=then)
-
-
-def records(study: Study) -> list[dict[str, Any]]:
-    """A flat dict of plain values a row: what `results.csv` holds; None where unknown."""
-    return [_record(row) for row in study.rows]
 
 
 def _record(row: Row) -> dict[str, Any]:
-    record: dict[str, Any] = {"strategy": row.arm.name, "budget": row.arm.n_keep}
+    """A row of `results.csv`, plain values; None where unknown."""
+    record = {"strategy": row.arm.name, "budget": row.arm.n_keep}
     record |= {"kept": row.kept if row.verdict else None, "verdict": row.verdict}
-    for name, attribute in INTERVALS.items():
-        estimate = getattr(row, attribute) or Estimate(None, None, None)
-        record |= {name: estimate.value, f"{name}_low": estimate.low}
-        record[f"{name}_high"] = estimate.high
-    costs = ("tokens_per_decision", "ms_selecting", "ms_model")
-    return record | {name: row.cost[name] for name in costs}
+    for name, estimate in {
+        "return": row.mean,
+        "iqm": row.iqm,
+        "part_of_best": row.part_of_best,
+        "iqm_of_best": row.iqm_of_best,
+        "difference": row.difference,
+        "adaptation_loss": row.adaptation_loss,
+    }.items():
+        value = estimate or Estimate(None, None, None)
+        record |= {name: value.value, f"{name}_low": value.low, f"{name}_high": value.high}
+    selecting, model = _milliseconds(row)
+    return record | {
+        "tokens_per_decision": row.tokens, "ms_selecting": selecting, "ms_model": model
+    }  # fmt: skip
+
+
+def _milliseconds(row: Row) -> tuple[float, float]:
+    """Of a decision: choosing what to keep, and acting on it."""
+    each = 1000 / max(1, row.cost.decisions)
+    return row.cost.seconds_selecting * each, row.cost.seconds_model * each
 
 
 def write_csv(path: str | Path, study: Study) -> None:
     """Write one row an arm, whole or not at all."""
-    rows = records(study)
+    rows = [_record(row) for row in study.rows]
     text = io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     writer.writeheader()
@@ -239,30 +199,25 @@ def write_csv(path: str | Path, study: Study) -> None:
     write_atomically(path, text.getvalue())
 
 
-def summary(study: Study, meta: Mapping[str, Any]) -> dict[str, Any]:
+def summary(study: Study) -> dict[str, Any]:
     """Everything in the pictures and in the table, as plain values."""
-    rows = [
-        record | {"by_episode": row.by_episode.tolist()}
-        for record, row in zip(records(study), study.rows, strict=True)
-    ]
-    best, tried = study.recommended, study.confirmation
-    confirmation = tried and {
-        "seeds": tried.n_seeds,
-        "margin": tried.margin,
-        "rows": [_record(tried.full), _record(tried.row)],
-    }
+    best, again = study.recommended, study.confirmation
     return {
-        **meta,
         "level": LEVEL,
         "margin_share": study.margin_share,
         "margin": study.margin,
         "units": UNITS,
-        "rows": rows,
+        "rows": [_record(row) | {"by_episode": row.by_episode.tolist()} for row in study.rows],
         "full_by_episode": [asdict(estimate) for estimate in study.full_by_episode],
         "doubts": list(study.doubts),
         "recommended": None if best is None else best.arm.key,
         "recommendation": recommendation(study),
         "n_compared": study.n_compared,
         "stands_corrected": study.stands_corrected,
-        "confirmation": confirmation,
+        "confirmation": again
+        and {
+            "seeds": again.n_seeds,
+            "margin": again.margin,
+            "rows": [_record(again.full), _record(again.row)],
+        },
     }

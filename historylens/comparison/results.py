@@ -1,14 +1,14 @@
 """`results.json`: what the arms of a comparison earned, written as soon as each is finished.
 
-    kept = KeptResults.open("figs/compression", fingerprint)
-    kept.add(arm, returns, cost)               # on disk now, whole or not at all
-    kept.finish(summary)
+    results, note = open_results("figs/compression", fingerprint)
+    results.add(Result(arm, returns, cost))     # on disk now, whole or not at all
+    results.finish(summary)
 
 The file names everything that its returns depend on. Where that is the same, finished arms are used
 again; where it differs, the files of the earlier comparison are moved to a folder beside them.
 """
 
-import hashlib
+import itertools
 import json
 import os
 from collections.abc import Mapping
@@ -18,76 +18,38 @@ from typing import Any
 
 import numpy as np
 
-from acting.reading import Cost
-from attention.files import write_json
-from comparison.judgement import Arm
-from output import in_the_way, writable_folder
+from historylens.common.files import in_the_way, writable_folder, write_json
+from historylens.comparison.policy import Cost
+from historylens.comparison.study import Arm, Result
 
 SCHEMA_VERSION = 1
-RESULTS, TABLE = "results.json", "results.csv"
+RESULTS, TABLE, CONFIRMATION = "results.json", "results.csv", "confirmation.json"
 PICTURES = ("return_by_budget.png", "return_by_episode.png")
-CONFIRMATION = "confirmation.json"
 FILES = (RESULTS, TABLE, *PICTURES)
-CODE = (
-    "compression/*.py", "acting/*.py", "darkroom.py", "model.py", "rollout.py",
-    "comparison/task.py", "comparison/playing.py",
-)  # fmt: skip
 
 
-class KeptResults:
-    """The content of `results.json` in an output folder.
+class ResultsFile:
+    """A file of finished arms, taken up where it has the same fingerprint.
+
+    Args:
+        path: the file.
+        fingerprint: plain values on which returns depend.
 
     Attributes:
-        arms: by the key of each finished arm, its returns, cost and seconds.
-        note: what was found in the folder, in a line; empty where there was nothing.
+        by_key: the finished arms, by their keys.
+        why: why nothing was taken up; empty where something was.
     """
 
-    def __init__(self, out: Path, fingerprint: Mapping[str, Any], name: str = RESULTS) -> None:
-        self.out, self.fingerprint, self.name = out, dict(fingerprint), name
-        self.arms: dict[str, dict[str, Any]] = {}
-        self.note = ""
+    def __init__(self, path: Path, fingerprint: Mapping[str, Any]) -> None:
+        self.path, self.fingerprint = path, dict(fingerprint)
+        self.by_key: dict[str, Result] = {}
+        self.why = self._read()
 
-    def confirming(self, fingerprint: Mapping[str, Any]) -> "KeptResults":
-        """Runs that confirm an arm of these results, in a file beside them, taken up if there."""
-        kept = KeptResults(self.out, fingerprint, CONFIRMATION)
-        arms, _ = _matching(kept.out / CONFIRMATION, kept.fingerprint)
-        kept.arms = arms or {}
-        return kept
-
-    @classmethod
-    def open(cls, out: str | Path, fingerprint: Mapping[str, Any]) -> "KeptResults":
-        """Take up what lies in `out`, or move it aside where it is of another comparison.
-
-        Raises:
-            UserError: the folder cannot be written to.
-        """
-        kept = cls(_writable(Path(out)), fingerprint)
-        found = [kept.out / name for name in (*FILES, CONFIRMATION) if (kept.out / name).exists()]
-        arms, why = _matching(kept.out / RESULTS, kept.fingerprint)
-        if arms is not None:
-            kept.arms = arms
-            kept.note = f"{kept.out / RESULTS} has {len(arms)} finished arms of these settings"
-        elif found:
-            aside = _free_folder(kept.out)
-            aside.mkdir()
-            for path in found:
-                os.replace(path, aside / path.name)
-            kept.note = f"Results of another comparison ({why}) were in {out}: moved to {aside}"
-        return kept
-
-    def add(self, arm: Arm, returns: np.ndarray, cost: Cost) -> None:
-        """Keep a finished arm: returns `(G, R, E)`. What told of fewer arms goes."""
+    def add(self, result: Result) -> None:
+        """Keep a finished arm. What told of fewer arms goes."""
         for name in (TABLE, *PICTURES):
-            (self.out / name).unlink(missing_ok=True)
-        numbers = asdict(cost)
-        seconds = {name: value for name, value in numbers.items() if name.startswith("seconds")}
-        self.arms[arm.key] = {
-            "strategy": arm.name,
-            "budget": arm.n_keep,
-            "returns": _plain(returns),
-            "cost": {name: value for name, value in numbers.items() if name not in seconds},
-            "seconds": seconds,
-        }
+            (self.path.parent / name).unlink(missing_ok=True)
+        self.by_key[result.arm.key] = result
         self._write({"complete": False})
 
     def finish(self, summary: Mapping[str, Any]) -> None:
@@ -95,56 +57,71 @@ class KeptResults:
         self._write({"complete": True, "summary": summary})
 
     def _write(self, more: Mapping[str, Any]) -> None:
-        head = {"schema_version": SCHEMA_VERSION, "fingerprint": self.fingerprint}
-        write_json(self.out / self.name, head | dict(more) | {"arms": self.arms})
+        head = {"schema_version": SCHEMA_VERSION, "fingerprint": self.fingerprint, **more}
+        arms = {key: _entry(result) for key, result in self.by_key.items()}
+        write_json(self.path, head | {"arms": arms})
+
+    def _read(self) -> str:
+        if not self.path.is_file():
+            return "without results.json"
+        try:
+            content = json.loads(self.path.read_text(encoding="utf-8"))
+            theirs = content["fingerprint"]
+            if content["schema_version"] != SCHEMA_VERSION:
+                return "of another version"
+            mine = self.fingerprint
+            differs = [key for key in mine | theirs if mine.get(key) != theirs.get(key)]
+            by_key = {key: _result(entry) for key, entry in content["arms"].items()}
+        except (ValueError, KeyError, TypeError, AttributeError):
+            return "a damaged results.json"
+        if differs:
+            return f"other {', '.join(differs)}"
+        self.by_key = by_key
+        return ""
 
 
-def code_digest() -> str:
-    """Digest of the program's files that returns depend on: changed code plays anew."""
-    root = Path(__file__).parents[1]
-    digest = hashlib.sha256()
-    for path in sorted(path for pattern in CODE for path in root.glob(pattern)):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
+def open_results(out: str | Path, fingerprint: Mapping[str, Any]) -> tuple[ResultsFile, str]:
+    """Take up what lies in `out`, or move it aside where it is of another comparison.
+
+    Returns:
+        The results, and what was found in the folder, in a line; empty where there was nothing.
+
+    Raises:
+        UserError: the folder cannot be written to.
+    """
+    with writable_folder(out) as folder:
+        there = [folder / name for name in (*FILES, CONFIRMATION) if (folder / name).exists()]
+        for path in there:
+            if path.is_dir():
+                raise in_the_way(folder, path)
+        results = ResultsFile(folder / RESULTS, fingerprint)
+        if not results.why:
+            n = len(results.by_key)
+            return results, f"{results.path} has {n} finished arms of these settings"
+        if not there:
+            return results, ""
+        folders = (folder / f"earlier-{number}" for number in itertools.count(1))
+        aside = next(each for each in folders if not each.exists())
+        aside.mkdir()
+        for path in there:
+            os.replace(path, aside / path.name)
+    return results, f"Results of another comparison ({results.why}) were in {out}: moved to {aside}"
 
 
-def _matching(
-    path: Path, fingerprint: Mapping[str, Any]
-) -> tuple[dict[str, dict[str, Any]] | None, str]:
-    """The arms in a file of the same fingerprint; else None and why not."""
-    if not path.is_file():
-        return None, "without results.json"
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        version, found, arms = (content[key] for key in ("schema_version", "fingerprint", "arms"))
-        if version != SCHEMA_VERSION or not isinstance(arms, dict):
-            return None, "of another version"
-        for entry in arms.values():
-            Cost(**entry["cost"], **entry["seconds"])
-            np.array(entry["returns"], dtype=np.float64)
-    except (ValueError, KeyError, TypeError):
-        return None, "a damaged results.json"
-    differs = [key for key in fingerprint | found if fingerprint.get(key) != found.get(key)]
-    return (arms, "") if not differs else (None, f"other {', '.join(differs)}")
+def _entry(result: Result) -> dict[str, Any]:
+    """A finished arm as plain values; whole rewards without a fraction."""
+    cost, returns = asdict(result.cost), result.returns
+    seconds = {name: cost.pop(name) for name in ("seconds_selecting", "seconds_model")}
+    is_whole = (returns % 1 == 0).all()
+    return {
+        "strategy": result.arm.name,
+        "budget": result.arm.n_keep,
+        "returns": returns.astype(np.int64) if is_whole else returns,
+        "cost": cost,
+        "seconds": seconds,
+    }
 
 
-def _free_folder(out: Path) -> Path:
-    number = 1
-    while (out / f"earlier-{number}").exists():
-        number += 1
-    return out / f"earlier-{number}"
-
-
-def _plain(returns: np.ndarray) -> list[Any]:
-    """Nested lists; whole numbers without a fraction."""
-    whole = np.asarray(returns, dtype=np.float64)
-    return (whole.astype(np.int64) if (whole % 1 == 0).all() else whole).tolist()
-
-
-def _writable(out: Path) -> Path:
-    """Make the output folder and check that its files can be written."""
-    with writable_folder(out):
-        for name in (*FILES, CONFIRMATION):
-            if (out / name).is_dir():
-                raise in_the_way(out, out / name)
-    return out
+def _result(entry: Mapping[str, Any]) -> Result:
+    arm, cost = Arm(entry["strategy"], entry["budget"]), Cost(**entry["cost"], **entry["seconds"])
+    return Result(arm, np.array(entry["returns"], dtype=np.float64), cost)

@@ -1,31 +1,30 @@
 """From the returns of compressed and of full history to a table, verdicts and one recommendation.
 
-    study = judge(outcomes, margin_share=0.05, best=None, seed=0)
+    study = judge(results, margin_share=0.05, best=None, seed=0)
     study.rows, study.doubts, study.recommended
 
-An arm is a strategy at a budget. All arms acted on the same goals with the same action noise, so
+An arm is a method at a budget. All arms acted on the same goals with the same action noise, so
 each is compared with full history run by run. The score of a run is its return an episode over the
 second half of its episodes; what is lost on the way there is the adaptation loss.
 
 Axes: `G` goals, `R` seeds of each, `E` episodes of a run.
 """
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import numpy as np
 
-from comparison.intervals import LEVEL, Bootstrap, Estimate, Verdict, late_scores, verdict
-from compression import CONTROLS
+from historylens.comparison.intervals import Bootstrap, Estimate, Verdict, late_scores, verdict
+from historylens.comparison.policy import Cost
+from historylens.compression.method import METHODS, Method
 
 FULL, EMPTY, RANDOM, RECENT = "full", "empty", "random", "recent"
 
 
-@dataclass(frozen=True, order=True)
+@dataclass(frozen=True)
 class Arm:
-    """A strategy, merge or control by its name, and its budget; None where it has none."""
+    """A method of `METHODS` by its name, and its budget; None where it has none."""
 
     name: str
     n_keep: int | None = None
@@ -36,24 +35,23 @@ class Arm:
         return self.name if self.n_keep is None else f"{self.name}@{self.n_keep}"
 
     @property
+    def method(self) -> Method:
+        """What it does to the history."""
+        return METHODS[self.name]
+
+    @property
     def is_candidate(self) -> bool:
         """Whether it is a way to compress: neither full history nor a control."""
-        return self.name != FULL and self.name not in CONTROLS
+        return self.name != FULL and self.method.kind != "control"
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What an arm earned and cost.
-
-    Attributes:
-        arm: the arm.
-        returns: `(G, R, E)` reward of each episode.
-        cost: plain numbers, those of `acting.reading.Cost` (see `playing.cost_of`).
-    """
+class Result:
+    """What an arm earned, `returns` `(G, R, E)` reward of each episode, and what it cost."""
 
     arm: Arm
     returns: np.ndarray
-    cost: Mapping[str, Any] = field(default_factory=dict)
+    cost: Cost = field(default_factory=Cost)
 
 
 @dataclass(frozen=True)
@@ -70,7 +68,7 @@ class Row:
         adaptation_loss: full history's reward minus the arm's over all episodes: the area between
             their curves, an episode.
         by_episode: `(E,)` mean over runs.
-        cost: as in `Outcome`.
+        cost: of its decisions.
     """
 
     arm: Arm
@@ -82,18 +80,18 @@ class Row:
     verdict: Verdict | None
     adaptation_loss: Estimate
     by_episode: np.ndarray
-    cost: Mapping[str, Any]
+    cost: Cost
 
     @property
     def kept(self) -> float:
         """Transitions really kept, on average, once there is more history than the budget."""
-        kept = self.cost.get("kept_mean")
-        return float(self.arm.n_keep or 0) if kept is None else float(kept)
+        mean = self.cost.kept_mean
+        return float(self.arm.n_keep or 0) if mean is None else mean
 
     @property
     def tokens(self) -> float:
         """Tokens read for a decision, looking at attention included."""
-        return float(self.cost["tokens_per_decision"])
+        return self.cost.tokens_per_decision
 
     @property
     def is_good(self) -> bool:
@@ -130,9 +128,8 @@ class Study:
         doubts: why no compression can be judged on this model; empty where it can.
         recommended: the smallest budget that is safe or better and saves tokens, among equal
             budgets the highest return; None where there is none, or a doubt.
-        n_compared: arms that were compared with full history, controls left out.
         stands_corrected: whether the recommended arm's verdict holds at the level that corrects for
-            all these comparisons (Bonferroni).
+            all comparisons with full history (Bonferroni).
         confirmation: what became of the most promising arm, where none was recommended at first.
     """
 
@@ -141,15 +138,13 @@ class Study:
     margin_share: float
     margin: float
     doubts: tuple[str, ...]
-    recommended: Row | None
-    n_compared: int
-    stands_corrected: bool
+    recommended: Row | None = None
+    stands_corrected: bool = False
     confirmation: Confirmation | None = None
 
     def row(self, name: str, n_keep: int | None = None) -> Row | None:
         """The row of an arm, or None."""
-        arm = Arm(name, n_keep)
-        return next((row for row in self.rows if row.arm == arm), None)
+        return next((row for row in self.rows if row.arm == Arm(name, n_keep)), None)
 
     @property
     def full(self) -> Row:
@@ -162,28 +157,32 @@ class Study:
         return self.row(EMPTY)
 
     @property
+    def n_compared(self) -> int:
+        """Arms that were compared with full history, controls left out."""
+        return sum(row.arm.is_candidate for row in self.rows)
+
+    @property
     def candidates(self) -> tuple[Row, ...]:
         """Ways to compress that have a budget, the highest return first."""
         rows = (row for row in self.rows if row.arm.is_candidate)
         return tuple(row for row in rows if row.arm.n_keep is not None)
 
     @property
-    def unsettled(self) -> tuple[Row, ...]:
+    def unsettled(self) -> list[Row]:
         """Candidates that save tokens and whose verdict is open, the most promising first."""
-        rows = (r for r in self.candidates if r.verdict == "inconclusive")
-        saving = (row for row in rows if row.tokens < self.full.tokens)
-        return tuple(sorted(saving, key=lambda r: (-r.difference.value, r.tokens, r.arm.key)))
+        rows = [row for row in self.candidates if row.verdict == "inconclusive"]
+        rows = [row for row in rows if row.tokens < self.full.tokens]
+        return sorted(rows, key=lambda row: (-row.difference.value, row.tokens, row.arm.key))
 
     @property
     def to_confirm(self) -> Arm | None:
         """The arm worth more runs: the most promising one, where nothing is recommended yet."""
-        if self.doubts or self.recommended is not None or not self.unsettled:
-            return None
-        return self.unsettled[0].arm
+        is_settled = self.doubts or self.recommended is not None or not self.unsettled
+        return None if is_settled else self.unsettled[0].arm
 
 
 def judge(
-    outcomes: Sequence[Outcome],
+    results: Sequence[Result],
     margin_share: float,
     best: Sequence[float] | None = None,
     seed: int = 0,
@@ -191,50 +190,36 @@ def judge(
     """Compare every arm with full history.
 
     Args:
-        outcomes: of all arms, "full" and "empty" among them, on the same goals and seeds.
+        results: of all arms, "full" and "empty" among them, on the same goals and seeds.
         margin_share: the loss that would not matter, as a part of full history's return (of its
             size, where returns are negative).
         best: `G` best possible returns an episode, where they are known and positive.
         seed: of the bootstrap.
-
-    Raises:
-        ValueError: "full" or "empty" is missing, or the returns differ in shape.
     """
-    by_arm = {outcome.arm: outcome for outcome in outcomes}
-    if not {Arm(FULL), Arm(EMPTY)} <= by_arm.keys():
-        raise ValueError("expected the arms full and empty among the outcomes")
-    full = by_arm[Arm(FULL)].returns
-    n_goals, n_seeds, n_episodes = full.shape
-    if any(outcome.returns.shape != full.shape for outcome in outcomes):
-        raise ValueError(f"expected returns of shape {full.shape} of every arm")
-    bootstrap = Bootstrap(n_goals, n_seeds, seed)
-    margin = margin_share * abs(float(late_scores(full).mean()))
-    rows = [_row(outcome, full, margin, best, bootstrap) for outcome in by_arm.values()]
+    returns = {result.arm: result.returns for result in results}
+    full, empty = returns[Arm(FULL)], returns[Arm(EMPTY)]
+    rows, margin, bootstrap = _compared(results, full, margin_share, best, seed)
     rows.sort(key=lambda row: (-row.mean.value, row.kept, row.arm.key))
-    doubts = tuple(_doubts(rows, full, by_arm[Arm(EMPTY)].returns, bootstrap))
-    recommended = None if doubts else _recommended(rows)
-    n_compared = sum(row.arm.is_candidate for row in rows)
-    stands = False
-    if recommended is not None:
-        difference = late_scores(by_arm[recommended.arm].returns) - late_scores(full)
-        level = 1 - (1 - LEVEL) / n_compared
-        stands = verdict(bootstrap.mean(difference, level), margin) in ("better", "safe")
-    return Study(
+    study = Study(
         rows=tuple(rows),
-        full_by_episode=tuple(bootstrap.mean(full[:, :, e]) for e in range(n_episodes)),
+        full_by_episode=tuple(map(bootstrap.mean, np.moveaxis(full, 2, 0))),
         margin_share=margin_share,
         margin=margin,
-        doubts=doubts,
-        recommended=recommended,
-        n_compared=n_compared,
-        stands_corrected=stands,
+        doubts=tuple(_doubts(rows, bootstrap.mean(late_scores(full) - late_scores(empty)))),
     )
+    recommended = None if study.doubts else _recommended(study)
+    if recommended is None:
+        return study
+    difference = late_scores(returns[recommended.arm]) - late_scores(full)
+    corrected = verdict(bootstrap.mean(difference, study.n_compared), margin)
+    stands = corrected in ("better", "safe")
+    return replace(study, recommended=recommended, stands_corrected=stands)
 
 
 def confirm(
     study: Study,
-    full: Outcome,
-    arm: Outcome,
+    full: Result,
+    arm: Result,
     best: Sequence[float] | None = None,
     seed: int = 0,
 ) -> Study:
@@ -245,74 +230,67 @@ def confirm(
     Args:
         study: whose `to_confirm` was played again.
         full, arm: full history and that arm in the new runs, which are of the same goals.
-        best: as for `judge`.
-        seed: of the bootstrap.
+        best, seed: as for `judge`.
     """
-    bootstrap = Bootstrap(*full.returns.shape[:2], seed)
-    margin = study.margin_share * abs(float(late_scores(full.returns).mean()))
-    rows = [_row(each, full.returns, margin, best, bootstrap) for each in (full, arm)]
-    found = Confirmation(rows[1], rows[0], margin, full.returns.shape[1])
-    recommended = study.row(arm.arm.name, arm.arm.n_keep) if found.row.is_good else None
-    return replace(study, confirmation=found, recommended=recommended)
+    rows, margin, _ = _compared([arm, full], full.returns, study.margin_share, best, seed)
+    confirmation = Confirmation(*rows, margin, n_seeds=full.returns.shape[1])
+    recommended = study.row(arm.arm.name, arm.arm.n_keep) if rows[0].is_good else None
+    return replace(study, confirmation=confirmation, recommended=recommended)
 
 
-def _row(
-    outcome: Outcome,
+def _compared(
+    results: Sequence[Result],
     full: np.ndarray,
-    margin: float,
+    margin_share: float,
     best: Sequence[float] | None,
-    bootstrap: Bootstrap,
-) -> Row:
-    scores = late_scores(outcome.returns)
-    difference = bootstrap.mean(scores - late_scores(full))
-    parts = None
-    if best is not None and min(best) > 0:
-        parts = scores / np.asarray(best, dtype=np.float64)[:, None]
-    return Row(
-        arm=outcome.arm,
-        mean=bootstrap.mean(scores),
-        iqm=bootstrap.iqm(scores),
-        part_of_best=None if parts is None else bootstrap.mean(parts),
-        iqm_of_best=None if parts is None else bootstrap.iqm(parts),
-        difference=difference,
-        verdict=None if outcome.arm == Arm(FULL) else verdict(difference, margin),
-        adaptation_loss=bootstrap.mean((full - outcome.returns).mean(axis=2)),
-        by_episode=outcome.returns.mean(axis=(0, 1)),
-        cost=outcome.cost,
-    )
+    seed: int,
+) -> tuple[list[Row], float, Bootstrap]:
+    """A row of each result, the margin, and the bootstrap that all intervals come from."""
+    bootstrap, full_scores = Bootstrap(*full.shape[:2], seed), late_scores(full)
+    margin = margin_share * abs(float(full_scores.mean()))
+    rows = []
+    for result in results:
+        scores = late_scores(result.returns)
+        difference = bootstrap.mean(scores - full_scores)
+        parts = None
+        if best is not None and min(best) > 0:
+            parts = scores / np.asarray(best, dtype=np.float64)[:, None]
+        row = Row(
+            arm=result.arm,
+            mean=bootstrap.mean(scores),
+            iqm=bootstrap.iqm(scores),
+            part_of_best=None if parts is None else bootstrap.mean(parts),
+            iqm_of_best=None if parts is None else bootstrap.iqm(parts),
+            difference=difference,
+            verdict=None if result.arm == Arm(FULL) else verdict(difference, margin),
+            adaptation_loss=bootstrap.mean((full - result.returns).mean(axis=2)),
+            by_episode=result.returns.mean(axis=(0, 1)),
+            cost=result.cost,
+        )
+        rows.append(row)
+    return rows, margin, bootstrap
 
 
-def _doubts(
-    rows: Sequence[Row], full: np.ndarray, empty: np.ndarray, bootstrap: Bootstrap
-) -> list[str]:
-    """Why the model may ignore its history; nothing where it is shown to use it."""
-    gain = bootstrap.mean(late_scores(full) - late_scores(empty))
+def _doubts(rows: Sequence[Row], gain: Estimate) -> list[str]:
+    """Why the model may ignore its history; `gain` is that of full history over an empty one."""
     if gain.is_open:
         return ["One seed a goal gives no interval: run at least two (--seeds)."]
     doubts = []
     if gain.low <= 0:
         doubts.append(
             "Full history is not shown to earn more than an empty one: "
-            f"{_interval(gain)} reward an episode."
+            f"{gain.text('+')} reward an episode."
         )
-    for row in rows:
-        if row.arm.name in CONTROLS and row.is_good:
-            doubts.append(
-                f"With the control {row.arm.name} it earns as much as with its own history: "
-                f"difference {_interval(row.difference)}."
-            )
-    return doubts
-
-
-def _interval(estimate: Estimate) -> str:
-    return f"{estimate.value:+.2f} [{estimate.low:+.2f}, {estimate.high:+.2f}]"
-
-
-def _recommended(rows: Sequence[Row]) -> Row | None:
-    full = next(row for row in rows if row.arm == Arm(FULL))
-    able = [
-        row for row in rows if row.arm.is_candidate and row.is_good and row.tokens < full.tokens
+    return doubts + [
+        f"With the control {row.arm.name} it earns as much as with its own history: "
+        f"difference {row.difference.text('+')}."
+        for row in rows
+        if row.arm.method.kind == "control" and row.is_good
     ]
-    budget = min((row.arm.n_keep or 0 for row in able), default=math.inf)
-    smallest = [row for row in able if (row.arm.n_keep or 0) == budget]
-    return max(smallest, key=lambda row: (row.mean.value, -row.tokens), default=None)
+
+
+def _recommended(study: Study) -> Row | None:
+    able = [row for row in study.rows if row.arm.is_candidate and row.is_good]
+    able = [row for row in able if row.tokens < study.full.tokens]
+    able.sort(key=lambda row: (row.arm.n_keep or 0, -row.mean.value, row.tokens))
+    return able[0] if able else None

@@ -16,7 +16,13 @@ import historylens.compression.attention  # isort: skip
 import historylens.compression.merges  # noqa: F401 # isort: skip
 from historylens.compression.method import METHODS, Generator, get_method, whole_number
 from historylens.history import History
-from historylens.insights import BROAD_SHARE, FOCUSED_ENTROPY, PATTERNS, RECENCY_RATIO, is_sparse
+from historylens.insights.patterns import (
+    BROAD_SHARE,
+    FOCUSED_ENTROPY,
+    PATTERNS,
+    RECENCY_RATIO,
+    is_sparse,
+)
 from historylens.metrics import measure_one
 
 __all__ = ["METHODS", "attention_pattern", "compress_history", "get_method"]

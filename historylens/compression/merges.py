@@ -107,9 +107,7 @@ def shuffled_rewards(history: History, generator: Generator | None) -> History:
     """Deal the rewards of each history out anew among its transitions."""
     drawn = uniform(generator, (history.size, history.n), history.device)
     shuffled = history.rewards.gather(1, drawn.argsort(dim=1))
-    return replace(
-        history, rewards=shuffled, received=None, last_rows=None, query_attention=None
-    )
+    return replace(history, rewards=shuffled, received=None, last_rows=None, query_attention=None)
 
 
 def _pool(history: History, labels: Tensor, n_tokens: int) -> History:

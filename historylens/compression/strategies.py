@@ -51,7 +51,6 @@ def random_recent(history: History, n_keep: int, generator: Generator | None) ->
     return keep_best(n_keep, latest(history, half(n_keep)), drawn)
 
 
-
 @strategy("recent", "Laskin et al. 2022, arXiv 2210.14215 (the sliding context)", "nothing")
 def recent(history: History, n_keep: int, generator: Generator | None) -> Tensor:
     """Keep the latest transitions and drop what is older."""
@@ -79,7 +78,6 @@ def decay(
     """
     log_weights = -ages(history).double() * math.log(2) / (half_life or n_keep)
     return draw(history, log_weights, n_keep, generator)
-
 
 
 @strategy("decay-spaced", "Li et al. 2019, arXiv 1907.00235 (LogSparse)", "nothing")

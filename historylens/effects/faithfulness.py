@@ -4,26 +4,29 @@ Leave-one-out runs the model without each transition in turn: that is what a tra
 rank correlation with the query's attention, for every layer and head, says how far attention may
 be taken as a guide (Jain and Wallace 2019, arXiv 1902.10186, section 4.2).
 
-    found = measure_faithfulness(Analysis(subject, layers=[0, 1, 2, 3]), indices=[0, 5])
-    found.overall, found.best_head
+    faithfulness = measure_faithfulness(trial, layers=[0, 1], heads=[[0, 1, 2, 3]] * 2)
+    faithfulness.means, faithfulness.best_head
 
 Axes: `B` decisions, `H` heads, `L` layers, `n` transitions before each decision.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
+from tqdm import tqdm
 
-from analysis import Analysis
-from attention.tokens import sum_rows
-from compression import leave_one_out
-from compression.oracles import DECIMALS
-from effects.measure import MAX_TOKENS, spread
+from historylens.agent import Agent
+from historylens.common.batches import MAX_TOKENS_ACTING
+from historylens.effects.effect import kl_divergence
+from historylens.effects.measure import Trial, spread
+from historylens.history import History
 
 MAX_LEFT_OUT_TOKENS = 40_000  # tokens run for leave-one-out, if that does for one decision
+DECIMALS = 7  # divergences closer than this are equal: noise of float32 logits
 
 
 @dataclass(frozen=True)
@@ -35,45 +38,72 @@ class Faithfulness:
     Attributes:
         samples: numbers of the decisions.
         layers: numbers of the layers.
-        head_numbers: numbers of the heads, a tuple a layer.
-        heads: an array `(B, H)` a layer.
-        layer_means: `(L, B)`, of attention averaged over a layer's heads.
+        heads: numbers of their heads, for each layer.
+        correlations: `(B, L, H + 1)`, of each head, and last of their average; NaN behind the heads
+            of a layer that has fewer.
         means: `(B,)`, of attention averaged over layers and heads.
         recency: `(B,)`, of the place in time: what ranking the latest first would reach.
         kl: `(B, n)` float64 nats, KL(full || without the transition).
-        flips: `(B, n)` bool, whether the most likely action is another one.
+        flips: `(B,)` share of the transitions without which the most likely action is another one.
     """
 
-    samples: tuple[int, ...]
-    layers: tuple[int, ...]
-    head_numbers: tuple[tuple[int, ...], ...]
-    heads: tuple[np.ndarray, ...]
-    layer_means: np.ndarray
+    samples: Sequence[int]
+    layers: Sequence[int]
+    heads: Sequence[Sequence[int]]
+    correlations: np.ndarray
     means: np.ndarray
     recency: np.ndarray
     kl: np.ndarray
-    flips: np.ndarray
-
-    @property
-    def overall(self) -> float:
-        """Correlation of attention averaged over layers and heads, mean over decisions."""
-        return float(mean_defined(self.means))
+    flips: Sequence[float]
 
     @property
     def best_head(self) -> tuple[int, int, float] | None:
         """Layer, head and mean correlation of the head that ranks best; None without any."""
-        found = [
+        ranked = [
             (float(value), -layer, -head)
-            for layer, numbers, heads in zip(
-                self.layers, self.head_numbers, self.heads, strict=True
+            for layer, heads, row in zip(
+                self.layers, self.heads, mean_defined(self.correlations), strict=True
             )
-            for head, value in zip(numbers, mean_defined(heads), strict=True)
+            for head, value in zip(heads, row[:-1], strict=False)
             if np.isfinite(value)
         ]
-        if not found:
+        if not ranked:
             return None
-        value, layer, head = max(found)
+        value, layer, head = max(ranked)  # the first among equals
         return -layer, -head, value
+
+    def json(self) -> dict[str, Any]:
+        """As plain values; what is not defined is null."""
+        return {
+            "note": "Spearman correlation of the query's attention with the KL, in nats, that "
+            "leaving out each transition causes; over transitions, null where either is constant",
+            "samples": list(self.samples),
+            "overall": _plain(mean_defined(self.means)),
+            "recency": _plain(mean_defined(self.recency)),
+            "layers": [
+                {
+                    "layer": layer,
+                    "head_numbers": list(heads),
+                    "head_average": _plain(mean_defined(values[:, -1])),
+                    "heads": _plain(mean_defined(values[:, : len(heads)])),
+                    "head_average_per_sample": _plain(values[:, -1]),
+                    "heads_per_sample": _plain(values[:, : len(heads)]),
+                }
+                for layer, heads, values in zip(
+                    self.layers, self.heads, self.correlations.swapaxes(0, 1), strict=True
+                )
+            ],
+            "overall_per_sample": _plain(self.means),
+            "recency_per_sample": _plain(self.recency),
+            "leave_one_out": {"kl": self.kl.tolist(), "flips": list(self.flips)},
+        }
+
+
+def _plain(values: np.ndarray) -> Any:
+    """Nested lists of floats, None for NaN."""
+    if np.ndim(values):
+        return [_plain(value) for value in values]
+    return float(values) if np.isfinite(values) else None
 
 
 def mean_defined(values: np.ndarray) -> np.ndarray:
@@ -98,82 +128,87 @@ def spearman(x: ArrayLike, y: ArrayLike) -> float:
     return float(np.clip(a @ b / scale, -1.0, 1.0)) if scale > 0 else float("nan")
 
 
-def affordable(samples: Sequence[int], n: int) -> list[int]:
-    """Those of the decisions that leave-one-out takes: as many as the tokens allow, at least one.
+def affordable(n_samples: int, n: int) -> list[int]:
+    """Which of some decisions leave-one-out takes: as many as the tokens allow, at least one.
 
     Args:
-        samples: numbers of decisions.
+        n_samples: decisions.
         n: transitions before each.
     """
-    n_wanted = max(1, MAX_LEFT_OUT_TOKENS // max(1, n * n))
-    return [samples[i] for i in spread(len(samples), n_wanted)]
+    return spread(n_samples, max(1, MAX_LEFT_OUT_TOKENS // (n * n)))
 
 
 @torch.inference_mode()
+def leave_one_out(agent: Agent, history: History) -> tuple[np.ndarray, float]:
+    """What leaving out each transition does (Li et al. 2016, arXiv 1612.08220).
+
+    A transition is left out, not masked: those after it move one position to the front, as in
+    every compressed history.
+
+    Args:
+        agent: what decides; runs on `n` histories of `n - 1` transitions.
+        history: `n` transitions before one decision, as many as the model can read at most.
+
+    Returns:
+        `(n,)` float64 nats, KL(full || without the transition), and the share of the transitions
+        without which the most likely action is another one.
+    """
+    n = history.n
+    others = torch.arange(n - 1, device=history.device).expand(n, -1)
+    kept = others + (others >= torch.arange(n, device=history.device)[:, None])  # (n, n - 1)
+    full = agent.act(history)
+    parts = [
+        agent.act(history.rows(torch.zeros(len(part), dtype=torch.int64)).take(part))
+        for part in kept.split(max(1, MAX_TOKENS_ACTING // n))
+    ]
+    without = torch.cat(parts)  # (n, A)
+    flips = full.argmax(-1) != without.argmax(-1)
+    kl = kl_divergence(full.expand_as(without), without)
+    return kl.cpu().numpy(), float(flips.double().mean())
+
+
 def measure_faithfulness(
-    analysis: Analysis,
-    indices: Sequence[int],
-    step: Callable[[], object] = lambda: None,
-) -> Faithfulness | None:
+    trial: Trial,
+    layers: Sequence[int],
+    heads: Sequence[Sequence[int]],
+    bar: tqdm | None = None,
+) -> Faithfulness:
     """Correlate attention with leave-one-out effects.
 
     Args:
-        analysis: a subject, and which of its layers and heads are analysed.
-        indices: numbers of decisions of one length.
-        step: called after each decision, for a progress bar.
-
-    Returns:
-        The correlations; None where the histories are longer than what the model can read, or
-        nothing.
+        trial: decisions, and the attention before them.
+        layers: numbers of the layers that count.
+        heads: numbers of the heads that count, for each of these layers.
+        bar: progress bar, moved on by 1 after each decision that is `affordable`.
     """
-    view, history = analysis.subject.view, analysis.subject.history(indices)
-    if not 0 < history.n <= view.n_max:
-        return None
-    numbers, attention = query_attention(analysis, indices)
+    bar = tqdm(disable=True) if bar is None else bar
+    places = affordable(trial.history.size, trial.n)
     kl, flips = [], []
-    for i in range(history.size):
-        one = history.rows(torch.tensor([i], device=history.device))
-        effect = leave_one_out(view.logits, one, max(1, MAX_TOKENS // (history.n + 1)))
-        kl.append(effect.kl[0].cpu().numpy())
-        flips.append(effect.flips[0].cpu().numpy())
-        step()
-    ranked = [values.round(DECIMALS) for values in kl]
-    by_layer = [part.mean(axis=1) for part in attention]
+    for place in places:
+        one = leave_one_out(trial.agent, trial.history.rows(slice(place, place + 1)))
+        kl.append(one[0])
+        flips.append(one[1])
+        bar.update()
 
     def correlate(values: np.ndarray) -> np.ndarray:  # (B, n) -> (B,)
-        return np.array([spearman(*pair) for pair in zip(values, ranked, strict=True)])
+        pairs = zip(values, np.round(kl, DECIMALS), strict=True)
+        return np.array([spearman(*pair) for pair in pairs])
 
+    correlations = np.full((len(places), len(layers), max(map(len, heads)) + 1), np.nan)
+    averages = []
+    for i, (layer, own) in enumerate(zip(layers, heads, strict=True)):
+        attention = trial.attention[layer][places][:, list(own)]  # (B, H, n)
+        averages.append(attention.mean(axis=1))
+        for j in range(len(own)):
+            correlations[:, i, j] = correlate(attention[:, j])
+        correlations[:, i, -1] = correlate(averages[-1])
     return Faithfulness(
-        samples=tuple(indices),
-        layers=tuple(analysis.layers),
-        head_numbers=numbers,
-        heads=tuple(
-            np.stack([correlate(part[:, head]) for head in range(part.shape[1])], axis=1)
-            for part in attention
-        ),
-        layer_means=np.stack([correlate(part) for part in by_layer]),
-        means=correlate(np.mean(by_layer, axis=0)),
-        recency=correlate(np.tile(np.arange(history.n), (len(kl), 1))),
+        samples=[trial.samples[place] for place in places],
+        layers=layers,
+        heads=heads,
+        correlations=correlations,
+        means=correlate(np.mean(averages, axis=0)),
+        recency=correlate(np.tile(np.arange(trial.n), (len(places), 1))),
         kl=np.stack(kl),
-        flips=np.stack(flips),
+        flips=flips,
     )
-
-
-def query_attention(
-    analysis: Analysis, indices: Sequence[int]
-) -> tuple[tuple[tuple[int, ...], ...], list[np.ndarray]]:
-    """The query's attention to transitions, in one pass: head numbers, `(B, H, n)` a layer."""
-    subject = analysis.subject
-    tokens = subject.tokens(indices)
-    with (
-        torch.inference_mode(),
-        subject.captured(analysis.layers, indices, received=False) as record,
-    ):
-        subject.forward(indices)
-    numbers, rows = [], []
-    for layer in record:
-        own = list(analysis.heads or range(layer.query_rows.shape[1]))
-        numbers.append(tuple(own))
-        part = layer.query_rows[:, own].double().numpy()
-        rows.append(part if tokens is None else sum_rows(part, tokens))
-    return tuple(numbers), [part[:, :, :-1] for part in rows]

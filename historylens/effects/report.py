@@ -1,7 +1,7 @@
 """Measured effects as console text: a line under each insight, and two tables.
 
 insights = with_effects(insights, effects)
-print(effects_block(effects)); print(faithfulness_block(found))
+print(effects_block(effects)); print(faithfulness_block(faithfulness))
 """
 
 from collections.abc import Sequence
@@ -9,15 +9,12 @@ from dataclasses import replace
 
 import numpy as np
 
-from attention.console import aligned, wrap
-from attention.evidence import counted
-from attention.insights import Insight
-from effects.faithfulness import Faithfulness, mean_defined
-from effects.measure import N_DRAWS, UNMOVED_EMPTY, WORST, Effects, budgets, share_of
-from effects.outcomes import UNMOVED, Outcome, against_random, enough
+from historylens.common.text import aligned, counted, wrap
+from historylens.effects.effect import UNMOVED, Effect, enough
+from historylens.effects.faithfulness import Faithfulness, mean_defined
+from historylens.effects.measure import N_DRAWS, UNMOVED_EMPTY, WORST, Effects, budgets, share_of
+from historylens.insights import PATTERNS, Insight
 
-# For each pattern: the strategy of its line, and at how many transitions.
-HEADLINES = {"recency": ("recent", 10), "uniform": ("even", 10), "sparse": ("top-k", 5)}
 PHRASES = {
     "recent": "the latest {}",
     "even": "{} evenly spaced ones",
@@ -31,6 +28,7 @@ CONTROL_WORDS = {
     "shuffled-rewards": "shuffled rewards",
 }
 MARKS = {"better": "+", "alike": " ", "worse": "-"}
+CHANCE = {"better": "", "alike": ", not clearly better than random", "worse": ", worse than random"}
 
 
 def with_effects(insights: Sequence[Insight], effects: Effects) -> list[Insight]:
@@ -49,63 +47,50 @@ def effect_line(effects: Effects, pattern: str) -> str:
     if effects.ignores_history:
         return f"{_ignores(effects)} (numbers below)."
     name, n_keep = headline(effects.n, pattern)
-    found = effects.at(name, n_keep)
-    if found is None:
-        return nothing_to_choose(effects, name)
-    outcome, random = found
-    n_kept = _number(outcome.kept_mean)
-    parts = [
+    pair = effects.at(name, n_keep)
+    if pair is None:
+        return _nothing_to_choose(effects, name)
+    effect, random = pair
+    n_kept = _number(effect.kept_mean)
+    low, high = random.flips_band
+    text = (
         f"Keeping {PHRASES[name].format(n_kept)} of {effects.n} transitions changes the most "
-        f"likely action in {outcome.flip_share:.0%} of {counted(len(effects.samples), 'decision')} "
-        f"(KL {nats(outcome.kl_mean)} nats, 95th percentile {nats(outcome.kl_p95)}); "
-        f"{n_kept} random ones: {_random_words(random)}"
-    ]
-    worst = effects.at(WORST, round(outcome.kept_mean))
+        f"likely action in {effect.flips:.0%} of {counted(len(effects.samples), 'decision')} "
+        f"(KL {nats(effect.kl_mean)} nats, 95th percentile {nats(effect.kl_p95)}); {n_kept} random "
+        f"ones: {random.flips:.0%} ({low:.0%} to {high:.0%} over {len(random.draws)} draws, "
+        f"KL {nats(random.kl_mean)})"
+    )
+    worst = effects.at(WORST, round(effect.kept_mean))
     if worst is not None:
-        parts[0] += f"; the {n_kept} least attended: {_short(worst[0])}"
-    parts[0] += "."
-    parts.append(verdict(outcome, random))
+        text += f"; the {n_kept} least attended: {_short(worst[0])}"
+    text += f". {verdict(effect, random)}"
     others = _others(effects, pattern, name, n_keep)
-    if others:
-        parts.append(f"Also advised, at {n_kept}: {others}.")
-    return " ".join(parts)
+    return f"{text} Also advised, at {n_kept}: {others}." if others else text
 
 
 def headline(n: int, pattern: str) -> tuple[str, int]:
-    """The strategy that a pattern's line is about, and its size: one that was measured."""
-    if pattern not in HEADLINES:
-        return "top-30", share_of(n)
-    name, wanted = HEADLINES[pattern]
+    """The method that a pattern's line is about, and its size: one that was measured."""
+    name, wanted = PATTERNS[pattern].headline
+    if wanted is None:
+        return name, share_of(n)
     return name, max((size for size in budgets(n) if size <= wanted), default=0)
 
 
-def verdict(outcome: Outcome, random: Outcome) -> str:
-    """Whether a strategy is better than chance at its size, in a sentence."""
-    n_draws = len(random.kl)
-    found = against_random(outcome, random)
-    if found == "better":
+def verdict(effect: Effect, random: Effect) -> str:
+    """Whether a method is better than chance at its size, in a sentence."""
+    n_draws = len(random.draws)
+    against = effect.against(random)
+    if against == "better":
         return f"Better than each of {n_draws} random draws."
-    if found == "worse":
+    if against == "worse":
         return f"Worse than each of {n_draws} random draws: here the pattern misleads."
-    if max(outcome.kl_mean, random.kl.mean(axis=1).max()) <= NOTHING:
+    if max(effect.kl_mean, random.draws.max()) <= NOTHING:
         return "A random choice changes nothing either: at this size nothing is lost."
-    n_less = int((random.kl.mean(axis=1) <= outcome.kl_mean).sum())
+    n_less = int((random.draws <= effect.kl_mean).sum())
     less = f"{n_less} of {n_draws} random draws moved the action distribution no more"
     if n_less < n_draws / 2:
         return f"Not clearly better than random: {less}."
     return f"No better than random: {less}. The pattern is no guide to what can go here."
-
-
-def ignored(effects: Effects) -> str:
-    """How it shows that the model ignores its history."""
-    found = [
-        f"{CONTROL_WORDS[name]} KL {nats(outcome.kl_mean)} nats and {outcome.flip_share:.0%} flips"
-        for name, outcome in effects.controls.items()
-    ]
-    return (
-        f"{_ignores(effects)}: {'; '.join(found)} (the actions count as unmoved up to KL "
-        f"{UNMOVED} nats, and {UNMOVED_EMPTY} with no history)."
-    )
 
 
 def _ignores(effects: Effects) -> str:
@@ -113,8 +98,8 @@ def _ignores(effects: Effects) -> str:
     return f"No compression can be judged: over {decisions} the model ignores its history"
 
 
-def nothing_to_choose(effects: Effects, name: str) -> str:
-    """Why there is no outcome of a strategy."""
+def _nothing_to_choose(effects: Effects, name: str) -> str:
+    """Why a method has no effect to tell of."""
     if name in effects.not_run:
         return f"Not measured: {effects.not_run[name]}."
     text = f"With {counted(effects.n, 'transition')} there is nothing to choose from"
@@ -124,130 +109,100 @@ def nothing_to_choose(effects: Effects, name: str) -> str:
     return f"{text}."
 
 
-def _random_words(random: Outcome) -> str:
-    low, high = random.band("flips")
-    return (
-        f"{random.flip_share:.0%} ({low:.0%} to {high:.0%} over {len(random.kl)} draws, "
-        f"KL {nats(random.kl_mean)})"
-    )
-
-
 def _others(effects: Effects, pattern: str, name: str, n_keep: int) -> str:
-    """Outcomes of what else a pattern advises, least harmful first."""
-    found = []
+    """What else a pattern advises does, least harmful first."""
+    others = []
     for other in effects.advised[pattern]:
         pair = effects.at(other, n_keep)
         if other == name or pair is None:
             continue
-        kept = "" if pair[0].n_keep == n_keep else f", keeping {_number(pair[0].kept_mean)},"
-        chance = {
-            "better": "",
-            "alike": ", not clearly better than random",
-            "worse": ", worse than random",
-        }
-        more = chance[against_random(*pair)]
-        text = f"{other}{kept} {pair[0].flip_share:.0%} (KL {nats(pair[0].kl_mean)}{more})"
-        found.append((pair[0].kl_mean, text))
-    return "; ".join(text for _, text in sorted(found))
+        effect, random = pair
+        kept = "" if effect.n_keep == n_keep else f", keeping {_number(effect.kept_mean)},"
+        chance = CHANCE[effect.against(random)]
+        text = f"{other}{kept} {effect.flips:.0%} (KL {nats(effect.kl_mean)}{chance})"
+        others.append((effect.kl_mean, text))
+    return "; ".join(text for _, text in sorted(others))
 
 
 def effects_block(effects: Effects) -> str:
-    """Table of flips by transitions kept, a line a strategy, least harmful first."""
+    """Table of flips by transitions kept, a line a method, least harmful first."""
     n_samples = counted(len(effects.samples), "decision")
-    title = f"EFFECT OF DROPPING HISTORY ({n_samples}, {counted(effects.n, 'transition')} each)"
+    lines = [f"EFFECT OF DROPPING HISTORY ({n_samples}, {counted(effects.n, 'transition')} each)"]
+    controls = {CONTROL_WORDS[name]: one for name, one in effects.controls.items()}
     if effects.ignores_history:
-        return "\n".join([title, wrap(ignored(effects)), *_not_run_lines(effects)])
-    lines = [title]
-    sizes = budgets(effects.n)
+        proof = "; ".join(
+            f"{words} KL {nats(one.kl_mean)} nats and {one.flips:.0%} flips"
+            for words, one in controls.items()
+        )
+        limits = f"KL {UNMOVED} nats, and {UNMOVED_EMPTY} with no history"
+        text = f"{_ignores(effects)}: {proof} (the actions count as unmoved up to {limits})."
+        lines.append(wrap(text))
+    else:
+        lines += _table(effects)
+        if controls:
+            text = "; ".join(f"{words} {_short(one)}" for words, one in controls.items())
+            lines.append(wrap(f"For comparison: {text}."))
+    lines += [
+        wrap(f"{CONTROL_WORDS.get(name, name)}: could not be run, {reason}.", "", "  ")
+        for name, reason in effects.not_run.items()
+    ]
+    return "\n".join(lines)
+
+
+def _table(effects: Effects) -> list[str]:
+    lines, sizes = [], budgets(effects.n)
     if sizes:
-        names = sorted(effects.curves, key=lambda name: mean_kl(effects.curves[name]))
         table = [("kept", *map(str, sizes), "enough")]
-        table += [(name, *_cells(effects, name), _enough_words(effects, name)) for name in names]
-        width = max(map(len, names))
-        lines += aligned([(first.ljust(width), *rest) for first, *rest in table])
+        harm = {name: np.mean([one.kl_mean for one in c]) for name, c in effects.curves.items()}
+        for name in sorted(harm, key=harm.get):
+            pairs = zip(effects.curves[name], effects.curves["random"], strict=True)
+            marks = MARKS if name != "random" else dict.fromkeys(MARKS, " ")
+            cells = [f"{one.flips:.0%}{marks[one.against(random)]}" for one, random in pairs]
+            fewest = enough(effects.curves[name])
+            table.append((name, *cells, f"> {sizes[-1]}" if fewest is None else str(fewest)))
         legend = (
             "decisions whose most likely action changes; + (-): the action distribution moves "
             f"less (more), in KL, than with each of {N_DRAWS} random draws; enough: fewest "
             f"transitions from which on the KL stays within {UNMOVED} nats"
         )
-        lines.append(wrap(legend))
+        lines += [*aligned(table, left=[0]), wrap(legend)]
     for name, (own, random) in effects.own_size.items():
         text = (
-            f"{name} keeps {_number(own.kept_mean)} ({own.kept.min()} to {own.kept.max()}): "
+            f"{name} keeps {_number(own.kept_mean)} ({own.kept_min} to {own.kept_max}): "
             f"{_short(own)}; as many random ones {_short(random)}"
         )
         lines.append(wrap(text, "", "  "))
-    return "\n".join([*lines, *_controls_line(effects), *_not_run_lines(effects)])
+    return lines
 
 
-def _cells(effects: Effects, name: str) -> list[str]:
-    return [
-        f"{one.flip_share:.0%}" + (MARKS[against_random(one, random)] if name != "random" else " ")
-        for one, random in zip(effects.curves[name], effects.curves["random"], strict=True)
-    ]
-
-
-def mean_kl(outcomes: Sequence[Outcome]) -> float:
-    """Mean KL over all sizes."""
-    return float(np.mean([outcome.kl_mean for outcome in outcomes]))
-
-
-def _enough_words(effects: Effects, name: str) -> str:
-    found = enough(effects.curves[name])
-    return f"> {budgets(effects.n)[-1]}" if found is None else str(found)
-
-
-def _controls_line(effects: Effects) -> list[str]:
-    found = [f"{CONTROL_WORDS[name]} {_short(one)}" for name, one in effects.controls.items()]
-    return [wrap(f"For comparison: {'; '.join(found)}.")] if found else []
-
-
-def _not_run_lines(effects: Effects) -> list[str]:
-    return [
-        wrap(f"{CONTROL_WORDS.get(name, name)}: could not be run, {reason}.", "", "  ")
-        for name, reason in effects.not_run.items()
-    ]
-
-
-def faithfulness_block(found: Faithfulness | None) -> str:
+def faithfulness_block(one: Faithfulness) -> str:
     """How far attention ranks transitions by their effect: a line a layer, and what it means."""
-    title = "HOW FAR ATTENTION IS A GUIDE"
-    if found is None:
-        return (
-            f"{title}\nNot measured: the histories are empty, or longer than what the model reads."
-        )
     table = [("layer", "head average", "best head", "worst head")]
-    means = mean_defined(found.layer_means.T)
-    for layer, numbers, heads, mean in zip(
-        found.layers, found.head_numbers, found.heads, means, strict=True
+    for layer, heads, values in zip(
+        one.layers, one.heads, mean_defined(one.correlations), strict=True
     ):
-        by_head = mean_defined(heads)
         ends = ["-", "-"]
-        if np.isfinite(by_head).any():
-            places = int(np.nanargmax(by_head)), int(np.nanargmin(by_head))
-            ends = [f"{_signed(by_head[place])} (head {numbers[place]})" for place in places]
-        table.append((str(layer), _signed(mean), *ends))
+        if np.isfinite(values[:-1]).any():
+            places = int(np.nanargmax(values[:-1])), int(np.nanargmin(values[:-1]))
+            ends = [f"{_signed(values[place])} (head {heads[place]})" for place in places]
+        table.append((str(layer), _signed(values[-1]), *ends))
     legend = (
         "Spearman correlation of the query's attention with the KL that leaving out each of "
-        f"{counted(found.kl.shape[1], 'transition')} alone causes, mean over "
-        f"{counted(len(found.samples), 'decision')}; 1: attention ranks transitions as their "
+        f"{counted(one.kl.shape[1], 'transition')} alone causes, mean over "
+        f"{counted(len(one.samples), 'decision')}; 1: attention ranks transitions as their "
         "effect does, 0: it says nothing"
     )
-    return "\n".join([title, wrap(_guide_words(found)), *aligned(table), wrap(legend)])
-
-
-def _guide_words(found: Faithfulness) -> str:
-    best, overall = found.best_head, found.overall
-    if best is None:
-        return "Not defined: attention, or the effect of every transition, is the same throughout."
-    layer, head, value = best
-    recency = float(mean_defined(found.recency))
-    return (
-        f"Attention of layer {layer} head {head} ranks transitions most like their measured "
-        f"effect: {_signed(value)}. The average over all layers and heads reaches "
-        f"{_signed(overall)}, and ranking the latest first, without a look at attention, "
-        f"{_signed(recency)}."
-    )
+    if one.best_head is None:
+        text = "Not defined: attention, or the effect of every transition, is the same throughout."
+    else:
+        layer, head, value = one.best_head
+        text = (
+            f"Attention of layer {layer} head {head} ranks transitions most like their measured "
+            f"effect: {_signed(value)}. The average over all layers and heads reaches "
+            f"{_signed(mean_defined(one.means))}, and ranking the latest first, without a look at "
+            f"attention, {_signed(mean_defined(one.recency))}."
+        )
+    return "\n".join(["HOW FAR ATTENTION IS A GUIDE", wrap(text), *aligned(table), wrap(legend)])
 
 
 def nats(value: float) -> str:
@@ -257,8 +212,8 @@ def nats(value: float) -> str:
     return f"{value:.3f}" if value < 0.1 else f"{value:.2f}"
 
 
-def _short(outcome: Outcome) -> str:
-    return f"{outcome.flip_share:.0%} (KL {nats(outcome.kl_mean)})"
+def _short(effect: Effect) -> str:
+    return f"{effect.flips:.0%} (KL {nats(effect.kl_mean)})"
 
 
 def _number(value: float) -> str:

@@ -1,34 +1,26 @@
 """The heatmap: which token attends to which, a panel a head, the query token's row set apart.
 
-    heatmap("heatmap.png", layer.maps[0], layer.map_rows, layer.map_cols, sample, layer=2)
+    heatmap("heatmap.png", a.maps, a.rows, a.cols, decision, tokens, layer=2)   # a: SampleAttention
 
 Weights become colours by a table lookup and are copied to the page, a whole number of pixels a
 weight. What pictures of one shape have in common (frames, numbers, legend) is drawn once.
 """
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import matplotlib
 import numpy as np
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike
 
-from attention.page import (
-    DPI,
-    FAINT,
-    MAX_EPISODE_LINES,
-    SOFT,
-    UNIFORM,
-    Page,
-    history_colours,
-    subtitle,
-)
-from attention.samples import Sample
-from attention.tokens import NONE, Tokens
+from historylens.history import Decision
+from historylens.pictures.marks import MAX_EPISODE_LINES, history_colours, on_tokens, subtitle
+from historylens.pictures.page import DPI, SOFT, UNIFORM, Page
+from historylens.tokens import NONE, Tokens, order_of_time
 
 COLOURS = "viridis"  # perceptually uniform, bright = strong
 BLANK = 255  # grey level of what may not be seen
@@ -42,10 +34,11 @@ BAR_TOP, BAR, BAR_WIDTH = HEADER + 14, 300, 15
 
 def heatmap(
     path: str | Path,
-    maps: ArrayLike,
-    map_rows: ArrayLike,
-    map_cols: ArrayLike,
-    sample: Sample,
+    maps: np.ndarray,
+    rows: np.ndarray,
+    cols: np.ndarray,
+    decision: Decision,
+    tokens: Tokens,
     *,
     layer: int,
     heads: Sequence[int] | None = None,
@@ -58,10 +51,11 @@ def heatmap(
     Args:
         path: PNG to write.
         maps: `(H, R, C)` attention weights, NaN where forbidden; the last row is the query token's.
-        map_rows: `(R,)` int, token index of each row, ascending.
-        map_cols: `(C,)` int, first token index of each column, ascending; a column is the mean
-            weight of its tokens.
-        sample: names the picture and its tokens.
+        rows: `(R,)` int, the token of each row in the order of time, ascending.
+        cols: `(C,)` int, the first token of each column, ascending; a column is the mean weight of
+            its tokens.
+        decision: what was decided.
+        tokens: what the model read, in its own order.
         layer: number of the layer.
         heads: numbers of the `H` heads; None: 0, 1, 2, ...
         more: what else the heading says, for example which page this is.
@@ -71,32 +65,30 @@ def heatmap(
     Raises:
         ValueError: shapes that do not fit each other.
     """
-    maps, rows, cols = np.asarray(maps), np.asarray(map_rows), np.asarray(map_cols)
-    n_tokens = sample.n_context + 1
-    if maps.shape[1:] != (len(rows), len(cols)) or rows[-1] != n_tokens - 1:
+    shown = tokens.take(order_of_time(tokens))
+    if maps.shape[1:] != (len(rows), len(cols)) or rows[-1] != len(shown) - 1:
         raise ValueError(
             f"expected maps (H, R, C) with a token for each row and column, the last row that of "
-            f"token {n_tokens - 1}; got shape {maps.shape}, {len(rows)} rows up to {rows[-1]}, "
+            f"token {len(shown) - 1}; got shape {maps.shape}, {len(rows)} rows up to {rows[-1]}, "
             f"{len(cols)} columns"
         )
-    rows, cols = rows.astype(np.int64), cols.astype(np.int64)
-    has_lines = len(sample.episode_starts) <= MAX_EPISODE_LINES
+    starts, rewarded = on_tokens(decision, shown)
     numbers = tuple(range(len(maps)) if heads is None else heads)
-    layout = _Layout.of(sample)
-    sheet = _sheet(numbers, rows.tobytes(), cols.tobytes(), dpi, has_lines, layout)
-    sheet.page.restore()
-    low, high = color_range(maps, n_tokens) if scale is None else scale
-    history = history_colours(sample, sheet.starts)
-    for corner, weights in zip(sheet.corners(), maps, strict=True):
-        sheet.paste_head(corner, to_colours(_pool(weights, sheet.pooled), low, high), history)
-    if has_lines:
-        _draw_episodes(sheet, sample.episode_starts)
-    _label_bar(sheet, low, high, n_tokens)
+    words = _words(tokens, shown, len(starts) <= MAX_EPISODE_LINES)
+    sheet = heatmap_sheet(numbers, tuple(rows.tolist()), tuple(cols.tolist()), dpi, words)
+    page = sheet.page
+    page.restore()
+    low, high = color_range(maps, len(shown)) if scale is None else scale
+    history = history_colours(starts, rewarded, sheet.starts)
+    for corner, weights in zip(sheet.corners, maps, strict=True):
+        sheet.paste_head(corner, to_colours(pool(weights, sheet.pooled), low, high), history)
+    if len(starts) <= MAX_EPISODE_LINES:
+        sheet.draw_episodes(starts)
+    sheet.label_bar(low, high, len(shown))
     counted = "1 head" if len(maps) == 1 else f"{len(maps)} heads"
     heading = f"Attention heatmap · layer {layer} · {counted}{more}"
-    sheet.page.text(LEFT, 22, heading, 14, weight="bold")
-    sheet.page.text(LEFT, 46, subtitle(sample), 10.5)
-    sheet.page.save(path)
+    page.heading(LEFT, heading, subtitle(decision, shown))
+    page.save(path)
 
 
 def color_range(maps: np.ndarray, n_tokens: int) -> tuple[float, float]:
@@ -112,8 +104,7 @@ def color_range(maps: np.ndarray, n_tokens: int) -> tuple[float, float]:
 
 def to_colours(weights: np.ndarray, low: float, high: float) -> np.ndarray:
     """Weights `(...)` as RGB `(..., 3)` uint8 on the logarithmic scale; NaN is blank."""
-    clipped = np.clip(weights, low, high)
-    place = np.log(clipped / low) * (255 / math.log(high / low))
+    place = np.log(np.clip(weights, low, high) / low) * (255 / math.log(high / low))
     index = np.where(np.isnan(place), 256, np.nan_to_num(place) + 0.5).astype(np.int16)
     return _color_table()[index]
 
@@ -125,105 +116,101 @@ def _color_table() -> np.ndarray:
     return np.vstack([colours, np.full((1, 3), BLANK, np.uint8)])
 
 
-def _last_rows(n_rows: int, factor: int) -> np.ndarray:
+def last_rows(n_rows: int, factor: int) -> np.ndarray:
     """Index of the last row of each group of `factor` rows."""
     return np.minimum(np.arange(factor - 1, n_rows - 1 + factor, factor), n_rows - 1)
 
 
-def _pool(weights: np.ndarray, factor: int) -> np.ndarray:
+def pool(weights: np.ndarray, factor: int) -> np.ndarray:
     """Mean of `factor` neighbouring columns, in the last of `factor` neighbouring rows."""
     if factor == 1:
         return weights
-    n_rows, n_cols = weights.shape
-    rows = weights[_last_rows(n_rows, factor)]
-    starts = np.arange(0, n_cols, factor)
+    rows = weights[last_rows(len(weights), factor)]
+    starts = np.arange(0, rows.shape[1], factor)
     n_seen = np.add.reduceat(~np.isnan(rows), starts, axis=1, dtype=float)
     total = np.add.reduceat(np.nan_to_num(rows), starts, axis=1)
     return np.where(n_seen > 0, total / np.maximum(n_seen, 1), np.nan)
 
 
-@dataclass(frozen=True)
-class _Layout:
-    """Which tokens the rows and columns are, and how that is said.
-
-    Attributes:
-        ticks: `(token, number of its transition)` where the axes have a number.
-        unit: what the numbers count.
-        order: says what stands in which order.
-        query: says which token the enlarged row is of.
-    """
+class Words(NamedTuple):
+    """What a heatmap says of its tokens: numbers on the axes as `(token, number)`, and legend."""
 
     ticks: tuple[tuple[int, int], ...]
-    unit: str = "transition"
-    order: str = "Token 0 is the oldest."
-    query: str = "the last token, whose output is the model's answer; its row is enlarged."
-
-    @classmethod
-    def of(cls, sample: Sample) -> "_Layout":
-        tokens = sample.tokens
-        n = sample.n_context if tokens is None else tokens.n
-        locator = MaxNLocator(5, integer=True, steps=[1, 2, 5, 10])
-        ticks = sorted({int(t) for t in locator.tick_values(0, n) if 0 <= t <= n})
-        if tokens is None:
-            return cls(tuple((t, t) for t in ticks))
-        first = {t: int(np.flatnonzero(tokens.transition == t)[0]) for t in ticks if t < n}
-        return cls(
-            tuple((place, t) for t, place in first.items()),
-            "number of its transition",
-            _order(tokens),
-            "the token whose output is the model's answer, shown last whatever its place in the "
-            "model; its row is enlarged.",
-        )
+    unit: str
+    order: str
+    episodes: str
+    query: str
 
 
-def _order(tokens: Tokens) -> str:
-    """What the tokens of a transition are, and that they stand in the order of time."""
-    first = "Those of no transition stand first. " if tokens.transition[0] == NONE else ""
+def _words(tokens: Tokens, shown: Tokens, has_lines: bool) -> Words:
+    n = tokens.n
+    locator = MaxNLocator(5, integer=True, steps=[1, 2, 5, 10])
+    numbers = sorted({int(t) for t in locator.tick_values(0, n) if 0 <= t <= n})
+    episodes = "The episodes are too many to mark."
+    if has_lines:
+        episodes = "White lines, and the two greys of the history: an episode begins."
+    if tokens.is_plain:
+        query = "the last token, whose output is the model's answer; its row is enlarged."
+        ticks = tuple(zip(numbers, numbers, strict=True))
+        return Words(ticks, "transition", "Token 0 is the oldest.", episodes, query)
     of = f"Tokens of a transition: {', '.join(tokens.parts)}. " if len(tokens.parts) > 1 else ""
-    return f"{of}{first}Transition 0 is the oldest."
+    first = "Those of no transition stand first. " if shown.transition[0] == NONE else ""
+    return Words(
+        tuple((int(np.argmax(shown.transition == t)), t) for t in numbers if t < n),
+        "number of its transition",
+        f"{of}{first}Transition 0 is the oldest.",
+        episodes,
+        "the token whose output is the model's answer, shown last whatever its place in the "
+        "model; its row is enlarged.",
+    )
 
 
-class _Sheet:
-    """The page of one shape of heatmap: where things are, and what never changes, drawn once."""
+class Sheet:
+    """The page of one shape of heatmap: where things are, and what never changes, drawn once.
+
+    Attributes:
+        page: the page.
+        corners: upper left corner of each head's map, page units.
+        side, depth: width of a map, and height without the query's row, page units.
+        zoom: pixels a weight.
+        pooled: neighbouring columns, and rows, that share a pixel.
+        starts: `(C,)` first token of each column drawn.
+    """
 
     def __init__(
         self,
         heads: tuple[int, ...],
-        rows: np.ndarray,
-        cols: np.ndarray,
+        rows: tuple[int, ...],
+        cols: tuple[int, ...],
         dpi: int,
-        has_lines: bool,
-        layout: _Layout,
+        words: Words,
     ) -> None:
-        n_heads = len(heads)
-        across = math.ceil(math.sqrt(n_heads))
+        across = math.ceil(math.sqrt(len(heads)))
         wanted = SIDES.get(across, SMALL_SIDE) * dpi / 100  # pixels
         self.pooled = math.ceil(len(cols) / (1.3 * wanted))
-        self.starts = cols[:: self.pooled]  # first token of each column drawn
-        self._ends = rows[_last_rows(len(rows), self.pooled)]  # last token of each row drawn
-        self.zoom = max(1, round(wanted / len(self.starts)))  # pixels a weight
+        self.starts = np.array(cols[:: self.pooled])
+        ends = np.array(rows)[last_rows(len(rows), self.pooled)] + 1
+        self._edges = np.append(self.starts, ends[-1]), np.append(0, ends[:-1])
+        self.zoom = max(1, round(wanted / len(self.starts)))
         self.side = len(self.starts) * self.zoom * 100 / dpi
         self.depth = self.side - self.zoom * 100 / dpi  # the query row stands below
-        self._grid = n_heads, across
-        self._heads, self._layout = heads, layout
-        bottom = max(HEADER + math.ceil(n_heads / across) * self._step[1], BAR_TOP + BAR)
-        self.bar_left = LEFT + across * self._step[0] - 4
-        width = max(self.bar_left - PANEL_GAP + RIGHT, MIN_WIDTH)
-        self.page = Page(width, bottom + FOOTER, dpi)
-        self._draw_fixed()
-        self._draw_legend(bottom + 30, int(np.diff(cols).max(initial=1)) * self.pooled, has_lines)
-        self.page.keep()
-
-    @property
-    def _step(self) -> tuple[float, float]:
+        right = self.side + PANEL_GAP
         down = self.depth + 2 * GAP + HISTORY + QUERY + PANEL_GAP
-        return self.side + PANEL_GAP, down
-
-    def corners(self) -> Iterator[tuple[float, float]]:
-        """Upper left corner of each head's map."""
-        n_heads, across = self._grid
-        for head in range(n_heads):
-            yield LEFT + head % across * self._step[0], HEADER + head // across * self._step[1]
+        places = [divmod(i, across) for i in range(len(heads))]
+        self.corners = [(LEFT + column * right, HEADER + row * down) for row, column in places]
+        bottom = max(HEADER + (places[-1][0] + 1) * down, BAR_TOP + BAR)
+        self._bar_left = LEFT + across * right - 4
+        width = max(self._bar_left - PANEL_GAP + RIGHT, MIN_WIDTH)
+        self.page = Page(width, bottom + FOOTER, dpi)
+        for i, (left, top) in enumerate(self.corners):
+            self.page.text(left, top - 9, f"head {heads[i]}", 10, weight="bold")
+            if i % across == 0:
+                self._label_rows(left, top, words)
+            if i + across >= len(heads):
+                self._label_columns(left, self.strips(top)[1] + QUERY, words)
+        self._draw_bar()
+        self._draw_legend(bottom + 30, int(np.diff(cols).max(initial=1)) * self.pooled, words)
+        self.page.keep()
 
     def strips(self, top: float) -> tuple[float, float]:
         """Tops of the history strip and of the query row below a map."""
@@ -232,12 +219,12 @@ class _Sheet:
 
     def x(self, token: ArrayLike) -> np.ndarray:
         """Where a token's column begins, page units from the left edge of a map."""
-        edges = np.append(self.starts, self._ends[-1] + 1)
+        edges = self._edges[0]
         return np.interp(token, edges, np.linspace(0, self.side, len(edges)))
 
     def y(self, token: ArrayLike) -> np.ndarray:
         """Where a token's row begins, page units from the upper edge of a map."""
-        edges = np.append(0, self._ends[:-1] + 1)
+        edges = self._edges[1]
         return np.interp(token, edges, np.linspace(0, self.depth, len(edges)))
 
     def paste_head(
@@ -253,94 +240,69 @@ class _Sheet:
         strip = history[None].repeat(self.zoom, axis=1).repeat(round(HISTORY * scale), axis=0)
         self.page.paste(left, below, strip)
 
-    def _draw_fixed(self) -> None:
-        n_heads, across = self._grid
-        page, n_context = self.page, int(self._ends[-1])
-        ticks = self._layout.ticks
-        for place, (left, top) in enumerate(self.corners()):
-            page.text(left, top - 9, f"head {self._heads[place]}", 10, weight="bold")
-            if place % across == 0:
-                self._label_rows(left, top, [tick for tick in ticks if tick[0] < n_context])
-            if place + across >= n_heads:
-                self._label_columns(left, self.strips(top)[1] + QUERY, ticks)
-        page.text(self.bar_left, BAR_TOP - 20, "attention weight", 9)
-        bar_width = round(BAR_WIDTH * page.scale)
-        shades = _color_table()[np.linspace(255, 0, round(BAR * page.scale)).astype(int)]
-        page.paste(self.bar_left, BAR_TOP, shades[:, None].repeat(bar_width, axis=1))
+    def draw_episodes(self, starts: np.ndarray) -> None:
+        """White lines where an episode begins: down its column and along its row."""
+        segments = []
+        for left, top in self.corners:
+            for x, y in zip(self.x(starts) + left, self.y(starts) + top, strict=True):
+                segments += [[(x, y), (x, top + self.depth)], [(left, y), (x, y)]]
+        self.page.lines(segments, colors="white", linewidths=0.5, alpha=0.45)
 
-    def _label_rows(self, left: float, top: float, ticks: Sequence[tuple[int, int]]) -> None:
-        page = self.page
-        for token, number in ticks:
-            y = top + float(self.y(token) + self.y(token + 1)) / 2
-            page.lines([[(left - 4, y), (left, y)]], colors=FAINT, linewidths=0.7)
-            page.text(left - 7, y, f"{number}", 8, ha="right")
-        name = f"token that attends ({self._layout.unit})"
+    def label_bar(self, low: float, high: float, n_tokens: int) -> None:
+        """Decades of the colour bar, its two ends, and the weight of uniform attention."""
+        page, left = self.page, self._bar_left + BAR_WIDTH
+
+        def y(weight: float) -> float:
+            return BAR_TOP + BAR * (1 - math.log(weight / low) / math.log(high / low))
+
+        even = 1 / n_tokens
+        page.lines([[(left - 19, y(even)), (left + 4, y(even))]], colors=UNIFORM, linewidths=1.6)
+        page.text(left + 7, y(even), f"{even:.2g} = 1/T", 8.5, color=UNIFORM, weight="bold")
+        page.text(left + 7, y(even) + 13, "uniform attention", 7.5, color=UNIFORM)
+        labels = {high: f"{high:.2g} or more" if high < 1 else "1", low: f"{low:.2g} or less"}
+        first, last = math.ceil(math.log10(low)), math.floor(math.log10(high))
+        labels |= {10.0**e: f"{10.0**e:g}" for e in range(first, last + 1) if 10.0**e not in labels}
+        taken = [y(even), y(even) + 13]
+        for weight, label in labels.items():
+            if min(abs(y(weight) - other) for other in taken) > 12:
+                taken.append(y(weight))
+                page.text(left + 6, y(weight), label, 8)
+
+    def _label_rows(self, left: float, top: float, words: Words) -> None:
+        for token, number in words.ticks:
+            if token < self._edges[0][-1] - 1:  # the query's row has a name
+                y = top + float(self.y(token) + self.y(token + 1)) / 2
+                self.page.tick(y, left, f"{number}", 0.7, "left")
+        name = f"token that attends ({words.unit})"
         name = name if self.depth > 6.2 * len(name) else "token that attends"
-        page.text(left - 60, top + self.depth / 2, name, 9, rotation=90, ha="center")
+        self.page.text(left - 60, top + self.depth / 2, name, 9, rotation=90, ha="center")
         history, query = self.strips(top)
-        page.text(left - 7, history + HISTORY / 2, "history", 8, ha="right")
-        page.text(left - 7, query + QUERY / 2, "query", 9, ha="right", weight="bold")
+        self.page.text(left - 7, history + HISTORY / 2, "history", 8, ha="right")
+        self.page.text(left - 7, query + QUERY / 2, "query", 9, ha="right", weight="bold")
 
-    def _label_columns(self, left: float, bottom: float, ticks: Sequence[tuple[int, int]]) -> None:
-        page = self.page
-        for token, number in ticks:
+    def _label_columns(self, left: float, bottom: float, words: Words) -> None:
+        for token, number in words.ticks:
             x = left + float(self.x(token) + self.x(token + 1)) / 2
-            page.lines([[(x, bottom), (x, bottom + 4)]], colors=FAINT, linewidths=0.7)
-            page.text(x, bottom + 12, f"{number}", 8, ha="center")
-        page.text(left + self.side / 2, bottom + 28, "token attended to", 9, ha="center")
+            self.page.tick(x, bottom, f"{number}", 0.7, "below")
+        self.page.text(left + self.side / 2, bottom + 28, "token attended to", 9, ha="center")
 
-    def _draw_legend(self, top: float, bin_width: int, has_lines: bool) -> None:
-        pixel = "A pixel: how strongly the token of its row attends to the token of its column"
-        if bin_width > 1:
-            pixel += f" (mean of up to {bin_width} neighbours)"
-        episodes = "The episodes are too many to mark."
-        if has_lines:
-            episodes = "White lines, and the two greys of the history: an episode begins."
-        entries = [
-            f"{pixel}. {self._layout.order}",
-            f"Blank: not visible to the token of the row. {episodes}",
+    def _draw_bar(self) -> None:
+        self.page.text(self._bar_left, BAR_TOP - 20, "attention weight", 9)
+        shades = _color_table()[np.linspace(255, 0, round(BAR * self.page.scale)).astype(int)]
+        width = round(BAR_WIDTH * self.page.scale)
+        self.page.paste(self._bar_left, BAR_TOP, shades[:, None].repeat(width, axis=1))
+
+    def _draw_legend(self, top: float, bin_width: int, words: Words) -> None:
+        mean = f" (mean of up to {bin_width} neighbours)" if bin_width > 1 else ""
+        entries = (
+            f"A pixel: how strongly the token of its row attends to the token of its column{mean}. "
+            + words.order,
+            f"Blank: not visible to the token of the row. {words.episodes}",
             "Red in the history: rewarded transitions.",
-            f"Query: {self._layout.query}",
-        ]
+            f"Query: {words.query}",
+        )
         for i, entry in enumerate(entries):
             self.page.text(LEFT, top + 17 * i, entry, 8.5, color=SOFT)
 
 
-@lru_cache(maxsize=2)
-def _sheet(
-    heads: tuple[int, ...], rows: bytes, cols: bytes, dpi: int, has_lines: bool, layout: _Layout
-) -> _Sheet:
-    """The sheet of a shape of heatmap; tokens are given as the bytes of int64 arrays."""
-    tokens = np.frombuffer(rows, np.int64), np.frombuffer(cols, np.int64)
-    return _Sheet(heads, *tokens, dpi, has_lines, layout)
-
-
-def _draw_episodes(sheet: _Sheet, starts: np.ndarray) -> None:
-    """White lines where an episode begins: down its column and along its row."""
-    segments = []
-    for left, top in sheet.corners():
-        x, y = sheet.x(starts) + left, sheet.y(starts) + top
-        for a, b in zip(x, y, strict=True):
-            segments += [[(a, b), (a, top + sheet.depth)], [(left, b), (a, b)]]
-    sheet.page.lines(segments, colors="white", linewidths=0.5, alpha=0.45)
-
-
-def _label_bar(sheet: _Sheet, low: float, high: float, n_tokens: int) -> None:
-    """Decades of the colour bar, its two ends, and the weight of uniform attention."""
-    page, left = sheet.page, sheet.bar_left + BAR_WIDTH
-
-    def y(weight: float) -> float:
-        return BAR_TOP + BAR * (1 - math.log(weight / low) / math.log(high / low))
-
-    uniform = 1 / n_tokens
-    page.lines([[(left - 19, y(uniform)), (left + 4, y(uniform))]], colors=UNIFORM, linewidths=1.6)
-    page.text(left + 7, y(uniform), f"{uniform:.2g} = 1/T", 8.5, color=UNIFORM, weight="bold")
-    page.text(left + 7, y(uniform) + 13, "uniform attention", 7.5, color=UNIFORM)
-    labels = {high: f"{high:.2g} or more" if high < 1 else "1", low: f"{low:.2g} or less"}
-    first, last = math.ceil(math.log10(low)), math.floor(math.log10(high))
-    labels |= {10.0**e: f"{10.0**e:g}" for e in range(first, last + 1) if 10.0**e not in labels}
-    taken = [y(uniform), y(uniform) + 13]
-    for weight, label in labels.items():
-        if min(abs(y(weight) - other) for other in taken) > 12:
-            taken.append(y(weight))
-            page.text(left + 6, y(weight), label, 8)
+heatmap_sheet = lru_cache(maxsize=2)(Sheet)

@@ -1,131 +1,201 @@
-"""A sample's attention as pictures show it: tokens in the order of time, the one that decides last.
+"""The attention of one sample and layer as pictures show it, whatever the model's own order is.
 
-    shown = show(layer, sample, place=3, map_place=0, uniform_row=uniform[3])
-    shown.maps, shown.sample                   # for the heatmap: a row and a column a token
-    shown.query, shown.received                # for the line plot: curves over transitions
+    attention = SampleAttention.of(layer, 3, 0, tokens, uniform_row)
+    attention.maps                                      # for the heatmap: a row and a column a token
+    attention.query_curves, attention.received_curves   # for the line plot: curves over transitions
+    attention.numbers()                                 # what is drawn, for metrics.json
 
-What the model's own order is does not matter to a reader; that pictures of all models read alike
-does. Axes: `T` tokens of the model, `P` of them shown (all but padding), `n` transitions, `H`
+Tokens stand in the order of time, the one that decides last, so that pictures of all models read
+alike. Axes: `T` tokens of the model, `P` of them shown (all but padding), `n` transitions, `H`
 heads.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 
-from attention.metrics import uniform_received as causal_received
-from attention.record import LayerAttention
-from attention.samples import Sample
-from attention.tokens import PADDING, Curves, Tokens, arrange, curves, uniform_received
+from historylens.capture import LayerAttention
+from historylens.tokens import NONE, PADDING, Tokens, order_of_time, uniform_received
+
+DIGITS = 6  # significant ones of drawn numbers; metrics keep all theirs
 
 
 @dataclass(frozen=True)
-class Shown:
+class Curves:
+    """Curves over `n` transitions.
+
+    Attributes:
+        names: of the `K` curves: parts of a transition, or empty for one curve a head.
+        values: `(K, n)`.
+        whole: `(n,)` what they add up to, or their mean.
+        uniform: `(n,)` the same under uniform attention.
+    """
+
+    names: tuple[str, ...]
+    values: np.ndarray
+    whole: np.ndarray
+    uniform: np.ndarray
+
+
+def curves(
+    heads: np.ndarray, uniform: np.ndarray, tokens: Tokens, combine: Literal["sum", "mean"]
+) -> Curves:
+    """Curves over transitions: one a part, averaged over heads; one a head of a single part.
+
+    Args:
+        heads: `(H, T)` weights on tokens.
+        uniform: `(T,)` the same under uniform attention.
+        tokens: what they are.
+        combine: what becomes of the tokens of a transition.
+    """
+
+    def over(chosen: np.ndarray, weights: np.ndarray) -> np.ndarray:
+        """`(..., T)` to `(..., n)`, the chosen tokens of a transition added or averaged."""
+        owner = tokens.transition[chosen]
+        total = np.zeros((*weights.shape[:-1], tokens.n))
+        np.add.at(total, (..., owner), weights[..., chosen])
+        if combine == "mean":
+            total /= np.maximum(np.bincount(owner, minlength=tokens.n), 1)
+        return total
+
+    owned = tokens.transition != NONE
+    per_head, uniform = over(owned, heads), over(owned, uniform)
+    if len(tokens.parts) == 1:
+        return Curves((), per_head, per_head.astype(heads.dtype).mean(0), uniform)
+    part, mean = np.array(tokens.part), heads.mean(0)
+    values = np.stack([over(owned & (part == name), mean) for name in tokens.parts])
+    return Curves(tokens.parts, values, per_head.mean(0), uniform)
+
+
+@dataclass(frozen=True)
+class SampleAttention:
     """Attention of one sample and layer, as it is drawn.
 
     Attributes:
+        tokens: what the model reads. In its order are:
+        query_rows: `(H, T)` the deciding token's attention.
+        received: `(H, T)` attention that each token receives, 0 where nobody may look.
+        uniform_row, uniform_received: `(T,)` both, where all weigh equally what they may see.
         maps: `(H, R, C)` weights, NaN where forbidden; the last row is the deciding token's.
         rows: `(R,)` place of each row among the `P` tokens shown, ascending.
         cols: `(C,)` place of the first token of each column, ascending.
-        sample: the sample with a token for each of its transitions: `n_context = P - 1`.
-        query: what the deciding token attends to.
-        received: what each transition receives.
-        uniform: the deciding token's row and the received attention, `(T,)` both in the model's
-            order, where all weigh equally what they may see; none of it for plain samples.
     """
 
+    tokens: Tokens
+    query_rows: np.ndarray
+    received: np.ndarray
+    uniform_row: np.ndarray
+    uniform_received: np.ndarray
     maps: np.ndarray
     rows: np.ndarray
     cols: np.ndarray
-    sample: Sample
-    query: Curves
-    received: Curves
-    uniform: tuple[np.ndarray, ...] = ()
+
+    @classmethod
+    def of(
+        cls,
+        layer: LayerAttention,
+        place: int,
+        map_place: int,
+        tokens: Tokens,
+        uniform_row: np.ndarray,
+    ) -> "SampleAttention":
+        """Pick one sample out of a batch, and order its map.
+
+        Args:
+            layer: with received attention and maps.
+            place: of the sample in the batch.
+            map_place: its place among the samples with maps.
+            tokens: what its tokens are.
+            uniform_row: `(T,)` the deciding token's row if it weighed all that it may see equally.
+        """
+        query_rows, received = layer.query_rows[place].numpy(), layer.received[place].numpy()
+        image = layer.maps[map_place].numpy(), layer.map_rows.numpy(), layer.map_cols.numpy()
+        return cls(
+            tokens,
+            query_rows,
+            np.nan_to_num(received),
+            uniform_row,
+            np.nan_to_num(_received_evenly(*image, tokens)),
+            *_in_order(*image, query_rows, uniform_row > 0, tokens),
+        )
+
+    @property
+    def query_curves(self) -> Curves:
+        """What the deciding token attends to."""
+        return curves(self.query_rows, self.uniform_row, self.tokens, "sum")
+
+    @property
+    def received_curves(self) -> Curves:
+        """What each transition receives."""
+        return curves(self.received, self.uniform_received, self.tokens, "mean")
+
+    def numbers(self) -> dict[str, Any]:
+        """What the pictures show, in the model's order, rounded to 6 significant digits.
+
+        Returns:
+            `query_rows` and `received`, each `{"mean": T numbers, "heads": H lists of T}`; then
+            `uniform_query_row` and `uniform_received`, `T` numbers each, but for a causal mask and
+            a token a transition with the query last: there they are `1 / T` and `causal_received`.
+        """
+        drawn: dict[str, Any] = {}
+        for name, weights in (("query_rows", self.query_rows), ("received", self.received)):
+            weights = weights.astype(np.float64)
+            drawn[name] = {"mean": rounded(weights.mean(0)), "heads": [*map(rounded, weights)]}
+        n_tokens = len(self.tokens)
+        is_plain = (
+            self.tokens.is_plain
+            and np.allclose(self.uniform_row, 1 / n_tokens)
+            and np.allclose(self.uniform_received, causal_received(n_tokens))
+        )
+        if not is_plain:
+            drawn["uniform_query_row"] = rounded(self.uniform_row)
+            drawn["uniform_received"] = rounded(self.uniform_received)
+        return drawn
 
 
-def show(
-    layer: LayerAttention,
-    sample: Sample,
-    place: int,
-    map_place: int,
-    uniform_row: np.ndarray | None = None,
-) -> Shown:
-    """Arrange the attention of one sample.
+def rounded(values: np.ndarray) -> list[float]:
+    """Numbers `(T,)` with 6 significant digits."""
+    return [float(f"{value:.{DIGITS}g}") for value in values]
 
-    Args:
-        layer: with received attention and maps.
-        sample: the sample.
-        place: its place in the batch.
-        map_place: its place among the samples with maps.
-        uniform_row: `(T,)` the deciding token's row if it weighed all that it may see equally;
-            None: every token.
+
+def causal_received(n_tokens: int) -> np.ndarray:
+    """`(T,)`: attention received where every token weighs itself and all before it equally.
+
+    Token j receives `1 / (i + 1)` from every token `i >= j`: the average over those.
     """
-    rows, received = layer.query_rows[place].numpy(), layer.received[place].numpy()
-    maps = layer.maps[map_place].numpy()
-    map_rows, map_cols = layer.map_rows.numpy(), layer.map_cols.numpy()
-    n_tokens = rows.shape[-1]
-    even = np.full(n_tokens, 1 / n_tokens) if uniform_row is None else uniform_row
-    if sample.tokens is None:
-        query = Curves((), rows[:, :-1], rows.mean(0)[:-1], even[:-1])
-        even = causal_received(n_tokens)[:-1]
-        received = Curves((), received[:, :-1], received.mean(0)[:-1], even)
-        return Shown(maps, map_rows, map_cols, sample, query, received)
-    tokens = sample.tokens
-    received_evenly = _uniform_received(maps, map_rows, map_cols, tokens)
-    picture = _arranged_map(maps, map_rows, map_cols, rows, even, tokens)
-    return Shown(
-        *picture,
-        token_sample(sample),
-        curves(rows, even, tokens, "sum"),
-        curves(np.nan_to_num(received), np.nan_to_num(received_evenly), tokens, "mean"),
-        (even, np.nan_to_num(received_evenly)),
-    )
+    weights = 1.0 / np.arange(1, n_tokens + 1)  # token i reads i + 1 tokens
+    return np.cumsum(weights[::-1])[::-1] / np.arange(n_tokens, 0, -1)
 
 
-def token_sample(sample: Sample) -> Sample:
-    """The sample with the `P` tokens that a picture shows in place of its transitions."""
-    shown = sample.tokens.take(arrange(sample.tokens))
-    context = shown.transition[:-1]
-    places = np.searchsorted(np.maximum.accumulate(context), sample.episode_starts)
-    return replace(
-        sample,
-        n_context=len(context),
-        episode_starts=np.unique(places[places < len(context)]),
-        rewarded=np.append(sample.rewarded, False)[context],
-        tokens=shown,
-    )
-
-
-def _arranged_map(
+def _in_order(
     maps: np.ndarray,
     rows: np.ndarray,
     cols: np.ndarray,
     query_rows: np.ndarray,
-    even: np.ndarray,
+    visible: np.ndarray,
     tokens: Tokens,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Maps, rows and columns with the tokens in the order of pictures.
+    """Maps, rows and columns with the tokens in the order of time.
 
     The last row is made of the deciding token's own `(H, T)` attention, wherever it stands.
     """
-    order = arrange(tokens)
+    order = order_of_time(tokens)
     place = np.full(len(tokens), -1)
     place[order] = np.arange(len(order))
-    ends = np.append(cols[1:], len(tokens))
-    bins = [place[start:end] for start, end in zip(cols, ends, strict=True)]
-    first = np.array([one[one >= 0].min() if (one >= 0).any() else -1 for one in bins])
-    columns = np.flatnonzero(first >= 0)
-    columns = columns[np.argsort(first[columns])]
+    first = np.minimum.reduceat(np.where(place < 0, len(tokens), place), cols)
+    columns = np.argsort(first)[: np.count_nonzero(first < len(tokens))]  # without padding
     keep = np.flatnonzero((place[rows] >= 0) & (rows != tokens.decides))
     keep = keep[np.argsort(place[rows[keep]])]
-    n_seen = np.add.reduceat(even > 0, cols, dtype=float)
+    n_seen = np.add.reduceat(visible, cols, dtype=float)
     with np.errstate(invalid="ignore"):
-        last = np.add.reduceat(query_rows * (even > 0), cols, axis=1) / n_seen  # 0 / 0: forbidden
-    arranged = np.concatenate([maps[:, keep], last[:, None]], axis=1)[:, :, columns]
-    return arranged, np.append(place[rows[keep]], len(order) - 1), first[columns]
+        last = np.add.reduceat(query_rows * visible, cols, axis=1) / n_seen  # 0 / 0: forbidden
+    last = last[:, None].astype(maps.dtype)
+    ordered = np.concatenate([maps[:, keep], last], axis=1)[:, :, columns]
+    return ordered, np.append(place[rows[keep]], len(order) - 1), first[columns]
 
 
-def _uniform_received(
+def _received_evenly(
     maps: np.ndarray, rows: np.ndarray, cols: np.ndarray, tokens: Tokens
 ) -> np.ndarray:
     """`(T,)`: what each token would receive if every token weighed all that it may see equally.

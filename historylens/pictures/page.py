@@ -25,35 +25,33 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from matplotlib.transforms import Affine2D
 
-from attention.samples import Sample
-from attention.tokens import PADDING
+from historylens.common.files import write_atomically
 
 DPI = 100
 INK, SOFT, FAINT = "#222222", "#444444", "#8a8a8a"
 REWARD, UNIFORM = "#e4572e", "#c4007a"
-EPISODE_GREYS = (200, 238)
-MAX_EPISODE_LINES = 40  # more boundaries than this hide what they mark
+HEAD_COLOURS = ("#0173b2", "#de8f05", "#029e73", "#cc78bc", "#ca9161", "#56b4e9")
+UNIFORM_LINE = {"colors": UNIFORM, "linewidths": 1.6, "linestyles": "--"}
 
 
 class Page:
     """A white page of `width` x `height` page units.
 
     Attributes:
-        pixels: `(height, width, 3)` uint8 RGB, a view of what is drawn.
+        figure: what the axes of `plot` belong to.
+        scale: pixels a page unit.
+        pixels: `(rows, columns, 3)` uint8 RGB, a view of what is drawn.
     """
 
     def __init__(self, width: float, height: float, dpi: int) -> None:
-        self.height, self.scale = height, dpi / 100
+        self.scale = dpi / 100
         self.figure = Figure(figsize=(width / 100, height / 100), dpi=dpi, frameon=False)
         self._size = np.array([width, height, width, height])
         self._renderer = FigureCanvasAgg(self.figure).get_renderer()
         self._canvas = np.asarray(self._renderer.buffer_rgba())
         self._canvas[:] = 255  # white and opaque
         self.pixels = self._canvas[..., :3]
-        flip = Affine2D().scale(self.scale, -self.scale).translate(0, self.pixels.shape[0])
-        self._places = flip
-        self._kept = self._canvas.copy()
-        self._dpi = dpi
+        self._places = Affine2D().scale(self.scale, -self.scale).translate(0, len(self.pixels))
 
     def text(self, x: float, y: float, text: str, size: float = 9, **style: Any) -> None:
         """Write `text` at a place; `style` as for `matplotlib.text.Text`."""
@@ -73,9 +71,28 @@ class Page:
         row, column = round(top * self.scale), round(left * self.scale)
         self.pixels[row : row + colours.shape[0], column : column + colours.shape[1]] = colours
 
+    def heading(self, left: float, title: str, subtitle: str) -> None:
+        """Write the two lines at the top."""
+        self.text(left, 22, title, 14, weight="bold")
+        self.text(left, 46, subtitle, 10.5)
+
+    def tick(self, place: float, edge: float, label: str, width: float, side: str) -> None:
+        """Name a place on the lower ("below") or left ("left") edge of a plot."""
+        if side == "below":
+            self.lines([[(place, edge), (place, edge + 4)]], colors=FAINT, linewidths=width)
+            self.text(place, edge + 12, label, 8, ha="center")
+        else:
+            self.lines([[(edge - 4, place), (edge, place)]], colors=FAINT, linewidths=width)
+            self.text(edge - 7, place, label, 8, ha="right")
+
+    def swatch(self, x: float, y: float, label: str, **style: Any) -> None:
+        """An entry of a legend: a piece of a line, and what it stands for."""
+        self.lines([[(x, y), (x + 26, y)]], **style)
+        self.text(x + 32, y, label, 9)
+
     def plot(self, left: float, top: float, width: float, height: float) -> Axes:
         """Ordinary axes at a place; they are drawn by `save`."""
-        box = (left, self.height - top - height, width, height) / self._size
+        box = (left, self._size[1] - top - height, width, height) / self._size
         axes = self.figure.add_axes(tuple(box))
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(labelsize=8.5)
@@ -90,17 +107,17 @@ class Page:
         np.copyto(self._canvas, self._kept)  # whole pixels: a row is one block of memory
 
     def save(self, path: str | Path) -> None:
-        """Draw the axes of `plot` and write the page as PNG."""
+        """Draw the axes of `plot` and write the page as PNG, whole or not at all."""
         if self.figure.axes:
             self.figure.draw(self._renderer)
-        Path(path).write_bytes(png(self.pixels, self._dpi))
+        write_atomically(path, png(self.pixels, self.figure.dpi))
 
     def _draw(self, artist: Artist) -> None:
         artist.set_figure(self.figure)
         artist.draw(self._renderer)
 
 
-def png(pixels: np.ndarray, dpi: int) -> bytes:
+def png(pixels: np.ndarray, dpi: float) -> bytes:
     """`pixels (rows, columns, 3)` uint8 RGB as a PNG file.
 
     Unfiltered rows and the fastest compression: for flat colours and repeated rows less than half
@@ -121,41 +138,3 @@ def png(pixels: np.ndarray, dpi: int) -> bytes:
         struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
         for kind, data in chunks.items()
     )
-
-
-def rgb(colour: str) -> tuple[int, int, int]:
-    """`"#rrggbb"` as three numbers in 0..255."""
-    return tuple(bytes.fromhex(colour[1:]))
-
-
-def subtitle(sample: Sample) -> str:
-    """The line that says which decision a picture shows, and how long its context is."""
-    tokens = sample.tokens
-    n = sample.n_context if tokens is None else tokens.n
-    transitions = "1 transition" if n == 1 else f"{n:,} transitions"
-    if tokens is not None and not tokens.is_plain:
-        n_shown = len(tokens) - tokens.part.count(PADDING)
-        return f"{sample.title} · {transitions}, T = {n_shown:,} tokens"
-    return f"{sample.title} · {transitions} and the query: T = {sample.n_context + 1:,} tokens"
-
-
-def history_colours(sample: Sample, starts: np.ndarray) -> np.ndarray:
-    """Colours of a strip that shows the history: episodes in two greys, rewards in red.
-
-    Args:
-        sample: whose tokens they are.
-        starts: `(C,)` int, first token of each cell of the strip, ascending.
-
-    Returns:
-        `(C, 3)` uint8 RGB. A cell of several tokens is as red as their share that was rewarded;
-        the query token is white. One grey throughout where episodes are too many to tell apart.
-    """
-    episodes = sample.episode_starts
-    if len(episodes) > MAX_EPISODE_LINES:
-        episodes = episodes[:1]
-    grey = np.take(EPISODE_GREYS, np.searchsorted(episodes, starts, side="right") % 2)
-    n_rewarded = np.add.reduceat(np.append(sample.rewarded, False).astype(float), starts)
-    share = n_rewarded / np.diff(np.append(starts, sample.n_context + 1))
-    colours = grey[:, None] + share[:, None] * (np.array(rgb(REWARD)) - grey[:, None])
-    colours[starts >= sample.n_context] = 255
-    return np.rint(colours).astype(np.uint8)

@@ -1,7 +1,7 @@
 """Draw pictures on all cores: several processes that only draw, fed while the model runs.
 
     with Painter(n_processes=2) as painter:
-        painter.draw("heatmap", path, maps, rows, cols, sample, layer=2)
+        painter.draw(heatmap, path, maps, rows, cols, decision, tokens, layer=2)
     # every picture is on the disk here
 
 Pictures are the same, byte for byte, however many processes draw them. Processes are forked, so
@@ -16,11 +16,15 @@ from collections.abc import Callable
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, Self
 
-from config import UserError
+from historylens.common.errors import UserError
 
 MAX_PROCESSES = 8
 MIN_PICTURES = 8  # for fewer, starting processes takes longer than it saves
 IN_FLIGHT = 3  # pictures waiting for each process: their numbers lie in memory
+KILLED = (
+    "a process that draws pictures was killed, probably for lack of memory: draw fewer samples "
+    "(--num-figures) or analyse fewer layers at once (--layers)"
+)
 
 
 def drawing_processes(n_pictures: int) -> int:
@@ -33,7 +37,7 @@ def drawing_processes(n_pictures: int) -> int:
 
 
 class Painter:
-    """Draws with the functions of `attention.figures`, in order of arrival.
+    """Draws in order of arrival.
 
     Args:
         n_processes: processes that draw; with 1, `draw` draws at once and in this process.
@@ -41,31 +45,29 @@ class Painter:
     """
 
     def __init__(self, n_processes: int, drawn: Callable[[], object] = lambda: None) -> None:
-        import attention.figures  # noqa: F401 - slow to import: once, before processes are forked
-
         self._drawn = drawn
         self._room = IN_FLIGHT * n_processes
         self._waiting: set[concurrent.futures.Future] = set()
         self._pool = None
         if n_processes > 1:
             fork = multiprocessing.get_context("fork")
-            self._pool = concurrent.futures.ProcessPoolExecutor(n_processes, fork, _start)
+            self._pool = concurrent.futures.ProcessPoolExecutor(n_processes, fork, _leave_ctrl_c)
 
-    def draw(self, kind: str, *args: Any, **kwargs: Any) -> None:
-        """Draw a picture: `attention.figures.<kind>(*args, **kwargs)`; arrays from numpy.
+    def draw(self, function: Callable[..., object], *args: Any, **kwargs: Any) -> None:
+        """Draw a picture: `function(*args, **kwargs)`, of a module; arrays from numpy.
 
         Raises:
             UserError: a drawing process was killed.
         """
         if self._pool is None:
-            _draw(kind, args, kwargs)
+            function(*args, **kwargs)
             self._drawn()
             return
-        self._collect(self._room)
         try:
-            self._waiting.add(self._pool.submit(_draw, kind, args, kwargs))
+            self._collect(self._room)
+            self._waiting.add(self._pool.submit(function, *args, **kwargs))
         except BrokenProcessPool as error:
-            raise _killed() from error
+            raise UserError(KILLED) from error
 
     def _collect(self, at_most: int) -> None:
         """Wait until at most so many pictures are on their way."""
@@ -74,10 +76,7 @@ class Painter:
                 self._waiting, return_when=concurrent.futures.FIRST_COMPLETED
             )
             for future in done:
-                try:
-                    future.result()
-                except BrokenProcessPool as error:
-                    raise _killed() from error
+                future.result()
                 self._drawn()
 
     def __enter__(self) -> Self:
@@ -87,24 +86,13 @@ class Painter:
         try:
             if kind is None:
                 self._collect(0)
+        except BrokenProcessPool as error:
+            raise UserError(KILLED) from error
         finally:
             if self._pool is not None:
                 self._pool.shutdown(cancel_futures=True)
 
 
-def _start() -> None:
+def _leave_ctrl_c() -> None:
     """In a drawing process: Ctrl-C is for the process that it draws for."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def _draw(kind: str, args: tuple, kwargs: dict[str, Any]) -> None:
-    from attention import figures
-
-    getattr(figures, kind)(*args, **kwargs)
-
-
-def _killed() -> UserError:
-    return UserError(
-        "a process that draws pictures was killed, probably for lack of memory: draw fewer samples "
-        "(--num-figures) or analyse fewer layers at once (--layers)"
-    )

@@ -1,11 +1,11 @@
-"""Numbers -> patterns -> strategies: what attention suggests about compressing history.
+"""Numbers -> patterns -> advice: what attention suggests about compressing history.
 
 Four rules with fixed thresholds, applied to the head-averaged attention row of every layer and
-sample. The thresholds are absolute, so each insight also says where the length of the context
-makes them mislead, and none of them proves anything: only dropping the history and watching the
-action does (`Insight.effect` has room for that line).
+sample. The thresholds are absolute, so each insight also says where the length of the context makes
+them mislead, and none of them proves anything: only dropping the history and watching the action
+does.
 
-    for insight in find_patterns(collect(query_rows, samples)):
+    for insight in find_patterns(metrics):
         print(insight.headline, insight.evidence, insight.caveat or "")
 """
 
@@ -14,21 +14,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from attention.advice import PATTERNS
-from attention.evidence import (
-    BROAD_SHARE,
-    CAVEATS,
-    EVIDENCE,
-    FOCUSED_ENTROPY,
-    RECENCY_RATIO,
-    SPARSE_MAJORITY,
-    UNIFORM_ENTROPY,
-    Scope,
-    counted,
-    is_sparse,
-    layer_list,
-)
-from attention.metrics import AttentionMetrics
+from historylens.common.text import counted, listed
+from historylens.insights.patterns import BROAD_SHARE, PATTERNS, UNIFORM_ENTROPY, Scope
+from historylens.metrics import NAMES, Metrics
 
 
 @dataclass(frozen=True)
@@ -64,46 +52,41 @@ class Insight:
     effect: str | None = None
 
 
-def scopes(metrics: AttentionMetrics) -> list[Scope]:
+def scopes(metrics: Metrics) -> list[Scope]:
     """All layers together first, then every layer."""
-    n_samples, n_layers = len(metrics.samples), len(metrics.layers)
-    tiled = {name: np.tile(values, n_layers) for name, values in metrics.uniform.items()}
-    names = metrics.layers[0].mean
-    source = f"{counted(n_samples, 'sample')} x {counted(n_layers, 'layer')}"
+    n_layers, samples = len(metrics.layers), counted(metrics.n_samples, "sample")
+    values = {name: metrics.of(name) for name in NAMES}
+    uniform = {name: metrics.of_uniform(name) for name in NAMES}
     overall = Scope(
         None,
-        {name: metrics.pooled(name).ravel() for name in names},
-        tiled,
+        {name: each.ravel() for name, each in values.items()},
+        {name: np.tile(each, n_layers) for name, each in uniform.items()},
         np.tile(metrics.n_context, n_layers),
-        source,
+        f"{samples} x {counted(n_layers, 'layer')}",
     )
     return [overall] + [
-        Scope(one.layer, one.mean, metrics.uniform, metrics.n_context, counted(n_samples, "sample"))
-        for one in metrics.layers
+        Scope(
+            layer,
+            {name: each[place] for name, each in values.items()},
+            uniform,
+            metrics.n_context,
+            samples,
+        )
+        for place, layer in enumerate(metrics.layers)
     ]
 
 
 def verdicts(scope: Scope) -> dict[str, tuple[float, bool]]:
-    """Pattern -> (the figure its rule looks at, whether the rule holds).
-
-    Figures: median ratio, mean entropy (twice), share of the rows that are sparse.
-    """
-    ratio = float(np.median(scope.values["recent_distant_ratio"]))
-    entropy = scope.mean("entropy")
-    sparse = float(is_sparse(scope.values).mean())
-    return {
-        "recency": (ratio, ratio > RECENCY_RATIO),
-        "uniform": (entropy, entropy > UNIFORM_ENTROPY),
-        "focused": (entropy, entropy < FOCUSED_ENTROPY),
-        "sparse": (sparse, sparse > SPARSE_MAJORITY),
-    }
+    """Pattern -> (the figure its rule looks at, whether the rule holds)."""
+    figures = {name: pattern.figure(scope) for name, pattern in PATTERNS.items()}
+    return {name: (value, PATTERNS[name].rule(value)) for name, value in figures.items()}
 
 
-def find_patterns(metrics: AttentionMetrics) -> list[Insight]:
+def find_patterns(metrics: Metrics) -> list[Insight]:
     """Every pattern that holds over all layers together, then those that hold in some layer only.
 
     Args:
-        metrics: as `collect` or `concatenate` return them.
+        metrics: of all samples.
 
     Returns:
         Insights in the order of `PATTERNS`; those of a layer (in layer order) only where the
@@ -125,10 +108,10 @@ def find_patterns(metrics: AttentionMetrics) -> list[Insight]:
 
 def _insight(name: str, scope: Scope, more: str = "") -> Insight:
     pattern = PATTERNS[name]
-    caveat, by_rule_only = CAVEATS[name](scope)
+    caveat, by_rule_only = pattern.caveat(scope)
     where = "" if scope.layer is None else f" in layer {scope.layer}"
     doubt = " (by the absolute rule only)" if by_rule_only else ""
-    evidence, measured = EVIDENCE[name](scope)
+    evidence, measured = pattern.evidence(scope)
     return Insight(
         pattern=name,
         layer=scope.layer,
@@ -144,20 +127,19 @@ def _insight(name: str, scope: Scope, more: str = "") -> Insight:
     )
 
 
-def _sharpest_head(metrics: AttentionMetrics) -> str:
+def _sharpest_head(metrics: Metrics) -> str:
     """A sentence where the head average hides a head that picks from the history."""
     shares = [
-        (float((values / metrics.n_context).mean()), layer.layer, head, float(values.mean()))
-        for layer in metrics.layers
-        for head, values in enumerate(layer.heads["effective_tokens"].T)
+        (float((values / metrics.n_context).mean()), layer, head, float(values.mean()))
+        for place, layer in enumerate(metrics.layers)
+        for head, values in zip(
+            metrics.heads[place], metrics.of_heads("effective_tokens", place).T, strict=True
+        )
     ]
     share, layer, head, tokens = min(shares)
     if share >= BROAD_SHARE:
         return ""
-    number = metrics.head_number(head)
-    return (
-        f" Single heads are sharper: head {number} of layer {layer} reads {tokens:.1f} in effect."
-    )
+    return f" Single heads are sharper: head {head} of layer {layer} reads {tokens:.1f} in effect."
 
 
 def _layer_agreement(holding: Sequence[int], layers: Sequence[int]) -> str:
@@ -167,10 +149,10 @@ def _layer_agreement(holding: Sequence[int], layers: Sequence[int]) -> str:
     if len(holding) == len(layers):
         return " It holds in every layer."
     others = [layer for layer in layers if layer not in holding]
-    return f" It holds in {layer_list(holding)}, not in {layer_list(others)}."
+    return f" It holds in {listed(holding)}, not in {listed(others)}."
 
 
-def remarks(metrics: AttentionMetrics) -> list[str]:
+def remarks(metrics: Metrics) -> list[str]:
     """What the rules cannot say at this context length, or miss: one sentence each."""
     overall = scopes(metrics)[0]
     found = {name for name, (_, holds) in verdicts(overall).items() if holds}

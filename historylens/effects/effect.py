@@ -1,0 +1,96 @@
+"""What one way of compressing did to the actions of some decisions, beside what chance does.
+
+effect = Effect.of(full_logits, logits, n_keep=10, kept=torch.full((len(logits),), 10))
+effect.flips, effect.kl_mean, effect.against(random)
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+BAND = (5, 95)  # percentiles of the draws
+UNMOVED = 0.1  # nats: below, one who sees the actions needs some 30 to tell the histories apart
+
+
+@dataclass(frozen=True)
+class Effect:
+    """What one way of compressing did to the actions of `B` decisions, in each of `D` draws.
+
+    Attributes:
+        n_keep: transitions asked for.
+        kept_mean, kept_min, kept_max: transitions really kept (tokens, of a merge).
+        n_decisions: `B`.
+        flips: share of the decisions whose most likely action changes.
+        kl_mean, kl_p95: mean and 95th percentile of KL(full || compressed) of the action
+            distributions, nats.
+        flips_band, kl_band: middle 90 % of the draws, low and high, where there are several.
+        draws: `(D,)` float64, mean KL of each.
+    """
+
+    n_keep: int
+    kept_mean: float
+    kept_min: int
+    kept_max: int
+    n_decisions: int
+    flips: float
+    kl_mean: float
+    kl_p95: float
+    flips_band: list[float] | None
+    kl_band: list[float] | None
+    draws: np.ndarray
+
+    @classmethod
+    def of(cls, full: Tensor, logits: Tensor, n_keep: int, kept: Tensor) -> "Effect":
+        """The effect that logits show.
+
+        Args:
+            full: `(B, A)` action logits on the full context.
+            logits: `(D * B, A)` on what is left of it, draw after draw.
+            n_keep: transitions asked for.
+            kept: `(D * B,)` int, transitions really kept.
+        """
+        size = len(full)
+        full = full.repeat(len(logits) // size, 1)
+        kl = kl_divergence(full, logits).cpu().numpy()
+        flips = (full.argmax(-1) != logits.argmax(-1)).cpu().numpy()
+        by_draw = flips.reshape(-1, size).mean(axis=1), kl.reshape(-1, size).mean(axis=1)
+        bands = [np.percentile(draws, BAND).tolist() for draws in by_draw]
+        return cls(
+            *(n_keep, float(kept.double().mean()), int(kept.min()), int(kept.max()), size),
+            *(float(flips.mean()), float(kl.mean()), float(np.percentile(kl, 95))),
+            *(bands if len(by_draw[0]) > 1 else (None, None)),
+            draws=by_draw[1],
+        )
+
+    def against(self, random: "Effect") -> str:
+        """Whether the mean KL is "better" or "worse" than that of each random draw, or "alike".
+
+        Better (worse) than all of 20 draws happens to a random choice once in 21 times.
+        """
+        if self.kl_mean < random.draws.min():
+            return "better"
+        return "worse" if self.kl_mean > random.draws.max() else "alike"
+
+    def json(self, random: "Effect | None" = None) -> dict[str, Any]:
+        """As plain values; beside random draws, if they are given."""
+        known = {k: v for k, v in vars(self).items() if k != "draws" and v is not None}
+        return known | ({} if random is None else {"against_random": self.against(random)})
+
+
+def enough(curve: Sequence[Effect]) -> int | None:
+    """Fewest transitions from which on the KL stays within `UNMOVED`; None: more than measured."""
+    fewest = None
+    for effect in reversed(curve):
+        if effect.kl_mean > UNMOVED:
+            break
+        fewest = effect.n_keep
+    return fewest
+
+
+def kl_divergence(full: Tensor, other: Tensor) -> Tensor:
+    """KL(full || other) of action distributions from logits `(..., A)`: `(...)` float64 nats."""
+    p, q = full.double().log_softmax(-1), other.double().log_softmax(-1)
+    return (p.exp() * (p - q)).sum(-1).clamp(min=0)

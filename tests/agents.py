@@ -1,0 +1,74 @@
+"""Agents for tests: an AD transformer as it is, and one with planted attention."""
+
+import torch
+from torch import nn
+
+from historylens.agent import Agent
+
+
+class ModelAgent(Agent):
+    """An AD transformer through its own forward pass, in rooms if some are given."""
+
+    label_columns = ()
+    facts, meta = {"Checkpoint": "tiny"}, {"checkpoint": "tiny"}
+    title, identity = "tiny", {"model": "tiny"}
+
+    def __init__(self, model, environment=None):
+        config = model.config
+        self.model, self.device = model, model.pred_action.weight.device
+        self.decisions, self.n_max, self.environment = (), model.n_context_max, environment
+        self.layers = [f"transformer_encoder.layers.{i}" for i in range(config.tf_n_layer)]
+        self.n_heads = [config.tf_n_head] * config.tf_n_layer
+
+    @torch.inference_mode()
+    def act(self, history, positions=None):
+        return self.model(*history.inputs, positions)
+
+
+class Recorder(ModelAgent):
+    """Keeps the histories and positions that it acts on; the logits are all its own.
+
+    `weights` gives the query's attention `(B, n)` to a history, which it looks at as `looked`.
+    """
+
+    def __init__(self, n_max=7, logits=None, weights=None):
+        self.model, self.device, self.decisions = Planted(), torch.device("cpu"), ()
+        self.n_max, self.layers, self.n_heads = n_max, ["attention"], [1]
+        self.histories, self.positions, self.looked = [], [], []
+        self.logits = logits or (lambda history: torch.tensor([1e9, 0.0]).expand(history.size, -1))
+        self.weights = weights or _second_and_fourth
+
+    def act(self, history, positions=None):
+        self.histories.append(history)
+        self.positions.append(positions)
+        return self.logits(history)
+
+    def forward(self, history):
+        self.looked.append(history)
+        own = self.weights(history)
+        rest = 1 - own.sum(dim=1, keepdim=True)
+        self.model(torch.cat([own, rest], dim=1))
+        return self.logits(history)
+
+
+def _second_and_fourth(history):
+    time = torch.arange(history.n).expand(history.size, -1)
+    return (time == 1) * 0.5 + (time == 3) * 0.2
+
+
+class Planted(nn.Module):
+    """Attends with given weights `(B, T)` of every query, whatever it is given."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention = _Attention()
+
+    def forward(self, weights):
+        return self.attention(weights)
+
+
+class _Attention(nn.Module):
+    def forward(self, weights):
+        zeros = torch.zeros(len(weights), 1, weights.shape[1], 1)
+        mask = weights.float().log()[:, None, None].expand(-1, -1, weights.shape[1], -1)
+        return nn.functional.scaled_dot_product_attention(zeros, zeros, zeros, attn_mask=mask)
