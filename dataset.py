@@ -1,13 +1,13 @@
 """Learning histories and the windows that a model reads of them (Laskin et al. 2022, section 3).
 
-A history is everything one learner lived through, episode after episode. A window is one decision
-of it: the state it stood in, the action it took, and as context the transitions before. With a
-stride of k the context joins every k-th episode back, so that a few episodes span much of the
-learning.
+A history is everything that happened to one learner, episode after episode. A window is one
+decision of it: the state it stood in, the action it took, and as context the transitions before.
+With a stride of k the context joins every k-th episode back, so that a few episodes span much of
+the learning.
 
     histories = Histories.load("checkpoints/RUN/histories-test.npz")
     dataset = ADDataset(histories, n_context=99, max_stride=16)
-    dataset[0]["states"]                    # (99, 2)
+    dataset.sample(32, np.random.default_rng(0))["states"]                    # (32, 99, 2)
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from historylens.common.errors import UserError
 from historylens.common.files import write_atomically
@@ -79,29 +78,6 @@ class Histories:
         """Sum of rewards of each episode: `(N, S / horizon)`."""
         return self.rewards.reshape(self.n_histories, -1, self.horizon).sum(axis=2)
 
-    def select(
-        self,
-        goals: np.ndarray | None = None,
-        histories: np.ndarray | list[int] | None = None,
-        steps: slice | None = None,
-    ) -> "Histories":
-        """The histories of some goals `(G, 2)`, some of the histories, some of their steps.
-
-        `histories` counts among those left by `goals`. `steps` must cut at episode boundaries.
-        """
-        rows = np.arange(self.n_histories)
-        if goals is not None:
-            goals = np.asarray(goals).reshape(-1, 2)
-            rows = rows[(self.goals[:, None] == goals[None]).all(axis=2).any(axis=1)]
-        if histories is not None:
-            rows = rows[np.asarray(histories, dtype=int)]
-        steps = slice(None) if steps is None else steps
-        kept = range(self.n_steps)[steps]
-        if kept.start % self.horizon or kept.step != 1:
-            raise ValueError(f"expected steps from the start of an episode on, got {kept}")
-        parts = (self.states, self.actions, self.rewards, self.next_states)
-        return Histories(*(part[rows][:, steps] for part in parts), self.goals[rows], self.horizon)
-
     def save(self, path: str | Path) -> None:
         """Write an `.npz` file, whole or not at all."""
         arrays = {name: np.asarray(value) for name, value in vars(self).items()}
@@ -127,30 +103,25 @@ class Histories:
             ) from error
 
 
-def context_steps(steps: np.ndarray, n: int, stride: np.ndarray, horizon: int) -> np.ndarray:
+def context_steps(step: int, n: int, stride: int, horizon: int) -> np.ndarray:
     """Which steps of a history stand before a decision, in the order of time.
 
-    The context of the decision at step t is what lies before t in its own episode, then every
-    `stride`-th episode back, as far as `n` transitions reach.
-
-    Args:
-        steps: `(B,)` int, the decisions.
-        n: transitions wanted.
-        stride: `(B,)` int or a number, at least 1.
-        horizon: steps an episode.
+    The context of the decision at `step` is what lies before it in its own episode, then every
+    `stride`-th episode back, as far as `n` transitions reach, where episodes have `horizon` steps.
 
     Returns:
-        `(B, n)` int; negative where the history does not reach back so far.
+        `(n,)` int; negative where the history does not reach back so far.
     """
-    steps = np.asarray(steps)
-    stride = np.broadcast_to(np.asarray(stride), steps.shape)[:, None]
-    back = 1 + np.arange(-(-n // horizon))[None]
-    return joined_steps(steps, n, steps[:, None] // horizon - stride * back, horizon)
+    earlier = step // horizon - stride * (1 + np.arange(-(-n // horizon)))
+    return joined_steps(np.array([step]), n, earlier[None], horizon)[0]
 
 
 def joined_steps(steps: np.ndarray, n: int, earlier: np.ndarray, horizon: int) -> np.ndarray:
-    """The same as `context_steps` with the earlier episodes named, latest first: `(B, m)` int."""
-    steps = np.asarray(steps)[:, None]
+    """The `n` steps before decisions at `steps` `(B,)`, of episodes that are named: `(B, n)` int.
+
+    They are those of the decision's own episode, then of `earlier` `(B, m)`, latest first.
+    """
+    steps = steps[:, None]
     within = steps % horizon
     back = np.arange(n, 0, -1)[None, :]  # 1 = the transition right before the decision
     older = np.maximum(back - within - 1, 0)  # counted back from the end of the episode before
@@ -169,27 +140,24 @@ def max_stride_of(steps: np.ndarray, n: int, horizon: int) -> np.ndarray:
     return np.where(episodes_needed > 0, reach, np.iinfo(np.int64).max)
 
 
-class ADDataset(Dataset):
-    """Windows of learning histories, one for each history and step with a full context.
+class ADDataset:
+    """Windows of learning histories.
 
-    An item is a dict of tensors: `states (n, 2), actions (n,), rewards (n,), next_states (n, 2),
-    query_states (2,), target_actions ()`, int64. The stride of an item is drawn once, from `seed`.
+    A batch of `B` windows is a dict of tensors: `states (B, n, 2), actions (B, n), rewards (B, n),
+    next_states (B, n, 2), query_states (B, 2), target_actions (B,)`, int64; rewards that are no
+    whole numbers float32.
 
     Args:
         histories: where the windows come from.
         n_context: transitions a window `n`.
         max_stride: strides are drawn from `1 .. max_stride`, as far as the history reaches back.
-        seed: seed of the strides.
 
     Raises:
         UserError: the histories are too short for a single window.
     """
 
-    def __init__(
-        self, histories: Histories, n_context: int, max_stride: int = 1, seed: int = 0
-    ) -> None:
-        self.histories, self.n_context = histories, n_context
-        self.max_stride, self.seed = max_stride, seed
+    def __init__(self, histories: Histories, n_context: int, max_stride: int = 1) -> None:
+        self.histories, self.n_context, self.max_stride = histories, n_context, max_stride
         if histories.n_steps <= n_context:
             raise UserError(
                 f"histories too short for the context: expected more than {n_context} steps, so "
@@ -200,58 +168,8 @@ class ADDataset(Dataset):
             for name in ("states", "actions", "rewards", "next_states")
         }
 
-    def __len__(self) -> int:
-        return self.histories.n_histories * (self.histories.n_steps - self.n_context)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"window {index} of {len(self)}")
-        history, step = divmod(index % len(self), self.histories.n_steps - self.n_context)
-        step = np.array([step + self.n_context])
-        reach = max_stride_of(step, self.n_context, self.histories.horizon)
-        rng = np.random.default_rng((self.seed, index % len(self)))
-        stride = rng.integers(1, np.minimum(reach, self.max_stride), endpoint=True)
-        return {k: v[0] for k, v in self.windows(np.array([history]), step, stride).items()}
-
-    def windows(
-        self, histories: np.ndarray, steps: np.ndarray, strides: np.ndarray | int
-    ) -> dict[str, Tensor]:
-        """A batch of chosen windows: history, step of the decision and stride, each `(B,)`.
-
-        Returns:
-            The keys of an item, each with a leading axis `B`.
-
-        Raises:
-            UserError: a decision has not enough transitions before it.
-        """
-        steps = np.asarray(steps)
-        context = context_steps(steps, self.n_context, strides, self.histories.horizon)
-        return self.gather(np.asarray(histories), steps, context)
-
-    def gather(
-        self, histories: np.ndarray, steps: np.ndarray, context: np.ndarray
-    ) -> dict[str, Tensor]:
-        """Windows of decisions `(B,)` with their contexts `(B, n)` of any length, given as steps.
-
-        Returns:
-            The keys of an item, each with a leading axis `B`.
-
-        Raises:
-            UserError: a decision has not enough transitions before it.
-        """
-        if context.min(initial=0) < 0:
-            short = int(np.argmin(context.min(axis=1)))
-            raise UserError(
-                f"history too short for the context: the decision at step {steps[short]} lacks "
-                f"{int((context[short] < 0).sum())} of its {context.shape[1]} transitions"
-            )
-        window = {k: _widen(v[histories[:, None], context]) for k, v in self.tensors.items()}
-        window["query_states"] = self.tensors["states"][histories, steps].long()
-        window["target_actions"] = self.tensors["actions"][histories, steps].long()
-        return window
-
     def sample(self, batch_size: int, rng: np.random.Generator) -> dict[str, Tensor]:
-        """Draw a training batch: the keys of an item, each with a leading axis `B`."""
+        """Draw a training batch of `B` windows."""
         return self.gather(*self.draw(batch_size, self.n_context, rng))
 
     def draw(
@@ -295,6 +213,21 @@ class ADDataset(Dataset):
         steps = episode * horizon + within
         return rows, steps, joined_steps(steps, n, earlier, horizon)
 
+    def gather(
+        self, histories: np.ndarray, steps: np.ndarray, context: np.ndarray
+    ) -> dict[str, Tensor]:
+        """Windows of given decisions and contexts, these of any length.
+
+        Args:
+            histories: `(B,)` int, numbers of the histories.
+            steps: `(B,)` int, steps of the decisions.
+            context: `(B, n)` int, steps of what stands before them.
+        """
+        window = {k: _widen(v[histories[:, None], context]) for k, v in self.tensors.items()}
+        window["query_states"] = self.tensors["states"][histories, steps].long()
+        window["target_actions"] = self.tensors["actions"][histories, steps].long()
+        return window
+
 
 def _spread_episodes(
     batch_size: int, n: int, n_episodes: int, rng: np.random.Generator
@@ -316,7 +249,7 @@ def packed_queries(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """States to act in after the `q` longest prefixes of windows, `(B, q, 2)`, actions `(B, q)`.
 
     Windows of `ADDataset` have a decision after every prefix, `q = n + 1`; those of
-    `training.thinning` name their decisions themselves.
+    `ad.thinning` name their decisions themselves.
     """
     if batch["query_states"].ndim == 3:
         return batch["query_states"], batch["target_actions"]

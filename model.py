@@ -217,16 +217,14 @@ def sinusoids(n_positions: int, width: int) -> Tensor:
 
 def packed_mask(
     n: int,
-    n_queries: int | None = None,
+    n_queries: int,
     device: torch.device | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """Additive attention mask of `[c_1 .. c_n, q_j .. q_n]`, 0 or -inf.
 
-    Square, `n + n_queries` wide: the queries are those after the longest prefixes, by default
-    after every one.
+    Square, `n + n_queries` wide: the queries are those after the longest prefixes.
     """
-    n_queries = n + 1 if n_queries is None else n_queries
     n_tokens = n + n_queries
     index = torch.arange(n_tokens, device=device)
     is_context = index < n

@@ -6,7 +6,7 @@ agent.decisions[0].title, agent.act(agent.history([0]))
 
 import hashlib
 from collections.abc import Callable, Sequence
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from ad.acting import fast_logits
-from ad.checkpoints import Checkpoint, Choice, check_can_act, find_checkpoint, load_checkpoint
-from ad.darkroom import DarkRoom, optimal_return
+from ad.checkpoints import Checkpoint, find_checkpoint, is_dark_room, load_checkpoint
+from ad.darkroom import N_ACTIONS, DarkRoom, optimal_return
 from ad.decisions import Filter, HistoryDecisions, Place, choose_decisions
 from ad.histories import histories_path, read_histories
 from config import EnvConfig
@@ -24,12 +24,6 @@ from historylens.agent import Agent, Environment
 from historylens.common.errors import UserError, note
 from historylens.common.settings import from_dict
 from historylens.history import Decision, History
-from historylens.tokens import Tokens
-
-
-@lru_cache(maxsize=4)
-def _plain_tokens(n: int) -> Tokens:
-    return Tokens.of(n)
 
 
 class ADAgent(Agent):
@@ -68,10 +62,6 @@ class ADAgent(Agent):
         """Action logits `(B, A)` by the model's own forward pass."""
         return self.model(*history.inputs)
 
-    def tokens(self, history: History) -> list[Tokens]:
-        """A token a transition, then the query."""
-        return [_plain_tokens(history.n)] * history.size
-
     def length(self, index: int) -> int:
         """Transitions before a decision, the same for all."""
         return self.n_max
@@ -96,24 +86,25 @@ class ADAgent(Agent):
         Raises:
             UserError: it holds none, or such that its room has not, or is of another environment.
         """
-        checkpoint = self.checkpoint
-        check_can_act(checkpoint)
-        goals = checkpoint.goals.get("test") if isinstance(checkpoint.goals, dict) else None
+        path, config, goals = self.checkpoint.path, self.checkpoint.config, self.checkpoint.goals
+        n_actions, grid_size = self.model.config.num_actions, self.model.config.grid_size
+        if not is_dark_room(config) or n_actions != N_ACTIONS:
+            raise UserError(
+                f"{path}: expected a model of env 'darkroom' with {N_ACTIONS} actions to act, got "
+                f"env {config.get('env')!r} with {n_actions}; its attention can be shown"
+            )
+        goals = goals.get("test") if isinstance(goals, dict) else None
         if not goals:
             raise UserError(
-                f"{checkpoint.path} holds no test goals: expected its goals to have a list 'test', "
-                "goals that the model was not trained on; train again, or name another "
-                "--checkpoint"
+                f"{path} holds no test goals: expected its goals to have a list 'test', goals that "
+                "the model was not trained on; train again, or name another --checkpoint"
             )
-        room = {"grid_size": self.model.config.grid_size}
-        env = from_dict(EnvConfig, checkpoint.config | room)
+        env = from_dict(EnvConfig, config | {"grid_size": grid_size})
         try:
             cells = np.array(goals)
             DarkRoom(cells, env.grid_size, env.horizon)
         except ValueError as error:
-            raise UserError(
-                f"{checkpoint.path}: its test goals do not fit its room: {error}"
-            ) from None
+            raise UserError(f"{path}: its test goals do not fit its room: {error}") from None
         best = optimal_return(cells, env.grid_size, env.horizon)
         return Environment(
             goals=tuple(f"({row}, {col})" for row, col in cells.tolist()),
@@ -155,7 +146,7 @@ def load_for_analysis(
         f"({model.n_transit} tokens)",
         "Device": str(device),
         "Histories": f"{path} ({histories.n_histories} histories of {histories.n_steps:,} steps, "
-        f"{len(set(map(tuple, histories.goals.tolist())))} goals)",
+        f"{len(np.unique(histories.goals, axis=0))} goals)",
         "Samples": _samples_fact(histories, places),
     }
     meta = {
@@ -171,11 +162,10 @@ def load_for_analysis(
 
 def _samples_fact(histories: Histories, places: Sequence[Place]) -> str:
     """Which decisions were chosen, in words."""
-    goals = {tuple(histories.goals[place.history].tolist()) for place in places}
-    steps = [place.step for place in places]
+    used, steps = {place.history for place in places}, [place.step for place in places]
+    n_goals = len(np.unique(histories.goals[list(used)], axis=0))
     return (
-        f"{len(places)} decisions of {len(goals)} goals and "
-        f"{len({place.history for place in places})} histories, "
+        f"{len(places)} decisions of {n_goals} goals and {len(used)} histories, "
         f"steps {min(steps):,} to {max(steps):,}"
     )
 
@@ -190,15 +180,11 @@ def load_for_acting(config: Any, device: torch.device) -> ADAgent:
     Raises:
         UserError: something is missing, damaged, or does not fit.
     """
-    choice: Choice = find_checkpoint(config.checkpoint)
+    choice = find_checkpoint(config.checkpoint)
     checkpoint = load_checkpoint(choice.path, device)
     facts = {"Checkpoint": f"{choice.path} ({choice.reason})"}
-    agent = ADAgent(
-        checkpoint,
-        device,
-        facts=facts,
-        meta={"checkpoint": str(choice.path), "step": checkpoint.step},
-    )
+    meta = {"checkpoint": str(choice.path), "step": checkpoint.step}
+    agent = ADAgent(checkpoint, device, facts=facts, meta=meta)
     _ = agent.environment  # what is wrong with it is told before anything is played
     if not agent.n_max:
         raise UserError(f"{choice.path}: its model reads no history: there is nothing to compress")

@@ -16,12 +16,11 @@ import random
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from ad.darkroom import N_ACTIONS
 from config import ModelConfig
 from historylens.common.errors import UserError
 from historylens.common.files import write_atomically
@@ -36,8 +35,7 @@ _WRAPPERS = ("module.", "_orig_mod.")
 _SIZES = ("n_transit", "tf_n_layer", "tf_n_head", "tf_n_embd", "grid_size")
 
 
-@dataclass(frozen=True)
-class Choice:
+class Choice(NamedTuple):
     """A checkpoint file, and why it is the one."""
 
     path: Path
@@ -67,7 +65,7 @@ class Checkpoint:
 def checkpoint_step(path: Path) -> int | None:
     """The step in the name `ckpt-STEP.pt`, or None if the file is not named so."""
     match = _NAME.fullmatch(path.name)
-    return int(match.group(1)) if match else None
+    return int(match[1]) if match else None
 
 
 def checkpoints_in(run: Path) -> list[Path]:
@@ -89,19 +87,16 @@ def find_checkpoint(where: str | Path) -> Choice:
         return Choice(where, "the file asked for")
     if own := checkpoints_in(where):
         return Choice(own[-1], f"highest step of {len(own)} in the run asked for")
-    runs = {}
-    if where.is_dir():
-        for run in sorted(path for path in where.iterdir() if path.is_dir()):
-            if files := checkpoints_in(run):
-                runs[run] = files
+    folders = sorted(where.iterdir()) if where.is_dir() else []
+    runs = [files for run in folders if run.is_dir() and (files := checkpoints_in(run))]
     if not runs:
         raise UserError(
             f"No checkpoint found: expected ckpt-STEP.pt in {where} or in a folder of it. "
             "Train your model first using `python train.py`, or name one with --checkpoint."
         )
-    latest = max(runs, key=lambda run: max(path.stat().st_mtime_ns for path in runs[run]))
+    latest = max(runs, key=lambda files: max(path.stat().st_mtime_ns for path in files))
     which = "the only run" if len(runs) == 1 else f"last written of {len(runs)} runs"
-    return Choice(runs[latest][-1], f"{which}, highest step of {len(runs[latest])}")
+    return Choice(latest[-1], f"{which}, highest step of {len(latest)}")
 
 
 def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
@@ -111,9 +106,7 @@ def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
 
 
 def read_file(path: str | Path) -> dict[str, Any]:
-    """Read a checkpoint file as plain types and tensors; nothing in it is executed.
-
-    Numbers of numpy in its config are made plain.
+    """Read a checkpoint file as plain numbers and tensors; nothing in it is executed.
 
     Raises:
         UserError: it is not there, not a checkpoint, or damaged.
@@ -137,15 +130,15 @@ def read_file(path: str | Path) -> dict[str, Any]:
             f"({type(error).__name__}). Choose another with --checkpoint or train again."
         ) from error
     needed = ("step", "config", "model")
-    missing = [key for key in needed if not isinstance(content, dict) or key not in content]
-    if missing:
+    if not isinstance(content, dict) or any(key not in content for key in needed):
         found = ", ".join(map(str, list(content)[:8])) if isinstance(content, dict) else None
         raise UserError(
             f"{path} is not a checkpoint of an AD model: expected a dict with {', '.join(needed)}, "
             f"got {f'one with {found}' if found else type(content).__name__}"
         )
-    if isinstance(content["config"], dict):
-        content["config"] = {name: _plain(value) for name, value in content["config"].items()}
+    if isinstance(config := content["config"], dict):
+        numpy = {name: v.item() for name, v in config.items() if isinstance(v, np.generic)}
+        content["config"] = config | numpy
     return content
 
 
@@ -157,10 +150,6 @@ def _numpy_numbers() -> list[Any]:
     return [np.dtype, *kinds, *((scalar, f"{module}.scalar") for module in modules)]
 
 
-def _plain(value: Any) -> Any:
-    return value.item() if isinstance(value, np.generic) else value
-
-
 def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> Checkpoint:
     """Read a checkpoint and build its model, in evaluation mode on `device`.
 
@@ -168,10 +157,10 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> Che
         UserError: it cannot be read, or its tensors do not fit its config.
     """
     content = read_file(path)
-    step, weights, config = content["step"], unwrapped(content["model"]), content["config"]
+    step, weights, config = content["step"], _unwrapped(content["model"]), content["config"]
     if not isinstance(step, numbers.Integral):
         raise UserError(f"{path}: expected a whole number as its step, got {type(step).__name__}")
-    model = ADTransformer(model_config(path, weights, config))
+    model = ADTransformer(_model_config(path, weights, config))
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     wrong = [name for name in expected | found if expected.get(name) != found.get(name)]
@@ -193,7 +182,7 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> Che
     return Checkpoint(Path(path), int(step), config, model.to(device).eval(), goals)
 
 
-def unwrapped(weights: Any) -> Any:
+def _unwrapped(weights: Any) -> Any:
     """Tensors by the names they have in the model itself, whatever it was wrapped in."""
     while isinstance(weights, dict) and weights:
         wrapper = next((w for w in _WRAPPERS if all(str(k).startswith(w) for k in weights)), None)
@@ -201,6 +190,29 @@ def unwrapped(weights: Any) -> Any:
             break
         weights = {name.removeprefix(wrapper): tensor for name, tensor in weights.items()}
     return weights
+
+
+def _model_config(path: str | Path, weights: Any, config: Any) -> ModelConfig:
+    """The model's settings: from the config, the feed-forward width from the tensors."""
+    if not isinstance(config, dict) or not isinstance(weights, dict):
+        raise UserError(f"{path}: expected its config and model to be dicts")
+    if not all(isinstance(tensor, torch.Tensor) for tensor in weights.values()):
+        raise UserError(f"{path}: expected its model to be a dict of tensors")
+    for name in _SIZES:
+        value = config.get(name)
+        if not isinstance(value, int) or value < 1:
+            raise UserError(f"{path}: expected {name} of 1 or more in its config, got {value!r}")
+    if config["tf_n_embd"] % config["tf_n_head"]:
+        raise UserError(
+            f"{path}: expected tf_n_head to divide tf_n_embd in its config, "
+            f"got {config['tf_n_head']} heads and width {config['tf_n_embd']}"
+        )
+    inner = weights.get("transformer_encoder.layers.0.linear1.weight")
+    width = {} if inner is None or inner.dim() == 0 else {"tf_n_inner": inner.shape[0]}
+    try:
+        return from_dict(ModelConfig, {"tf_dropout": 0.0} | config | width)
+    except (UserError, TypeError) as error:
+        raise UserError(f"{path}: its config does not describe a model: {error}") from error
 
 
 def split_of(config: dict[str, Any]) -> dict[str, list[list[int]]]:
@@ -226,41 +238,3 @@ def split_of(config: dict[str, Any]) -> dict[str, list[list[int]]]:
 def is_dark_room(config: dict[str, Any]) -> bool:
     """Whether a model was trained in the plain Dark Room: a goal a room, the same moves in all."""
     return re.sub(r"[\W_]", "", str(config.get("env", "darkroom"))).lower() == "darkroom"
-
-
-def check_can_act(checkpoint: Checkpoint) -> None:
-    """Check that a model can act in the rooms that there are here.
-
-    Raises:
-        UserError: it was trained in another environment.
-    """
-    config = checkpoint.config
-    n_actions = checkpoint.model.config.num_actions
-    if not is_dark_room(config) or n_actions != N_ACTIONS:
-        raise UserError(
-            f"{checkpoint.path}: expected a model of env 'darkroom' with {N_ACTIONS} actions to "
-            f"act, got env {config.get('env')!r} with {n_actions}; its attention can be shown"
-        )
-
-
-def model_config(path: str | Path, weights: dict[str, Any], config: dict[str, Any]) -> ModelConfig:
-    """The model's settings: from the config, the feed-forward width from the tensors."""
-    if not isinstance(config, dict) or not isinstance(weights, dict):
-        raise UserError(f"{path}: expected its config and model to be dicts")
-    if not all(isinstance(tensor, torch.Tensor) for tensor in weights.values()):
-        raise UserError(f"{path}: expected its model to be a dict of tensors")
-    for name in _SIZES:
-        value = config.get(name)
-        if not isinstance(value, int) or value < 1:
-            raise UserError(f"{path}: expected {name} of 1 or more in its config, got {value!r}")
-    if config["tf_n_embd"] % config["tf_n_head"]:
-        raise UserError(
-            f"{path}: expected tf_n_head to divide tf_n_embd in its config, "
-            f"got {config['tf_n_head']} heads and width {config['tf_n_embd']}"
-        )
-    inner = weights.get("transformer_encoder.layers.0.linear1.weight")
-    width = {} if inner is None or inner.dim() == 0 else {"tf_n_inner": inner.shape[0]}
-    try:
-        return from_dict(ModelConfig, {"tf_dropout": 0.0} | config | width)
-    except (UserError, TypeError) as error:
-        raise UserError(f"{path}: its config does not describe a model: {error}") from error

@@ -15,34 +15,20 @@ import numpy as np
 
 from historylens.common.errors import UserError
 
-# Change of (row, column) for each action; 4 stays. A move into a wall stays as well.
+# Change of (row, column) for each action, 4 stays. A move into a wall stays as well.
 MOVES = np.array([[1, 0], [-1, 0], [0, 1], [0, -1], [0, 0]], dtype=np.int64)
-ACTION_NAMES = ("+row", "-row", "+col", "-col", "stay")
 N_ACTIONS = len(MOVES)
 
 
 @dataclass(frozen=True)
 class Space:
-    """The integers `0 .. n - 1` in an array of a fixed shape.
-
-    Attributes:
-        n: number of values of each entry.
-        shape: shape of one element; `()` for a single number.
-    """
+    """The integers `0 .. n - 1`."""
 
     n: int
-    shape: tuple[int, ...] = ()
 
     def sample(self, rng: np.random.Generator, size: int) -> np.ndarray:
-        """Draw `size` elements uniformly: `(size, *shape)` int64."""
-        return rng.integers(self.n, size=(size, *self.shape))
-
-    def contains(self, values: np.ndarray) -> bool:
-        """Whether `values` `(..., *shape)` are all elements of this space."""
-        values = np.asarray(values)
-        tail = values.shape[values.ndim - len(self.shape) :]
-        whole = np.issubdtype(values.dtype, np.integer)
-        return tail == self.shape and whole and bool(((values >= 0) & (values < self.n)).all())
+        """Draw `size` of them uniformly: `(size,)` int64."""
+        return rng.integers(self.n, size=size)
 
 
 class DarkRoom:
@@ -55,16 +41,13 @@ class DarkRoom:
     """
 
     def __init__(self, goals: np.ndarray, grid_size: int = 9, horizon: int = 20) -> None:
-        self.state_space = Space(grid_size, (2,))
         self.action_space = Space(N_ACTIONS)
-        self.goals = np.asarray(goals)
-        if self.goals.ndim != 2 or not self.state_space.contains(self.goals):
+        self.goals, self.grid_size, self.horizon = np.asarray(goals), grid_size, horizon
+        if self.goals.shape[1:] != (2,) or not _are_below(self.goals, grid_size):
             raise ValueError(
                 f"expected goals of shape (N, 2) with entries 0..{grid_size - 1}, "
-                f"got {np.asarray(goals).tolist()}"
+                f"got {self.goals.tolist()}"
             )
-        self.grid_size = grid_size
-        self.horizon = horizon
         self.reset()
 
     @property
@@ -91,7 +74,7 @@ class DarkRoom:
         if self.n_steps >= self.horizon:
             raise RuntimeError(f"the episode ended after {self.horizon} steps: call reset() first")
         actions = np.asarray(actions)
-        if actions.shape != (self.n_rooms,) or not self.action_space.contains(actions):
+        if actions.shape != (self.n_rooms,) or not _are_below(actions, N_ACTIONS):
             raise ValueError(
                 f"expected {self.n_rooms} actions in 0..{N_ACTIONS - 1}, got {actions.tolist()}"
             )
@@ -99,6 +82,12 @@ class DarkRoom:
         self.n_steps += 1
         rewards = (self.states == self.goals).all(axis=1).astype(np.int64)
         return self.states, rewards, self.n_steps == self.horizon
+
+
+def _are_below(values: np.ndarray, n: int) -> bool:
+    """Whether all are whole numbers `0 .. n - 1`."""
+    is_whole = np.issubdtype(values.dtype, np.integer)
+    return is_whole and bool(((values >= 0) & (values < n)).all())
 
 
 def start_state(grid_size: int) -> np.ndarray:

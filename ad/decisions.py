@@ -9,6 +9,7 @@ transitions before it.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -44,31 +45,29 @@ class HistoryDecisions(Sequence[Decision]):
         return len(self.places)
 
     def __getitem__(self, index: int) -> Decision:
-        histories, (history, step, stride) = self.histories, self.places[index]
+        histories, place = self.histories, self.places[index]
+        history, step, stride = place
         horizon = histories.horizon
-        context = context_steps(np.array([step]), self.n_context, stride, horizon)[0]
+        context = context_steps(step, self.n_context, stride, horizon)
         row, col = histories.goals[history].tolist()
         joined = "" if stride == 1 else f", one episode in {stride}"
         return Decision(
             states=histories.states[history, context],
             actions=histories.actions[history, context],
             rewards=histories.rewards[history, context],
-            next_states=histories.next_states[history, context],
             query_state=histories.states[history, step],
+            next_states=histories.next_states[history, context],
             episodes=context // horizon,
-            title=(
-                f"goal ({row}, {col}), history {history}, episode {step // horizon + 1} of "
-                f"{histories.n_steps // horizon}, step {step}{joined}"
-            ),
-            labels={
-                "goal_row": row,
-                "goal_col": col,
-                "history": history,
-                "step": step,
-                "stride": stride,
-            },
-            task=row * 2**16 + col,
+            title=f"goal ({row}, {col}), history {history}, episode {step // horizon + 1} of "
+            f"{histories.n_steps // horizon}, step {step}{joined}",
+            labels={"goal_row": row, "goal_col": col, **place._asdict()},
+            task=int(self._tasks[history]),
         )
+
+    @cached_property
+    def _tasks(self) -> np.ndarray:
+        """`(N,)` int, numbers of the goals of all histories."""
+        return np.unique(self.histories.goals, axis=0, return_inverse=True)[1].ravel()
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,6 @@ Needs h5py (`pip install h5py`), which nothing else does.
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -58,42 +57,38 @@ def read_hdf5(
     with _open(path) as file:
         try:
             groups = _find_groups(path, file, grid_size, goals)
-            shapes = {cell: _check_shapes(path, cell, group) for cell, group in groups.items()}
+            shapes = [_shape_of(path, cell, group) for cell, group in groups.items()]
             horizon = horizon or _horizon_of(path, groups)
-            n_steps = _whole_episodes(path, shapes, horizon, tell)
-            n_streams = _n_streams(path, shapes, n_steps, tell)
-            parts = []
-            for cell, group in groups.items():
-                n = min(n_streams, shapes[cell][1])
-                parts.append(_read_group(f"{path}, group {cell}", group, n_steps, n, horizon))
+            n_steps, n_streams = _cut(path, shapes, horizon, tell)
+            parts = [
+                _read_group(f"{path}, group {cell}", group, n_steps, n_streams, horizon)
+                for cell, group in groups.items()
+            ]
         except (OSError, RuntimeError) as error:  # what h5py raises where bytes are missing
             raise UserError(f"{path} is damaged: {_one_line(error)}") from error
     arrays = [np.concatenate(arrays) for arrays in zip(*parts, strict=True)]
     cells = np.repeat(list(groups), [len(part[1]) for part in parts])
     histories = Histories(*arrays, np.stack(np.divmod(cells, grid_size), axis=1), horizon)
-    _tell_other_goals(path, histories, tell)
+    if elsewhere := _rewarded_elsewhere(histories):
+        tell(
+            f"{path}: {elsewhere}; if its groups are in another order than row by row, the goals "
+            "named here are wrong"
+        )
     return histories
 
 
 def _open(path: Path) -> Any:
     """The opened file; h5py is imported here, so that nobody needs it for other files."""
-    h5py = _import_h5py(path)
-    try:
-        return h5py.File(path, "r")
-    except OSError as error:
-        raise UserError(
-            f"{path} cannot be read as an HDF5 file of learning histories: {_one_line(error)}"
-        ) from error
-
-
-def _import_h5py(path: Path) -> ModuleType:
     try:
         import h5py
+
+        return h5py.File(path, "r")
     except ImportError as error:
-        raise UserError(
-            f"reading {path} needs h5py, which is not installed: pip install h5py"
-        ) from error
-    return h5py
+        what = f"reading {path} needs h5py, which is not installed: pip install h5py"
+        raise UserError(what) from error
+    except OSError as error:
+        what = f"{path} cannot be read as an HDF5 file of learning histories"
+        raise UserError(f"{what}: {_one_line(error)}") from error
 
 
 def _find_groups(
@@ -110,32 +105,33 @@ def _find_groups(
         cells = sorted(map(int, file))
     else:
         cells = [int(row) * grid_size + int(col) for row, col in goals]
-    for cell in cells:
-        group = file.get(str(cell))
-        if group is None or not hasattr(group, "keys"):
+    groups = {cell: file.get(str(cell)) for cell in cells}
+    for cell, group in groups.items():
+        if not hasattr(group, "keys"):
             row, col = divmod(cell, grid_size)
             raise UserError(f"{path}: {expected}, got none of goal {row},{col} ({cell}) in {there}")
-    return {cell: file[str(cell)] for cell in cells}
+    return groups
 
 
-def _check_shapes(path: Path, cell: int, group: Any) -> tuple[int, int]:
+def _shape_of(path: Path, cell: int, group: Any) -> tuple[int, int]:
     """Steps and streams of a group whose arrays fit each other."""
-    names = [*_AXES, *(["dones"] if "dones" in group else [])]
+    where = f"{path}, group {cell}"
+    names = [*_AXES, *({"dones"} & group.keys())]
     for name in names:
         if not hasattr(group.get(name), "shape"):
             there = ", ".join(group) or "nothing"
-            raise UserError(f"{path}, group {cell}: expected a dataset {name}, got {there}")
+            raise UserError(f"{where}: expected a dataset {name}, got {there}")
     found = group["actions"].shape
     if len(found) != 2:
-        raise UserError(f"{path}, group {cell}: expected actions (T, streams), got {found}")
+        raise UserError(f"{where}: expected actions (T, streams), got {found}")
     if 0 in found:
-        raise UserError(f"{path}, group {cell}: expected learning histories, got {found} actions")
+        raise UserError(f"{where}: expected learning histories, got {found} actions")
     for name in names:
         expected = (*found, 2)[: _AXES.get(name, 2)]
         if group[name].shape != expected:
             raise UserError(
-                f"{path}, group {cell}: expected {name} of shape {expected} beside actions of "
-                f"shape {found} (time, streams), got {group[name].shape}"
+                f"{where}: expected {name} of shape {expected} beside actions of shape {found} "
+                f"(time, streams), got {group[name].shape}"
             )
     return found
 
@@ -152,34 +148,26 @@ def _horizon_of(path: Path, groups: dict[int, Any]) -> int:
     )
 
 
-def _whole_episodes(
-    path: Path, shapes: dict[int, tuple[int, int]], horizon: int, tell: Callable[[str], None]
-) -> int:
-    """Steps that every history has, in whole episodes."""
-    steps = [n_steps for n_steps, _ in shapes.values()]
-    whole = min(steps) // horizon * horizon
-    if not whole:
+def _cut(
+    path: Path, shapes: Sequence[tuple[int, int]], horizon: int, tell: Callable[[str], None]
+) -> tuple[int, int]:
+    """Steps that every history has, in whole episodes; streams of a goal that fit memory."""
+    steps, streams = zip(*shapes, strict=True)
+    n_steps = min(steps) // horizon * horizon
+    if not n_steps:
         raise UserError(f"{path}: expected episodes of {horizon} steps, got {min(steps)} steps")
-    if max(steps) > whole:
+    if max(steps) > n_steps:
         tell(
-            f"{path} holds histories of up to {max(steps):,} steps; the first {whole:,} of each "
+            f"{path} holds histories of up to {max(steps):,} steps; the first {n_steps:,} of each "
             f"are used, whole episodes of {horizon} steps that all of them have"
         )
-    return whole
-
-
-def _n_streams(
-    path: Path, shapes: dict[int, tuple[int, int]], n_steps: int, tell: Callable[[str], None]
-) -> int:
-    """Streams of each goal that fit `MAX_TRANSITIONS`, at least one."""
-    most = max(n_streams for _, n_streams in shapes.values())
-    fit = max(1, MAX_TRANSITIONS // (n_steps * len(shapes)))
-    if fit < most:
+    n_streams = max(1, MAX_TRANSITIONS // (n_steps * len(shapes)))
+    if n_streams < max(streams):
         tell(
-            f"{path} holds {len(shapes)} goals x up to {most:,} streams x {n_steps:,} steps; the "
-            f"first {fit:,} streams of each goal are used"
+            f"{path} holds {len(shapes)} goals x up to {max(streams):,} streams x {n_steps:,} "
+            f"steps; the first {n_streams:,} streams of each goal are used"
         )
-    return min(fit, most)
+    return n_steps, n_streams
 
 
 def _read_group(
@@ -188,64 +176,47 @@ def _read_group(
     """States, actions, rewards and next states of a goal, streams first."""
     arrays = {
         name: np.ascontiguousarray(group[name][:n_steps, :n_streams].swapaxes(0, 1))
-        for name in [*_AXES, *(["dones"] if "dones" in group else [])]
+        for name in (*_AXES, *({"dones"} & group.keys()))
     }
-    if "dones" in arrays:
-        _check_dones(where, arrays["dones"] != 0, horizon)
-    for name in ("states", "actions", "next_states"):
-        arrays[name] = _whole(f"{where}: {name}", arrays[name])
-    arrays["rewards"] = _numbers(f"{where}: rewards", arrays["rewards"])
-    return tuple(arrays[name] for name in _AXES)
-
-
-def _check_dones(where: str, dones: np.ndarray, horizon: int) -> None:
-    """Check that episodes, where they are marked `(streams, T)`, all have `horizon` steps."""
-    expected = np.arange(dones.shape[1]) % horizon == horizon - 1
-    wrong = np.argwhere(dones != expected)
-    if dones.any() and len(wrong):
-        stream, step = wrong[0]
+    dones = arrays.pop("dones", np.zeros(0)) != 0
+    ends = np.arange(n_steps) % horizon == horizon - 1
+    if dones.any() and (dones != ends).any():
+        stream, step = np.argwhere(dones != ends)[0]
         found = "an end" if dones[stream, step] else "none"
         raise UserError(
             f"{where}: expected an episode to end every {horizon} steps, as the checkpoint's "
             f"horizon says, got {found} at step {step} of stream {stream} (dones)"
         )
+    for name in ("states", "actions", "next_states", "rewards"):
+        arrays[name] = _numbers(f"{where}: {name}", arrays[name], is_whole=name != "rewards")
+    return tuple(arrays[name] for name in _AXES)
 
 
-def _numbers(what: str, values: np.ndarray) -> np.ndarray:
-    """Finite numbers, in as few bytes as they need: whole ones as int8, if they fit."""
+def _numbers(what: str, values: np.ndarray, is_whole: bool) -> np.ndarray:
+    """Finite numbers in as few bytes as they need, whatever type they are stored as."""
     if values.dtype.kind not in "buif":
         raise UserError(f"{what}: expected numbers, got {values.dtype}")
     if not np.isfinite(values).all():
         raise UserError(f"{what}: expected finite numbers, got {values[~np.isfinite(values)][0]}")
-    if values.dtype.kind == "f" and (values != np.round(values)).any():
+    odd = values[values != np.round(values)] if values.dtype.kind == "f" else values[:0]
+    if odd.size and is_whole:
+        raise UserError(f"{what}: expected whole numbers, got {odd[0]}")
+    if odd.size:
         return values.astype(np.float32)
     small = values.min() >= -128 and values.max() <= 127
     return values.astype(np.int8 if small else np.int64)
 
 
-def _whole(what: str, values: np.ndarray) -> np.ndarray:
-    """Whole numbers, whatever type they are stored as."""
-    numbers = _numbers(what, values)
-    if numbers.dtype.kind == "f":
-        odd = values[values != np.round(values)][0]
-        raise UserError(f"{what}: expected whole numbers, got {odd}")
-    return numbers
-
-
-def _tell_other_goals(path: Path, histories: Histories, tell: Callable[[str], None]) -> None:
-    """Say so if rewards are earned elsewhere than at the goal that a group is named for."""
+def _rewarded_elsewhere(histories: Histories) -> str:
+    """Where rewards are earned elsewhere than at the goal that a group is named for."""
     inside = np.arange(histories.n_steps) % histories.horizon < histories.horizon - 1
     rewarded = (histories.rewards > 0) & inside  # at an episode's end the reset hides the place
     away = (histories.next_states != histories.goals[:, None]).any(axis=2)
-    found = np.argwhere(rewarded & away)
-    if len(found):
-        history, step = found[0]
-        row, col = histories.goals[history].tolist()
-        there = ",".join(map(str, histories.next_states[history, step].tolist()))
-        tell(
-            f"{path}: rewards of the group named for goal {row},{col} are earned at {there}; "
-            "if its groups are in another order than row by row, the goals named here are wrong"
-        )
+    for history, step in np.argwhere(rewarded & away)[:1]:
+        row, col = histories.goals[history]
+        there = ",".join(map(str, histories.next_states[history, step]))
+        return f"rewards of the group named for goal {row},{col} are earned at {there}"
+    return ""
 
 
 def _one_line(error: BaseException) -> str:

@@ -1,14 +1,14 @@
 """Find and read the learning histories that go with a checkpoint, in either format.
 
-path = histories_path(None, choice.path, checkpoint)     # those beside the checkpoint
+path = histories_path(None, checkpoint)                  # those beside the checkpoint
 histories = read_histories(path, checkpoint)             # .npz, .hdf5 or .h5
 """
 
 from collections.abc import Callable
 from pathlib import Path
 
-from ad import hdf5
 from ad.checkpoints import HISTORIES_NAME, Checkpoint, is_dark_room
+from ad.hdf5 import SUFFIXES, read_hdf5
 from dataset import Histories
 from historylens.common.errors import UserError, note
 
@@ -26,7 +26,7 @@ def read_histories(
     Of an HDF5 file, those of the goals that the checkpoint holds out.
 
     Args:
-        path: an `.npz` file that `Histories.save` wrote, or `.hdf5` or `.h5` (see `hdf5`).
+        path: an `.npz` file that `Histories.save` wrote, or `.hdf5` or `.h5` (see `ad.hdf5`).
         checkpoint: whose model is to read them.
         tell: called with a line of text that the user should read.
 
@@ -36,7 +36,7 @@ def read_histories(
     path = Path(path)
     if not path.is_file():
         raise UserError(_none_there(path, checkpoint))
-    if path.suffix.lower() in hdf5.SUFFIXES:
+    if path.suffix.lower() in SUFFIXES:
         histories = _read_hdf5(path, checkpoint, tell)
     else:
         histories = Histories.load(path)
@@ -60,8 +60,7 @@ def _read_hdf5(path: Path, checkpoint: Checkpoint, tell: Callable[[str], None]) 
         raise UserError(
             f"{checkpoint.path}: expected horizon of 1 or more in its config, got {horizon!r}"
         )
-    grid_size = checkpoint.model.config.grid_size
-    return hdf5.read_hdf5(path, grid_size, horizon, goals or None, tell)
+    return read_hdf5(path, checkpoint.model.config.grid_size, horizon, goals or None, tell)
 
 
 def _check_range(path: Path, histories: Histories, checkpoint: Checkpoint) -> None:
@@ -72,12 +71,11 @@ def _check_range(path: Path, histories: Histories, checkpoint: Checkpoint) -> No
         ("rows and columns", histories.next_states, config.grid_size),
         ("actions", histories.actions, config.num_actions),
     ):
-        lowest, highest = int(values.min()), int(values.max())
-        if highest >= n:
+        if (highest := values.max()) >= n:
             raise UserError(
                 f"{path} does not fit the checkpoint: expected {name} below {n}, got {highest}"
             )
-        if lowest < 0:
+        if (lowest := values.min()) < 0:
             raise UserError(f"{path}: expected {name} of 0 or more, got {lowest}")
 
 

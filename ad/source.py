@@ -12,7 +12,7 @@ show many ways to explore and to improve.
 import numpy as np
 from tqdm import tqdm
 
-from ad.darkroom import DarkRoom, optimal_return
+from ad.darkroom import N_ACTIONS, DarkRoom, optimal_return
 from config import EnvConfig, SourceConfig
 from dataset import Histories
 
@@ -40,7 +40,7 @@ def learning_histories(
     next_states = np.empty((n, n_steps, 2), dtype=np.int8)
     actions = np.empty((n, n_steps), dtype=np.int8)
     rewards = np.empty((n, n_steps), dtype=np.int8)
-    learner = QLearner(n, env.grid_size**2, room.action_space.n, source, rng)
+    learner = QLearner(n, env.grid_size**2, N_ACTIONS, source, rng)
 
     states[:, 0] = room.reset()
     for t in tqdm(range(n_steps), desc="source histories", unit="step", leave=False):
@@ -57,12 +57,7 @@ class QLearner:
     """`N` independent tabular Q-learners over `n_cells` states, acted and updated together."""
 
     def __init__(
-        self,
-        n: int,
-        n_cells: int,
-        n_actions: int,
-        source: SourceConfig,
-        rng: np.random.Generator,
+        self, n: int, n_cells: int, n_actions: int, source: SourceConfig, rng: np.random.Generator
     ) -> None:
         self.source, self.rng = source, rng
         self.values = np.full((n, n_cells, n_actions), source.initial_value, dtype=np.float32)

@@ -66,37 +66,34 @@ def measure(options: argparse.Namespace) -> None:
     """One process of a job: its share of the samples, the best of several times."""
     import torch
 
-    from analysis import Analysis
-    from attention.metrics import SUMMARY_METRICS
-    from checkpoint import HISTORIES_NAME, find_checkpoint, load_checkpoint
-    from collecting import Collected
-    from dataset import Histories
-    from decisions import choose_decisions
-    from parallel import join
-    from subject import ADSubject
+    from ad.agent import load_for_analysis
+    from config import VisualizeConfig
+    from historylens import analysis
+    from historylens.common.processes import join
+    from historylens.metrics import SUMMARY_METRICS, Metrics
 
     torch.set_num_threads(1)
-    path = find_checkpoint(options.checkpoint).path
-    model = load_checkpoint(path, torch.device("cpu")).model
-    histories = Histories.load(path.parent / HISTORIES_NAME)
-    decisions = choose_decisions(histories, model.n_context_max, options.samples, seed=0)
-    subject = ADSubject(model, histories, decisions)
-    layers = range(model.config.tf_n_layer)
+    result = Path(options.result)
+    config = VisualizeConfig(
+        checkpoint=options.checkpoint,
+        num_samples=options.samples,
+        num_figures=0,
+        out=str(result.parent / "figs"),
+    )
+    agent = load_for_analysis(config, torch.device("cpu"))
+    seconds = []
     with join() as group:
-        analysis = Analysis(subject, layers, group=group)
-        seconds = []
+        job = analysis.Job.of(agent, config, group)
         for _ in range(options.repeats):
             group.barrier()
             started = time.perf_counter()
-            collected = Collected(len(decisions))
-            for batch in analysis.measured(n_drawn=0):
-                collected.add(batch.metrics)
-            metrics = collected.over(group, subject.sample)
+            metrics = Metrics(len(agent.decisions), job.layers, job.heads)
+            analysis.measure(job, metrics)
+            metrics = metrics.gather(group)
             seconds.append(time.perf_counter() - started)
-        if metrics is not None:
-            overall = {name: metrics.overall()[name].mean for name in SUMMARY_METRICS}
-            content = {"seconds": min(seconds), "overall": overall}
-            Path(options.result).write_text(json.dumps(content))
+    if metrics is not None:
+        overall = {name: metrics.summary(name).mean for name in SUMMARY_METRICS}
+        result.write_text(json.dumps({"seconds": min(seconds), "overall": overall}))
 
 
 if __name__ == "__main__":

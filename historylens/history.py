@@ -150,8 +150,8 @@ class History:
                     f"expected {name} of shape {shape} beside actions of shape {(size, n)}, "
                     f"got {tuple(known[name].shape)}"
                 )
-        for name in {"received", "last_rows", "query_attention"} & known.keys():
-            if not ((known[name] >= 0) & known[name].isfinite()).all():
+        for name in ("received", "last_rows", "query_attention"):
+            if name in known and not ((known[name] >= 0) & known[name].isfinite()).all():
                 raise ValueError(f"expected {name} after the softmax: finite and not negative")
         return replace(self, **known)
 

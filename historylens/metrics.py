@@ -16,7 +16,7 @@ infinite.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -137,7 +137,8 @@ def uniform_received(n_tokens: int) -> np.ndarray:
     return np.cumsum(weights[::-1])[::-1] / np.arange(n_tokens, 0, -1)
 
 
-class Summary(NamedTuple):
+@dataclass(frozen=True)
+class Summary:
     """A metric over many decisions: mean, population standard deviation and median."""
 
     mean: float

@@ -36,14 +36,9 @@ SCHEMA_VERSION = 1
 PARTED = 0.1  # mean and median differ by more than this share: the median is shown as well
 
 
-def summaries(metrics: Metrics, layer: int | None = None) -> dict[str, Summary]:
-    """Each metric of the head-averaged row: of the layer at a place, or of all; see `Metrics`."""
-    return {name: metrics.summary(name, layer) for name in NAMES}
-
-
-def uniform_means(metrics: Metrics) -> dict[str, float]:
-    """Each metric under uniform attention, mean over samples."""
-    return {name: float(metrics.of_uniform(name).mean()) for name in NAMES}
+def _summaries(metrics: Metrics, place: int | None = None) -> dict[str, Summary]:
+    """Each metric of the head-averaged rows of the layer at a place; None: of all layers."""
+    return {name: metrics.summary(name, place) for name in NAMES}
 
 
 def layer_table(metrics: Metrics) -> str:
@@ -54,8 +49,8 @@ def layer_table(metrics: Metrics) -> str:
     names = ("mean attention", "concentration", "entropy", "/ ln n", "tokens", "recent/distant")
     table = [("layer", *names, "median")]
     for place, layer in enumerate(metrics.layers):
-        table.append((str(layer), *_table_cells(summaries(metrics, place))))
-    even = uniform_means(metrics)
+        table.append((str(layer), *_table_cells(_summaries(metrics, place))))
+    even = metrics.uniform_mean()
     table.append(
         (
             "uniform",
@@ -88,7 +83,7 @@ def overall_block(metrics: Metrics) -> str:
 
     The median stands beside the ratio where it parts from the mean.
     """
-    overall = summaries(metrics)
+    overall = _summaries(metrics)
     ratio, median = _ratio(overall)
     return "\n".join(
         [
@@ -207,20 +202,9 @@ def metrics_json(
         "meta": dict(meta),
         "definitions": DESCRIPTIONS,
         "samples": [_sample_json(i, one, tokens.get(i)) for i, one in enumerate(decisions)],
-        "layers": [
-            {
-                "layer": layer,
-                "over_samples": {n: asdict(s) for n, s in summaries(metrics, place).items()},
-                "head_means": {n: metrics.of_heads(n, place).mean(0) for n in NAMES},
-                "per_sample": {n: metrics.of(n)[place] for n in NAMES},
-                "patterns": [name for name, (_, holds) in verdicts(scope).items() if holds],
-            }
-            for place, (layer, scope) in enumerate(
-                zip(metrics.layers, scopes(metrics)[1:], strict=True)
-            )
-        ],
-        "overall": {name: asdict(summary) for name, summary in summaries(metrics).items()},
-        "uniform": uniform_means(metrics),
+        "layers": [_layer_json(metrics, place) for place in range(len(metrics.layers))],
+        "overall": {name: asdict(summary) for name, summary in _summaries(metrics).items()},
+        "uniform": metrics.uniform_mean(),
         "insights": [asdict(insight) for insight in insights],
         "remarks": remarks(metrics),
         "drawn": {
@@ -250,6 +234,17 @@ def _sample_json(index: int, decision: Decision, tokens: Tokens | None) -> dict[
             parts = {"part": list(tokens.part), "decides": tokens.decides}
             entry["tokens"] = {"transition": tokens.transition, **parts}
     return entry
+
+
+def _layer_json(metrics: Metrics, place: int) -> dict[str, Any]:
+    patterns = verdicts(scopes(metrics)[1 + place])
+    return {
+        "layer": metrics.layers[place],
+        "over_samples": {name: asdict(s) for name, s in _summaries(metrics, place).items()},
+        "head_means": {name: metrics.of_heads(name, place).mean(0) for name in NAMES},
+        "per_sample": {name: metrics.of(name)[place] for name in NAMES},
+        "patterns": [name for name, (_, holds) in patterns.items() if holds],
+    }
 
 
 def write_csv(

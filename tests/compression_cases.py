@@ -3,7 +3,7 @@
 import torch
 from hypothesis import strategies as st
 
-from compression import History, episode_ids
+from historylens.history import Decision, History, episode_ids
 
 
 def make_history(size=2, n=12, seed=0, horizon=4, window=3):
@@ -34,4 +34,29 @@ def histories(draw, max_n=30):
         seed=draw(st.integers(0, 2**20)),
         horizon=draw(st.integers(1, 9)),
         window=draw(st.integers(1, 6)),
+    )
+
+
+def decisions_of(history):
+    """The decisions whose histories these are; of no task where none is known."""
+    tasks = [None] * history.size if history.tasks is None else history.tasks.tolist()
+    names = ("states", "actions", "rewards", "query_states", "next_states")
+    parts = [getattr(history, name).numpy() for name in names]
+    return [
+        Decision(*(part[b] for part in parts), task=task, title=f"decision {b}")
+        for b, task in enumerate(tasks)
+    ]
+
+
+def line(cells, actions=None, rewards=None, **known):
+    """One history that visits cells (0, c) in the order given."""
+    cells = torch.tensor(cells)
+    states = torch.stack([torch.zeros_like(cells), cells], dim=1)[None]
+    empty = [0] * len(cells)
+    return History(
+        states,
+        torch.tensor([actions or empty]),
+        torch.tensor([rewards or empty]),
+        states,
+        **{name: torch.tensor([value]) for name, value in known.items()},
     )

@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from config import EnvConfig, SourceConfig
-from darkroom import all_goals, start_state
-from source import learning_histories
+from ad.darkroom import all_goals, start_state
+from ad.source import learning_histories
 
 SHIPPED = Path(__file__).parent.parent / "checkpoints" / "AD-darkroom-shipped"
 

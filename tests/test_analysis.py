@@ -10,7 +10,9 @@ from conftest import ad_agent, make_histories, n_hooks, sharp_model
 
 from historylens import analysis
 from historylens.agent import attend
-from historylens.analysis import AnalysisConfig, Job, batches, measure
+from historylens.analysis import AnalysisConfig, measure
+from historylens.analysis import job as passes
+from historylens.analysis.job import Job, batches
 from historylens.common.processes import ALONE
 from historylens.metrics import NAMES, Metrics
 
@@ -124,7 +126,7 @@ def test_a_subset_of_layers_and_heads_is_measured_as_among_all(agent, tmp_path):
 
 
 def test_what_does_not_fit_memory_is_halved_and_said_once(agent, tmp_path, monkeypatch, capsys):
-    real = analysis.attend
+    real = passes.attend
 
     def small_memory(agent, history, *args, **kwargs):
         if history.size > 2:
@@ -133,7 +135,7 @@ def test_what_does_not_fit_memory_is_halved_and_said_once(agent, tmp_path, monke
 
     job = job_of(agent, tmp_path)
     whole = measured(job, [(range(5), [])])
-    monkeypatch.setattr(analysis, "attend", small_memory)
+    monkeypatch.setattr(passes, "attend", small_memory)
     np.testing.assert_allclose(measured(job, [(range(5), [])]), whole, rtol=1e-5, atol=1e-6)
     assert capsys.readouterr().err.count("does not fit the memory of cpu") == 1
 

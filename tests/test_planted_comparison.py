@@ -2,13 +2,13 @@
 
 import numpy as np
 import pytest
-from levers import HORIZON, ignores_history, levers_task
+from levers import HORIZON, LeversAgent, ignores_history
 
-from comparison.intervals import late_scores
-from comparison.judgement import Arm, judge
-from comparison.kept_results import KeptResults
-from comparison.playing import Plays, fingerprint, plan, play_arms
-from comparison.report import recommendation
+from historylens.comparison.intervals import late_scores
+from historylens.comparison.playing import Plays, fingerprint, plan, play_arms
+from historylens.comparison.report import recommendation
+from historylens.comparison.results import open_results
+from historylens.comparison.study import Arm, judge
 
 PLAYS = Plays(n_seeds=4, n_episodes=16, seed=0)
 SHORT = HORIZON - 2  # shorter than the way from one reward to the next decision that counts
@@ -18,16 +18,16 @@ STRATEGIES = (
 )  # fmt: skip
 
 
-def compared(task, folder, strategies=STRATEGIES, budgets=(SHORT,), plays=PLAYS):
-    arms = plan(task, strategies, budgets, plays)
-    kept = KeptResults.open(folder, fingerprint(task, plays, "code"))
-    outcomes = play_arms(task, arms, plays, kept, progress=False)
-    return {o.arm: o.returns for o in outcomes}, judge(outcomes, 0.05, task.best)
+def compared(agent, folder, strategies=STRATEGIES, budgets=(SHORT,), plays=PLAYS):
+    arms = plan(agent, strategies, budgets, plays)
+    kept, _ = open_results(folder, fingerprint(agent, plays))
+    results = play_arms(agent, arms, plays, kept)
+    return {each.arm: each.returns for each in results}, judge(results, 0.05)
 
 
 @pytest.fixture(scope="module")
 def planted(tmp_path_factory):
-    return compared(levers_task(), tmp_path_factory.mktemp("planted"))
+    return compared(LeversAgent(), tmp_path_factory.mktemp("planted"))
 
 
 def test_strategies_that_keep_rewards_lose_nothing(planted):
@@ -67,7 +67,7 @@ def test_a_strategy_that_keeps_rewards_is_recommended(planted):
 
 
 def test_recency_over_more_than_an_episode_loses_nothing(tmp_path):
-    returns, study = compared(levers_task(), tmp_path, ["recent"], [SHORT, HORIZON])
+    returns, study = compared(LeversAgent(), tmp_path, ["recent"], [SHORT, HORIZON])
     assert study.row("recent", SHORT).verdict == "worse"
     assert study.row("recent", HORIZON).verdict == "safe"
     assert study.recommended.arm == Arm("recent", HORIZON)
@@ -76,7 +76,7 @@ def test_recency_over_more_than_an_episode_loses_nothing(tmp_path):
 
 def test_on_a_model_that_ignores_its_history_nothing_is_recommended(tmp_path):
     plays = Plays(n_seeds=2, n_episodes=4, seed=0)
-    _, study = compared(levers_task(ignores_history), tmp_path, ["recent"], plays=plays)
+    _, study = compared(LeversAgent(ignores_history), tmp_path, ["recent"], plays=plays)
     assert study.recommended is None
     text = recommendation(study)
     assert text.startswith("The model ignores its history")

@@ -131,10 +131,10 @@ def _put_first(folder: Path) -> None:
 
     Their `model`, wherever it lies, would otherwise be ours.
     """
-    started = vars(sys.modules["__main__"]).get("__file__")
-    ours = PACKAGE.parent
-    if started and Path(started).resolve().parent == ours == Path(sys.path[0]).resolve():
+    main, ours = vars(sys.modules["__main__"]), PACKAGE.parent
+    if Path(main.get("__file__", "")).resolve().parent == ours == Path(sys.path[0]).resolve():
         del sys.path[0]
+        del main["__file__"]  # processes that the user's code spawns would import our command
     sys.path.insert(0, str(folder))
     if _OLD_IMPORT not in sys.meta_path:
         sys.meta_path.append(_OLD_IMPORT)  # at the end: asked where the user has no such module

@@ -1,20 +1,19 @@
 """Capture the attention of every layer of a PyTorch transformer during one forward pass.
 
-Fused kernels return no attention weights. So capture reads what each attention call is computed
-from, computes the rows once more, and keeps what analysis needs: the query token's row, the
-attention that each position receives, and maps of bounded size, never a T x T matrix of their own.
-
     with capture(model, maps=[0]) as record:
         model(*inputs)
     record.names                                           # as the layers ran
     record[0].query_rows                                   # (B, H, T) of the first layer
 
-Forward hooks name the module that runs, and a `TorchFunctionMode` sees what it calls:
-`nn.functional.scaled_dot_product_attention`, `nn.functional.multi_head_attention_forward` (to which
-`nn.MultiheadAttention`, PyTorch's encoder and decoder layers and subclasses of them all come) and
-softmax.
+Fused kernels return no attention weights. So capture reads what each attention is computed from,
+computes the rows once more, and keeps what analysis needs: the query token's row, the attention
+that each position receives, and maps of bounded size, never a T x T matrix of its own.
 
-PyTorch leaves the fast path of its own layers while a mode is on. So the outputs are, bit for bit,
+Forward hooks name the module that runs, and a `TorchFunctionMode` sees its calls of softmax, of
+`nn.functional.scaled_dot_product_attention` and of `nn.functional.multi_head_attention_forward`, to
+which `nn.MultiheadAttention`, PyTorch's encoder and decoder layers and subclasses of them come.
+
+While a mode is on, PyTorch leaves the fast path of its own layers. So the outputs are, bit for bit,
 those with `torch.backends.mha.set_fastpath_enabled(False)`; the fast path differs from them in the
 last digits, and at padded positions, which it may skip.
 """
@@ -30,22 +29,8 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 
-from historylens.capture.inputs import (
-    Call,
-    CaptureError,
-    read_multi_head,
-    read_sdpa,
-    read_softmax,
-    softmax_scores,
-)
-from historylens.capture.layers import (
-    Choice,
-    compiled_error,
-    expects_attention,
-    matches,
-    names_of,
-    will_attend,
-)
+from historylens.capture.inputs import CaptureError, Reader, read_softmax, reader_of, softmax_scores
+from historylens.capture.layers import Choice, Names, compiled_error, expects_attention, matches
 from historylens.capture.record import LayerAttention, Record, Wanted
 
 __all__ = ["CaptureError", "LayerAttention", "Record", "capture"]
@@ -96,7 +81,7 @@ def capture(
     """
     wanted = Wanted(received, tuple(maps or ()), map_size, query, padding)
     named = (softmax,) if isinstance(softmax, str) else tuple(softmax)
-    session = _Session(model_or_layers, wanted, Choice(layers), named, heads)
+    session = _Session(Names(model_or_layers), wanted, Choice(layers), named, heads)
     handles = []
     try:
         handles.append(register_module_forward_pre_hook(session.enter))
@@ -133,26 +118,23 @@ class _Session(TorchFunctionMode):
 
     def __init__(
         self,
-        model_or_layers: nn.Module | Sequence[nn.Module],
+        names: Names,
         wanted: Wanted,
         choice: Choice,
-        softmax: tuple[str, ...],
+        softmax: Sequence[str],
         n_heads: int | None,
     ) -> None:
         super().__init__()
-        self._names, self._given = names_of(model_or_layers)
-        self._title = "the layers" if self._given else type(model_or_layers).__name__
-        waiting = [name for module, name in self._names.items() if will_attend(module)]
-        waiting = [] if choice.by_number else filter(choice.has_name, waiting)
-        self.record = Record(tuple(waiting), self._given)
+        self.record = Record(filter(choice.has_name, names.expected), tuple(names.roots))
         self.compiled: str | None = None
+        self._names = names
         self._wanted = wanted
         self._choice = choice
         self._softmax = softmax
         self._n_heads = n_heads
         self._running: list[_Run] = []  # the innermost last
-        self._kinds: dict[Callable, str | None] = {}
-        self._calls: dict[str, _Run] = {}  # every attention call by name
+        self._readers: dict[Callable, Reader | str | None] = {}
+        self._calls: dict[str, _Run] = {}  # the run that made the attention call of this name
         self._n_calls = 0
         self._unread: dict[str, str] = {}
         self._hint = ""  # what came nearest to attention
@@ -161,9 +143,9 @@ class _Session(TorchFunctionMode):
         """Note that a module starts.
 
         Raises:
-            CaptureError: it is an attention of PyTorch's, and is given a nested tensor.
+            CaptureError: it is given a nested tensor, which PyTorch attends to on a fast path only.
         """
-        name = self._names.get(module)
+        name = self._names.of.get(module)
         if name is None:
             return
         self._running.append(_Run(module, name))
@@ -171,8 +153,8 @@ class _Session(TorchFunctionMode):
         is_mha = isinstance(module, nn.MultiheadAttention)
         if is_mha and any(isinstance(x, Tensor) and x.is_nested for x in args):
             raise CaptureError(
-                f"{name} was called with nested tensors, which PyTorch reads on its fast path only "
-                "and capture does not; give it padded tensors and a key padding mask"
+                f"{name} was called with nested tensors, which capture does not read; give it "
+                "padded tensors and a key padding mask"
             )
 
     def leave(self, module: nn.Module, _args: tuple, _output: object) -> None:
@@ -184,43 +166,42 @@ class _Session(TorchFunctionMode):
         error = sys.exc_info()[0]  # a hook that is always called runs where the error is handled
         if error is not None and error.__module__.startswith("torch._dynamo"):
             self.compiled = self.compiled or run.name
-        if not run.attended and expects_attention(module) and not self._choice.by_number:
-            if self._choice.has_name(run.name):
-                self._unread[run.name] = type(module).__name__
+        if not run.attended and expects_attention(type(module)):
+            self._unread[run.name] = type(module).__name__
 
     def __torch_function__(
         self, func: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if not self._running:
+        if func not in self._readers:
+            self._readers[func] = reader_of(func)
+        reader = self._readers[func]
+        if reader is None or not self._running:
             return func(*args, **kwargs)
-        if func not in self._kinds:
-            self._kinds[func] = _kind_of(func)
-        kind = self._kinds[func]
-        if kind and (torch.compiler.is_compiling() or _in_compiled_code()):
-            raise compiled_error(self._running[-1].name)
-        if kind == "softmax":  # before it may overwrite its input
-            self._take_softmax(args, kwargs)
-        elif kind == "opaque":
-            self._refuse(func)
+        run = self._running[-1]
+        if torch.compiler.is_compiling() or _in_compiled_code():
+            raise compiled_error(run.name)
+        if reader == "opaque":
+            self._refuse(run, func)
+        elif reader is read_softmax:  # before it may overwrite its input
+            self._take_softmax(run, args, kwargs)
+            return func(*args, **kwargs)
         output = func(*args, **kwargs)
-        if kind == "sdpa":  # afterwards: PyTorch's own complaint about a wrong shape comes first
-            self._take(lambda name: read_sdpa(name, self._n_heads, *args, **kwargs))
-        elif kind == "multi head":
-            self._take(lambda name: read_multi_head(name, *args, **kwargs))
+        if reader != "opaque":  # PyTorch's own complaint about a wrong shape has come first
+            self._take(run, reader, args, kwargs)
         return output
 
-    def _take_softmax(self, args: tuple, kwargs: dict) -> None:
+    def _take_softmax(self, run: _Run, args: tuple, kwargs: dict) -> None:
         scores = softmax_scores(args, kwargs)
         if scores is None:
             return
-        run = caller = self._running[-1]
+        caller = run
         if isinstance(run.module, nn.Softmax) and len(self._running) > 1:
             caller = self._running[-2]  # an nn.Softmax is a part of the attention around it
         names = run.name, caller.name
         is_square = scores.dim() == 4 and scores.shape[-1] == scores.shape[-2]
         if is_square or any(matches(name, chosen) for name in names for chosen in self._softmax):
-            self._take(lambda name: read_softmax(name, self._n_heads, scores), caller)
+            self._take(caller, read_softmax, args, kwargs)
         elif scores.dim() > 2:
             self._hint = self._hint or (
                 f" (a softmax over {tuple(scores.shape)} in {run.name} is not taken for attention "
@@ -228,19 +209,19 @@ class _Session(TorchFunctionMode):
                 "3 axes)"
             )
 
-    def _refuse(self, func: Callable) -> None:
-        name, is_wanted = self._admit(self._running[-1])
+    def _refuse(self, run: _Run, func: Callable) -> None:
+        name, is_wanted = self._admit(run)
         if is_wanted:
             raise CaptureError(
                 f"{name} calls {func.__name__}, a kernel whose attention capture cannot "
                 f"read. {_WAY_OUT}, or choose the other layers: capture(model, layers=[...])"
             )
 
-    def _take(self, read: Callable[[str], Call], run: _Run | None = None) -> None:
-        name, is_wanted = self._admit(run or self._running[-1])
+    def _take(self, run: _Run, reader: Reader, args: tuple, kwargs: dict) -> None:
+        name, is_wanted = self._admit(run)
         if is_wanted:
             with _plain_arithmetic():
-                self.record.add(self._wanted.of(name, read(name)))
+                self.record.add(self._wanted.of(name, reader(name, args, kwargs, self._n_heads)))
 
     def _admit(self, run: _Run) -> tuple[str, bool]:
         """Name of an attention call of a module, and whether it is wanted.
@@ -254,8 +235,9 @@ class _Session(TorchFunctionMode):
         name = run.name if run.n_calls == 1 else f"{run.name} #{run.n_calls}"
         is_wanted = self._choice.takes(name, self._n_calls)
         self._n_calls += 1
-        first = self._calls.setdefault(name, run)
-        if first is not run and (is_wanted or self._choice.by_number):
+        if self._calls.setdefault(name, run) is not run and (
+            is_wanted or name in self.record.names
+        ):
             raise CaptureError(
                 f"{name} ran twice inside one capture. Run the model once per `with capture(...)`; "
                 "a model that reuses a layer, or recomputes it in backward, cannot be captured"
@@ -269,42 +251,28 @@ class _Session(TorchFunctionMode):
             CaptureError: something attended unseen, did not run, or there is nothing at all.
         """
         self.record.check_all_ran()
-        for name, kind in self._unread.items():
+        for name in filter(self._choice.has_name, self._unread):
             raise CaptureError(
-                f"{name} is a {kind} that ran, but its attention was not seen{self._hint}. "
-                f"{_WAY_OUT}, or choose the other layers: capture(model, layers=[...])"
+                f"{name} is a {self._unread[name]} that ran, but its attention was not seen"
+                f"{self._hint}. {_WAY_OUT}, or choose the other layers: "
+                "capture(model, layers=[...])"
             )
         if self._choice.missing:
             missing, seen = sorted(self._choice.missing, key=str), ", ".join(self._calls) or "none"
             raise CaptureError(f"found no attention for layers={missing}; layers that ran: {seen}")
-        for module, name in self._names.items():
-            if name in self._given and not any(matches(x, name) for x in self.record.names):
+        for name, root in self._names.roots.items():
+            is_root = self._names.of[root] == name  # and no part of another
+            if is_root and not any(matches(found, name) for found in self.record.names):
                 raise CaptureError(
-                    f"{name} is a {type(module).__name__}, in which no attention was seen"
+                    f"{name} is a {type(root).__name__}, in which no attention was seen"
                     f"{self._hint}. {_WAY_OUT}"
                 )
         if not len(self.record):
             raise CaptureError(
-                f"found no nn.TransformerEncoderLayer in {self._title}, no "
+                f"found no nn.TransformerEncoderLayer in {type(root).__name__}, no "
                 "nn.MultiheadAttention, no call of scaled_dot_product_attention and no softmax "
                 f"over (B, H, T, T) by a module of it that ran{self._hint}. {_WAY_OUT}"
             )
-
-
-_KINDS = {
-    "scaled_dot_product_attention": "sdpa",
-    "multi_head_attention_forward": "multi head",
-    "softmax": "softmax",
-    "special_softmax": "softmax",
-    "_softmax": "softmax",
-}
-
-
-def _kind_of(func: Callable) -> str | None:
-    """What a PyTorch function does: a value of `_KINDS`, "opaque" for other attention, or None."""
-    name = getattr(func, "__name__", "").split(".")[0]
-    is_attention = "attention" in name or "attn" in name
-    return _KINDS.get(name, "opaque" if is_attention else None)
 
 
 def _in_compiled_code() -> bool:

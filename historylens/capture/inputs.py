@@ -1,18 +1,20 @@
-"""What an attention call is computed from, whichever way a model computes it.
+"""What an attention call is computed from: one record, whichever way a model computes it.
 
-    call = read_sdpa("blocks.0.attn", None, *args, **kwargs)  # scaled_dot_product_attention
-    call = read_multi_head("layers.0", *args, **kwargs)       # multi_head_attention_forward
-    call = read_softmax("blocks.0.attn", None, scores)        # a softmax of the model's own
-    call.row_scores(query), call.queries_and_keys()           # one record for all three
+    read = reader_of(nn.functional.scaled_dot_product_attention)
+    call = read("blocks.0.attn", args, kwargs, n_heads)
+    call.row_scores(query), call.queries_and_keys()
 
+A reader takes the name of the calling module, for errors, the arguments of the call, and the number
+of heads for tensors with 3 axes, `(B * H, T, d)`. It raises `CaptureError` where it cannot read.
 Dropout of weights is left out. Axes: `B` samples, `H` heads, `Tq` queries, `Tk` keys (both `T` in
 self-attention), `d` width of a head, `D` width of the model.
 """
 
 import inspect
 import math
+from collections import namedtuple
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -21,7 +23,12 @@ from torch.nn import functional
 
 from historylens.capture.masks import Mask, pick
 
-_MULTI_HEAD = inspect.signature(functional.multi_head_attention_forward)
+# The arguments of the two functions, by name; of the second, a built-in, PyTorch knows no signature.
+_PARAMETERS = inspect.signature(functional.multi_head_attention_forward).parameters
+_DEFAULTS = [p.default for p in _PARAMETERS.values() if p.default is not p.empty]
+_MultiHead = namedtuple("_MultiHead", _PARAMETERS, defaults=_DEFAULTS)
+_SDPA = "query key value attn_mask dropout_p is_causal scale enable_gqa"
+_ScaledDotProduct = namedtuple("_ScaledDotProduct", _SDPA, defaults=[None, 0.0, False, None, False])
 
 
 class CaptureError(RuntimeError):
@@ -30,7 +37,7 @@ class CaptureError(RuntimeError):
 
 @dataclass(frozen=True)
 class Projection:
-    """How a multi-head attention makes the queries and keys of `H` heads from its inputs.
+    """How a multi-head attention makes queries and keys of `H` heads from its inputs.
 
     Attributes:
         n_heads: `H`.
@@ -52,19 +59,21 @@ class Projection:
         """Keys `(B, H, Tk, d)` of inputs `(B, 1, Tk, kdim)`."""
         return self._heads(x, self.k_weight, self.k_bias)
 
-    def folded(self, x: Tensor) -> Tensor:
-        """Queries `(B, H, Tq, kdim)` that score the inputs of the keys as they are.
+    def folded_query(self, x: Tensor) -> Tensor:
+        """A query `(B, H, kdim)` of an input `(B, 1, D)`, to score the inputs of the keys with.
 
-        `q (W x + b) = (q W) x + q b`: for a few queries it saves projecting every key, and the
-        constant `q b` does not change their softmax.
+        `q (W x + b) = (q W) x + q b`: it saves projecting every key, and the constant `q b` does
+        not change the softmax.
         """
-        q = self.queries(x)
-        return q @ self.k_weight.to(q.dtype).unflatten(0, (self.n_heads, -1))
+        q = self.queries(x[:, None])  # (B, H, 1, d)
+        weight = self.k_weight.to(q.dtype).view(self.n_heads, -1, self.k_weight.shape[1])
+        return (q @ weight).squeeze(2)
 
     def _heads(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         bias = None if bias is None else bias.to(x.dtype)
-        values = functional.linear(x[:, 0], weight.to(x.dtype), bias)  # (B, T, D)
-        return values.unflatten(-1, (self.n_heads, -1)).transpose(1, 2).contiguous()
+        values = functional.linear(x.squeeze(1), weight.to(x.dtype), bias)  # (B, T, D)
+        split = values.view(*values.shape[:2], self.n_heads, -1)
+        return split.transpose(1, 2).contiguous()
 
 
 @dataclass(frozen=True)
@@ -77,7 +86,7 @@ class Call:
             where a model holds its scores.
         mask: which keys a query may see.
         scale: factor of the scores.
-        projection: turns `q` and `k` into heads; they are inputs `(B, 1, T, D)` then.
+        projection: makes the heads of `q` and `k`, which are inputs `(B, 1, T, D)` then.
     """
 
     q: Tensor
@@ -104,8 +113,10 @@ class Call:
         if self.k is None:
             return q
         if self.projection is not None:
-            q = self.projection.folded(q[:, :, None])[:, :, 0]  # (B, H, kdim), one key head
-        grouped = q.unflatten(1, (self.k.shape[1], -1))  # (B, Hk, H / Hk, d)
+            q = self.projection.folded_query(
+                q
+            )  # (B, H, kdim), the inputs of the keys being one head
+        grouped = q.reshape(len(q), self.k.shape[1], -1, q.shape[-1])  # (B, Hk, H / Hk, d)
         return (grouped @ wide(self.k).mT).flatten(1, 2) * self.scale
 
     def queries_and_keys(self) -> tuple[Tensor, Tensor | None]:
@@ -126,17 +137,9 @@ def wide(values: Tensor) -> Tensor:
     return values.float() if values.dtype.itemsize < 4 else values
 
 
-def read_multi_head(name: str, /, *args: Any, **kwargs: Any) -> Call:
-    """What a call of `nn.functional.multi_head_attention_forward` attends with.
-
-    Queries and keys are projected once more, as the function keeps its own to itself.
-
-    Raises:
-        CaptureError: the attention has keys that are no token.
-    """
-    bound = _MULTI_HEAD.bind(*args, **kwargs)
-    bound.apply_defaults()
-    given = SimpleNamespace(**bound.arguments)
+def read_multi_head(name: str, args: tuple, kwargs: dict[str, Any], n_heads: int | None) -> Call:
+    """What a call of `nn.functional.multi_head_attention_forward` attends with."""
+    given = _MultiHead(*args, **kwargs)
     if given.static_k is not None:
         raise CaptureError(
             f"{name} passes static_k to multi_head_attention_forward, which capture does not read; "
@@ -156,15 +159,15 @@ def read_multi_head(name: str, /, *args: Any, **kwargs: Any) -> Call:
         for x in (given.query, given.key)
     )
     scale = 1.0 / math.sqrt(q.shape[-1] // given.num_heads)
-    mask = _multi_head_mask(given, len(q))
-    return Call(q, k, mask, scale, Projection(given.num_heads, *weights, *biases))
+    projection = Projection(given.num_heads, *weights, *biases)
+    return Call(q, k, _multi_head_mask(given, len(q)), scale, projection)
 
 
-def _multi_head_mask(given: SimpleNamespace, n_samples: int) -> Mask:
+def _multi_head_mask(given: _MultiHead, n_samples: int) -> Mask:
     """The mask that the function follows, which is not always the one that it is given."""
-    keys, bias = given.key_padding_mask, given.attn_mask
+    bias, keys = given.attn_mask, given.key_padding_mask
     if given.is_causal and keys is None and not given.need_weights:
-        return Mask("causal")  # then attn_mask is not looked at
+        return Mask("causal")  # then it does not look at attn_mask
     if bias is not None and bias.dim() == 3:
         bias = bias.unflatten(0, (n_samples, given.num_heads))
     mask = Mask("full") if bias is None else Mask("additive", bias)
@@ -172,13 +175,9 @@ def _multi_head_mask(given: SimpleNamespace, n_samples: int) -> Mask:
         return mask
     keys = keys if keys.dim() == 2 else keys[None]
     padded = keys if keys.dtype == torch.bool else keys == -torch.inf
-    return replace(mask, keys=keys, padded=padded if _is_self(given.query, given.key) else None)
-
-
-def _is_self(query: Tensor, key: Tensor) -> bool:
-    """Whether queries and keys are the same tokens: one tensor, or two views of it."""
-    same = query.data_ptr() == key.data_ptr() and query.shape == key.shape
-    return same and query.stride() == key.stride()
+    q, k = given.query, given.key  # in self-attention one tensor, or two views of it
+    is_self = (q.data_ptr(), q.shape, q.stride()) == (k.data_ptr(), k.shape, k.stride())
+    return replace(mask, keys=keys, padded=padded if is_self else None)
 
 
 def softmax_scores(args: tuple, kwargs: dict[str, Any]) -> Tensor | None:
@@ -188,67 +187,41 @@ def softmax_scores(args: tuple, kwargs: dict[str, Any]) -> Tensor | None:
     return scores if isinstance(dim, int) and dim in (-1, scores.dim() - 1) else None
 
 
-def read_softmax(name: str, n_heads: int | None, scores: Tensor) -> Call:
-    """Attention whose weights are the softmax of `scores`, the mask included.
-
-    Args:
-        name: of the module that computes it, for errors.
-        n_heads: `H`, needed for 3 axes.
-        scores: `(B, H, Tq, Tk)`, or with 3 axes `(B * H, Tq, Tk)`.
-
-    Raises:
-        CaptureError: 3 axes and no `n_heads`.
-    """
-    return Call(_with_heads(name, scores, n_heads, "scores"), None, Mask("scores"))
+def read_softmax(name: str, args: tuple, kwargs: dict[str, Any], n_heads: int | None) -> Call:
+    """Attention whose weights are a softmax of scores `(B, H, Tq, Tk)`, their mask included."""
+    scores = _with_heads(name, softmax_scores(args, kwargs), n_heads, "scores")
+    return Call(scores, None, Mask("scores"))
 
 
-def read_sdpa(
-    name: str,
-    n_heads: int | None,
-    /,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Call:
+def read_sdpa(name: str, args: tuple, kwargs: dict[str, Any], n_heads: int | None) -> Call:
     """What a call of `nn.functional.scaled_dot_product_attention` attends with.
 
     Queries and keys are those of the call, so rotary positions, normalised queries and a scale of
     one's own are exact.
-
-    Args:
-        name: of the module that made the call, for errors.
-        n_heads: `H` of queries with 3 axes, `(B * H, T, d)`.
-        query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa: as it was called.
-
-    Raises:
-        CaptureError: queries with 3 axes and no `n_heads`, or tensors that cannot be read.
     """
+    given = _ScaledDotProduct(*args, **kwargs)
+    query, key, bias = given.query, given.key, given.attn_mask
     if query.is_nested or key.is_nested:
         raise CaptureError(
             f"{name} calls scaled_dot_product_attention with nested tensors, which capture does "
             "not read; give the model padded tensors and a mask"
         )
-    if not enable_gqa:
+    if not given.enable_gqa:
         leading = torch.broadcast_shapes(query.shape[:-2], key.shape[:-2])
         query, key = (x.expand(*leading, *x.shape[-2:]) for x in (query, key))
     q, k = (_with_heads(name, x, n_heads, "queries") for x in (query, key))
-    scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
-    if attn_mask is None:
-        return Call(q, k, Mask("causal" if is_causal else "full"), scale)
-    bias = _sdpa_bias(name, n_heads, attn_mask, (*query.shape[:-1], key.shape[-2]))
+    scale = 1.0 / math.sqrt(q.shape[-1]) if given.scale is None else given.scale
+    if bias is None:
+        return Call(q, k, Mask("causal" if given.is_causal else "full"), scale)
+    bias = _sdpa_bias(name, bias, (*query.shape[:-1], key.shape[-2]), n_heads)
     allows = bias.dtype == torch.bool
-    if is_causal:  # where PyTorch does not refuse the two together, both hold
+    if given.is_causal:  # where PyTorch does not refuse the two together, both hold
         ahead = torch.ones(bias.shape[-2:], dtype=torch.bool, device=bias.device).triu_(1)
         bias = bias & ~ahead if allows else bias.masked_fill(ahead, -torch.inf)
     return Call(q, k, Mask("additive", bias, allows=allows), scale)
 
 
-def _sdpa_bias(name: str, n_heads: int | None, bias: Tensor, shape: tuple[int, ...]) -> Tensor:
+def _sdpa_bias(name: str, bias: Tensor, shape: tuple[int, ...], n_heads: int | None) -> Tensor:
     """The mask of weights `shape = (..., Tq, Tk)` as `(Tq, Tk)`, or with the 4 axes of a `Mask`."""
     if hasattr(bias, "_materialize"):  # torch.nn.attention.bias.CausalBias, slow to import
         bias = bias._materialize()
@@ -273,3 +246,22 @@ def _with_heads(name: str, values: Tensor, n_heads: int | None, what: str) -> Te
             "heads=1 if each call is a single head"
         )
     return values.unflatten(0, (-1, n_heads))
+
+
+Reader = Callable[[str, tuple, dict[str, Any], int | None], Call]
+_READERS = {
+    "scaled_dot_product_attention": read_sdpa,
+    "multi_head_attention_forward": read_multi_head,
+    "softmax": read_softmax,
+    "special_softmax": read_softmax,
+    "_softmax": read_softmax,
+}
+
+
+def reader_of(func: Callable) -> Reader | str | None:
+    """What reads a call of a PyTorch function: "opaque" if nothing can, None if it is no attention.
+
+    A "softmax" is attention if its scores look like it.
+    """
+    name = getattr(func, "__name__", "").split(".")[0]
+    return _READERS.get(name, "opaque" if "attention" in name or "attn" in name else None)

@@ -1,6 +1,6 @@
 """Names of the modules of a model, and which of them a capture takes.
 
-names, given = names_of(model)                                    # {module: name}, in order
+Names(model).of                                                   # {module: name}, in order
 Choice(["decoder", "*.cross_attn"]).has_name("decoder.layers.0.self_attn")            # True
 Choice([0, 3]).takes("blocks.3.attn", 3)                                              # True
 """
@@ -9,6 +9,7 @@ import re
 import sys
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
+from functools import cache
 
 from torch import nn
 
@@ -18,51 +19,51 @@ from historylens.capture.inputs import CaptureError
 _ATTENTION_NAME = re.compile(r"(attention|attn|mha)\d*d?$", re.IGNORECASE)
 
 
-def names_of(
-    model_or_layers: nn.Module | Sequence[nn.Module],
-) -> tuple[dict[nn.Module, str], tuple[str, ...]]:
-    """Every module with its name, and the names of the layers if they were given one by one.
+class Names:
+    """What the modules of a model are called.
 
-    The attention of an encoder layer of PyTorch's goes by the layer's name. Layers given one by one
-    are called "layer 0", "layer 1", ...
+    Attributes:
+        roots: the model by the name "", or its layers: "layer 0", "layer 1", ...
+        of: the name of every module. The attention of PyTorch's encoder layer goes by the layer's.
+        expected: names of those that attend for certain if they run.
 
     Raises:
-        CaptureError: there is no layer, one stands twice, or one is compiled.
+        CaptureError: there is no layer, one stands twice, or a module is compiled.
     """
-    roots = {"": model_or_layers}
-    if not isinstance(model_or_layers, nn.Module) or isinstance(model_or_layers, nn.ModuleList):
-        layers = list(model_or_layers)
-        if not layers:
-            raise CaptureError("expected a model or its transformer layers, got an empty list")
-        if len(set(layers)) < len(layers):
-            raise CaptureError("a layer stands twice in the list; give each layer once")
-        roots = {f"layer {i}": layer for i, layer in enumerate(layers)}
-    names: dict[nn.Module, str] = {}
-    for prefix, root in roots.items():
-        for path, module in root.named_modules():
-            name = ".".join(filter(None, (prefix, path))) or type(module).__name__
-            name = names.setdefault(module, name)
-            if _is_compiled(module):
-                raise compiled_error(name)
-            if _is_pytorchs(module, nn.TransformerEncoderLayer):
-                names.setdefault(module.self_attn, name)
-    return names, tuple(filter(None, roots))
+
+    def __init__(self, model_or_layers: nn.Module | Sequence[nn.Module]) -> None:
+        is_model = isinstance(model_or_layers, nn.Module)
+        if is_model and not isinstance(model_or_layers, nn.ModuleList):
+            self.roots = {"": model_or_layers}
+        else:
+            layers = list(model_or_layers)
+            if not layers:
+                raise CaptureError("expected a model or its transformer layers, got an empty list")
+            if len(set(layers)) < len(layers):
+                raise CaptureError("a layer stands twice in the list; give each layer once")
+            self.roots = {f"layer {i}": layer for i, layer in enumerate(layers)}
+        self.of: dict[nn.Module, str] = {}
+        self.expected: list[str] = []
+        for prefix, root in self.roots.items():
+            for path, module in root.named_modules():
+                name = ".".join(filter(None, (prefix, path))) or type(module).__name__
+                self._add(module, self.of.setdefault(module, name))
+
+    def _add(self, module: nn.Module, name: str) -> None:
+        if _is_compiled(module):
+            raise compiled_error(name)
+        forward = type(module).forward
+        if forward in (nn.TransformerEncoderLayer.forward, nn.MultiheadAttention.forward):
+            self.expected.append(name)
+        if forward is nn.TransformerEncoderLayer.forward:
+            self.of.setdefault(module.self_attn, name)
 
 
-def will_attend(module: nn.Module) -> bool:
-    """Whether a module attends for certain if it runs."""
-    kinds = nn.TransformerEncoderLayer, nn.MultiheadAttention
-    return any(_is_pytorchs(module, kind) for kind in kinds)
-
-
-def expects_attention(module: nn.Module) -> bool:
-    """Whether a module that runs should have attended, going by its class."""
-    known = isinstance(module, nn.TransformerEncoderLayer)
-    return known or _ATTENTION_NAME.search(type(module).__name__) is not None
-
-
-def _is_pytorchs(module: nn.Module, kind: type[nn.Module]) -> bool:
-    return isinstance(module, kind) and type(module).forward is kind.forward
+@cache
+def expects_attention(kind: type[nn.Module]) -> bool:
+    """Whether a module of this class should have attended when it has run."""
+    is_known = issubclass(kind, nn.TransformerEncoderLayer)
+    return is_known or _ATTENTION_NAME.search(kind.__name__) is not None
 
 
 class Choice:
@@ -89,11 +90,6 @@ class Choice:
                 "expected layers by name or by number from 0 in the order in which they run, got "
                 f"{chosen}"
             )
-
-    @property
-    def by_number(self) -> bool:
-        """Whether a layer is chosen by its number, which is known only once it runs."""
-        return bool(self._numbers)
 
     def has_name(self, name: str) -> bool:
         """Whether a layer is chosen by its name."""

@@ -3,7 +3,7 @@
 layer = Wanted(received=True).of("layers.0", call)                          # LayerAttention
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -53,9 +53,9 @@ class Record(Sequence[LayerAttention]):
         waiting: names of the layers that have to run and have not yet.
     """
 
-    def __init__(self, waiting: Sequence[str] = (), given: Sequence[str] = ()) -> None:
+    def __init__(self, waiting: Iterable[str], roots: Sequence[str]) -> None:
         self.waiting = dict.fromkeys(waiting)
-        self._given = given
+        self._roots = roots  # "" for a model
         self._layers: list[LayerAttention] = []
 
     @property
@@ -66,8 +66,8 @@ class Record(Sequence[LayerAttention]):
     def add(self, layer: LayerAttention) -> None:
         """Take in a layer that has just run."""
         self._layers.append(layer)
-        if self._given:  # "layer 3", "layer 3.attn" and "layer 3 #2" belong to "layer 3"
-            self._layers.sort(key=lambda x: self._given.index(x.name.split(".")[0].split(" #")[0]))
+        if "" not in self._roots:
+            self._layers.sort(key=lambda found: self._roots.index(_root_of(found.name)))
 
     def check_all_ran(self) -> None:
         """Refuse a record that lacks a layer.
@@ -93,6 +93,11 @@ class Record(Sequence[LayerAttention]):
                 "capture(...)`"
             )
         return self._layers[index]
+
+
+def _root_of(name: str) -> str:
+    """Of "layer 3", "layer 3.attn" and "layer 3 #2" it is "layer 3"."""
+    return name.split(".")[0].split(" #")[0]
 
 
 @dataclass(frozen=True)

@@ -17,17 +17,8 @@ from historylens.agent import Agent
 from historylens.common.batches import is_out_of_memory
 from historylens.common.errors import UserError
 from historylens.common.text import wrap
-from historylens.effects.faithfulness import Faithfulness, affordable, measure_faithfulness
-from historylens.effects.measure import (
-    WORST,
-    Effects,
-    Trial,
-    budgets,
-    choose_samples,
-    compress_decisions,
-    has_own_size,
-    methods_for,
-)
+from historylens.effects.faithfulness import Faithfulness, measure_faithfulness
+from historylens.effects.measure import WORST, Effects, Trial, choose_samples, compress_decisions
 from historylens.effects.report import effects_block, faithfulness_block, with_effects
 from historylens.insights import Insight
 
@@ -108,18 +99,14 @@ def measure_effects(
     bar = tqdm(disable=True) if bar is None else bar
     try:
         trial = Trial(agent, choose_samples(agent, n_samples), seed)
-        n_own_size = sum(map(has_own_size, methods_for(patterns)))
-        n_left_out = len(affordable(len(trial.samples), trial.n))
-        bar.total = 1 + len(budgets(trial.n)) + n_own_size + n_left_out
         effects = compress_decisions(trial, patterns, bar)
         if effects.ignores_history:
             return MeasuredEffects(effects)
         return MeasuredEffects(effects, measure_faithfulness(trial, layers, heads, bar))
     except UserError as error:
-        return MeasuredEffects(
-            reason=f"not measured, the model cannot be run on less history. {error}"
-        )
+        reason = f"not measured, the model cannot be run on less history. {error}"
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        return MeasuredEffects(reason=f"not measured, {agent.device} ran out of memory.")
+        reason = f"not measured, {agent.device} ran out of memory."
+    return MeasuredEffects(reason=reason)

@@ -1,7 +1,7 @@
 """What one way of compressing did to the actions of some decisions, beside what chance does.
 
 effect = Effect.of(full_logits, logits, n_keep=10, kept=torch.full((len(logits),), 10))
-effect.flips, effect.kl_mean, effect.against(random)
+effect.flips, effect.kl_mean, effect.against_random
 """
 
 from collections.abc import Sequence
@@ -28,6 +28,8 @@ class Effect:
             distributions, nats.
         flips_band, kl_band: middle 90 % of the draws, low and high, where there are several.
         draws: `(D,)` float64, mean KL of each.
+        random: the effect of random draws of as many transitions; None of what is random itself,
+            and of controls.
     """
 
     n_keep: int
@@ -41,6 +43,7 @@ class Effect:
     flips_band: list[float] | None
     kl_band: list[float] | None
     draws: np.ndarray
+    random: "Effect | None" = None
 
     @classmethod
     def of(cls, full: Tensor, logits: Tensor, n_keep: int, kept: Tensor) -> "Effect":
@@ -65,19 +68,22 @@ class Effect:
             draws=by_draw[1],
         )
 
-    def against(self, random: "Effect") -> str:
+    @property
+    def against_random(self) -> str | None:
         """Whether the mean KL is "better" or "worse" than that of each random draw, or "alike".
 
         Better (worse) than all of 20 draws happens to a random choice once in 21 times.
         """
-        if self.kl_mean < random.draws.min():
+        if self.random is None:
+            return None
+        if self.kl_mean < self.random.draws.min():
             return "better"
-        return "worse" if self.kl_mean > random.draws.max() else "alike"
+        return "worse" if self.kl_mean > self.random.draws.max() else "alike"
 
-    def json(self, random: "Effect | None" = None) -> dict[str, Any]:
-        """As plain values; beside random draws, if they are given."""
-        known = {k: v for k, v in vars(self).items() if k != "draws" and v is not None}
-        return known | ({} if random is None else {"against_random": self.against(random)})
+    def json(self) -> dict[str, Any]:
+        """As plain values."""
+        known = vars(self) | {"draws": None, "random": None, "against_random": self.against_random}
+        return {name: value for name, value in known.items() if value is not None}
 
 
 def enough(curve: Sequence[Effect]) -> int | None:

@@ -22,10 +22,9 @@ from tqdm import tqdm
 from historylens.agent import Agent
 from historylens.common.batches import MAX_TOKENS_ACTING
 from historylens.effects.effect import kl_divergence
-from historylens.effects.measure import Trial, spread
+from historylens.effects.measure import Trial, affordable
 from historylens.history import History
 
-MAX_LEFT_OUT_TOKENS = 40_000  # tokens run for leave-one-out, if that does for one decision
 DECIMALS = 7  # divergences closer than this are equal: noise of float32 logits
 
 
@@ -59,21 +58,15 @@ class Faithfulness:
     @property
     def best_head(self) -> tuple[int, int, float] | None:
         """Layer, head and mean correlation of the head that ranks best; None without any."""
-        ranked = [
-            (float(value), -layer, -head)
-            for layer, heads, row in zip(
-                self.layers, self.heads, mean_defined(self.correlations), strict=True
-            )
-            for head, value in zip(heads, row[:-1], strict=False)
-            if np.isfinite(value)
-        ]
-        if not ranked:
+        mean = mean_defined(self.correlations)[:, :-1]  # (L, H)
+        if np.isnan(mean).all():
             return None
-        value, layer, head = max(ranked)  # the first among equals
-        return -layer, -head, value
+        i, j = np.unravel_index(np.nanargmax(mean), mean.shape)  # the first among equals
+        return self.layers[i], self.heads[i][j], float(mean[i, j])
 
     def json(self) -> dict[str, Any]:
         """As plain values; what is not defined is null."""
+        by_layer = self.correlations.transpose(1, 2, 0)  # (L, H + 1, B)
         return {
             "note": "Spearman correlation of the query's attention with the KL, in nats, that "
             "leaving out each transition causes; over transitions, null where either is constant",
@@ -84,14 +77,12 @@ class Faithfulness:
                 {
                     "layer": layer,
                     "head_numbers": list(heads),
-                    "head_average": _plain(mean_defined(values[:, -1])),
-                    "heads": _plain(mean_defined(values[:, : len(heads)])),
-                    "head_average_per_sample": _plain(values[:, -1]),
-                    "heads_per_sample": _plain(values[:, : len(heads)]),
+                    "head_average": _plain(mean_defined(values[-1])),
+                    "heads": _plain(mean_defined(values[: len(heads)].T)),
+                    "head_average_per_sample": _plain(values[-1]),
+                    "heads_per_sample": _plain(values[: len(heads)].T),
                 }
-                for layer, heads, values in zip(
-                    self.layers, self.heads, self.correlations.swapaxes(0, 1), strict=True
-                )
+                for layer, heads, values in zip(self.layers, self.heads, by_layer, strict=True)
             ],
             "overall_per_sample": _plain(self.means),
             "recency_per_sample": _plain(self.recency),
@@ -128,16 +119,6 @@ def spearman(x: ArrayLike, y: ArrayLike) -> float:
     return float(np.clip(a @ b / scale, -1.0, 1.0)) if scale > 0 else float("nan")
 
 
-def affordable(n_samples: int, n: int) -> list[int]:
-    """Which of some decisions leave-one-out takes: as many as the tokens allow, at least one.
-
-    Args:
-        n_samples: decisions.
-        n: transitions before each.
-    """
-    return spread(n_samples, max(1, MAX_LEFT_OUT_TOKENS // (n * n)))
-
-
 @torch.inference_mode()
 def leave_one_out(agent: Agent, history: History) -> tuple[np.ndarray, float]:
     """What leaving out each transition does (Li et al. 2016, arXiv 1612.08220).
@@ -168,10 +149,7 @@ def leave_one_out(agent: Agent, history: History) -> tuple[np.ndarray, float]:
 
 
 def measure_faithfulness(
-    trial: Trial,
-    layers: Sequence[int],
-    heads: Sequence[Sequence[int]],
-    bar: tqdm | None = None,
+    trial: Trial, layers: Sequence[int], heads: Sequence[Sequence[int]], bar: tqdm
 ) -> Faithfulness:
     """Correlate attention with leave-one-out effects.
 
@@ -181,18 +159,15 @@ def measure_faithfulness(
         heads: numbers of the heads that count, for each of these layers.
         bar: progress bar, moved on by 1 after each decision that is `affordable`.
     """
-    bar = tqdm(disable=True) if bar is None else bar
-    places = affordable(trial.history.size, trial.n)
-    kl, flips = [], []
-    for place in places:
-        one = leave_one_out(trial.agent, trial.history.rows(slice(place, place + 1)))
-        kl.append(one[0])
-        flips.append(one[1])
+    places = affordable(len(trial.samples), trial.n)
+    kl, flips = np.zeros((len(places), trial.n)), []
+    for i, place in enumerate(places):
+        kl[i], share = leave_one_out(trial.agent, trial.history.rows(slice(place, place + 1)))
+        flips.append(share)
         bar.update()
 
     def correlate(values: np.ndarray) -> np.ndarray:  # (B, n) -> (B,)
-        pairs = zip(values, np.round(kl, DECIMALS), strict=True)
-        return np.array([spearman(*pair) for pair in pairs])
+        return np.array([spearman(*pair) for pair in zip(values, kl.round(DECIMALS), strict=True)])
 
     correlations = np.full((len(places), len(layers), max(map(len, heads)) + 1), np.nan)
     averages = []
@@ -203,12 +178,9 @@ def measure_faithfulness(
             correlations[:, i, j] = correlate(attention[:, j])
         correlations[:, i, -1] = correlate(averages[-1])
     return Faithfulness(
-        samples=[trial.samples[place] for place in places],
-        layers=layers,
-        heads=heads,
-        correlations=correlations,
+        *([trial.samples[place] for place in places], layers, heads, correlations),
         means=correlate(np.mean(averages, axis=0)),
         recency=correlate(np.tile(np.arange(trial.n), (len(places), 1))),
-        kl=np.stack(kl),
+        kl=kl,
         flips=flips,
     )

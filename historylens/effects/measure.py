@@ -3,10 +3,8 @@
 Attention suggests what can go; only the model, run on what is left, shows it. Controls come first:
 a model that another task's history leaves unmoved cannot be judged this way.
 
-    effects = compress_decisions(Trial(agent, samples=[0, 5, 7], seed=0), patterns=["recency"])
-    effects.ignores_history
-    effects.curves["recent"][0].kl_mean, effects.curves["random"][0].kl_band
-    json.dumps(effects.json())
+    effects = compress_decisions(Trial(agent, samples=[0, 5, 7], seed=0), ["recency"], tqdm())
+    effects.curves["recent"][0].kl_mean, effects.curves["recent"][0].random.kl_band
 
 Axes: `B` decisions, `n` transitions before each, `D` draws of what is random (else 1), `A` actions.
 """
@@ -37,6 +35,7 @@ N_DRAWS = 20  # of random transitions
 DRAWN = {"random": N_DRAWS, "decay": 5, "importance": 5}  # draws of what is drawn at random
 LADDER = (1, 2, 5)  # sizes, times powers of ten
 LARGEST = 0.6  # of the context: beyond, little is saved
+MAX_LEFT_OUT_TOKENS = 40_000  # tokens run for leave-one-out, if that does for one decision
 UNMOVED_EMPTY = 0.5  # nats, without history; untrained models reach 0.1 to 0.4
 DEFINITIONS = {
     "flips": "share of decisions whose most likely action changes",
@@ -55,49 +54,45 @@ class Effects:
         samples: numbers of the decisions, `B` of them.
         n: transitions before each; decisions with another number were left out.
         seed: of everything drawn.
-        advised: pattern -> the methods measured for it.
+        patterns: whose advice was measured.
         controls: name -> what it did: of "empty" and the controls those that could be run.
         not_run: control or method -> why it could not be run.
         ignores_history: the history can be exchanged and the actions stay: nothing else is
             measured then.
-        curves: method -> effects at `budgets(n)`; "random" is always among them.
-        own_size: method that keeps as many as it needs -> its effect, and that of random draws of
-            as many transitions from every decision.
+        curves: method -> effects at `budgets(n)`, "random" always among them; of one that keeps as
+            many as it needs, the one effect of that, beside random draws of as many from every
+            decision.
     """
 
     samples: Sequence[int]
     n: int
     seed: int
-    advised: Mapping[str, tuple[str, ...]]
+    patterns: Sequence[str]
     controls: Mapping[str, Effect]
     not_run: Mapping[str, str]
     ignores_history: bool
     curves: Mapping[str, Sequence[Effect]] = field(default_factory=dict)
-    own_size: Mapping[str, tuple[Effect, Effect]] = field(default_factory=dict)
 
-    def at(self, name: str, n_keep: int) -> tuple[Effect, Effect] | None:
-        """A method's effect and that of random draws of its size; None where not measured."""
-        if name in self.own_size:
-            return self.own_size[name]
-        pairs = zip(self.curves.get(name, ()), self.curves.get("random", ()), strict=False)
-        return next((pair for pair in pairs if pair[0].n_keep == n_keep), None)
+    def at(self, name: str, n_keep: int) -> Effect | None:
+        """A method's effect at a size; None where it was not measured."""
+        curve = self.curves.get(name, ())
+        return next((one for one in curve if has_own_size(name) or one.n_keep == n_keep), None)
 
     def json(self) -> dict[str, Any]:
         """Everything that was measured, as plain values."""
         strategies = {}
-        for name in [*self.curves, *self.own_size]:
+        for name, curve in self.curves.items():
             strategies[name] = {
                 "rule": METHODS[name].rule,
                 "looks_at": METHODS[name].looks_at,
-                "advised_by": [key for key, names in self.advised.items() if name in names],
+                "advised_by": [p for p in self.patterns if name in PATTERNS[p].measured],
                 "n_draws": DRAWN.get(name, 1),
+                "sizes": [one.json() for one in curve],
             }
-        for name, curve in self.curves.items():
-            chance = [None] * len(curve) if name == "random" else self.curves["random"]
-            sizes = [one.json(random) for one, random in zip(curve, chance, strict=True)]
-            strategies[name] |= {"sizes": sizes, "enough": enough(curve)}
-        for name, (own, random) in self.own_size.items():
-            strategies[name]["sizes"] = [own.json(random) | {"random": random.json()}]
+            if has_own_size(name):
+                strategies[name]["sizes"][0]["random"] = curve[0].random.json()
+            else:
+                strategies[name]["enough"] = enough(curve)
         return {
             "settings": {
                 "samples": list(self.samples),
@@ -125,20 +120,14 @@ def budgets(n: int) -> tuple[int, ...]:
     return tuple(sorted(size for size in sizes if size < n))
 
 
-def share_of(n: int) -> int:
-    """30 % of `n`, rounded up, as "top-30" keeps."""
-    return -(-n * TOP_PERCENT // 100)
-
-
-def methods_for(patterns: Collection[str]) -> list[str]:
-    """What is measured for some patterns, beside random: what always is, and what they advise."""
-    advised = (name for key in PATTERNS if key in patterns for name in PATTERNS[key].measured)
-    return list(dict.fromkeys([*STANDARD, *advised]))
-
-
 def has_own_size(name: str) -> bool:
     """Whether a method keeps as many as it needs, whatever the budget."""
     return METHODS[name].keeps == "up to n_keep"
+
+
+def share_of(n: int) -> int:
+    """30 % of `n`, rounded up, as "top-30" keeps."""
+    return -(-n * TOP_PERCENT // 100)
 
 
 def choose_samples(agent: Agent, n_wanted: int) -> list[int]:
@@ -152,6 +141,11 @@ def spread(n_samples: int, n_wanted: int) -> list[int]:
     """`n_wanted` of the numbers `0 .. n_samples - 1`, evenly spaced; all where they are fewer."""
     n_wanted = min(n_samples, n_wanted)
     return [(2 * i + 1) * n_samples // (2 * n_wanted) for i in range(n_wanted)]
+
+
+def affordable(n_samples: int, n: int) -> list[int]:
+    """Which of some decisions on `n` transitions leave-one-out takes: one at least, evenly."""
+    return spread(n_samples, max(1, MAX_LEFT_OUT_TOKENS // (n * n)))
 
 
 class Trial:
@@ -192,23 +186,20 @@ class Trial:
         rows = torch.arange(self.history.size, device=self.history.device)
         return self.history.rows(rows.repeat(n_draws))
 
-    def at_size(self, name: str, n_keep: int) -> Effect:
-        """What a method does that keeps `n_keep` transitions."""
+    def at_size(self, name: str, n_keep: int, random: Effect | None = None) -> Effect:
+        """What a method does that keeps `n_keep` transitions, beside random draws of as many."""
         history = self.drawn(DRAWN.get(name, 1))
         shorter = METHODS[name].compress(history, n_keep, self.generator(name, n_keep))
-        return self.effect(shorter, n_keep)
+        return self.effect(shorter, n_keep, random)
 
-    def at_own_size(self, name: str) -> tuple[Effect, Effect]:
-        """What a method does that keeps as many as it needs, and what random draws of as many."""
+    def at_own_size(self, name: str) -> Effect:
+        """What a method does that keeps as many as it needs, beside random draws of as many."""
         n_keep = self.n - 1
         shorter = METHODS[name].compress(self.history, n_keep)
-        history = self.drawn(N_DRAWS)
-        numbers = uniform(
-            self.generator(f"random as {name}"), (history.size, self.n), history.device
-        )
-        ranks = numbers.argsort(dim=1).argsort(dim=1)
+        history, generator = self.drawn(N_DRAWS), self.generator(f"random as {name}")
+        ranks = uniform(generator, history.rewards.shape, history.device).argsort(1).argsort(1)
         as_many = history.take(keep_where(ranks < shorter.counts.repeat(N_DRAWS)[:, None]))
-        return self.effect(shorter, n_keep), self.effect(as_many, n_keep)
+        return self.effect(shorter, n_keep, self.effect(as_many, n_keep))
 
     def control(self, name: str) -> Effect:
         """What another history does, or none, to the decisions that it can show something of.
@@ -230,24 +221,30 @@ class Trial:
         logits = act_in_parts(self.agent, changed)
         return Effect.of(self.full[rows], logits, changed.n, changed.counts)
 
-    def effect(self, shorter: History, n_keep: int) -> Effect:
+    def effect(self, shorter: History, n_keep: int, random: Effect | None = None) -> Effect:
         """What compressed histories of the decisions do, draw after draw."""
-        return Effect.of(self.full, act_in_parts(self.agent, shorter), n_keep, shorter.counts)
+        logits = act_in_parts(self.agent, shorter)
+        return replace(Effect.of(self.full, logits, n_keep, shorter.counts), random=random)
 
 
 @torch.inference_mode()
-def compress_decisions(trial: Trial, patterns: Collection[str], bar: tqdm | None = None) -> Effects:
+def compress_decisions(trial: Trial, patterns: Collection[str], bar: tqdm) -> Effects:
     """Make decisions again on history that is compressed as some patterns advise.
 
     Args:
         trial: the decisions.
         patterns: keys of `PATTERNS`.
-        bar: progress bar, moved on by 1 for the controls, each size, and each method of own size.
+        bar: progress bar, whose total is set for this and for `measure_faithfulness`.
 
     Raises:
         UserError: the model cannot be run on less history.
     """
-    bar = tqdm(disable=True) if bar is None else bar
+    patterns = [pattern for pattern in PATTERNS if pattern in patterns]
+    names = dict.fromkeys([*STANDARD, *(name for p in patterns for name in PATTERNS[p].measured)])
+    of_any_size = [name for name in names if not has_own_size(name)]
+    of_own_size, sizes = [name for name in names if has_own_size(name)], budgets(trial.n)
+    bar.total = 1 + len(sizes) + len(of_own_size) + len(affordable(len(trial.samples), trial.n))
+
     controls, not_run = {}, {}
     for name in ("empty", *(name for name, one in METHODS.items() if one.kind == "control")):
         try:
@@ -255,25 +252,24 @@ def compress_decisions(trial: Trial, patterns: Collection[str], bar: tqdm | None
         except UserError as error:  # not every model can act without history
             not_run[name] = str(error)
     bar.update()
-    advised = {key: PATTERNS[key].measured for key in PATTERNS if key in patterns}
     ignores = ignores_history(controls)
-    effects = Effects(trial.samples, trial.n, trial.seed, advised, controls, not_run, ignores)
+    effects = Effects(trial.samples, trial.n, trial.seed, patterns, controls, not_run, ignores)
     if ignores:
         return effects
-    names = methods_for(patterns)
-    curves = {"random": []} | {name: [] for name in names if not has_own_size(name)}
-    for n_keep in budgets(trial.n):
-        for name, curve in curves.items():
-            curve.append(trial.at_size(name, n_keep))
+    curves = {name: [] for name in ("random", *of_any_size)}
+    for n_keep in sizes:
+        random = trial.at_size("random", n_keep)
+        curves["random"].append(random)
+        for name in of_any_size:
+            curves[name].append(trial.at_size(name, n_keep, random))
         bar.update()
-    own_size = {}
-    for name in filter(has_own_size, names if trial.n > 1 else ()):
+    for name in of_own_size if trial.n > 1 else ():
         try:
-            own_size[name] = trial.at_own_size(name)
+            curves[name] = [trial.at_own_size(name)]
         except UserError as error:  # it may keep nothing of some history
             not_run[name] = str(error)
         bar.update()
-    return replace(effects, curves=curves, own_size=own_size)
+    return replace(effects, curves=curves)
 
 
 def ignores_history(controls: Mapping[str, Effect]) -> bool:

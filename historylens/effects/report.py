@@ -12,7 +12,15 @@ import numpy as np
 from historylens.common.text import aligned, counted, wrap
 from historylens.effects.effect import UNMOVED, Effect, enough
 from historylens.effects.faithfulness import Faithfulness, mean_defined
-from historylens.effects.measure import N_DRAWS, UNMOVED_EMPTY, WORST, Effects, budgets, share_of
+from historylens.effects.measure import (
+    N_DRAWS,
+    UNMOVED_EMPTY,
+    WORST,
+    Effects,
+    budgets,
+    has_own_size,
+    share_of,
+)
 from historylens.insights import PATTERNS, Insight
 
 PHRASES = {
@@ -27,7 +35,7 @@ CONTROL_WORDS = {
     "other-task": "another task's history",
     "shuffled-rewards": "shuffled rewards",
 }
-MARKS = {"better": "+", "alike": " ", "worse": "-"}
+MARKS = {"better": "+", "alike": " ", "worse": "-", None: " "}
 CHANCE = {"better": "", "alike": ", not clearly better than random", "worse": ", worse than random"}
 
 
@@ -47,11 +55,10 @@ def effect_line(effects: Effects, pattern: str) -> str:
     if effects.ignores_history:
         return f"{_ignores(effects)} (numbers below)."
     name, n_keep = headline(effects.n, pattern)
-    pair = effects.at(name, n_keep)
-    if pair is None:
+    effect = effects.at(name, n_keep)
+    if effect is None:
         return _nothing_to_choose(effects, name)
-    effect, random = pair
-    n_kept = _number(effect.kept_mean)
+    random, n_kept = effect.random, _number(effect.kept_mean)
     low, high = random.flips_band
     text = (
         f"Keeping {PHRASES[name].format(n_kept)} of {effects.n} transitions changes the most "
@@ -62,8 +69,8 @@ def effect_line(effects: Effects, pattern: str) -> str:
     )
     worst = effects.at(WORST, round(effect.kept_mean))
     if worst is not None:
-        text += f"; the {n_kept} least attended: {_short(worst[0])}"
-    text += f". {verdict(effect, random)}"
+        text += f"; the {n_kept} least attended: {_short(worst)}"
+    text += f". {verdict(effect)}"
     others = _others(effects, pattern, name, n_keep)
     return f"{text} Also advised, at {n_kept}: {others}." if others else text
 
@@ -76,17 +83,17 @@ def headline(n: int, pattern: str) -> tuple[str, int]:
     return name, max((size for size in budgets(n) if size <= wanted), default=0)
 
 
-def verdict(effect: Effect, random: Effect) -> str:
+def verdict(effect: Effect) -> str:
     """Whether a method is better than chance at its size, in a sentence."""
-    n_draws = len(random.draws)
-    against = effect.against(random)
-    if against == "better":
+    draws = effect.random.draws
+    n_draws = len(draws)
+    if effect.against_random == "better":
         return f"Better than each of {n_draws} random draws."
-    if against == "worse":
+    if effect.against_random == "worse":
         return f"Worse than each of {n_draws} random draws: here the pattern misleads."
-    if max(effect.kl_mean, random.draws.max()) <= NOTHING:
+    if max(effect.kl_mean, draws.max()) <= NOTHING:
         return "A random choice changes nothing either: at this size nothing is lost."
-    n_less = int((random.draws <= effect.kl_mean).sum())
+    n_less = int((draws <= effect.kl_mean).sum())
     less = f"{n_less} of {n_draws} random draws moved the action distribution no more"
     if n_less < n_draws / 2:
         return f"Not clearly better than random: {less}."
@@ -112,13 +119,12 @@ def _nothing_to_choose(effects: Effects, name: str) -> str:
 def _others(effects: Effects, pattern: str, name: str, n_keep: int) -> str:
     """What else a pattern advises does, least harmful first."""
     others = []
-    for other in effects.advised[pattern]:
-        pair = effects.at(other, n_keep)
-        if other == name or pair is None:
+    for other in PATTERNS[pattern].measured:
+        effect = effects.at(other, n_keep)
+        if other == name or effect is None:
             continue
-        effect, random = pair
         kept = "" if effect.n_keep == n_keep else f", keeping {_number(effect.kept_mean)},"
-        chance = CHANCE[effect.against(random)]
+        chance = CHANCE[effect.against_random]
         text = f"{other}{kept} {effect.flips:.0%} (KL {nats(effect.kl_mean)}{chance})"
         others.append((effect.kl_mean, text))
     return "; ".join(text for _, text in sorted(others))
@@ -153,12 +159,10 @@ def _table(effects: Effects) -> list[str]:
     lines, sizes = [], budgets(effects.n)
     if sizes:
         table = [("kept", *map(str, sizes), "enough")]
-        harm = {name: np.mean([one.kl_mean for one in c]) for name, c in effects.curves.items()}
-        for name in sorted(harm, key=harm.get):
-            pairs = zip(effects.curves[name], effects.curves["random"], strict=True)
-            marks = MARKS if name != "random" else dict.fromkeys(MARKS, " ")
-            cells = [f"{one.flips:.0%}{marks[one.against(random)]}" for one, random in pairs]
-            fewest = enough(effects.curves[name])
+        curves = {name: one for name, one in effects.curves.items() if not has_own_size(name)}
+        for name in sorted(curves, key=lambda name: np.mean([one.kl_mean for one in curves[name]])):
+            cells = [f"{one.flips:.0%}{MARKS[one.against_random]}" for one in curves[name]]
+            fewest = enough(curves[name])
             table.append((name, *cells, f"> {sizes[-1]}" if fewest is None else str(fewest)))
         legend = (
             "decisions whose most likely action changes; + (-): the action distribution moves "
@@ -166,10 +170,11 @@ def _table(effects: Effects) -> list[str]:
             f"transitions from which on the KL stays within {UNMOVED} nats"
         )
         lines += [*aligned(table, left=[0]), wrap(legend)]
-    for name, (own, random) in effects.own_size.items():
+    for name in filter(has_own_size, effects.curves):
+        own = effects.curves[name][0]
         text = (
             f"{name} keeps {_number(own.kept_mean)} ({own.kept_min} to {own.kept_max}): "
-            f"{_short(own)}; as many random ones {_short(random)}"
+            f"{_short(own)}; as many random ones {_short(own.random)}"
         )
         lines.append(wrap(text, "", "  "))
     return lines

@@ -12,11 +12,9 @@ does.
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
-
-from historylens.common.text import counted, listed
+from historylens.common.text import listed
 from historylens.insights.patterns import BROAD_SHARE, PATTERNS, UNIFORM_ENTROPY, Scope
-from historylens.metrics import NAMES, Metrics
+from historylens.metrics import Metrics
 
 
 @dataclass(frozen=True)
@@ -54,32 +52,13 @@ class Insight:
 
 def scopes(metrics: Metrics) -> list[Scope]:
     """All layers together first, then every layer."""
-    n_layers, samples = len(metrics.layers), counted(metrics.n_samples, "sample")
-    values = {name: metrics.of(name) for name in NAMES}
-    uniform = {name: metrics.of_uniform(name) for name in NAMES}
-    overall = Scope(
-        None,
-        {name: each.ravel() for name, each in values.items()},
-        {name: np.tile(each, n_layers) for name, each in uniform.items()},
-        np.tile(metrics.n_context, n_layers),
-        f"{samples} x {counted(n_layers, 'layer')}",
-    )
-    return [overall] + [
-        Scope(
-            layer,
-            {name: each[place] for name, each in values.items()},
-            uniform,
-            metrics.n_context,
-            samples,
-        )
-        for place, layer in enumerate(metrics.layers)
-    ]
+    return [Scope.of(metrics, place) for place in (None, *range(len(metrics.layers)))]
 
 
 def verdicts(scope: Scope) -> dict[str, tuple[float, bool]]:
     """Pattern -> (the figure its rule looks at, whether the rule holds)."""
     figures = {name: pattern.figure(scope) for name, pattern in PATTERNS.items()}
-    return {name: (value, PATTERNS[name].rule(value)) for name, value in figures.items()}
+    return {name: (figure, PATTERNS[name].rule(figure)) for name, figure in figures.items()}
 
 
 def find_patterns(metrics: Metrics) -> list[Insight]:

@@ -2,19 +2,20 @@
 
     figure = PATTERNS["recency"].figure(scope)               # what the rule looks at
     text, measured = PATTERNS["recency"].evidence(scope)     # what was measured, in words
-    caveat, by_rule_only = PATTERNS["recency"].caveat(scope) # what the absolute rule does not see
+    caveat, by_rule_only = PATTERNS["recency"].caveat(scope)  # what the absolute rule does not see
 
 A `Scope` is what such a statement is about: the attention rows of one layer, or of all of them.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from historylens.common.text import cap, counted
-from historylens.metrics import STRONG_WEIGHT, TOLERANCE
+from historylens.metrics import NAMES, STRONG_WEIGHT, TOLERANCE, Metrics
 
 RECENCY_RATIO = 2.0  # recency: median recent/distant ratio above
 UNIFORM_ENTROPY = 2.0  # uniform: mean entropy above, nats
@@ -44,6 +45,21 @@ class Scope:
     n: np.ndarray
     source: str
 
+    @classmethod
+    def of(cls, metrics: Metrics, place: int | None = None) -> "Scope":
+        """The rows of the layer at a place in `metrics.layers`; None: of all layers."""
+        places = range(len(metrics.layers)) if place is None else [place]
+        source = counted(metrics.n_samples, "sample")
+        if place is None:
+            source += f" x {counted(len(places), 'layer')}"
+        return cls(
+            None if place is None else metrics.layers[place],
+            {name: metrics.of(name)[places].ravel() for name in NAMES},
+            {name: np.tile(metrics.of_uniform(name), len(places)) for name in NAMES},
+            np.tile(metrics.n_context, len(places)),
+            source,
+        )
+
     def mean(self, name: str) -> float:
         """Mean of a metric over the rows."""
         return float(self.values[name].mean())
@@ -54,14 +70,9 @@ class Scope:
         return self.values["mean_context_attention"] * self.n
 
     @property
-    def share_read(self) -> float:
-        """Tokens read in effect over `n`, mean over the rows."""
-        return float((self.values["effective_tokens"] / self.n).mean())
-
-    @property
     def is_broad(self) -> bool:
         """Whether the rows are even for their length, however long that is."""
-        return self.share_read >= BROAD_SHARE
+        return bool((self.values["effective_tokens"] / self.n).mean() >= BROAD_SHARE)
 
     @property
     def length(self) -> str:
@@ -124,9 +135,15 @@ def _last_quarter(scope: Scope) -> tuple[float, float]:
     return float(held), float((scope.uniform["mass_last_quarter"] * (scope.n + 1) / scope.n).mean())
 
 
-def _uniform_evidence(scope: Scope) -> tuple[str, dict[str, float]]:
-    text = f"The mean entropy is {scope.mean('entropy'):.2f} nats, above {UNIFORM_ENTROPY}: "
-    return text + _tokens_read(scope), _entropy_measured(scope, UNIFORM_ENTROPY)
+def _entropy_evidence(side: str, threshold: float, scope: Scope) -> tuple[str, dict[str, float]]:
+    names = ("entropy", "normalised_entropy", "effective_tokens", "tokens_for_90_percent")
+    measured = {name: scope.mean(name) for name in names}
+    text = (
+        f"The mean entropy is {measured['entropy']:.2f} nats, {side} {threshold}: in effect "
+        f"{measured['effective_tokens']:.1f} of {scope.n.mean():.0f} tokens are read, and "
+        f"{measured['tokens_for_90_percent']:.1f} tokens hold 90% of the attention on history."
+    )
+    return text, measured | {"threshold": threshold}
 
 
 def _uniform_caveat(scope: Scope) -> tuple[str | None, bool]:
@@ -138,11 +155,6 @@ def _uniform_caveat(scope: Scope) -> tuple[str | None, bool]:
         f"{scope.mean('effective_tokens'):.1f} tokens, so it does pick from its history.",
         True,
     )
-
-
-def _focused_evidence(scope: Scope) -> tuple[str, dict[str, float]]:
-    text = f"The mean entropy is {scope.mean('entropy'):.2f} nats, below {FOCUSED_ENTROPY}: "
-    return text + _tokens_read(scope), _entropy_measured(scope, FOCUSED_ENTROPY)
 
 
 def _focused_caveat(scope: Scope) -> tuple[str | None, bool]:
@@ -203,19 +215,6 @@ def _sparse_caveat(scope: Scope) -> tuple[str | None, bool]:
         f"entropy says: {scope.normalised}.",
         scope.is_broad,
     )
-
-
-def _tokens_read(scope: Scope) -> str:
-    return (
-        f"in effect {scope.mean('effective_tokens'):.1f} of {scope.n.mean():.0f} tokens are read, "
-        f"and {scope.mean('tokens_for_90_percent'):.1f} tokens hold 90% of the attention on "
-        "history."
-    )
-
-
-def _entropy_measured(scope: Scope, threshold: float) -> dict[str, float]:
-    names = ("entropy", "normalised_entropy", "effective_tokens", "tokens_for_90_percent")
-    return {name: scope.mean(name) for name in names} | {"threshold": threshold}
 
 
 @dataclass(frozen=True)
@@ -280,7 +279,7 @@ PATTERNS = {
         figure_name="mean entropy",
         rule=lambda entropy: entropy > UNIFORM_ENTROPY,
         rule_text=f"> {UNIFORM_ENTROPY}",
-        evidence=_uniform_evidence,
+        evidence=partial(_entropy_evidence, "above", UNIFORM_ENTROPY),
         caveat=_uniform_caveat,
         strategies=(
             "Diverse sampling: keep transitions that differ, so that nothing is left uncovered",
@@ -300,7 +299,7 @@ PATTERNS = {
         figure_name="mean entropy",
         rule=lambda entropy: entropy < FOCUSED_ENTROPY,
         rule_text=f"< {FOCUSED_ENTROPY}",
-        evidence=_focused_evidence,
+        evidence=partial(_entropy_evidence, "below", FOCUSED_ENTROPY),
         caveat=_focused_caveat,
         strategies=(
             "Keep the positions that receive most of the attention",

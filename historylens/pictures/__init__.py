@@ -1,4 +1,4 @@
-"""Which picture lies where in the output folder of an analysis, and of which numbers it is made.
+"""Which picture lies where in the output folder of an analysis, and how they are drawn.
 
     figs/attention/layer_N/attention_{heatmap,lines}_sampleI_layerN.png     (many heads: _page2 ...)
     figs/attention/layer_N/attention_summary_layerN.png
@@ -9,15 +9,19 @@ A run leaves no picture of an earlier run among its own, and touches no other fi
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from analysis import Batch
-from attention.arranged import Shown, show
-from attention.files import drawn_arrays
-from attention.metrics import SUMMARY_METRICS, AttentionMetrics
-from drawing import Painter
-from output import in_the_way, writable_folder
+from historylens.common.files import in_the_way, writable_folder
+from historylens.history import Decision
+from historylens.metrics import SUMMARY_METRICS, Metrics
+from historylens.pictures.heatmap import color_range, heatmap
+from historylens.pictures.lineplot import line_plot
+from historylens.pictures.metricplot import course, summary
+from historylens.pictures.order import SampleAttention
+from historylens.pictures.painter import Painter
+from historylens.tokens import order_of_time
 
 HEADS_A_PAGE = 16  # a heatmap has so many panels at most
 NUMBERS = ("metrics.json", "metrics.csv")
@@ -32,102 +36,109 @@ def prepare_output(out: Path, layers: Sequence[int]) -> Path:
     """
     with writable_folder(out):
         folders = [out / f"layer_{layer}" for layer in layers]
-        files = [*(out / name for name in NUMBERS), *stale_pictures(out)]
+        files = [*(out / name for name in NUMBERS), *_stale_pictures(out)]
         for path in [*folders, *files]:
             if path.exists() and path.is_dir() != (path in folders):
                 raise in_the_way(out, path)
     return out
 
 
-def stale_pictures(out: Path) -> list[Path]:
-    """Pictures of an earlier run in an output folder."""
-    names = ("layer_*/attention_*.png", "attention_layers.png", CURVES)
-    return [path for name in names for path in out.glob(name)]
-
-
 def clear_pictures(out: Path) -> None:
     """Remove the pictures of an earlier run, and nothing else."""
-    for stale in stale_pictures(out):
+    for stale in _stale_pictures(out):
         stale.unlink()
     for folder in out.glob("layer_*"):
         if folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
 
 
+def _stale_pictures(out: Path) -> list[Path]:
+    names = ("layer_*/attention_*.png", "attention_layers.png", CURVES)
+    return [path for name in names for path in out.glob(name)]
+
+
 def n_pictures(n_drawn: int, n_heads: Sequence[int]) -> int:
     """Pictures of an analysis that draws so many samples of layers with so many heads."""
-    return sum(n_drawn * (n_pages(n) + 1) + 1 for n in n_heads) + 1
+    return sum(n_drawn * (_n_pages(n) + 1) + 1 for n in n_heads) + 1
 
 
-def n_pages(n_heads: int) -> int:
-    """Pages of a heatmap of so many heads."""
+def _n_pages(n_heads: int) -> int:
     return -(-n_heads // HEADS_A_PAGE)
 
 
-def draw_batch(
-    out: Path, batch: Batch, painter: Painter, dpi: int, heads: Sequence[int] | None = None
-) -> dict[int, dict[int, Any]]:
+def draw_batch(out: Path, batch: Any, painter: Painter, dpi: int) -> dict[int, dict[int, Any]]:
     """A heatmap and a line plot for each layer and each sample that comes with a map.
 
     Args:
         out: the output folder.
-        batch: what was captured.
+        batch: what one forward pass showed, an `analysis.Batch`.
         painter: draws.
         dpi: pixels an inch.
-        heads: numbers of the heads in the batch; None: 0, 1, 2, ...
 
     Returns:
         The numbers in the pictures: layer -> sample -> arrays.
     """
-    drawn: dict[int, dict[int, Any]] = {}
-    for number, layer in batch.attention.items():
-        folder = out / f"layer_{number}"
+    numbers: dict[int, dict[int, Any]] = {}
+    for layer, attention in batch.attention.items():
+        folder = out / f"layer_{layer}"
         folder.mkdir(exist_ok=True)
-        drawn[number] = {}
+        numbers[layer] = {}
         for m, i in enumerate(batch.drawn):
-            sample = batch.samples[i]
-            even = None if batch.uniform_rows is None else batch.uniform_rows[i]
-            shown = show(layer, sample, i, m, even)
-            stem = f"sample{sample.index}_layer{number}"
-            numbers = list(range(len(shown.maps)) if heads is None else heads)
-            style = {"layer": number, "dpi": dpi}
-            _draw_heatmap(painter, folder / f"attention_heatmap_{stem}", shown, numbers, style)
+            index, tokens = batch.indices[i], batch.tokens[i]
+            sample = SampleAttention.of(attention, i, m, tokens, batch.uniform_rows[i])
+            # what a state is stays here: it may be an image
+            decision = replace(batch.decisions[m], states=None, next_states=None, query_state=None)
+            style = {"layer": layer, "dpi": dpi}
+            stem, heads = f"sample{index}_layer{layer}", batch.heads[layer]
+            path = folder / f"attention_heatmap_{stem}"
+            _draw_heatmap(painter, path, sample, decision, heads, style)
             path = folder / f"attention_lines_{stem}.png"
-            curves = shown.query, shown.received
-            painter.draw("curve_lines", path, *curves, sample, heads=tuple(numbers), **style)
-            rows, received = layer.query_rows[i].numpy(), layer.received[i].numpy()
-            drawn[number][sample.index] = drawn_arrays(rows, received, *shown.uniform)
-    return drawn
+            curves = sample.query_curves, sample.received_curves
+            painter.draw(line_plot, path, *curves, decision, tokens, heads=heads, **style)
+            numbers[layer][index] = sample.numbers()
+    return numbers
 
 
 def _draw_heatmap(
-    painter: Painter, stem: Path, shown: Shown, heads: Sequence[int], style: Mapping[str, Any]
+    painter: Painter,
+    stem: Path,
+    sample: SampleAttention,
+    decision: Decision,
+    heads: Sequence[int],
+    style: Mapping[str, Any],
 ) -> None:
     """The heatmap of a sample and layer, on as many pages as its heads take, in one scale."""
-    from attention.heatmap import color_range  # slow to import
-
-    scale = color_range(shown.maps, shown.sample.n_context + 1)
-    total = n_pages(len(heads))
-    size = -(-len(heads) // total)  # pages equally full
-    for page in range(total):
+    scale = color_range(sample.maps, len(order_of_time(sample.tokens)))
+    n_pages = _n_pages(len(heads))
+    size = -(-len(heads) // n_pages)  # pages equally full
+    for page in range(n_pages):
         chosen = slice(page * size, (page + 1) * size)
         name = f"{stem.name}_page{page + 1}.png" if page else f"{stem.name}.png"
-        more = f" of {len(heads)} · page {page + 1} of {total}" if total > 1 else ""
-        arrays = shown.maps[chosen], shown.rows, shown.cols, shown.sample
-        options = {"heads": tuple(heads[chosen]), "more": more, "scale": scale, **style}
-        painter.draw("heatmap", stem.with_name(name), *arrays, **options)
+        more = f" of {len(heads)} · page {page + 1} of {n_pages}" if n_pages > 1 else ""
+        painter.draw(
+            heatmap,
+            stem.with_name(name),
+            sample.maps[chosen],
+            sample.rows,
+            sample.cols,
+            decision,
+            sample.tokens,
+            heads=heads[chosen],
+            more=more,
+            scale=scale,
+            **style,
+        )
 
 
-def draw_summaries(out: Path, metrics: AttentionMetrics, painter: Painter, dpi: int) -> None:
+def draw_summaries(out: Path, metrics: Metrics, painter: Painter, dpi: int) -> None:
     """A summary a layer and the comparison across layers."""
+    values = {name: metrics.of(name) for name in SUMMARY_METRICS}  # (L, S) each
     uniform = metrics.uniform_mean()
-    for layer in metrics.layers:
-        folder = out / f"layer_{layer.layer}"
+    for i, layer in enumerate(metrics.layers):
+        folder = out / f"layer_{layer}"
         folder.mkdir(exist_ok=True)
-        values = {name: layer.mean[name] for name in SUMMARY_METRICS}
-        path = folder / f"attention_summary_layer{layer.layer}.png"
-        painter.draw("summary", path, values, uniform, layer=layer.layer, dpi=dpi)
-    values = {name: metrics.pooled(name) for name in SUMMARY_METRICS}
-    numbers = [layer.layer for layer in metrics.layers]
+        path = folder / f"attention_summary_layer{layer}.png"
+        own = {name: rows[i] for name, rows in values.items()}
+        painter.draw(summary, path, own, uniform, layer=layer, dpi=dpi)
     path = out / "attention_layers.png"
-    painter.draw("layers", path, values, uniform, numbers=numbers, dpi=dpi)
+    painter.draw(course, path, values, uniform, layers=metrics.layers, dpi=dpi)

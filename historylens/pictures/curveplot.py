@@ -8,7 +8,6 @@ against the number of transitions kept. Axes are logarithmic but for that of fli
 
 import textwrap
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,54 +15,23 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator, NullLocator
 
-from attention.page import DPI, INK, REWARD, SOFT, Page
+from historylens.pictures.page import DPI, FAINT, INK, REWARD, SOFT, Page
 
 Strategies = Mapping[str, Mapping[str, Any]]
-RANDOM, BAND = "#8a8a8a", "#dfdfdf"
+Styles = Mapping[str, Mapping[str, Any]]
+BAND = "#dfdfdf"
 COLOURS = (
     "#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#8c510a", "#5e3c99", "#01665e",
     "#b8860b", "#d95f9b", "#4d4d4d", "#7fbc41",
 )  # fmt: skip
 MARKERS = "osD^vPX<>ph*"
 WIDTH, HEIGHT, TOP = 470, 300, 112
-PLACES = (84, 652)
+LEFT, RIGHT = 84, 652
 MAX_TICKS = 9
 LEGEND, ROW, MORE = TOP + HEIGHT + 92, 20, 16  # place, height of a row, of a second line in it
 COLUMNS = (50, 178, 300)  # of the legend: name, advised by, rule
 RULE_WIDTH = 118  # characters
 LINEAR_BELOW = 0.01  # nats: the logarithmic axis has a zero
-
-
-@dataclass(frozen=True)
-class Quantity:
-    """One of the two plots: what it shows of each outcome."""
-
-    name: str
-    band: str
-    scale: float
-    title: str
-    unit: str
-    is_log: bool
-
-
-QUANTITIES = (
-    Quantity(
-        "flips",
-        "flips_band",
-        100.0,
-        "Decisions whose most likely action changes",
-        "% of decisions",
-        False,
-    ),
-    Quantity(
-        "kl_mean",
-        "kl_band",
-        1.0,
-        "How far the action distribution moves",
-        "mean KL(full || compressed), nats (log scale)",
-        True,
-    ),
-)
 
 
 def deletion_curves(
@@ -79,7 +47,7 @@ def deletion_curves(
 
     Args:
         path: PNG to write.
-        strategies: name -> `{"rule", "advised_by", "sizes"}`; sizes are mappings with
+        strategies: name -> `{"rule", "advised_by", "sizes"}`; sizes are mappings with `n_keep`,
             `kept_mean`, `flips`, `kl_mean` and `n_decisions`. A strategy that has `random` beside
             them keeps as many as it needs and is a point. The one called "random" has
             `flips_band` and `kl_band` as well, low and high.
@@ -94,29 +62,36 @@ def deletion_curves(
     page = Page(1180, LEGEND + height + ROW + 14, dpi)
     n_decisions = strategies["random"]["sizes"][0]["n_decisions"]
     decisions = "1 decision" if n_decisions == 1 else f"{n_decisions:,} decisions"
-    page.text(PLACES[0], 22, f"Effect of dropping history · {decisions}", 14, weight="bold")
     about = (
         f"Decisions made again on part of their {n_context:,} transitions, against all of them. "
         "Lower is better; below the grey band: better than chance"
     )
-    page.text(PLACES[0], 46, about, 10.5)
-    for left, quantity in zip(PLACES, QUANTITIES, strict=True):
-        page.text(left, TOP - 24, quantity.title, 11, weight="bold")
-        axes = page.plot(left, TOP, WIDTH, HEIGHT)
-        if empty is not None:
-            value = quantity.scale * empty[quantity.name]
-            axes.axhline(value, color=INK, lw=1.2, ls=":", zorder=2)
-        _draw(axes, strategies, styles, quantity, n_context)
+    page.heading(LEFT, f"Effect of dropping history · {decisions}", about)
+    nothing = (None, None) if empty is None else (100 * empty["flips"], empty["kl_mean"])
+    page.text(LEFT, TOP - 24, "Decisions whose most likely action changes", 11, weight="bold")
+    axes = page.plot(LEFT, TOP, WIDTH, HEIGHT)
+    _draw(axes, strategies, styles, ("flips", "flips_band", 100), nothing[0], n_context)
+    axes.yaxis.set_major_locator(MaxNLocator(5))
+    axes.set_ylim(bottom=0.0)
+    axes.set_ylabel("% of decisions", fontsize=9)
+    page.text(RIGHT, TOP - 24, "How far the action distribution moves", 11, weight="bold")
+    axes = page.plot(RIGHT, TOP, WIDTH, HEIGHT)
+    _draw(axes, strategies, styles, ("kl_mean", "kl_band", 1), nothing[1], n_context)
+    axes.set_yscale("symlog", linthresh=LINEAR_BELOW)
+    axes.yaxis.set_major_formatter(lambda value, _place: f"{value:g}")
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.set_ylim(bottom=0.0)
+    axes.set_ylabel("mean KL(full || compressed), nats (log scale)", fontsize=9)
     _legend(page, strategies, styles, rules, has_empty=empty is not None)
     page.save(path)
 
 
-def _styles(strategies: Strategies, worst: str) -> dict[str, dict[str, Any]]:
+def _styles(strategies: Strategies, worst: str) -> Styles:
     """Line, colour and marker of each strategy, in the order of the legend."""
-    others = [name for name in strategies if name not in ("random", worst)]
-    styles = {"random": {"color": RANDOM, "marker": "."}}
+    styles: dict[str, dict[str, Any]] = {"random": {"color": FAINT, "marker": "."}}
     if worst in strategies:
         styles[worst] = {"color": REWARD, "marker": "x"}
+    others = [name for name in strategies if name not in styles]
     for i, name in enumerate(others):
         styles[name] = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
     for name, style in styles.items():
@@ -129,20 +104,23 @@ def _styles(strategies: Strategies, worst: str) -> dict[str, dict[str, Any]]:
 def _draw(
     axes: Axes,
     strategies: Strategies,
-    styles: Mapping[str, Mapping[str, Any]],
-    quantity: Quantity,
+    styles: Styles,
+    quantity: tuple[str, str, float],
+    empty: float | None,
     n_context: int,
 ) -> None:
     """One quantity: the band of random draws, then a line or a point a strategy."""
+    name_of_value, name_of_band, scale = quantity
+    if empty is not None:
+        axes.axhline(empty, color=INK, lw=1.2, ls=":", zorder=2)
     sizes = strategies["random"]["sizes"]
     kept = [*(size["n_keep"] for size in sizes), n_context]
-    band = [*(size[quantity.band] for size in sizes), (0.0, 0.0)]
-    low, high = quantity.scale * np.array(band).T
+    low, high = scale * np.array([*(size[name_of_band] for size in sizes), (0.0, 0.0)]).T
     axes.fill_between(kept, low, high, color=BAND, lw=0, zorder=1)
     for name, style in styles.items():
-        found = strategies[name]["sizes"]
-        x = [size["kept_mean"] for size in found]
-        y = [quantity.scale * size[quantity.name] for size in found]
+        sizes = strategies[name]["sizes"]
+        x = [size["kept_mean"] for size in sizes]
+        y = [scale * size[name_of_value] for size in sizes]
         if _is_point(strategies[name]):
             axes.plot(np.maximum(x, kept[0]), y, zorder=5, clip_on=False, **style)
         else:
@@ -153,14 +131,6 @@ def _draw(
     axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xlabel(f"transitions kept of {n_context:,} (log scale)", fontsize=9)
-    if quantity.is_log:
-        axes.set_yscale("symlog", linthresh=LINEAR_BELOW)
-        axes.yaxis.set_major_formatter(lambda value, _place: f"{value:g}")
-        axes.yaxis.set_minor_locator(NullLocator())
-    else:
-        axes.yaxis.set_major_locator(MaxNLocator(5))
-    axes.set_ylim(bottom=0.0)
-    axes.set_ylabel(quantity.unit, fontsize=9)
     axes.grid(axis="y", color="#eeeeee", lw=0.8)
     axes.set_axisbelow(True)
 
@@ -168,16 +138,17 @@ def _draw(
 def _legend(
     page: Page,
     strategies: Strategies,
-    styles: Mapping[str, Mapping[str, Any]],
+    styles: Styles,
     rules: Mapping[str, list[str]],
     has_empty: bool,
 ) -> None:
     """Every strategy with what advises it and its rule."""
-    left, y = PLACES[0], LEGEND
-    for offset, text in zip(COLUMNS, ("strategy", "advised for", "rule"), strict=True):
-        page.text(left + offset, y - ROW, text, 8.5, color=SOFT)
+    name_at, advised_at, rule_at = (LEFT + offset for offset in COLUMNS)
+    y = LEGEND
+    for x, text in ((name_at, "strategy"), (advised_at, "advised for"), (rule_at, "rule")):
+        page.text(x, y - ROW, text, 8.5, color=SOFT)
     for name, rule in rules.items():
-        axes = page.plot(left, y - ROW / 2, 40, ROW)
+        axes = page.plot(LEFT, y - ROW / 2, 40, ROW)
         axes.set_axis_off()
         axes.set_xlim(0, 2)
         axes.set_ylim(-1, 1)
@@ -185,15 +156,15 @@ def _legend(
             axes.fill_between([0, 2], -0.7, 0.7, color=BAND, lw=0)
         x = [1] if _is_point(strategies[name]) else [0, 1, 2]
         axes.plot(x, [0] * len(x), markevery=[len(x) // 2], **styles[name])
-        page.text(left + COLUMNS[0], y, name, 9, weight="bold")
-        page.text(left + COLUMNS[1], y, ", ".join(strategies[name]["advised_by"]), 9)
+        page.text(name_at, y, name, 9, weight="bold")
+        page.text(advised_at, y, ", ".join(strategies[name]["advised_by"]), 9)
         for i, line in enumerate(rule):
-            page.text(left + COLUMNS[2], y + MORE * i, line, 9, color=SOFT)
+            page.text(rule_at, y + MORE * i, line, 9, color=SOFT)
         y += ROW + MORE * (len(rule) - 1)
     if has_empty:
-        page.lines([[(left, y), (left + 40, y)]], colors=INK, linewidths=1.2, linestyles=":")
-        page.text(left + COLUMNS[0], y, "empty", 9, weight="bold")
-        page.text(left + COLUMNS[2], y, "No history at all", 9, color=SOFT)
+        page.lines([[(LEFT, y), (LEFT + 40, y)]], colors=INK, linewidths=1.2, linestyles=":")
+        page.text(name_at, y, "empty", 9, weight="bold")
+        page.text(rule_at, y, "No history at all", 9, color=SOFT)
 
 
 def _is_point(entry: Mapping[str, Any]) -> bool:

@@ -1,8 +1,9 @@
 """The line plot: what the query token attends to, and how much attention each position receives.
 
-    lines("lines.png", layer.query_rows[0], layer.received[0], uniform_received(T), sample, layer=2)
+    line_plot("lines.png", a.query_curves, a.received_curves, decision, tokens, layer=2)
 
-Axes: `H` heads, `T` tokens, of which the last is the query token and the others are the history.
+A thin line a head, or a part of transitions, a bold one of their mean or sum, and a dashed one of
+uniform attention. `a` is a `SampleAttention`.
 """
 
 import math
@@ -14,35 +15,36 @@ import numpy as np
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike
 
-from attention.page import (
+from historylens.history import Decision
+from historylens.pictures.marks import MAX_EPISODE_LINES, history_colours, subtitle
+from historylens.pictures.order import Curves
+from historylens.pictures.page import (
     DPI,
     FAINT,
+    HEAD_COLOURS,
     INK,
-    MAX_EPISODE_LINES,
     SOFT,
     UNIFORM,
+    UNIFORM_LINE,
     Page,
-    history_colours,
-    subtitle,
 )
-from attention.samples import Sample
-from attention.tokens import Curves
+from historylens.tokens import Tokens
 
-HEAD_COLOURS = ("#0173b2", "#de8f05", "#029e73", "#cc78bc", "#ca9161", "#56b4e9")
-MANY_HEADS = "#7f9db9"  # one colour for all where there are more heads than colours
+MANY_HEADS = "#7f9db9"  # one colour for all where there are more lines than colours
 MAX_POINTS = 500  # longer histories are averaged in bins
 LOG_SPAN = 30.0  # the scale is logarithmic where the peak exceeds uniform attention by more
 LOG_FLOOR = 0.03  # lower end of a logarithmic scale, of uniform attention
 LEFT, RIGHT, TOP, WIDTH, HEIGHT = 80, 700, 104, 520, 268  # places of the two plots
 STRIP_TOP, STRIP = TOP + HEIGHT + 5, 9
+LEGEND = 452
 
 
-def lines(
+def line_plot(
     path: str | Path,
-    query_rows: ArrayLike,
-    received: ArrayLike,
-    uniform_received: ArrayLike,
-    sample: Sample,
+    query: Curves,
+    received: Curves,
+    decision: Decision,
+    tokens: Tokens,
     *,
     layer: int,
     heads: Sequence[int] | None = None,
@@ -52,64 +54,39 @@ def lines(
 
     Args:
         path: PNG to write.
-        query_rows: `(H, T)` attention row of the query token.
-        received: `(H, T)` average over the queries that may see a position.
-        uniform_received: `(T,)` the same where attention is uniform.
-        sample: names the picture and its tokens.
-        layer: number of the layer.
-        heads: numbers of the `H` heads; None: 0, 1, 2, ...
-        dpi: pixels an inch.
-
-    Raises:
-        ValueError: the number of tokens is not that of the sample.
-    """
-    query_rows, received = np.asarray(query_rows), np.asarray(received)
-    n_heads, n_tokens = len(query_rows), sample.n_context + 1
-    if query_rows.shape != (n_heads, n_tokens) or received.shape != (n_heads, n_tokens):
-        raise ValueError(
-            f"expected query rows and received attention (H, T) = ({n_heads}, {n_tokens}), "
-            f"got {query_rows.shape} and {received.shape}"
-        )
-    even = np.full(n_tokens, 1 / n_tokens), np.asarray(uniform_received)
-    panels = [
-        Curves((), values[:, :-1], values.mean(0)[:-1], baseline[:-1])
-        for values, baseline in zip((query_rows, received), even, strict=True)
-    ]
-    curve_lines(path, *panels, sample, layer=layer, heads=heads, dpi=dpi)
-
-
-def curve_lines(
-    path: str | Path,
-    query: Curves,
-    received: Curves,
-    sample: Sample,
-    *,
-    layer: int,
-    heads: Sequence[int] | None = None,
-    dpi: int = DPI,
-) -> None:
-    """The same from curves over transitions, for models of several tokens a transition.
-
-    Args:
-        path: PNG to write.
         query: what the query attends to.
-        received: what each transition receives.
-        sample: names the picture and its transitions.
+        received: what each transition receives, averaged over the tokens that may see it.
+        decision: what was decided.
+        tokens: what the model read.
         layer: number of the layer.
         heads: numbers of the heads, where each has a curve; None: 0, 1, 2, ...
         dpi: pixels an inch.
+
+    Raises:
+        ValueError: curves of another number of transitions.
     """
+    n, starts = decision.n, decision.episode_starts
+    if any(values.shape[-1] != n for values in (query.values, received.values)):
+        raise ValueError(
+            f"expected curves over {n} transitions, got {query.values.shape} and "
+            f"{received.values.shape}"
+        )
     numbers = range(len(query.values)) if heads is None else heads
     names = query.names or tuple(f"head {number}" for number in numbers)
-    has_episodes = len(sample.episode_starts) <= MAX_EPISODE_LINES
-    page = _sheet(names, bool(query.names), sample.n_context, dpi, has_episodes)
+    has_episodes = len(starts) <= MAX_EPISODE_LINES
+    page = _sheet(names, bool(query.names), n, dpi, has_episodes)
     page.restore()
-    page.text(LEFT, 22, f"Attention lines · layer {layer}", 14, weight="bold")
-    page.text(LEFT, 46, subtitle(sample), 10.5)
+    page.heading(LEFT, f"Attention lines · layer {layer}", subtitle(decision, tokens))
+    n_columns, n_rows = round(WIDTH * page.scale), round(STRIP * page.scale)
+    n_cells = min(n, n_columns)
+    cells = np.append(np.arange(n_cells) * n // n_cells, n)
+    strip = history_colours(starts, decision.rewarded, cells)  # one more: the query's
+    strip = strip[np.arange(n_columns) * n_cells // n_columns]
     for left, panel in ((LEFT, query), (RIGHT, received)):
         if has_episodes:
-            _draw_episodes(page, left, sample)
-        page.paste(left, STRIP_TOP, _history_strip(sample, page))
+            edges = [[(x, TOP), (x, TOP + HEIGHT)] for x in _x(left, starts[1:] - 0.5, n)]
+            page.lines(edges, colors="#dddddd", linewidths=0.8)
+        page.paste(left, STRIP_TOP, strip[None].repeat(n_rows, axis=0))
         _draw_plot(page, left, panel)
     page.save(path)
 
@@ -162,107 +139,73 @@ def _x(left: float, positions: np.ndarray, n: int) -> np.ndarray:
 
 
 def _draw_plot(page: Page, left: float, panel: Curves) -> None:
-    """Thin lines of heads or parts, a bold one of their mean or sum, dashed uniform attention."""
-    values, mean, baseline = panel.values, panel.whole, panel.uniform
-    n_lines, n = values.shape
-    scale = Scale(np.vstack([values, mean]), baseline)
-    binned, starts = bin_means(np.vstack([values, mean, baseline]))
-    middle = (starts + np.append(starts[1:], n) - 1) / 2
-    x = _x(left, middle, n)
+    lines = np.vstack([panel.values, panel.whole, panel.uniform])
+    n_lines, n = panel.values.shape
+    scale = Scale(lines[:-1], panel.uniform)
+    binned, starts = bin_means(lines)
+    x = _x(left, (starts + np.append(starts[1:], n) - 1) / 2, n)
     if len(starts) < n:
-        low, high = (scale.y(f.reduceat(mean, starts)) for f in (np.minimum, np.maximum))
+        low, high = (scale.y(f.reduceat(panel.whole, starts)) for f in (np.minimum, np.maximum))
         outline = np.stack([np.append(x, x[::-1]), np.append(low, high[::-1])], 1)
         page.fill(outline, facecolors="#dcdcdc")
     if n == 1:  # a line needs two ends
         x, binned = np.array([left, left + WIDTH]), binned.repeat(2, axis=1)
     curves = [np.stack([x, scale.y(line)], 1) for line in binned]
-    colours = [_colour(line, n_lines) for line in range(n_lines)]
-    page.lines(curves[:-2], colors=colours, linewidths=1.1 if panel.names else 0.8, alpha=0.8)
+    width = 1.1 if panel.names else 0.8
+    few = n_lines <= len(HEAD_COLOURS)
+    colours = list(HEAD_COLOURS[:n_lines]) if few else MANY_HEADS
+    page.lines(curves[:-2], colors=colours, linewidths=width, alpha=0.8)
     page.lines(curves[-2:-1], colors=INK, linewidths=1.6)
     page.lines(curves[-1:], colors=UNIFORM, linewidths=1.5, linestyles="--")
     for weight in scale.ticks():
-        y = float(scale.y(weight))
-        page.lines([[(left - 4, y), (left, y)]], colors=FAINT, linewidths=0.8)
-        page.text(left - 7, y, f"{weight:.4g}", 8, ha="right")
+        page.tick(float(scale.y(weight)), left, f"{weight:.4g}", 0.8, "left")
     name = "attention weight (log scale)" if scale.is_log else "attention weight"
     page.text(left - 62, TOP + HEIGHT / 2, name, 9, rotation=90, ha="center")
 
 
-def _colour(line: int, n_lines: int) -> str:
-    return HEAD_COLOURS[line] if n_lines <= len(HEAD_COLOURS) else MANY_HEADS
-
-
-def _draw_episodes(page: Page, left: float, sample: Sample) -> None:
-    places = _x(left, sample.episode_starts[1:] - 0.5, sample.n_context)
-    page.lines([[(x, TOP), (x, TOP + HEIGHT)] for x in places], colors="#dddddd", linewidths=0.8)
-
-
-def _history_strip(sample: Sample, page: Page) -> np.ndarray:
-    """Colours `(rows, columns, 3)` of the history, stretched or squeezed to the plot's width."""
-    n_columns, n_rows = round(WIDTH * page.scale), round(STRIP * page.scale)
-    n_cells = min(sample.n_context, n_columns)
-    starts = np.arange(n_cells) * sample.n_context // n_cells
-    cells = history_colours(sample, np.append(starts, sample.n_context))[:-1]
-    strip = cells[np.arange(n_columns) * n_cells // n_columns]
-    return strip[None].repeat(n_rows, axis=0)
-
-
 @lru_cache(maxsize=2)
-def _sheet(
-    names: tuple[str, ...], of_parts: bool, n_context: int, dpi: int, has_episodes: bool
-) -> Page:
+def _sheet(names: tuple[str, ...], of_parts: bool, n: int, dpi: int, has_episodes: bool) -> Page:
     """What all line plots of one shape have in common, drawn once."""
     page = Page(1250, 510, dpi)
     unit = "transition" if of_parts else "position"
     page.text(LEFT, 86, f"Attention of the query token to each {unit}", 11, weight="bold")
     page.text(RIGHT, 86, f"Attention that each {unit} receives", 11, weight="bold")
     locator = MaxNLocator(8, integer=True, steps=[1, 2, 5, 10])
-    ticks = {int(t) for t in locator.tick_values(0, n_context - 1) if 0 <= t < n_context}
+    ticks = {int(t) for t in locator.tick_values(0, n - 1) if 0 <= t < n}
     bottom = STRIP_TOP + STRIP
     for left in (LEFT, RIGHT):
         frame = [(left, TOP), (left, TOP + HEIGHT), (left + WIDTH, TOP + HEIGHT)]
         page.lines([frame], colors=FAINT, linewidths=0.8)
         page.text(left - 7, STRIP_TOP + STRIP / 2, "history", 8, ha="right")
         for tick in sorted(ticks):
-            x = float(_x(left, tick, n_context))
-            page.lines([[(x, bottom), (x, bottom + 4)]], colors=FAINT, linewidths=0.8)
-            page.text(x, bottom + 12, f"{tick}", 8, ha="center")
+            page.tick(float(_x(left, tick, n)), bottom, f"{tick}", 0.8, "below")
         name = "position in the history (0 = oldest transition)"
         page.text(left + WIDTH / 2, bottom + 31, name, 9, ha="center")
-    _draw_legend(page, names, of_parts, n_context, has_episodes)
+    _draw_legend(page, names, of_parts)
+    strip = "History strip: episodes in two greys, " if has_episodes else "History strip: "
+    means = " Means over heads." if of_parts else ""
+    seen = "token" if of_parts else "position"
+    page.text(LEFT, LEGEND + 22, f"{strip}rewarded transitions in red.{means}", 8.5, color=SOFT)
+    average = f"Average over the queries that may see the {seen}."
+    page.text(RIGHT, LEGEND + 22, average, 8.5, color=SOFT)
+    width = -(-n // MAX_POINTS)
+    if width > 1:
+        bins = f"A point is the mean of {width} positions; the grey band is their range."
+        page.text(LEFT, LEGEND + 40, bins, 8.5, color=SOFT)
     page.keep()
     return page
 
 
-def _draw_legend(
-    page: Page, names: tuple[str, ...], of_parts: bool, n_context: int, has_episodes: bool
-) -> None:
+def _draw_legend(page: Page, names: tuple[str, ...], of_parts: bool) -> None:
     whole = "whole transition (left: sum, right: mean of its tokens)"
     entries = [(whole if of_parts else "mean over heads", {"colors": INK, "linewidths": 2})]
     if len(names) > len(HEAD_COLOURS):
-        what = "part" if of_parts else "head"
-        label = f"each of the {len(names)} {what}s"
+        label = f"each of the {len(names)} {'part' if of_parts else 'head'}s"
         entries.append((label, {"colors": MANY_HEADS, "linewidths": 1}))
     else:
-        for name, colour in zip(names, HEAD_COLOURS, strict=False):
-            entries.append((name, {"colors": colour, "linewidths": 1.2}))
-    entries.append(
-        ("uniform attention", {"colors": UNIFORM, "linewidths": 1.6, "linestyles": "--"})
-    )
-    x, y = LEFT, 452
-    for label, style in entries:
-        page.lines([[(x, y), (x + 26, y)]], **style)
-        page.text(x + 32, y, label, 9)
+        styles = ({"colors": colour, "linewidths": 1.2} for colour in HEAD_COLOURS)
+        entries += zip(names, styles, strict=False)
+    x = LEFT
+    for label, style in [*entries, ("uniform attention", UNIFORM_LINE)]:
+        page.swatch(x, LEGEND, label, **style)
         x += 56 + 7 * len(label)
-    episodes = "episodes in two greys, " if has_episodes else ""
-    notes = f"History strip: {episodes}rewarded transitions in red."
-    notes += " Means over heads." if of_parts else ""
-    page.text(LEFT, y + 22, notes, 8.5, color=SOFT)
-    received = "Average over the queries that may see the position."
-    if of_parts:
-        received = "Average over the queries that may see the token."
-    page.text(RIGHT, y + 22, received, 8.5, color=SOFT)
-    width = -(-n_context // MAX_POINTS)
-    if width > 1:
-        bins = f"A point is the mean of {width} positions; the grey band is their range."
-        page.text(LEFT, y + 40, bins, 8.5, color=SOFT)

@@ -1,9 +1,9 @@
 """The four summary metrics as pictures: their distribution over samples, their course over layers.
 
-    summary("summary.png", {"entropy": values, ...}, {"entropy": 5.4, ...}, layer=2)       # (B,)
-    layers("layers.png", {"entropy": values, ...}, {"entropy": 5.4, ...}, numbers=[0, 1])  # (L, B)
+    summary("summary.png", {"entropy": values, ...}, {"entropy": 5.4, ...}, layer=2)       # (S,)
+    course("layers.png", {"entropy": values, ...}, {"entropy": 5.4, ...}, layers=[0, 1])   # (L, S)
 
-Axes: `B` samples, `L` layers.
+Axes: `S` samples, `L` layers.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,42 +12,44 @@ from pathlib import Path
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
-from numpy.typing import ArrayLike
 
-from attention.page import DPI, INK, SOFT, UNIFORM, Page
+from historylens.pictures.page import DPI, INK, SOFT, UNIFORM, UNIFORM_LINE, Page
 
 BLUE = "#3b7ea1"
 MAX_MARKED_SAMPLES = 200  # beyond, samples are not marked one by one
 LOG_SPAN = 100.0  # an axis is logarithmic where the values of a ratio span more
 WIDTH, HEIGHT = 400, 200
-PLACES = ((90, 136), (590, 136), (90, 472), (590, 472))
-METRIC_TEXTS = {
+METRICS = {  # name -> title, meaning, unit, place
     "mean_context_attention": (
         "Mean context attention",
         "average weight on a transition of the history",
         "attention weight",
+        (90, 136),
     ),
     "concentration": (
         "Attention concentration",
         "standard deviation over the history; higher: more focused",
         "attention weight",
+        (590, 136),
     ),
     "entropy": (
         "Attention entropy",
         "higher: spread more evenly over the history",
         "nats",
+        (90, 472),
     ),
     "recent_distant_ratio": (
         "Recent/distant ratio",
         "mean weight of the last quarter / first quarter; above 1: recent",
         "ratio",
+        (590, 472),
     ),
 }
 
 
 def summary(
     path: str | Path,
-    metrics: Mapping[str, ArrayLike],
+    values: Mapping[str, np.ndarray],
     uniform: Mapping[str, float],
     *,
     layer: int,
@@ -57,12 +59,11 @@ def summary(
 
     Args:
         path: PNG to write.
-        metrics: name -> `(B,)`, for the names of `METRIC_TEXTS`.
+        values: name -> `(S,)`, for the names of `METRICS`.
         uniform: name -> the value under uniform attention.
         layer: number of the layer.
         dpi: pixels an inch.
     """
-    values = {name: np.asarray(metrics[name], float) for name in METRIC_TEXTS}
     n_samples = len(values["entropy"])
     note = "short ticks: single samples" if n_samples <= MAX_MARKED_SAMPLES else ""
     page = _page(f"Attention summary · layer {layer}", n_samples, dpi, note)
@@ -75,7 +76,7 @@ def summary(
 
 
 def _draw_distribution(axes: Axes, values: np.ndarray, uniform: float, log: bool) -> None:
-    """Histogram of `values (B,)` with its mean and the value under uniform attention."""
+    """Histogram of `values (S,)` with its mean and the value under uniform attention."""
     import seaborn  # only this picture needs it, and it takes a while to import
 
     drawn = np.maximum(values, values[values > 0].min()) if log else values
@@ -91,34 +92,32 @@ def _draw_distribution(axes: Axes, values: np.ndarray, uniform: float, log: bool
     axes.axvline(values.mean(), color=INK, lw=2)
     axes.axvline(uniform, color=UNIFORM, lw=1.6, ls="--")
     axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
-    if log:
-        axes.xaxis.set_major_formatter(_plain)
-    else:
-        axes.xaxis.set_major_locator(MaxNLocator(5))
     numbers = f"mean {_short(values.mean())} ± {_short(values.std())}"
     if log:
+        axes.xaxis.set_major_formatter(_plain)
         numbers += f", median {_short(np.median(values))}"
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(5))
     axes.set_title(f"{numbers}; uniform {_short(uniform)}", fontsize=9, loc="left", pad=4)
 
 
-def layers(
+def course(
     path: str | Path,
-    metrics: Mapping[str, ArrayLike],
+    values: Mapping[str, np.ndarray],
     uniform: Mapping[str, float],
     *,
-    numbers: Sequence[int],
+    layers: Sequence[int],
     dpi: int = DPI,
 ) -> None:
     """Draw each metric across layers.
 
     Args:
         path: PNG to write.
-        metrics: name -> `(L, B)`, for the names of `METRIC_TEXTS`.
+        values: name -> `(L, S)`, for the names of `METRICS`.
         uniform: name -> the value under uniform attention.
-        numbers: `L` numbers of the layers.
+        layers: `L` numbers of the layers.
         dpi: pixels an inch.
     """
-    values = {name: np.asarray(metrics[name], float) for name in METRIC_TEXTS}
     n_samples = values["entropy"].shape[1]
     note = "band: the middle 80 % of samples"
     if n_samples <= MAX_MARKED_SAMPLES:
@@ -126,17 +125,17 @@ def layers(
     page = _page("Attention across layers", n_samples, dpi, note)
     for name, axes, unit in _plots(page):
         log = _is_log(name, values[name])
-        _draw_course(axes, values[name], uniform[name], numbers, log)
+        _draw_course(axes, values[name], uniform[name], layers, log)
         axes.set_xlabel("layer", fontsize=9)
         axes.set_ylabel(f"{unit} (log scale)" if log else unit, fontsize=9)
     page.save(path)
 
 
 def _draw_course(
-    axes: Axes, values: np.ndarray, uniform: float, numbers: Sequence[int], log: bool
+    axes: Axes, values: np.ndarray, uniform: float, layers: Sequence[int], log: bool
 ) -> None:
-    """`values (L, B)`: the middle 80 % of samples, every sample where they are few, the mean."""
-    x = np.arange(len(numbers))
+    """`values (L, S)`: the middle 80 % of samples, every sample where they are few, the mean."""
+    x = np.arange(len(layers))
     low, high = np.quantile(values, [0.1, 0.9], axis=1)
     axes.fill_between(x, low, high, color=BLUE, alpha=0.2, lw=0)
     if values.shape[1] <= MAX_MARKED_SAMPLES:
@@ -151,33 +150,25 @@ def _draw_course(
         ends = min(values.min(), uniform), max(values.max(), uniform)
         margin = 0.06 * (ends[1] - ends[0]) or 0.5
         axes.set_ylim(ends[0] - margin, ends[1] + margin)
-    axes.set_xlim(-0.4, len(numbers) - 0.6)
+    axes.set_xlim(-0.4, len(layers) - 0.6)
     shown = x[:: max(1, len(x) // 12)]
-    axes.set_xticks(shown, [str(numbers[i]) for i in shown])
+    axes.set_xticks(shown, [str(layers[i]) for i in shown])
 
 
 def _page(title: str, n_samples: int, dpi: int, note: str) -> Page:
     page = Page(1020, 780, dpi)
     samples = "1 sample" if n_samples == 1 else f"{n_samples:,} samples"
-    page.text(90, 22, f"{title} · {samples}", 14, weight="bold")
-    page.text(90, 46, "Attention of the query token to its history, averaged over heads", 10.5)
-    x = 90
-    for label, style in (
-        ("mean over samples", {"colors": INK, "linewidths": 2}),
-        ("uniform attention", {"colors": UNIFORM, "linewidths": 1.6, "linestyles": "--"}),
-    ):
-        page.lines([[(x, 752), (x + 26, 752)]], **style)
-        page.text(x + 32, 752, label, 9)
-        x += 180
-    page.text(x, 752, note, 9)
+    about = "Attention of the query token to its history, averaged over heads"
+    page.heading(90, f"{title} · {samples}", about)
+    page.swatch(90, 752, "mean over samples", colors=INK, linewidths=2)
+    page.swatch(270, 752, "uniform attention", **UNIFORM_LINE)
+    page.text(450, 752, note, 9)
     return page
 
 
 def _plots(page: Page) -> Iterator[tuple[str, Axes, str]]:
     """Name, axes and unit of each metric, its title written."""
-    for (name, (title, meaning, unit)), (left, top) in zip(
-        METRIC_TEXTS.items(), PLACES, strict=True
-    ):
+    for name, (title, meaning, unit, (left, top)) in METRICS.items():
         page.text(left, top - 50, title, 11, weight="bold")
         page.text(left, top - 32, meaning, 8.5, color=SOFT)
         axes = page.plot(left, top, WIDTH, HEIGHT)

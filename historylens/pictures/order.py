@@ -1,9 +1,9 @@
 """The attention of one sample and layer as pictures show it, whatever the model's own order is.
 
     attention = SampleAttention.of(layer, 3, 0, tokens, uniform_row)
-    attention.maps                                      # for the heatmap: a row and a column a token
-    attention.query_curves, attention.received_curves   # for the line plot: curves over transitions
-    attention.numbers()                                 # what is drawn, for metrics.json
+    attention.maps                                     # for the heatmap: a row and a column a token
+    attention.query_curves, attention.received_curves  # for the line plot: over transitions
+    attention.numbers()                                # what is drawn, for metrics.json
 
 Tokens stand in the order of time, the one that decides last, so that pictures of all models read
 alike. Axes: `T` tokens of the model, `P` of them shown (all but padding), `n` transitions, `H`
@@ -16,9 +16,9 @@ from typing import Any, Literal
 import numpy as np
 
 from historylens.capture import LayerAttention
+from historylens.common.files import rounded
+from historylens.metrics import uniform_received as causal_received
 from historylens.tokens import NONE, PADDING, Tokens, order_of_time, uniform_received
-
-DIGITS = 6  # significant ones of drawn numbers; metrics keep all theirs
 
 
 @dataclass(frozen=True)
@@ -136,12 +136,12 @@ class SampleAttention:
         Returns:
             `query_rows` and `received`, each `{"mean": T numbers, "heads": H lists of T}`; then
             `uniform_query_row` and `uniform_received`, `T` numbers each, but for a causal mask and
-            a token a transition with the query last: there they are `1 / T` and `causal_received`.
+            a token a transition with the query last: `1 / T` and `metrics.uniform_received`.
         """
         drawn: dict[str, Any] = {}
         for name, weights in (("query_rows", self.query_rows), ("received", self.received)):
             weights = weights.astype(np.float64)
-            drawn[name] = {"mean": rounded(weights.mean(0)), "heads": [*map(rounded, weights)]}
+            drawn[name] = {"mean": rounded(weights.mean(0)), "heads": rounded(weights)}
         n_tokens = len(self.tokens)
         is_plain = (
             self.tokens.is_plain
@@ -154,20 +154,6 @@ class SampleAttention:
         return drawn
 
 
-def rounded(values: np.ndarray) -> list[float]:
-    """Numbers `(T,)` with 6 significant digits."""
-    return [float(f"{value:.{DIGITS}g}") for value in values]
-
-
-def causal_received(n_tokens: int) -> np.ndarray:
-    """`(T,)`: attention received where every token weighs itself and all before it equally.
-
-    Token j receives `1 / (i + 1)` from every token `i >= j`: the average over those.
-    """
-    weights = 1.0 / np.arange(1, n_tokens + 1)  # token i reads i + 1 tokens
-    return np.cumsum(weights[::-1])[::-1] / np.arange(n_tokens, 0, -1)
-
-
 def _in_order(
     maps: np.ndarray,
     rows: np.ndarray,
@@ -178,21 +164,21 @@ def _in_order(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Maps, rows and columns with the tokens in the order of time.
 
-    The last row is made of the deciding token's own `(H, T)` attention, wherever it stands.
+    A binned map may lack the deciding token's row: it is made of its `(H, T)` attention.
     """
-    order = order_of_time(tokens)
-    place = np.full(len(tokens), -1)
-    place[order] = np.arange(len(order))
-    first = np.minimum.reduceat(np.where(place < 0, len(tokens), place), cols)
-    columns = np.argsort(first)[: np.count_nonzero(first < len(tokens))]  # without padding
-    keep = np.flatnonzero((place[rows] >= 0) & (rows != tokens.decides))
-    keep = keep[np.argsort(place[rows[keep]])]
     n_seen = np.add.reduceat(visible, cols, dtype=float)
     with np.errstate(invalid="ignore"):
-        last = np.add.reduceat(query_rows * visible, cols, axis=1) / n_seen  # 0 / 0: forbidden
-    last = last[:, None].astype(maps.dtype)
-    ordered = np.concatenate([maps[:, keep], last], axis=1)[:, :, columns]
-    return ordered, np.append(place[rows[keep]], len(order) - 1), first[columns]
+        own = np.add.reduceat(query_rows * visible, cols, axis=1) / n_seen  # 0 / 0: forbidden
+    others = rows != tokens.decides
+    maps = np.concatenate([maps[:, others], own[:, None].astype(maps.dtype)], axis=1)
+    rows = np.append(rows[others], tokens.decides)
+    order = order_of_time(tokens)
+    place = np.full(len(tokens), len(tokens))
+    place[order] = np.arange(len(order))
+    first, at = np.minimum.reduceat(place, cols), place[rows]
+    columns = np.argsort(first)[: np.count_nonzero(first < len(order))]  # padding is left out
+    keep = np.argsort(at)[: np.count_nonzero(at < len(order))]
+    return maps[:, keep][:, :, columns], at[keep], first[columns]
 
 
 def _received_evenly(

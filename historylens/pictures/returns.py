@@ -1,16 +1,17 @@
 """The two pictures of a comparison: return against transitions kept, and against episodes.
 
-draw_by_budget("figs/compression/return_by_budget.png", study, picture)
-draw_by_episode("figs/compression/return_by_episode.png", study, picture)
+    draw_by_budget("figs/compression/return_by_budget.png", study, picture)
+    draw_by_episode("figs/compression/return_by_episode.png", study, picture)
 
-A few strategies have a colour, the same in both pictures; the others are grey. Every number drawn
-is in `results.json`. The same study gives the same bytes.
+A few strategies have a colour, the same in both pictures; the others are grey. `study` is a
+`comparison.study.Study` and its `rows` are arms in numbers; every number drawn is in
+`results.json`. The same study gives the same bytes.
 """
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -18,11 +19,11 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
-from attention.files import write_atomically
-from attention.lineplot import HEAD_COLOURS
-from attention.page import DPI, FAINT, INK, SOFT, UNIFORM
-from comparison.judgement import RANDOM, RECENT, Row, Study
+from historylens.common.files import write_atomically
+from historylens.common.text import fixed
+from historylens.pictures.page import DPI, FAINT, HEAD_COLOURS, INK, SOFT, UNIFORM
 
+RANDOM, RECENT = "random", "recent"
 N_COLOURED = 4  # strategies with a colour of their own, beside recent and random
 N_COLUMNS = 4  # panels beside each other
 GREY, FULL_COLOUR, EMPTY_COLOUR = "#c4c4c4", "#0b6e4f", "#8a8a8a"
@@ -48,23 +49,20 @@ class Picture:
     n_max: int
 
 
-def draw_by_budget(path: str | Path, study: Study, picture: Picture) -> None:
+def draw_by_budget(path: str | Path, study: Any, picture: Picture) -> None:
     """Return over the second half of the episodes, against transitions kept; a line a strategy."""
     figure = Figure(figsize=(11.5, 7.2), dpi=DPI)
     axes = figure.add_axes((0.065, 0.115, 0.655, 0.735))
     _heading(figure, f"What compressed history earns · {picture.title}", picture, study)
-    lines = _by_strategy(study)
-    colours = _colours(study)
+    lines, colours = _by_strategy(study), _colours(study)
     _draw_levels(axes, study, picture)
     if study.recommended is not None:
         _ring(axes, study.recommended)
-    if RANDOM in lines:
-        _draw_random(axes, lines[RANDOM])
+    _draw_random(axes, lines.get(RANDOM, []))
     for name in sorted(lines, key=lambda name: name in colours):
-        aside = list(colours).index(name) - (len(colours) - 1) / 2 if name in colours else 0.0
-        _draw_line(axes, lines[name], colours.get(name, GREY), name in colours, aside)
-    budgets = sorted({row.arm.n_keep for row in study.candidates})
-    _budget_axis(axes, budgets, [row.kept for row in study.candidates])
+        aside = list(colours).index(name) - (len(colours) - 1) / 2 if name in colours else None
+        _draw_line(axes, lines[name], colours.get(name, GREY), aside)
+    _budget_axis(axes, study)
     axes.set_xlabel("transitions kept (of each decision's history)", fontsize=10.5)
     axes.set_ylabel("reward an episode, second half of the episodes", fontsize=10.5)
     axes.set_ylim(*_limits(study, picture))
@@ -73,9 +71,9 @@ def draw_by_budget(path: str | Path, study: Study, picture: Picture) -> None:
     _save(figure, path)
 
 
-def draw_by_episode(path: str | Path, study: Study, picture: Picture) -> None:
+def draw_by_episode(path: str | Path, study: Any, picture: Picture) -> None:
     """Return of each in-context episode: a panel a budget, full and empty history in each."""
-    budgets = sorted({row.arm.n_keep for row in study.candidates})
+    budgets = _budgets(study)
     n_columns = min(N_COLUMNS, max(1, len(budgets)))
     n_rows = -(-max(1, len(budgets)) // n_columns)
     width, height = max(9.0, 0.8 + 3.6 * n_columns), 1.15 + PANEL * n_rows
@@ -103,7 +101,7 @@ def draw_by_episode(path: str | Path, study: Study, picture: Picture) -> None:
     _save(figure, path)
 
 
-def _heading(figure: Figure, title: str, picture: Picture, study: Study) -> None:
+def _heading(figure: Figure, title: str, picture: Picture, study: Any) -> None:
     width, height = figure.get_size_inches()
     place = {"x": 0.6 / width, "va": "center"}
     figure.text(y=1 - 0.3 / height, s=title, size=14, weight="bold", color=INK, **place)
@@ -111,35 +109,39 @@ def _heading(figure: Figure, title: str, picture: Picture, study: Study) -> None
     figure.text(y=1 - 0.83 / height, s=finding(study), size=10, color=FULL_COLOUR, **place)
 
 
-def finding(study: Study) -> str:
+def finding(study: Any) -> str:
     """What the comparison found, in a line."""
     if study.doubts:
         return "The model is not shown to use its history: no compression can be judged on it."
-    row = study.recommended
+    row, full, where = study.recommended, study.full, ""
     if row is None:
         share = f"{study.margin_share:.0%}"
         return f"No shorter history is shown to lose less than {share} of full history's return."
-    full, where, tried = study.full, "", study.confirmation
-    if tried is not None:
-        row, full, where = tried.row, tried.full, f" in {tried.n_seeds} new runs a goal"
+    if study.confirmation is not None:
+        row, full = study.confirmation.row, study.confirmation.full
+        where = f" in {study.confirmation.n_seeds} new runs a goal"
+    budget = "" if row.arm.n_keep is None else f", {row.arm.n_keep} transitions"
+    low, high = row.difference.low, row.difference.high
     return (
-        f"Recommended: {row.arm.name}"
-        + (f", {row.arm.n_keep} transitions" if row.arm.n_keep is not None else "")
-        + f": {row.mean.value:.2f} against {full.mean.value:.2f}{where}, difference "
-        f"{row.difference.value:+.2f} [{row.difference.low:+.2f}, {row.difference.high:+.2f}] "
-        f"({row.verdict})"
+        f"Recommended: {row.arm.name}{budget}: {row.mean.value:.2f} against "
+        f"{full.mean.value:.2f}{where}, difference {row.difference.value:+.2f} "
+        f"[{low:+.2f}, {high:+.2f}] ({row.verdict})"
     )
 
 
-def _by_strategy(study: Study) -> dict[str, list[Row]]:
+def _by_strategy(study: Any) -> dict[str, list[Any]]:
     """Rows of each strategy with a budget, the smallest first; full history ends recency's line."""
-    lines: dict[str, list[Row]] = {}
+    lines: dict[str, list[Any]] = {}
     for row in sorted(study.candidates, key=lambda row: row.arm.n_keep):
         lines.setdefault(row.arm.name, []).append(row)
     return lines
 
 
-def _colours(study: Study) -> dict[str, str]:
+def _budgets(study: Any) -> list[int]:
+    return sorted({row.arm.n_keep for row in study.candidates})
+
+
+def _colours(study: Any) -> dict[str, str]:
     """The strategies that stand out: recency, random, the recommended and the best on average."""
     lines = _by_strategy(study)
     average = {
@@ -148,22 +150,22 @@ def _colours(study: Study) -> dict[str, str]:
         if name not in (RECENT, RANDOM)
     }
     best = sorted(average, key=lambda name: (-average[name], name))
-    if study.recommended is not None and study.recommended.arm.name in average:
+    if study.recommended is not None:
         best.sort(key=lambda name: name != study.recommended.arm.name)
     colours = dict(zip(best[:N_COLOURED], HEAD_COLOURS, strict=False))
     return colours | {name: c for name, c in ((RANDOM, UNIFORM), (RECENT, INK)) if name in lines}
 
 
-def _draw_levels(axes: Axes, study: Study, picture: Picture) -> None:
+def _draw_levels(axes: Axes, study: Any, picture: Picture) -> None:
     """Full and empty history as horizontal bands, and the best possible return."""
-    for row, colour in ((study.full, FULL_COLOUR), (study.empty, EMPTY_COLOUR)):
-        axes.axhline(row.mean.value, color=colour, lw=1.6, ls="--", zorder=1.5)
-        if not row.mean.is_open:
-            axes.axhspan(row.mean.low, row.mean.high, color=colour, alpha=0.16, lw=0, zorder=1)
-    full, empty = study.full.mean.value, study.empty.mean.value
-    name = f"full history (up to {picture.n_max} transitions): {full:.2f}"
-    _name_level(axes, full, name, FULL_COLOUR, "left")
-    _name_level(axes, empty, f"empty history: {empty:.2f}", EMPTY_COLOUR, "right")
+    full, empty = study.full.mean, study.empty.mean
+    for mean, colour in ((full, FULL_COLOUR), (empty, EMPTY_COLOUR)):
+        axes.axhline(mean.value, color=colour, lw=1.6, ls="--", zorder=1.5)
+        if not mean.is_open:
+            axes.axhspan(mean.low, mean.high, color=colour, alpha=0.16, lw=0, zorder=1)
+    name = f"full history (up to {picture.n_max} transitions): {full.value:.2f}"
+    _name_level(axes, full.value, name, FULL_COLOUR, "left")
+    _name_level(axes, empty.value, f"empty history: {empty.value:.2f}", EMPTY_COLOUR, "right")
     if picture.best is not None:
         axes.axhline(picture.best, color=FAINT, lw=1, ls=":", zorder=1)
         _name_level(axes, picture.best, f"best possible: {picture.best:.2f}", SOFT, "right")
@@ -176,7 +178,7 @@ def _name_level(axes: Axes, height: float, name: str, colour: str, side: str) ->
     )  # fmt: skip
 
 
-def _ring(axes: Axes, row: Row) -> None:
+def _ring(axes: Axes, row: Any) -> None:
     """Mark the recommended arm."""
     place = (row.kept, row.mean.value)
     axes.plot(*place, "o", ms=15, mec=FULL_COLOUR, mfc="none", mew=1.6, zorder=5)
@@ -186,27 +188,24 @@ def _ring(axes: Axes, row: Row) -> None:
     )  # fmt: skip
 
 
-def _draw_random(axes: Axes, rows: Sequence[Row]) -> None:
+def _draw_random(axes: Axes, rows: Sequence[Any]) -> None:
     """The 95 % interval of a random choice, shaded: what a strategy has to beat."""
-    rows = [row for row in rows if not row.mean.is_open]
-    axes.fill_between(
-        [row.kept for row in rows],
-        [row.mean.low for row in rows],
-        [row.mean.high for row in rows],
-        color=UNIFORM, alpha=0.13, lw=0, zorder=1.2,
-    )  # fmt: skip
+    bars = [(row.kept, row.mean.low, row.mean.high) for row in rows if not row.mean.is_open]
+    if bars:
+        x, low, high = zip(*bars, strict=True)
+        axes.fill_between(x, low, high, color=UNIFORM, alpha=0.13, lw=0, zorder=1.2)
 
 
-def _draw_line(
-    axes: Axes, rows: Sequence[Row], colour: str, stands_out: bool, aside: float
-) -> None:
-    """A strategy: its intervals where it stands out, each a little aside of those of the others;
-    markers filled where it is shown safe.
+def _draw_line(axes: Axes, rows: Sequence[Any], colour: str, aside: float | None) -> None:
+    """A strategy; markers are filled where it is shown safe.
+
+    One that stands out has its intervals, this many of them aside of its markers.
     """
-    x = [row.kept for row in rows]
-    y = [row.mean.value for row in rows]
+    stands_out = aside is not None
     order = 4 if stands_out else 2
-    axes.plot(x, y, color=colour, lw=2.0 if stands_out else 1.0, zorder=order)
+    y = [row.mean.value for row in rows]
+    width = 2.0 if stands_out else 1.0
+    axes.plot([row.kept for row in rows], y, color=colour, lw=width, zorder=order)
     for row in rows:
         if stands_out and not row.mean.is_open:
             place = max(0.0, row.kept**0.5 + ASIDE * aside) ** 2
@@ -216,15 +215,16 @@ def _draw_line(
                   mfc=colour if row.is_good else "white", mew=1.4, zorder=order + 0.5)  # fmt: skip
 
 
-def _budget_axis(axes: Axes, budgets: Sequence[int], kept: Sequence[float]) -> None:
+def _budget_axis(axes: Axes, study: Any) -> None:
     """A square-root scale: small budgets stand apart, and nothing kept has a place."""
     axes.set_xscale(
         "function", functions=(lambda x: np.sqrt(np.maximum(x, 0)), lambda x: np.square(x))
     )
+    budgets, kept = _budgets(study), [row.kept for row in study.candidates]
     low, high = np.sqrt(min(kept, default=0)), np.sqrt(max(kept, default=1))
     pad = 0.06 * (high - low) or 0.5
     axes.set_xlim(max(0.0, low - pad) ** 2, (high + pad) ** 2)
-    axes.xaxis.set_major_locator(FixedLocator(list(budgets)))
+    axes.xaxis.set_major_locator(FixedLocator(budgets))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xticklabels([str(budget) for budget in budgets])
     axes.spines[["top", "right"]].set_visible(False)
@@ -233,21 +233,20 @@ def _budget_axis(axes: Axes, budgets: Sequence[int], kept: Sequence[float]) -> N
     axes.tick_params(labelsize=9.5)
 
 
-def _limits(study: Study, picture: Picture) -> tuple[float, float]:
-    rows = [row.mean for row in study.rows]
-    values = [v for e in rows for v in (e.value, e.low, e.high) if v is not None]
+def _limits(study: Any, picture: Picture) -> tuple[float, float]:
+    means = [row.mean for row in study.rows]
+    values = [v for e in means for v in (e.value, e.low, e.high) if v is not None]
     low, high = min(0.0, *values), max([*values, picture.best or -np.inf])
     return low - 0.03 * (high - low), high + 0.06 * (high - low or 1)
 
 
-def _label_lines(axes: Axes, lines: dict[str, list[Row]], colours: dict[str, str]) -> None:
+def _label_lines(axes: Axes, lines: dict[str, list[Any]], colours: dict[str, str]) -> None:
     """Names in a column beside the plot, in the order of the lines' ends, with leaders to them."""
     bottom, top = axes.get_ylim()
     ends = {name: (rows[-1].mean.value - bottom) / (top - bottom) for name, rows in lines.items()}
     names = sorted(ends, key=lambda name: (ends[name], name))
     for name, height in zip(names, spread([ends[name] for name in names], LABEL_GAP), strict=True):
-        colour = colours.get(name)
-        last = lines[name][-1]
+        colour, last = colours.get(name), lines[name][-1]
         axes.annotate(
             name, (last.kept, last.mean.value), xycoords="data",
             xytext=(1.045, height), textcoords="axes fraction",
@@ -277,52 +276,44 @@ def spread(places: Sequence[float], gap: float) -> list[float]:
     return [min(max(origin, 0.0), highest) + i * gap for i, origin in enumerate(origins)]
 
 
-def _explain_markers(figure: Figure, study: Study) -> None:
-    share = f"{study.margin_share:.0%}"
-    lines = [
-        ("filled", f"shown to lose less than {share}"),
-        ("", "of full history (safe or better)"),
-        ("open", "not shown: worse or inconclusive"),
-        ("bar", "95 % interval over seeds"),
-        ("band", "95 % interval of random choice"),
-    ]
+def _explain_markers(figure: Figure, study: Any) -> None:
+    texts = (
+        f"shown to lose less than {study.margin_share:.0%}",
+        "of full history (safe or better)",
+        "not shown: worse or inconclusive",
+        "95 % interval over seeds",
+        "95 % interval of random choice",
+    )
     axes = figure.add_axes((0.735, 0.025, 0.26, 0.145))
-    axes.set(xlim=(0, 1), ylim=(len(lines), -1))
+    axes.set(xlim=(0, 1), ylim=(len(texts), -1))
     axes.axis("off")
-    for i, (kind, text) in enumerate(lines):
-        if kind in ("filled", "open"):
-            face = SOFT if kind == "filled" else "white"
-            axes.plot(0.05, i, "o", ms=6.5, mec=SOFT, mfc=face, mew=1.4)
-        elif kind == "bar":
-            axes.plot([0.05, 0.05], [i - 0.4, i + 0.4], color=SOFT, lw=1.2)
-        elif kind == "band":
-            axes.fill_between([0.02, 0.08], i - 0.35, i + 0.35, color=UNIFORM, alpha=0.25, lw=0)
+    axes.plot(0.05, 0, "o", ms=6.5, mec=SOFT, mfc=SOFT, mew=1.4)
+    axes.plot(0.05, 2, "o", ms=6.5, mec=SOFT, mfc="white", mew=1.4)
+    axes.plot([0.05, 0.05], [2.6, 3.4], color=SOFT, lw=1.2)
+    axes.fill_between([0.02, 0.08], 3.65, 4.35, color=UNIFORM, alpha=0.25, lw=0)
+    for i, text in enumerate(texts):
         axes.text(0.12, i, text, size=8.5, color=SOFT, va="center")
 
 
 def _draw_panel(
-    axes: Axes, study: Study, budget: int, colours: dict[str, str], picture: Picture
+    axes: Axes, study: Any, budget: int, colours: dict[str, str], picture: Picture
 ) -> None:
     """Curves of one budget; the legend has what each loses over all episodes."""
     episodes = np.arange(1, len(study.full.by_episode) + 1)
-    rows = sorted(
-        (row for row in study.candidates if row.arm.n_keep == budget),
-        key=lambda row: row.arm.name not in colours,
-    )
+    rows = [row for row in study.candidates if row.arm.n_keep == budget]
     low, high = zip(*((e.low, e.high) for e in study.full_by_episode), strict=True)
     if None not in low:
         axes.fill_between(episodes, low, high, color=FULL_COLOUR, alpha=0.16, lw=0)
     axes.plot(episodes, study.full.by_episode, color=FULL_COLOUR, lw=2.2, ls="--", zorder=5,
               label="full history")  # fmt: skip
-    for row in rows:
+    for row in sorted(rows, key=lambda row: row.arm.name not in colours):
         colour = colours.get(row.arm.name)
-        axes.plot(
-            episodes, row.by_episode, color=colour or GREY, lw=1.6 if colour else 0.8,
-            zorder=4 if colour else 2,
-            label=f"{row.arm.name} ({_loss(row)})" if colour else None,
-        )  # fmt: skip
+        label = f"{row.arm.name} ({fixed(row.adaptation_loss.value, 1, '+')})" if colour else None
+        width, order = (1.6, 4) if colour else (0.8, 2)
+        axes.plot(episodes, row.by_episode, color=colour or GREY, lw=width, zorder=order,
+                  label=label)  # fmt: skip
     axes.plot(episodes, study.empty.by_episode, color=EMPTY_COLOUR, lw=1.6, ls=":", zorder=3,
-              label=f"empty history ({_loss(study.empty)})")  # fmt: skip
+              label=f"empty history ({fixed(study.empty.adaptation_loss.value, 1, '+')})")  # fmt: skip
     if picture.best is not None:
         axes.axhline(picture.best, color=FAINT, lw=1, ls=":")
         _name_level(axes, picture.best, "best possible", SOFT, "right")
@@ -336,12 +327,8 @@ def _draw_panel(
                 ncols=2, columnspacing=1.0, handlelength=1.4, borderpad=0)  # fmt: skip
 
 
-def _loss(row: Row) -> str:
-    return f"{round(row.adaptation_loss.value, 1) + 0.0:+.1f}"
-
-
 def _save(figure: Figure, path: str | Path) -> None:
     FigureCanvasAgg(figure)
-    content = io.BytesIO()
-    figure.savefig(content, format="png", metadata={"Software": None})
-    write_atomically(path, content.getvalue())
+    write_atomically(
+        path, lambda file: figure.savefig(file, format="png", metadata={"Software": None})
+    )

@@ -1,0 +1,212 @@
+"""Forward passes over the decisions of an agent, each layer captured as it runs.
+
+    job = Job.of(agent, AnalysisConfig(), group)
+    for batch in batches(job, [([0, 1, 2], [0])]):               # three decisions, the first drawn
+        batch.measure(metrics)
+
+Nothing is kept between passes: however many decisions there are, what a pass takes is bounded by
+its tokens, and one that does not fit memory is halved. Passes are cut the same way however many
+processes share them, so the numbers do not depend on that. With `--precision bfloat16` the model
+runs in mixed precision; its attention is always computed and measured in float32 and float64.
+"""
+
+import contextlib
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from historylens.agent import Agent, attend
+from historylens.capture import CaptureError, LayerAttention
+from historylens.common.batches import is_out_of_memory
+from historylens.common.errors import UserError
+from historylens.common.processes import Group
+from historylens.history import Decision, History
+from historylens.metrics import Metrics
+from historylens.tokens import Tokens, sum_rows, uniform_rows
+
+MAX_FIGURES = 50  # samples drawn where --num-figures does not say
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is analysed, how much of it is drawn, and where the files go.
+
+    Attributes:
+        agent: a model and its decisions.
+        config: the settings.
+        group: the processes that share the work.
+        layers: numbers of the layers to capture.
+        heads: numbers of the heads that are measured and drawn, for each of these layers.
+        n_drawn: the first so many decisions are drawn.
+        out: the output folder.
+    """
+
+    agent: Agent
+    config: Any
+    group: Group
+    layers: list[int]
+    heads: list[list[int]]
+    n_drawn: int
+    out: Path
+
+    @classmethod
+    def of(cls, agent: Agent, config: Any, group: Group) -> "Job":
+        """Check everything; no file of an earlier run is touched.
+
+        Raises:
+            UserError: there is no such layer or head, or the output folder cannot be written.
+        """
+        from historylens.pictures import prepare_output
+
+        layers = _chosen("layer", config.layers, len(agent.layers))
+        n_heads = [agent.n_heads[layer] for layer in layers]
+        shared = _chosen("head", config.heads, min(n_heads))
+        heads = [shared if config.heads else list(range(n)) for n in n_heads]
+        wanted = MAX_FIGURES if config.num_figures is None else config.num_figures
+        n_drawn = min(len(agent.decisions), wanted)
+        out = prepare_output(Path(config.out), layers)
+        return cls(agent, config, group, layers, heads, n_drawn, out)
+
+    @property
+    def facts(self) -> dict[str, str]:
+        """What was loaded, in words."""
+        facts = dict(self.agent.facts)
+        if self.group.size > 1:
+            facts["Device"] += f", {self.group.size} processes"
+        facts["Samples"] += f"; {self.n_drawn} drawn"
+        return facts
+
+    def progress(self, what: str, total: int, unit: str) -> tqdm:
+        """A progress bar of rank 0's share."""
+        label = what if self.group.size == 1 else f"{what}, rank 0 of {self.group.size}"
+        is_off = not (total and self.group.is_main)
+        return tqdm(total=total, desc=label, unit=unit, file=sys.stderr, disable=is_off)
+
+
+def _chosen(what: str, wanted: list[int] | None, n: int) -> list[int]:
+    """The layers or heads to analyse, ascending; all `n` of them unless some are asked for."""
+    unknown = [number for number in wanted or [] if not 0 <= number < n]
+    if unknown:
+        raise UserError(f"unknown {what} {unknown[0]}: expected --{what}s in 0..{n - 1}")
+    return sorted(set(wanted)) if wanted else list(range(n))
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one forward pass showed of `B` decisions.
+
+    Attributes:
+        indices: numbers of the decisions.
+        history: the transitions before them.
+        tokens: what each token is, `B` maps.
+        attention: layer number -> attention of the chosen heads.
+        drawn: which of the `B` come with a map, in the order of the maps.
+        uniform_rows: `(B, T)`, the row that weighs all that the query may see equally.
+        decisions: those that are drawn, in the order of the maps.
+        heads: layer number -> numbers of its chosen heads.
+    """
+
+    indices: Sequence[int]
+    history: History
+    tokens: Sequence[Tokens]
+    attention: Mapping[int, LayerAttention]
+    drawn: Sequence[int]
+    uniform_rows: np.ndarray
+    decisions: Sequence[Decision]
+    heads: Mapping[int, Sequence[int]]
+
+    def measure(self, metrics: Metrics) -> None:
+        """Put the metrics of the batch in their place."""
+        rows = [sum_rows(layer.query_rows, self.tokens) for layer in self.attention.values()]
+        metrics.put(self.indices, rows, sum_rows(self.uniform_rows, self.tokens), self.history)
+
+
+def batches(job: Job, parts: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Iterator[Batch]:
+    """Passes over decisions and which of them to draw; what does not fit memory is halved."""
+    limit = max((len(indices) for indices, _ in parts), default=0)
+    told = False
+    for indices, drawn in parts:
+        start = 0
+        while start < len(indices):
+            piece = indices[start : start + limit]
+            maps = [i - start for i in drawn if start <= i < start + len(piece)]
+            batch = _attempt(job, piece, maps)
+            if batch is not None:
+                yield batch
+                start += len(piece)
+                continue
+            limit = _halve(job, len(piece), told)
+            told = True
+
+
+def _attempt(job: Job, indices: Sequence[int], drawn: Sequence[int]) -> Batch | None:
+    """One pass; None if it does not fit memory. What it held is free once this returns."""
+    try:
+        return _run(job, indices, drawn)
+    except CaptureError as error:
+        raise UserError(f"attention cannot be captured: {error}") from error
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+    return None
+
+
+def _halve(job: Job, n_samples: int, told: bool) -> int:
+    """Half of a batch that was too large, said on stderr the first time."""
+    device = job.agent.device
+    if n_samples == 1:
+        raise UserError(
+            f"a single sample of {job.agent.n_tokens} tokens does not fit the memory of {device}: "
+            "analyse fewer layers at once (--layers), draw fewer samples (--num-figures) or use "
+            "another --device"
+        )
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    half = n_samples // 2
+    if not told:
+        tqdm.write(
+            f"note: a batch of {n_samples} samples does not fit the memory of {device}; going on "
+            f"with {half} or fewer",
+            file=sys.stderr,
+        )
+    return half
+
+
+def _run(job: Job, indices: Sequence[int], drawn: Sequence[int]) -> Batch:
+    """One forward pass, each layer captured as it runs."""
+    agent = job.agent
+    history = agent.history(indices)
+    with _autocast(agent.device, job.config.precision):
+        _, layers = attend(agent, history, job.layers, received=bool(drawn), maps=drawn)
+    visible = np.logical_or.reduce([layer.visible.numpy() for layer in layers])
+    attention = {
+        number: layer if len(heads) == agent.n_heads[number] else _of_heads(layer, heads)
+        for number, layer, heads in zip(job.layers, layers, job.heads, strict=True)
+    }
+    return Batch(
+        indices,
+        history,
+        agent.tokens(history),
+        attention,
+        drawn,
+        uniform_rows(visible),
+        [agent.decisions[indices[i]] for i in drawn],
+        dict(zip(job.layers, job.heads, strict=True)),
+    )
+
+
+def _of_heads(layer: LayerAttention, heads: list[int]) -> LayerAttention:
+    parts = {"query_rows": layer.query_rows, "received": layer.received, "maps": layer.maps}
+    return replace(layer, **{k: v[:, heads] for k, v in parts.items() if v is not None})
+
+
+def _autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
+    if precision == "float32":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, getattr(torch, precision))

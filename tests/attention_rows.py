@@ -1,0 +1,48 @@
+"""Attention rows made by hand, and their metrics, as several test modules need them."""
+
+import numpy as np
+
+from historylens.common.processes import ALONE
+from historylens.history import Decision, History
+from historylens.metrics import Metrics
+
+
+def decision(n, episodes=None, rewarded=(), title="", labels=None):
+    """A decision of which only its length, its episodes and its rewards matter."""
+    zeros, rewards = np.zeros(n, dtype=int), np.isin(np.arange(n), rewarded).astype(int)
+    return Decision(zeros, zeros, rewards, 0, zeros, episodes, title, labels or {})
+
+
+def random_rows(rng, *shape, sharpness=3.0, slope=0.0):
+    """Rows `shape` after a softmax of random scores."""
+    scores = rng.normal(size=shape) * sharpness + slope * np.arange(shape[-1])
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    return weights / weights.sum(-1, keepdims=True)
+
+
+def uniform(n):
+    """`(n + 1,)`: all tokens equally."""
+    return np.full(n + 1, 1 / (n + 1))
+
+
+def planted(n, positions, mass=1.0):
+    """`(n + 1,)`: mass spread equally over some context tokens; the query keeps the rest."""
+    row = np.zeros(n + 1)
+    row[list(positions)] = mass / len(list(positions))
+    row[n] = 1 - mass
+    return row
+
+
+def measured(*layers, n_samples=3, n_heads=2, numbers=None, heads=None, decisions=None):
+    """Metrics of layers, each a row `(T,)` for all samples and heads, or rows `(S, H, T)`."""
+    rows = [
+        np.broadcast_to(r, (n_samples, n_heads, len(r))) if np.ndim(r) == 1 else r for r in layers
+    ]
+    size, _, n_tokens = rows[0].shape
+    metrics = Metrics(
+        size, numbers or range(len(rows)), heads or [range(layer.shape[1]) for layer in rows]
+    )
+    decisions = decisions or [decision(n_tokens - 1)] * size
+    even = np.full((size, n_tokens), 1 / n_tokens)
+    metrics.put(range(size), rows, even, History.of(decisions))
+    return metrics.gather(ALONE)
