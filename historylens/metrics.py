@@ -49,7 +49,7 @@ DESCRIPTIONS = {
     "strong_share": "share of the context mass that those tokens hold",
 }
 NAMES = tuple(DESCRIPTIONS)
-SUMMARY_METRICS, DETAIL_METRICS = NAMES[:4], NAMES[4:]
+SUMMARY_METRICS = NAMES[:4]
 
 
 def as_rows(rows: ArrayLike) -> np.ndarray:
@@ -197,8 +197,8 @@ class Metrics:
         """
         episodes = history.episodes
         episodes = torch.zeros_like(history.actions) if episodes is None else episodes
-        last, rewarded = (episodes == episodes[:, -1:]).cpu().numpy(), history.rewards.cpu() > 0
-        rewarded = rewarded.numpy()  # (B, n), as last
+        last = (episodes == episodes[:, -1:]).cpu().numpy()  # (B, n)
+        rewarded = (history.rewards > 0).cpu().numpy()
         for layer, heads in enumerate(rows):
             values = measure(heads, last[:, None], rewarded[:, None])  # (B, H, M)
             self.values[indices, layer, : heads.shape[1]] = values

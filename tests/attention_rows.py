@@ -1,10 +1,14 @@
 """Attention rows made by hand, and their metrics, as several test modules need them."""
 
 import numpy as np
+from hypothesis import strategies as st
 
 from historylens.common.processes import ALONE
 from historylens.history import Decision, History
 from historylens.metrics import Metrics
+from historylens.tokens import Tokens
+
+PARTS = ("state", "action", "reward")
 
 
 def decision(n, episodes=None, rewarded=(), title="", labels=None):
@@ -46,3 +50,14 @@ def measured(*layers, n_samples=3, n_heads=2, numbers=None, heads=None, decision
     even = np.full((size, n_tokens), 1 / n_tokens)
     metrics.put(range(size), rows, even, History.of(decisions))
     return metrics.gather(ALONE)
+
+
+@st.composite
+def maps_of_tokens(draw):
+    """Any map: transitions in any order, tokens of none among them, any token deciding."""
+    n = draw(st.integers(1, 5))
+    numbers = [*range(n), *draw(st.lists(st.integers(-1, n - 1), min_size=1, max_size=8))]
+    numbers = draw(st.permutations(numbers))
+    part = [draw(st.sampled_from(PARTS if t >= 0 else ("query", "padding"))) for t in numbers]
+    own = [i for i, name in enumerate(part) if name != "padding"]
+    return Tokens(numbers, part, draw(st.sampled_from(own)))

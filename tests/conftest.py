@@ -118,7 +118,7 @@ def refused(main, argv, capsys) -> str:
     capsys.readouterr()
     with pytest.raises(SystemExit) as end:
         run_command(lambda: main([str(part) for part in argv]))
-    said = capsys.readouterr().err
+    said = capsys.readouterr().err.split("\r")[-1]  # a progress bar may stand before it
     assert end.value.code == 2
     assert said.count("\n") == 1, said
     assert said.startswith("error: ")

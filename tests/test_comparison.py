@@ -116,9 +116,9 @@ def test_each_run_earns_what_its_own_room_earned():
     returns = play(agent, Arm("full"), Plays(n_seeds=2, n_episodes=8, seed=5)).returns
     for room in range(6):
         policy = CompressedPolicy(agent, METHODS["full"])
-        rooms, noise = agent.environment.make(np.array([room % 3])), np.random.default_rng((5, room))
-        alone = rollout(rooms, policy, 8 * HORIZON, [noise])
-        expected = alone.reshape(8, HORIZON).sum(axis=1)
+        rooms = agent.environment.make(np.array([room % 3]))
+        noise = np.random.default_rng((5, room))
+        expected = rollout(rooms, policy, 8 * HORIZON, [noise]).reshape(8, HORIZON).sum(axis=1)
         np.testing.assert_array_equal(returns[room % 3, room // 3], expected)
 
 

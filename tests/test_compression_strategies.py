@@ -68,7 +68,7 @@ NEAR = line([0, 7, 5, 9, 3, 5, 0], query_states=[1, 5])
             {9: [1, 4, 6], 2: [1, 6]},
         ),
         (
-            "prune-low",  # the fewest that hold 0.9 of the 0.88 on history
+            "prune-low",  # the fewest that hold 90 % of the 0.88 on history
             line(TEN, query_attention=ATTENTION),
             {9: [1, 2, 4, 6, 7, 9], 4: [1, 4, 6, 9]},
         ),

@@ -1,115 +1,211 @@
-"""Which decisions are analysed: spread, reproducible, filtered, never short of context."""
+"""The AD agent: which decisions it is looked at in, its passes, and its environment."""
+
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
+from conftest import ad_agent, make_histories, sharp_model, write_checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from config import UserError
-from dataset import Histories, context_steps
-from decisions import Decision, Filter, _distinct, choose_decisions, describe
+from ad.agent import load_for_acting, load_for_analysis
+from ad.checkpoints import HISTORIES_NAME
+from ad.decisions import Filter, HistoryDecisions, Place, choose_decisions
+from config import ModelConfig, VisualizeConfig
+from dataset import context_steps
+from historylens.common.errors import UserError
+from historylens.history import History
+
+CPU = torch.device("cpu")
 
 
-def make_histories(goals=((0, 0), (0, 1), (1, 1)), streams=2, episodes=10, horizon=4):
-    n, steps = len(goals) * streams, episodes * horizon
-    rng = np.random.default_rng(0)
-    return Histories(
-        states=rng.integers(3, size=(n, steps, 2)),
-        actions=rng.integers(5, size=(n, steps)),
-        rewards=rng.integers(2, size=(n, steps)),
-        next_states=rng.integers(3, size=(n, steps, 2)),
-        goals=np.repeat(goals, streams, axis=0),
-        horizon=horizon,
-    )
+def histories_of(goals=((0, 0), (0, 1), (1, 1)), streams=2, episodes=10):
+    goals = [goal for goal in goals for _ in range(streams)]
+    return make_histories(goals, episodes, horizon=4, grid_size=3)
+
+
+# Which decisions
 
 
 def test_goals_and_their_histories_take_turns():
-    chosen = choose_decisions(make_histories(), n_context=6, n_samples=12, seed=0)
-    per_history = np.bincount([d.history for d in chosen], minlength=6)
-    assert per_history.tolist() == [2] * 6
+    chosen = choose_decisions(histories_of(), n_context=6, n_samples=12, seed=0)
+    assert np.bincount([place.history for place in chosen]).tolist() == [2] * 6
 
 
 def test_stages_of_learning_are_spread_evenly():
-    histories = make_histories(episodes=100)
+    histories = histories_of(episodes=100)
     chosen = choose_decisions(histories, n_context=0, n_samples=10, seed=3)
-    tenths = sorted(d.step * 10 // histories.n_steps for d in chosen)
+    tenths = sorted(place.step * 10 // histories.n_steps for place in chosen)
     assert tenths == list(range(10))
 
 
 def test_the_same_seed_chooses_the_same_and_another_seed_others():
-    first, again, other = (choose_decisions(make_histories(), 6, 8, seed) for seed in (1, 1, 2))
+    first, again, other = (choose_decisions(histories_of(), 6, 8, seed) for seed in (1, 1, 2))
     assert first == again != other
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     n_samples=st.integers(1, 300), n_context=st.integers(0, 20), stride=st.integers(1, 3),
     seed=st.integers(0, 99),
 )  # fmt: skip
 def test_decisions_are_distinct_and_have_a_full_context(n_samples, n_context, stride, seed):
-    histories = make_histories(goals=((0, 0), (2, 1)), streams=3, episodes=24)
+    histories = histories_of(goals=((0, 0), (2, 1)), streams=3, episodes=24)
     chosen = choose_decisions(histories, n_context, n_samples, seed, stride)
     assert len(set(chosen)) == len(chosen)
-    steps = np.array([d.step for d in chosen])
-    context = context_steps(steps, n_context, stride, histories.horizon)
-    assert context.min(initial=0) >= 0
-    n_eligible = 6 * sum(
-        context_steps(np.array([t]), n_context, stride, 4).min(initial=0) >= 0
-        for t in range(histories.n_steps)
-    )
-    assert len(chosen) == min(n_samples, n_eligible)
+
+    def is_full(step):
+        return context_steps(step, n_context, stride, histories.horizon).min(initial=0) >= 0
+
+    assert all(is_full(place.step) for place in chosen)
+    assert len(chosen) == min(n_samples, 6 * sum(map(is_full, range(histories.n_steps))))
 
 
 def test_asking_for_more_than_there_are_takes_every_decision_once():
-    histories = make_histories(streams=1, episodes=2)
-    chosen = choose_decisions(histories, n_context=5, n_samples=1000, seed=0)
-    assert sorted((d.history, d.step) for d in chosen) == [
-        (history, step) for history in range(3) for step in (5, 6, 7)
-    ]
+    chosen = choose_decisions(histories_of(streams=1, episodes=2), 5, n_samples=1000, seed=0)
+    assert sorted(chosen) == [(history, step, 1) for history in range(3) for step in (5, 6, 7)]
 
 
 def test_filters_by_goal_history_and_steps():
-    histories = make_histories()
     only = Filter(goals=[(0, 1), (1, 1)], histories=[0, 3, 4], steps=(10, 19))
-    chosen = choose_decisions(histories, 6, 20, seed=0, only=only)
-    assert {(d.history, d.step) for d in chosen} == {(h, t) for h in (3, 4) for t in range(10, 20)}
+    chosen = choose_decisions(histories_of(), 6, 20, seed=0, only=only)
+    assert set(chosen) == {(h, t, 1) for h in (3, 4) for t in range(10, 20)}
 
 
 @pytest.mark.parametrize(
-    ("only", "message"),
+    ("n_context", "only", "message"),
     [
-        (Filter(goals=[(5, 5)]), "no history of goal 5,5: expected one of 0,0, 0,1, 1,1"),
-        (Filter(histories=[6]), r"expected histories in 0\.\.5, got 6"),
-        (Filter(steps=(0, 5)), "expected steps between 6 .* and 39, got 0:5"),
-        (Filter(goals=[(0, 0)], histories=[5]), "no history is of a goal asked for"),
+        (6, Filter(goals=[(5, 5)]), "no history of goal 5,5: expected one of 0,0, 0,1, 1,1"),
+        (6, Filter(histories=[6]), r"expected histories in 0\.\.5, got 6"),
+        (6, Filter(steps=(0, 5)), "expected steps between 6 .* and 39, got 0:5"),
+        (6, Filter(goals=[(0, 0)], histories=[5]), "no history is of a goal asked for"),
+        (40, None, r"too short .*: expected 40 transitions before a decision \(stride 1\)"),
     ],
 )
-def test_a_filter_that_nothing_passes_says_what_would(only, message):
+def test_what_leaves_no_decision_says_what_would(n_context, only, message):
     with pytest.raises(UserError, match=message):
-        choose_decisions(make_histories(), 6, 4, seed=0, only=only)
+        choose_decisions(histories_of(), n_context, 4, seed=0, only=only)
 
 
-def test_histories_too_short_for_the_context_say_so():
-    with pytest.raises(UserError, match="expected 40 transitions before a decision"):
-        choose_decisions(make_histories(), 40, 4, seed=0)
+def test_equal_stages_of_one_history_are_pushed_apart_within_its_bounds():
+    histories = histories_of(goals=((0, 0),), streams=1, episodes=2)
+    for seed in range(20):
+        chosen = choose_decisions(histories, 3, 4, seed)  # of the steps 3 to 7
+        assert len({place.step for place in chosen} & set(range(3, 8))) == 4
 
 
-def test_a_sample_names_its_decision_and_marks_its_tokens():
-    histories = make_histories()
-    sample = describe(histories, Decision(history=3, step=14), index=7, n_context=6)
-    assert sample.title == "goal (0, 1), history 3, episode 4 of 10, step 14"
+def test_a_decision_is_named_and_holds_what_lies_before_it():
+    histories = histories_of()
+    decision = HistoryDecisions(histories, [Place(3, 14)], 6)[0]
+    assert decision.title == "goal (0, 1), history 3, episode 4 of 10, step 14"
     # Steps 8 .. 13: episode 2 (8-11) and two steps of episode 3 (12, 13).
-    assert sample.episode_starts.tolist() == [0, 4]
-    assert sample.rewarded.tolist() == (histories.rewards[3, 8:14] > 0).tolist()
-    assert sample.labels == {"goal_row": 0, "goal_col": 1, "history": 3, "step": 14, "stride": 1}
+    assert decision.episode_starts.tolist() == [0, 4]
+    assert decision.labels == {"goal_row": 0, "goal_col": 1, "history": 3, "step": 14, "stride": 1}
+    for name in ("states", "actions", "rewards", "next_states"):
+        assert np.array_equal(getattr(decision, name), getattr(histories, name)[3, 8:14])
+    assert np.array_equal(decision.query_state, histories.states[3, 14])
 
 
 def test_a_stride_joins_every_second_episode():
-    sample = describe(make_histories(), Decision(0, 17, stride=2), index=0, n_context=6)
+    decision = HistoryDecisions(histories_of(), [Place(0, 17, stride=2)], 6)[0]
     # One step of episode 4, then episode 2 (8-11) and the last step of episode 0.
-    assert sample.episode_starts.tolist() == [0, 1, 5]
-    assert "one episode in 2" in sample.title
+    assert decision.episode_starts.tolist() == [0, 1, 5]
+    assert decision.title.endswith(", step 17, one episode in 2")
 
 
-def test_equal_indices_are_pushed_apart_within_bounds():
-    assert _distinct(np.array([0, 0, 4, 4]), 5).tolist() == [0, 1, 3, 4]
+def test_decisions_of_one_goal_are_of_one_task():
+    places = [Place(history, 9) for history in range(6)]
+    tasks = [decision.task for decision in HistoryDecisions(histories_of(), places, 6)]
+    assert tasks == [0, 0, 1, 1, 2, 2]
+
+
+# Its passes
+
+
+def test_both_passes_are_the_model_and_one_takes_positions(tiny_model, tiny_histories):
+    agent = ad_agent(tiny_model, tiny_histories, [(0, 12), (2, 29), (1, 17)])
+    assert (agent.n_max, agent.n_tokens, agent.length(1), agent.n_heads) == (11, 12, 11, [2, 2])
+    assert [agent.model.get_submodule(name) for name in agent.layers] == list(
+        tiny_model.transformer_encoder.layers
+    )
+    history = agent.history([0, 2])
+    positions = torch.arange(12).flip(0).expand(2, -1)
+    with torch.inference_mode():
+        expected = tiny_model(*history.inputs)
+        moved = tiny_model(*history.inputs, positions)
+        torch.testing.assert_close(agent.forward(history), expected)
+    torch.testing.assert_close(agent.act(history), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(agent.act(history, positions), moved, rtol=1e-4, atol=1e-5)
+
+
+# Loading
+
+
+@pytest.fixture
+def path(tmp_path, tiny_model):
+    """A checkpoint with two test goals, and histories beside it."""
+    make_histories().save(tmp_path / HISTORIES_NAME)
+    return write_checkpoint(tmp_path / "ckpt-5.pt", tiny_model, goals=[[4, 4], [0, 3]])
+
+
+def acting(path):
+    return load_for_acting(SimpleNamespace(checkpoint=str(path)), CPU)
+
+
+def test_an_analysis_has_decisions_and_says_what_was_loaded(path):
+    agent = load_for_analysis(VisualizeConfig(checkpoint=str(path), num_samples=4), CPU)
+    assert len(agent.decisions) == 4
+    assert agent.act(History.of(agent.decisions)).shape == (4, 5)
+    facts = " ".join(f"{name}: {text}" for name, text in agent.facts.items())
+    assert f"Checkpoint: {path} (the file asked for) Step: 5 gradient updates" in facts
+    assert "Model: 2 layers x 2 heads, width 16, " in facts
+    assert "Context length: 11 transitions, then the query token (12 tokens)" in facts
+    assert "(3 histories of 30 steps, 3 goals) Samples: 4 decisions of 3 goals" in facts
+    assert list(agent.meta) == ["checkpoint", "step", "histories", "n_transit", "n_heads"]
+    assert tuple(agent.decisions[0].labels) == agent.label_columns
+
+
+def test_it_acts_on_the_test_goals_in_their_room(path):
+    agent = acting(path)
+    assert agent.title == "AD in Dark Room, 2 layers, 12 tokens"
+    assert agent.facts == {"Checkpoint": f"{path} (the file asked for)"}
+    assert agent.meta == {"checkpoint": str(path), "step": 5}
+    environment = agent.environment
+    assert environment.goals == ("(4, 4)", "(0, 3)")
+    assert (environment.horizon, environment.best) == (5, (2, 3))
+    room = environment.make(np.array([1, 0, 1]))
+    assert room.goals.tolist() == [[0, 3], [4, 4], [0, 3]]
+    assert (room.grid_size, room.horizon) == (5, 5)
+
+
+def test_its_identity_is_that_of_the_file(path, tmp_path, tiny_config):
+    other = write_checkpoint(tmp_path / "o" / "ckpt-5.pt", sharp_model(tiny_config, 1), [[4, 4]])
+    one, again, two = (acting(where).identity for where in (path, path, other))
+    assert one == again != two
+    assert one["grid_size"] == 5
+
+
+@pytest.mark.parametrize(
+    ("goals", "config", "message"),
+    [
+        (None, {}, "holds no test goals: expected its goals to have a list 'test'"),
+        ([[5, 0]], {}, "its test goals do not fit its room: expected goals of shape"),
+        ([[4, 4], [1]], {}, "its test goals do not fit its room"),
+        ([[4, 4]], {"env": "darkkeytodoor"}, "to act, got env 'darkkeytodoor' with 5; its attent"),
+    ],
+)
+def test_a_checkpoint_that_cannot_act_is_refused_and_its_attention_can_still_be_shown(
+    path, tiny_model, goals, config, message
+):
+    write_checkpoint(path, tiny_model, goals, **config)
+    with pytest.raises(UserError, match=message):
+        acting(path)
+    load_for_analysis(VisualizeConfig(checkpoint=str(path)), CPU)
+
+
+def test_a_model_that_reads_no_history_is_not_compared(path):
+    config = ModelConfig(n_transit=1, tf_n_embd=8, tf_n_inner=8, grid_size=5)
+    write_checkpoint(path, sharp_model(config), [[4, 4]])
+    with pytest.raises(UserError, match="its model reads no history: there is nothing to compress"):
+        acting(path)

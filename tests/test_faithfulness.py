@@ -5,26 +5,26 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import make_histories, sharp_model
-from hypothesis import given
+from agents import ModelAgent, Recorder
+from compression_cases import decisions_of, make_history
+from conftest import random_window, sharp_model
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from tqdm import tqdm
 
-from analysis import Analysis
-from attention.capture import capture
-from compression import kl_divergence
-from decisions import Decision
-from effects import faithfulness as module
-from effects.content import faithfulness_json
-from effects.faithfulness import (
+from historylens.capture import capture
+from historylens.effects.effect import kl_divergence
+from historylens.effects.faithfulness import (
     Faithfulness,
-    affordable,
     average_ranks,
+    leave_one_out,
     mean_defined,
     measure_faithfulness,
     spearman,
 )
-from effects.report import faithfulness_block
-from subject import ADSubject
+from historylens.effects.measure import Trial, affordable
+from historylens.effects.report import faithfulness_block
+from historylens.history import History
 
 NAN = float("nan")
 
@@ -63,89 +63,120 @@ def test_the_mean_leaves_out_what_is_not_defined():
 
 
 def test_as_many_decisions_as_the_tokens_allow_and_one_at_least():
-    samples = list(range(0, 20, 2))
-    assert affordable(samples, 99) == [2, 6, 12, 16]
-    assert len(affordable(samples, 5000)) == 1
-    assert affordable(samples, 10) == samples
+    assert affordable(10, 99) == [1, 3, 6, 8]
+    assert len(affordable(10, 5000)) == 1
+    assert affordable(10, 10) == list(range(10))
+
+
+# Leaving one out
+
+
+def random_logits(seed):
+    """Logits from all that a history holds and from where in it each transition stands."""
+    g = torch.Generator().manual_seed(seed)
+    matrix = torch.randn(7, 4, generator=g, dtype=torch.float64)
+    position = torch.rand(32, 1, generator=g, dtype=torch.float64)
+
+    def logits(history):
+        columns = (history.actions, history.rewards, torch.ones_like(history.rewards))
+        parts = [history.states, *(part[..., None] for part in columns), history.next_states]
+        tokens = torch.cat([part.double() for part in parts], dim=2) @ matrix
+        return (tokens.sin() * position[: history.n]).sum(dim=1) + matrix[0]
+
+    return logits
+
+
+@settings(max_examples=15)
+@given(n=st.integers(1, 10), seed=st.integers(0, 1000), max_tokens=st.integers(1, 40))
+def test_leaving_one_out_equals_brute_force(n, seed, max_tokens):
+    history, logits = make_history(size=1, n=n, seed=seed), random_logits(seed)
+    full = logits(history)
+    shifts, flips = [], []
+    for left_out in range(n):
+        kept = [i for i in range(n) if i != left_out]
+        other = logits(History(*(part[:, kept] for part in history.inputs[:4])))
+        shifts.append(kl_divergence(full, other).item())
+        flips.append(full.argmax().item() != other.argmax().item())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("historylens.effects.faithfulness.MAX_TOKENS_ACTING", max_tokens)
+        found, share = leave_one_out(Recorder(logits=logits), history)
+    np.testing.assert_allclose(found, shifts, atol=1e-9)
+    assert share == pytest.approx(np.mean(flips))
+
+
+# Correlations
 
 
 @pytest.fixture(scope="module")
-def analysis(tiny_config):
-    histories = make_histories(n_episodes=12)
-    decisions = [Decision(i % 3, 20 + 5 * i) for i in range(4)]
-    return Analysis(ADSubject(sharp_model(tiny_config), histories, decisions), layers=[0, 1])
+def trial(tiny_config):
+    agent = ModelAgent(sharp_model(tiny_config))
+    context, queries = random_window(tiny_config, n_samples=4, n=11)
+    agent.decisions = decisions_of(History(*context, query_states=queries[:, -1]))
+    return Trial(agent, range(4), seed=0)
 
 
-def test_correlations_equal_a_plain_twin(analysis):
-    found = measure_faithfulness(analysis, [0, 3])
-    subject = analysis.subject
-    for b, index in enumerate((0, 3)):
-        history = subject.history([index])
-        with torch.no_grad(), capture(subject.model) as record:
-            full = subject.model(*history.inputs)
+def measured(trial, layers=(0, 1), heads=((0, 1), (0, 1))):
+    return measure_faithfulness(trial, layers, heads, tqdm(disable=True))
+
+
+def test_correlations_equal_a_plain_twin(trial):
+    found = measured(trial)
+    model = trial.agent.model
+    for b in range(4):
+        history = trial.agent.history([b])
+        with torch.no_grad(), capture(model) as record:
+            full = model(*history.inputs)
         effects = []
-        for left_out in range(history.n):
-            kept = [i for i in range(history.n) if i != left_out]
+        for left_out in range(11):
+            kept = [i for i in range(11) if i != left_out]
             with torch.no_grad():
-                other = subject.model(*history.take(torch.tensor([kept])).inputs)
+                other = model(*history.take(torch.tensor([kept])).inputs)
             effects.append(kl_divergence(full, other).item())
         np.testing.assert_allclose(found.kl[b], effects, atol=1e-5)
-        rows = [layer.query_rows[0, :, :-1].double().numpy() for layer in record]
+        rows = np.array([layer.query_rows[0, :, :-1].double().numpy() for layer in record])
 
         def rank(row, effects=effects):
             return np.corrcoef(plain_ranks(row), plain_ranks(effects))[0, 1]
 
-        for layer in (0, 1):
-            for head in (0, 1):
-                expected = rank(rows[layer][head])
-                assert found.heads[layer][b, head] == pytest.approx(expected, abs=1e-6)
-            assert found.layer_means[layer, b] == pytest.approx(rank(rows[layer].mean(0)))
-        assert found.means[b] == pytest.approx(rank(np.mean(rows, axis=(0, 1))))
-        assert found.recency[b] == pytest.approx(rank(range(history.n)))
+        expected = [[*map(rank, heads), rank(heads.mean(axis=0))] for heads in rows]
+        np.testing.assert_allclose(found.correlations[b], expected, atol=1e-6)
+        assert found.means[b] == pytest.approx(rank(rows.mean(axis=(0, 1))))
+        assert found.recency[b] == pytest.approx(rank(range(11)))
 
 
-def test_batches_and_company_change_no_number(analysis, monkeypatch):
-    both = measure_faithfulness(analysis, [0, 3])
-    monkeypatch.setattr(module, "MAX_TOKENS", 30)
-    alone = measure_faithfulness(analysis, [3])
-    np.testing.assert_allclose(alone.kl[0], both.kl[1], atol=1e-6)
-
-
-def test_only_the_layers_and_heads_asked_for(analysis):
-    whole = measure_faithfulness(analysis, [1])
-    part = measure_faithfulness(Analysis(analysis.subject, layers=[1], heads=(1,)), [1])
-    assert (part.layers, part.head_numbers) == ((1,), ((1,),))
-    assert part.heads[0][0, 0] == pytest.approx(whole.heads[1][0, 1])
-    assert part.means == pytest.approx(whole.heads[1][:, 1])
+def test_only_the_layers_and_heads_asked_for(trial):
+    whole, part = measured(trial), measured(trial, layers=[1], heads=[[1]])
+    np.testing.assert_allclose(part.correlations[:, 0, 0], whole.correlations[:, 1, 1])
+    np.testing.assert_allclose(part.means, whole.correlations[:, 1, 1])
     assert part.best_head[:2] == (1, 1)
+    layer = part.json()["layers"][0]
+    assert (layer["layer"], layer["head_numbers"]) == (1, [1])
 
 
-def made(heads, overall=0.25):
-    heads = tuple(np.array([values, values]) for values in heads)
+def made(heads, average=((NAN, NAN), (0.4, 0.2)), overall=0.25):
+    """Two decisions; layer 0 has heads 0 and 1, layer 3 has heads 0 and 2."""
+    values = np.zeros((2, 2, 3))
+    values[:, :, :2] = heads
+    values[:, :, 2] = np.array(average).T
+    pair = np.array([1.0, 1.0])
     return Faithfulness(
-        samples=(2, 5),
-        layers=(0, 3),
-        head_numbers=((0, 1), (0, 1)),
-        heads=heads,
-        layer_means=np.array([[NAN, NAN], [0.4, 0.2]]),
-        means=np.array([overall, overall]),
-        recency=np.array([0.125, 0.125]),
+        *([2, 5], [0, 3], [[0, 1], [0, 2]], values, overall * pair, 0.125 * pair),
         kl=np.ones((2, 7)),
-        flips=np.zeros((2, 7), dtype=bool),
+        flips=[0.0, 0.5],
     )
 
 
 def test_the_console_names_the_head_that_ranks_best():
-    found = made([[NAN, 0.1], [0.625, -0.2]])
-    assert found.best_head == (3, 0, 0.625)
+    found = made([[NAN, 0.1], [-0.2, 0.625]])
+    assert found.best_head == (3, 2, 0.625)
     text = faithfulness_block(found)
     words = " ".join(text.split())
-    assert "layer 3 head 0 ranks transitions most like their measured effect: 0.62" in words
+    assert "layer 3 head 2 ranks transitions most like their measured effect: 0.62" in words
     assert "all layers and heads reaches 0.25" in words
     assert "the latest first, without a look at attention, 0.12" in words
     assert "each of 7 transitions alone causes, mean over 2 decisions" in words
     rows = [line.split() for line in text.splitlines()]
-    assert ["3", "0.30", "0.62", "(head", "0)", "-0.20", "(head", "1)"] in rows
+    assert ["3", "0.30", "0.62", "(head", "2)", "-0.20", "(head", "0)"] in rows
     assert ["0", "-", "0.10", "(head", "1)", "0.10", "(head", "1)"] in rows
     assert max(map(len, text.splitlines())) <= 100
 
@@ -154,10 +185,10 @@ def test_what_is_not_defined_is_said_and_is_null_in_the_json():
     found = made([[NAN, NAN], [NAN, NAN]], overall=NAN)
     assert found.best_head is None
     assert "Not defined" in faithfulness_block(found)
-    content = json.loads(json.dumps(faithfulness_json(found), allow_nan=False))
-    assert content["overall"] is None
-    assert content["layers"][0]["heads"] == [None, None]
-    assert content["layers"][1]["head_average"] == pytest.approx(0.3)
-    assert content["recency"] == 0.125
-    assert faithfulness_json(None) is None
-    assert "Not measured" in faithfulness_block(None)
+    values = json.loads(json.dumps(found.json(), allow_nan=False))
+    assert values["overall"] is None
+    assert values["layers"][0]["heads"] == [None, None]
+    assert values["layers"][1]["head_average"] == pytest.approx(0.3)
+    assert values["layers"][1]["head_average_per_sample"] == [0.4, 0.2]
+    assert values["recency"] == 0.125
+    assert values["leave_one_out"]["flips"] == [0.0, 0.5]

@@ -1,4 +1,7 @@
-import numpy as np
+"""The transformer against its formulas: packed passes, causality, positions, initial weights."""
+
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import random_window, sharp_model
@@ -27,27 +30,18 @@ def test_packed_logits_equal_separate_passes_on_every_prefix(
     dtype, tolerance, config, n_samples, seed, data
 ):
     n = data.draw(st.integers(0, config.n_transit - 1), label="n")
+    n_queries = data.draw(st.integers(0, n + 1), label="n_queries")
+    last = slice(n + 1 - n_queries, None)
     model = sharp_model(config, seed, dtype)
     context, queries = random_window(config, n_samples, n, seed)
     with torch.no_grad():
         packed = model.forward_packed(*context, queries)
+        few = model.forward_packed(*context, queries[:, last])  # after the longest prefixes
         separate = [model(*(c[:, :j] for c in context), queries[:, j]) for j in range(n + 1)]
     assert packed.shape == (n_samples, n + 1, config.num_actions)
     assert packed.dtype == dtype
     torch.testing.assert_close(packed, torch.stack(separate, dim=1), rtol=tolerance, atol=tolerance)
-
-
-@given(config=configs, seed=st.integers(0, 99), data=st.data())
-def test_fewer_packed_queries_are_those_after_the_longest_prefixes(config, seed, data):
-    n = data.draw(st.integers(0, config.n_transit - 1), label="n")
-    n_queries = data.draw(st.integers(0, n + 1), label="n_queries")
-    model = sharp_model(config, seed, torch.float64)
-    context, queries = random_window(config, 2, n, seed)
-    last = slice(n + 1 - n_queries, None)
-    with torch.no_grad():
-        few = model.forward_packed(*context, queries[:, last])
-        every = model.forward_packed(*context, queries)
-    torch.testing.assert_close(few, every[:, last], rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(few, packed[:, last], rtol=tolerance, atol=tolerance)
 
 
 def test_packed_gradients_equal_those_of_separate_passes(tiny_config):
@@ -113,12 +107,9 @@ def changed(part, high):
 
 
 @given(j=st.integers(0, 10), which=st.integers(0, 3))
-def test_no_output_depends_on_a_later_token(j, which):
-    config = ModelConfig(
-        n_transit=12, tf_n_layer=2, tf_n_head=2, tf_n_embd=16, tf_n_inner=24, grid_size=5
-    )
-    model = sharp_model(config, dtype=torch.float64)
-    context, queries = random_window(config, 2, 11)
+def test_no_output_depends_on_a_later_token(tiny_config, j, which):
+    model = sharp_model(tiny_config, dtype=torch.float64)
+    context, queries = random_window(tiny_config, 2, 11)
     other = [part.clone() for part in context]
     other[which][:, j] = changed(other[which][:, j], (5, 5, 2, 5)[which])
     with torch.no_grad():
@@ -129,12 +120,9 @@ def test_no_output_depends_on_a_later_token(j, which):
 
 
 @given(j=st.integers(0, 11))
-def test_a_packed_query_is_seen_by_itself_alone(j):
-    config = ModelConfig(
-        n_transit=12, tf_n_layer=2, tf_n_head=2, tf_n_embd=16, tf_n_inner=24, grid_size=5
-    )
-    model = sharp_model(config, dtype=torch.float64)
-    context, queries = random_window(config, 2, 11)
+def test_a_packed_query_is_seen_by_itself_alone(tiny_config, j):
+    model = sharp_model(tiny_config, dtype=torch.float64)
+    context, queries = random_window(tiny_config, 2, 11)
     other = queries.clone()
     other[:, j] = changed(other[:, j], 5)
     with torch.no_grad():
@@ -154,23 +142,20 @@ def test_samples_do_not_see_each_other(tiny_model, tiny_config):
 
 def test_the_packed_mask_worked_by_hand():
     # Rows and columns: c1 c2 q0 q1 q2
-    allowed = [
-        [1, 0, 0, 0, 0],
-        [1, 1, 0, 0, 0],
-        [0, 0, 1, 0, 0],
-        [1, 0, 0, 1, 0],
-        [1, 1, 0, 0, 1],
-    ]
-    assert (packed_mask(2) == 0).int().tolist() == allowed
-    assert set(packed_mask(2).flatten().tolist()) == {0.0, float("-inf")}
-    assert (packed_mask(2, 2) == 0).int().tolist() == [
-        [1, 0, 0, 0],
-        [1, 1, 0, 0],
-        [1, 0, 1, 0],
-        [1, 1, 0, 1],
-    ]
-    assert packed_mask(0).tolist() == [[0.0]]
-    assert packed_mask(3, dtype=torch.float64).dtype == torch.float64
+    allowed = torch.tensor(
+        [
+            [1, 0, 0, 0, 0],
+            [1, 1, 0, 0, 0],
+            [0, 0, 1, 0, 0],
+            [1, 0, 0, 1, 0],
+            [1, 1, 0, 0, 1],
+        ]
+    )
+    assert torch.equal(packed_mask(2, 3), allowed.log())  # 0 or -inf
+    some = torch.tensor([0, 1, 3, 4])
+    assert torch.equal(packed_mask(2, 2), allowed[some][:, some].log())
+    assert packed_mask(0, 1, dtype=torch.float64).tolist() == [[0.0]]
+    assert packed_mask(3, 1, dtype=torch.float64).dtype == torch.float64
 
 
 @given(config=configs)
@@ -184,21 +169,18 @@ def test_parameters_have_the_names_and_shapes_of_existing_checkpoints(config):
         "pred_action.weight": (5, d),
         "pred_action.bias": (5,),
     }
+    layer = {
+        "self_attn.in_proj_weight": (3 * d, d),
+        "self_attn.in_proj_bias": (3 * d,),
+        "self_attn.out_proj.weight": (d, d),
+        "self_attn.out_proj.bias": (d,),
+        "linear1.weight": (inner, d),
+        "linear1.bias": (inner,),
+        "linear2.weight": (d, inner),
+        **dict.fromkeys(("linear2.bias", "norm1.weight", "norm1.bias"), (d,)),
+        **dict.fromkeys(("norm2.weight", "norm2.bias"), (d,)),
+    }
     for i in range(config.tf_n_layer):
-        layer = {
-            "self_attn.in_proj_weight": (3 * d, d),
-            "self_attn.in_proj_bias": (3 * d,),
-            "self_attn.out_proj.weight": (d, d),
-            "self_attn.out_proj.bias": (d,),
-            "linear1.weight": (inner, d),
-            "linear1.bias": (inner,),
-            "linear2.weight": (d, inner),
-            "linear2.bias": (d,),
-            "norm1.weight": (d,),
-            "norm1.bias": (d,),
-            "norm2.weight": (d,),
-            "norm2.bias": (d,),
-        }
         expected |= {f"transformer_encoder.layers.{i}.{k}": v for k, v in layer.items()}
     found = {k: tuple(v.shape) for k, v in ADTransformer(config).state_dict().items()}
     assert found == expected
@@ -231,10 +213,7 @@ def test_every_parameter_learns(tiny_config):
 def test_the_context_leaves_one_position_for_the_query(tiny_model, tiny_config):
     assert tiny_model.n_context_max == 11
     context, queries = random_window(tiny_config, 1, 12)
-    for forward, query in (
-        (tiny_model, queries[:, -1]),
-        (tiny_model.forward_packed, queries),
-    ):
+    for forward, query in ((tiny_model, queries[:, -1]), (tiny_model.forward_packed, queries)):
         with pytest.raises(ValueError, match=r"at most 11 context transitions.*got 12"):
             forward(*context, query)
 
@@ -254,16 +233,12 @@ def test_inputs_may_be_of_any_number_type(tiny_model, tiny_config):
             assert torch.equal(found, expected)
 
 
-def test_dropout_is_on_everywhere_but_on_attention_weights(tiny_config):
-    model = ADTransformer(tiny_config)
+def test_dropout_acts_everywhere_but_on_attention_and_while_training_only(tiny_config):
+    model = sharp_model(tiny_config)
     rates = {name: m.p for name, m in model.named_modules() if isinstance(m, nn.Dropout)}
     assert len(rates) == 3 * tiny_config.tf_n_layer
     assert set(rates.values()) == {tiny_config.tf_dropout} == {0.1}
     assert [layer.self_attn.dropout for layer in model.transformer_encoder.layers] == [0.0, 0.0]
-
-
-def test_dropout_acts_while_training_only(tiny_config):
-    model = sharp_model(tiny_config)
     context, queries = random_window(tiny_config, 2, 5)
     with torch.no_grad():
         calm = [model(*context, queries[:, -1]) for _ in range(2)]
@@ -274,30 +249,26 @@ def test_dropout_acts_while_training_only(tiny_config):
 
 
 def test_packed_training_passes_without_dropout_equal_evaluation(tiny_config):
-    config = ModelConfig(**vars(tiny_config) | {"tf_dropout": 0.0})
-    model = sharp_model(config)
-    context, queries = random_window(config, 2, 11)
+    model = sharp_model(replace(tiny_config, tf_dropout=0.0))
+    context, queries = random_window(tiny_config, 2, 11)
     with torch.no_grad():
         evaluated = model.forward_packed(*context, queries)
         trained = model.train().forward_packed(*context, queries)
-    np.testing.assert_allclose(trained, evaluated, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(trained, evaluated, rtol=1e-5, atol=1e-5)
 
 
 @settings(max_examples=8)
 @given(n=st.integers(0, 11), data=st.data())
-def test_tokens_stand_where_positions_say(n, data):
-    config = ModelConfig(
-        n_transit=12, tf_n_layer=2, tf_n_head=2, tf_n_embd=16, tf_n_inner=24, grid_size=5
-    )
-    model = sharp_model(config, dtype=torch.float64)
+def test_tokens_stand_where_positions_say(tiny_config, n, data):
+    model = sharp_model(tiny_config, dtype=torch.float64)
     rows = st.permutations(range(12)).map(lambda order: order[: n + 1])
     positions = torch.tensor([data.draw(rows), data.draw(rows)])
-    context, queries = random_window(config, 2, n)
+    context, queries = random_window(tiny_config, 2, n)
     with torch.no_grad():
         logits = model(*context, queries[:, n], positions)
         for i in range(2):
             # A model whose embeddings of positions are dealt out anew, read in the default order
-            moved = sharp_model(config, dtype=torch.float64)
+            moved = sharp_model(tiny_config, dtype=torch.float64)
             moved.pos_embedding[0, : n + 1] = model.pos_embedding[0, positions[i]]
             alone = moved(*(part[i : i + 1] for part in context), queries[i : i + 1, n])
             torch.testing.assert_close(logits[i], alone[0], rtol=1e-10, atol=1e-10)

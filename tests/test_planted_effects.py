@@ -9,13 +9,14 @@ import json
 import numpy as np
 import pytest
 import torch
+from conftest import write_checkpoint
 from test_planted import planted_model
 
 import visualize_attention
-from checkpoint import HISTORIES_NAME, save_checkpoint
-from config import EnvConfig, ModelConfig, to_dict
+from ad.checkpoints import HISTORIES_NAME
+from config import ModelConfig
 from dataset import Histories
-from effects.measure import budgets
+from historylens.effects.measure import budgets
 from model import ADTransformer
 
 N, REWARDED = 40, (3, 4, 5, 8, 11)
@@ -57,19 +58,13 @@ def histories_with_early_rewards() -> Histories:
     return Histories(states, actions, rewards, states, goals, horizon=N + 1)
 
 
-def analysed(tmp_path, model, histories, *argv):
+def analysed(folder, model, histories, *argv):
     """Run the command on a model; gives `metrics.json`."""
-    content = {
-        "step": 1,
-        "config": to_dict(EnvConfig(grid_size=5), model.config),
-        "model": model.state_dict(),
-        "goals": {},
-    }
-    save_checkpoint(tmp_path / "run" / "ckpt-1.pt", content)
-    histories.save(tmp_path / "run" / HISTORIES_NAME)
-    arguments = ["--checkpoint", tmp_path, "--out", tmp_path / "figs", "--num-figures", 0, *argv]
+    checkpoint = write_checkpoint(folder / "run" / "ckpt-1.pt", model, horizon=20)
+    histories.save(checkpoint.parent / HISTORIES_NAME)
+    arguments = ["--checkpoint", folder, "--out", folder / "figs", "--num-figures", 0, *argv]
     visualize_attention.main([str(argument) for argument in arguments])
-    return json.loads((tmp_path / "figs" / "metrics.json").read_text())
+    return json.loads((folder / "figs" / "metrics.json").read_text())
 
 
 @pytest.fixture(scope="module")

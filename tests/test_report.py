@@ -241,9 +241,9 @@ def test_metrics_json_holds_the_numbers_at_full_precision(tmp_path):
 def test_metrics_json_says_what_the_pictures_draw(tmp_path):
     _, content = written(tmp_path / "metrics.json")
     drawn = content["drawn"]["layers"]
-    assert {layer: set(samples) for layer, samples in drawn.items()} == dict.fromkeys(
-        ("0", "5"), {"0", "2"}
-    )
+    assert [(layer, *samples) for layer, samples in drawn.items()] == [
+        ("0", "0", "2"), ("5", "0", "2"),
+    ]  # fmt: skip
     assert drawn["5"]["2"]["query_rows"]["mean"] == rounded(uniform(100))
     assert content["drawn"]["uniform_received"] == {"101": rounded(uniform_received(101))}
     first, second, third = content["samples"]
@@ -285,14 +285,6 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
 
 
 # metrics.csv
-
-
-def test_the_same_numbers_give_the_same_bytes(tmp_path):
-    for name in ("a", "b"):
-        metrics, _ = written(tmp_path / f"{name}.json")
-        write_csv(tmp_path / f"{name}.csv", metrics, some_decisions(), LABELS)
-    for suffix in ("json", "csv"):
-        assert (tmp_path / f"a.{suffix}").read_bytes() == (tmp_path / f"b.{suffix}").read_bytes()
 
 
 def test_csv_has_a_row_a_sample_layer_and_head(tmp_path):

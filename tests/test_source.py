@@ -1,10 +1,12 @@
+"""The source algorithm against plain Q-learning, and what it reaches."""
+
 import numpy as np
 import pytest
 
+from ad.darkroom import MOVES, N_ACTIONS, DarkRoom, optimal_return, split_goals, start_state
+from ad.source import QLearner, learning_histories, relative_return
 from config import EnvConfig, SourceConfig
-from darkroom import MOVES, DarkRoom, optimal_return, split_goals, start_state
 from dataset import Histories
-from source import QLearner, learning_histories, relative_return
 
 SMALL = EnvConfig(grid_size=3, horizon=4)
 
@@ -27,9 +29,8 @@ def test_the_source_starts_near_random_play(learned):
     room = DarkRoom(np.repeat(learned.goals, 10, axis=0))
     rng = np.random.default_rng(0)
     room.reset()
-    random_return = sum(
-        room.step(room.action_space.sample(rng, room.n_rooms))[1].mean() for _ in range(20)
-    )
+    actions = rng.integers(N_ACTIONS, size=(20, room.n_rooms))
+    random_return = sum(room.step(chosen)[1].mean() for chosen in actions)
     first = learned.episode_returns()[:, 0].mean()
     best = optimal_return(learned.goals).mean()
     assert abs(first - random_return) < 0.05 * best
@@ -107,40 +108,36 @@ def test_an_update_worked_by_hand():
     np.testing.assert_allclose(learner.values, expected, rtol=1e-6)
 
 
-def learner_with_best_action_2(n, **source):
-    learner = QLearner(n, 1, 4, SourceConfig(**source), np.random.default_rng(0))
-    learner.values[:] = [0.0, 0.0, 1.0, 0.0]
-    return learner
+N = 20_000
+HERE = np.zeros(N, dtype=int)
+
+
+def learner_of(n_actions, **source):
+    return QLearner(N, 1, n_actions, SourceConfig(**source), np.random.default_rng(0))
 
 
 def test_exploration_decays_from_each_streams_own_rate_to_the_last():
-    n = 20_000
-    learner = learner_with_best_action_2(n, epsilon_start=1.0, epsilon_end=0.2, epsilon_decay=0.5)
+    learner = learner_of(4, epsilon_start=1.0, epsilon_end=0.2, epsilon_decay=0.5)
+    learner.values[:, :, 2] = 2.0
     assert learner.epsilon_start.min() >= 0.2
     assert 0.99 < learner.epsilon_start.max() <= 1.0
     for progress, epsilon in ((0.0, 0.6), (0.25, 0.4), (0.5, 0.2), (1.0, 0.2)):
-        explored = (learner.act(np.zeros(n, dtype=int), progress) != 2).mean()
+        explored = (learner.act(HERE, progress) != 2).mean()
         assert explored == pytest.approx(0.75 * epsilon, abs=0.02), progress
 
 
-def test_without_exploration_the_best_action_is_always_taken():
-    learner = learner_with_best_action_2(1000, epsilon_start=0.0, epsilon_end=0.0)
-    assert (learner.act(np.zeros(1000, dtype=int), 0.0) == 2).all()
+def test_equally_good_actions_are_equally_likely_unless_one_was_taken_last():
+    learner, last = learner_of(5, epsilon_start=0.0), np.arange(N) % 5
+    actions = learner.act(HERE, 0.0)
+    np.testing.assert_allclose(np.bincount(actions, minlength=5) / N, 0.2, atol=0.02)
+    assert (learner.act(HERE, 0.0, last) == last).all()
 
 
-def test_equally_good_actions_are_equally_likely():
-    learner = QLearner(20_000, 1, 5, SourceConfig(epsilon_start=0.0), np.random.default_rng(0))
-    actions = learner.act(np.zeros(20_000, dtype=int), 0.0)
-    np.testing.assert_allclose(np.bincount(actions, minlength=5) / 20_000, 0.2, atol=0.02)
-
-
-def test_the_action_taken_last_wins_ties_but_no_better_action():
-    source = SourceConfig(epsilon_start=0.0)
-    learner = QLearner(1000, 1, 5, source, np.random.default_rng(0))
-    last = np.arange(1000) % 5
-    assert (learner.act(np.zeros(1000, dtype=int), 0.0, last) == last).all()
+def test_without_exploration_the_best_action_is_taken_whatever_was_taken_last():
+    learner, last = learner_of(5, epsilon_start=0.0), np.arange(N) % 5
     learner.values[:, :, 3] = 1.1
-    assert (learner.act(np.zeros(1000, dtype=int), 0.0, last) == 3).all()
+    assert (learner.act(HERE, 0.0) == 3).all()
+    assert (learner.act(HERE, 0.0, last) == 3).all()
 
 
 def test_exploring_in_straight_lines_finds_far_goals_sooner():
@@ -166,13 +163,10 @@ def test_histories_are_what_a_room_does():
             assert histories.rewards[i, t] == on_goal
 
 
-def test_the_streams_of_a_goal_stand_side_by_side():
-    assert small_run().goals.tolist() == [[0, 0]] * 3 + [[2, 1]] * 3
-
-
-def test_streams_of_a_goal_differ():
-    actions = small_run().actions
-    assert len({row.tobytes() for row in actions}) == len(actions)
+def test_the_streams_of_a_goal_differ_and_stand_side_by_side():
+    histories = small_run()
+    assert histories.goals.tolist() == [[0, 0]] * 3 + [[2, 1]] * 3
+    assert len({row.tobytes() for row in histories.actions}) == 6
 
 
 def test_histories_are_cut_to_whole_episodes():

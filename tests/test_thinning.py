@@ -16,11 +16,17 @@ from historylens.compression import METHODS
 from historylens.history import History
 
 
-def windows(n=14, horizon=5):
+def window_of(dataset, histories, steps):
+    """Decisions of histories after the steps right before them."""
+    histories, steps = np.array(histories), np.array(steps)
+    return dataset.gather(histories, steps, steps[:, None] + np.arange(-dataset.n_context, 0))
+
+
+def windows():
     """Three windows of random play and the episodes of their transitions, found step by step."""
-    dataset, steps = ADDataset(make_histories(n_episodes=6, horizon=horizon), n), [n, n + 3, n + 9]
-    window = dataset.windows(np.arange(3), np.array(steps), 1)
-    return window, torch.tensor([[step // horizon for step in range(t - n, t)] for t in steps])
+    dataset, steps = ADDataset(make_histories(n_episodes=6, horizon=5), 14), [14, 17, 23]
+    episodes = [[step // 5 for step in range(t - 14, t)] for t in steps]
+    return window_of(dataset, [0, 1, 2], steps), torch.tensor(episodes)
 
 
 # One thinning
@@ -50,7 +56,7 @@ def test_a_thinned_window_is_what_the_method_keeps_and_then_what_follows(name, n
 
 def test_a_thinning_worked_by_hand():
     # History 1, decision at step 8; of steps 2 to 5 two are kept, and 6 and 7 follow.
-    window = ADDataset(numbered(2, 4, 3), 6).windows([1], [8], 1)
+    window = window_of(ADDataset(numbered(2, 4, 3), 6), [1], [8])
     episodes = torch.tensor([[0, 1, 1, 1, 2, 2]])
     found = thin(window, episodes, METHODS["even"], 2, 2, np.random.default_rng(0))
     assert found["states"][0, :, 0].tolist() == [1002, 1005, 1006, 1007]
@@ -60,7 +66,7 @@ def test_a_thinning_worked_by_hand():
 
 
 def test_episodes_are_ranked_as_they_lie_before_the_thinning():
-    window = ADDataset(numbered(1, 2, 6), 6).windows([0], [6], 1)
+    window = window_of(ADDataset(numbered(1, 2, 6), 6), [0], [6])
     window["rewards"] = torch.tensor([[0, 2, 0, 0, 1, 0]])
     episodes = torch.tensor([[0, 0, 1, 1, 1, 2]])
     found = thin(window, episodes, METHODS["best-episodes"], 2, 1, np.random.default_rng(0))
@@ -155,13 +161,11 @@ def test_lengths_read_are_log_uniform_from_5_to_the_longest_context(drawn):
     np.testing.assert_allclose(shares, np.log(edges / 5) / np.log(41 / 5), atol=0.08)
 
 
-@pytest.mark.parametrize(("longest", "expected"), [(3, {3}), (5, {5}), (7, {5, 6, 7})])
-def test_the_longest_context_is_read_and_a_shorter_one_than_5_only_where_none_is_longer(
-    longest, expected
-):
-    dataset, rng = ADDataset(numbered(1, 3, 4), longest), np.random.default_rng(0)
-    batches = [sample_thinned(dataset, 1, rng) for _ in range(30)]
-    assert {batch["actions"].shape[1] for batch in batches} == expected
+def test_the_longest_context_is_read_and_a_shorter_one_than_5_only_where_none_is_longer():
+    for longest, expected in ((3, {3}), (5, {5}), (7, {5, 6, 7})):
+        dataset, rng = ADDataset(numbered(1, 3, 4), longest), np.random.default_rng(0)
+        batches = [sample_thinned(dataset, 1, rng) for _ in range(30)]
+        assert {batch["actions"].shape[1] for batch in batches} == expected
 
 
 def test_what_is_thinned_is_log_uniformly_long_up_to_a_whole_history(drawn):

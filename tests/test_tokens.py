@@ -4,7 +4,7 @@ import re
 
 import numpy as np
 import pytest
-from attention_rows import random_rows
+from attention_rows import PARTS, maps_of_tokens, random_rows
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -16,20 +16,6 @@ from historylens.tokens import (
     uniform_received,
     uniform_rows,
 )
-
-PARTS = ("state", "action", "reward")
-
-
-@st.composite
-def maps_of_tokens(draw):
-    """Any map: transitions in any order, tokens of none among them, any token deciding."""
-    n = draw(st.integers(1, 5))
-    numbers = [*range(n), *draw(st.lists(st.integers(-1, n - 1), min_size=1, max_size=8))]
-    numbers = draw(st.permutations(numbers))
-    part = [draw(st.sampled_from(PARTS if t >= 0 else ("query", "padding"))) for t in numbers]
-    own = [i for i, name in enumerate(part) if name != "padding"]
-    return Tokens(numbers, part, draw(st.sampled_from(own)))
-
 
 # Layouts
 

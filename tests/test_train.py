@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -69,25 +70,16 @@ def fails(argv, capsys):
     return line
 
 
-@dataclasses.dataclass
-class Watched:
-    """A finished run, and what was seen on the way."""
-
-    folder: Path
-    stdout: str = ""
-    weights: list = dataclasses.field(default_factory=list)  # of the model, after every update
-    history_goals: list = dataclasses.field(default_factory=list)  # a call that makes histories
-    evaluated: list = dataclasses.field(default_factory=list)  # (update, goals) an evaluation
-
-    @property
-    def run(self):
-        return run_of(self.folder)
-
-
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory) -> Watched:
-    """One run without an interruption, watched from inside."""
-    seen = Watched(tmp_path_factory.mktemp("finished"))
+def finished(tmp_path_factory):
+    """One run without an interruption, and what was seen on the way.
+
+    `weights` of the model after every update; `history_goals` of every call that makes learning
+    histories; `evaluated`: (update, goals) of every evaluation.
+    """
+    folder = tmp_path_factory.mktemp("finished")
+    seen = SimpleNamespace(folder=folder, run=run_of(folder))
+    seen.weights, seen.history_goals, seen.evaluated = [], [], []
     update, evaluate, histories = Trainer.update, Trainer.evaluate, training.learning_histories
 
     def watched_update(self):
@@ -224,12 +216,8 @@ def test_no_test_goal_is_acted_on_before_the_checkpoint_is_chosen(finished):
 # Interruption
 
 
-class Killed(Exception):
-    """Stands for what leaves no time to save."""
-
-
-def kill():
-    raise Killed
+def killed():
+    raise SystemError("stands for what leaves no time to save")
 
 
 def press_ctrl_c():
@@ -247,7 +235,7 @@ def run_interrupted(argv, name, call, action=press_ctrl_c):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training, name, wrapped)
-        with pytest.raises((KeyboardInterrupt, Killed)):
+        with pytest.raises((KeyboardInterrupt, SystemError)):
             main(argv)
 
 
@@ -258,8 +246,8 @@ INTERRUPTIONS = {
     "inside an evaluation": ("rollout_goals", 4),
     "inside the last evaluation": ("rollout_goals", 6),
     "inside the evaluation on test goals": ("rollout_goals", 8),
-    "killed after an evaluation": ("packed_queries", 5, kill),
-    "killed inside an evaluation": ("rollout_goals", 4, kill),
+    "killed after an evaluation": ("packed_queries", 5, killed),
+    "killed inside an evaluation": ("rollout_goals", 4, killed),
 }
 
 
@@ -272,6 +260,7 @@ def test_an_interrupted_run_ends_as_one_that_was_not(finished, tmp_path, no_pict
     torch.manual_seed(12345)
     main(flags(tmp_path, "--resume"))
     assert not (run / "resume.pt").exists()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert_same_run(run, finished.run)
 
 
@@ -308,10 +297,6 @@ def test_a_run_begun_before_there_was_a_setting_goes_on_with_its_default(
     assert "expected --history-dropout 0.0, got 0.5" in line
     main(flags(tmp_path, "--resume"))
     assert_same_run(run_of(tmp_path), finished.run)
-
-
-def test_ctrl_c_is_handled_as_before_once_training_has_ended(finished):
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 # Nothing is overwritten

@@ -41,38 +41,30 @@ class AnalysisConfig:
     """What to analyse, and where the pictures go."""
 
     adapter: str | None = setting(
-        None,
-        "Python file that says how to run a model of your own, see examples/",
-        "FILE",
+        None, "Python file that says how to run a model of your own, see examples/", "FILE",
         type=str,
-    )
+    )  # fmt: skip
     num_samples: int = setting(10, "decisions to analyse", "N", type=count)
     num_figures: int | None = setting(
         None, "decisions to draw (default: all, 50 at most)", "N", type=whole
     )
     num_effects: int = setting(
-        10,
-        "decisions on which the effect of dropping history is measured; 0: none",
-        "N",
+        10, "decisions on which the effect of dropping history is measured; 0: none", "N",
         type=whole,
-    )
+    )  # fmt: skip
     layers: list[int] | None = setting(
         None, "layers to analyse, from 0 (default: all)", "N", type=int, nargs="+"
     )
     heads: list[int] | None = setting(
-        None,
-        "heads to analyse and to average over, from 0 (default: all)",
-        "N",
-        type=int,
+        None, "heads to analyse and to average over, from 0 (default: all)", "N", type=int,
         nargs="+",
-    )
+    )  # fmt: skip
     out: str = setting("figs/attention", "folder for pictures and numbers", "DIR")
     device: str = setting("auto", "cpu, cuda, or auto: cuda where there is one", "NAME")
     precision: str = setting(
-        "float32",
-        "of the model's forward pass; metrics are float64 whatever it is",
+        "float32", "of the model's forward pass; metrics are float64 whatever it is",
         choices=("float32", "bfloat16"),
-    )
+    )  # fmt: skip
     seed: int = setting(0, "seed of the choice of decisions", "N", type=whole)
     dpi: int = setting(100, "pixels an inch of the pictures", "N", type=count)
 

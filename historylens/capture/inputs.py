@@ -23,7 +23,7 @@ from torch.nn import functional
 
 from historylens.capture.masks import Mask, pick
 
-# The arguments of the two functions, by name; of the second, a built-in, PyTorch knows no signature.
+# The arguments of both functions by name. The second, a built-in, has no signature to read them off.
 _PARAMETERS = inspect.signature(functional.multi_head_attention_forward).parameters
 _DEFAULTS = [p.default for p in _PARAMETERS.values() if p.default is not p.empty]
 _MultiHead = namedtuple("_MultiHead", _PARAMETERS, defaults=_DEFAULTS)

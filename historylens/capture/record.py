@@ -11,7 +11,6 @@ from torch import Tensor
 
 from historylens.capture import rows
 from historylens.capture.inputs import Call, CaptureError
-from historylens.capture.masks import hidden
 
 
 @dataclass(frozen=True)
@@ -166,14 +165,7 @@ class Wanted:
         """The query's rows `(B, H, Tk)`, and which keys some head may see `(B, Tk)`."""
         query = self._position(name, call)
         scores = call.row_scores(query)
-        bias = call.mask.of_query(query, scores)
-        found = rows.query_row(scores, bias)
-        if call.mask.kind == "scores":
-            seen = ~hidden(scores, found)
-        elif bias is None:
-            return found, torch.ones(len(found), found.shape[-1], dtype=torch.bool)
-        else:
-            seen = bias > -torch.inf
+        found, seen = rows.weigh(scores, call.mask.of_query(query, scores), call.mask)
         if not seen.any(-1).all():
             raise CaptureError(
                 f"{name}: the mask lets the query token see nothing (by default the last token is "

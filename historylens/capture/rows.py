@@ -1,16 +1,14 @@
 """Attention arithmetic in row blocks: exact softmax rows, never a whole T x T matrix.
 
-Every function takes the scaled queries and the keys of one layer, or the scores where the model
-holds them, and a `Mask` that says what a query may see. A block holds as many rows as fit the
-processor's cache, so that the softmax and the column sums cost no trip to main memory:
+A block holds as many rows as fit the processor's cache, so that the softmax and the column sums
+cost no trip to main memory:
 
     q = q / math.sqrt(q.shape[-1])
-    row = query_row(scores, bias)                                            # (B, H, T)
     columns = received(q, k, Mask("causal"))                                 # (B, H, T)
-    images = maps(q, k, Mask("causal"), samples=[0], grid=MapGrid.of(16384, size=512))
+    grid = MapGrid.of(16384, size=512)
+    images = maps(q, k, Mask("causal"), samples=[0], grid=grid, rows=grid.rows)
 
-Axes: `B` samples, `H` heads, `Tq` queries, `Tk` keys (both `T` in self-attention), `d` width of a
-head, `R`, `C` rows and columns of a map.
+Axes as in `inputs.py`; `R`, `C` rows and columns of a map.
 """
 
 from collections.abc import Iterator, Sequence
@@ -57,8 +55,7 @@ class MapGrid:
     def of(cls, n_tokens: int, size: int) -> "MapGrid":
         """The grid of at most `size` rows and columns (at least 4) for `n_tokens` tokens."""
         if n_tokens <= size:
-            index = torch.arange(n_tokens)
-            return cls(n_tokens, index, index, n_tokens, 1)
+            return cls(n_tokens, *[torch.arange(n_tokens)] * 2, n_tokens, 1)
         n_first = min(N_EXACT_FIRST, size // 4)
         query = n_tokens - 1
         width = -(-(query - n_first) // (size - n_first - 1))
@@ -77,17 +74,26 @@ class MapGrid:
         return torch.cat([values[..., : self.n_first], middle, values[..., -1:]], dim=-1)
 
 
-def query_row(scores: Tensor, bias: Tensor | None) -> Tensor:
-    """Attention row of one query a sample from its scores.
+def weigh(scores: Tensor, bias: Tensor | None, mask: Mask) -> tuple[Tensor, Tensor]:
+    """Attention weights of rows of scores, and which keys they may see.
 
     Args:
-        scores: `(B, H, Tk)`, up to a constant in each row.
-        bias: additive mask of that query, broadcasts to the scores; None if it sees everything.
+        scores: `(..., R, Tk)`, up to a constant in each row.
+        bias: what the mask adds to them, broadcasts to the scores; None for nothing.
+        mask: which keys a query may see.
 
     Returns:
-        `(B, H, Tk)`, each row sums to 1; zeros where the mask lets the query see nothing.
+        Weights `(..., R, Tk)`, each row sums to 1, or is zeros where it may see nothing, as in the
+        fused kernels; and bool that broadcasts to them.
     """
-    return scores.softmax(-1) if bias is None else _masked_softmax(scores, bias)
+    weights = (scores if bias is None else scores + bias).softmax(-1)
+    if mask.kind == "scores":
+        seen = ~hidden(scores, weights)
+    elif bias is None:
+        return weights, weights.new_ones(1, dtype=torch.bool).expand(weights.shape[-2:])
+    else:
+        seen = bias > -torch.inf
+    return weights.masked_fill_(~seen.any(-1, keepdim=True), 0.0), seen
 
 
 def received(q: Tensor, k: Tensor | None, mask: Mask) -> Tensor:
@@ -131,27 +137,26 @@ def maps(
     *,
     samples: Sequence[int],
     grid: MapGrid,
-    rows: Tensor | None = None,
+    rows: Tensor,
 ) -> Tensor:
     """Attention maps of bounded size.
 
     Args:
         q, k, mask: as in `received`.
         samples: which `M` of the `B` samples.
-        grid: columns of the maps, and their rows in self-attention.
-        rows: `(R,)` int64, queries that have a row, where they are not the grid's.
+        grid: columns of the maps.
+        rows: `(R,)` int64, queries that have a row.
 
     Returns:
         `(M, H, R, C)`, NaN where every token of the bin is forbidden to the row.
     """
     _, n_heads, _, n_keys = _shape(q, k)
-    map_rows = grid.rows if rows is None else rows
-    shape = len(samples), n_heads, len(map_rows), len(grid.cols)
+    shape = len(samples), n_heads, len(rows), len(grid.cols)
     out = q.new_empty(shape, dtype=_wide(q.dtype))
     step = max(1, _block_scores(q.device) // (n_heads * n_keys))
     for m, b in enumerate(samples):
-        for start in range(0, len(map_rows), step):
-            chosen = map_rows[start : start + step].to(q.device)
+        for start in range(0, len(rows), step):
+            chosen = rows[start : start + step].to(q.device)
             weights, seen = _weights(q, k, mask, b, slice(0, n_heads), chosen)  # (H, R, Tk)
             n_seen = grid.pool(seen.to(weights.dtype))
             out[m, :, start : start + step] = grid.pool(weights) / n_seen  # 0 / 0: forbidden
@@ -161,22 +166,13 @@ def maps(
 def _weights(
     q: Tensor, k: Tensor | None, mask: Mask, b: int, heads: slice, rows: slice | Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Weights `(h, R, Tk)` of rows and which of them are allowed, which broadcasts to them."""
     scores = _scores(q, k, b, heads, rows)
-    if mask.kind == "scores":
-        weights = scores.softmax(-1)
-        blind = (scores == -torch.inf).all(-1, keepdim=True)
-        return weights.masked_fill(blind, 0.0), ~hidden(scores, weights)
-    bias = mask.of_rows(b, heads, rows, scores)
-    if bias is None:
-        weights = scores.softmax(-1)
-        return weights, weights.new_ones(1, dtype=torch.bool).expand(weights.shape[-2:])
-    return _masked_softmax(scores, bias), bias > -torch.inf
+    return weigh(scores, mask.of_rows(b, heads, rows, scores), mask)
 
 
-def _causal_weights(q: Tensor, k: Tensor | None, b: int, heads: slice, rows: slice) -> Tensor:
+def _causal_weights(q: Tensor, k: Tensor, b: int, heads: slice, rows: slice) -> Tensor:
     """Weights `(h, R, C)` of rows under a causal mask; the keys after all of these are left out."""
-    scores = _scores(q, k, b, heads, rows, rows.stop)
+    scores = _scores(q, k[:, :, : rows.stop], b, heads, rows)
     n_keys = scores.shape[-1]
     near = slice(min(rows.start, n_keys), n_keys)  # where the mask cuts through the rows
     ahead = torch.ones(rows.stop - rows.start, n_keys - near.start, dtype=torch.bool)
@@ -184,31 +180,15 @@ def _causal_weights(q: Tensor, k: Tensor | None, b: int, heads: slice, rows: sli
     return scores.softmax(-1)
 
 
-def _scores(
-    q: Tensor,
-    k: Tensor | None,
-    b: int,
-    heads: slice,
-    rows: slice | Tensor,
-    n_keys: int | None = None,
-) -> Tensor:
-    """Scores `(h, R, C)` of rows with the first `n_keys` keys."""
+def _scores(q: Tensor, k: Tensor | None, b: int, heads: slice, rows: slice | Tensor) -> Tensor:
+    """Scores `(h, R, Tk)` of rows."""
     if k is None:
-        return q[b, heads, rows, :n_keys].to(_wide(q.dtype))
+        return q[b, heads, rows].to(_wide(q.dtype))
     group = q.shape[1] // k.shape[1]
-    if group == 1:
-        keys = k[b, heads, :n_keys]
-    else:
+    shared = heads
+    if group > 1:
         shared = torch.arange(heads.start, heads.stop, device=k.device) // group
-        keys = k[b, shared, :n_keys]
-    return q[b, heads, rows] @ keys.mT
-
-
-def _masked_softmax(scores: Tensor, bias: Tensor) -> Tensor:
-    """Softmax of `scores + bias`; a row that may see nothing is zeros, as in the fused kernels."""
-    weights = (scores + bias).softmax(-1)
-    blind = (bias == -torch.inf).all(-1, keepdim=True)
-    return weights.masked_fill_(blind, 0.0)
+    return q[b, heads, rows] @ k[b, shared].mT
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

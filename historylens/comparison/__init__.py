@@ -172,21 +172,21 @@ class Job:
     def announced(self, note: str) -> str:
         """What is going to be done, as console text; `note` says what was found."""
         agent, config, plays = self.agent, self.config, self.plays
-        tasks, n_max = agent.environment, agent.n_max
+        environment, n_max = agent.environment, agent.n_max
         n_missing = len(missing(agent, self.arms, self.results))
-        each = len(tasks.goals) * plays.n_seeds * plays.n_episodes * tasks.horizon
+        each = plays.n_decisions(environment)
         with_budget = [arm for arm in self.arms if arm.n_keep is not None]
         names = dict.fromkeys(arm.name for arm in with_budget)
         budgets = ", ".join(map(str, sorted({arm.n_keep for arm in with_budget})))
         too_long = "" if config.budgets else ", ".join(str(n) for n in BUDGETS if n > n_max)
         text = {
             **agent.facts,
-            "Task": f"{agent.title}; {len(tasks.goals)} test goals",
+            "Task": f"{agent.title}; {len(environment.goals)} test goals",
             "Arms": f"full, empty, controls, and {', '.join(names)}",
             "Budgets": f"{budgets} of up to {n_max} transitions"
             + (f" (the usual {too_long} exceed that)" if too_long else ""),
             "Runs": f"{plays.n_seeds} seeds a goal, {plays.n_episodes} episodes of "
-            f"{tasks.horizon} steps; the same action noise in every arm",
+            f"{environment.horizon} steps; the same action noise in every arm",
             "Positions": POSITIONS[plays.positions],
             "Margin": f"{config.margin:.0%} of full history's return",
             "Work": f"{n_missing} arms x {each:,} decisions = {n_missing * each:,}",
@@ -215,19 +215,21 @@ class Job:
         """Write the numbers and the pictures."""
         from historylens.pictures.returns import Picture, draw_by_budget, draw_by_episode
 
-        agent, plays, tasks = self.agent, self.plays, self.agent.environment
+        agent, plays, environment = self.agent, self.plays, self.agent.environment
+        n_goals, best = len(environment.goals), environment.best
         picture = Picture(
             title=agent.title,
-            subtitle=f"{len(tasks.goals)} goals never trained on x {plays.n_seeds} seeds, "
-            f"{plays.n_episodes} episodes of {tasks.horizon} steps; {POSITIONS[plays.positions]}",
-            best=None if tasks.best is None else sum(tasks.best) / len(tasks.best),
+            subtitle=f"{n_goals} goals never trained on x {plays.n_seeds} seeds, "
+            f"{plays.n_episodes} episodes of {environment.horizon} steps; "
+            f"{POSITIONS[plays.positions]}",
+            best=None if best is None else sum(best) / n_goals,
             n_max=agent.n_max,
         )
         out, settings = self.results.path.parent, self.results.fingerprint
         draw_by_budget(out / PICTURES[0], study, picture)
         draw_by_episode(out / PICTURES[1], study, picture)
         write_csv(out / TABLE, study)
-        meta = {**agent.meta, "task": agent.title, "best_by_goal": tasks.best}
+        meta = {**agent.meta, "task": agent.title, "best_by_goal": best}
         for name in ("goals", "horizon", "n_max", "seeds", "episodes", "seed", "positions"):
             meta[name] = settings[name]
         self.results.finish(meta | summary(study))

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from historylens.agent import Agent, rollout
+from historylens.agent import Agent, Environment, rollout
 from historylens.common.batches import MAX_ROOMS, even_parts
 from historylens.common.errors import UserError
 from historylens.comparison.policy import CompressedPolicy, Positions
@@ -56,6 +56,10 @@ class Plays:
     def confirming(self, n_seeds: int) -> "Plays":
         """Runs of other action noise, for one arm that these runs point to."""
         return replace(self, n_seeds=n_seeds, seed=self.seed + CONFIRMING)
+
+    def n_decisions(self, environment: Environment) -> int:
+        """Decisions that an arm makes."""
+        return len(environment.goals) * self.n_seeds * self.n_episodes * environment.horizon
 
 
 def plan(agent: Agent, names: Sequence[str], budgets: Sequence[int], plays: Plays) -> list[Arm]:
@@ -114,9 +118,9 @@ def play_arms(
     agent: Agent, arms: Sequence[Arm], plays: Plays, results: ResultsFile
 ) -> list[Result]:
     """Play the arms that are still missing, keep each as soon as it is finished; gives all."""
-    todo, tasks = missing(agent, arms, results), agent.environment
-    each = len(tasks.goals) * plays.n_seeds * plays.n_episodes * tasks.horizon
-    with tqdm(total=len(todo) * each, unit=" decisions", unit_scale=True, disable=not todo) as bar:
+    todo = missing(agent, arms, results)
+    total = len(todo) * plays.n_decisions(agent.environment)
+    with tqdm(total=total, unit=" decisions", unit_scale=True, disable=not todo) as bar:
         for i, arm in enumerate(todo):
             bar.set_description(f"{arm.key} ({i + 1} of {len(todo)} arms)")
             results.add(play(agent, arm, plays, bar))

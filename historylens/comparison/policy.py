@@ -2,10 +2,9 @@
 
 policy = CompressedPolicy(agent, METHODS["rewarded-recent"], n_keep=20)
 rewards = rollout(agent.environment.make(tasks), policy, n_steps=800, noises=noises)
-policy.cost.tokens_per_decision, policy.cost.kept_mean
+policy.cost.tokens, policy.cost.kept_mean
 """
 
-import operator
 import time
 from dataclasses import dataclass
 from typing import Literal
@@ -53,7 +52,7 @@ class Cost:
         return self.kept_sum / self.over_budget if self.over_budget else None
 
     @property
-    def tokens_per_decision(self) -> float:
+    def tokens(self) -> float:
         """Tokens that the model ran for a decision, looking included."""
         return self.tokens_read / max(1, self.decisions)
 
@@ -110,9 +109,16 @@ class CompressedPolicy:
         generator: Generator | None = None,
         positions: Positions = "reindexed",
     ) -> None:
+        n_max = agent.n_max
+        n_keep = n_max if n_keep is None else n_keep
+        if n_keep not in range(n_max + 1):
+            raise UserError(
+                f"expected n_keep as a whole number in 0..{n_max}, the transitions that the model "
+                f"can read before a decision, got {n_keep!r}"
+            )
         self.agent, self.method, self.generator = agent, method, generator
         self.device, self.positions, self.cost = agent.device, positions, Cost()
-        self.n_keep = _budget(method, agent.n_max if n_keep is None else n_keep, agent.n_max)
+        self.n_keep = {"all": n_max, "none": 0}.get(method.keeps, int(n_keep))
         self._looks = bool({*LOOKS} & {*method.needs})
 
     def act(self, buffer: HistoryBuffer, query_states: Tensor) -> Tensor:
@@ -157,19 +163,6 @@ def original_positions(kept: Tensor, n_raw: int, n_max: int) -> Tensor:
     n_before = (kept != PADDING).cumsum(dim=1) - 1  # kept transitions in front of each
     placed = (kept - (n_raw - n_window)).maximum(n_before)
     return torch.nn.functional.pad(placed, (0, 1), value=n_window)
-
-
-def _budget(method: Method, n_keep: int, n_max: int) -> int:
-    try:
-        fits = 0 <= operator.index(n_keep) <= n_max
-    except TypeError:
-        fits = False
-    if not fits:
-        raise UserError(
-            f"expected n_keep as a whole number in 0..{n_max}, the transitions that the model can "
-            f"read before a decision, got {n_keep!r}"
-        )
-    return {"all": n_max, "none": 0}.get(method.keeps, int(n_keep))
 
 
 def _seconds(device: torch.device | str) -> float:

@@ -56,7 +56,7 @@ def _cells(row: Row) -> tuple[str, ...]:
         "" if is_full else row.difference.text("+"),
         row.verdict or "",
         "" if is_full else f"{row.adaptation_loss.value:+.2f}",
-        f"{row.tokens:.1f}",
+        f"{row.cost.tokens:.1f}",
         f"{sum(_milliseconds(row)):.2f}",
     )
 
@@ -98,7 +98,7 @@ def recommendation(study: Study) -> str:
     also = [
         row.arm.key
         for row in rivals
-        if row.arm.n_keep == best.arm.n_keep and row.tokens < full.tokens
+        if row.arm.n_keep == best.arm.n_keep and row.cost.tokens < full.cost.tokens
     ]
     if also:
         text += f" At that budget it earns most; also safe or better: {', '.join(also)}."
@@ -127,7 +127,7 @@ def _opening(row: Row) -> str:
 
 
 def _tokens(row: Row, full: Row) -> str:
-    return f"{row.tokens:.1f} tokens a decision instead of {full.tokens:.1f}"
+    return f"{row.cost.tokens:.1f} tokens a decision instead of {full.cost.tokens:.1f}"
 
 
 def _slower(row: Row, margin: float) -> str:
@@ -179,7 +179,7 @@ def _record(row: Row) -> dict[str, Any]:
         record |= {name: value.value, f"{name}_low": value.low, f"{name}_high": value.high}
     selecting, model = _milliseconds(row)
     return record | {
-        "tokens_per_decision": row.tokens, "ms_selecting": selecting, "ms_model": model
+        "tokens_per_decision": row.cost.tokens, "ms_selecting": selecting, "ms_model": model
     }  # fmt: skip
 
 

@@ -89,11 +89,6 @@ class Row:
         return float(self.arm.n_keep or 0) if mean is None else mean
 
     @property
-    def tokens(self) -> float:
-        """Tokens read for a decision, looking at attention included."""
-        return self.cost.tokens_per_decision
-
-    @property
     def is_good(self) -> bool:
         """Whether it is shown to lose less than the margin."""
         return self.verdict in ("better", "safe")
@@ -171,8 +166,8 @@ class Study:
     def unsettled(self) -> list[Row]:
         """Candidates that save tokens and whose verdict is open, the most promising first."""
         rows = [row for row in self.candidates if row.verdict == "inconclusive"]
-        rows = [row for row in rows if row.tokens < self.full.tokens]
-        return sorted(rows, key=lambda row: (-row.difference.value, row.tokens, row.arm.key))
+        rows = [row for row in rows if row.cost.tokens < self.full.cost.tokens]
+        return sorted(rows, key=lambda row: (-row.difference.value, row.cost.tokens, row.arm.key))
 
     @property
     def to_confirm(self) -> Arm | None:
@@ -291,6 +286,6 @@ def _doubts(rows: Sequence[Row], gain: Estimate) -> list[str]:
 
 def _recommended(study: Study) -> Row | None:
     able = [row for row in study.rows if row.arm.is_candidate and row.is_good]
-    able = [row for row in able if row.tokens < study.full.tokens]
-    able.sort(key=lambda row: (row.arm.n_keep or 0, -row.mean.value, row.tokens))
+    able = [row for row in able if row.cost.tokens < study.full.cost.tokens]
+    able.sort(key=lambda row: (row.arm.n_keep or 0, -row.mean.value, row.cost.tokens))
     return able[0] if able else None

@@ -52,11 +52,8 @@ def enter(kind: Kind, name: str, source: str, looks_at: str = "nothing") -> Call
     return entered
 
 
-@enter(
-    "merge",
-    "recent-summary",
-    "Rae et al. 2020, arXiv 1911.05507 (Compressive Transformer, mean pooling)",
-)
+@enter("merge", "recent-summary",
+       "Rae et al. 2020, arXiv 1911.05507 (Compressive Transformer, mean pooling)")  # fmt: skip
 def summary_labels(history: History, n_keep: int) -> Tensor:
     """Keep the latest transitions for three quarters of the budget, and average the older ones in
     consecutive groups of equal length.

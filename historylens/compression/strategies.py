@@ -139,13 +139,8 @@ def rewarded_recent(history: History, n_keep: int, generator: Generator | None) 
     return keep_best(n_keep, latest(history, half(n_keep)), history.rewards > 0)
 
 
-@strategy(
-    "last-episodes",
-    "Laskin et al. 2022, arXiv 2210.14215 (contexts of whole episodes)",
-    "history",
-    keeps="up to n_keep",
-    needs=("episodes",),
-)
+@strategy("last-episodes", "Laskin et al. 2022, arXiv 2210.14215 (contexts of whole episodes)",
+          "history", keeps="up to n_keep", needs=("episodes",))  # fmt: skip
 def last_episodes(history: History, n_keep: int, generator: Generator | None) -> Tensor:
     """Keep the latest episodes, each whole or not at all, as many as fit; of a latest one that does
     not fit, its end.
@@ -155,12 +150,8 @@ def last_episodes(history: History, n_keep: int, generator: Generator | None) ->
     return keep_where(torch.where(fits.any(dim=1, keepdim=True), fits, latest(history, n_keep)))
 
 
-@strategy(
-    "best-episodes",
-    "Liu and Abbeel 2023, arXiv 2305.16554 (episodes ranked by return)",
-    "history",
-    needs=("episodes",),
-)
+@strategy("best-episodes", "Liu and Abbeel 2023, arXiv 2305.16554 (episodes ranked by return)",
+          "history", needs=("episodes",))  # fmt: skip
 def best_episodes(history: History, n_keep: int, generator: Generator | None) -> Tensor:
     """Keep the episodes of highest return, the later first among equals, and of the last that fits
     only in part its end.
@@ -171,12 +162,8 @@ def best_episodes(history: History, n_keep: int, generator: Generator | None) ->
     return keep_best(n_keep, returns)
 
 
-@strategy(
-    "nearest",
-    "Schmied et al. 2024, arXiv 2410.07071 (retrieval for in-context RL)",
-    "history",
-    needs=("query_states",),
-)
+@strategy("nearest", "Schmied et al. 2024, arXiv 2410.07071 (retrieval for in-context RL)",
+          "history", needs=("query_states",))  # fmt: skip
 def nearest(history: History, n_keep: int, generator: Generator | None) -> Tensor:
     """Keep the transitions whose state lies nearest to the state in which to act."""
     distance = (history.states - history.query_states[:, None]).double().abs().sum(dim=2)

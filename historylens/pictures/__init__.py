@@ -8,20 +8,18 @@
 A run leaves no picture of an earlier run among its own, and touches no other file.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from historylens.common.files import in_the_way, writable_folder
-from historylens.history import Decision
 from historylens.metrics import SUMMARY_METRICS, Metrics
 from historylens.pictures.heatmap import color_range, heatmap
 from historylens.pictures.lineplot import line_plot
 from historylens.pictures.metricplot import course, summary
 from historylens.pictures.order import SampleAttention
 from historylens.pictures.painter import Painter
-from historylens.tokens import order_of_time
 
 HEADS_A_PAGE = 16  # a heatmap has so many panels at most
 NUMBERS = ("metrics.json", "metrics.csv")
@@ -84,50 +82,31 @@ def draw_batch(out: Path, batch: Any, painter: Painter, dpi: int) -> dict[int, d
         folder.mkdir(exist_ok=True)
         numbers[layer] = {}
         for m, i in enumerate(batch.drawn):
-            index, tokens = batch.indices[i], batch.tokens[i]
-            sample = SampleAttention.of(attention, i, m, tokens, batch.uniform_rows[i])
-            # what a state is stays here: it may be an image
+            # states stay here: they may be images
             decision = replace(batch.decisions[m], states=None, next_states=None, query_state=None)
+            tokens, uniform_row = batch.tokens[i], batch.uniform_rows[i]
+            sample = SampleAttention.of(decision, tokens, attention, i, m, uniform_row)
+            numbers[layer][batch.indices[i]] = sample.numbers()
+            stem = f"sample{batch.indices[i]}_layer{layer}"
             style = {"layer": layer, "dpi": dpi}
-            stem, heads = f"sample{index}_layer{layer}", batch.heads[layer]
-            path = folder / f"attention_heatmap_{stem}"
-            _draw_heatmap(painter, path, sample, decision, heads, style)
+            heads, scale = batch.heads[layer], color_range(sample)
+            for page, chosen, more in _pages(len(heads)):
+                path = folder / f"attention_heatmap_{stem}{page}.png"
+                part = replace(sample, maps=sample.maps[chosen])
+                options = {"heads": heads[chosen], "scale": scale, "more": more}
+                painter.draw(heatmap, path, part, **options, **style)
             path = folder / f"attention_lines_{stem}.png"
-            curves = sample.query_curves, sample.received_curves
-            painter.draw(line_plot, path, *curves, decision, tokens, heads=heads, **style)
-            numbers[layer][index] = sample.numbers()
+            painter.draw(line_plot, path, replace(sample, maps=None), heads=heads, **style)
     return numbers
 
 
-def _draw_heatmap(
-    painter: Painter,
-    stem: Path,
-    sample: SampleAttention,
-    decision: Decision,
-    heads: Sequence[int],
-    style: Mapping[str, Any],
-) -> None:
-    """The heatmap of a sample and layer, on as many pages as its heads take, in one scale."""
-    scale = color_range(sample.maps, len(order_of_time(sample.tokens)))
-    n_pages = _n_pages(len(heads))
-    size = -(-len(heads) // n_pages)  # pages equally full
+def _pages(n_heads: int) -> Iterator[tuple[str, slice, str]]:
+    """Pages of a heatmap, equally full: end of the file's name, which heads, what it says."""
+    n_pages = _n_pages(n_heads)
+    size = -(-n_heads // n_pages)
     for page in range(n_pages):
-        chosen = slice(page * size, (page + 1) * size)
-        name = f"{stem.name}_page{page + 1}.png" if page else f"{stem.name}.png"
-        more = f" of {len(heads)} · page {page + 1} of {n_pages}" if n_pages > 1 else ""
-        painter.draw(
-            heatmap,
-            stem.with_name(name),
-            sample.maps[chosen],
-            sample.rows,
-            sample.cols,
-            decision,
-            sample.tokens,
-            heads=heads[chosen],
-            more=more,
-            scale=scale,
-            **style,
-        )
+        more = f" of {n_heads} · page {page + 1} of {n_pages}" if n_pages > 1 else ""
+        yield f"_page{page + 1}" if page else "", slice(page * size, (page + 1) * size), more
 
 
 def draw_summaries(out: Path, metrics: Metrics, painter: Painter, dpi: int) -> None:

@@ -1,6 +1,6 @@
 """The heatmap: which token attends to which, a panel a head, the query token's row set apart.
 
-    heatmap("heatmap.png", a.maps, a.rows, a.cols, decision, tokens, layer=2)   # a: SampleAttention
+    heatmap("heatmap.png", sample, layer=2, heads=range(4), scale=color_range(sample), dpi=100)
 
 Weights become colours by a table lookup and are copied to the page, a whole number of pixels a
 weight. What pictures of one shape have in common (frames, numbers, legend) is drawn once.
@@ -17,10 +17,16 @@ import numpy as np
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike
 
-from historylens.history import Decision
-from historylens.pictures.marks import MAX_EPISODE_LINES, history_colours, on_tokens, subtitle
-from historylens.pictures.page import DPI, SOFT, UNIFORM, Page
-from historylens.tokens import NONE, Tokens, order_of_time
+from historylens.pictures.order import SampleAttention
+from historylens.pictures.page import (
+    MAX_EPISODE_LINES,
+    SOFT,
+    UNIFORM,
+    Page,
+    history_colours,
+    subtitle,
+)
+from historylens.tokens import NONE
 
 COLOURS = "viridis"  # perceptually uniform, bright = strong
 BLANK = 255  # grey level of what may not be seen
@@ -34,69 +40,49 @@ BAR_TOP, BAR, BAR_WIDTH = HEADER + 14, 300, 15
 
 def heatmap(
     path: str | Path,
-    maps: np.ndarray,
-    rows: np.ndarray,
-    cols: np.ndarray,
-    decision: Decision,
-    tokens: Tokens,
+    sample: SampleAttention,
     *,
     layer: int,
-    heads: Sequence[int] | None = None,
+    heads: Sequence[int],
+    scale: tuple[float, float],
+    dpi: int,
     more: str = "",
-    scale: tuple[float, float] | None = None,
-    dpi: int = DPI,
 ) -> None:
-    """Draw the attention maps of one sample and layer.
+    """Draw the `H` attention maps of one sample and layer.
 
     Args:
         path: PNG to write.
-        maps: `(H, R, C)` attention weights, NaN where forbidden; the last row is the query token's.
-        rows: `(R,)` int, the token of each row in the order of time, ascending.
-        cols: `(C,)` int, the first token of each column, ascending; a column is the mean weight of
-            its tokens.
-        decision: what was decided.
-        tokens: what the model read, in its own order.
+        sample: what is drawn.
         layer: number of the layer.
-        heads: numbers of the `H` heads; None: 0, 1, 2, ...
-        more: what else the heading says, for example which page this is.
-        scale: weights at the ends of the colour scale; None: `color_range` of these maps.
+        heads: `H` numbers of the heads.
+        scale: weights at the ends of the colour scale, see `color_range`.
         dpi: pixels an inch.
-
-    Raises:
-        ValueError: shapes that do not fit each other.
+        more: what else the heading says, for example which page this is.
     """
-    shown = tokens.take(order_of_time(tokens))
-    if maps.shape[1:] != (len(rows), len(cols)) or rows[-1] != len(shown) - 1:
-        raise ValueError(
-            f"expected maps (H, R, C) with a token for each row and column, the last row that of "
-            f"token {len(shown) - 1}; got shape {maps.shape}, {len(rows)} rows up to {rows[-1]}, "
-            f"{len(cols)} columns"
-        )
-    starts, rewarded = on_tokens(decision, shown)
-    numbers = tuple(range(len(maps)) if heads is None else heads)
-    words = _words(tokens, shown, len(starts) <= MAX_EPISODE_LINES)
-    sheet = heatmap_sheet(numbers, tuple(rows.tolist()), tuple(cols.tolist()), dpi, words)
+    starts, rewarded = sample.on_tokens
+    words = Words.of(sample, len(starts) <= MAX_EPISODE_LINES)
+    sheet = _sheet(tuple(heads), *map(tuple, (sample.rows, sample.cols)), dpi, words)
     page = sheet.page
     page.restore()
-    low, high = color_range(maps, len(shown)) if scale is None else scale
     history = history_colours(starts, rewarded, sheet.starts)
-    for corner, weights in zip(sheet.corners, maps, strict=True):
-        sheet.paste_head(corner, to_colours(pool(weights, sheet.pooled), low, high), history)
+    for corner, weights in zip(sheet.corners, sample.maps, strict=True):
+        sheet.paste_head(corner, to_colours(pool(weights, sheet.pooled), *scale), history)
     if len(starts) <= MAX_EPISODE_LINES:
         sheet.draw_episodes(starts)
-    sheet.label_bar(low, high, len(shown))
-    counted = "1 head" if len(maps) == 1 else f"{len(maps)} heads"
-    heading = f"Attention heatmap · layer {layer} · {counted}{more}"
-    page.heading(LEFT, heading, subtitle(decision, shown))
+    sheet.label_bar(*scale, len(sample.shown))
+    counted = "1 head" if len(heads) == 1 else f"{len(heads)} heads"
+    title = f"Attention heatmap · layer {layer} · {counted}{more}"
+    page.heading(LEFT, title, subtitle(sample.decision, sample.shown))
     page.save(path)
 
 
-def color_range(maps: np.ndarray, n_tokens: int) -> tuple[float, float]:
+def color_range(sample: SampleAttention) -> tuple[float, float]:
     """Weights at the two ends of the logarithmic colour scale, the same for all heads.
 
     The dark end is a tenth of uniform attention `1 / T`. The bright end is the weight that one
     entry in 200 exceeds, at least ten times `1 / T` and at most 1.
     """
+    maps, n_tokens = sample.maps, len(sample.shown)
     some_rows = maps[:, :: max(1, maps.shape[1] // 64)]
     high = np.quantile(some_rows[~np.isnan(some_rows)], 0.995)
     return 0.1 / n_tokens, float(min(1.0, max(high, 10 / n_tokens)))
@@ -133,7 +119,7 @@ def pool(weights: np.ndarray, factor: int) -> np.ndarray:
 
 
 class Words(NamedTuple):
-    """What a heatmap says of its tokens: numbers on the axes as `(token, number)`, and legend."""
+    """What a heatmap says of its tokens: numbers on the axes, as `(token, number)`, and legend."""
 
     ticks: tuple[tuple[int, int], ...]
     unit: str
@@ -141,28 +127,29 @@ class Words(NamedTuple):
     episodes: str
     query: str
 
-
-def _words(tokens: Tokens, shown: Tokens, has_lines: bool) -> Words:
-    n = tokens.n
-    locator = MaxNLocator(5, integer=True, steps=[1, 2, 5, 10])
-    numbers = sorted({int(t) for t in locator.tick_values(0, n) if 0 <= t <= n})
-    episodes = "The episodes are too many to mark."
-    if has_lines:
-        episodes = "White lines, and the two greys of the history: an episode begins."
-    if tokens.is_plain:
+    @classmethod
+    def of(cls, sample: SampleAttention, has_lines: bool) -> "Words":
+        """The words for one sample, whose episodes have lines or are too many."""
+        tokens, transition = sample.tokens, sample.shown.transition
+        locator = MaxNLocator(5, integer=True, steps=[1, 2, 5, 10])
+        numbers = [int(t) for t in locator.tick_values(0, tokens.n) if 0 <= t <= tokens.n]
+        episodes = "The episodes are too many to mark."
+        if has_lines:
+            episodes = "White lines, and the two greys of the history: an episode begins."
         query = "the last token, whose output is the model's answer; its row is enlarged."
-        ticks = tuple(zip(numbers, numbers, strict=True))
-        return Words(ticks, "transition", "Token 0 is the oldest.", episodes, query)
-    of = f"Tokens of a transition: {', '.join(tokens.parts)}. " if len(tokens.parts) > 1 else ""
-    first = "Those of no transition stand first. " if shown.transition[0] == NONE else ""
-    return Words(
-        tuple((int(np.argmax(shown.transition == t)), t) for t in numbers if t < n),
-        "number of its transition",
-        f"{of}{first}Transition 0 is the oldest.",
-        episodes,
-        "the token whose output is the model's answer, shown last whatever its place in the "
-        "model; its row is enlarged.",
-    )
+        if tokens.is_plain:
+            ticks = zip(numbers, numbers, strict=True)
+            return cls(tuple(ticks), "transition", "Token 0 is the oldest.", episodes, query)
+        of = f"Tokens of a transition: {', '.join(tokens.parts)}. " if tokens.parts[1:] else ""
+        first = "Those of no transition stand first. " if transition[0] == NONE else ""
+        return cls(
+            tuple((int(np.argmax(transition == t)), t) for t in numbers if t < tokens.n),
+            "number of its transition",
+            f"{of}{first}Transition 0 is the oldest.",
+            episodes,
+            "the token whose output is the model's answer, shown last whatever its place in the "
+            "model; its row is enlarged.",
+        )
 
 
 class Sheet:
@@ -219,13 +206,11 @@ class Sheet:
 
     def x(self, token: ArrayLike) -> np.ndarray:
         """Where a token's column begins, page units from the left edge of a map."""
-        edges = self._edges[0]
-        return np.interp(token, edges, np.linspace(0, self.side, len(edges)))
+        return np.interp(token, self._edges[0], np.linspace(0, self.side, len(self._edges[0])))
 
     def y(self, token: ArrayLike) -> np.ndarray:
         """Where a token's row begins, page units from the upper edge of a map."""
-        edges = self._edges[1]
-        return np.interp(token, edges, np.linspace(0, self.depth, len(edges)))
+        return np.interp(token, self._edges[1], np.linspace(0, self.depth, len(self._edges[1])))
 
     def paste_head(
         self, corner: tuple[float, float], colours: np.ndarray, history: np.ndarray
@@ -305,4 +290,4 @@ class Sheet:
             self.page.text(LEFT, top + 17 * i, entry, 8.5, color=SOFT)
 
 
-heatmap_sheet = lru_cache(maxsize=2)(Sheet)
+_sheet = lru_cache(maxsize=2)(Sheet)

@@ -1,9 +1,9 @@
 """The line plot: what the query token attends to, and how much attention each position receives.
 
-    line_plot("lines.png", a.query_curves, a.received_curves, decision, tokens, layer=2)
+    line_plot("lines.png", sample, layer=2, heads=range(4), dpi=100)
 
 A thin line a head, or a part of transitions, a bold one of their mean or sum, and a dashed one of
-uniform attention. `a` is a `SampleAttention`.
+uniform attention.
 """
 
 import math
@@ -15,20 +15,19 @@ import numpy as np
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike
 
-from historylens.history import Decision
-from historylens.pictures.marks import MAX_EPISODE_LINES, history_colours, subtitle
-from historylens.pictures.order import Curves
+from historylens.pictures.order import Curves, SampleAttention
 from historylens.pictures.page import (
-    DPI,
     FAINT,
     HEAD_COLOURS,
     INK,
+    MAX_EPISODE_LINES,
     SOFT,
     UNIFORM,
     UNIFORM_LINE,
     Page,
+    history_colours,
+    subtitle,
 )
-from historylens.tokens import Tokens
 
 MANY_HEADS = "#7f9db9"  # one colour for all where there are more lines than colours
 MAX_POINTS = 500  # longer histories are averaged in bins
@@ -40,54 +39,36 @@ LEGEND = 452
 
 
 def line_plot(
-    path: str | Path,
-    query: Curves,
-    received: Curves,
-    decision: Decision,
-    tokens: Tokens,
-    *,
-    layer: int,
-    heads: Sequence[int] | None = None,
-    dpi: int = DPI,
+    path: str | Path, sample: SampleAttention, *, layer: int, heads: Sequence[int], dpi: int
 ) -> None:
     """Draw what the query token attends to, and how much attention each position receives.
 
     Args:
         path: PNG to write.
-        query: what the query attends to.
-        received: what each transition receives, averaged over the tokens that may see it.
-        decision: what was decided.
-        tokens: what the model read.
+        sample: what is drawn; its maps are not needed.
         layer: number of the layer.
-        heads: numbers of the heads, where each has a curve; None: 0, 1, 2, ...
+        heads: numbers of the heads.
         dpi: pixels an inch.
-
-    Raises:
-        ValueError: curves of another number of transitions.
     """
-    n, starts = decision.n, decision.episode_starts
-    if any(values.shape[-1] != n for values in (query.values, received.values)):
-        raise ValueError(
-            f"expected curves over {n} transitions, got {query.values.shape} and "
-            f"{received.values.shape}"
-        )
-    numbers = range(len(query.values)) if heads is None else heads
-    names = query.names or tuple(f"head {number}" for number in numbers)
+    query, received = sample.query_curves, sample.received_curves
+    n, starts = sample.decision.n, sample.decision.episode_starts
+    names = query.names or tuple(f"head {number}" for number in heads)
     has_episodes = len(starts) <= MAX_EPISODE_LINES
     page = _sheet(names, bool(query.names), n, dpi, has_episodes)
     page.restore()
-    page.heading(LEFT, f"Attention lines · layer {layer}", subtitle(decision, tokens))
+    title = f"Attention lines · layer {layer}"
+    page.heading(LEFT, title, subtitle(sample.decision, sample.tokens))
     n_columns, n_rows = round(WIDTH * page.scale), round(STRIP * page.scale)
     n_cells = min(n, n_columns)
-    cells = np.append(np.arange(n_cells) * n // n_cells, n)
-    strip = history_colours(starts, decision.rewarded, cells)  # one more: the query's
+    cells = np.append(np.arange(n_cells) * n // n_cells, n)  # the last is the query's
+    strip = history_colours(starts, sample.decision.rewarded, cells)
     strip = strip[np.arange(n_columns) * n_cells // n_columns]
-    for left, panel in ((LEFT, query), (RIGHT, received)):
+    for left, curves in ((LEFT, query), (RIGHT, received)):
         if has_episodes:
             edges = [[(x, TOP), (x, TOP + HEIGHT)] for x in _x(left, starts[1:] - 0.5, n)]
             page.lines(edges, colors="#dddddd", linewidths=0.8)
         page.paste(left, STRIP_TOP, strip[None].repeat(n_rows, axis=0))
-        _draw_plot(page, left, panel)
+        _draw_plot(page, left, curves)
     page.save(path)
 
 
@@ -138,25 +119,24 @@ def _x(left: float, positions: np.ndarray, n: int) -> np.ndarray:
     return left + WIDTH * (positions + 0.5) / n
 
 
-def _draw_plot(page: Page, left: float, panel: Curves) -> None:
-    lines = np.vstack([panel.values, panel.whole, panel.uniform])
-    n_lines, n = panel.values.shape
-    scale = Scale(lines[:-1], panel.uniform)
+def _draw_plot(page: Page, left: float, curves: Curves) -> None:
+    lines = np.vstack([curves.values, curves.whole, curves.uniform])
+    n_lines, n = curves.values.shape
+    scale = Scale(lines[:-1], curves.uniform)
     binned, starts = bin_means(lines)
     x = _x(left, (starts + np.append(starts[1:], n) - 1) / 2, n)
     if len(starts) < n:
-        low, high = (scale.y(f.reduceat(panel.whole, starts)) for f in (np.minimum, np.maximum))
+        low, high = (scale.y(f.reduceat(curves.whole, starts)) for f in (np.minimum, np.maximum))
         outline = np.stack([np.append(x, x[::-1]), np.append(low, high[::-1])], 1)
         page.fill(outline, facecolors="#dcdcdc")
     if n == 1:  # a line needs two ends
         x, binned = np.array([left, left + WIDTH]), binned.repeat(2, axis=1)
-    curves = [np.stack([x, scale.y(line)], 1) for line in binned]
-    width = 1.1 if panel.names else 0.8
+    *thin, whole, uniform = (np.stack([x, scale.y(line)], 1) for line in binned)
     few = n_lines <= len(HEAD_COLOURS)
     colours = list(HEAD_COLOURS[:n_lines]) if few else MANY_HEADS
-    page.lines(curves[:-2], colors=colours, linewidths=width, alpha=0.8)
-    page.lines(curves[-2:-1], colors=INK, linewidths=1.6)
-    page.lines(curves[-1:], colors=UNIFORM, linewidths=1.5, linestyles="--")
+    page.lines(thin, colors=colours, linewidths=1.1 if curves.names else 0.8, alpha=0.8)
+    page.lines([whole], colors=INK, linewidths=1.6)
+    page.lines([uniform], colors=UNIFORM, linewidths=1.5, linestyles="--")
     for weight in scale.ticks():
         page.tick(float(scale.y(weight)), left, f"{weight:.4g}", 0.8, "left")
     name = "attention weight (log scale)" if scale.is_log else "attention weight"

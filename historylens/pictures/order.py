@@ -1,9 +1,9 @@
 """The attention of one sample and layer as pictures show it, whatever the model's own order is.
 
-    attention = SampleAttention.of(layer, 3, 0, tokens, uniform_row)
-    attention.maps                                     # for the heatmap: a row and a column a token
-    attention.query_curves, attention.received_curves  # for the line plot: over transitions
-    attention.numbers()                                # what is drawn, for metrics.json
+    sample = SampleAttention.of(decision, tokens, layer, 3, 0, uniform_row)
+    sample.maps                                     # for the heatmap: a row and a column a token
+    sample.query_curves, sample.received_curves     # for the line plot: over transitions
+    sample.numbers()                                # what is drawn, for metrics.json
 
 Tokens stand in the order of time, the one that decides last, so that pictures of all models read
 alike. Axes: `T` tokens of the model, `P` of them shown (all but padding), `n` transitions, `H`
@@ -11,12 +11,14 @@ heads.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
 
 from historylens.capture import LayerAttention
 from historylens.common.files import rounded
+from historylens.history import Decision
 from historylens.metrics import uniform_received as causal_received
 from historylens.tokens import NONE, PADDING, Tokens, order_of_time, uniform_received
 
@@ -59,13 +61,13 @@ def curves(
             total /= np.maximum(np.bincount(owner, minlength=tokens.n), 1)
         return total
 
-    owned = tokens.transition != NONE
-    per_head, uniform = over(owned, heads), over(owned, uniform)
+    owned, mean = tokens.transition != NONE, heads.mean(0)
+    whole, uniform = over(owned, mean), over(owned, uniform)
     if len(tokens.parts) == 1:
-        return Curves((), per_head, per_head.astype(heads.dtype).mean(0), uniform)
-    part, mean = np.array(tokens.part), heads.mean(0)
+        return Curves((), over(owned, heads), whole, uniform)
+    part = np.array(tokens.part)
     values = np.stack([over(owned & (part == name), mean) for name in tokens.parts])
-    return Curves(tokens.parts, values, per_head.mean(0), uniform)
+    return Curves(tokens.parts, values, whole, uniform)
 
 
 @dataclass(frozen=True)
@@ -73,15 +75,18 @@ class SampleAttention:
     """Attention of one sample and layer, as it is drawn.
 
     Attributes:
-        tokens: what the model reads. In its order are:
+        decision: what was decided.
+        tokens: what the model read. In its order are:
         query_rows: `(H, T)` the deciding token's attention.
         received: `(H, T)` attention that each token receives, 0 where nobody may look.
         uniform_row, uniform_received: `(T,)` both, where all weigh equally what they may see.
         maps: `(H, R, C)` weights, NaN where forbidden; the last row is the deciding token's.
         rows: `(R,)` place of each row among the `P` tokens shown, ascending.
-        cols: `(C,)` place of the first token of each column, ascending.
+        cols: `(C,)` place of the first token of each column, ascending; a column is the mean weight
+            of its tokens.
     """
 
+    decision: Decision
     tokens: Tokens
     query_rows: np.ndarray
     received: np.ndarray
@@ -94,24 +99,26 @@ class SampleAttention:
     @classmethod
     def of(
         cls,
+        decision: Decision,
+        tokens: Tokens,
         layer: LayerAttention,
         place: int,
         map_place: int,
-        tokens: Tokens,
         uniform_row: np.ndarray,
     ) -> "SampleAttention":
         """Pick one sample out of a batch, and order its map.
 
         Args:
+            decision, tokens: what was decided, and what the model read.
             layer: with received attention and maps.
             place: of the sample in the batch.
             map_place: its place among the samples with maps.
-            tokens: what its tokens are.
             uniform_row: `(T,)` the deciding token's row if it weighed all that it may see equally.
         """
         query_rows, received = layer.query_rows[place].numpy(), layer.received[place].numpy()
         image = layer.maps[map_place].numpy(), layer.map_rows.numpy(), layer.map_cols.numpy()
         return cls(
+            decision,
             tokens,
             query_rows,
             np.nan_to_num(received),
@@ -119,6 +126,22 @@ class SampleAttention:
             np.nan_to_num(_received_evenly(*image, tokens)),
             *_in_order(*image, query_rows, uniform_row > 0, tokens),
         )
+
+    @cached_property
+    def shown(self) -> Tokens:
+        """The `P` tokens shown, in their order."""
+        return self.tokens.take(order_of_time(self.tokens))
+
+    @property
+    def on_tokens(self) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens shown at which an episode begins, `(E,)` int, and which are rewarded, `(P - 1,)`.
+
+        The token that decides is left out.
+        """
+        transition = self.shown.transition[:-1]
+        starts = np.searchsorted(np.maximum.accumulate(transition), self.decision.episode_starts)
+        starts = np.unique(starts[starts < len(transition)])
+        return starts, np.append(self.decision.rewarded, False)[transition]
 
     @property
     def query_curves(self) -> Curves:
@@ -143,12 +166,12 @@ class SampleAttention:
             weights = weights.astype(np.float64)
             drawn[name] = {"mean": rounded(weights.mean(0)), "heads": rounded(weights)}
         n_tokens = len(self.tokens)
-        is_plain = (
+        is_usual = (
             self.tokens.is_plain
             and np.allclose(self.uniform_row, 1 / n_tokens)
             and np.allclose(self.uniform_received, causal_received(n_tokens))
         )
-        if not is_plain:
+        if not is_usual:
             drawn["uniform_query_row"] = rounded(self.uniform_row)
             drawn["uniform_received"] = rounded(self.uniform_received)
         return drawn
@@ -166,12 +189,12 @@ def _in_order(
 
     A binned map may lack the deciding token's row: it is made of its `(H, T)` attention.
     """
-    n_seen = np.add.reduceat(visible, cols, dtype=float)
-    with np.errstate(invalid="ignore"):
-        own = np.add.reduceat(query_rows * visible, cols, axis=1) / n_seen  # 0 / 0: forbidden
-    others = rows != tokens.decides
-    maps = np.concatenate([maps[:, others], own[:, None].astype(maps.dtype)], axis=1)
-    rows = np.append(rows[others], tokens.decides)
+    if tokens.decides not in rows:
+        n_seen = np.add.reduceat(visible, cols, dtype=float)
+        with np.errstate(invalid="ignore"):
+            own = np.add.reduceat(query_rows * visible, cols, axis=1) / n_seen  # 0 / 0: forbidden
+        maps = np.concatenate([maps, own[:, None].astype(maps.dtype)], axis=1)
+        rows = np.append(rows, tokens.decides)
     order = order_of_time(tokens)
     place = np.full(len(tokens), len(tokens))
     place[order] = np.arange(len(order))

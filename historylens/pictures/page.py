@@ -26,12 +26,16 @@ from matplotlib.text import Text
 from matplotlib.transforms import Affine2D
 
 from historylens.common.files import write_atomically
+from historylens.history import Decision
+from historylens.tokens import PADDING, Tokens
 
 DPI = 100
 INK, SOFT, FAINT = "#222222", "#444444", "#8a8a8a"
 REWARD, UNIFORM = "#e4572e", "#c4007a"
 HEAD_COLOURS = ("#0173b2", "#de8f05", "#029e73", "#cc78bc", "#ca9161", "#56b4e9")
 UNIFORM_LINE = {"colors": UNIFORM, "linewidths": 1.6, "linestyles": "--"}
+EPISODE_GREYS = (200, 238)
+MAX_EPISODE_LINES = 40  # more boundaries than this hide what they mark
 
 
 class Page:
@@ -115,6 +119,37 @@ class Page:
     def _draw(self, artist: Artist) -> None:
         artist.set_figure(self.figure)
         artist.draw(self._renderer)
+
+
+def subtitle(decision: Decision, tokens: Tokens) -> str:
+    """The line that says which decision a picture shows, and how long its context is."""
+    n_tokens = len(tokens) - tokens.part.count(PADDING)
+    query = " and the query: " if tokens.is_plain else ", "
+    transitions = "1 transition" if tokens.n == 1 else f"{tokens.n:,} transitions"
+    return f"{decision.title} · {transitions}{query}T = {n_tokens:,} tokens"
+
+
+def history_colours(starts: np.ndarray, rewarded: np.ndarray, cells: np.ndarray) -> np.ndarray:
+    """Colours of a strip that shows the history: episodes in two greys, rewards in red.
+
+    Args:
+        starts: `(E,)` int, tokens at which an episode begins, ascending.
+        rewarded: `(N,)` bool, rewarded tokens; the query is token `N`.
+        cells: `(C,)` int, first token of each cell of the strip, ascending.
+
+    Returns:
+        `(C, 3)` uint8 RGB. A cell of several tokens is as red as their share that was rewarded;
+        the query is white. One grey throughout where episodes are too many to tell apart.
+    """
+    if len(starts) > MAX_EPISODE_LINES:
+        starts = starts[:1]
+    grey = np.take(EPISODE_GREYS, np.searchsorted(starts, cells, side="right") % 2)
+    n_rewarded = np.add.reduceat(np.append(rewarded, False).astype(float), cells)
+    share = n_rewarded / np.diff(np.append(cells, len(rewarded) + 1))
+    red = np.array(list(bytes.fromhex(REWARD[1:])))
+    colours = grey[:, None] + share[:, None] * (red - grey[:, None])
+    colours[cells >= len(rewarded)] = 255
+    return np.rint(colours).astype(np.uint8)
 
 
 def png(pixels: np.ndarray, dpi: float) -> bytes:
