@@ -9,8 +9,6 @@ have a fixed length and never end early.
     states, rewards, done = room.step(np.full(81, 2))   # everyone one column to the right
 """
 
-from dataclasses import dataclass
-
 import numpy as np
 
 from historylens.common.errors import UserError
@@ -18,17 +16,6 @@ from historylens.common.errors import UserError
 # Change of (row, column) for each action, 4 stays. A move into a wall stays as well.
 MOVES = np.array([[1, 0], [-1, 0], [0, 1], [0, -1], [0, 0]], dtype=np.int64)
 N_ACTIONS = len(MOVES)
-
-
-@dataclass(frozen=True)
-class Space:
-    """The integers `0 .. n - 1`."""
-
-    n: int
-
-    def sample(self, rng: np.random.Generator, size: int) -> np.ndarray:
-        """Draw `size` of them uniformly: `(size,)` int64."""
-        return rng.integers(self.n, size=size)
 
 
 class DarkRoom:
@@ -41,7 +28,6 @@ class DarkRoom:
     """
 
     def __init__(self, goals: np.ndarray, grid_size: int = 9, horizon: int = 20) -> None:
-        self.action_space = Space(N_ACTIONS)
         self.goals, self.grid_size, self.horizon = np.asarray(goals), grid_size, horizon
         if self.goals.shape[1:] != (2,) or not _are_below(self.goals, grid_size):
             raise ValueError(

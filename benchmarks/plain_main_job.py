@@ -19,9 +19,10 @@ import numpy as np
 import seaborn as sns
 import torch
 
-from checkpoint import HISTORIES_NAME, load_checkpoint
-from dataset import ADDataset, Histories
-from decisions import choose_decisions
+from ad.checkpoints import HISTORIES_NAME, load_checkpoint
+from ad.decisions import HistoryDecisions, choose_decisions
+from dataset import Histories
+from historylens.history import History
 
 
 def eager_maps(model: torch.nn.Module, tokens: torch.Tensor, wanted: int) -> np.ndarray:
@@ -93,18 +94,14 @@ def main() -> None:
     path, out = Path(sys.argv[1]), Path(sys.argv[2])
     model = load_checkpoint(path).model
     histories = Histories.load(path.parent / HISTORIES_NAME)
-    decisions = choose_decisions(histories, model.n_context_max, 10, seed=0)
-    dataset = ADDataset(histories, model.n_context_max)
+    places = choose_decisions(histories, model.n_context_max, 10, seed=0)
+    decisions = HistoryDecisions(histories, places, model.n_context_max)
     for number in range(model.config.tf_n_layer):
         folder = out / f"layer_{number}"
         folder.mkdir(parents=True, exist_ok=True)
         values = []
         for i, decision in enumerate(decisions):
-            window = dataset.windows([decision.history], [decision.step], decision.stride)
-            context = [window[k] for k in ("states", "actions", "rewards", "next_states")]
-            queries = model.embed_queries(window["query_states"]).unsqueeze(1)
-            tokens = torch.cat([model.embed_transitions(*context), queries], dim=1)
-            tokens = tokens + model.pos_embedding[:, : tokens.shape[1]]
+            tokens = model.embed(*History.of([decision]).inputs)
             maps = eager_maps(model, tokens, number)[0]
             values.append(metrics(maps.mean(axis=0)[-1]))
             draw_heatmap(maps, folder / f"attention_heatmap_sample{i}_layer{number}.png")

@@ -281,9 +281,7 @@ def rollout(
         return torch.tensor(np.asarray(values), device=policy.device)
 
     states = tensor(rooms.reset())
-    n_rooms, state_size = states.shape
-    buffer = HistoryBuffer(n_rooms, n_steps, state_size, policy.device, states.dtype, tasks)
-    rewards = []
+    buffer, rewards = HistoryBuffer(states, n_steps, tasks), []
     for t in range(n_steps):
         logits = policy.act(buffer, states)  # (B, A)
         if t == 0:
@@ -296,8 +294,8 @@ def rollout(
         buffer.append(states, tensor(actions), tensor(earned), next_states, done)
         states = tensor(rooms.reset()) if done else next_states
         if bar is not None:
-            bar.update(n_rooms)
-    return np.stack(rewards, axis=1) if rewards else np.zeros((n_rooms, 0), dtype=np.int64)
+            bar.update(len(states))
+    return np.stack(rewards, axis=1) if rewards else np.zeros((len(states), 0), dtype=np.int64)
 
 
 def pick_device(name: str) -> torch.device:

@@ -236,11 +236,8 @@ class HistoryBuffer:
     out as views of the store: nothing is copied, however long it is.
 
     Args:
-        n_rooms: environments `B`.
+        states: `(B, S)`, the first states: the store lies where they do, and is of their type.
         n_steps: transitions that there is place for.
-        state_size: numbers `S` that describe a state.
-        device: where the store lies and what it hands out.
-        state_dtype: type of the numbers of a state.
         tasks: `(B,)` int, equal where two environments are of the same task.
 
     Attributes:
@@ -248,38 +245,23 @@ class HistoryBuffer:
     """
 
     def __init__(
-        self,
-        n_rooms: int,
-        n_steps: int,
-        state_size: int,
-        device: torch.device | str = "cpu",
-        state_dtype: torch.dtype = torch.int64,
-        tasks: np.ndarray | Tensor | None = None,
+        self, states: Tensor, n_steps: int, tasks: np.ndarray | Tensor | None = None
     ) -> None:
-        shape = (n_rooms, n_steps)
+        device, shape = states.device, (len(states), n_steps)
         self.n = 0
         self._tasks = None if tasks is None else torch.as_tensor(tasks, device=device)
-        self._states = torch.empty(*shape, state_size, dtype=state_dtype, device=device)
+        self._states = states.new_empty(*shape, states.shape[1])
         self._next_states = torch.empty_like(self._states)
         self._actions = torch.empty(shape, dtype=torch.int64, device=device)
         self._rewards = torch.empty(shape, dtype=torch.float32, device=device)
         self._episodes = torch.zeros(n_steps + 1, dtype=torch.int64, device=device)
 
     def append(
-        self,
-        states: Tensor,
-        actions: Tensor,
-        rewards: Tensor,
-        next_states: Tensor,
-        done: bool = False,
+        self, states: Tensor, actions: Tensor, rewards: Tensor, next_states: Tensor, done: bool
     ) -> None:
-        """Append one transition of every environment.
+        """Append one transition of every environment, `(B, S)` or `(B,)`; `done`: an episode ends.
 
-        Args:
-            states, next_states: `(B, S)` of the store's type.
-            actions: `(B,)` int.
-            rewards: `(B,)`, kept as float32.
-            done: whether an episode ends with it, so that the next transition begins another.
+        Rewards are kept as float32.
         """
         self._states[:, self.n] = states
         self._actions[:, self.n] = actions
@@ -294,11 +276,9 @@ class HistoryBuffer:
         Views of the store, which later transitions leave as they are.
         """
         past = slice(first, self.n)
+        stores = (self._states, self._actions, self._rewards, self._next_states)
         return History(
-            self._states[:, past],
-            self._actions[:, past],
-            self._rewards[:, past],
-            self._next_states[:, past],
+            *(store[:, past] for store in stores),
             query_states=query_states,
             episodes=self._episodes[past].expand(len(self._actions), -1),
             tasks=self._tasks,

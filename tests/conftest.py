@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from ad.darkroom import DarkRoom
+from ad.darkroom import N_ACTIONS, DarkRoom
 from config import ModelConfig
 from dataset import Histories
 from historylens.common.errors import run_command
@@ -56,7 +56,7 @@ def make_histories(
     states = room.reset()
     steps = []
     for _ in range(n_episodes * horizon):
-        actions = room.action_space.sample(rng, room.n_rooms)
+        actions = rng.integers(N_ACTIONS, size=room.n_rooms)
         next_states, rewards, done = room.step(actions)
         steps.append((states, actions, rewards, next_states))
         states = room.reset() if done else next_states

@@ -2,7 +2,7 @@
 
     run, file = make_foreign_run(tmp_path)      # runs/AD-darkroom-seed0, datasets/history_....hdf5
 
-and that code's own way from such a file to action logits, as a slow twin: `foreign_logits`.
+and from these two files alone to action logits, token by token: `foreign_logits`.
 """
 
 import random
@@ -10,41 +10,28 @@ from pathlib import Path
 
 import h5py
 import numpy as np
+import plain_model
 import torch
-from torch import nn
 
-from config import EnvConfig, SourceConfig
 from ad.darkroom import all_goals, start_state
 from ad.source import learning_histories
+from config import EnvConfig, SourceConfig
 
 SHIPPED = Path(__file__).parent.parent / "checkpoints" / "AD-darkroom-shipped"
 
 
 def foreign_config(weights, n_heads, grid_size=9, horizon=20):
     """The flat config that such code stores, for weights of our own; its tf_n_inner is wrong."""
-    n_layers = sum(name.endswith("norm1.bias") for name in weights)
+    _, n_transit, width = weights["pos_embedding"].shape
     return {
-        "env": "darkroom",
-        "grid_size": grid_size,
-        "horizon": horizon,
-        "dim_states": 2,
-        "num_actions": 5,
-        "n_transit": weights["pos_embedding"].shape[1],
-        "tf_n_embd": weights["pos_embedding"].shape[2],
-        "tf_n_layer": n_layers,
-        "tf_n_head": n_heads,
-        "tf_n_inner": 8 * weights["pos_embedding"].shape[2] + 1,
-        "tf_dropout": 0.1,
-        "env_split_seed": 0,
-        "train_env_ratio": 0.9,
-        "train_source_timesteps": 1000,
-        "alg": "PPO",
-        "alg_seed": 42,
-        "label_smoothing": 0.0,
-        "mixed_precision": "fp32",
-        "log_dir": None,
+        "env": "darkroom", "grid_size": grid_size, "horizon": horizon, "dim_states": 2,
+        "num_actions": 5, "n_transit": n_transit, "tf_n_embd": width,
+        "tf_n_layer": sum(name.endswith("norm1.bias") for name in weights), "tf_n_head": n_heads,
+        "tf_n_inner": 8 * width + 1, "tf_dropout": 0.1, "env_split_seed": 0,
+        "train_env_ratio": 0.9, "train_source_timesteps": 1000, "alg": "PPO", "alg_seed": 42,
+        "label_smoothing": 0.0, "mixed_precision": "fp32", "log_dir": None,
         "device": torch.device("cuda:0"),
-    }
+    }  # fmt: skip
 
 
 def make_foreign_run(
@@ -102,52 +89,13 @@ def held_out(seed, ratio, n_cells=81):
     return cells[round(n_cells * ratio) :]
 
 
-class ForeignAD(nn.Module):
-    """Such code's model, as far as it decides: post-norm encoder layers one after the other."""
-
-    def __init__(self, config, width_inner):
-        super().__init__()
-        width = config["tf_n_embd"]
-        self.grid_size, self.n_actions = config["grid_size"], config["num_actions"]
-        self.pos_embedding = nn.Parameter(torch.zeros(1, config["n_transit"], width))
-        layer = nn.TransformerEncoderLayer(
-            width, config["tf_n_head"], width_inner, activation="gelu", batch_first=True
-        )
-        self.transformer_encoder = nn.TransformerEncoder(
-            layer, config["tf_n_layer"], enable_nested_tensor=False
-        )
-        self.embed_context = nn.Linear(2 * config["dim_states"] + self.n_actions + 1, width)
-        self.embed_query_state = nn.Embedding(self.grid_size**2, width)
-        self.pred_action = nn.Linear(width, self.n_actions)
-
-    def forward(self, states, actions, rewards, next_states, query_states):
-        one_hot = torch.eye(self.n_actions)[actions]
-        context = torch.cat([states, one_hot, rewards[..., None], next_states], dim=-1)
-        cells = (query_states * torch.tensor([self.grid_size, 1])).sum(dim=-1).long()
-        tokens = [self.embed_context(context), self.embed_query_state(cells)[:, None]]
-        x = torch.cat(tokens, dim=1)
-        n_tokens = x.shape[1]
-        x = x + self.pos_embedding[:, :n_tokens]
-        mask = torch.triu(torch.full((n_tokens, n_tokens), float("-inf")), diagonal=1)
-        for layer in self.transformer_encoder.layers:
-            x = layer(x, src_mask=mask)
-        return self.pred_action(x[:, -1])
-
-
 def foreign_logits(checkpoint, file, cell, stream, step):
     """Action logits `(A,)` of the decision at `step` of a stream, from the two files alone."""
-    content = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    config, weights = content["config"], content["model"]
-    inner = weights["transformer_encoder.layers.0.linear1.bias"].shape[0]
-    model = ForeignAD(config, inner).eval()
-    model.load_state_dict(weights)
-    n = config["n_transit"] - 1
+    tensors, config = plain_model.read_checkpoint(checkpoint)
+    before = slice(step - config["n_transit"] + 1, step)
     with h5py.File(file, "r") as opened:
-        group = opened[str(cell)]
-        window = [
-            torch.from_numpy(group[name][()].swapaxes(0, 1)[stream : stream + 1, step - n : step])
-            for name in ("states", "actions", "rewards", "next_states")
-        ]
-        query = torch.from_numpy(group["states"][()].swapaxes(0, 1)[stream : stream + 1, step])
-    with torch.no_grad():
-        return model(*window, query)[0]
+        group = {name: values[:, stream] for name, values in opened[str(cell)].items()}
+    names = ("states", "actions", "rewards", "next_states")
+    transitions = list(zip(*(group[name][before] for name in names), strict=True))
+    query = group["states"][step].astype(int)
+    return torch.from_numpy(plain_model.run_model(tensors, config, transitions, query)[0]).float()

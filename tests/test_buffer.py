@@ -23,7 +23,8 @@ def transitions(n_steps, n_rooms=2, state_size=3, dtype=torch.int64, seed=0):
 
 
 def filled(steps, n_steps=12, dtype=torch.int64, horizon=4, **more):
-    buffer = HistoryBuffer(len(steps[0][1]) if steps else 2, n_steps, 3, state_dtype=dtype, **more)
+    n_rooms = len(steps[0][1]) if steps else 2
+    buffer = HistoryBuffer(torch.empty(n_rooms, 3, dtype=dtype), n_steps, **more)
     for t, step in enumerate(steps):
         buffer.append(*step, done=t % horizon == horizon - 1)
     return buffer
@@ -62,7 +63,7 @@ def test_a_history_is_a_view_that_later_transitions_leave_as_it_is():
     early = buffer.history(torch.zeros(2, 3))
     before = [part.clone() for part in early.inputs]
     for step in steps[4:]:
-        buffer.append(*step)
+        buffer.append(*step, done=False)
     late = buffer.history(torch.zeros(2, 3))
     assert all(torch.equal(x, y) for x, y in zip(early.inputs, before, strict=True))
     assert late.states.data_ptr() == early.states.data_ptr()
@@ -70,7 +71,7 @@ def test_a_history_is_a_view_that_later_transitions_leave_as_it_is():
 
 
 def test_tasks_are_handed_on():
-    buffer = HistoryBuffer(3, n_steps=1, state_size=1, tasks=torch.tensor([4, 4, 7]))
+    buffer = HistoryBuffer(torch.empty(3, 1), 1, torch.tensor([4, 4, 7]))
     assert buffer.history(torch.zeros(3, 1)).tasks.tolist() == [4, 4, 7]
 
 

@@ -183,16 +183,6 @@ def test_ctrl_c_says_what_is_kept_and_leaves_a_valid_file(home, monkeypatch, cap
     assert list(results_of("out")["arms"]) == ARMS[:5]
 
 
-def test_another_comparison_moves_earlier_files_aside(home, capsys):
-    main([*TINY, "--strategies", "recent"])
-    before = files_of("out")
-    main([*TINY, "--strategies", "recent", "--seeds", "3"])
-    said = " ".join(capsys.readouterr().out.split())
-    assert "Results of another comparison (other seeds) were in out: moved to out/earlier-1" in said
-    assert files_of("out/earlier-1") == before
-    assert set(files_of("out")) == {*FILES, *(f"earlier-1/{name}" for name in FILES)}
-
-
 def test_more_strategies_play_only_what_is_missing_and_a_new_margin_nothing(home, capsys):
     main([*TINY, "--strategies", "recent"])
     main([*TINY, "--strategies", "recent", "even", "--margin", "0.2"])

@@ -51,9 +51,7 @@ def test_each_says_what_it_does_in_one_sentence_and_whether_it_saves_compute(nam
     assert method.rule.count(". ") == 0
     assert method.source
     needs_pass = method.looks_at == "query attention"
-    assert method.saves_compute == (
-        not needs_pass and name != "full" and method.kind != "control"
-    )
+    assert method.saves_compute == (not needs_pass and name != "full" and method.kind != "control")
     assert ("query_attention" in method.needs) == needs_pass
 
 

@@ -16,14 +16,14 @@ from historylens.capture import capture
 from historylens.effects.effect import kl_divergence
 from historylens.effects.faithfulness import (
     Faithfulness,
+    affordable,
     average_ranks,
     leave_one_out,
     mean_defined,
     measure_faithfulness,
     spearman,
 )
-from historylens.effects.measure import Trial, affordable
-from historylens.effects.report import faithfulness_block
+from historylens.effects.measure import Trial
 from historylens.history import History
 
 NAN = float("nan")
@@ -169,7 +169,7 @@ def made(heads, average=((NAN, NAN), (0.4, 0.2)), overall=0.25):
 def test_the_console_names_the_head_that_ranks_best():
     found = made([[NAN, 0.1], [-0.2, 0.625]])
     assert found.best_head == (3, 2, 0.625)
-    text = faithfulness_block(found)
+    text = found.text()
     words = " ".join(text.split())
     assert "layer 3 head 2 ranks transitions most like their measured effect: 0.62" in words
     assert "all layers and heads reaches 0.25" in words
@@ -184,7 +184,7 @@ def test_the_console_names_the_head_that_ranks_best():
 def test_what_is_not_defined_is_said_and_is_null_in_the_json():
     found = made([[NAN, NAN], [NAN, NAN]], overall=NAN)
     assert found.best_head is None
-    assert "Not defined" in faithfulness_block(found)
+    assert "Not defined" in found.text()
     values = json.loads(json.dumps(found.json(), allow_nan=False))
     assert values["overall"] is None
     assert values["layers"][0]["heads"] == [None, None]

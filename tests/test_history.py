@@ -114,7 +114,9 @@ def test_acting_in_parts_reads_no_padding_and_keeps_the_order(max_tokens, monkey
 
 def test_what_a_user_gives_is_kept_as_tensors():
     history = make_history(size=2, n=5)
-    arrays = {f.name: v.numpy() for f in fields(history) if (v := getattr(history, f.name)) is not None}
+    arrays = {
+        f.name: v.numpy() for f in fields(history) if (v := getattr(history, f.name)) is not None
+    }
     checked = History(**arrays).checked()
     assert all(torch.equal(getattr(checked, name), torch.tensor(v)) for name, v in arrays.items())
 

@@ -62,7 +62,7 @@ def test_a_strategy_that_keeps_rewards_is_recommended(planted):
     assert study.stands_corrected
     text = recommendation(study)
     assert f"{study.recommended.arm.name} with {SHORT} transitions (safe)" in text
-    assert f"instead of {study.full.tokens:.1f}" in text
+    assert f"instead of {study.full.cost.tokens:.1f}" in text
 
 
 def test_recency_over_more_than_an_episode_loses_nothing(tmp_path):

@@ -16,7 +16,7 @@ import visualize_attention
 from ad.checkpoints import HISTORIES_NAME
 from config import ModelConfig
 from dataset import Histories
-from historylens.effects.measure import budgets
+from historylens.effects.effect import budgets
 from model import ADTransformer
 
 N, REWARDED = 40, (3, 4, 5, 8, 11)

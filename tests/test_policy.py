@@ -184,10 +184,10 @@ def test_decisions_may_keep_different_counts(positions):
     def logits(history):
         return history.states.sum(dim=(1, 2))[:, None] * torch.tensor([0.0, 1.0])
 
-    buffer = HistoryBuffer(3, 6, 1, state_dtype=torch.float64)
+    buffer = HistoryBuffer(torch.empty(3, 1, dtype=torch.float64), 6)
     for t in range(6):
         state = 10.0 ** torch.full((3, 1), t, dtype=torch.float64)
-        buffer.append(state, torch.zeros(3).long(), torch.zeros(3), state)
+        buffer.append(state, torch.zeros(3).long(), torch.zeros(3), state, False)
     agent = Recorder(4, logits, lambda history: weights)
     policy = policy_of(agent, "threshold", 3, None, positions)
     action_logits = policy.act(buffer, torch.zeros(3, 1))

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from ad.darkroom import MOVES, N_ACTIONS, DarkRoom, optimal_return, split_goals, start_state
-from ad.source import QLearner, learning_histories, relative_return
+from ad.source import learning_histories, relative_return
 from config import EnvConfig, SourceConfig
 from dataset import Histories
 
@@ -17,7 +17,7 @@ def small_run(seed=0, n_steps=400, **source):
     )
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def learned():
     """Histories of the real source over all training goals, fewer streams a goal."""
     env = EnvConfig()
@@ -25,28 +25,19 @@ def learned():
     return learning_histories(goals["train"], env, SourceConfig(), seed=0, n_streams=3)
 
 
-def test_the_source_starts_near_random_play(learned):
-    room = DarkRoom(np.repeat(learned.goals, 10, axis=0))
-    rng = np.random.default_rng(0)
-    room.reset()
+def test_the_source_improves_from_random_play_to_near_the_best_possible_return(learned):
+    room, rng = DarkRoom(np.repeat(learned.goals, 10, axis=0)), np.random.default_rng(0)
     actions = rng.integers(N_ACTIONS, size=(20, room.n_rooms))
     random_return = sum(room.step(chosen)[1].mean() for chosen in actions)
-    first = learned.episode_returns()[:, 0].mean()
-    best = optimal_return(learned.goals).mean()
-    assert abs(first - random_return) < 0.05 * best
-
-
-def test_the_source_ends_near_the_best_possible_return(learned):
-    assert relative_return(learned, slice(-20, None), 9) >= 0.95
-    reached = learned.episode_returns()[:, -20:].mean(axis=1) / optimal_return(learned.goals)
-    assert (reached < 0.5).mean() <= 0.02  # hardly a learner misses its goal
-    assert reached.reshape(-1, 3).max(axis=1).min() >= 0.9  # and no goal is missed by all
-
-
-def test_the_source_improves_on_the_way(learned):
+    first, best = learned.episode_returns()[:, 0].mean(), optimal_return(learned.goals)
+    assert abs(first - random_return) < 0.05 * best.mean()
     quarters = [relative_return(learned, slice(k, k + 15), 9) for k in (0, 45, 90, 135)]
     assert quarters == sorted(quarters)
     assert quarters[1] - quarters[0] > 0.1
+    assert relative_return(learned, slice(-20, None), 9) >= 0.95
+    reached = learned.episode_returns()[:, -20:].mean(axis=1) / best
+    assert (reached < 0.5).mean() <= 0.02  # hardly a learner misses its goal
+    assert reached.reshape(-1, 3).max(axis=1).min() >= 0.9  # and no goal is missed by all
 
 
 def plain_learning(goals, env, source, seed):
@@ -94,50 +85,6 @@ def test_vectorised_learning_equals_one_learner_after_the_other(step_size):
     fast = learning_histories(goals, SMALL, source, seed=5, n_streams=2)
     plain = plain_learning(np.repeat(goals, 2, axis=0), SMALL, source, seed=5)
     assert np.array_equal(fast.actions, plain)
-
-
-def test_an_update_worked_by_hand():
-    source = SourceConfig(discount=0.9, step_size=0.5, initial_value=1.0)
-    learner = QLearner(2, 4, 3, source, np.random.default_rng(0))
-    learner.values[0, 2] = [0.0, 4.0, 2.0]
-    learner.learn(np.array([1, 3]), np.array([0, 2]), np.array([1, 0]), np.array([2, 3]))
-    # (1 + 0.9 * 4 + 1) / 2 and (0 + 0.9 * 1 + 1) / 2; all else as it was
-    expected = np.ones((2, 4, 3))
-    expected[0, 2] = [0.0, 4.0, 2.0]
-    expected[0, 1, 0], expected[1, 3, 2] = 2.8, 0.95
-    np.testing.assert_allclose(learner.values, expected, rtol=1e-6)
-
-
-N = 20_000
-HERE = np.zeros(N, dtype=int)
-
-
-def learner_of(n_actions, **source):
-    return QLearner(N, 1, n_actions, SourceConfig(**source), np.random.default_rng(0))
-
-
-def test_exploration_decays_from_each_streams_own_rate_to_the_last():
-    learner = learner_of(4, epsilon_start=1.0, epsilon_end=0.2, epsilon_decay=0.5)
-    learner.values[:, :, 2] = 2.0
-    assert learner.epsilon_start.min() >= 0.2
-    assert 0.99 < learner.epsilon_start.max() <= 1.0
-    for progress, epsilon in ((0.0, 0.6), (0.25, 0.4), (0.5, 0.2), (1.0, 0.2)):
-        explored = (learner.act(HERE, progress) != 2).mean()
-        assert explored == pytest.approx(0.75 * epsilon, abs=0.02), progress
-
-
-def test_equally_good_actions_are_equally_likely_unless_one_was_taken_last():
-    learner, last = learner_of(5, epsilon_start=0.0), np.arange(N) % 5
-    actions = learner.act(HERE, 0.0)
-    np.testing.assert_allclose(np.bincount(actions, minlength=5) / N, 0.2, atol=0.02)
-    assert (learner.act(HERE, 0.0, last) == last).all()
-
-
-def test_without_exploration_the_best_action_is_taken_whatever_was_taken_last():
-    learner, last = learner_of(5, epsilon_start=0.0), np.arange(N) % 5
-    learner.values[:, :, 3] = 1.1
-    assert (learner.act(HERE, 0.0) == 3).all()
-    assert (learner.act(HERE, 0.0, last) == 3).all()
 
 
 def test_exploring_in_straight_lines_finds_far_goals_sooner():

@@ -4,73 +4,31 @@
     print(effects.text); content["effects"] = effects.json
     deletion_curves("deletion_curves.png", **effects.picture)         # where it is not None
 
-A model that cannot be run on shortened histories is told so, and the rest of an analysis stands.
+Attention suggests what can go; only the model, run on what is left, shows it.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import replace
 
 from tqdm import tqdm
 
 from historylens.agent import Agent
 from historylens.common.batches import is_out_of_memory
 from historylens.common.errors import UserError
-from historylens.common.text import wrap
-from historylens.effects.faithfulness import Faithfulness, measure_faithfulness
-from historylens.effects.measure import WORST, Effects, Trial, choose_samples, compress_decisions
-from historylens.effects.report import effects_block, faithfulness_block, with_effects
+from historylens.effects.effect import budgets, has_own_size
+from historylens.effects.faithfulness import affordable, measure_faithfulness
+from historylens.effects.measure import (
+    Trial,
+    choose_samples,
+    ignores_history,
+    run_controls,
+    run_methods,
+)
+from historylens.effects.report import WORST, MeasuredEffects
 from historylens.insights import Insight
+from historylens.insights.patterns import PATTERNS
 
-
-@dataclass(frozen=True)
-class MeasuredEffects:
-    """What was measured on some decisions.
-
-    Attributes:
-        effects: what methods do to the action; None where it was not measured.
-        faithfulness: how attention ranks transitions beside what they do; None likewise.
-        reason: why nothing was measured; None where it was, or was not asked for.
-    """
-
-    effects: Effects | None = None
-    faithfulness: Faithfulness | None = None
-    reason: str | None = None
-
-    @property
-    def json(self) -> dict[str, Any] | None:
-        """Its part of `metrics.json`; None where it was not asked for."""
-        if self.effects is None:
-            return None if self.reason is None else {"not_measured": self.reason}
-        guide = None if self.faithfulness is None else self.faithfulness.json()
-        return self.effects.json() | {"faithfulness": guide}
-
-    @property
-    def text(self) -> str:
-        """Its tables on the console, empty where it was not asked for."""
-        if self.effects is None:
-            return "" if self.reason is None else wrap(f"EFFECT OF DROPPING HISTORY: {self.reason}")
-        blocks = [effects_block(self.effects)]
-        if self.faithfulness is not None:
-            blocks.append(faithfulness_block(self.faithfulness))
-        return "\n\n".join(blocks)
-
-    @property
-    def picture(self) -> dict[str, Any] | None:
-        """Arguments of `curveplot.deletion_curves`; None where there is nothing to draw."""
-        if self.effects is None or not self.effects.curves.get("random"):
-            return None
-        values = self.effects.json()
-        return {
-            "strategies": values["strategies"],
-            "empty": values["controls"].get("empty"),
-            "n_context": self.effects.n,
-            "worst": WORST,
-        }
-
-    def attached(self, insights: Sequence[Insight]) -> list[Insight]:
-        """Insights with what their advice did."""
-        return list(insights) if self.effects is None else with_effects(insights, self.effects)
+STANDARD = ("recent", "even", "top-k", "rewarded-recent", WORST)  # whatever patterns advise
 
 
 def measure_effects(
@@ -84,6 +42,9 @@ def measure_effects(
 ) -> MeasuredEffects:
     """Measure what the advice of insights does, and how far attention is a guide at all.
 
+    A model that cannot be run on shortened histories is told so, and the rest of an analysis
+    stands.
+
     Args:
         agent: what decides.
         layers: numbers of the layers whose attention is judged as a guide.
@@ -95,18 +56,26 @@ def measure_effects(
     """
     if not n_samples:
         return MeasuredEffects()
-    patterns = {insight.pattern for insight in insights}
     bar = tqdm(disable=True) if bar is None else bar
+    advised = {insight.pattern for insight in insights}
+    patterns = [pattern for pattern in PATTERNS if pattern in advised]
+    names = list(dict.fromkeys([*STANDARD, *(n for p in patterns for n in PATTERNS[p].measured)]))
     try:
         trial = Trial(agent, choose_samples(agent, n_samples), seed)
-        effects = compress_decisions(trial, patterns, bar)
-        if effects.ignores_history:
-            return MeasuredEffects(effects)
-        return MeasuredEffects(effects, measure_faithfulness(trial, layers, heads, bar))
+        n, n_samples = trial.n, len(trial.samples)
+        n_steps = 1 + len(budgets(n)) + sum(map(has_own_size, names))
+        bar.total = n_steps + len(affordable(n_samples, n))
+        controls, not_run = run_controls(trial)
+        bar.update()
+        measured = MeasuredEffects(None, trial.samples, n, seed, patterns, controls, not_run)
+        if ignores_history(controls):
+            return replace(measured, ignores_history=True)
+        curves = run_methods(trial, names, not_run, bar)
+        guide = measure_faithfulness(trial, layers, heads, bar)
+        return replace(measured, curves=curves, faithfulness=guide)
     except UserError as error:
-        reason = f"not measured, the model cannot be run on less history. {error}"
+        return MeasuredEffects(f"not measured, the model cannot be run on less history. {error}")
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        reason = f"not measured, {agent.device} ran out of memory."
-    return MeasuredEffects(reason=reason)
+        return MeasuredEffects(f"not measured, {agent.device} ran out of memory.")

@@ -6,13 +6,20 @@ effect.flips, effect.kl_mean, effect.against_random
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
+from historylens.compression import METHODS
+from historylens.compression.attention import TOP_PERCENT
+
 BAND = (5, 95)  # percentiles of the draws
 UNMOVED = 0.1  # nats: below, one who sees the actions needs some 30 to tell the histories apart
+UNMOVED_EMPTY = 0.5  # nats, without history; untrained models reach 0.1 to 0.4
+LADDER = (1, 2, 5)  # sizes, times powers of ten
+LARGEST = 0.6  # of the context: beyond, little is saved
 
 
 @dataclass(frozen=True)
@@ -88,15 +95,28 @@ class Effect:
 
 def enough(curve: Sequence[Effect]) -> int | None:
     """Fewest transitions from which on the KL stays within `UNMOVED`; None: more than measured."""
-    fewest = None
-    for effect in reversed(curve):
-        if effect.kl_mean > UNMOVED:
-            break
-        fewest = effect.n_keep
-    return fewest
+    unmoved = [*takewhile(lambda effect: effect.kl_mean <= UNMOVED, reversed(curve))]
+    return unmoved[-1].n_keep if unmoved else None
 
 
 def kl_divergence(full: Tensor, other: Tensor) -> Tensor:
     """KL(full || other) of action distributions from logits `(..., A)`: `(...)` float64 nats."""
     p, q = full.double().log_softmax(-1), other.double().log_softmax(-1)
     return (p.exp() * (p - q)).sum(-1).clamp(min=0)
+
+
+def budgets(n: int) -> list[int]:
+    """Sizes at which methods are measured on `n` transitions: 1, 2, 5, 10, ... and 30 %."""
+    ladder = {step * 10**power for power in range(len(str(n))) for step in LADDER}
+    sizes = {size for size in ladder if size <= max(1, LARGEST * n)} | {share_of(n)}
+    return sorted(size for size in sizes if size < n)
+
+
+def share_of(n: int) -> int:
+    """30 % of `n`, rounded up, as "top-30" keeps."""
+    return -(-n * TOP_PERCENT // 100)
+
+
+def has_own_size(name: str) -> bool:
+    """Whether a method keeps as many as it needs, whatever the budget."""
+    return METHODS[name].keeps == "up to n_keep"

@@ -1,18 +1,17 @@
-"""What dropping history does to the action: methods at a few sizes, beside random drops.
+"""Decisions made again on compressed history: methods at a few sizes, beside random drops.
 
-Attention suggests what can go; only the model, run on what is left, shows it. Controls come first:
-a model that another task's history leaves unmoved cannot be judged this way.
+Controls come first: a model that another task's history leaves unmoved cannot be judged this way.
 
-    effects = compress_decisions(Trial(agent, samples=[0, 5, 7], seed=0), ["recency"], tqdm())
-    effects.curves["recent"][0].kl_mean, effects.curves["recent"][0].random.kl_band
+    trial = Trial(agent, choose_samples(agent, n_wanted=10), seed=0)
+    controls, not_run = run_controls(trial)
+    curves = run_methods(trial, ["recent", "top-k"], not_run, tqdm())
 
 Axes: `B` decisions, `n` transitions before each, `D` draws of what is random (else 1), `A` actions.
 """
 
 import zlib
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -22,112 +21,13 @@ from historylens.agent import Agent, act_in_parts, attend
 from historylens.common.batches import alike
 from historylens.common.errors import UserError
 from historylens.compression import METHODS
-from historylens.compression.attention import TOP_PERCENT
 from historylens.compression.method import keep_where, uniform
-from historylens.effects.effect import BAND, UNMOVED, Effect, enough
+from historylens.effects.effect import UNMOVED, UNMOVED_EMPTY, Effect, budgets, has_own_size
 from historylens.history import History
-from historylens.insights import PATTERNS
 from historylens.tokens import sum_rows
 
-WORST = "least-attended"
-STANDARD = ("recent", "even", "top-k", "rewarded-recent", WORST)
 N_DRAWS = 20  # of random transitions
 DRAWN = {"random": N_DRAWS, "decay": 5, "importance": 5}  # draws of what is drawn at random
-LADDER = (1, 2, 5)  # sizes, times powers of ten
-LARGEST = 0.6  # of the context: beyond, little is saved
-MAX_LEFT_OUT_TOKENS = 40_000  # tokens run for leave-one-out, if that does for one decision
-UNMOVED_EMPTY = 0.5  # nats, without history; untrained models reach 0.1 to 0.4
-DEFINITIONS = {
-    "flips": "share of decisions whose most likely action changes",
-    "kl": "KL(full || compressed) of the action distributions, nats",
-    "band": "percentiles of the draws, each a mean over decisions",
-    "against_random": "mean KL below (better) or above (worse) that of every draw",
-    "enough": "fewest transitions from which on the mean KL stays within unmoved_nats",
-}
-
-
-@dataclass(frozen=True)
-class Effects:
-    """Everything that was measured on some decisions.
-
-    Attributes:
-        samples: numbers of the decisions, `B` of them.
-        n: transitions before each; decisions with another number were left out.
-        seed: of everything drawn.
-        patterns: whose advice was measured.
-        controls: name -> what it did: of "empty" and the controls those that could be run.
-        not_run: control or method -> why it could not be run.
-        ignores_history: the history can be exchanged and the actions stay: nothing else is
-            measured then.
-        curves: method -> effects at `budgets(n)`, "random" always among them; of one that keeps as
-            many as it needs, the one effect of that, beside random draws of as many from every
-            decision.
-    """
-
-    samples: Sequence[int]
-    n: int
-    seed: int
-    patterns: Sequence[str]
-    controls: Mapping[str, Effect]
-    not_run: Mapping[str, str]
-    ignores_history: bool
-    curves: Mapping[str, Sequence[Effect]] = field(default_factory=dict)
-
-    def at(self, name: str, n_keep: int) -> Effect | None:
-        """A method's effect at a size; None where it was not measured."""
-        curve = self.curves.get(name, ())
-        return next((one for one in curve if has_own_size(name) or one.n_keep == n_keep), None)
-
-    def json(self) -> dict[str, Any]:
-        """Everything that was measured, as plain values."""
-        strategies = {}
-        for name, curve in self.curves.items():
-            strategies[name] = {
-                "rule": METHODS[name].rule,
-                "looks_at": METHODS[name].looks_at,
-                "advised_by": [p for p in self.patterns if name in PATTERNS[p].measured],
-                "n_draws": DRAWN.get(name, 1),
-                "sizes": [one.json() for one in curve],
-            }
-            if has_own_size(name):
-                strategies[name]["sizes"][0]["random"] = curve[0].random.json()
-            else:
-                strategies[name]["enough"] = enough(curve)
-        return {
-            "settings": {
-                "samples": list(self.samples),
-                "n_context": self.n,
-                "budgets": list(budgets(self.n)),
-                "n_random_draws": N_DRAWS,
-                "band_percentiles": list(BAND),
-                "seed": self.seed,
-                "unmoved_nats": UNMOVED,
-                "unmoved_empty_nats": UNMOVED_EMPTY,
-            },
-            "definitions": DEFINITIONS,
-            "ignores_history": self.ignores_history,
-            "controls": {name: one.json() for name, one in self.controls.items()},
-            "not_run": self.not_run,
-            "strategies": strategies,
-        }
-
-
-def budgets(n: int) -> tuple[int, ...]:
-    """Sizes at which methods are measured on `n` transitions: 1, 2, 5, 10, ... and 30 %."""
-    tens = (10**power for power in range(len(str(n))))
-    ladder = (step * ten for ten in tens for step in LADDER)
-    sizes = {size for size in ladder if size <= max(1, LARGEST * n)} | {share_of(n)}
-    return tuple(sorted(size for size in sizes if size < n))
-
-
-def has_own_size(name: str) -> bool:
-    """Whether a method keeps as many as it needs, whatever the budget."""
-    return METHODS[name].keeps == "up to n_keep"
-
-
-def share_of(n: int) -> int:
-    """30 % of `n`, rounded up, as "top-30" keeps."""
-    return -(-n * TOP_PERCENT // 100)
 
 
 def choose_samples(agent: Agent, n_wanted: int) -> list[int]:
@@ -141,11 +41,6 @@ def spread(n_samples: int, n_wanted: int) -> list[int]:
     """`n_wanted` of the numbers `0 .. n_samples - 1`, evenly spaced; all where they are fewer."""
     n_wanted = min(n_samples, n_wanted)
     return [(2 * i + 1) * n_samples // (2 * n_wanted) for i in range(n_wanted)]
-
-
-def affordable(n_samples: int, n: int) -> list[int]:
-    """Which of some decisions on `n` transitions leave-one-out takes: one at least, evenly."""
-    return spread(n_samples, max(1, MAX_LEFT_OUT_TOKENS // (n * n)))
 
 
 class Trial:
@@ -168,10 +63,8 @@ class Trial:
     def __init__(self, agent: Agent, samples: Sequence[int], seed: int) -> None:
         self.agent, self.samples, self.seed = agent, samples, seed
         history = agent.history(samples).latest(agent.n_max)
-        self.n = history.n
-        self.full = agent.act(history)
-        tokens = agent.tokens(history)
-        layers = attend(agent, history)[1]
+        self.n, self.full = history.n, agent.act(history)
+        tokens, layers = agent.tokens(history), attend(agent, history)[1]
         self.attention = [sum_rows(layer.query_rows, tokens)[..., :-1] for layer in layers]
         mean = np.mean([heads.mean(axis=1) for heads in self.attention], axis=0)  # (B, n)
         known = torch.from_numpy(mean).float().to(history.device)
@@ -201,6 +94,11 @@ class Trial:
         as_many = history.take(keep_where(ranks < shorter.counts.repeat(N_DRAWS)[:, None]))
         return self.effect(shorter, n_keep, self.effect(as_many, n_keep))
 
+    def effect(self, shorter: History, n_keep: int, random: Effect | None = None) -> Effect:
+        """What compressed histories of the decisions do, draw after draw."""
+        logits = act_in_parts(self.agent, shorter)
+        return replace(Effect.of(self.full, logits, n_keep, shorter.counts), random=random)
+
     def control(self, name: str) -> Effect:
         """What another history does, or none, to the decisions that it can show something of.
 
@@ -221,55 +119,48 @@ class Trial:
         logits = act_in_parts(self.agent, changed)
         return Effect.of(self.full[rows], logits, changed.n, changed.counts)
 
-    def effect(self, shorter: History, n_keep: int, random: Effect | None = None) -> Effect:
-        """What compressed histories of the decisions do, draw after draw."""
-        logits = act_in_parts(self.agent, shorter)
-        return replace(Effect.of(self.full, logits, n_keep, shorter.counts), random=random)
-
 
 @torch.inference_mode()
-def compress_decisions(trial: Trial, patterns: Collection[str], bar: tqdm) -> Effects:
-    """Make decisions again on history that is compressed as some patterns advise.
-
-    Args:
-        trial: the decisions.
-        patterns: keys of `PATTERNS`.
-        bar: progress bar, whose total is set for this and for `measure_faithfulness`.
-
-    Raises:
-        UserError: the model cannot be run on less history.
-    """
-    patterns = [pattern for pattern in PATTERNS if pattern in patterns]
-    names = dict.fromkeys([*STANDARD, *(name for p in patterns for name in PATTERNS[p].measured)])
-    of_any_size = [name for name in names if not has_own_size(name)]
-    of_own_size, sizes = [name for name in names if has_own_size(name)], budgets(trial.n)
-    bar.total = 1 + len(sizes) + len(of_own_size) + len(affordable(len(trial.samples), trial.n))
-
+def run_controls(trial: Trial) -> tuple[dict[str, Effect], dict[str, str]]:
+    """What another history does to the actions, or none; and why a control could not be run."""
     controls, not_run = {}, {}
     for name in ("empty", *(name for name, one in METHODS.items() if one.kind == "control")):
         try:
             controls[name] = trial.control(name)
         except UserError as error:  # not every model can act without history
             not_run[name] = str(error)
-    bar.update()
-    ignores = ignores_history(controls)
-    effects = Effects(trial.samples, trial.n, trial.seed, patterns, controls, not_run, ignores)
-    if ignores:
-        return effects
-    curves = {name: [] for name in ("random", *of_any_size)}
-    for n_keep in sizes:
-        random = trial.at_size("random", n_keep)
-        curves["random"].append(random)
-        for name in of_any_size:
-            curves[name].append(trial.at_size(name, n_keep, random))
+    return controls, not_run
+
+
+@torch.inference_mode()
+def run_methods(
+    trial: Trial, names: Sequence[str], not_run: dict[str, str], bar: tqdm
+) -> dict[str, list[Effect]]:
+    """What methods do at `budgets(n)`, or at their own size.
+
+    Args:
+        trial: the decisions.
+        names: the methods; "random" comes before them in any case.
+        not_run: is told why a method of own size could not be run.
+        bar: progress bar, moved on by 1 for each size, and each method of own size.
+
+    Raises:
+        UserError: the model cannot be run on less history.
+    """
+    curves = {name: [] for name in ("random", *names) if not has_own_size(name)}
+    for n_keep in budgets(trial.n):
+        random = None
+        for name, curve in curves.items():
+            curve.append(trial.at_size(name, n_keep, random))
+            random = curves["random"][-1]
         bar.update()
-    for name in of_own_size if trial.n > 1 else ():
+    for name in filter(has_own_size, names if trial.n > 1 else ()):
         try:
             curves[name] = [trial.at_own_size(name)]
         except UserError as error:  # it may keep nothing of some history
             not_run[name] = str(error)
         bar.update()
-    return replace(effects, curves=curves)
+    return curves
 
 
 def ignores_history(controls: Mapping[str, Effect]) -> bool:

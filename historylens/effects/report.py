@@ -1,28 +1,33 @@
-"""Measured effects as console text: a line under each insight, and two tables.
+"""Everything that was measured on some decisions: as plain values, and as console text.
 
-insights = with_effects(insights, effects)
-print(effects_block(effects)); print(faithfulness_block(faithfulness))
+print(effects.text); write_json(path, {"effects": effects.json})
+insights = effects.attached(insights)                              # a line for each pattern
 """
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
 from historylens.common.text import aligned, counted, wrap
-from historylens.effects.effect import UNMOVED, Effect, enough
-from historylens.effects.faithfulness import Faithfulness, mean_defined
-from historylens.effects.measure import (
-    N_DRAWS,
+from historylens.compression import METHODS
+from historylens.effects.effect import (
+    BAND,
+    UNMOVED,
     UNMOVED_EMPTY,
-    WORST,
-    Effects,
+    Effect,
     budgets,
+    enough,
     has_own_size,
     share_of,
 )
-from historylens.insights import PATTERNS, Insight
+from historylens.effects.faithfulness import Faithfulness
+from historylens.effects.measure import DRAWN, N_DRAWS
+from historylens.insights import Insight
+from historylens.insights.patterns import PATTERNS
 
+WORST = "least-attended"
 PHRASES = {
     "recent": "the latest {}",
     "even": "{} evenly spaced ones",
@@ -39,18 +44,164 @@ MARKS = {"better": "+", "alike": " ", "worse": "-", None: " "}
 CHANCE = {"better": "", "alike": ", not clearly better than random", "worse": ", worse than random"}
 
 
-def with_effects(insights: Sequence[Insight], effects: Effects) -> list[Insight]:
-    """Insights with what their advice did: on the last one of each pattern, for all of it."""
-    last = {insight.pattern: i for i, insight in enumerate(insights)}
-    return [
-        replace(insight, effect=effect_line(effects, insight.pattern))
-        if last[insight.pattern] == i
-        else insight
-        for i, insight in enumerate(insights)
-    ]
+@dataclass(frozen=True)
+class MeasuredEffects:
+    """What compressing history did to some decisions; by default nothing was measured.
+
+    Attributes:
+        reason: why nothing was measured; None where it was, or was not asked for.
+        samples: numbers of the decisions, `B` of them.
+        n: transitions before each; decisions with another number were left out.
+        seed: of everything drawn.
+        patterns: whose advice was measured.
+        controls: name -> what it did: of "empty" and the controls those that could be run.
+        not_run: control or method -> why it could not be run.
+        ignores_history: the history can be exchanged and the actions stay: nothing else is
+            measured then.
+        curves: method -> effects at `budgets(n)`, "random" always among them; of one that keeps as
+            many as it needs, the one effect of that.
+        faithfulness: how attention ranks transitions beside what they do.
+    """
+
+    reason: str | None = None
+    samples: Sequence[int] = ()
+    n: int = 0
+    seed: int = 0
+    patterns: Sequence[str] = ()
+    controls: Mapping[str, Effect] = field(default_factory=dict)
+    not_run: Mapping[str, str] = field(default_factory=dict)
+    ignores_history: bool = False
+    curves: Mapping[str, Sequence[Effect]] = field(default_factory=dict)
+    faithfulness: Faithfulness | None = None
+
+    @property
+    def json(self) -> dict[str, Any] | None:
+        """Its part of `metrics.json`; None where it was not asked for."""
+        if not self.samples:
+            return None if self.reason is None else {"not_measured": self.reason}
+        return {
+            "settings": {
+                "samples": list(self.samples),
+                "n_context": self.n,
+                "budgets": budgets(self.n),
+                "n_random_draws": N_DRAWS,
+                "band_percentiles": list(BAND),
+                "seed": self.seed,
+                "unmoved_nats": UNMOVED,
+                "unmoved_empty_nats": UNMOVED_EMPTY,
+            },
+            "definitions": {
+                "flips": "share of decisions whose most likely action changes",
+                "kl": "KL(full || compressed) of the action distributions, nats",
+                "band": "percentiles of the draws, each a mean over decisions",
+                "against_random": "mean KL below (better) or above (worse) that of every draw",
+                "enough": "fewest transitions from which on the mean KL stays within unmoved_nats",
+            },
+            "ignores_history": self.ignores_history,
+            "controls": {name: one.json() for name, one in self.controls.items()},
+            "not_run": self.not_run,
+            "strategies": {name: self._strategy(name) for name in self.curves},
+            "faithfulness": None if self.faithfulness is None else self.faithfulness.json(),
+        }
+
+    def _strategy(self, name: str) -> dict[str, Any]:
+        curve = self.curves[name]
+        values = {
+            "rule": METHODS[name].rule,
+            "looks_at": METHODS[name].looks_at,
+            "advised_by": [p for p in self.patterns if name in PATTERNS[p].measured],
+            "n_draws": DRAWN.get(name, 1),
+            "sizes": [one.json() for one in curve],
+        }
+        if not has_own_size(name):
+            return values | {"enough": enough(curve)}
+        values["sizes"][0]["random"] = curve[0].random.json()
+        return values
+
+    @property
+    def picture(self) -> dict[str, Any] | None:
+        """Arguments of `curveplot.deletion_curves`; None where there is nothing to draw."""
+        if not self.curves.get("random"):
+            return None
+        return {
+            "strategies": {name: self._strategy(name) for name in self.curves},
+            "empty": self.controls["empty"].json() if "empty" in self.controls else None,
+            "n_context": self.n,
+            "worst": WORST,
+        }
+
+    def at(self, name: str, n_keep: int) -> Effect | None:
+        """A method's effect at a size; None where it was not measured."""
+        curve = self.curves.get(name, ())
+        return next((one for one in curve if has_own_size(name) or one.n_keep == n_keep), None)
+
+    def attached(self, insights: Sequence[Insight]) -> list[Insight]:
+        """Insights with what their advice did: on the last one of each pattern, for all of it."""
+        last = {insight.pattern: insight for insight in insights if self.samples}
+        return [
+            replace(insight, effect=effect_line(self, insight.pattern))
+            if last.get(insight.pattern) is insight
+            else insight
+            for insight in insights
+        ]
+
+    @property
+    def text(self) -> str:
+        """Its tables on the console, empty where it was not asked for."""
+        title = "EFFECT OF DROPPING HISTORY"
+        if not self.samples:
+            return "" if self.reason is None else wrap(f"{title}: {self.reason}")
+        n_samples = counted(len(self.samples), "decision")
+        lines = [f"{title} ({n_samples}, {counted(self.n, 'transition')} each)"]
+        controls = {CONTROL_WORDS[name]: one for name, one in self.controls.items()}
+        if self.ignores_history:
+            proof = "; ".join(
+                f"{words} KL {nats(one.kl_mean)} nats and {one.flips:.0%} flips"
+                for words, one in controls.items()
+            )
+            limits = f"KL {UNMOVED} nats, and {UNMOVED_EMPTY} with no history"
+            text = f"{_ignores(self)}: {proof} (the actions count as unmoved up to {limits})."
+            lines.append(wrap(text))
+        else:
+            lines += _table(self.curves, budgets(self.n))
+            if controls:
+                text = "; ".join(f"{words} {_short(one)}" for words, one in controls.items())
+                lines.append(wrap(f"For comparison: {text}."))
+        lines += [
+            wrap(f"{CONTROL_WORDS.get(name, name)}: could not be run, {reason}.", "", "  ")
+            for name, reason in self.not_run.items()
+        ]
+        guide = [] if self.faithfulness is None else ["", self.faithfulness.text()]
+        return "\n".join([*lines, *guide])
 
 
-def effect_line(effects: Effects, pattern: str) -> str:
+def _table(curves: Mapping[str, Sequence[Effect]], sizes: Sequence[int]) -> list[str]:
+    """Flips by transitions kept, a line a method, least harmful first."""
+    lines = []
+    if sizes:
+        table = [("kept", *map(str, sizes), "enough")]
+        names = [name for name in curves if not has_own_size(name)]
+        for name in sorted(names, key=lambda name: np.mean([one.kl_mean for one in curves[name]])):
+            cells = [f"{one.flips:.0%}{MARKS[one.against_random]}" for one in curves[name]]
+            fewest = enough(curves[name])
+            table.append((name, *cells, f"> {sizes[-1]}" if fewest is None else str(fewest)))
+        legend = (
+            "decisions whose most likely action changes; + (-): the action distribution moves "
+            f"less (more), in KL, than with each of {N_DRAWS} random draws; enough: fewest "
+            f"transitions from which on the KL stays within {UNMOVED} nats"
+        )
+        lines += [*aligned(table, left=[0]), wrap(legend)]
+    for name in filter(has_own_size, curves):
+        own = curves[name][0]
+        text = (
+            f"{name} keeps {_number(own.kept_mean)} ({own.kept_min} to {own.kept_max}): "
+            f"{_short(own)}; as many random ones {_short(own.random)}"
+        )
+        lines.append(wrap(text, "", "  "))
+    return lines
+
+
+def effect_line(effects: MeasuredEffects, pattern: str) -> str:
     """What the advice of a pattern does to the action, beside random and worst choices."""
     if effects.ignores_history:
         return f"{_ignores(effects)} (numbers below)."
@@ -100,12 +251,12 @@ def verdict(effect: Effect) -> str:
     return f"No better than random: {less}. The pattern is no guide to what can go here."
 
 
-def _ignores(effects: Effects) -> str:
+def _ignores(effects: MeasuredEffects) -> str:
     decisions = counted(len(effects.samples), "decision")
     return f"No compression can be judged: over {decisions} the model ignores its history"
 
 
-def _nothing_to_choose(effects: Effects, name: str) -> str:
+def _nothing_to_choose(effects: MeasuredEffects, name: str) -> str:
     """Why a method has no effect to tell of."""
     if name in effects.not_run:
         return f"Not measured: {effects.not_run[name]}."
@@ -116,7 +267,7 @@ def _nothing_to_choose(effects: Effects, name: str) -> str:
     return f"{text}."
 
 
-def _others(effects: Effects, pattern: str, name: str, n_keep: int) -> str:
+def _others(effects: MeasuredEffects, pattern: str, name: str, n_keep: int) -> str:
     """What else a pattern advises does, least harmful first."""
     others = []
     for other in PATTERNS[pattern].measured:
@@ -128,86 +279,6 @@ def _others(effects: Effects, pattern: str, name: str, n_keep: int) -> str:
         text = f"{other}{kept} {effect.flips:.0%} (KL {nats(effect.kl_mean)}{chance})"
         others.append((effect.kl_mean, text))
     return "; ".join(text for _, text in sorted(others))
-
-
-def effects_block(effects: Effects) -> str:
-    """Table of flips by transitions kept, a line a method, least harmful first."""
-    n_samples = counted(len(effects.samples), "decision")
-    lines = [f"EFFECT OF DROPPING HISTORY ({n_samples}, {counted(effects.n, 'transition')} each)"]
-    controls = {CONTROL_WORDS[name]: one for name, one in effects.controls.items()}
-    if effects.ignores_history:
-        proof = "; ".join(
-            f"{words} KL {nats(one.kl_mean)} nats and {one.flips:.0%} flips"
-            for words, one in controls.items()
-        )
-        limits = f"KL {UNMOVED} nats, and {UNMOVED_EMPTY} with no history"
-        text = f"{_ignores(effects)}: {proof} (the actions count as unmoved up to {limits})."
-        lines.append(wrap(text))
-    else:
-        lines += _table(effects)
-        if controls:
-            text = "; ".join(f"{words} {_short(one)}" for words, one in controls.items())
-            lines.append(wrap(f"For comparison: {text}."))
-    lines += [
-        wrap(f"{CONTROL_WORDS.get(name, name)}: could not be run, {reason}.", "", "  ")
-        for name, reason in effects.not_run.items()
-    ]
-    return "\n".join(lines)
-
-
-def _table(effects: Effects) -> list[str]:
-    lines, sizes = [], budgets(effects.n)
-    if sizes:
-        table = [("kept", *map(str, sizes), "enough")]
-        curves = {name: one for name, one in effects.curves.items() if not has_own_size(name)}
-        for name in sorted(curves, key=lambda name: np.mean([one.kl_mean for one in curves[name]])):
-            cells = [f"{one.flips:.0%}{MARKS[one.against_random]}" for one in curves[name]]
-            fewest = enough(curves[name])
-            table.append((name, *cells, f"> {sizes[-1]}" if fewest is None else str(fewest)))
-        legend = (
-            "decisions whose most likely action changes; + (-): the action distribution moves "
-            f"less (more), in KL, than with each of {N_DRAWS} random draws; enough: fewest "
-            f"transitions from which on the KL stays within {UNMOVED} nats"
-        )
-        lines += [*aligned(table, left=[0]), wrap(legend)]
-    for name in filter(has_own_size, effects.curves):
-        own = effects.curves[name][0]
-        text = (
-            f"{name} keeps {_number(own.kept_mean)} ({own.kept_min} to {own.kept_max}): "
-            f"{_short(own)}; as many random ones {_short(own.random)}"
-        )
-        lines.append(wrap(text, "", "  "))
-    return lines
-
-
-def faithfulness_block(one: Faithfulness) -> str:
-    """How far attention ranks transitions by their effect: a line a layer, and what it means."""
-    table = [("layer", "head average", "best head", "worst head")]
-    for layer, heads, values in zip(
-        one.layers, one.heads, mean_defined(one.correlations), strict=True
-    ):
-        ends = ["-", "-"]
-        if np.isfinite(values[:-1]).any():
-            places = int(np.nanargmax(values[:-1])), int(np.nanargmin(values[:-1]))
-            ends = [f"{_signed(values[place])} (head {heads[place]})" for place in places]
-        table.append((str(layer), _signed(values[-1]), *ends))
-    legend = (
-        "Spearman correlation of the query's attention with the KL that leaving out each of "
-        f"{counted(one.kl.shape[1], 'transition')} alone causes, mean over "
-        f"{counted(len(one.samples), 'decision')}; 1: attention ranks transitions as their "
-        "effect does, 0: it says nothing"
-    )
-    if one.best_head is None:
-        text = "Not defined: attention, or the effect of every transition, is the same throughout."
-    else:
-        layer, head, value = one.best_head
-        text = (
-            f"Attention of layer {layer} head {head} ranks transitions most like their measured "
-            f"effect: {_signed(value)}. The average over all layers and heads reaches "
-            f"{_signed(mean_defined(one.means))}, and ranking the latest first, without a look at "
-            f"attention, {_signed(mean_defined(one.recency))}."
-        )
-    return "\n".join(["HOW FAR ATTENTION IS A GUIDE", wrap(text), *aligned(table), wrap(legend)])
 
 
 def nats(value: float) -> str:
@@ -223,7 +294,3 @@ def _short(effect: Effect) -> str:
 
 def _number(value: float) -> str:
     return f"{value:.0f}" if value == round(value) else f"{value:.1f}"
-
-
-def _signed(value: float) -> str:
-    return f"{value + 0.0:.2f}" if np.isfinite(value) else "-"

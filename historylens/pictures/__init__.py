@@ -74,7 +74,7 @@ def draw_batch(out: Path, batch: Any, painter: Painter, dpi: int) -> dict[int, d
         dpi: pixels an inch.
 
     Returns:
-        The numbers in the pictures: layer -> sample -> arrays.
+        The numbers in the pictures: layer -> sample -> `SampleAttention.numbers()`.
     """
     numbers: dict[int, dict[int, Any]] = {}
     for layer, attention in batch.attention.items():

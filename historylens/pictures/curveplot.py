@@ -15,7 +15,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator, NullLocator
 
-from historylens.pictures.page import DPI, FAINT, INK, REWARD, SOFT, Page
+from historylens.pictures.page import FAINT, INK, REWARD, SOFT, Page
 
 Strategies = Mapping[str, Mapping[str, Any]]
 Styles = Mapping[str, Mapping[str, Any]]
@@ -41,7 +41,7 @@ def deletion_curves(
     *,
     n_context: int,
     worst: str,
-    dpi: int = DPI,
+    dpi: int,
 ) -> None:
     """Draw effect against transitions kept.
 

@@ -10,7 +10,6 @@ import math
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
 
 import matplotlib
 import numpy as np
@@ -48,26 +47,21 @@ def heatmap(
     dpi: int,
     more: str = "",
 ) -> None:
-    """Draw the `H` attention maps of one sample and layer.
+    """Draw the attention maps of one sample and layer.
 
-    Args:
-        path: PNG to write.
-        sample: what is drawn.
-        layer: number of the layer.
-        heads: `H` numbers of the heads.
-        scale: weights at the ends of the colour scale, see `color_range`.
-        dpi: pixels an inch.
-        more: what else the heading says, for example which page this is.
+    `heads` are `H` numbers, `scale` the weights at the ends of the colour scale (`color_range`),
+    `dpi` pixels an inch; `more` is what else the heading says, such as which page this is.
     """
     starts, rewarded = sample.on_tokens
-    words = Words.of(sample, len(starts) <= MAX_EPISODE_LINES)
-    sheet = _sheet(tuple(heads), *map(tuple, (sample.rows, sample.cols)), dpi, words)
+    has_lines = len(starts) <= MAX_EPISODE_LINES
+    shape = tuple(heads), tuple(sample.rows), tuple(sample.cols)
+    sheet = _sheet(*shape, dpi, *words(sample, has_lines))
     page = sheet.page
     page.restore()
     history = history_colours(starts, rewarded, sheet.starts)
     for corner, weights in zip(sheet.corners, sample.maps, strict=True):
         sheet.paste_head(corner, to_colours(pool(weights, sheet.pooled), *scale), history)
-    if len(starts) <= MAX_EPISODE_LINES:
+    if has_lines:
         sheet.draw_episodes(starts)
     sheet.label_bar(*scale, len(sample.shown))
     counted = "1 head" if len(heads) == 1 else f"{len(heads)} heads"
@@ -118,45 +112,37 @@ def pool(weights: np.ndarray, factor: int) -> np.ndarray:
     return np.where(n_seen > 0, total / np.maximum(n_seen, 1), np.nan)
 
 
-class Words(NamedTuple):
-    """What a heatmap says of its tokens: numbers on the axes, as `(token, number)`, and legend."""
+def words(sample: SampleAttention, has_lines: bool) -> tuple[tuple, str, tuple[str, ...]]:
+    """What a heatmap says of its tokens.
 
-    ticks: tuple[tuple[int, int], ...]
-    unit: str
-    order: str
-    episodes: str
-    query: str
-
-    @classmethod
-    def of(cls, sample: SampleAttention, has_lines: bool) -> "Words":
-        """The words for one sample, whose episodes have lines or are too many."""
-        tokens, transition = sample.tokens, sample.shown.transition
-        locator = MaxNLocator(5, integer=True, steps=[1, 2, 5, 10])
-        numbers = [int(t) for t in locator.tick_values(0, tokens.n) if 0 <= t <= tokens.n]
-        episodes = "The episodes are too many to mark."
-        if has_lines:
-            episodes = "White lines, and the two greys of the history: an episode begins."
+    `(token, number)` where the axes have numbers, what these count, and of the legend: the order of
+    the tokens, episodes, query.
+    """
+    tokens, transition = sample.tokens, sample.shown.transition
+    locator = MaxNLocator(5, integer=True, steps=[1, 2, 5, 10])
+    numbers = [int(t) for t in locator.tick_values(0, tokens.n) if 0 <= t <= tokens.n]
+    episodes = "The episodes are too many to mark."
+    if has_lines:
+        episodes = "White lines, and the two greys of the history: an episode begins."
+    if tokens.is_plain:
         query = "the last token, whose output is the model's answer; its row is enlarged."
-        if tokens.is_plain:
-            ticks = zip(numbers, numbers, strict=True)
-            return cls(tuple(ticks), "transition", "Token 0 is the oldest.", episodes, query)
-        of = f"Tokens of a transition: {', '.join(tokens.parts)}. " if tokens.parts[1:] else ""
-        first = "Those of no transition stand first. " if transition[0] == NONE else ""
-        return cls(
-            tuple((int(np.argmax(transition == t)), t) for t in numbers if t < tokens.n),
-            "number of its transition",
-            f"{of}{first}Transition 0 is the oldest.",
-            episodes,
-            "the token whose output is the model's answer, shown last whatever its place in the "
-            "model; its row is enlarged.",
-        )
+        legend = "Token 0 is the oldest.", episodes, query
+        return tuple((t, t) for t in numbers), "transition", legend
+    query = (
+        "the token whose output is the model's answer, shown last whatever its place in the "
+        "model; its row is enlarged."
+    )
+    of = f"Tokens of a transition: {', '.join(tokens.parts)}. " if tokens.parts[1:] else ""
+    first = "Those of no transition stand first. " if transition[0] == NONE else ""
+    ticks = tuple((int(np.argmax(transition == t)), t) for t in numbers if t < tokens.n)
+    legend = f"{of}{first}Transition 0 is the oldest.", episodes, query
+    return ticks, "number of its transition", legend
 
 
 class Sheet:
     """The page of one shape of heatmap: where things are, and what never changes, drawn once.
 
     Attributes:
-        page: the page.
         corners: upper left corner of each head's map, page units.
         side, depth: width of a map, and height without the query's row, page units.
         zoom: pixels a weight.
@@ -170,7 +156,9 @@ class Sheet:
         rows: tuple[int, ...],
         cols: tuple[int, ...],
         dpi: int,
-        words: Words,
+        ticks: tuple[tuple[int, int], ...],
+        unit: str,
+        legend: tuple[str, ...],
     ) -> None:
         across = math.ceil(math.sqrt(len(heads)))
         wanted = SIDES.get(across, SMALL_SIDE) * dpi / 100  # pixels
@@ -192,11 +180,11 @@ class Sheet:
         for i, (left, top) in enumerate(self.corners):
             self.page.text(left, top - 9, f"head {heads[i]}", 10, weight="bold")
             if i % across == 0:
-                self._label_rows(left, top, words)
+                self._label_rows(left, top, ticks, f"token that attends ({unit})")
             if i + across >= len(heads):
-                self._label_columns(left, self.strips(top)[1] + QUERY, words)
+                self._label_columns(left, self.strips(top)[1] + QUERY, ticks)
         self._draw_bar()
-        self._draw_legend(bottom + 30, int(np.diff(cols).max(initial=1)) * self.pooled, words)
+        self._draw_legend(bottom + 30, int(np.diff(cols).max(initial=1)) * self.pooled, *legend)
         self.page.keep()
 
     def strips(self, top: float) -> tuple[float, float]:
@@ -253,20 +241,19 @@ class Sheet:
                 taken.append(y(weight))
                 page.text(left + 6, y(weight), label, 8)
 
-    def _label_rows(self, left: float, top: float, words: Words) -> None:
-        for token, number in words.ticks:
+    def _label_rows(self, left: float, top: float, ticks: Sequence, name: str) -> None:
+        for token, number in ticks:
             if token < self._edges[0][-1] - 1:  # the query's row has a name
                 y = top + float(self.y(token) + self.y(token + 1)) / 2
                 self.page.tick(y, left, f"{number}", 0.7, "left")
-        name = f"token that attends ({words.unit})"
         name = name if self.depth > 6.2 * len(name) else "token that attends"
         self.page.text(left - 60, top + self.depth / 2, name, 9, rotation=90, ha="center")
         history, query = self.strips(top)
         self.page.text(left - 7, history + HISTORY / 2, "history", 8, ha="right")
         self.page.text(left - 7, query + QUERY / 2, "query", 9, ha="right", weight="bold")
 
-    def _label_columns(self, left: float, bottom: float, words: Words) -> None:
-        for token, number in words.ticks:
+    def _label_columns(self, left: float, bottom: float, ticks: Sequence) -> None:
+        for token, number in ticks:
             x = left + float(self.x(token) + self.x(token + 1)) / 2
             self.page.tick(x, bottom, f"{number}", 0.7, "below")
         self.page.text(left + self.side / 2, bottom + 28, "token attended to", 9, ha="center")
@@ -277,14 +264,14 @@ class Sheet:
         width = round(BAR_WIDTH * self.page.scale)
         self.page.paste(self._bar_left, BAR_TOP, shades[:, None].repeat(width, axis=1))
 
-    def _draw_legend(self, top: float, bin_width: int, words: Words) -> None:
-        mean = f" (mean of up to {bin_width} neighbours)" if bin_width > 1 else ""
+    def _draw_legend(self, top: float, width: int, order: str, episodes: str, query: str) -> None:
+        mean = f" (mean of up to {width} neighbours)" if width > 1 else ""
+        pixel = "how strongly the token of its row attends to the token of its column"
         entries = (
-            f"A pixel: how strongly the token of its row attends to the token of its column{mean}. "
-            + words.order,
-            f"Blank: not visible to the token of the row. {words.episodes}",
+            f"A pixel: {pixel}{mean}. {order}",
+            f"Blank: not visible to the token of the row. {episodes}",
             "Red in the history: rewarded transitions.",
-            f"Query: {words.query}",
+            f"Query: {query}",
         )
         for i, entry in enumerate(entries):
             self.page.text(LEFT, top + 17 * i, entry, 8.5, color=SOFT)

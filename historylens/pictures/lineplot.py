@@ -43,12 +43,7 @@ def line_plot(
 ) -> None:
     """Draw what the query token attends to, and how much attention each position receives.
 
-    Args:
-        path: PNG to write.
-        sample: what is drawn; its maps are not needed.
-        layer: number of the layer.
-        heads: numbers of the heads.
-        dpi: pixels an inch.
+    `heads` are `H` numbers, `dpi` pixels an inch. The sample's maps are not needed.
     """
     query, received = sample.query_curves, sample.received_curves
     n, starts = sample.decision.n, sample.decision.episode_starts

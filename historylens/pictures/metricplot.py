@@ -13,36 +13,29 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from historylens.pictures.page import DPI, INK, SOFT, UNIFORM, UNIFORM_LINE, Page
+from historylens.pictures.page import INK, SOFT, UNIFORM, UNIFORM_LINE, Page
 
 BLUE = "#3b7ea1"
 MAX_MARKED_SAMPLES = 200  # beyond, samples are not marked one by one
 LOG_SPAN = 100.0  # an axis is logarithmic where the values of a ratio span more
 WIDTH, HEIGHT = 400, 200
-METRICS = {  # name -> title, meaning, unit, place
+PLACES = ((90, 136), (590, 136), (90, 472), (590, 472))
+METRICS = {  # name -> title, meaning, unit
     "mean_context_attention": (
         "Mean context attention",
         "average weight on a transition of the history",
         "attention weight",
-        (90, 136),
     ),
     "concentration": (
         "Attention concentration",
         "standard deviation over the history; higher: more focused",
         "attention weight",
-        (590, 136),
     ),
-    "entropy": (
-        "Attention entropy",
-        "higher: spread more evenly over the history",
-        "nats",
-        (90, 472),
-    ),
+    "entropy": ("Attention entropy", "higher: spread more evenly over the history", "nats"),
     "recent_distant_ratio": (
         "Recent/distant ratio",
         "mean weight of the last quarter / first quarter; above 1: recent",
         "ratio",
-        (590, 472),
     ),
 }
 
@@ -53,29 +46,23 @@ def summary(
     uniform: Mapping[str, float],
     *,
     layer: int,
-    dpi: int = DPI,
+    dpi: int,
 ) -> None:
-    """Draw the distribution of each metric over samples.
+    """Draw the distribution of each metric over samples, at `dpi` pixels an inch.
 
-    Args:
-        path: PNG to write.
-        values: name -> `(S,)`, for the names of `METRICS`.
-        uniform: name -> the value under uniform attention.
-        layer: number of the layer.
-        dpi: pixels an inch.
+    `values` are `(S,)` by the names of `METRICS`, `uniform` the same under uniform attention.
     """
     n_samples = len(values["entropy"])
     note = "short ticks: single samples" if n_samples <= MAX_MARKED_SAMPLES else ""
     page = _page(f"Attention summary · layer {layer}", n_samples, dpi, note)
-    for name, axes, unit in _plots(page):
-        log = _is_log(name, values[name])
-        axes.set_xlabel(f"{unit} (log scale)" if log else unit, fontsize=9)
+    for name, axes, unit, log in _plots(page, values):
+        axes.set_xlabel(unit, fontsize=9)
         axes.set_ylabel("samples", fontsize=9)
-        _draw_distribution(axes, values[name], uniform[name], log)
+        draw_distribution(axes, values[name], uniform[name], log)
     page.save(path)
 
 
-def _draw_distribution(axes: Axes, values: np.ndarray, uniform: float, log: bool) -> None:
+def draw_distribution(axes: Axes, values: np.ndarray, uniform: float, log: bool) -> None:
     """Histogram of `values (S,)` with its mean and the value under uniform attention."""
     import seaborn  # only this picture needs it, and it takes a while to import
 
@@ -107,31 +94,25 @@ def course(
     uniform: Mapping[str, float],
     *,
     layers: Sequence[int],
-    dpi: int = DPI,
+    dpi: int,
 ) -> None:
-    """Draw each metric across layers.
+    """Draw each metric across `layers`, `L` numbers, at `dpi` pixels an inch.
 
-    Args:
-        path: PNG to write.
-        values: name -> `(L, S)`, for the names of `METRICS`.
-        uniform: name -> the value under uniform attention.
-        layers: `L` numbers of the layers.
-        dpi: pixels an inch.
+    `values` are `(L, S)` by the names of `METRICS`, `uniform` the same under uniform attention.
     """
     n_samples = values["entropy"].shape[1]
     note = "band: the middle 80 % of samples"
     if n_samples <= MAX_MARKED_SAMPLES:
         note += "; dots: single samples"
     page = _page("Attention across layers", n_samples, dpi, note)
-    for name, axes, unit in _plots(page):
-        log = _is_log(name, values[name])
-        _draw_course(axes, values[name], uniform[name], layers, log)
+    for name, axes, unit, log in _plots(page, values):
+        draw_course(axes, values[name], uniform[name], layers, log)
         axes.set_xlabel("layer", fontsize=9)
-        axes.set_ylabel(f"{unit} (log scale)" if log else unit, fontsize=9)
+        axes.set_ylabel(unit, fontsize=9)
     page.save(path)
 
 
-def _draw_course(
+def draw_course(
     axes: Axes, values: np.ndarray, uniform: float, layers: Sequence[int], log: bool
 ) -> None:
     """`values (L, S)`: the middle 80 % of samples, every sample where they are few, the mean."""
@@ -166,22 +147,21 @@ def _page(title: str, n_samples: int, dpi: int, note: str) -> Page:
     return page
 
 
-def _plots(page: Page) -> Iterator[tuple[str, Axes, str]]:
-    """Name, axes and unit of each metric, its title written."""
-    for name, (title, meaning, unit, (left, top)) in METRICS.items():
+def _plots(page: Page, values: Mapping[str, np.ndarray]) -> Iterator[tuple[str, Axes, str, bool]]:
+    """Name, axes and unit of each metric, its title written, and whether its axis is to be log."""
+    for (name, (title, meaning, unit)), (left, top) in zip(METRICS.items(), PLACES, strict=True):
         page.text(left, top - 50, title, 11, weight="bold")
         page.text(left, top - 32, meaning, 8.5, color=SOFT)
         axes = page.plot(left, top, WIDTH, HEIGHT)
         axes.minorticks_off()
-        yield name, axes, unit
+        log = name == "recent_distant_ratio" and spans_decades(values[name])
+        yield name, axes, f"{unit} (log scale)" if log else unit, log
 
 
-def _is_log(name: str, values: np.ndarray) -> bool:
-    """Whether a metric needs a logarithmic axis: only the ratio spans decades."""
+def spans_decades(values: np.ndarray) -> bool:
+    """Whether values need a logarithmic axis, their zeros left out."""
     positive = values[values > 0]
-    return name == "recent_distant_ratio" and bool(
-        positive.size and positive.max() > LOG_SPAN * positive.min()
-    )
+    return bool(positive.size and positive.max() > LOG_SPAN * positive.min())
 
 
 def _plain(value: float, _place: int) -> str:

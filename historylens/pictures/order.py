@@ -61,13 +61,13 @@ def curves(
             total /= np.maximum(np.bincount(owner, minlength=tokens.n), 1)
         return total
 
-    owned, mean = tokens.transition != NONE, heads.mean(0)
-    whole, uniform = over(owned, mean), over(owned, uniform)
+    owned = tokens.transition != NONE
+    per_head, uniform = over(owned, heads), over(owned, uniform)
     if len(tokens.parts) == 1:
-        return Curves((), over(owned, heads), whole, uniform)
-    part = np.array(tokens.part)
+        return Curves((), per_head, per_head.astype(heads.dtype).mean(0), uniform)
+    part, mean = np.array(tokens.part), heads.mean(0)
     values = np.stack([over(owned & (part == name), mean) for name in tokens.parts])
-    return Curves(tokens.parts, values, whole, uniform)
+    return Curves(tokens.parts, values, per_head.mean(0), uniform)
 
 
 @dataclass(frozen=True)

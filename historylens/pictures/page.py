@@ -29,7 +29,6 @@ from historylens.common.files import write_atomically
 from historylens.history import Decision
 from historylens.tokens import PADDING, Tokens
 
-DPI = 100
 INK, SOFT, FAINT = "#222222", "#444444", "#8a8a8a"
 REWARD, UNIFORM = "#e4572e", "#c4007a"
 HEAD_COLOURS = ("#0173b2", "#de8f05", "#029e73", "#cc78bc", "#ca9161", "#56b4e9")

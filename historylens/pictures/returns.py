@@ -21,9 +21,10 @@ from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
 from historylens.common.files import write_atomically
 from historylens.common.text import fixed
-from historylens.pictures.page import DPI, FAINT, HEAD_COLOURS, INK, SOFT, UNIFORM
+from historylens.pictures.page import FAINT, HEAD_COLOURS, INK, SOFT, UNIFORM
 
 RANDOM, RECENT = "random", "recent"
+DPI = 100
 N_COLOURED = 4  # strategies with a colour of their own, beside recent and random
 N_COLUMNS = 4  # panels beside each other
 GREY, FULL_COLOUR, EMPTY_COLOUR = "#c4c4c4", "#0b6e4f", "#8a8a8a"
@@ -308,12 +309,14 @@ def _draw_panel(
               label="full history")  # fmt: skip
     for row in sorted(rows, key=lambda row: row.arm.name not in colours):
         colour = colours.get(row.arm.name)
-        label = f"{row.arm.name} ({fixed(row.adaptation_loss.value, 1, '+')})" if colour else None
+        loss = fixed(row.adaptation_loss.value, 1, "+")
+        label = f"{row.arm.name} ({loss})" if colour else None
         width, order = (1.6, 4) if colour else (0.8, 2)
         axes.plot(episodes, row.by_episode, color=colour or GREY, lw=width, zorder=order,
                   label=label)  # fmt: skip
+    loss = fixed(study.empty.adaptation_loss.value, 1, "+")
     axes.plot(episodes, study.empty.by_episode, color=EMPTY_COLOUR, lw=1.6, ls=":", zorder=3,
-              label=f"empty history ({fixed(study.empty.adaptation_loss.value, 1, '+')})")  # fmt: skip
+              label=f"empty history ({loss})")  # fmt: skip
     if picture.best is not None:
         axes.axhline(picture.best, color=FAINT, lw=1, ls=":")
         _name_level(axes, picture.best, "best possible", SOFT, "right")
