@@ -1,15 +1,12 @@
 """Every setting of the AD model that comes with the tool: defaults, help and flags, once.
 
-parser = argparse.ArgumentParser()
-add_flags(parser, TrainConfig)
-config = from_flags(TrainConfig, parser.parse_args())
-
 The settings of an analysis and of a comparison stand in `historylens.analysis` and
 `historylens.comparison`; here are those that name a checkpoint for them.
 """
 
 import argparse
 from dataclasses import dataclass
+from functools import partial
 
 from historylens.analysis import AnalysisConfig
 from historylens.common.errors import UserError
@@ -112,17 +109,8 @@ class TrainConfig:
         require_fractions(self, "ema_decay", "history_dropout")
 
 
-def goal(text: str) -> tuple[int, int]:
-    """Parse `ROW,COL`."""
-    return _two_numbers(text, ",", "ROW,COL, for example 0,5")
-
-
-def step_range(text: str) -> tuple[int, int]:
-    """Parse `FIRST:LAST`."""
-    return _two_numbers(text, ":", "FIRST:LAST, for example 1000:1999")
-
-
-def _two_numbers(text: str, between: str, expected: str) -> tuple[int, int]:
+def two_numbers(text: str, between: str, expected: str) -> tuple[int, int]:
+    """Parse two whole numbers and the sign between them."""
     try:
         first, second = (int(part) for part in text.split(between))
     except ValueError:
@@ -138,20 +126,20 @@ class CheckpointConfig:
         "checkpoints", "checkpoint file, run, or folder of runs: the latest in it", "PATH"
     )
     histories: str | None = setting(
-        None,
-        "learning histories, .npz or .hdf5 (default: those beside the checkpoint)",
-        "FILE",
+        None, "learning histories, .npz or .hdf5 (default: those beside the checkpoint)", "FILE",
         type=str,
-    )
+    )  # fmt: skip
     goal: list[tuple[int, int]] | None = setting(
-        None, "only histories of these goals", "ROW,COL", type=goal, nargs="+"
-    )
+        None, "only histories of these goals", "ROW,COL", nargs="+",
+        type=partial(two_numbers, between=",", expected="ROW,COL, for example 0,5"),
+    )  # fmt: skip
     history: list[int] | None = setting(
         None, "only these histories, by their number in the file", "N", type=int, nargs="+"
     )
     steps: tuple[int, int] | None = setting(
-        None, "only decisions at these steps of a history", "FIRST:LAST", type=step_range
-    )
+        None, "only decisions at these steps of a history", "FIRST:LAST",
+        type=partial(two_numbers, between=":", expected="FIRST:LAST, for example 1000:1999"),
+    )  # fmt: skip
     stride: int = setting(1, "the context joins every so many episodes back", "N", type=count)
 
 
@@ -163,11 +151,9 @@ class ActingConfig:
         "checkpoints", "checkpoint file, run, or folder of runs: the latest in it", "PATH"
     )
     positions: str = setting(
-        "reindexed",
-        "where a kept transition stands: right behind the one kept before it, or as in the full "
-        "history where that fits",
-        choices=("reindexed", "original"),
-    )
+        "reindexed", "where a kept transition stands: right behind the one kept before it, or as "
+        "in the full history where that fits", choices=("reindexed", "original"),
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)

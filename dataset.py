@@ -20,6 +20,8 @@ from torch import Tensor
 from historylens.common.errors import UserError
 from historylens.common.files import write_atomically
 
+CONTEXT = ("states", "actions", "rewards", "next_states")  # what a model reads of a transition
+
 
 @dataclass(frozen=True)
 class Histories:
@@ -42,23 +44,17 @@ class Histories:
 
     def __post_init__(self) -> None:
         n, steps = self.actions.shape
-        expected = {
-            "states": (n, steps, 2),
-            "rewards": (n, steps),
-            "next_states": (n, steps, 2),
-            "goals": (n, 2),
-        }
+        expected = dict.fromkeys(["actions", "rewards"], (n, steps))
+        expected |= dict.fromkeys(["states", "next_states"], (n, steps, 2)) | {"goals": (n, 2)}
         for name, shape in expected.items():
-            if getattr(self, name).shape != shape:
+            array = getattr(self, name)
+            if array.shape != shape:
                 raise ValueError(
                     f"expected {name} of shape {shape} beside actions of shape {(n, steps)}, "
-                    f"got {getattr(self, name).shape}"
+                    f"got {array.shape}"
                 )
-        for name in ("states", "actions", "next_states", "goals"):
-            if not np.issubdtype(getattr(self, name).dtype, np.integer):
-                raise ValueError(
-                    f"expected {name} of an integer type, got {getattr(self, name).dtype}"
-                )
+            if name != "rewards" and not np.issubdtype(array.dtype, np.integer):
+                raise ValueError(f"expected {name} of an integer type, got {array.dtype}")
         if self.horizon < 1 or steps % self.horizon:
             raise ValueError(
                 f"expected whole episodes of {self.horizon} steps, got {steps} steps a history"
@@ -104,13 +100,10 @@ class Histories:
 
 
 def context_steps(step: int, n: int, stride: int, horizon: int) -> np.ndarray:
-    """Which steps of a history stand before a decision, in the order of time.
+    """The `n` steps before a decision at `step`, in the order of time: `(n,)` int.
 
-    The context of the decision at `step` is what lies before it in its own episode, then every
-    `stride`-th episode back, as far as `n` transitions reach, where episodes have `horizon` steps.
-
-    Returns:
-        `(n,)` int; negative where the history does not reach back so far.
+    They are those of its own episode, then of every `stride`-th episode back, where episodes have
+    `horizon` steps; negative where the history does not reach back so far.
     """
     earlier = step // horizon - stride * (1 + np.arange(-(-n // horizon)))
     return joined_steps(np.array([step]), n, earlier[None], horizon)[0]
@@ -121,13 +114,12 @@ def joined_steps(steps: np.ndarray, n: int, earlier: np.ndarray, horizon: int) -
 
     They are those of the decision's own episode, then of `earlier` `(B, m)`, latest first.
     """
-    steps = steps[:, None]
-    within = steps % horizon
-    back = np.arange(n, 0, -1)[None, :]  # 1 = the transition right before the decision
+    within = steps[:, None] % horizon
+    back = np.arange(n, 0, -1)  # 1 = the transition right before the decision
     older = np.maximum(back - within - 1, 0)  # counted back from the end of the episode before
     episode = np.take_along_axis(earlier, older // horizon, axis=1) if n else older
-    before = episode * horizon + horizon - 1 - older % horizon
-    return np.where(back <= within, steps - back, before)
+    before = (episode + 1) * horizon - 1 - older % horizon
+    return np.where(back <= within, steps[:, None] - back, before)
 
 
 def max_stride_of(steps: np.ndarray, n: int, horizon: int) -> np.ndarray:
@@ -145,12 +137,8 @@ class ADDataset:
 
     A batch of `B` windows is a dict of tensors: `states (B, n, 2), actions (B, n), rewards (B, n),
     next_states (B, n, 2), query_states (B, 2), target_actions (B,)`, int64; rewards that are no
-    whole numbers float32.
-
-    Args:
-        histories: where the windows come from.
-        n_context: transitions a window `n`.
-        max_stride: strides are drawn from `1 .. max_stride`, as far as the history reaches back.
+    whole numbers float32. A batch drawn by `sample` has windows of `n_context` transitions, joined
+    at strides from `1 .. max_stride`, as far as the history reaches back.
 
     Raises:
         UserError: the histories are too short for a single window.
@@ -163,10 +151,8 @@ class ADDataset:
                 f"histories too short for the context: expected more than {n_context} steps, so "
                 f"that a decision has {n_context} transitions before it, got {histories.n_steps}"
             )
-        self.tensors = {
-            name: torch.from_numpy(np.ascontiguousarray(getattr(histories, name)))
-            for name in ("states", "actions", "rewards", "next_states")
-        }
+        arrays = {name: np.ascontiguousarray(getattr(histories, name)) for name in CONTEXT}
+        self.tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
 
     def sample(self, batch_size: int, rng: np.random.Generator) -> dict[str, Tensor]:
         """Draw a training batch of `B` windows."""
@@ -175,7 +161,7 @@ class ADDataset:
     def draw(
         self, batch_size: int, n: int, rng: np.random.Generator
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Draw decisions to train on, and what stands before them.
+        """Draw `B` decisions to train on, and the `n` transitions that stand before each.
 
         Half of the windows join every k-th episode, k uniform, and lie anywhere in their history.
         The others join episodes drawn at random, more of them from early learning: what stands in
@@ -183,18 +169,12 @@ class ADDataset:
         teaches the model to head for places where a goal may be. Half of each kind begin with an
         episode, as a context that is still growing does, and half anywhere, as a full one does.
 
-        Args:
-            batch_size: decisions wanted `B`.
-            n: transitions before each of them, fewer than the steps of a history.
-            rng: what to draw from.
-
         Returns:
             Histories `(B,)`, steps of the decisions `(B,)` and of their contexts `(B, n)`, as
             `gather` takes them.
         """
-        h = self.histories
-        horizon, n_episodes = h.horizon, h.n_steps // h.horizon
-        n_back = -(-n // horizon)
+        horizon, n_back = self.histories.horizon, -(-n // self.histories.horizon)
+        n_episodes = self.histories.n_steps // horizon
         shortest = max(0, n - (n_episodes - 1) * horizon)  # in short histories
         within = rng.integers(shortest, horizon, size=batch_size)
         within = np.where(rng.random(batch_size) < 0.5, n % horizon, within)
@@ -209,40 +189,29 @@ class ADDataset:
             use = rng.random(batch_size) < 0.5
             episode = np.where(use, spread[:, -1], episode)
             earlier = np.where(use[:, None], spread[:, -2::-1], earlier)
-        rows = rng.integers(h.n_histories, size=batch_size)
+        rows = rng.integers(self.histories.n_histories, size=batch_size)
         steps = episode * horizon + within
         return rows, steps, joined_steps(steps, n, earlier, horizon)
 
     def gather(
         self, histories: np.ndarray, steps: np.ndarray, context: np.ndarray
     ) -> dict[str, Tensor]:
-        """Windows of given decisions and contexts, these of any length.
+        """Windows of decisions at `steps` `(B,)` of `histories` `(B,)`, numbers of histories.
 
-        Args:
-            histories: `(B,)` int, numbers of the histories.
-            steps: `(B,)` int, steps of the decisions.
-            context: `(B, n)` int, steps of what stands before them.
+        `context` `(B, n)` are the steps that stand before them, as many as one likes.
         """
-        window = {k: _widen(v[histories[:, None], context]) for k, v in self.tensors.items()}
-        window["query_states"] = self.tensors["states"][histories, steps].long()
-        window["target_actions"] = self.tensors["actions"][histories, steps].long()
-        return window
+        window = {k: v[histories[:, None], context] for k, v in self.tensors.items()}
+        window["query_states"] = self.tensors["states"][histories, steps]
+        window["target_actions"] = self.tensors["actions"][histories, steps]
+        return {k: v.float() if v.is_floating_point() else v.long() for k, v in window.items()}
 
 
-def _spread_episodes(
-    batch_size: int, n: int, n_episodes: int, rng: np.random.Generator
-) -> np.ndarray:
+def _spread_episodes(n_rows: int, n: int, n_episodes: int, rng: np.random.Generator) -> np.ndarray:
     """Ascending, distinct episodes `(B, n)`, the logarithm of their number uniform."""
-    drawn = n_episodes ** rng.random((batch_size, n))
     order = np.arange(n)
-    ascending = np.sort(drawn.astype(int) - 1, axis=1) - order
-    ascending = np.maximum.accumulate(ascending, axis=1) + order
+    drawn = (n_episodes ** rng.random((n_rows, n))).astype(int) - 1
+    ascending = np.maximum.accumulate(np.sort(drawn, axis=1) - order, axis=1) + order
     return np.clip(ascending, order, n_episodes - n + order)
-
-
-def _widen(values: Tensor) -> Tensor:
-    """Whole numbers as int64, rewards that are none as float32."""
-    return values.float() if values.is_floating_point() else values.long()
 
 
 def packed_queries(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:

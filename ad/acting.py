@@ -17,7 +17,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import linear, scaled_dot_product_attention
 from tqdm import tqdm
 
@@ -37,41 +37,31 @@ Keep = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]
 def fast_logits(model: ADTransformer, history: History, positions: Tensor | None = None) -> Tensor:
     """Action logits `(B, A)` of one pass over a history: `model(*history.inputs, positions)`.
 
-    Args:
-        model: the model.
-        history: up to `n_context_max` transitions before each of `B` decisions.
-        positions: `(B, n + 1)` int, as in `ADTransformer.forward`.
-
     Raises:
         ValueError: the history is longer than the model's positions, or positions do not fit.
     """
-    tokens = model.embed(*history.inputs, positions)  # (B, T, D)
+    tokens = model.embed(*history.inputs, positions=positions)  # (B, T, D)
     size = TOKENS_AT_ONCE // tokens.shape[1] if tokens.device.type == "cpu" else len(tokens)
     return torch.cat([_walk(model, part) for part in tokens.split(max(1, size))])
 
 
 class CachedContext:
-    """Keys and values `(L, B, H, n, D / H)` of the `n` transitions before `B` decisions.
+    """Keys and values `(L, B, H, n, D / H)` of the transitions before `B` decisions.
 
     context = CachedContext(model, n_rooms=128)
     logits = context.act(new)                         # (128, A), after the transitions of `new`
 
     Attributes:
-        n_context: transitions in context.
+        n_context: transitions in context; 0 forgets them.
     """
 
     def __init__(self, model: ADTransformer, n_rooms: int) -> None:
-        config, weight = model.config, model.pred_action.weight
-        n_layers, n_heads = config.tf_n_layer, config.tf_n_head
-        shape = (n_layers, n_rooms, n_heads, config.n_transit, config.tf_n_embd // n_heads)
+        config, n_heads = model.config, model.config.tf_n_head
+        shape = (n_rooms, n_heads, config.n_transit, config.tf_n_embd // n_heads)
         self.n_context = 0
         self._model = model
-        self._keys = torch.empty(shape, dtype=weight.dtype, device=weight.device)
+        self._keys = model.pred_action.weight.new_empty(config.tf_n_layer, *shape)
         self._values = torch.empty_like(self._keys)
-
-    def clear(self) -> None:
-        """Forget everything."""
-        self.n_context = 0
 
     @torch.inference_mode()
     def act(self, new: History) -> Tensor:
@@ -90,15 +80,12 @@ class CachedContext:
             )
 
         def keep(number: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-            known = self._keys[number, :, :, :end], self._values[number, :, :, :end]
-            known[0][:, :, first:] = keys
-            known[1][:, :, first:] = values
-            return known
+            self._keys[number, :, :, first:end] = keys
+            self._values[number, :, :, first:end] = values
+            return self._keys[number, :, :, :end], self._values[number, :, :, :end]
 
-        transitions = model.embed_transitions(*new.inputs[:4])
-        query = model.embed_queries(new.query_states).unsqueeze(1)
-        tokens = torch.cat([transitions, query], dim=1)  # (B, m + 1, D)
-        logits = _walk(model, tokens + model.pos_embedding[:, first:end], keep)
+        positions = torch.arange(first, end, device=new.device).expand(new.size, -1)
+        logits = _walk(model, model.embed(*new.inputs, positions=positions), keep)
         self.n_context = end - 1  # the query's own key is overwritten by the next token
         return logits
 
@@ -109,17 +96,19 @@ def _walk(model: ADTransformer, x: Tensor, keep: Keep | None = None) -> Tensor:
     `keep` takes the number of a layer and the new tokens' keys and values, and gives those of all
     `T` tokens in context.
     """
-    layers = model.transformer_encoder.layers
+
+    def heads(x: Tensor) -> Tensor:  # (B, m, D) -> (B, H, m, D / H)
+        return x.unflatten(-1, (model.config.tf_n_head, -1)).transpose(1, 2)
+
+    layers, width = model.transformer_encoder.layers, x.shape[2]
     for number, layer in enumerate(layers):
         weight, bias = layer.self_attn.in_proj_weight, layer.self_attn.in_proj_bias
-        width = x.shape[2]
-        keys, values = linear(x, weight[width:], bias[width:]).chunk(2, dim=-1)
-        keys, values = _heads(layer, keys), _heads(layer, values)  # (B, H, m, D / H)
+        keys, values = map(heads, linear(x, weight[width:], bias[width:]).chunk(2, dim=-1))
         if keep is not None:
             keys, values = keep(number, keys, values)  # (B, H, T, D / H)
         if number == len(layers) - 1:
             x = x[:, -1:]
-        queries = _heads(layer, linear(x, weight[:width], bias[:width]))
+        queries = heads(linear(x, weight[:width], bias[:width]))
         mixed = _mix(queries, keys, values).transpose(1, 2).reshape(x.shape)
         x = layer.norm1(x + layer.self_attn.out_proj(mixed))
         x = layer.norm2(x + layer.linear2(layer.activation(layer.linear1(x))))
@@ -137,18 +126,14 @@ def _mix(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     return scaled_dot_product_attention(queries, keys, values, mask, is_causal=is_causal)
 
 
-def _heads(layer: nn.TransformerEncoderLayer, x: Tensor) -> Tensor:
-    """`(B, m, D)` -> `(B, H, m, D / H)`."""
-    return x.unflatten(-1, (layer.self_attn.num_heads, -1)).transpose(1, 2)
-
-
 class SlidingPolicy:
     """Decides on the latest transitions, as many as fit: a `historylens.agent.Policy`.
 
-    One policy follows one `HistoryBuffer` from its beginning.
+    One policy follows one `HistoryBuffer` from its beginning. It acts without dropout, whatever
+    mode the model is in.
 
     Args:
-        model: the model; it acts without dropout, whatever mode it is in.
+        model: the model.
         n_rooms: environments `B`.
         sliding: what drops out of a full context. "step": the oldest transition at each step, so
             that the context always is as long as can be. "episode": the oldest whole episodes as
@@ -177,7 +162,7 @@ class SlidingPolicy:
         """Action logits `(B, A)`."""
         if n_dropped := self._n_dropped(buffer.n):
             self._first += n_dropped
-            self._context.clear()
+            self._context.n_context = 0
         new = buffer.history(query_states, first=self._first + self._context.n_context)
         if self._sliding == "step" and new.n == self._n_max:  # nothing kept would hold a step on
             return fast_logits(self._model, new)
@@ -206,34 +191,26 @@ def rollout_goals(
 ) -> np.ndarray:
     """Act for many episodes in many rooms at once, with actions drawn from the model's policy.
 
+    The history grows through all episodes. `sliding` and errors are those of `SlidingPolicy`.
+
     Args:
-        model: the model; it acts without dropout, whatever mode it is in.
+        model: the model.
         goals: `(N, 2)` int, one room each; repeat a goal for several rollouts of it.
-        n_episodes: episodes in a row, the history growing through all of them.
+        n_episodes: episodes in a row.
         seed: seed of the action noise. Room i's noise depends on `seed` and i alone.
         horizon: steps an episode.
-        sliding: what drops out of a full context, as for `SlidingPolicy`.
+        sliding: what drops out of a full context.
         progress: label of a progress bar, if one is wanted.
 
     Returns:
         `(N, n_episodes)` int, the reward of each episode.
-
-    Raises:
-        ValueError: `sliding` is "episode" and the context does not hold two episodes.
     """
-    n_steps = n_episodes * horizon
-    n_blocks = max(1, -(-len(goals) // MAX_ROOMS))
-    bar = tqdm(total=n_steps * len(goals), desc=progress, disable=not progress, leave=False)
-    with bar:
-        parts = [
-            rollout(
-                DarkRoom(goals[rooms], model.config.grid_size, horizon),
-                SlidingPolicy(model, len(rooms), sliding, horizon),
-                n_steps,
-                [np.random.default_rng((seed, room)) for room in rooms],
-                bar,
-            )
-            for rooms in np.array_split(np.arange(len(goals)), n_blocks)
-        ]
-    rewards = np.concatenate(parts)  # (N, n_steps)
-    return rewards.reshape(len(goals), n_episodes, horizon).sum(axis=2)
+    n_steps, n_blocks = n_episodes * horizon, max(1, -(-len(goals) // MAX_ROOMS))
+    parts = []
+    with tqdm(total=n_steps * len(goals), desc=progress, disable=not progress, leave=False) as bar:
+        for rooms in np.array_split(np.arange(len(goals)), n_blocks):
+            environment = DarkRoom(goals[rooms], model.config.grid_size, horizon)
+            policy = SlidingPolicy(model, len(rooms), sliding, horizon)
+            noises = [np.random.default_rng((seed, room)) for room in rooms]
+            parts.append(rollout(environment, policy, n_steps, noises, bar))
+    return np.concatenate(parts).reshape(len(goals), n_episodes, horizon).sum(axis=2)

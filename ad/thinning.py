@@ -15,31 +15,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dataset import ADDataset, packed_queries
+from dataset import CONTEXT, ADDataset, packed_queries
 from historylens.compression import METHODS
 from historylens.compression.method import Method
 from historylens.history import History, episode_ids
 
 # Methods that look at nothing but the history, keep exactly what is asked, and are fast.
 TRAINED_ON = (
-    "random",
-    "random-recent",
-    "recent",
-    "first-recent",
-    "decay",
-    "decay-spaced",
-    "even",
-    "one-visit",
-    "rewarded-recent",
-    "best-episodes",
-    "nearest",
-)
+    "random", "random-recent", "recent", "first-recent", "decay", "decay-spaced", "even",
+    "one-visit", "rewarded-recent", "best-episodes", "nearest",
+)  # fmt: skip
 FEWEST_READ = 5  # transitions, unless the model reads no more than fewer
 MOST_FOLLOWING = 9  # transitions between the thinning and the last decision
 N_THINNINGS = 8  # in one batch, each of a method and a length of its own
 MOST_TIMES = 8  # more windows than in other batches
-
-CONTEXT = ("states", "actions", "rewards", "next_states")
 
 
 def draw_batch(
@@ -58,7 +47,7 @@ def draw_batch(
 def sample_thinned(
     dataset: ADDataset, batch_size: int, rng: np.random.Generator
 ) -> dict[str, Tensor]:
-    """Draw a training batch of thinned histories.
+    """Draw a training batch of thinned histories, 1 to 8 times `batch_size` windows `B`.
 
     The model reads `n` transitions in all windows of a batch, `n` log-uniform up to the longest
     context; the last few, at most half, lie between the thinning and the last decision. What is
@@ -66,11 +55,6 @@ def sample_thinned(
     `ADDataset.draw`. Shorter windows come in larger batches, so that a pass over
     `[c_1 .. c_n, q_j .. q_n]` is about as many tokens as one over a full window with all its
     queries.
-
-    Args:
-        dataset: whose learning histories to thin.
-        batch_size: the number of windows `B` is a multiple of it, 1 to 8 times.
-        rng: what to draw from.
 
     Returns:
         `states (B, n, 2), actions (B, n), rewards (B, n), next_states (B, n, 2)`, and for the
@@ -81,15 +65,14 @@ def sample_thinned(
     n_following = int(rng.integers(min(MOST_FOLLOWING, n_read // 2), endpoint=True))
     times = round((2 * longest + 1) / (n_read + n_following + 1))
     n_windows = batch_size * min(max(times, 1), MOST_TIMES)
+    n_keep, horizon = n_read - n_following, dataset.histories.horizon
     parts = []
     for rows in np.array_split(np.arange(n_windows), min(N_THINNINGS, n_windows)):
         method = METHODS[TRAINED_ON[rng.integers(len(TRAINED_ON))]]
-        n_keep = n_read - n_following
         n_past = _log_uniform(n_keep, dataset.histories.n_steps - 1 - n_following, rng)
         histories, steps, context = dataset.draw(len(rows), n_past + n_following, rng)
-        window = dataset.gather(histories, steps, context)
-        horizon = dataset.histories.horizon
         episodes = episode_ids(context.shape[1], horizon, steps % horizon)
+        window = dataset.gather(histories, steps, context)
         parts.append(thin(window, episodes, method, n_keep, n_following, rng))
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
@@ -123,9 +106,10 @@ def thin(
         query_states=queries[:, n_past],
         episodes=episodes[:, :n_past],
     )
-    kept = method.compress(past, n_keep, rng)
+    kept = method.compress(past, n_keep, rng).inputs[:4]
     thinned = {
-        name: torch.cat([getattr(kept, name), window[name][:, n_past:]], dim=1) for name in CONTEXT
+        name: torch.cat([part, window[name][:, n_past:]], dim=1)
+        for name, part in zip(CONTEXT, kept, strict=True)
     }
     return thinned | {"query_states": queries[:, n_past:], "target_actions": targets[:, n_past:]}
 

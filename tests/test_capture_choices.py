@@ -2,14 +2,13 @@
 
 import pytest
 import torch
+from eager import CLOSE, eager_weights, is_clean
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional
 
-from attention.capture import CaptureError, capture
-
-CLOSE = {"atol": 1e-6, "rtol": 0, "check_dtype": False, "equal_nan": True}
+from historylens.capture import CaptureError, capture
 
 
 class Attend(nn.Module):
@@ -34,20 +33,20 @@ class Stack(nn.Module):
 
 def whole(x, allowed=None):
     """Weights (B, 2, T, T) of the first block."""
-    heads = x.double().unflatten(-1, (2, -1)).transpose(1, 2)
-    scores = heads @ heads.mT / heads.shape[-1] ** 0.5
-    if allowed is not None:
-        scores = scores.masked_fill(~allowed, -torch.inf)
-    return scores.softmax(-1)
+    heads = x.unflatten(-1, (2, -1)).transpose(1, 2)
+    return eager_weights(heads, heads, None if allowed is None else ~allowed)
 
 
 def captured(model, *inputs, **options):
-    with torch.no_grad(), capture(model, **options) as record:
-        model(*inputs)
+    try:
+        with torch.no_grad(), capture(model, **options) as record:
+            model(*inputs)
+    finally:
+        assert is_clean(model)
     return record
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     n_samples=st.integers(1, 4),
     n_tokens=st.integers(1, 12),
@@ -81,6 +80,7 @@ def test_the_query_may_stand_anywhere(n_samples, n_tokens, kind, as_tensor, data
         record = captured(Stack(1), x, None if kind == "sdpa" else allowed, query=query)
     expected = weights[torch.arange(n_samples), :, torch.as_tensor(query).expand(n_samples)]
     torch.testing.assert_close(record[0].query_rows, expected, **CLOSE)
+    assert torch.equal(record[0].visible, (expected > 0).any(1))
 
 
 class Softmax(nn.Module):
@@ -102,6 +102,7 @@ def test_padding_that_the_mask_does_not_tell_leaves_its_queries_out():
     torch.testing.assert_close(record[0].received[1], real, **CLOSE)
     assert record[0].maps[0, :, :, 3:].isnan().all()
     assert (record[0].query_rows[1, :, 3:] == 0).all()
+    assert torch.equal(record[0].visible, ~padding)
 
 
 @pytest.mark.parametrize(
@@ -128,6 +129,26 @@ def test_layers_given_one_by_one_keep_their_order():
         model(x)
     assert record.names == ("layer 0.attn", "layer 1")
     torch.testing.assert_close(record[1].query_rows, whole(x)[:, :, -1], **CLOSE)
+
+
+def test_an_encoder_layer_is_chosen_by_its_own_name():
+    layer = nn.TransformerEncoderLayer(8, 2, batch_first=True)
+    encoder = nn.TransformerEncoder(layer, 3, enable_nested_tensor=False).eval()
+    x = torch.randn(1, 4, 8)
+    assert captured(encoder, x, layers=["layers.1"]).names == ("layers.1",)
+    with torch.no_grad(), capture([encoder.layers[2]]) as record:
+        encoder(x)
+    assert record.names == ("layer 0",)
+    message = r"found no attention for layers=\['layers.1.self_attn'\]; layers that ran: layers.0, "
+    with pytest.raises(CaptureError, match=message):
+        captured(encoder, x, layers=["layers.1.self_attn"])
+
+
+def test_a_layer_within_another_that_is_given_may_be_given_too():
+    model, x = Stack(), torch.randn(1, 4, 8)
+    with torch.no_grad(), capture([model, model.blocks[0]["attn"]]) as record:
+        model(x)
+    assert record.names == tuple(f"layer 0.blocks.{i}.attn" for i in range(3))
 
 
 def test_chosen_layers_may_leave_out_what_cannot_be_read_or_does_not_run():
@@ -198,6 +219,23 @@ def test_a_layer_that_runs_twice_is_an_error():
         with pytest.raises(CaptureError, match="ran twice"):
             model(torch.randn(1, 3, 8))
     assert len(record) == 2
+
+
+@pytest.mark.parametrize("layers", [[0], ["blocks.0"], [0, "blocks.1"]])
+def test_a_chosen_layer_that_runs_twice_is_an_error(layers):
+    model, x = Stack(2), torch.randn(1, 3, 8)
+    with torch.no_grad(), capture(model, layers=layers):
+        model(x)
+        with pytest.raises(CaptureError, match=r"blocks\.0\.attn ran twice"):
+            model(x)
+
+
+def test_a_layer_that_is_not_chosen_may_run_twice():
+    model, x = Stack(2), torch.randn(1, 3, 8)
+    with torch.no_grad(), capture(model, layers=["blocks.1"]) as record:
+        model.blocks[0]["attn"](x, None)
+        model(x)
+    assert record.names == ("blocks.1.attn",)
 
 
 def test_reading_before_anything_ran_is_an_error():

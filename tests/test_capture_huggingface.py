@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from attention.capture import CaptureError, capture
+from historylens.capture import CaptureError, capture
 
 transformers = pytest.importorskip("transformers")
 
@@ -60,6 +60,7 @@ def test_captured_rows_are_the_models_own(make, implementation, mask, context):
     ahead = torch.ones(9, 9, dtype=torch.bool).triu(1)
     for found, weights in zip(record, eager, strict=True):
         torch.testing.assert_close(found.query_rows, weights[:, :, -1], **CLOSE)
+        assert torch.equal(found.visible, (weights[:, :, -1] > 0).any(1))
         torch.testing.assert_close(found.maps[0].nan_to_num(), weights[0], **CLOSE)
         assert (found.maps[0].isnan() == ahead).all()
         received = weights[0].sum(1) / torch.arange(9, 0, -1)

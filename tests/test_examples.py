@@ -3,6 +3,7 @@
 import csv
 import functools
 import json
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -172,8 +173,9 @@ def test_a_flag_without_sense_is_one_line(tmp_path, capsys, argv, words):
     assert words in refused(visualize_attention.main, [*flags, *argv], capsys)
 
 
-def test_a_comparison_runs_in_its_environment(tmp_path):
+def test_a_comparison_runs_in_its_environment(tmp_path, monkeypatch):
     pytest.importorskip("gymnasium")
+    monkeypatch.delitem(sys.modules, "corridor", raising=False)  # of another test's folder
     flags = ["--seeds", "2", "--episodes", "2", "--strategies", "recent", "top-k"]
     flags += ["--adapter", str(ADAPTERS["sar_mha"]), "--budgets", "5", "--out", str(tmp_path)]
     compare_compression.main(flags)

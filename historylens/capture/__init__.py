@@ -15,7 +15,8 @@ which `nn.MultiheadAttention`, PyTorch's encoder and decoder layers and subclass
 
 While a mode is on, PyTorch leaves the fast path of its own layers. So the outputs are, bit for bit,
 those with `torch.backends.mha.set_fastpath_enabled(False)`; the fast path differs from them in the
-last digits, and at padded positions, which it may skip.
+last digits, and at padded positions, which it may skip. (It also takes a float mask for a bool one:
+a bias that is not 0 or -inf, such as ALiBi, is lost there.)
 """
 
 import sys
@@ -29,16 +30,18 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 
-from historylens.capture.inputs import CaptureError, Reader, read_softmax, reader_of, softmax_scores
+from historylens.capture.inputs import (
+    WAY_OUT,
+    CaptureError,
+    Reader,
+    read_softmax,
+    reader_of,
+    softmax_scores,
+)
 from historylens.capture.layers import Choice, Names, compiled_error, expects_attention, matches
 from historylens.capture.record import LayerAttention, Record, Wanted
 
 __all__ = ["CaptureError", "LayerAttention", "Record", "capture"]
-
-_WAY_OUT = (
-    "Compute it with nn.functional.scaled_dot_product_attention or a softmax over (B, H, T, T) "
-    '(Hugging Face: attn_implementation="sdpa" or "eager")'
-)
 
 
 @contextmanager
@@ -109,12 +112,7 @@ class _Run:
 
 
 class _Session(TorchFunctionMode):
-    """Follows the running modules of a model, and records the attention calls that they make.
-
-    Attributes:
-        record: what is found.
-        compiled: name of the module in which torch.compile failed, because the mode was on.
-    """
+    """Follows the running modules of a model, and records the attention calls that they make."""
 
     def __init__(
         self,
@@ -126,14 +124,14 @@ class _Session(TorchFunctionMode):
     ) -> None:
         super().__init__()
         self.record = Record(filter(choice.has_name, names.expected), tuple(names.roots))
-        self.compiled: str | None = None
+        self.compiled: str | None = None  # where torch.compile failed, because the mode was on
         self._names = names
         self._wanted = wanted
         self._choice = choice
         self._softmax = softmax
         self._n_heads = n_heads
         self._running: list[_Run] = []  # the innermost last
-        self._readers: dict[Callable, Reader | str | None] = {}
+        self._readers: dict[Callable, Reader | None] = {}
         self._calls: dict[str, _Run] = {}  # the run that made the attention call of this name
         self._n_calls = 0
         self._unread: dict[str, str] = {}
@@ -181,14 +179,11 @@ class _Session(TorchFunctionMode):
         run = self._running[-1]
         if torch.compiler.is_compiling() or _in_compiled_code():
             raise compiled_error(run.name)
-        if reader == "opaque":
-            self._refuse(run, func)
-        elif reader is read_softmax:  # before it may overwrite its input
+        if reader is read_softmax:  # before it may overwrite its input
             self._take_softmax(run, args, kwargs)
             return func(*args, **kwargs)
-        output = func(*args, **kwargs)
-        if reader != "opaque":  # PyTorch's own complaint about a wrong shape has come first
-            self._take(run, reader, args, kwargs)
+        output = func(*args, **kwargs)  # PyTorch's own complaint about a wrong shape comes first
+        self._take(run, reader, args, kwargs)
         return output
 
     def _take_softmax(self, run: _Run, args: tuple, kwargs: dict) -> None:
@@ -209,40 +204,23 @@ class _Session(TorchFunctionMode):
                 "3 axes)"
             )
 
-    def _refuse(self, run: _Run, func: Callable) -> None:
-        name, is_wanted = self._admit(run)
-        if is_wanted:
-            raise CaptureError(
-                f"{name} calls {func.__name__}, a kernel whose attention capture cannot "
-                f"read. {_WAY_OUT}, or choose the other layers: capture(model, layers=[...])"
-            )
-
     def _take(self, run: _Run, reader: Reader, args: tuple, kwargs: dict) -> None:
-        name, is_wanted = self._admit(run)
-        if is_wanted:
-            with _plain_arithmetic():
-                self.record.add(self._wanted.of(name, reader(name, args, kwargs, self._n_heads)))
-
-    def _admit(self, run: _Run) -> tuple[str, bool]:
-        """Name of an attention call of a module, and whether it is wanted.
-
-        Raises:
-            CaptureError: the module has attended before, in an earlier run.
-        """
+        """Record an attention call of a running module, if it is wanted."""
         for around in self._running:
             around.attended = True
         run.n_calls += 1
         name = run.name if run.n_calls == 1 else f"{run.name} #{run.n_calls}"
         is_wanted = self._choice.takes(name, self._n_calls)
         self._n_calls += 1
-        if self._calls.setdefault(name, run) is not run and (
-            is_wanted or name in self.record.names
-        ):
+        is_new = self._calls.setdefault(name, run) is run
+        if not is_new and (is_wanted or name in self.record.names):
             raise CaptureError(
                 f"{name} ran twice inside one capture. Run the model once per `with capture(...)`; "
                 "a model that reuses a layer, or recomputes it in backward, cannot be captured"
             )
-        return name, is_wanted
+        if is_wanted:
+            with _plain_arithmetic():
+                self.record.add(self._wanted.of(name, reader(name, args, kwargs, self._n_heads)))
 
     def check_complete(self) -> None:
         """Refuse a record that lacks a layer.
@@ -254,7 +232,7 @@ class _Session(TorchFunctionMode):
         for name in filter(self._choice.has_name, self._unread):
             raise CaptureError(
                 f"{name} is a {self._unread[name]} that ran, but its attention was not seen"
-                f"{self._hint}. {_WAY_OUT}, or choose the other layers: "
+                f"{self._hint}. {WAY_OUT}, or choose the other layers: "
                 "capture(model, layers=[...])"
             )
         if self._choice.missing:
@@ -265,13 +243,13 @@ class _Session(TorchFunctionMode):
             if is_root and not any(matches(found, name) for found in self.record.names):
                 raise CaptureError(
                     f"{name} is a {type(root).__name__}, in which no attention was seen"
-                    f"{self._hint}. {_WAY_OUT}"
+                    f"{self._hint}. {WAY_OUT}"
                 )
         if not len(self.record):
             raise CaptureError(
                 f"found no nn.TransformerEncoderLayer in {type(root).__name__}, no "
                 "nn.MultiheadAttention, no call of scaled_dot_product_attention and no softmax "
-                f"over (B, H, T, T) by a module of it that ran{self._hint}. {_WAY_OUT}"
+                f"over (B, H, T, T) by a module of it that ran{self._hint}. {WAY_OUT}"
             )
 
 

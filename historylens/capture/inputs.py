@@ -15,7 +15,8 @@ import math
 from collections import namedtuple
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ from torch.nn import functional
 
 from historylens.capture.masks import Mask, pick
 
-# The arguments of both functions by name. The second, a built-in, has no signature to read them off.
+# The arguments of the functions by name; the second is a built-in, which has no signature.
 _PARAMETERS = inspect.signature(functional.multi_head_attention_forward).parameters
 _DEFAULTS = [p.default for p in _PARAMETERS.values() if p.default is not p.empty]
 _MultiHead = namedtuple("_MultiHead", _PARAMETERS, defaults=_DEFAULTS)
@@ -31,33 +32,36 @@ _SDPA = "query key value attn_mask dropout_p is_causal scale enable_gqa"
 _ScaledDotProduct = namedtuple("_ScaledDotProduct", _SDPA, defaults=[None, 0.0, False, None, False])
 
 
+WAY_OUT = (
+    "Compute it with nn.functional.scaled_dot_product_attention or a softmax over (B, H, T, T) "
+    '(Hugging Face: attn_implementation="sdpa" or "eager")'
+)
+
+
 class CaptureError(RuntimeError):
     """Attention could not be captured; the message names the layer and the way out."""
 
 
-@dataclass(frozen=True)
-class Projection:
+class Projection(NamedTuple):
     """How a multi-head attention makes queries and keys of `H` heads from its inputs.
 
     Attributes:
         n_heads: `H`.
-        q_weight, k_weight: `(D, D)` and `(D, kdim)`.
-        q_bias, k_bias: `(D,)` or None.
+        weights: of queries `(D, D)` and of keys `(D, kdim)`.
+        biases: the same, `(D,)` or None.
     """
 
     n_heads: int
-    q_weight: Tensor
-    k_weight: Tensor
-    q_bias: Tensor | None
-    k_bias: Tensor | None
+    weights: tuple[Tensor, Tensor]
+    biases: tuple[Tensor | None, Tensor | None]
 
-    def queries(self, x: Tensor) -> Tensor:
-        """Queries `(B, H, Tq, d)` of inputs `(B, 1, Tq, D)`."""
-        return self._heads(x, self.q_weight, self.q_bias)
-
-    def keys(self, x: Tensor) -> Tensor:
-        """Keys `(B, H, Tk, d)` of inputs `(B, 1, Tk, kdim)`."""
-        return self._heads(x, self.k_weight, self.k_bias)
+    def heads(self, x: Tensor, which: int) -> Tensor:
+        """Queries (which = 0) or keys (1) `(B, H, T, d)` of inputs `(B, 1, T, D)`."""
+        weight, bias = self.weights[which].to(x.dtype), self.biases[which]
+        bias = None if bias is None else bias.to(x.dtype)
+        values = functional.linear(x.squeeze(1), weight, bias)  # (B, T, D)
+        split = values.view(*values.shape[:2], self.n_heads, -1)
+        return split.transpose(1, 2).contiguous()
 
     def folded_query(self, x: Tensor) -> Tensor:
         """A query `(B, H, kdim)` of an input `(B, 1, D)`, to score the inputs of the keys with.
@@ -65,15 +69,9 @@ class Projection:
         `q (W x + b) = (q W) x + q b`: it saves projecting every key, and the constant `q b` does
         not change the softmax.
         """
-        q = self.queries(x[:, None])  # (B, H, 1, d)
-        weight = self.k_weight.to(q.dtype).view(self.n_heads, -1, self.k_weight.shape[1])
+        q = self.heads(x[:, None], 0)  # (B, H, 1, d)
+        weight = self.weights[1].to(q.dtype).unflatten(0, (self.n_heads, -1))  # (H, d, kdim)
         return (q @ weight).squeeze(2)
-
-    def _heads(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        bias = None if bias is None else bias.to(x.dtype)
-        values = functional.linear(x.squeeze(1), weight.to(x.dtype), bias)  # (B, T, D)
-        split = values.view(*values.shape[:2], self.n_heads, -1)
-        return split.transpose(1, 2).contiguous()
 
 
 @dataclass(frozen=True)
@@ -128,7 +126,7 @@ class Call:
             return self.q, None
         q, k = wide(self.q), wide(self.k)
         if self.projection is not None:
-            q, k = self.projection.queries(q), self.projection.keys(k)
+            q, k = self.projection.heads(q, 0), self.projection.heads(k, 1)
         return q * self.scale, k
 
 
@@ -159,7 +157,7 @@ def read_multi_head(name: str, args: tuple, kwargs: dict[str, Any], n_heads: int
         for x in (given.query, given.key)
     )
     scale = 1.0 / math.sqrt(q.shape[-1] // given.num_heads)
-    projection = Projection(given.num_heads, *weights, *biases)
+    projection = Projection(given.num_heads, weights, biases)
     return Call(q, k, _multi_head_mask(given, len(q)), scale, projection)
 
 
@@ -258,10 +256,19 @@ _READERS = {
 }
 
 
-def reader_of(func: Callable) -> Reader | str | None:
-    """What reads a call of a PyTorch function: "opaque" if nothing can, None if it is no attention.
+def reader_of(func: Callable) -> Reader | None:
+    """What reads a call of a PyTorch function, None if it is no attention.
 
-    A "softmax" is attention if its scores look like it.
+    Of a kernel that cannot be read it raises.
     """
     name = getattr(func, "__name__", "").split(".")[0]
-    return _READERS.get(name, "opaque" if "attention" in name or "attn" in name else None)
+    if name not in _READERS and ("attention" in name or "attn" in name):
+        return partial(_refuse, func.__name__)
+    return _READERS.get(name)
+
+
+def _refuse(kernel: str, name: str, *_call: Any) -> Call:
+    raise CaptureError(
+        f"{name} calls {kernel}, a kernel whose attention capture cannot read. {WAY_OUT}, or "
+        "choose the other layers: capture(model, layers=[...])"
+    )

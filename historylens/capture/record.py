@@ -166,6 +166,8 @@ class Wanted:
         query = self._position(name, call)
         scores = call.row_scores(query)
         found, seen = rows.weigh(scores, call.mask.of_query(query, scores), call.mask)
+        if seen is None:
+            return found, found.new_ones(len(found), found.shape[-1], dtype=torch.bool)
         if not seen.any(-1).all():
             raise CaptureError(
                 f"{name}: the mask lets the query token see nothing (by default the last token is "

@@ -74,7 +74,7 @@ class MapGrid:
         return torch.cat([values[..., : self.n_first], middle, values[..., -1:]], dim=-1)
 
 
-def weigh(scores: Tensor, bias: Tensor | None, mask: Mask) -> tuple[Tensor, Tensor]:
+def weigh(scores: Tensor, bias: Tensor | None, mask: Mask) -> tuple[Tensor, Tensor | None]:
     """Attention weights of rows of scores, and which keys they may see.
 
     Args:
@@ -84,13 +84,13 @@ def weigh(scores: Tensor, bias: Tensor | None, mask: Mask) -> tuple[Tensor, Tens
 
     Returns:
         Weights `(..., R, Tk)`, each row sums to 1, or is zeros where it may see nothing, as in the
-        fused kernels; and bool that broadcasts to them.
+        fused kernels; and bool that broadcasts to them, or None if all is seen.
     """
     weights = (scores if bias is None else scores + bias).softmax(-1)
     if mask.kind == "scores":
         seen = ~hidden(scores, weights)
     elif bias is None:
-        return weights, weights.new_ones(1, dtype=torch.bool).expand(weights.shape[-2:])
+        return weights, None
     else:
         seen = bias > -torch.inf
     return weights.masked_fill_(~seen.any(-1, keepdim=True), 0.0), seen
@@ -166,8 +166,12 @@ def maps(
 def _weights(
     q: Tensor, k: Tensor | None, mask: Mask, b: int, heads: slice, rows: slice | Tensor
 ) -> tuple[Tensor, Tensor]:
+    """Weights `(h, R, Tk)` of rows and which of them are allowed, which broadcasts to them."""
     scores = _scores(q, k, b, heads, rows)
-    return weigh(scores, mask.of_rows(b, heads, rows, scores), mask)
+    weights, seen = weigh(scores, mask.of_rows(b, heads, rows, scores), mask)
+    if seen is None:
+        seen = weights.new_ones(1, dtype=torch.bool).expand(weights.shape[-2:])
+    return weights, seen
 
 
 def _causal_weights(q: Tensor, k: Tensor, b: int, heads: slice, rows: slice) -> Tensor:

@@ -1,0 +1,111 @@
+"""The plain twin of capture: whole attention matrices in float64, and what follows from them."""
+
+import math
+from contextlib import contextmanager
+
+import pytest
+import torch
+from conftest import n_hooks
+from torch.nn import functional
+
+from historylens.capture import CaptureError, capture
+
+CONTEXTS = [torch.enable_grad, torch.no_grad, torch.inference_mode]
+CLOSE = {"atol": 1e-6, "rtol": 0, "check_dtype": False, "equal_nan": True}
+
+
+def eager_weights(q, k, forbidden=None, added=None, scale=None):
+    """Weights (B, H, Tq, Tk) of q (B, H, Tq, d) and k (B, Hk, Tk, d)."""
+    k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+    scores = q.double() @ k.double().mT * (scale or 1 / math.sqrt(q.shape[-1]))
+    scores = scores if added is None else scores + added.double()
+    scores = scores if forbidden is None else scores.masked_fill(forbidden, -torch.inf)
+    return scores.softmax(-1).detach()
+
+
+def projected_weights(attention, query, key, forbidden=None, added=None):
+    """Weights (B, H, Tq, Tk) of an nn.MultiheadAttention for inputs (B, T, D)."""
+    if attention.in_proj_weight is None:
+        weights = attention.q_proj_weight, attention.k_proj_weight
+    else:
+        weights = attention.in_proj_weight.chunk(3)[:2]
+    biases = (None, None) if attention.in_proj_bias is None else attention.in_proj_bias.chunk(3)[:2]
+    q, k = (
+        functional.linear(x.double(), w.double(), None if b is None else b.double())
+        .unflatten(-1, (attention.num_heads, -1))
+        .transpose(1, 2)
+        for x, w, b in zip((query, key), weights, biases, strict=True)
+    )
+    return eager_weights(q, k, forbidden, added)
+
+
+def check(found, weights, forbidden, padded=None):
+    """Every field of a captured layer, its maps those of the first samples.
+
+    forbidden: bool, broadcasts to the weights; padded: (B, Tq), queries that are left out.
+    """
+    allowed = (~forbidden).expand(weights.shape)
+    torch.testing.assert_close(found.query_rows, weights[:, :, -1], **CLOSE)
+    assert torch.equal(found.visible, allowed[:, :, -1].any(1))
+    counted = allowed if padded is None else allowed & ~padded[:, None, :, None]
+    received = (weights * counted).sum(2) / counted.sum(2)
+    torch.testing.assert_close(found.received, received, **CLOSE)
+    whole = weights.masked_fill(~allowed, torch.nan)[: len(found.maps)]
+    torch.testing.assert_close(found.maps, whole, **CLOSE)
+    values = found.query_rows, found.received, found.maps
+    assert all(x.dtype == torch.float32 and not x.is_inference() for x in values)
+
+
+@contextmanager
+def fast_path(enabled):
+    """PyTorch's fast path on or off."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(enabled)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+def run_twice(model, *inputs, context=torch.no_grad, maps=(0,), **options):
+    """The record of a forward pass, whose output is, to the bit, the one without capture."""
+
+    def run():
+        torch.manual_seed(1)
+        output = model(*inputs)
+        return output[0] if isinstance(output, tuple) else output
+
+    with context():
+        with fast_path(False):
+            plain = run()
+        with capture(model, maps=maps, **options) as record:
+            captured = run()
+    assert torch.equal(plain, captured)
+    assert plain.requires_grad == captured.requires_grad
+    assert is_clean(model)
+    return record
+
+
+def refused(message, model, *inputs, **options):
+    """Check that capture refuses a forward pass, and leaves nothing behind."""
+    with pytest.raises(CaptureError, match=message), torch.no_grad(), capture(model, **options):
+        model(*inputs)
+    assert is_clean(model)
+
+
+def random_weights(module, seed=0):
+    """The module in evaluation mode, its attention far from uniform."""
+    torch.manual_seed(seed)
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter, std=0.4)
+    return module.eval()
+
+
+def causal(n_tokens):
+    """What a causal mask forbids (T, T)."""
+    return torch.ones(n_tokens, n_tokens, dtype=torch.bool).triu(1)
+
+
+def is_clean(model):
+    """Whether capture left neither a hook nor a mode behind."""
+    return n_hooks(model) == 0 and torch._C._len_torch_function_stack() == 0
