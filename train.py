@@ -15,7 +15,7 @@ from pathlib import Path
 
 from ad.checkpoints import checkpoints_in
 from ad.evaluation import describe
-from ad.training import LOG_NAME, Trainer, finish, prepare, train
+from ad.training import LOG_NAME, finish, prepare, train
 from config import EnvConfig, ModelConfig, SourceConfig, TrainConfig
 from historylens.common.errors import run_command
 from historylens.common.processes import join
@@ -31,7 +31,13 @@ def main(argv: list[str] | None = None) -> None:
             settings, run, device = prepare(flags, group)
         trainer = train(settings, run, device, flags.resume, group)
         if group.is_main:
-            report(trainer, run, Path(flags.figs) / "training" / f"{run.name}.png")
+            result = finish(trainer, run)
+            from ad.learning_curve import draw_learning_curve  # matplotlib takes a second to import
+
+            picture = Path(flags.figs) / "training" / f"{run.name}.png"
+            draw_learning_curve(result, picture)
+            print(describe(result, checkpoints_in(run)[-1]))
+            print(f"All numbers: {run / LOG_NAME}, learning curves: {picture}")
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -40,26 +46,13 @@ def make_parser() -> argparse.ArgumentParser:
         description="Train an Algorithm Distillation model in Dark Room: learning histories of a "
         "source algorithm, a transformer that imitates them, and its evaluation in context.",
     )
-    parser.add_argument(
-        "--run", metavar="NAME", help="name of the run (default: AD-darkroom-seedSEED)"
-    )
-    parser.add_argument("--resume", action="store_true", help="go on with an interrupted run")
-    parser.add_argument(
-        "--checkpoints", metavar="DIR", default="checkpoints", help="where runs lie"
-    )
-    parser.add_argument("--figs", metavar="DIR", default="figs", help="where pictures go")
+    flag = parser.add_argument
+    flag("--run", metavar="NAME", help="name of the run (default: AD-darkroom-seedSEED)")
+    flag("--resume", action="store_true", help="go on with an interrupted run")
+    flag("--checkpoints", metavar="DIR", default="checkpoints", help="where runs lie")
+    flag("--figs", metavar="DIR", default="figs", help="where pictures go")
     add_flags(parser, TrainConfig, SourceConfig, EnvConfig, ModelConfig)
     return parser
-
-
-def report(trainer: Trainer, run: Path, picture: Path) -> None:
-    """Evaluate what was trained, draw its learning curve, print the numbers."""
-    result = finish(trainer, run)
-    from ad.learning_curve import draw_learning_curve  # matplotlib takes a second to import
-
-    draw_learning_curve(result, picture)
-    print(describe(result, checkpoints_in(run)[-1]))
-    print(f"All numbers: {run / LOG_NAME}, learning curves: {picture}")
 
 
 if __name__ == "__main__":

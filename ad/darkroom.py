@@ -48,10 +48,7 @@ class DarkRoom:
         return self.states
 
     def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, bool]:
-        """Act once in every room.
-
-        Args:
-            actions: `(N,)` int in 0..4.
+        """Act once in every room, by actions `(N,)` int in 0..4.
 
         Returns:
             next states `(N, 2)`, rewards `(N,)` of 0 or 1, and whether the episode ends here. The
@@ -102,13 +99,10 @@ def split_goals(
     """Split the cells of the room at random into goals to train on, to validate on and to test on.
 
     The test goals depend on `seed` and `n_test` alone, so that runs which validate on more or
-    fewer goals still share them.
+    fewer goals still share them. Each part is `(N, 2)`, row by row.
 
     Raises:
         UserError: the room has not that many goals.
-
-    Returns:
-        `{"train": (N, 2), "validation": (n_validation, 2), "test": (n_test, 2)}`, row-major order.
     """
     n_cells = grid_size**2
     if n_test < 1 or n_validation < 1 or n_test + n_validation >= n_cells:
@@ -117,7 +111,6 @@ def split_goals(
             f"{n_validation} validation goals and at least one to train on"
         )
     order = np.random.default_rng(seed).permutation(n_cells)
-    bounds = [n_test, n_test + n_validation]
-    test, validation, train = (np.sort(part) for part in np.split(order, bounds))
-    cells = all_goals(grid_size)
-    return {"train": cells[train], "validation": cells[validation], "test": cells[test]}
+    test, validation, train = np.split(order, [n_test, n_test + n_validation])
+    cells, parts = all_goals(grid_size), {"train": train, "validation": validation, "test": test}
+    return {name: cells[np.sort(part)] for name, part in parts.items()}

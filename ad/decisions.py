@@ -29,12 +29,9 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True)
 class HistoryDecisions(Sequence[Decision]):
-    """Decisions of learning histories, each made as it is asked for: many take no memory.
+    """Decisions at `places`, with `n_context` transitions before each.
 
-    Attributes:
-        histories: where they come from.
-        places: which they are.
-        n_context: transitions before each.
+    Each is made as it is asked for: many take no memory.
     """
 
     histories: Histories
@@ -45,9 +42,8 @@ class HistoryDecisions(Sequence[Decision]):
         return len(self.places)
 
     def __getitem__(self, index: int) -> Decision:
-        histories, place = self.histories, self.places[index]
-        history, step, stride = place
-        horizon = histories.horizon
+        histories, horizon = self.histories, self.histories.horizon
+        history, step, stride = place = self.places[index]
         context = context_steps(step, self.n_context, stride, horizon)
         row, col = histories.goals[history].tolist()
         joined = "" if stride == 1 else f", one episode in {stride}"
@@ -72,17 +68,11 @@ class HistoryDecisions(Sequence[Decision]):
 
 @dataclass(frozen=True)
 class Filter:
-    """Which decisions may be chosen; None: all.
+    """Which decisions may be chosen; None: all."""
 
-    Attributes:
-        goals: (row, column) of the goals whose histories count.
-        histories: numbers of histories in the file.
-        steps: first and last step of a history.
-    """
-
-    goals: Sequence[tuple[int, int]] | None = None
-    histories: Sequence[int] | None = None
-    steps: tuple[int, int] | None = None
+    goals: Sequence[tuple[int, int]] | None = None  # (row, column)
+    histories: Sequence[int] | None = None  # their numbers in the file
+    steps: tuple[int, int] | None = None  # the first and the last of a history
 
 
 def choose_decisions(
@@ -97,21 +87,22 @@ def choose_decisions(
 
     Goals take turns, and so do the histories of each goal. The stages divide the eligible steps
     into `n_samples` equal parts, one decision from each, dealt out to the goals in random order.
+    Where fewer are eligible, all of them are taken. The same seed chooses the same decisions.
 
     Args:
         histories: where the decisions come from.
-        n_context: transitions before a decision `n`.
-        n_samples: decisions wanted. Where fewer are eligible, all of them are taken.
-        seed: seed of the choice; the same seed chooses the same decisions.
-        stride: join every so many episodes.
+        n_context: transitions before a decision.
+        n_samples: decisions wanted.
+        seed: seed of the choice.
+        stride: the context joins every so many episodes back.
         only: what is eligible.
 
     Raises:
         UserError: nothing is eligible.
     """
-    rng = np.random.default_rng(seed)
-    by_goal = _eligible_histories(histories, only or Filter(), rng)
-    steps = _eligible_steps(histories, n_context, stride, only or Filter())
+    rng, only = np.random.default_rng(seed), only or Filter()
+    by_goal = _eligible_histories(histories, only, rng)
+    steps = _eligible_steps(histories, n_context, stride, only.steps)
     n_eligible = len(steps) * sum(map(len, by_goal))
     if n_samples >= n_eligible:
         return [Place(int(h), int(t), stride) for rows in by_goal for h in rows for t in steps]
@@ -129,33 +120,29 @@ def _eligible_histories(
     histories: Histories, only: Filter, rng: np.random.Generator
 ) -> list[np.ndarray]:
     """Numbers of the eligible histories, one shuffled array a goal, goals in random order."""
-    rows = np.arange(histories.n_histories)
-    if only.histories is not None:
-        unknown = sorted(set(only.histories) - set(rows.tolist()))
-        if unknown:
-            raise UserError(
-                f"expected histories in 0..{histories.n_histories - 1}, got {unknown[0]}"
-            )
-        rows = np.unique(only.histories)
     goals = [tuple(goal) for goal in histories.goals.tolist()]
-    if only.goals is not None:
-        unknown = [goal for goal in only.goals if tuple(goal) not in goals]
-        if unknown:
-            there = ", ".join(f"{row},{col}" for row, col in dict.fromkeys(goals))
-            raise UserError(
-                f"no history of goal {unknown[0][0]},{unknown[0][1]}: expected one of {there}"
-            )
-        rows = np.array([row for row in rows if goals[row] in set(map(tuple, only.goals))])
-    if not len(rows):
-        raise UserError("no decision passes the filter: no history is of a goal asked for")
+    rows = range(len(goals)) if only.histories is None else sorted(set(only.histories))
+    if unknown := [row for row in rows if row not in range(len(goals))]:
+        raise UserError(f"expected histories in 0..{len(goals) - 1}, got {unknown[0]}")
+    known = dict.fromkeys(goals)
+    wanted = known if only.goals is None else dict.fromkeys(map(tuple, only.goals))
+    if unknown := [goal for goal in wanted if goal not in known]:
+        there = ", ".join(f"{row},{col}" for row, col in known)
+        row, col = unknown[0]
+        raise UserError(f"no history of goal {row},{col}: expected one of {there}")
     by_goal: dict[tuple[int, ...], list[int]] = {}
     for row in rows:
-        by_goal.setdefault(goals[row], []).append(int(row))
+        if goals[row] in wanted:
+            by_goal.setdefault(goals[row], []).append(row)
+    if not by_goal:
+        raise UserError("no decision passes the filter: no history is of a goal asked for")
     groups = [rng.permutation(group) for group in by_goal.values()]
     return [groups[i] for i in rng.permutation(len(groups))]
 
 
-def _eligible_steps(histories: Histories, n_context: int, stride: int, only: Filter) -> np.ndarray:
+def _eligible_steps(
+    histories: Histories, n_context: int, stride: int, bounds: tuple[int, int] | None
+) -> np.ndarray:
     """Steps that have a full context and lie in the range asked for, ascending."""
     steps = np.arange(histories.n_steps)
     steps = steps[max_stride_of(steps, n_context, histories.horizon) >= stride]
@@ -164,16 +151,14 @@ def _eligible_steps(histories: Histories, n_context: int, stride: int, only: Fil
             f"histories too short for the context: expected {n_context} transitions before a "
             f"decision (stride {stride}), got histories of {histories.n_steps} steps"
         )
-    if only.steps is not None:
-        first, last = only.steps
-        inside = steps[(steps >= first) & (steps <= last)]
-        if not inside.size:
-            raise UserError(
-                f"no decision passes the filter: expected steps between {steps[0]} (the first "
-                f"with {n_context} transitions before it) and {steps[-1]}, got {first}:{last}"
-            )
-        steps = inside
-    return steps
+    first, last = bounds or (steps[0], steps[-1])
+    inside = steps[(steps >= first) & (steps <= last)]
+    if not inside.size:
+        raise UserError(
+            f"no decision passes the filter: expected steps between {steps[0]} (the first "
+            f"with {n_context} transitions before it) and {steps[-1]}, got {first}:{last}"
+        )
+    return inside
 
 
 def _take_turns(by_goal: list[np.ndarray], n_turns: int, capacity: int) -> np.ndarray:

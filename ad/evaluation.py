@@ -15,14 +15,9 @@ from config import EnvConfig
 def score(env: EnvConfig, goals: np.ndarray, returns: np.ndarray) -> dict[str, Any]:
     """Numbers of an evaluation on goals `(G, 2)`; the second half of its episodes counts.
 
-    Args:
-        env: the room.
-        goals: `(G, 2)` int.
-        returns: `(G, R, E)` reward of each of `E` episodes of `R` rollouts a goal.
-
-    Returns:
-        Plain numbers: `return` and `possible`, the mean reward an episode reached and the best
-        there is, `relative`, their quotient, and the same by goal and by episode.
+    From the reward of each of `E` episodes of `R` rollouts a goal, `(G, R, E)`, plain numbers:
+    `return` and `possible`, the mean reward an episode reached and the best there is, `relative`,
+    their quotient, and the same by goal and by episode.
     """
     possible = optimal_return(goals, env.grid_size, env.horizon)
     late = returns[:, :, returns.shape[2] // 2 :].mean(axis=(1, 2))
@@ -51,13 +46,9 @@ def progress_line(entry: dict[str, Any], n_episodes: int) -> str:
 
 
 def describe(result: dict[str, Any], checkpoint: Path) -> str:
-    """The final numbers of a training run as console text.
-
-    Args:
-        result: what `training.json` holds.
-        checkpoint: the checkpoint chosen.
-    """
+    """The final numbers of a run, those of `training.json`, and its checkpoint as console text."""
     test, n = result["test"], result["config"]["eval_episodes"]
+    whole = result["test_by_sliding"].get("episode")
     lines = [
         "",
         f"TEST GOALS (never trained or chosen on), {test['rollouts']} rollouts a goal",
@@ -71,11 +62,10 @@ def describe(result: dict[str, Any], checkpoint: Path) -> str:
     lines += [
         f"{'mean':>8}  {test['possible']:>8.2f}  {test['return']:>17.2f}  {test['relative']:>5.0%}",
         "",
-        *(
-            f"The same with whole episodes dropped from a full context: {value:.2f}"
-            for sliding, value in result["test_by_sliding"].items()
-            if sliding == "episode"
-        ),
+    ]
+    if whole is not None:
+        lines.append(f"The same with whole episodes dropped from a full context: {whole:.2f}")
+    lines += [
         f"Reward in episode 1: {test['first_episode']:.2f}. The source algorithm ended at "
         f"{result['source_relative_return']:.1%} of the best possible on its own goals.",
         f"Chosen by validation goals: update {result['chosen_step']:,} of "

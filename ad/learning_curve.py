@@ -17,12 +17,7 @@ from historylens.common.files import write_atomically
 
 
 def draw_learning_curve(result: dict[str, Any], path: str | Path) -> None:
-    """Left: return against gradient updates. Right: return against episodes in context.
-
-    Args:
-        result: what training wrote, with `config`, `log`, `chosen_step` and `test`.
-        path: the PNG to write.
-    """
+    """Left: return against gradient updates. Right: return against episodes in context."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.8))
@@ -67,16 +62,11 @@ def draw_in_context(axes: Axes, test: dict[str, Any]) -> None:
     """Reward of each episode of the finished model on goals it has never seen."""
     returns = np.array(test["return_by_episode"])  # (G, E)
     episodes = np.arange(1, returns.shape[1] + 1)
-    for i, (goal, possible, curve) in enumerate(
-        zip(test["goals"], test["possible_by_goal"], returns, strict=True)
-    ):
-        axes.plot(
-            episodes,
-            curve,
-            lw=1,
-            color=plt.get_cmap("viridis")(i / max(1, len(returns) - 1)),
-            label=f"goal ({goal[0]}, {goal[1]}), best {possible}",
-        )
+    colours = plt.get_cmap("viridis")(np.arange(len(returns)) / max(1, len(returns) - 1))
+    curves = zip(test["goals"], test["possible_by_goal"], returns, colours, strict=True)
+    for (row, col), possible, curve, colour in curves:
+        label = f"goal ({row}, {col}), best {possible}"
+        axes.plot(episodes, curve, lw=1, color=colour, label=label)
     axes.plot(episodes, returns.mean(axis=0), color="black", lw=2.5, label="mean of the goals")
     axes.axhline(test["possible"], ls="--", color="0.4", lw=1, label="best possible, mean")
     axes.set(

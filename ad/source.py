@@ -20,28 +20,18 @@ from dataset import Histories
 def learning_histories(
     goals: np.ndarray, env: EnvConfig, source: SourceConfig, seed: int, n_streams: int | None = None
 ) -> Histories:
-    """Let a Q-learner learn each goal from scratch, several times.
-
-    Args:
-        goals: `(G, 2)` int.
-        env: the room.
-        source: the learner.
-        seed: seed of exploration and of ties between equally good actions.
-        n_streams: histories a goal; `source.n_streams` if left out.
+    """Let a Q-learner learn each goal of `(G, 2)` from scratch, several times.
 
     Returns:
-        `G * n_streams` histories of `n_source_steps` steps, those of a goal side by side.
+        `G * n_streams` histories of `n_source_steps` steps cut to whole episodes, those of a goal
+        side by side. `n_streams` is that of `source` if left out.
     """
     n_streams = source.n_streams if n_streams is None else n_streams
     room = DarkRoom(np.repeat(goals, n_streams, axis=0), env.grid_size, env.horizon)
-    rng = np.random.default_rng(seed)
     n, n_steps = room.n_rooms, source.n_source_steps - source.n_source_steps % env.horizon
-    states = np.empty((n, n_steps + 1, 2), dtype=np.int8)
-    next_states = np.empty((n, n_steps, 2), dtype=np.int8)
-    actions = np.empty((n, n_steps), dtype=np.int8)
-    rewards = np.empty((n, n_steps), dtype=np.int8)
-    learner = QLearner(n, env.grid_size**2, N_ACTIONS, source, rng)
-
+    states, next_states = np.empty((2, n, n_steps + 1, 2), dtype=np.int8)
+    actions, rewards = np.empty((2, n, n_steps), dtype=np.int8)
+    learner = QLearner(n, env.grid_size**2, N_ACTIONS, source, np.random.default_rng(seed))
     states[:, 0] = room.reset()
     for t in tqdm(range(n_steps), desc="source histories", unit="step", leave=False):
         cell = states[:, t] @ np.array([env.grid_size, 1])
@@ -50,7 +40,8 @@ def learning_histories(
         next_states[:, t], rewards[:, t], done = room.step(actions[:, t])
         learner.learn(cell, actions[:, t], rewards[:, t], next_states[:, t] @ [env.grid_size, 1])
         states[:, t + 1] = room.reset() if done else next_states[:, t]
-    return Histories(states[:, :-1], actions, rewards, next_states, room.goals, env.horizon)
+    states, next_states = states[:, :-1], next_states[:, :-1]
+    return Histories(states, actions, rewards, next_states, room.goals, env.horizon)
 
 
 class QLearner:
@@ -65,16 +56,13 @@ class QLearner:
         self.rows = np.arange(n)
 
     def act(self, cell: np.ndarray, progress: float, last: np.ndarray | None = None) -> np.ndarray:
-        """Epsilon-greedy actions.
+        """Epsilon-greedy actions `(N,)` of each learner.
 
         Args:
             cell: `(N,)` int, where each learner stands.
             progress: part of the run that lies behind, 0 to 1.
             last: `(N,)` int, the action before, which wins ties; None as an episode begins. Other
                 ties are broken at random.
-
-        Returns:
-            `(N,)` int.
         """
         n, n_actions = len(self.rows), self.values.shape[2]
         decayed = min(1.0, progress / max(self.source.epsilon_decay, 1e-9))

@@ -16,9 +16,8 @@ import os
 import signal
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -39,7 +38,7 @@ from ad.evaluation import progress_line, score
 from ad.source import learning_histories, relative_return
 from ad.thinning import draw_batch
 from config import EnvConfig, ModelConfig, SourceConfig, TrainConfig
-from dataset import ADDataset, packed_queries
+from dataset import CONTEXT, ADDataset, packed_queries
 from historylens.agent import pick_device
 from historylens.common.errors import UserError
 from historylens.common.files import write_atomically
@@ -50,20 +49,16 @@ from model import ADTransformer
 LOG_NAME, RESUME_NAME = "training.json", "resume.pt"
 N_TEST_STREAMS = 8  # learning histories a test goal that are kept beside the checkpoint
 N_TRAIN_GOALS_EVALUATED = 6
+CONFIGS = (EnvConfig, SourceConfig, ModelConfig, TrainConfig)
 
 
-@dataclass(frozen=True)
-class Settings:
+class Settings(NamedTuple):
     """Everything that a run depends on."""
 
     env: EnvConfig
     source: SourceConfig
     model: ModelConfig
     train: TrainConfig
-
-    def to_dict(self) -> dict[str, Any]:
-        """All settings in one flat dict, as checkpoints hold them."""
-        return to_dict(self.env, self.source, self.model, self.train)
 
 
 def prepare(flags: argparse.Namespace, group: Group = ALONE) -> tuple[Settings, Path, torch.device]:
@@ -72,8 +67,7 @@ def prepare(flags: argparse.Namespace, group: Group = ALONE) -> tuple[Settings, 
     Raises:
         UserError: the settings cannot work, or the folder holds another run.
     """
-    configs = (EnvConfig, SourceConfig, ModelConfig, TrainConfig)
-    settings = Settings(*(from_flags(config, flags) for config in configs))
+    settings = Settings(*(from_flags(config, flags) for config in CONFIGS))
     group.equal_slice(settings.train.batch_size)
     if settings.train.history_dropout and settings.model.n_transit < 2:
         raise UserError("expected --n-transit of at least 2 for --history-dropout to thin, got 1")
@@ -81,8 +75,10 @@ def prepare(flags: argparse.Namespace, group: Group = ALONE) -> tuple[Settings, 
     run = Path(flags.checkpoints) / (flags.run or f"AD-{settings.env.env}-seed{flags.seed}")
     if group.is_main:
         _check_folder(run, settings, flags.resume)
-        _check_writable(run, "--checkpoints")
-        _check_writable(Path(flags.figs) / "training", "--figs")
+        for folder, flag in ((run, "--checkpoints"), (Path(flags.figs) / "training", "--figs")):
+            there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+            if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+                raise UserError(f"cannot write to {folder}: choose another folder with {flag}")
     return settings, run, device
 
 
@@ -97,10 +93,9 @@ def _check_folder(run: Path, settings: Settings, resume: bool) -> None:
             f"{'go on with it by --resume, or ' if begun else ''}name another with --run"
         )
     if resume:
-        # A run may be older than a setting.
-        defaults = Settings(EnvConfig(), SourceConfig(), ModelConfig(), TrainConfig()).to_dict()
-        saved = defaults | read_file(run / RESUME_NAME)["config"]
-        for name, value in settings.to_dict().items():
+        saved = read_file(run / RESUME_NAME)["config"]
+        saved = to_dict(*(config() for config in CONFIGS)) | saved  # it may be older than a setting
+        for name, value in to_dict(*settings).items():
             if saved[name] != value:
                 raise UserError(
                     f"--resume goes on with the settings of {run}: expected {flag_of(name)} "
@@ -108,22 +103,12 @@ def _check_folder(run: Path, settings: Settings, resume: bool) -> None:
                 )
 
 
-def _check_writable(folder: Path, flag: str) -> None:
-    """Refuse a folder that cannot be made or written, without making it."""
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        raise UserError(f"cannot write to {folder}: choose another folder with {flag}")
-
-
 def make_optimizer(model: nn.Module, train: TrainConfig) -> torch.optim.AdamW:
     """AdamW that decays matrices and leaves biases and norms alone."""
     matrices = [p for p in model.parameters() if p.dim() > 1]
     vectors = [p for p in model.parameters() if p.dim() <= 1]
-    groups = [
-        {"params": matrices, "weight_decay": train.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=train.lr, betas=(0.9, 0.99))
+    groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, train.lr, betas=(0.9, 0.99), weight_decay=train.weight_decay)
 
 
 def lr_factor(step: int, n_warmup: int, n_updates: int) -> float:
@@ -146,8 +131,7 @@ class PackedLoss(nn.Module):
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
         """Loss of a batch of windows, as `ad.thinning.draw_batch` gives them."""
         queries, targets = packed_queries(batch)
-        context = (batch[name] for name in ("states", "actions", "rewards", "next_states"))
-        logits = self.model.forward_packed(*context, queries)  # (B, q, A)
+        logits = self.model.forward_packed(*map(batch.get, CONTEXT), queries)  # (B, q, A)
         return nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
@@ -155,17 +139,17 @@ class Trainer:
     """A model in training, and everything needed to go on with it exactly."""
 
     def __init__(self, settings: Settings, device: torch.device, group: Group = ALONE) -> None:
-        train, env = settings.train, settings.env
+        env, source, model, train = settings
         self.settings, self.device, self.group = settings, device, group
         self.goals = split_goals(
             env.goal_seed, env.grid_size, env.n_test_goals, env.n_validation_goals
         )
-        histories = learning_histories(self.goals["train"], env, settings.source, train.seed)
-        self.dataset = ADDataset(histories, settings.model.n_transit - 1, train.max_stride)
+        histories = learning_histories(self.goals["train"], env, source, train.seed)
+        self.dataset = ADDataset(histories, model.n_transit - 1, train.max_stride)
         self.source_return = relative_return(histories, slice(-20, None), env.grid_size)
         self.rng = np.random.default_rng(train.seed)
         torch.manual_seed(train.seed)
-        self.model = ADTransformer(settings.model).to(device)
+        self.model = ADTransformer(model).to(device)
         ema = get_ema_multi_avg_fn(train.ema_decay)
         self.averaged = AveragedModel(self.model, multi_avg_fn=ema)
         self.objective = group.averaging(PackedLoss(self.model), device)
@@ -173,6 +157,12 @@ class Trainer:
         self.lr_sched = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer, lambda step: lr_factor(step, train.n_warmup, train.n_updates)
         )
+        self.modules = {
+            "model": self.averaged.module,
+            "training_model": self.model,
+            "optimizer": self.optimizer,
+            "lr_sched": self.lr_sched,
+        }
         holds_two_episodes = self.model.n_context_max >= 2 * env.horizon
         self.slidings: list[Sliding] = ["step", "episode"] if holds_two_episodes else ["step"]
         self.step, self.seconds = 0, 0.0
@@ -210,48 +200,39 @@ class Trainer:
     ) -> dict[str, Any]:
         """Numbers of the averaged weights acting on `goals` `(G, 2)`, as `score` gives them."""
         env, train = self.settings.env, self.settings.train
+        rooms = np.repeat(goals, n_rollouts, axis=0)
         returns = rollout_goals(
-            self.averaged.module,
-            np.repeat(goals, n_rollouts, axis=0),
-            train.eval_episodes,
-            seed=train.seed,
-            horizon=env.horizon,
-            sliding=sliding,
-            progress=progress,
-        )
+            self.averaged.module, rooms, train.eval_episodes, train.seed, env.horizon, sliding,
+            progress,
+        )  # fmt: skip
         return score(env, goals, returns.reshape(len(goals), n_rollouts, -1))
 
-    def evaluate_on_the_way(self) -> dict[str, Any]:
+    def validate(self) -> dict[str, Any]:
         """An entry of the log: return on training and validation goals, whether it is the best."""
         entry: dict[str, Any] = {"step": self.step, "loss": float(np.mean(self.losses))}
-        for name in ("train", "validation"):
-            goals, n_rollouts = self.goals[name], self.settings.train.eval_rollouts
-            if (
-                name == "train"
-            ):  # spread over the room; fewer rollouts, as nothing is chosen by them
-                goals = goals[np.linspace(0, len(goals) - 1, N_TRAIN_GOALS_EVALUATED).astype(int)]
-                n_rollouts = max(1, n_rollouts // 4)
-            fastest = self.slidings[-1]
-            numbers = self.evaluate(goals, n_rollouts, fastest, f"acting on {name} goals")
+        train, n_rollouts = self.goals["train"], self.settings.train.eval_rollouts
+        spread = train[np.linspace(0, len(train) - 1, N_TRAIN_GOALS_EVALUATED).astype(int)]
+        cases = {  # nothing is chosen by the return on training goals
+            "train": (spread, max(1, n_rollouts // 4)),
+            "validation": (self.goals["validation"], n_rollouts),
+        }
+        for name, case in cases.items():
+            numbers = self.evaluate(*case, self.slidings[-1], f"acting on {name} goals")
             entry |= {f"{name}_{key}": value for key, value in numbers.items()}
         best = max((past["validation_relative"] for past in self.log), default=-1.0)
         return entry | {"best": entry["validation_relative"] > best}
 
     def state_dict(self) -> dict[str, Any]:
         """All that changes in training, as plain types and tensors."""
-        cuda = torch.cuda.get_rng_state_all() if self.device.type == "cuda" else []
         return {
             "step": self.step,
             "seconds": self.seconds,
-            "config": self.settings.to_dict(),
-            "model": self.averaged.module.state_dict(),
+            "config": to_dict(*self.settings),
+            **{name: part.state_dict() for name, part in self.modules.items()},
             "n_averaged": self.averaged.n_averaged,
-            "training_model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "lr_sched": self.lr_sched.state_dict(),
             "goals": {name: goals.tolist() for name, goals in self.goals.items()},
             "rng": {"numpy": self.rng.bit_generator.state, "torch": torch.get_rng_state()},
-            "rng_cuda": cuda,
+            "rng_cuda": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],
             "losses": self.losses,
             "log": self.log,
         }
@@ -260,11 +241,9 @@ class Trainer:
         """Go back to where `state_dict` was taken."""
         self.step, self.seconds = state["step"], state["seconds"]
         self.losses, self.log = state["losses"], state["log"]
-        self.averaged.module.load_state_dict(state["model"])
+        for name, part in self.modules.items():
+            part.load_state_dict(state[name])
         self.averaged.n_averaged.copy_(state["n_averaged"])
-        self.model.load_state_dict(state["training_model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.lr_sched.load_state_dict(state["lr_sched"])
         self.rng.bit_generator.state = state["rng"]["numpy"]
         torch.set_rng_state(state["rng"]["torch"])
         if state["rng_cuda"] and self.device.type == "cuda":
@@ -312,7 +291,7 @@ def _update_to_the_end(trainer: Trainer, run: Path) -> None:
 def _keep_if_best(trainer: Trainer, run: Path) -> None:
     """Rank 0 evaluates, writes what a resume needs, and a checkpoint if it is the best so far."""
     started, group = time.perf_counter(), trainer.group
-    entry = group.broadcast(trainer.evaluate_on_the_way() if group.is_main else None)
+    entry = group.broadcast(trainer.validate() if group.is_main else None)
     with undivided():
         trainer.log.append(entry)
         trainer.losses = []
@@ -351,7 +330,7 @@ def finish(trainer: Trainer, run: Path) -> dict[str, Any]:
         for sliding in trainer.slidings
     }
     result = {
-        "config": trainer.settings.to_dict(),
+        "config": to_dict(*trainer.settings),
         "chosen_step": chosen.step,
         "seconds": round(trainer.seconds, 1),
         "source_relative_return": trainer.source_return,

@@ -30,17 +30,11 @@ LOST_RANK = 1  # exit code
 
 @dataclass(frozen=True)
 class Group:
-    """The processes of a job, seen from one of them; by default there is only this one.
+    """The processes of a job, seen from one of them; by default there is only this one."""
 
-    Attributes:
-        rank: number of this process, from 0.
-        size: number of processes.
-        local_rank: number of this process on its machine.
-    """
-
-    rank: int = 0
+    rank: int = 0  # number of this process
     size: int = 1
-    local_rank: int = 0
+    local_rank: int = 0  # number of this process on its machine
 
     @property
     def is_main(self) -> bool:
@@ -52,11 +46,7 @@ class Group:
         return range(self.rank, n_items, self.size)
 
     def equal_slice(self, n_items: int) -> slice:
-        """The part of `n_items` for this process, as long as that of every other.
-
-        Raises:
-            UserError: they cannot be dealt out evenly.
-        """
+        """The part of `n_items` for this process, as long as that of every other, or UserError."""
         if n_items % self.size:
             raise UserError(
                 f"expected a batch size that {self.size} processes can share evenly, got {n_items}"
@@ -129,12 +119,11 @@ class Group:
         if self.size == 1:
             yield
             return
-        mistake = None
+        mistake, mistakes = None, [None] * self.size
         try:
             yield
         except UserError as error:
             mistake = error
-        mistakes = [None] * self.size
         torch.distributed.all_gather_object(mistakes, mistake and str(mistake))
         if mistake and mistakes.index(str(mistake)) == self.rank:
             raise mistake
@@ -165,7 +154,7 @@ def join() -> Iterator[Group]:
     Raises:
         UserError: torchrun's environment is incomplete, or the processes do not find each other.
     """
-    group = _read_environment()
+    group = _started_by_torchrun()
     if group.size == 1:
         yield group
         return
@@ -179,21 +168,21 @@ def join() -> Iterator[Group]:
         ) from error
     try:
         yield group
-    except RuntimeError as error:
-        if not _is_lost_connection(error):
+    except RuntimeError as error:  # gloo raises a bare one that names its source file
+        if not isinstance(error, torch.distributed.DistError) and "gloo" not in str(error).lower():
             raise
         print(
             f"error: rank {group.rank} lost another of the {group.size} processes of this job, "
             f"which died or hangs; nothing more is written ({_brief(error)})",
             file=sys.stderr,
+            flush=True,
         )
-        sys.stderr.flush()
         os._exit(LOST_RANK)  # what would tidy up waits for the process that is gone
     torch.distributed.destroy_process_group()
 
 
-def _read_environment() -> Group:
-    """Rank and size as torchrun gives them."""
+def _started_by_torchrun() -> Group:
+    """The group that torchrun's environment describes."""
     size = os.environ.get("WORLD_SIZE", "1")
     if size == "1":
         return ALONE
@@ -204,11 +193,6 @@ def _read_environment() -> Group:
             "processes with `torchrun --nproc-per-node N`, or unset WORLD_SIZE"
         )
     return Group(int(os.environ["RANK"]), int(size), int(os.environ["LOCAL_RANK"]))
-
-
-def _is_lost_connection(error: RuntimeError) -> bool:
-    """Whether a collective failed: gloo raises a bare RuntimeError that names its source file."""
-    return isinstance(error, torch.distributed.DistError) or "gloo" in str(error).lower()
 
 
 def _brief(error: Exception) -> str:
