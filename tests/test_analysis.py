@@ -68,9 +68,7 @@ def test_rows_metrics_and_logits_equal_the_plain_model(agent, tiny_config, tmp_p
         plain, rows = plain_model.run_model(tensors, vars(tiny_config), *inputs)
         np.testing.assert_allclose(logits[i], plain, atol=1e-4)
         for layer in (0, 1):
-            np.testing.assert_allclose(
-                batch.attention[layer].query_rows[i], rows[layer], atol=1e-6
-            )
+            np.testing.assert_allclose(batch.attention[layer].query_rows[i], rows[layer], atol=1e-6)
             for name, value in plain_model.four_metrics(rows[layer].mean(axis=0)).items():
                 got = values[i, layer, -1, NAMES.index(name)]
                 assert got == pytest.approx(value, rel=1e-5)

@@ -3,8 +3,16 @@
 import pytest
 import torch
 from eager import (
-    CLOSE, CONTEXTS, causal, check, fast_path, is_clean, projected_weights, random_weights,
-    refused, run_twice,
+    CLOSE,
+    CONTEXTS,
+    causal,
+    check,
+    fast_path,
+    is_clean,
+    projected_weights,
+    random_weights,
+    refused,
+    run_twice,
 )  # fmt: skip
 from hypothesis import given, settings
 from hypothesis import strategies as st

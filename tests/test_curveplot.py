@@ -4,8 +4,8 @@ import pytest
 from matplotlib.axes import Axes
 from PIL import Image
 
-from attention import page
-from attention.figures import deletion_curves
+from historylens.pictures import page
+from historylens.pictures.curveplot import deletion_curves
 
 SIZES = (1, 5, 20)
 
@@ -31,8 +31,8 @@ def made():
     }
 
 
-def draw(path, strategies, empty=None, n_context=40, **more):
-    deletion_curves(path, strategies, empty, n_context=n_context, worst="least-attended", **more)
+def draw(path, strategies, empty=None, n_context=40, dpi=100):
+    deletion_curves(path, strategies, empty, n_context=n_context, worst="least-attended", dpi=dpi)
     return path.read_bytes()
 
 

@@ -8,11 +8,11 @@ import torch
 
 import visualize_attention
 from ad.checkpoints import HISTORIES_NAME, save_checkpoint
+from ad.darkroom import split_goals
+from ad.source import learning_histories
 from config import EnvConfig, ModelConfig, SourceConfig
 from historylens.common.settings import to_dict
-from ad.darkroom import split_goals
 from model import ADTransformer
-from ad.source import learning_histories
 
 N_TRANSIT = 81  # 80 transitions and the query
 
