@@ -98,7 +98,7 @@ def forward_of(
     variant: str, encoder: nn.TransformerEncoder, x: torch.Tensor, mask: torch.Tensor
 ) -> Callable[[], object]:
     """The forward pass of a variant."""
-    from attention.capture import capture
+    from historylens.capture import capture
 
     if variant == "plain":
         return lambda: encoder(x, mask=mask, is_causal=True)

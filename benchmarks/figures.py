@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -47,64 +48,63 @@ def cpu_seconds(draw: Callable[[Path], None], path: Path) -> float:
 
 def pictures(options: argparse.Namespace) -> list[tuple[str, Callable[[Path], None]]]:
     """Name and drawing function of each picture."""
-    from attention import figures
-    from attention.metrics import SUMMARY_METRICS, uniform_received
+    from historylens.metrics import SUMMARY_METRICS
+    from historylens.pictures.heatmap import color_range, heatmap
+    from historylens.pictures.lineplot import line_plot
+    from historylens.pictures.metricplot import course, summary
 
-    found = []
+    kinds = []
+    style = {"layer": 0, "heads": tuple(range(options.heads)), "dpi": 100}
     for n_tokens in options.tokens:
-        maps, rows, cols, query, received = attention_of(options.heads, n_tokens)
-        sample = sample_of(n_tokens - 1)
-        uniform = uniform_received(n_tokens)
-        found += [
-            (
-                f"heatmap, T = {n_tokens}",
-                lambda path, a=(maps, rows, cols, sample): figures.heatmap(path, *a, layer=0),
-            ),
-            (
-                f"lines, T = {n_tokens}",
-                lambda path, a=(query, received, uniform, sample): figures.lines(path, *a, layer=0),
-            ),
-        ]
+        sample = sample_of(options.heads, n_tokens)
+
+        def draw_map(path: Path, sample: Any = sample) -> None:
+            heatmap(path, sample, scale=color_range(sample), **style)
+
+        def draw_lines(path: Path, sample: Any = sample) -> None:
+            line_plot(path, sample, **style)
+
+        kinds += [(f"heatmap, T = {n_tokens}", draw_map), (f"lines, T = {n_tokens}", draw_lines)]
         if n_tokens <= 512 and not options.no_plain:
             name = f"plain heatmap, T = {n_tokens}"
-            found.append((name, lambda path, maps=maps: plain_heatmap(path, maps)))
+            kinds.append((name, lambda path, maps=sample.maps: plain_heatmap(path, maps)))
     rng = np.random.default_rng(0)
     values = {name: rng.gamma(3, size=(4, 10)) for name in SUMMARY_METRICS}
     even = dict.fromkeys(SUMMARY_METRICS, 1.0)
     first = {name: v[0] for name, v in values.items()}
-    found += [
-        ("summary, 10 samples", lambda path: figures.summary(path, first, even, layer=0)),
+    return [
+        *kinds,
+        ("summary, 10 samples", lambda path: summary(path, first, even, layer=0, dpi=100)),
         (
             "layers, 10 samples",
-            lambda path: figures.layers(path, values, even, numbers=range(4)),
+            lambda path: course(path, values, even, layers=range(4), dpi=100),
         ),
     ]
-    return found
 
 
-def attention_of(n_heads: int, n_tokens: int) -> tuple:
-    """Map, its rows and columns, query row and received attention of random queries and keys."""
-    from attention.rows import MapGrid, Mask, last_row, maps, received
+def sample_of(n_heads: int, n_tokens: int) -> Any:
+    """Attention of random queries and keys over episodes of 20 steps with some rewards."""
+    from historylens.capture import capture
+    from historylens.history import Decision
+    from historylens.pictures.order import SampleAttention
+    from historylens.tokens import Tokens
+
+    class Attention(torch.nn.Module):
+        def forward(self, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.scaled_dot_product_attention(q, k, k, is_causal=True)
 
     torch.manual_seed(0)
-    q, k = torch.randn(2, 1, n_heads, n_tokens, 16).unbind()
-    q, mask = q / 4, Mask("causal")
-    grid = MapGrid.of(n_tokens, size=512)
-    image = maps(q, k, mask, samples=[0], grid=grid)[0]
-    row = last_row((q[:, :, -1:] @ k.mT)[:, :, 0], mask)[0]
-    return image, grid.rows, grid.cols, row, received(q, k, mask)[0]
-
-
-def sample_of(n_context: int) -> object:
-    """A history of episodes of 20 steps with some rewards."""
-    from attention.samples import Sample
-
-    rewarded = np.arange(n_context) % 20 > 12
+    model, steps = Attention(), np.arange(n_tokens - 1)
+    with capture(model, maps=[0]) as record:
+        model(*torch.randn(2, 1, n_heads, n_tokens, 16).unbind())
+    rewards = (steps % 20 > 12).astype(float)
     title = "goal (2, 7), history 3, step 1240"
-    return Sample(0, title, n_context, np.arange(0, n_context, 20), rewarded)
+    decision = Decision(None, steps, rewards, None, episodes=steps // 20, title=title)
+    even = np.full(n_tokens, 1 / n_tokens)
+    return SampleAttention.of(decision, Tokens.of(n_tokens - 1), record[0], 0, 0, even)
 
 
-def plain_heatmap(path: Path, maps: torch.Tensor) -> None:
+def plain_heatmap(path: Path, maps: np.ndarray) -> None:
     """The usual way: a seaborn heatmap a head, laid out and cropped while saving."""
     import matplotlib
 
@@ -115,7 +115,7 @@ def plain_heatmap(path: Path, maps: torch.Tensor) -> None:
     across = (len(maps) + 1) // 2
     figure, axes = pyplot.subplots(2, across, figsize=(8 * across, 14), squeeze=False)
     for head, (weights, axis) in enumerate(zip(maps, axes.flat, strict=False)):
-        seaborn.heatmap(weights.nan_to_num().numpy(), cmap="viridis", ax=axis)
+        seaborn.heatmap(np.nan_to_num(weights), cmap="viridis", ax=axis)
         axis.set_title(f"head {head}")
     pyplot.tight_layout()
     figure.savefig(path, dpi=300, bbox_inches="tight")

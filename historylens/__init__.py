@@ -1,4 +1,4 @@
-"""Which history does an in-context reinforcement learner use, and how much of it can go?
+"""Which history an in-context reinforcement learner uses, and how much of it can go.
 
     from historylens import capture, Decision, Tokens
 
