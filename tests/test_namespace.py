@@ -95,7 +95,8 @@ import atexit, sys
 @atexit.register
 def say():
     for name, module in sys.modules.items():
-        if str(getattr(module, "__file__", None)).startswith("ROOT"):
+        file = str(getattr(module, "__file__", None))
+        if file.startswith("ROOT") and "site-packages" not in file:
             print("OURS", name)
 """
 
