@@ -127,7 +127,7 @@ def _mix(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
 
 
 class SlidingPolicy:
-    """Decides on the latest transitions, as many as fit: a `historylens.agent.Policy`.
+    """Decides on the latest transitions, as many as fit: a policy of `rollout`.
 
     One policy follows one `HistoryBuffer` from its beginning. It acts without dropout, whatever
     mode the model is in.

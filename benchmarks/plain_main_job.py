@@ -6,10 +6,9 @@ Full attention maps through `need_weights`, the model run again for every layer,
     python benchmarks/plain_main_job.py CHECKPOINT OUT
 """
 
+import itertools
 import sys
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import matplotlib
 
@@ -18,28 +17,12 @@ import matplotlib.pyplot as plt
 import numpy as np
 import seaborn as sns
 import torch
+from setting import eager_weights
 
 from ad.checkpoints import HISTORIES_NAME, load_checkpoint
 from ad.decisions import HistoryDecisions, choose_decisions
 from dataset import Histories
 from historylens.history import History
-
-
-def eager_maps(model: torch.nn.Module, tokens: torch.Tensor, wanted: int) -> np.ndarray:
-    """Attention maps `(B, H, T, T)` of one layer, through `need_weights`."""
-    n_tokens = tokens.shape[1]
-    mask = torch.nn.Transformer.generate_square_subsequent_mask(n_tokens)
-    for number, layer in enumerate(model.transformer_encoder.layers):
-        mixed, weights = layer.self_attn(
-            tokens, tokens, tokens, attn_mask=mask, need_weights=True, average_attn_weights=False
-        )
-        if number == wanted:
-            return weights.numpy()
-        tokens = layer.norm1(tokens + mixed)
-        tokens = layer.norm2(
-            tokens + layer.linear2(torch.nn.functional.gelu(layer.linear1(tokens)))
-        )
-    raise AssertionError(f"no layer {wanted}")
 
 
 def metrics(row: np.ndarray) -> list[float]:
@@ -54,15 +37,20 @@ def metrics(row: np.ndarray) -> list[float]:
     ]
 
 
+def save(figure: plt.Figure, path: Path) -> None:
+    """Laid out and cropped while it is written."""
+    figure.tight_layout()
+    figure.savefig(path, dpi=300, bbox_inches="tight")
+    plt.close(figure)
+
+
 def draw_heatmap(maps: np.ndarray, path: Path) -> None:
     """One panel a head."""
     figure, axes = plt.subplots(1, len(maps), figsize=(6 * len(maps), 5))
     for head, panel in enumerate(np.atleast_1d(axes)):
         sns.heatmap(maps[head], ax=panel, cmap="viridis", cbar=True)
         panel.set(title=f"Head {head}", xlabel="key", ylabel="query")
-    plt.tight_layout()
-    plt.savefig(path, dpi=300, bbox_inches="tight")
-    plt.close(figure)
+    save(figure, path)
 
 
 def draw_lines(maps: np.ndarray, path: Path) -> None:
@@ -73,9 +61,7 @@ def draw_lines(maps: np.ndarray, path: Path) -> None:
         right.plot(weights.mean(axis=0), label=f"Head {head}")
     left.legend()
     right.legend()
-    plt.tight_layout()
-    plt.savefig(path, dpi=300, bbox_inches="tight")
-    plt.close(figure)
+    save(figure, path)
 
 
 def draw_summary(values: np.ndarray, path: Path) -> None:
@@ -83,9 +69,7 @@ def draw_summary(values: np.ndarray, path: Path) -> None:
     figure, axes = plt.subplots(2, 2, figsize=(12, 10))
     for panel, column in zip(axes.flat, values.T, strict=True):
         sns.histplot(column, ax=panel)
-    plt.tight_layout()
-    plt.savefig(path, dpi=300, bbox_inches="tight")
-    plt.close(figure)
+    save(figure, path)
 
 
 @torch.no_grad()
@@ -102,7 +86,9 @@ def main() -> None:
         values = []
         for i, decision in enumerate(decisions):
             tokens = model.embed(*History.of([decision]).inputs)
-            maps = eager_maps(model, tokens, number)[0]
+            mask = torch.nn.Transformer.generate_square_subsequent_mask(tokens.shape[1])
+            weights = eager_weights(model.transformer_encoder, tokens, mask)
+            maps = next(itertools.islice(weights, number, None))[0].numpy()
             values.append(metrics(maps.mean(axis=0)[-1]))
             draw_heatmap(maps, folder / f"attention_heatmap_sample{i}_layer{number}.png")
             draw_lines(maps, folder / f"attention_lines_sample{i}_layer{number}.png")

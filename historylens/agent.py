@@ -11,7 +11,7 @@ that follows (analysis, effects, comparison) knows nothing else.
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,76 +28,44 @@ LOOKS = ("query_attention", "received", "last_rows")  # fields of a History that
 N_LAST_ROWS = 8  # transitions whose attention rows are in last_rows
 
 
-class Rooms(Protocol):
-    """`B` environments that step together, all of their episodes ending at once."""
-
-    def reset(self) -> np.ndarray:
-        """Begin an episode; returns states `(B, S)`."""
-        ...
-
-    def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, bool]:
-        """Take actions `(B,)`; returns next states `(B, S)`, rewards `(B,)`, episode's end."""
-        ...
-
-
 @dataclass(frozen=True)
 class Environment:
     """Tasks that an agent can be put to, none of which it was trained on.
 
-    Attributes:
-        goals: names of the tasks, by number.
-        horizon: steps an episode.
-        make: from the task number of each of `B` environments, `(B,)` int, to these.
-        best: best possible return an episode of each task, or None where it is not known.
+    `make` gives rooms of `B` tasks `(B,)` int: environments that step together, all of their
+    episodes ending at once. `reset()` begins an episode and gives states `(B, S)`; `step(actions)`
+    takes `(B,)` and gives next states `(B, S)`, rewards `(B,)`, and whether the episode is over.
     """
 
-    goals: tuple[str, ...]
-    horizon: int
-    make: Callable[[np.ndarray], Rooms]
-    best: tuple[float, ...] | None = None
+    goals: tuple[str, ...]  # names of the tasks, by number
+    horizon: int  # steps an episode
+    make: Callable[[np.ndarray], Any]
+    best: tuple[float, ...] | None = None  # best possible return an episode of each task
 
 
 class Agent(ABC):
-    """A model in evaluation mode, and decisions that it makes after some history.
-
-    Attributes:
-        model: the model.
-        device: where it lies.
-        decisions: what to look at; may be empty.
-        n_max: transitions that the model can read at once.
-        layers: names of what attends, in the order in which it runs.
-        n_heads: heads of each layer.
-        capture_options: further arguments of `capture`.
-        environment: where it can act, or None.
-        title: the model, and the environment, in a few words.
-        identity: plain values on which results depend, such as a digest of the weights.
-        facts: name -> what was loaded, in words.
-        meta: the same as plain values.
-        label_columns: labels that name a decision, in the order of the table's columns.
-    """
+    """A model in evaluation mode, and decisions that it makes after some history."""
 
     model: nn.Module
     device: torch.device
-    decisions: Sequence[Decision]
-    n_max: int
-    layers: Sequence[str]
-    n_heads: Sequence[int]
-    capture_options: Mapping[str, Any] = {}
-    environment: Environment | None = None
-    title: str
-    identity: Mapping[str, Any]
-    facts: Mapping[str, str]
-    meta: Mapping[str, Any]
-    label_columns: Sequence[str]
+    decisions: Sequence[Decision]  # what to look at; may be empty
+    n_max: int  # transitions that the model can read at once
+    layers: Sequence[str]  # names of what attends, in the order in which it runs
+    n_heads: Sequence[int]  # heads of each layer
+    capture_options: Mapping[str, Any] = {}  # further arguments of capture
+    environment: Environment | None = None  # where it can act
+    title: str  # the model, and the environment, in a few words
+    identity: Mapping[str, Any]  # plain values on which results depend, such as a digest
+    facts: Mapping[str, str]  # name -> what was loaded, in words
+    meta: Mapping[str, Any]  # the same as plain values
+    label_columns: Sequence[str]  # labels that name a decision, in the order of the table's columns
 
     @abstractmethod
     def act(self, history: History, positions: Tensor | None = None) -> Tensor:
-        """Action logits `(B, A)` on up to `n_max` transitions.
+        """Action logits `(B, A)` on up to `n_max` transitions, without padding.
 
-        Args:
-            history: without padding.
-            positions: `(B, n + 1)` int64, where each transition and, last, the query stands; None:
-                one behind the other. Only for agents that can place them.
+        `positions` `(B, n + 1)` int64 say where each transition and, last, the query stands, for
+        agents that can place them; None: one behind the other.
         """
 
     def forward(self, history: History) -> Tensor:
@@ -123,20 +91,6 @@ class Agent(ABC):
         return len(self.tokens(self.history([longest]))[0])
 
 
-class Policy(Protocol):
-    """Decides on what environments have been through.
-
-    Attributes:
-        device: where it wants the history to lie.
-    """
-
-    device: torch.device | str
-
-    def act(self, buffer: HistoryBuffer, query_states: Tensor) -> Tensor:
-        """Action logits `(B, A)` in `query_states` `(B, S)`."""
-        ...
-
-
 @torch.inference_mode()
 def attend(
     agent: Agent,
@@ -145,7 +99,7 @@ def attend(
     *,
     received: bool = False,
     maps: Sequence[int] = (),
-    map_size: int | None = None,
+    map_size: int = 512,
 ) -> tuple[Tensor, list[LayerAttention]]:
     """One forward pass, and the attention in it.
 
@@ -153,21 +107,17 @@ def attend(
         agent: what decides.
         history: `n` transitions before each of `B` decisions, without padding.
         layers: numbers of the layers to capture; None: all.
-        received, maps, map_size: as for `capture`.
+        received, maps, map_size: as for `capture`, which may raise `CaptureError`.
 
     Returns:
         Action logits `(B, A)`, and the attention of each layer asked for.
-
-    Raises:
-        CaptureError: attention cannot be read.
     """
     names = [agent.layers[i] for i in (range(len(agent.layers)) if layers is None else layers)]
-    options = {**agent.capture_options, **where_of(agent.tokens(history))}
+    options = {"received": received, "maps": maps, "map_size": map_size}
+    options |= {**agent.capture_options, **where_of(agent.tokens(history))}
     if not any("#" in name for name in names):  # several calls of one module are told by number
         options["layers"] = names
-    if map_size is not None:
-        options["map_size"] = map_size
-    with capture(agent.model, received=received, maps=maps, **options) as record:
+    with capture(agent.model, **options) as record:
         logits = agent.forward(history)
     by_name = {layer.name: layer for layer in record}
     return logits, [by_name[name] for name in names]
@@ -186,41 +136,33 @@ def where_of(tokens: Sequence[Tokens]) -> dict[str, Any]:
 def look(agent: Agent, history: History, wanted: Collection[str]) -> History:
     """The history with its attention, averaged over layers and heads, from one pass over it.
 
-    Rows and columns of a transition's tokens count as one: columns are summed, rows averaged.
-
-    Args:
-        agent: what decides.
-        history: up to `n_max` transitions before each of `B` decisions.
-        wanted: fields of `History`; those that are none of `LOOKS` are left as they are.
+    Rows and columns of a transition's tokens count as one: columns are summed, rows averaged. Of
+    `wanted`, fields of `History` that are none of `LOOKS` are left as they are.
     """
     wanted = [name for name in wanted if name in LOOKS]
     if not wanted:
         return history
-    size = history.size
-    if wanted != ["query_attention"]:
+    size, whole = history.size, wanted != ["query_attention"]
+    if whole:
         n_tokens = len(agent.tokens(history.rows(slice(0, 1)))[0])
         size = max(1, MAX_WEIGHTS // (n_tokens**2 * sum(agent.n_heads)))
-    parts = [
-        _look(agent, history.rows(slice(start, start + size)), wanted)
-        for start in range(0, history.size, size)
-    ]
+    starts = range(0, history.size, size)
+    parts = [_look(agent, history.rows(slice(i, i + size)), whole) for i in starts]
     return replace(history, **{name: torch.cat([p[name] for p in parts]) for name in wanted})
 
 
-def _look(agent: Agent, history: History, wanted: Sequence[str]) -> dict[str, Tensor]:
+def _look(agent: Agent, history: History, whole: bool) -> dict[str, Tensor]:
+    """The query's attention, and what a whole map shows where it is asked for."""
     tokens = agent.tokens(history)
-    whole = wanted != ["query_attention"]
     options = {"maps": range(history.size), "map_size": max(8, len(tokens[0]))} if whole else {}
     _, layers = attend(agent, history, **options)
-    known = {}
-    if "query_attention" in wanted:
-        rows = sum(layer.query_rows.double().mean(1) for layer in layers) / len(layers)
-        known["query_attention"] = sum_rows(rows.numpy(), tokens)[..., :-1]
+    rows = sum(layer.query_rows.double().mean(1) for layer in layers) / len(layers)
+    known = {"query_attention": sum_rows(rows.numpy(), tokens)[..., :-1]}
     if whole:
         weights = sum(layer.maps.nan_to_num().double().mean(1) for layer in layers)
         rows = _among_transitions(weights.numpy() / len(layers), tokens)  # (B, n, n)
         known |= {"received": rows.sum(1), "last_rows": rows[:, -N_LAST_ROWS:]}
-    return {name: torch.from_numpy(known[name]).float().to(history.device) for name in wanted}
+    return {name: torch.from_numpy(x).float().to(history.device) for name, x in known.items()}
 
 
 def _among_transitions(weights: np.ndarray, tokens: Sequence[Tokens]) -> np.ndarray:
@@ -238,10 +180,8 @@ def _among_transitions(weights: np.ndarray, tokens: Sequence[Tokens]) -> np.ndar
 def act_in_parts(agent: Agent, history: History, positions: Tensor | None = None) -> Tensor:
     """Action logits `(B, A)` on histories of any lengths; a pass for every length that occurs.
 
-    Args:
-        agent: what decides.
-        history: padded in front where a decision keeps fewer transitions than another.
-        positions: `(B, n + 1)` as for `Agent.act`, padded alike.
+    `history`, and `positions` `(B, n + 1)` as for `Agent.act`, are padded in front where a decision
+    keeps fewer transitions than another.
     """
     size = max(1, MAX_TOKENS_ACTING // (history.n + 1))
     rows = torch.arange(history.size, device=history.device)
@@ -256,8 +196,8 @@ def act_in_parts(agent: Agent, history: History, positions: Tensor | None = None
 
 
 def rollout(
-    rooms: Rooms,
-    policy: Policy,
+    rooms: Any,
+    policy: Any,
     n_steps: int,
     noises: Sequence[np.random.Generator],
     bar: tqdm | None = None,
@@ -266,8 +206,9 @@ def rollout(
     """Act for `n_steps` in `B` environments together; no weight changes.
 
     Args:
-        rooms: the environments.
-        policy: gives the logits of the actions; on its device the history lies.
+        rooms: `B` environments, as `Environment.make` gives them.
+        policy: `act(buffer, query_states)` gives action logits `(B, A)` on what the environments
+            have been through, in `query_states` `(B, S)`; all of that lies on its `device`.
         n_steps: steps, through as many episodes as that takes.
         noises: `B` generators of the action noise, one an environment.
         bar: progress bar, moved on by `B` decisions a step.
@@ -299,11 +240,7 @@ def rollout(
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of that name; `auto` is a GPU where there is one.
-
-    Raises:
-        UserError: there is no such device here.
-    """
+    """The device of that name; `auto`: a GPU where there is one. UserError: it is not here."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -9,8 +9,8 @@ passes on; a `HistoryBuffer` holds what environments that step together have bee
     logits = model(*shorter.inputs)                    # (B, A)
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,11 @@ import torch
 from torch import Tensor
 
 PADDING = -1  # in front of the indices of a decision that keeps fewer than another
+AXES = {  # of the fields of a History; W transitions have their attention rows known
+    "actions": "Bn", "rewards": "Bn", "episodes": "Bn", "received": "Bn", "query_attention": "Bn",
+    "states": "BnS", "next_states": "BnS", "query_states": "BS", "tasks": "B", "last_rows": "BWn",
+    "kept": "Bn",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -26,28 +31,17 @@ class Decision:
 
     Arrays, tensors and lists are accepted. Whatever else a transition holds (an image, flattened;
     a continuous action) may be columns of its state.
-
-    Attributes:
-        states: `(n,)` or `(n, S)`, the state before each transition.
-        actions: `(n,)` int.
-        rewards: `(n,)`; above 0 counts as rewarded.
-        query_state: a number or `(S,)`, the state to act in.
-        next_states: as `states`; None: the state of the transition that follows.
-        episodes: `(n,)` int, number of the episode of each transition, never falling; None: one.
-        title: says which decision this is, in the titles of pictures.
-        labels: columns of metrics.csv that name it.
-        task: number of the task, for comparisons between decisions of different tasks.
     """
 
-    states: Any
-    actions: Any
-    rewards: Any
-    query_state: Any
-    next_states: Any = None
-    episodes: Any = None
-    title: str = ""
-    labels: dict[str, int | float | str] = field(default_factory=dict)
-    task: int | None = None
+    states: Any  # (n,) or (n, S), the state before each transition
+    actions: Any  # (n,) int
+    rewards: Any  # (n,); above 0 counts as rewarded
+    query_state: Any  # a number or (S,), the state to act in
+    next_states: Any = None  # as states; None: the state of the transition that follows
+    episodes: Any = None  # (n,) int, the episode of each transition, never falling; None: one
+    title: str = ""  # says which decision this is, in the titles of pictures
+    labels: dict[str, int | float | str] = field(default_factory=dict)  # columns of metrics.csv
+    task: int | None = None  # its number, to compare decisions of different tasks
 
     @property
     def n(self) -> int:
@@ -72,33 +66,22 @@ class History:
     """Raw history before each of `B` decisions, and what is known of the attention to it.
 
     What is None is unknown. Nothing is checked here: `checked` does, where histories enter.
-
-    Attributes:
-        states, next_states: `(B, n, S)`, `S` numbers describe a state.
-        actions: `(B, n)` int.
-        rewards: `(B, n)`.
-        query_states: `(B, S)`, the state in which to act.
-        episodes: `(B, n)` int, number of the episode of each transition, never falling.
-        tasks: `(B,)` int, equal where two histories are of the same task.
-        received: `(B, n)`, attention that each transition received from the tokens after it, the
-            query not included, summed over them.
-        last_rows: `(B, W, n)`, attention rows of the last `W` transitions.
-        query_attention: `(B, n)`, the query's attention to each transition, after the softmax.
-        kept: `(B, n)` int64, which transitions of the raw history these are, ascending; a decision
-            that keeps fewer than another has `PADDING` in front, and any transition there
-            (`by_count` splits such a batch). None: nothing was left out, or these are new tokens.
     """
 
-    states: Tensor
-    actions: Tensor
-    rewards: Tensor
-    next_states: Tensor
-    query_states: Tensor | None = None
-    episodes: Tensor | None = None
-    tasks: Tensor | None = None
+    states: Tensor  # (B, n, S), S numbers describe a state
+    actions: Tensor  # (B, n) int
+    rewards: Tensor  # (B, n)
+    next_states: Tensor  # (B, n, S)
+    query_states: Tensor | None = None  # (B, S), the state in which to act
+    episodes: Tensor | None = None  # (B, n) int, the episode of each transition, never falling
+    tasks: Tensor | None = None  # (B,) int, equal where two histories are of the same task
+    # (B, n), what each transition received from the tokens after it but the query, summed
     received: Tensor | None = None
-    last_rows: Tensor | None = None
-    query_attention: Tensor | None = None
+    last_rows: Tensor | None = None  # (B, W, n), attention rows of the last W transitions
+    query_attention: Tensor | None = None  # (B, n), of the query to each, after the softmax
+    # (B, n) int64, which transitions of the raw history these are, ascending; a decision that keeps
+    # fewer than another has PADDING in front, and any transition there (by_count splits such a
+    # batch). None: nothing was left out, or these are new tokens.
     kept: Tensor | None = None
 
     @classmethod
@@ -116,13 +99,8 @@ class History:
             values = torch.from_numpy(np.stack(parts)).to(device)
             return values.float() if values.is_floating_point() else values.long()
 
-        names = ("states", "actions", "rewards", "next_states")
-        return cls(
-            *map(stacked, names),
-            query_states=stacked("query_state"),
-            episodes=stacked("episodes"),
-            tasks=stacked("task"),
-        )
+        names = ("states", "actions", "rewards", "next_states", "query_state", "episodes", "task")
+        return cls(*map(stacked, names))
 
     def checked(self) -> "History":
         """The same with tensors in place of arrays and lists, for what a user hands over.
@@ -138,17 +116,14 @@ class History:
                 "expected actions of shape (B, n) and states of shape (B, n, S), "
                 f"got {tuple(actions.shape)} and {tuple(states.shape)}"
             )
-        size, n, width = *actions.shape, states.shape[-1]
         window = known["last_rows"].shape[1] if "last_rows" in known else 0
-        expected = dict.fromkeys(["rewards", "episodes", "received", "query_attention"], (size, n))
-        expected |= dict.fromkeys(["states", "next_states"], (size, n, width))
-        expected |= {"query_states": (size, width), "tasks": (size,)}
-        expected |= {"last_rows": (size, window, n)}
-        for name, shape in expected.items():
+        sizes = dict(zip("BnSW", (*actions.shape, states.shape[-1], window), strict=True))
+        for name, axes in AXES.items():
+            shape = tuple(sizes[axis] for axis in axes)
             if name in known and tuple(known[name].shape) != shape:
                 raise ValueError(
-                    f"expected {name} of shape {shape} beside actions of shape {(size, n)}, "
-                    f"got {tuple(known[name].shape)}"
+                    f"expected {name} of shape {shape} beside actions of shape "
+                    f"{tuple(actions.shape)}, got {tuple(known[name].shape)}"
                 )
         for name in ("received", "last_rows", "query_attention"):
             if name in known and not ((known[name] >= 0) & known[name].isfinite()).all():
@@ -186,27 +161,11 @@ class History:
         """Keep the transitions at `indices` `(B, k)`, ascending, none twice, padding in front."""
         rows = torch.arange(self.size, device=self.device)[:, None]
         places = indices.clamp(min=0)
-        taken = {
-            name: value if name in ("query_states", "tasks") else value[rows, places]
-            for name, value in self._known().items()
-            if name not in ("last_rows", "kept")
-        }
-        if self.last_rows is not None:
-            window = self.last_rows.shape[1]
-            taken["last_rows"] = self.last_rows.gather(2, places[:, None].expand(-1, window, -1))
-        return replace(self, **taken, kept=indices)
+        return replace(self._transitions(lambda value: value[rows, places]), kept=indices)
 
     def latest(self, n: int) -> "History":
         """The latest `n` transitions, or all where there are fewer; nothing counts as left out."""
-        if n >= self.n:
-            return self
-        start = self.n - n
-        cut = {
-            name: value[..., start:] if name == "last_rows" else value[:, start:]
-            for name, value in self._known().items()
-            if name not in ("query_states", "tasks")
-        }
-        return replace(self, **cut)
+        return self if n >= self.n else self._transitions(lambda value: value[:, self.n - n :])
 
     def rows(self, rows: Tensor | slice) -> "History":
         """The decisions at `rows` `(R,)`, which may repeat."""
@@ -225,8 +184,15 @@ class History:
             yield rows, part.latest(count)
 
     def _known(self) -> dict[str, Tensor]:
-        values = {each.name: getattr(self, each.name) for each in fields(self)}
-        return {name: value for name, value in values.items() if value is not None}
+        return {name: value for name, value in vars(self).items() if value is not None}
+
+    def _transitions(self, choose: Callable[[Tensor], Tensor]) -> "History":
+        """Some of the transitions: `choose` is given every field as `(B, n, ...)`."""
+        known = {name: value for name, value in self._known().items() if AXES[name][:2] == "Bn"}
+        chosen = {name: choose(value) for name, value in known.items()}
+        if self.last_rows is not None:
+            chosen["last_rows"] = choose(self.last_rows.mT).mT
+        return replace(self, **chosen)
 
 
 class HistoryBuffer:
@@ -239,21 +205,20 @@ class HistoryBuffer:
         states: `(B, S)`, the first states: the store lies where they do, and is of their type.
         n_steps: transitions that there is place for.
         tasks: `(B,)` int, equal where two environments are of the same task.
-
-    Attributes:
-        n: transitions so far.
     """
 
     def __init__(
         self, states: Tensor, n_steps: int, tasks: np.ndarray | Tensor | None = None
     ) -> None:
         device, shape = states.device, (len(states), n_steps)
-        self.n = 0
+        self.n = 0  # transitions so far
         self._tasks = None if tasks is None else torch.as_tensor(tasks, device=device)
-        self._states = states.new_empty(*shape, states.shape[1])
-        self._next_states = torch.empty_like(self._states)
-        self._actions = torch.empty(shape, dtype=torch.int64, device=device)
-        self._rewards = torch.empty(shape, dtype=torch.float32, device=device)
+        self._stores = (
+            states.new_empty(*shape, states.shape[1]),
+            torch.empty(shape, dtype=torch.int64, device=device),
+            torch.empty(shape, dtype=torch.float32, device=device),
+            states.new_empty(*shape, states.shape[1]),
+        )
         self._episodes = torch.zeros(n_steps + 1, dtype=torch.int64, device=device)
 
     def append(
@@ -263,10 +228,9 @@ class HistoryBuffer:
 
         Rewards are kept as float32.
         """
-        self._states[:, self.n] = states
-        self._actions[:, self.n] = actions
-        self._rewards[:, self.n] = rewards
-        self._next_states[:, self.n] = next_states
+        transition = (states, actions, rewards, next_states)
+        for store, values in zip(self._stores, transition, strict=True):
+            store[:, self.n] = values
         self.n += 1
         self._episodes[self.n] = self._episodes[self.n - 1] + int(done)
 
@@ -276,25 +240,18 @@ class HistoryBuffer:
         Views of the store, which later transitions leave as they are.
         """
         past = slice(first, self.n)
-        stores = (self._states, self._actions, self._rewards, self._next_states)
-        return History(
-            *(store[:, past] for store in stores),
-            query_states=query_states,
-            episodes=self._episodes[past].expand(len(self._actions), -1),
-            tasks=self._tasks,
-        )
+        episodes = self._episodes[past].expand(len(query_states), -1)
+        transitions = (store[:, past] for store in self._stores)
+        return History(*transitions, query_states, episodes, self._tasks)
 
 
 def episode_ids(n: int, horizon: int, steps_taken: int | Tensor | np.ndarray) -> Tensor:
-    """Number the episodes of `n` transitions before a decision, from 0.
+    """Number the episodes of `n` transitions before a decision, from 0: `(B, n)` int.
 
     Args:
         n: transitions.
-        horizon: steps of a whole episode.
-        steps_taken: `(B,)` or a number, steps of the decision's own episode taken before it.
-
-    Returns:
-        `(B, n)` int; `(1, n)` for a number. The first episode may be cut at its front.
+        horizon: steps of a whole episode; the first may be cut at its front.
+        steps_taken: `(B,)` or a number (`B` is 1), steps of the decision's own episode before it.
     """
     taken = torch.as_tensor(steps_taken).reshape(-1, 1)
     from_own = torch.arange(n)[None, :] - (n - taken)  # negative before the decision's episode

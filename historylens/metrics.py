@@ -9,10 +9,9 @@ A row is what the query token reads: `p[:n]` lies on the context, `p[n]` on the 
     metrics.put(indices, rows, uniform_rows, history)           # a batch, in any order
     metrics.gather(group).of("entropy").mean()                  # of all processes, on rank 0
 
-Where a context carries no mass at all (every `p[:n]` is 0), nothing is read: `effective_tokens`,
-`tokens_for_90_percent`, `normalised_entropy` and `mean_distance` are 0, a value they cannot take
-otherwise (`normalised_entropy`: unless a single token holds everything). No metric is ever NaN or
-infinite.
+No metric is ever NaN or infinite. Where a context carries no mass at all, nothing is read:
+`effective_tokens`, `tokens_for_90_percent`, `normalised_entropy` and `mean_distance` are 0, a value
+they cannot take otherwise (`normalised_entropy`: unless a single token holds everything).
 """
 
 from collections.abc import Sequence
@@ -52,8 +51,18 @@ NAMES = tuple(DESCRIPTIONS)
 SUMMARY_METRICS = NAMES[:4]
 
 
-def as_rows(rows: ArrayLike) -> np.ndarray:
-    """Check attention rows `(..., T)` and return them in float64.
+def measure(rows: ArrayLike, last_episode: ArrayLike, rewarded: ArrayLike) -> np.ndarray:
+    """Compute every metric of attention rows.
+
+    Args:
+        rows: `(..., T)`, attention rows of the query token, its own weight last.
+        last_episode: `(..., n)` bool, context tokens of the last episode; broadcast against rows.
+        rewarded: `(..., n)` bool, rewarded context tokens; broadcast against rows.
+
+    Returns:
+        `(..., M)` float64, in the order of `NAMES`; `DESCRIPTIONS` has definitions and units. A
+        quarter is one token where `n < 4`: with `n = 1` both are the same one and the ratio is 1; a
+        context without mass has ratio 0.
 
     Raises:
         ValueError: fewer than two tokens, or weights that cannot come from a softmax.
@@ -69,26 +78,6 @@ def as_rows(rows: ArrayLike) -> np.ndarray:
             "expected attention weights after the softmax: finite, not negative, each row with "
             "a sum of at most 1; got rows that are not (scores before the softmax?)"
         )
-    return rows
-
-
-def measure(rows: ArrayLike, last_episode: ArrayLike, rewarded: ArrayLike) -> np.ndarray:
-    """Compute every metric of attention rows.
-
-    Args:
-        rows: `(..., T)`, attention rows of the query token, its own weight last.
-        last_episode: `(..., n)` bool, context tokens of the last episode; broadcast against rows.
-        rewarded: `(..., n)` bool, rewarded context tokens; broadcast against rows.
-
-    Returns:
-        `(..., M)` float64, in the order of `NAMES`; `DESCRIPTIONS` has definitions and units. A
-        quarter is one token where `n < 4`: with `n = 1` both are the same one and the ratio is 1; a
-        context without mass has ratio 0.
-
-    Raises:
-        ValueError: rows that are no attention weights.
-    """
-    rows = as_rows(rows)
     context = rows[..., :-1]  # (..., n)
     n = context.shape[-1]
     first, last = context[..., : max(1, n // 4)], context[..., -max(1, n // 4) :]
@@ -128,10 +117,9 @@ def measure_one(row: ArrayLike) -> dict[str, float]:
 
 
 def uniform_received(n_tokens: int) -> np.ndarray:
-    """Average attention that each token receives where all read themselves and the past equally.
+    """`(T,)`: average attention that a token receives where all read themselves and the past alike.
 
-    Returns:
-        `(T,)`: token j receives `1 / (i + 1)` from every token `i >= j`; the average over those.
+    Token j receives `1 / (i + 1)` from every token `i >= j`; the average over those.
     """
     weights = 1.0 / np.arange(1, n_tokens + 1)  # token i reads i + 1 tokens
     return np.cumsum(weights[::-1])[::-1] / np.arange(n_tokens, 0, -1)
@@ -147,34 +135,20 @@ class Summary:
 
 
 class Metrics:
-    """Every metric of `S` samples, filled batch by batch and process by process.
-
-    Args:
-        n_samples: `S`.
-        layers: numbers of the layers.
-        heads: numbers of the heads measured, of each layer.
-
-    Attributes:
-        layers, heads: as given.
-        values: `(S, L, H + 1, M)` float64: of every head's own row and, last, of the row averaged
-            over heads (not averaged metrics); NaN where a layer has fewer heads than the largest.
-        uniform: `(S, M)`, of the row that weighs all that the query may see equally.
-        n_context: `(S,)` int, context tokens of each sample; 0 until it is measured.
-    """
+    """Every metric of `S` samples, filled batch by batch and process by process."""
 
     def __init__(
         self, n_samples: int, layers: Sequence[int], heads: Sequence[Sequence[int]]
     ) -> None:
-        self.layers, self.heads = tuple(layers), tuple(map(tuple, heads))
+        self.n_samples = n_samples
+        self.layers, self.heads = tuple(layers), tuple(map(tuple, heads))  # their numbers
+        # (S, L, H + 1, M): of every head's own row and, last, of the row averaged over heads (not
+        # averaged metrics); NaN where a layer has fewer heads than the largest.
         shape = (n_samples, len(layers), max(map(len, heads)) + 1, len(NAMES))
         self.values = np.full(shape, np.nan)
+        # (S, M), of the row that weighs all that the query may see equally.
         self.uniform = np.full((n_samples, len(NAMES)), np.nan)
-        self.n_context = np.zeros(n_samples, dtype=np.int64)
-
-    @property
-    def n_samples(self) -> int:
-        """Samples `S`."""
-        return len(self.values)
+        self.n_context = np.zeros(n_samples, dtype=np.int64)  # (S,), 0 until it is measured
 
     def put(
         self,
@@ -191,9 +165,6 @@ class Metrics:
                 lies on tokens of none.
             uniform_rows: `(B, n + 1)`, the row that weighs all that the query may see equally.
             history: the transitions; without episodes they count as one.
-
-        Raises:
-            ValueError: rows that are no attention weights.
         """
         episodes = history.episodes
         episodes = torch.zeros_like(history.actions) if episodes is None else episodes
@@ -207,19 +178,15 @@ class Metrics:
         self.n_context[indices] = history.n
 
     def gather(self, group: Group) -> "Metrics | None":
-        """The metrics that all processes measured, on rank 0; None on the others.
-
-        Raises:
-            ValueError: a sample is missing.
-        """
+        """The metrics of all processes, on rank 0; None on others. ValueError: one is missing."""
+        arrays = (self.values, self.uniform, self.n_context)
         own = np.flatnonzero(self.n_context)
-        part = own, self.values[own], self.uniform[own], self.n_context[own]
-        parts = group.gather(None if group.is_main else part)
+        parts = group.gather(None if group.is_main else (own, [array[own] for array in arrays]))
         if parts is None:
             return None
-        for indices, values, uniform, n_context in parts[1:]:
-            self.values[indices], self.uniform[indices] = values, uniform
-            self.n_context[indices] = n_context
+        for indices, theirs in parts[1:]:
+            for array, values in zip(arrays, theirs, strict=True):
+                array[indices] = values
         if not self.n_context.all():
             missing = int(self.n_context.argmin())
             raise ValueError(f"expected every sample to be measured, {missing} is missing")
@@ -244,11 +211,14 @@ class Metrics:
         """Each metric of the rows that weigh all equally, mean over samples."""
         return {name: float(self.of_uniform(name).mean()) for name in NAMES}
 
-    def summary(self, name: str, place: int | None = None) -> Summary:
-        """A metric of the head-averaged rows, over the samples of the layer at a place.
+    def summaries(self, place: int | None = None) -> dict[str, Summary]:
+        """Each metric of the head-averaged rows, over the samples of the layer at a place.
 
-        None: over all `L * S` pairs of layer and sample. The spread then holds differences between
-        layers as well as between samples.
+        None: over all `L * S` pairs of layer and sample; the spread then holds differences between
+        layers as well.
         """
-        values = self.of(name) if place is None else self.of(name)[place]
-        return Summary(float(np.mean(values)), float(np.std(values)), float(np.median(values)))
+        summaries = {}
+        for name in NAMES:
+            x = self.of(name) if place is None else self.of(name)[place]
+            summaries[name] = Summary(float(np.mean(x)), float(np.std(x)), float(np.median(x)))
+        return summaries

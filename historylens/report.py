@@ -9,7 +9,7 @@ Blocks are returned as strings of at most 100 columns; printing is the command's
 
 import csv
 import io
-import textwrap
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -18,27 +18,15 @@ from typing import Any
 import numpy as np
 
 from historylens.common.files import rounded, write_atomically
-from historylens.common.text import WIDTH, aligned, cap, counted, fixed, listed, wrap
+from historylens.common.text import aligned, cap, counted, fixed, listed, wrap
 from historylens.history import Decision
 from historylens.insights import Insight, remarks, scopes, verdicts
 from historylens.insights.patterns import PATTERNS
-from historylens.metrics import (
-    DESCRIPTIONS,
-    NAMES,
-    SUMMARY_METRICS,
-    Metrics,
-    Summary,
-    uniform_received,
-)
+from historylens.metrics import DESCRIPTIONS, NAMES, Metrics, Summary, uniform_received
 from historylens.tokens import Tokens
 
 SCHEMA_VERSION = 1
 PARTED = 0.1  # mean and median differ by more than this share: the median is shown as well
-
-
-def _summaries(metrics: Metrics, place: int | None = None) -> dict[str, Summary]:
-    """Each metric of the head-averaged rows of the layer at a place; None: of all layers."""
-    return {name: metrics.summary(name, place) for name in NAMES}
 
 
 def layer_table(metrics: Metrics) -> str:
@@ -49,33 +37,22 @@ def layer_table(metrics: Metrics) -> str:
     names = ("mean attention", "concentration", "entropy", "/ ln n", "tokens", "recent/distant")
     table = [("layer", *names, "median")]
     for place, layer in enumerate(metrics.layers):
-        table.append((str(layer), *_table_cells(_summaries(metrics, place))))
+        summaries = metrics.summaries(place)
+        first = [_plus_minus(summaries[name]) for name in NAMES[:3]]
+        evenness = f"{summaries['normalised_entropy'].mean:.2f}"
+        tokens = f"{summaries['effective_tokens'].mean:.1f}"
+        table.append((str(layer), *first, evenness, tokens, *_ratio(summaries)))
     even = metrics.uniform_mean()
-    table.append(
-        (
-            "uniform",
-            *(f"{even[name]:.4f}".ljust(len("0.0000 ± 0.0000")) for name in SUMMARY_METRICS[:3]),
-            f"{even['normalised_entropy']:.2f}",
-            f"{even['effective_tokens']:.1f}",
-            f"{even['recent_distant_ratio']:.2f}".ljust(len("0.00 ± 0.00")),
-            "",
-        )
-    )
+    first = [f"{even[name]:.4f}".ljust(len("0.0000 ± 0.0000")) for name in NAMES[:3]]
+    ratio = f"{even['recent_distant_ratio']:.2f}".ljust(len("0.00 ± 0.00"))
+    evenness, tokens = f"{even['normalised_entropy']:.2f}", f"{even['effective_tokens']:.1f}"
+    table.append(("uniform", *first, evenness, tokens, ratio, ""))
     legend = (
         "entropy in nats; / ln n: entropy of the context part over its maximum; tokens: read in "
         "effect, exp(entropy); recent/distant: last quarter of the context over the first, and the "
         "median where it differs; uniform: what reading every token equally would show"
     )
-    return "\n".join([title, *aligned(table), *textwrap.wrap(legend, WIDTH)])
-
-
-def _table_cells(summary: Mapping[str, Summary]) -> tuple[str, ...]:
-    return (
-        *(_plus_minus(summary[name], 4) for name in SUMMARY_METRICS[:3]),
-        f"{summary['normalised_entropy'].mean:.2f}",
-        f"{summary['effective_tokens'].mean:.1f}",
-        *_ratio(summary),
-    )
+    return "\n".join([title, *aligned(table), wrap(legend)])
 
 
 def overall_block(metrics: Metrics) -> str:
@@ -83,18 +60,29 @@ def overall_block(metrics: Metrics) -> str:
 
     The median stands beside the ratio where it parts from the mean.
     """
-    overall = _summaries(metrics)
+    overall = metrics.summaries()
     ratio, median = _ratio(overall)
-    return "\n".join(
-        [
-            "OVERALL ATTENTION STATISTICS",
-            "=" * 36,
-            f"Mean context attention: {_plus_minus(overall['mean_context_attention'], 4)}",
-            f"Attention concentration (std): {_plus_minus(overall['concentration'], 4)}",
-            f"Attention entropy: {_plus_minus(overall['entropy'], 4)}",
-            f"Recent/Distant ratio: {ratio}" + (f" (median {median})" if median else ""),
-        ]
-    )
+    lines = [
+        "OVERALL ATTENTION STATISTICS",
+        "=" * 36,
+        f"Mean context attention: {_plus_minus(overall['mean_context_attention'])}",
+        f"Attention concentration (std): {_plus_minus(overall['concentration'])}",
+        f"Attention entropy: {_plus_minus(overall['entropy'])}",
+        f"Recent/Distant ratio: {ratio}" + (f" (median {median})" if median else ""),
+    ]
+    return "\n".join(lines)
+
+
+def _plus_minus(summary: Summary) -> str:
+    return f"{fixed(summary.mean, 4)} ± {fixed(summary.std, 4)}"
+
+
+def _ratio(summaries: Mapping[str, Summary]) -> tuple[str, str]:
+    """The recent/distant ratio, and its median where that tells another story, else ""."""
+    ratio = summaries["recent_distant_ratio"]
+    parted = abs(ratio.mean - ratio.median) > PARTED * min(ratio.mean, ratio.median)
+    parted = parted and cap(ratio.mean) != cap(ratio.median)
+    return f"{cap(ratio.mean)} ± {cap(ratio.std)}", cap(ratio.median) if parted else ""
 
 
 def pattern_table(metrics: Metrics) -> str:
@@ -116,9 +104,8 @@ def pattern_table(metrics: Metrics) -> str:
 
 def insight_blocks(insights: Sequence[Insight], metrics: Metrics) -> str:
     """Insights with evidence, caveat and strategies: the whole model, then layers that differ."""
-    whole = [insight for insight in insights if insight.layer is None]
-    blocks = [_insight_block([insight]) for insight in whole]
-    if not whole:
+    blocks = [_insight_block([insight]) for insight in insights if insight.layer is None]
+    if not blocks:
         blocks.append(
             "💡 INSIGHT: No single pattern over all layers together.\n"
             "   Measure before compressing: neither place nor weight says what can go."
@@ -127,10 +114,8 @@ def insight_blocks(insights: Sequence[Insight], metrics: Metrics) -> str:
     in_layers = [insight for insight in insights if insight.layer is not None]
     if in_layers:
         blocks.append("WHERE LAYERS DIFFER FROM THE WHOLE")
-    for name in PATTERNS:
-        same = [insight for insight in in_layers if insight.pattern == name]
-        if same:
-            blocks.append(_insight_block(same))
+    for _, same in itertools.groupby(in_layers, key=lambda insight: insight.pattern):
+        blocks.append(_insight_block(list(same)))
     return "\n\n".join(blocks)
 
 
@@ -154,21 +139,9 @@ def _insight_block(insights: Sequence[Insight]) -> str:
         if insight.effect:
             lines.append(wrap(insight.effect, "   🧪 ", "      "))
     lines.append("   Strategies:")
-    lines += [wrap(strategy, "   - ", "     ") for strategy in first.strategies]
-    lines.append(wrap(f"Example: {first.example}", "   - ", "     "))
+    ways = [*first.strategies, f"Example: {first.example}"]
+    lines += [wrap(way, "   - ", "     ") for way in ways]
     return "\n".join(lines)
-
-
-def _plus_minus(summary: Summary, decimals: int) -> str:
-    return f"{fixed(summary.mean, decimals)} ± {fixed(summary.std, decimals)}"
-
-
-def _ratio(summary: Mapping[str, Summary]) -> tuple[str, str]:
-    """The recent/distant ratio, and its median where that tells another story, else ""."""
-    ratio = summary["recent_distant_ratio"]
-    parted = abs(ratio.mean - ratio.median) > PARTED * min(ratio.mean, ratio.median)
-    parted = parted and cap(ratio.mean) != cap(ratio.median)
-    return f"{cap(ratio.mean)} ± {cap(ratio.std)}", cap(ratio.median) if parted else ""
 
 
 def metrics_json(
@@ -181,6 +154,9 @@ def metrics_json(
 ) -> dict[str, Any]:
     """Everything that was measured, as plain numbers: the content of `metrics.json`.
 
+    Whole attention maps are left out (`T * T` numbers a head would make the file unreadable): their
+    last row is in `drawn`, the rest in the heatmaps alone.
+
     Args:
         metrics: of all samples.
         decisions: the samples.
@@ -188,12 +164,6 @@ def metrics_json(
         meta: settings of the run (checkpoint, step, seed, ...), as plain types.
         drawn: layer -> sample -> the arrays in its pictures.
         tokens: sample -> what its tokens are, for those in pictures.
-
-    Returns:
-        `schema`, `version`, `meta`, `definitions`, `samples`, `layers` (aggregates over samples,
-        per-head means, every sample's values), `overall`, `uniform`, `insights`, `remarks`,
-        `drawn`. Whole attention maps are left out (`T * T` numbers a head would make the file
-        unreadable): their last row is in `drawn`, the rest in the heatmaps alone.
     """
     plain = {len(one) for one in tokens.values() if one.is_plain}
     return {
@@ -203,7 +173,7 @@ def metrics_json(
         "definitions": DESCRIPTIONS,
         "samples": [_sample_json(i, one, tokens.get(i)) for i, one in enumerate(decisions)],
         "layers": [_layer_json(metrics, place) for place in range(len(metrics.layers))],
-        "overall": {name: asdict(summary) for name, summary in _summaries(metrics).items()},
+        "overall": {name: asdict(summary) for name, summary in metrics.summaries().items()},
         "uniform": metrics.uniform_mean(),
         "insights": [asdict(insight) for insight in insights],
         "remarks": remarks(metrics),
@@ -211,28 +181,20 @@ def metrics_json(
             "note": "whole maps are not stored: their last row is query_rows, the rest is in "
             "the heatmaps alone",
             "uniform_received": {str(n): rounded(uniform_received(n)) for n in sorted(plain)},
-            "layers": {
-                str(layer): {str(index): dict(arrays) for index, arrays in samples.items()}
-                for layer, samples in drawn.items()
-            },
+            "layers": drawn,
         },
     }
 
 
 def _sample_json(index: int, decision: Decision, tokens: Tokens | None) -> dict[str, Any]:
     """A sample; where it is in pictures, with its episodes, rewards, and tokens if not plain."""
-    entry = {
-        "sample": index,
-        "title": decision.title or f"sample {index}",
-        "n_context": decision.n,
-        **decision.labels,
-    }
+    title = decision.title or f"sample {index}"
+    entry = {"sample": index, "title": title, "n_context": decision.n, **decision.labels}
     if tokens is not None:
         entry["episode_starts"] = decision.episode_starts
         entry["rewarded"] = np.flatnonzero(decision.rewarded)
         if not tokens.is_plain:
-            parts = {"part": list(tokens.part), "decides": tokens.decides}
-            entry["tokens"] = {"transition": tokens.transition, **parts}
+            entry["tokens"] = asdict(tokens)
     return entry
 
 
@@ -240,7 +202,7 @@ def _layer_json(metrics: Metrics, place: int) -> dict[str, Any]:
     patterns = verdicts(scopes(metrics)[1 + place])
     return {
         "layer": metrics.layers[place],
-        "over_samples": {name: asdict(s) for name, s in _summaries(metrics, place).items()},
+        "over_samples": {name: asdict(s) for name, s in metrics.summaries(place).items()},
         "head_means": {name: metrics.of_heads(name, place).mean(0) for name in NAMES},
         "per_sample": {name: metrics.of(name)[place] for name in NAMES},
         "patterns": [name for name, (_, holds) in patterns.items() if holds],
@@ -248,32 +210,31 @@ def _layer_json(metrics: Metrics, place: int) -> dict[str, Any]:
 
 
 def write_csv(
-    path: str | Path,
-    metrics: Metrics,
-    decisions: Sequence[Decision],
-    label_columns: Sequence[str],
+    path: str | Path, metrics: Metrics, decisions: Sequence[Decision], label_columns: Sequence[str]
 ) -> None:
     """Write one row a sample, layer and head (a number or `mean`), all at once or not at all.
 
     Columns: `sample`, `label_columns` (empty where a sample has no such label), `layer`, `head`,
     `n_context`, the metrics.
     """
-    write_atomically(path, _csv_lines(metrics, decisions, label_columns))
+
+    def lines() -> Iterator[str]:
+        columns = ["sample", *label_columns, "layer", "head", "n_context", *NAMES]
+        yield _csv([columns])
+        for index, decision in enumerate(decisions):
+            labels = [decision.labels.get(key, "") for key in label_columns]
+            rows = []
+            for place, layer in enumerate(metrics.layers):
+                heads = metrics.heads[place]
+                own = metrics.values[index, place, [*range(len(heads)), -1]].tolist()
+                for head, values in zip((*heads, "mean"), own, strict=True):
+                    rows.append([index, *labels, layer, head, decision.n, *values])
+            yield _csv(rows)
+
+    write_atomically(path, lines())
 
 
-def _csv_lines(
-    metrics: Metrics, decisions: Sequence[Decision], label_columns: Sequence[str]
-) -> Iterator[str]:
-    line = io.StringIO()
-    writer = csv.writer(line, lineterminator="\n")
-    writer.writerow(["sample", *label_columns, "layer", "head", "n_context", *NAMES])
-    for index, decision in enumerate(decisions):
-        labels = [decision.labels.get(key, "") for key in label_columns]
-        for place, layer in enumerate(metrics.layers):
-            heads = metrics.heads[place]
-            rows = metrics.values[index, place, [*range(len(heads)), -1]].tolist()
-            for head, values in zip((*heads, "mean"), rows, strict=True):
-                writer.writerow([index, *labels, layer, head, decision.n, *values])
-        yield line.getvalue()
-        line.seek(0)
-        line.truncate()
+def _csv(rows: Sequence[Sequence[Any]]) -> str:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue()

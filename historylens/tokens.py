@@ -25,20 +25,15 @@ QUERY, PADDING = "query", "padding"  # parts of such tokens
 class Tokens:
     """The `T` tokens that a model reads before one decision, in the model's order.
 
-    Attributes:
-        transition: `(T,)` int, number of each token's transition in the order of time, from 0; -1
-            for a token of none.
-        part: `(T,)` what each token holds, for example "state", "action", "reward" or
-            "transition"; "query" for the state in which to act, "padding" for what is masked out.
-        decides: the token whose output gives the action; negative numbers count from the end.
-
-    Raises:
-        ValueError: a map that cannot be.
+    ValueError for a map that cannot be.
     """
 
+    # (T,) int, number of each token's transition in the order of time, from 0; -1 for one of none
     transition: np.ndarray
+    # (T,) what each holds, as "state", "action", "reward" or "transition"; "query" for the state in
+    # which to act, "padding" for what is masked out
     part: tuple[str, ...]
-    decides: int = -1
+    decides: int = -1  # the token whose output gives the action; negative: from the end
 
     def __post_init__(self) -> None:
         numbers = np.asarray(self.transition)
@@ -47,29 +42,27 @@ class Tokens:
                 "expected the transition of each token as whole numbers (T,) with T of at least 2, "
                 f"got shape {numbers.shape} of {numbers.dtype}"
             )
-        n_tokens = len(numbers)
-        part = (self.part,) * n_tokens if isinstance(self.part, str) else tuple(self.part)
-        if len(part) != n_tokens:
-            raise ValueError(f"expected the part of each of {n_tokens} tokens, got {len(part)}")
-        if not -n_tokens <= self.decides < n_tokens:
+        size, lowest = len(numbers), int(numbers.min())
+        part = (self.part,) * size if isinstance(self.part, str) else tuple(self.part)
+        if len(part) != size:
+            raise ValueError(f"expected the part of each of {size} tokens, got {len(part)}")
+        if not -size <= self.decides < size:
             raise ValueError(
-                f"expected the token that decides in 0..{n_tokens - 1}, got {self.decides}"
+                f"expected the token that decides in 0..{size - 1}, got {self.decides}"
             )
-        if numbers.min() < NONE:
-            raise ValueError(
-                f"expected transitions from 0, or -1 for none, got {int(numbers.min())}"
-            )
-        missing = sorted(set(range(int(numbers.max()) + 1)) - set(numbers.tolist()))
-        if missing or numbers.max() == NONE:
-            raise ValueError(f"no token is of transition {missing[0] if missing else 0}")
-        padded = [i for i, name in enumerate(part) if name == PADDING and numbers[i] != NONE]
-        if padded:
-            raise ValueError(f"token {padded[0]} is padding, so expected it to be of no transition")
-        object.__setattr__(self, "transition", numbers.astype(np.int64))
-        object.__setattr__(self, "part", part)
-        object.__setattr__(self, "decides", int(self.decides) % n_tokens)
-        if part[self.decides] == PADDING:
-            raise ValueError(f"token {self.decides} decides, so expected it not to be padding")
+        if lowest < NONE:
+            raise ValueError(f"expected transitions from 0, or -1 for none, got {lowest}")
+        missing = set(range(max(1, int(numbers.max()) + 1))) - set(numbers.tolist())
+        if missing:
+            raise ValueError(f"no token is of transition {min(missing)}")
+        decides = int(self.decides) % size
+        for i, name in enumerate(part):
+            if name == PADDING and numbers[i] != NONE:
+                raise ValueError(f"token {i} is padding, so expected it to be of no transition")
+        if part[decides] == PADDING:
+            raise ValueError(f"token {decides} decides, so expected it not to be padding")
+        checked = {"transition": numbers.astype(np.int64), "part": part, "decides": decides}
+        vars(self).update(checked)  # frozen
 
     @classmethod
     def of(
@@ -81,23 +74,16 @@ class Tokens:
     ) -> "Tokens":
         """The usual layouts: the tokens of `n` transitions, and a query after or before them.
 
-        Args:
-            n: transitions.
-            parts: what the tokens of each transition are, in order.
-            query: where the token of the state to act in stands.
-            decides: the token whose output gives the action; None: the query token.
+        `parts` are those of each transition, in order; `decides` is the token whose output gives
+        the action, None: the query.
         """
         parts = (parts,) if isinstance(parts, str) else tuple(parts)
-        if query not in ("last", "first"):
-            raise ValueError(f"expected query as 'last' or 'first', got {query!r}")
         numbers, names = np.repeat(np.arange(n), len(parts)), parts * n
         if query == "first":
-            numbers, names = np.append(NONE, numbers), (QUERY, *names)
-        else:
-            numbers, names = np.append(numbers, NONE), (*names, QUERY)
-        if decides is None:
-            decides = 0 if query == "first" else -1
-        return cls(numbers, names, decides)
+            return cls(np.append(NONE, numbers), (QUERY, *names), decides or 0)
+        if query != "last":
+            raise ValueError(f"expected query as 'last' or 'first', got {query!r}")
+        return cls(np.append(numbers, NONE), (*names, QUERY), -1 if decides is None else decides)
 
     def __len__(self) -> int:
         return len(self.transition)
@@ -112,11 +98,6 @@ class Tokens:
         """The parts of transitions, each once, in the order of the model."""
         owned = (p for p, t in zip(self.part, self.transition, strict=True) if t != NONE)
         return tuple(dict.fromkeys(owned))
-
-    @cached_property
-    def slots(self) -> np.ndarray:
-        """`(T,)` place of each token's weight in a summed row: its transition, or `n` for none."""
-        return np.where(self.transition == NONE, self.n, self.transition)
 
     @property
     def is_plain(self) -> bool:
@@ -154,15 +135,15 @@ def sum_rows(rows: np.ndarray, tokens: Sequence[Tokens]) -> np.ndarray:
         tokens of no transition.
     """
     rows = np.asarray(rows, dtype=np.float64)
-    summed = np.zeros((*rows.shape[:-1], tokens[0].n + 1))
+    n = tokens[0].n
+    summed = totals = np.zeros((*rows.shape[:-1], n + 1))
     if all(one is tokens[0] for one in tokens):  # one map for the whole batch
         tokens, rows, totals = tokens[:1], rows[None], summed[None]
-    else:
-        totals = summed
     for one, row, total in zip(tokens, rows, totals, strict=True):
-        order = np.argsort(one.slots, kind="stable")
-        slots, starts = np.unique(one.slots[order], return_index=True)
-        total[..., slots] = np.add.reduceat(row[..., order], starts, axis=-1)
+        places = np.where(one.transition == NONE, n, one.transition)
+        order = np.argsort(places, kind="stable")
+        owned, starts = np.unique(places[order], return_index=True)
+        total[..., owned] = np.add.reduceat(row[..., order], starts, axis=-1)
     return summed
 
 
@@ -174,11 +155,8 @@ def uniform_rows(visible: np.ndarray) -> np.ndarray:
 def uniform_received(seen: np.ndarray) -> np.ndarray:
     """Attention that each token receives where every token weighs all that it may see equally.
 
-    Args:
-        seen: `(T, T)` bool, whether the token of a row may see that of a column.
-
-    Returns:
-        `(T,)`: average over the tokens that may see it; NaN where there are none.
+    For `seen (T, T)` bool, whether the token of a row may see that of a column: `(T,)`, the average
+    over the tokens that may see it; NaN where there are none.
     """
     with np.errstate(invalid="ignore"):
         return uniform_rows(seen).sum(axis=0) / seen.sum(axis=0)

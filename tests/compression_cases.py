@@ -1,5 +1,7 @@
 """Random histories for the tests of compression."""
 
+from dataclasses import fields
+
 import torch
 from hypothesis import strategies as st
 
@@ -60,3 +62,14 @@ def line(cells, actions=None, rewards=None, **known):
         states,
         **{name: torch.tensor([value]) for name, value in known.items()},
     )
+
+
+def known(history):
+    """The fields that are not None."""
+    return {f.name: v for f in fields(history) if (v := getattr(history, f.name)) is not None}
+
+
+def same(one, other):
+    """Whether two histories know the same, bit for bit."""
+    a, b = known(one), known(other)
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)

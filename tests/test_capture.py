@@ -246,11 +246,9 @@ def test_a_layer_that_does_not_run_is_an_error(n_run):
     assert is_clean(encoder)
 
 
-@pytest.mark.parametrize("n_layers", [1, 3])
-@pytest.mark.parametrize("enabled", [True, False])
-def test_a_second_forward_is_an_error(n_layers, enabled):
-    encoder, x = make_encoder(n_layers), torch.randn(1, 5, 16)
-    with fast_path(enabled), torch.no_grad(), capture(encoder):
+def test_a_second_forward_is_an_error():
+    encoder, x = make_encoder(1), torch.randn(1, 5, 16)
+    with torch.no_grad(), capture(encoder):
         encoder(x)
         with pytest.raises(CaptureError, match=r"layers\.0 ran twice"):
             encoder(x)

@@ -93,6 +93,7 @@ def test_returns_are_goal_by_seed_by_episode_each_what_its_own_room_earned():
     result = play(agent, Arm("full"), Plays(n_seeds=2, n_episodes=8, seed=5))
     assert goals == [[0, 1, 2, 0, 1, 2]]
     assert result.returns.shape == (3, 2, 8)
+    assert result.returns.flags.c_contiguous  # sums of it are those of what a file holds
     assert result.cost.decisions == 3 * 2 * 8 * HORIZON
     for room in range(6):
         policy = CompressedPolicy(agent, METHODS["full"])

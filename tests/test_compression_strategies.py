@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from compression_cases import histories, line, make_history
+from compression_cases import histories, line
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
@@ -16,115 +16,74 @@ from historylens.compression.clusters import (
     transition_features,
 )
 from historylens.compression.method import best_first
-from historylens.compression.strategies import decay
 from historylens.history import History
 
-TEN = range(10)
+STEPS = line(range(10))
 ATTENTION = [0.02, 0.2, 0.1, 0.0, 0.15, 0.01, 0.2, 0.1, 0.0, 0.1]
+ATTENDED = line(range(10), query_attention=ATTENTION)
 BLOCKS = [0.02, 0.1, 0.02, 0.02, 0.3, 0.02, 0.02, 0.02, 0.02, 0.05, 0.02, 0.02]  # 0..1, 2..6, 7..11
 TIED_BLOCKS = [0.2, 0.05, 0.05, 0.05, 0.05, 0.01, 0.2, 0.01, 0.01, 0.01]
-VISITS = line([4, 4, 5, 4, 5, 4], actions=[0, 1, 0, 0, 0, 1])
-REWARDED = line(TEN, rewards=[1, 0, 1, 1, 0, 0, 0, 1, 0, 0])
-EPISODES = line(
-    TEN, rewards=[0, 1, 1, 0, 0, 1, 1, 1, 0, 0], episodes=[0, 0, 0, 1, 1, 1, 2, 2, 2, 3]
-)
-RECEIVED = line(range(8), received=[1.0, 5, 2, 5, 0, 3, 9, 9])
-SCATTERED = line([0, 1, 8, 9, 9, 4, 0])
-NEAR = line([0, 7, 5, 9, 3, 5, 0], query_states=[1, 5])
+NUMBERS = [0, 0, 0, 1, 1, 1, 2, 2, 2, 3]
+CASES = [  # name, history, and by n_keep the transitions kept, a digit each
+    ("full", STEPS, {3: "0123456789"}),
+    ("empty", STEPS, {3: ""}),
+    ("recent", STEPS, {3: "789", 1: "9"}),
+    ("first-recent", STEPS, {1: "9", 5: "01789", 9: "012356789"}),
+    ("even", STEPS, {1: "9", 2: "09", 4: "0369", 5: "02469"}),
+    # Ages 1, 10 ** 0.5 and 10; then 1, 2.15, 4.64 and 10.
+    ("decay-spaced", STEPS, {1: "9", 2: "09", 3: "079", 4: "0589", 9: "023456789"}),
+    ("top-k", ATTENDED, {1: "6", 3: "146", 5: "14679"}),  # 1 and 6 are equal, and 2, 7 and 9
+    ("top-30", ATTENDED, {8: "146", 2: "16"}),
+    ("threshold", ATTENDED, {9: "146", 2: "16"}),  # 0.1 is not above 0.1
+    ("prune-low", ATTENDED, {9: "124679", 4: "1469"}),  # the fewest that hold 90 % of 0.88
+    ("least-attended", ATTENDED, {3: "358", 1: "8"}),
+    # Whole blocks of five, counted back; those of equal attention stay together.
+    (
+        "landmark",
+        line(range(12), query_attention=BLOCKS),
+        {2: "46", 5: "23456", 7: "0123456", 8: "01234569"},
+    ),
+    ("landmark", line(range(10), query_attention=TIED_BLOCKS), {5: "56789", 6: "056789"}),
+    (
+        "rewarded-recent",  # with 8, 5 fills up
+        line(range(10), rewards=[1, 0, 1, 1, 0, 0, 0, 1, 0, 0]),
+        {1: "9", 4: "3789", 6: "023789", 8: "02356789"},
+    ),
+    (
+        "one-visit",  # 2 repeats 4
+        line([4, 4, 5, 4, 5, 4], actions=[0, 1, 0, 0, 0, 1]),
+        {2: "45", 3: "345", 4: "2345"},
+    ),
+    ("last-episodes", line(range(10), episodes=NUMBERS), {3: "9", 4: "6789", 9: "3456789"}),
+    (
+        "last-episodes",
+        line(range(9), episodes=NUMBERS[:9]),
+        {2: "78"},
+    ),  # not even one fits: its end
+    (
+        "best-episodes",  # 2 is as good as 0, but later; then the end of 1
+        line(range(10), rewards=[0, 1, 1, 0, 0, 1, 1, 1, 0, 0], episodes=NUMBERS),
+        {2: "78", 3: "678", 6: "012678", 7: "0125678"},
+    ),
+    # 1 and 4 are equally near.
+    ("nearest", line([0, 7, 5, 9, 3, 5, 0], query_states=[1, 5]), {2: "25", 3: "245"}),
+    (
+        "accumulated-recent",
+        line(range(8), received=[1.0, 5, 2, 5, 0, 3, 9, 9]),
+        {3: "367", 5: "13567", 6: "123567"},
+    ),
+    # 9 is farthest from 0, its later visit.
+    ("diverse", line([0, 1, 8, 9, 9, 4, 0]), {1: "6", 2: "46", 3: "456", 6: "123456"}),
+    ("k-medoids", line([0, 1, 2, 20, 21, 22, 40, 41, 42]), {3: "147"}),
+]
 
 
-@pytest.mark.parametrize(
-    ("name", "history", "expected"),
-    [
-        ("full", line(TEN), {3: list(TEN)}),
-        ("empty", line(TEN), {3: []}),
-        ("recent", line(TEN), {3: [7, 8, 9], 1: [9]}),
-        (
-            "first-recent",
-            line(TEN),
-            {1: [9], 5: [0, 1, 7, 8, 9], 9: [0, 1, 2, 3, 5, 6, 7, 8, 9]},
-        ),
-        ("even", line(TEN), {1: [9], 2: [0, 9], 4: [0, 3, 6, 9], 5: [0, 2, 4, 6, 9]}),
-        (
-            "decay-spaced",
-            line(TEN),
-            {
-                1: [9],
-                2: [0, 9],
-                3: [0, 7, 9],  # ages 1, 10 ** 0.5 and 10
-                4: [0, 5, 8, 9],  # ages 1, 2.15, 4.64 and 10
-                9: [0, 2, 3, 4, 5, 6, 7, 8, 9],
-            },
-        ),
-        (
-            "top-k",  # 1 and 6 are equal, and 2, 7 and 9: the more recent
-            line(TEN, query_attention=ATTENTION),
-            {1: [6], 3: [1, 4, 6], 5: [1, 4, 6, 7, 9]},
-        ),
-        ("top-30", line(TEN, query_attention=ATTENTION), {8: [1, 4, 6], 2: [1, 6]}),
-        (
-            "threshold",  # 0.1 is not above 0.1
-            line(TEN, query_attention=ATTENTION),
-            {9: [1, 4, 6], 2: [1, 6]},
-        ),
-        (
-            "prune-low",  # the fewest that hold 90 % of the 0.88 on history
-            line(TEN, query_attention=ATTENTION),
-            {9: [1, 2, 4, 6, 7, 9], 4: [1, 4, 6, 9]},
-        ),
-        ("least-attended", line(TEN, query_attention=ATTENTION), {3: [3, 5, 8], 1: [8]}),
-        (
-            "landmark",  # whole blocks of five, counted back
-            line(range(12), query_attention=BLOCKS),
-            {
-                2: [4, 6],
-                5: [2, 3, 4, 5, 6],
-                7: [0, 1, 2, 3, 4, 5, 6],
-                8: [0, 1, 2, 3, 4, 5, 6, 9],
-            },
-        ),
-        (
-            "landmark",  # those of equal attention stay together
-            line(TEN, query_attention=TIED_BLOCKS),
-            {5: [5, 6, 7, 8, 9], 6: [0, 5, 6, 7, 8, 9]},
-        ),
-        (
-            "rewarded-recent",
-            REWARDED,
-            {
-                1: [9],
-                4: [3, 7, 8, 9],
-                6: [0, 2, 3, 7, 8, 9],
-                8: [0, 2, 3, 5, 6, 7, 8, 9],  # 5 fills up
-            },
-        ),
-        ("one-visit", VISITS, {2: [4, 5], 3: [3, 4, 5], 4: [2, 3, 4, 5]}),  # 2 repeats 4
-        ("last-episodes", EPISODES, {3: [9], 4: [6, 7, 8, 9], 9: [3, 4, 5, 6, 7, 8, 9]}),
-        ("last-episodes", line(range(9), episodes=[0] * 3 + [1] * 3 + [2] * 3), {2: [7, 8]}),
-        (
-            "best-episodes",
-            EPISODES,
-            {
-                2: [7, 8],
-                3: [6, 7, 8],  # as good as episode 0, but later
-                6: [0, 1, 2, 6, 7, 8],
-                7: [0, 1, 2, 5, 6, 7, 8],  # the end of episode 1
-            },
-        ),
-        ("nearest", NEAR, {2: [2, 5], 3: [2, 4, 5]}),  # 1 and 4 are equally near
-        ("accumulated-recent", RECEIVED, {3: [3, 6, 7], 5: [1, 3, 5, 6, 7], 6: [1, 2, 3, 5, 6, 7]}),
-        (
-            "diverse",  # 9 is farthest from 0, its later visit
-            SCATTERED,
-            {1: [6], 2: [4, 6], 3: [4, 5, 6], 6: [1, 2, 3, 4, 5, 6]},
-        ),
-        ("k-medoids", line([0, 1, 2, 20, 21, 22, 40, 41, 42]), {3: [1, 4, 7]}),
-    ],
-)
+@pytest.mark.parametrize(("name", "history", "expected"), CASES)
 def test_cases_worked_out_by_hand(name, history, expected):
-    for n_keep, kept in expected.items():
+    for n_keep, digits in expected.items():
         shorter = METHODS[name].compress(history, n_keep)
-        assert (list(TEN) if shorter is history else shorter.kept[0].tolist()) == kept, n_keep
+        kept = range(history.n) if shorter is history else shorter.kept[0].tolist()
+        assert "".join(map(str, kept)) == digits, n_keep
 
 
 @pytest.mark.parametrize(
@@ -182,19 +141,13 @@ class TestDraws:
         assert np.allclose(one, np.array([1, 4, 0, 2, 0, 1]) / 8, atol=0.04)
         assert five.tolist() == [1, 1, 0, 1, 1, 1]  # the later of the two that are not attended
 
-    def test_decay_halves_with_every_n_keep_steps(self):
-        found = self.frequencies("decay", 1, draws=20000)
-        assert np.allclose(found, 2.0 ** np.arange(6) / 63, atol=0.02)
-
-    def test_decay_halves_with_every_half_life_that_is_given(self):
-        history = line([0] * 6).rows(torch.zeros(20000, dtype=torch.long))
-        kept = decay(history, 1, np.random.default_rng(0), half_life=2)
-        found = np.bincount(kept.flatten().numpy(), minlength=6) / 20000
-        expected = 2.0 ** (np.arange(6) / 2)
-        assert np.allclose(found, expected / expected.sum(), atol=0.02)
-        history = make_history(n=40)
-        named = METHODS["decay"].compress(history, 8, np.random.default_rng(0)).kept
-        assert torch.equal(named, decay(history, 8, np.random.default_rng(0), half_life=8))
+    @pytest.mark.parametrize("n_keep", [1, 2])
+    def test_decay_halves_with_every_n_keep_steps(self, n_keep):
+        p = 2.0 ** (np.arange(6) / n_keep)
+        p /= p.sum()
+        second = [sum(p[j] * p[i] / (1 - p[j]) for j in range(6) if j != i) for i in range(6)]
+        expected = p if n_keep == 1 else p + second  # of one drawn, or of two without replacement
+        assert np.allclose(self.frequencies("decay", n_keep, draws=20000), expected, atol=0.02)
 
 
 def plain_keys(history, b, n_keep):

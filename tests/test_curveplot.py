@@ -1,11 +1,11 @@
 """The picture of deletion curves: what it draws is what it is given."""
 
+import numpy as np
 import pytest
-from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from PIL import Image
 
-from historylens.pictures import page
-from historylens.pictures.curveplot import deletion_curves
+from historylens.pictures.curveplot import deletion_curves, draw_curves, legend_rows
 
 SIZES = (1, 5, 20)
 
@@ -32,65 +32,59 @@ def made():
 
 
 def draw(path, strategies, empty=None, n_context=40, dpi=100):
-    deletion_curves(path, strategies, empty, n_context=n_context, worst="least-attended", dpi=dpi)
+    options = {"n_context": n_context, "worst": "least-attended", "dpi": dpi}
+    deletion_curves(path, strategies, empty, **options)
     return path.read_bytes()
 
 
-@pytest.fixture
-def drawn(monkeypatch):
-    """What reaches matplotlib: lines as (x, y), bands as (low, high), words."""
-    seen = {"lines": [], "bands": [], "words": []}
-    plot, fill, text = Axes.plot, Axes.fill_between, page.Page.text
-
-    def spy(name, function, picked):
-        def called(self, *args, **kwargs):
-            seen[name].append(picked(args))
-            return function(self, *args, **kwargs)
-
-        return called
-
-    points = lambda args: [list(map(float, part)) for part in args[:2]]  # noqa: E731
-    monkeypatch.setattr(Axes, "plot", spy("lines", plot, points))
-    monkeypatch.setattr(Axes, "fill_between", spy("bands", fill, lambda args: args))
-    monkeypatch.setattr(page.Page, "text", spy("words", text, lambda args: args[2]))
-    return seen
+@pytest.fixture(params=[("flips", "flips_band", 100), ("kl_mean", "kl_band", 1)])
+def drawn(request):
+    """A quantity of `made()` on its axes, and how high a flip share of 1 stands there."""
+    axes = Figure().add_subplot()
+    styles = {name: {"label": name} for name in made()}
+    draw_curves(axes, made(), styles, request.param, 0.25, 40)
+    return axes, {100: 100.0, 1: 2.0}[request.param[2]]
 
 
-def test_lines_run_through_what_was_measured_to_nothing_at_the_full_context(drawn, tmp_path):
-    draw(tmp_path / "a.png", made())
-    x = [1.0, 5.0, 20.0, 40.0]
-    for y in ([40.0, 20.0, 0.0, 0.0], [100.0, 90.0, 80.0, 0.0], [60.0, 50.0, 30.0, 0.0]):
-        assert any(line == [x, pytest.approx(y)] for line in drawn["lines"])
-        assert any(line == [x, pytest.approx([v / 50 for v in y])] for line in drawn["lines"])
+def test_lines_run_through_what_was_measured_to_nothing_at_the_full_context(drawn):
+    axes, scale = drawn
+    lines = {line.get_label(): line.get_xydata() for line in axes.lines}
+    for name, y in (
+        ("recent", (0.4, 0.2, 0.0, 0.0)),
+        ("least-attended", (1.0, 0.9, 0.8, 0.0)),
+        ("random", (0.6, 0.5, 0.3, 0.0)),
+    ):
+        np.testing.assert_allclose(lines[name], np.stack([(1, 5, 20, 40), scale * np.array(y)], 1))
 
 
-def test_what_keeps_as_many_as_it_needs_is_a_point(drawn, tmp_path):
-    draw(tmp_path / "a.png", made())
-    assert [[2.6], [50.0]] in drawn["lines"]
-    assert [[2.6], [1.0]] in drawn["lines"]
+def test_what_keeps_as_many_as_it_needs_is_a_point(drawn):
+    axes, scale = drawn
+    (point,) = [line for line in axes.lines if line.get_label() == "threshold"]
+    np.testing.assert_allclose(point.get_xydata(), [(2.6, scale / 2)])
 
 
-def test_the_band_is_that_of_the_draws(drawn, tmp_path):
-    draw(tmp_path / "a.png", made())
-    flips, kl = drawn["bands"][:2]
-    assert [list(part) for part in flips[:3]] == [
-        [1, 5, 20, 40],
-        pytest.approx([10, 10, 10, 0]),
-        pytest.approx([70, 70, 70, 0]),
-    ]
-    assert [list(part) for part in kl[1:3]] == [[0.2] * 3 + [0], [1.4] * 3 + [0]]
+def test_the_band_is_that_of_the_draws_and_a_level_that_of_no_history(drawn):
+    axes, scale = drawn
+    (band,) = axes.collections
+    corners = {tuple(corner) for corner in band.get_paths()[0].vertices.round(6).tolist()}
+    assert corners == {(40, 0), *((n, round(scale * s, 6)) for n in SIZES for s in (0.1, 0.7))}
+    assert list(axes.lines[0].get_ydata()) == [0.25, 0.25]
 
 
-def test_every_strategy_is_named_with_its_rule_and_who_advises_it(drawn, tmp_path):
-    draw(tmp_path / "a.png", made(), {"flips": 1.0, "kl_mean": 2.0})
-    words = drawn["words"]
-    assert {"recent", "random", "least-attended", "threshold", "empty"} <= set(words)
-    assert {"recency", "sparse", "Keep the latest transitions"} <= set(words)
-    assert any("10 decisions" in text for text in words)
-    assert any("2.6 here" in text for text in words)
-    drawn["words"].clear()
-    draw(tmp_path / "a.png", made())
-    assert "empty" not in drawn["words"]
+def test_every_strategy_is_named_with_its_rule_and_who_advises_it():
+    rows = {name: (advised, " ".join(rule)) for name, advised, rule in legend_rows(made())}
+    assert rows["recent"] == ("recency", "Keep the latest transitions")
+    assert rows["random"] == ("", "Keep any; band: the middle 90 % of the draws")
+    assert rows["threshold"][0] == "sparse"
+    assert rows["threshold"][1].endswith("; 2.6 here")
+    assert set(rows) == set(made())
+
+
+def test_no_history_is_in_the_picture_where_it_is_known(tmp_path):
+    for empty in (None, {"flips": 1.0, "kl_mean": 2.0}):
+        draw(tmp_path / "a.png", made(), empty)
+        last_row = np.asarray(Image.open(tmp_path / "a.png"))[-40:, 100:300]  # of the legend
+        assert (last_row < 100).any() == (empty is not None)
 
 
 def test_the_same_numbers_give_the_same_bytes_and_others_do_not(tmp_path):

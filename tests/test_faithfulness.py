@@ -5,10 +5,10 @@ import json
 import numpy as np
 import pytest
 import torch
-from agents import ModelAgent, Recorder
-from compression_cases import decisions_of, make_history
+from agents import ModelAgent
+from compression_cases import decisions_of
 from conftest import random_window, sharp_model
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tqdm import tqdm
 
@@ -18,7 +18,6 @@ from historylens.effects.faithfulness import (
     Faithfulness,
     affordable,
     average_ranks,
-    leave_one_out,
     mean_defined,
     measure_faithfulness,
     spearman,
@@ -68,45 +67,6 @@ def test_as_many_decisions_as_the_tokens_allow_and_one_at_least():
     assert affordable(10, 10) == list(range(10))
 
 
-# Leaving one out
-
-
-def random_logits(seed):
-    """Logits from all that a history holds and from where in it each transition stands."""
-    g = torch.Generator().manual_seed(seed)
-    matrix = torch.randn(7, 4, generator=g, dtype=torch.float64)
-    position = torch.rand(32, 1, generator=g, dtype=torch.float64)
-
-    def logits(history):
-        columns = (history.actions, history.rewards, torch.ones_like(history.rewards))
-        parts = [history.states, *(part[..., None] for part in columns), history.next_states]
-        tokens = torch.cat([part.double() for part in parts], dim=2) @ matrix
-        return (tokens.sin() * position[: history.n]).sum(dim=1) + matrix[0]
-
-    return logits
-
-
-@settings(max_examples=15)
-@given(n=st.integers(1, 10), seed=st.integers(0, 1000), max_tokens=st.integers(1, 40))
-def test_leaving_one_out_equals_brute_force(n, seed, max_tokens):
-    history, logits = make_history(size=1, n=n, seed=seed), random_logits(seed)
-    full = logits(history)
-    shifts, flips = [], []
-    for left_out in range(n):
-        kept = [i for i in range(n) if i != left_out]
-        other = logits(History(*(part[:, kept] for part in history.inputs[:4])))
-        shifts.append(kl_divergence(full, other).item())
-        flips.append(full.argmax().item() != other.argmax().item())
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("historylens.effects.faithfulness.MAX_TOKENS_ACTING", max_tokens)
-        found, share = leave_one_out(Recorder(logits=logits), history)
-    np.testing.assert_allclose(found, shifts, atol=1e-9)
-    assert share == pytest.approx(np.mean(flips))
-
-
-# Correlations
-
-
 @pytest.fixture(scope="module")
 def trial(tiny_config):
     agent = ModelAgent(sharp_model(tiny_config))
@@ -119,20 +79,21 @@ def measured(trial, layers=(0, 1), heads=((0, 1), (0, 1))):
     return measure_faithfulness(trial, layers, heads, tqdm(disable=True))
 
 
-def test_correlations_equal_a_plain_twin(trial):
-    found = measured(trial)
-    model = trial.agent.model
+@pytest.mark.parametrize("max_tokens", [30, 2**14])
+def test_effects_and_correlations_equal_a_plain_twin(trial, max_tokens, monkeypatch):
+    monkeypatch.setattr("historylens.effects.faithfulness.MAX_TOKENS_ACTING", max_tokens)
+    found, agent = measured(trial), trial.agent
     for b in range(4):
-        history = trial.agent.history([b])
-        with torch.no_grad(), capture(model) as record:
-            full = model(*history.inputs)
-        effects = []
-        for left_out in range(11):
-            kept = [i for i in range(11) if i != left_out]
-            with torch.no_grad():
-                other = model(*history.take(torch.tensor([kept])).inputs)
-            effects.append(kl_divergence(full, other).item())
+        history = agent.history([b])
+        with torch.no_grad(), capture(agent.model) as record:
+            full = agent.model(*history.inputs)
+        others = [[i for i in range(11) if i != left_out] for left_out in range(11)]
+        logits = [agent.act(history.take(torch.tensor([kept]))) for kept in others]
+        effects = [kl_divergence(full, other).item() for other in logits]
         np.testing.assert_allclose(found.kl[b], effects, atol=1e-5)
+        assert found.flips[b] == np.mean(
+            [x.argmax().item() != full.argmax().item() for x in logits]
+        )
         rows = np.array([layer.query_rows[0, :, :-1].double().numpy() for layer in record])
 
         def rank(row, effects=effects):

@@ -82,7 +82,7 @@ def test_recency_goes_by_the_median_over_samples():
     even, latest = uniform(20), planted(20, [19])
     rare = np.stack([latest, even, even])[:, None]
     often = np.stack([latest, latest, even])[:, None]
-    assert measured(rare).summary("recent_distant_ratio").mean > 1e6
+    assert measured(rare).summaries()["recent_distant_ratio"].mean > 1e6
     assert "recency" not in found(rare)
     assert "recency" in found(often)
 

@@ -204,7 +204,7 @@ def test_aggregates_are_population_statistics_of_head_averaged_rows():
     entropies = np.array([[measure_one(row)["entropy"] for row in r.mean(1)] for r in rows])
     np.testing.assert_array_equal(metrics.of("entropy"), entropies)  # (L, S)
     for values, place in ((entropies, None), (entropies[1], 1)):
-        found = metrics.summary("entropy", place)
+        found = metrics.summaries(place)["entropy"]
         expected = values.mean(), values.std(ddof=0), np.median(values)
         assert (found.mean, found.std, found.median) == expected
     heads = [[measure_one(row)["entropy"] for row in sample] for sample in rows[1]]

@@ -71,6 +71,15 @@ def test_binned_maps_keep_their_bins_and_move_a_token_that_has_its_own():
     np.testing.assert_allclose(found.maps[0, -1], 1 / 9, rtol=1e-6)
 
 
+def test_a_binned_map_that_lacks_the_deciding_row_gets_it_from_the_query_row():
+    row = torch.tensor([[[0.1, 0.2, 0.3, 0.2, 0.2, 0, 0, 0, 0]]])
+    places = torch.tensor([1, 3, 6, 8]), torch.tensor([0, 2, 5, 7])
+    layer = LayerAttention("", row, row[0] > 0, row, torch.full((1, 1, 4, 4), 0.5), *places)
+    maps = drawn(layer, Tokens.of(8, decides=4), np.r_[[0.2] * 5, [0.0] * 4]).maps
+    assert maps.shape == (1, 5, 4)
+    np.testing.assert_allclose(np.sort(maps[0, -1]), [0.15, 0.7 / 3, np.nan, np.nan], rtol=1e-6)
+
+
 def test_episodes_and_rewards_are_marked_on_tokens():
     even, marks = np.ones((1, 13, 13)), {"episodes": [0, 0, 0, 1], "rewarded": [1]}
     starts, rewarded = of_matrix(even, Tokens.of(4, PARTS), np.ones(13), **marks).on_tokens

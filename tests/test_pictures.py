@@ -1,6 +1,7 @@
 """Pictures show the numbers they are given: weights read back from the pixels, and fixed places."""
 
 import hashlib
+from dataclasses import replace
 
 import matplotlib
 import numpy as np
@@ -141,6 +142,46 @@ def test_heatmap_marks_rewards_and_episodes(tmp_path):
     assert line > plain  # a white line where the second episode begins
 
 
+def test_the_history_strip_shows_shares_of_rewards_and_leaves_out_too_many_episodes():
+    rewarded = np.array([True, False, True, True])
+    half, whole, query = page.history_colours(np.array([0]), rewarded, np.array([0, 2, 4]))
+    assert whole.tolist() == RED.tolist()
+    assert whole[1] < half[1] < 238
+    assert query.tolist() == [255, 255, 255]
+    every, none = np.arange(100), np.zeros(100, dtype=bool)
+    assert len(np.unique(page.history_colours(every[::2], none, every))) == 1
+
+
+@pytest.mark.parametrize(
+    ("tokens", "ticks", "order"),
+    [
+        (Tokens.of(4), {(0, 0), (2, 2), (4, 4)}, "Token 0 is the oldest."),
+        (
+            Tokens.of(4, ("s", "a", "r")), {(0, 0), (6, 2)},
+            "Tokens of a transition: s, a, r. Transition 0 is the oldest.",
+        ),
+        (
+            Tokens.of(4, query="first", decides=-1), {(1, 0), (3, 2)},
+            "Those of no transition stand first. Transition 0 is the oldest.",
+        ),
+    ],
+)  # fmt: skip
+def test_a_heatmap_says_what_its_tokens_are(tokens, ticks, order):
+    sample = replace(sample_of(n=4), tokens=tokens)
+    shown, unit, (first, _, query) = words(sample, has_lines=True)
+    assert ticks <= set(shown)
+    assert (unit == "transition") == tokens.is_plain == ("whatever its place" not in query)
+    assert first == order
+    assert "too many" in words(sample, has_lines=False)[2][1]
+
+
+def test_the_subtitle_counts_transitions_and_tokens():
+    padded = Tokens([-1, 0, 0, -1], ("padding", "state", "action", "query"))
+    one = Decision(None, [0], [0], None, title="step 3")
+    assert page.subtitle(one, Tokens.of(1)) == "step 3 · 1 transition and the query: T = 2 tokens"
+    assert page.subtitle(one, padded) == "step 3 · 1 transition, T = 3 tokens"
+
+
 def test_squeezed_maps_keep_uniform_attention_uniform():
     weights = np.where(np.tri(10, dtype=bool), 0.1, np.nan)
     pooled = pool(weights, 3)
@@ -168,24 +209,39 @@ def test_rows_and_columns_of_a_binned_map_lie_where_their_tokens_are():
 # Line plot
 
 
+def colour_near(pixels, x, y):
+    """The darkest pixel within one of a place."""
+    near = pixels[round(float(y)) - 1 : round(float(y)) + 2, round(x)].astype(int)
+    return near[near.sum(-1).argmin()]
+
+
+def drawn_lines(path, sample):
+    line_plot(path, sample, layer=1, heads=heads_of(sample), dpi=100)
+    return np.asarray(Image.open(path))
+
+
 @pytest.mark.parametrize("parts", ["transition", ("state", "action")])
-def test_lines_are_drawn_where_their_values_are(tmp_path, monkeypatch, parts):
-    drawn, keep = [], page.Page.lines
-    monkeypatch.setattr(page.Page, "lines", lambda *a, **k: drawn.append(a[1]) or keep(*a, **k))
-    sample = sample_of(2, 30, parts=parts)
-    line_plot(tmp_path / "lines.png", sample, layer=1, heads=(0, 1), dpi=100)
-    lines = iter([np.asarray(x) for lot in drawn for x in lot if np.shape(x) == (30, 2)])
-    for left, curves in (
-        (lineplot.LEFT, sample.query_curves),
-        (lineplot.RIGHT, sample.received_curves),
-    ):
+def test_bold_lines_run_where_means_and_sums_are(tmp_path, parts):
+    sample = sample_of(2, parts=parts)
+    pixels = drawn_lines(tmp_path / "lines.png", sample)
+    panels = (lineplot.LEFT, sample.query_curves), (lineplot.RIGHT, sample.received_curves)
+    for left, curves in panels:
         scale = lineplot.Scale(np.vstack([curves.values, curves.whole]), curves.uniform)
-        for curve in (*curves.values, curves.whole, curves.uniform):
-            line = next(lines)
-            np.testing.assert_allclose(line[:, 1], scale.y(curve), rtol=1e-6)
-            np.testing.assert_allclose(
-                line[:, 0], left + lineplot.WIDTH * (np.arange(30) + 0.5) / 30
-            )
+        for t, weight in enumerate(curves.whole):
+            x = left + lineplot.WIDTH * (t + 0.5) / 30
+            assert colour_near(pixels, x, scale.y(weight)).max() < 200
+
+
+def test_parts_of_transitions_are_drawn_as_lines_of_their_own(tmp_path):
+    sample, levels = sample_of(1, 20, episode=100, parts=("s", "a", "r")), (0.004, 0.012, 0.025)
+    row = np.append(np.tile(levels, 20), 1 - 20 * sum(levels))
+    sample = replace(sample, query_rows=row[None])
+    pixels, curves = drawn_lines(tmp_path / "lines.png", sample), sample.query_curves
+    scale = lineplot.Scale(np.vstack([curves.values, curves.whole]), curves.uniform)
+    for level, colour in zip(levels, page.HEAD_COLOURS, strict=False):
+        there = colour_near(pixels, lineplot.LEFT + lineplot.WIDTH * 0.37, scale.y(level))
+        there, own = 255 - there, 255 - np.array(list(bytes.fromhex(colour[1:])))
+        assert there @ own > 0.98 * np.linalg.norm(there) * np.linalg.norm(own)  # one hue
 
 
 def test_scale_by_hand():

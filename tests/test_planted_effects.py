@@ -47,101 +47,89 @@ def model_of_rewards() -> ADTransformer:
     return model
 
 
-def histories_with_early_rewards() -> Histories:
-    """Two histories a goal, one decision long: action 0 but where it is rewarded."""
+def early_rewards(at=REWARDED) -> Histories:
+    """Two histories a goal, one decision long: action 0 but at the steps `REWARDED`."""
     goals = np.repeat(GOALS, 2, axis=0)
     shape = (len(goals), N + 1)
     states = np.random.default_rng(0).integers(5, size=(*shape, 2)).astype(np.int8)
     actions, rewards = np.zeros(shape, np.int8), np.zeros(shape, np.int8)
-    rewards[:, REWARDED] = 1
+    rewards[:, at] = 1
     actions[:, REWARDED] = 1 + np.arange(len(goals))[:, None] // 2
     return Histories(states, actions, rewards, states, goals, horizon=N + 1)
 
 
-def analysed(folder, model, histories, *argv):
+def analysed(folder, model, histories):
     """Run the command on a model; gives `metrics.json`."""
     checkpoint = write_checkpoint(folder / "run" / "ckpt-1.pt", model, horizon=20)
     histories.save(checkpoint.parent / HISTORIES_NAME)
-    arguments = ["--checkpoint", folder, "--out", folder / "figs", "--num-figures", 0, *argv]
-    visualize_attention.main([str(argument) for argument in arguments])
+    argv = ["--checkpoint", str(folder), "--out", str(folder / "figs"), "--num-figures", "0"]
+    visualize_attention.main(argv)
     return json.loads((folder / "figs" / "metrics.json").read_text())
 
 
 @pytest.fixture(scope="module")
 def planted(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("planted")
-    return analysed(folder, model_of_rewards(), histories_with_early_rewards()), folder
+    return analysed(tmp_path_factory.mktemp("planted"), model_of_rewards(), early_rewards())
 
 
-def sizes(found, name):
-    return found["effects"]["strategies"][name]["sizes"]
+def sizes(planted, name):
+    return planted["effects"]["strategies"][name]["sizes"]
 
 
 def test_the_planted_model_does_what_it_was_planted_to_do():
-    histories, model = histories_with_early_rewards(), model_of_rewards()
-    parts = (histories.states, histories.actions, histories.rewards, histories.next_states)
-    states, actions, rewards, next_states = (torch.from_numpy(p[:, :N]) for p in parts)
-    query = torch.from_numpy(histories.states[:, N])
-    full = model(states, actions, rewards, next_states, query)
-    assert full.argmax(1).tolist() == [1, 1, 2, 2, 3, 3, 4, 4]
-    blind = model(states, actions, 0 * rewards, next_states, query)
-    assert blind.argmax(1).tolist() == [0] * 8
+    histories, model = early_rewards(), model_of_rewards()
+    names = ("states", "actions", "rewards", "next_states")
+    parts = [torch.from_numpy(getattr(histories, name)) for name in names]
+    context, query = [part[:, :N] for part in parts], parts[0][:, N]
+    assert model(*context, query).argmax(1).tolist() == [1, 1, 2, 2, 3, 3, 4, 4]
+    context[2] = 0 * context[2]
+    assert model(*context, query).argmax(1).tolist() == [0] * 8
 
 
 def test_keeping_rewards_loses_nothing(planted):
-    found, _ = planted
     for name in ("top-k", "rewarded-recent"):
-        for size in sizes(found, name):
+        for size in sizes(planted, name):
             if name == "rewarded-recent" and size["n_keep"] == 1:
                 continue  # half of the budget, rounded up, is for the latest
             assert size["flips"] == 0
             assert size["kl_mean"] < 1e-4
-    assert found["effects"]["strategies"]["top-k"]["enough"] == 1
-    assert found["effects"]["strategies"]["rewarded-recent"]["enough"] == 2
+    assert planted["effects"]["strategies"]["top-k"]["enough"] == 1
+    assert planted["effects"]["strategies"]["rewarded-recent"]["enough"] == 2
 
 
 def test_recency_loses_all(planted):
-    found, _ = planted
     reaches = N - max(REWARDED)
     assert budgets(N)[-2] < reaches
-    for size in sizes(found, "recent"):
+    for size in sizes(planted, "recent"):
         assert size["flips"] == (1 if size["n_keep"] < reaches else 0)
         assert size["kl_mean"] > 1 or size["flips"] == 0
-    for size in sizes(found, "least-attended"):
+    for size in sizes(planted, "least-attended"):
         assert size["flips"] == 1
-    assert found["effects"]["controls"]["empty"]["flips"] == 1
+    assert planted["effects"]["controls"]["empty"]["flips"] == 1
 
 
 def test_random_drops_lose_as_often_as_they_miss_every_reward(planted):
-    found, _ = planted
-    for size in sizes(found, "random"):
+    for size in sizes(planted, "random"):
         kept = size["n_keep"]
         missed = np.prod([(N - kept - i) / (N - i) for i in range(len(REWARDED))])
         assert size["flips"] == pytest.approx(missed, abs=0.12)
 
 
 def test_the_insight_says_that_its_advice_is_better_than_chance(planted):
-    found, _ = planted
-    (insight,) = [one for one in found["insights"] if one["pattern"] == "sparse"]
+    (insight,) = [one for one in planted["insights"] if one["pattern"] == "sparse"]
+    kl = "0 nats" if sizes(planted, "top-k")[2]["kl_mean"] == 0 else "< 0.001 nats"
     assert insight["effect"].startswith(
         "Keeping the 5 most attended of 40 transitions changes the most likely action in 0% of 8 "
-        "decisions (KL 0 nats" if sizes(found, "top-k")[2]["kl_mean"] == 0 else
-        "Keeping the 5 most attended of 40 transitions changes the most likely action in 0% of 8 "
-        "decisions (KL < 0.001 nats"
-    )  # fmt: skip
+        f"decisions (KL {kl}"
+    )
     assert "the 5 least attended: 100%" in insight["effect"]
     assert "Better than each of 20 random draws." in insight["effect"]
 
 
 def test_attention_ranks_transitions_as_leaving_them_out_does(tmp_path):
     """With one rewarded transition, and it alone matters; attention falls on it alone."""
-    histories = histories_with_early_rewards()
-    rewards = np.zeros_like(histories.rewards)
-    rewards[:, 8] = 1
-    once = Histories(
-        histories.states, histories.actions, rewards, histories.states, histories.goals, N + 1
-    )
-    found = analysed(tmp_path, model_of_rewards(), once)["effects"]["faithfulness"]
+    metrics = analysed(tmp_path, model_of_rewards(), early_rewards(at=8))
+    found = metrics["effects"]["faithfulness"]
     kl = np.array(found["leave_one_out"]["kl"])
     assert (kl[:, 8] > 1).all()
     assert (np.delete(kl, 8, axis=1) < 1e-4).all()
@@ -151,7 +139,7 @@ def test_attention_ranks_transitions_as_leaving_them_out_does(tmp_path):
 
 def test_a_model_that_ignores_its_history_is_told_so(tmp_path, capsys):
     model = planted_model(np.full(N + 1, 1 / (N + 1)))
-    found = analysed(tmp_path, model, histories_with_early_rewards())
+    found = analysed(tmp_path, model, early_rewards())
     assert found["effects"]["ignores_history"] is True
     assert found["effects"]["strategies"] == {}
     assert all("ignores its history" in one["effect"] for one in found["insights"])
@@ -164,5 +152,5 @@ def test_a_model_that_ignores_its_history_is_told_so(tmp_path, capsys):
 def test_a_model_that_was_not_trained_is_told_that_it_ignores_its_history(tmp_path, seed):
     torch.manual_seed(seed)
     model = ADTransformer(ModelConfig(n_transit=N + 1, grid_size=5)).eval()
-    found = analysed(tmp_path, model, histories_with_early_rewards())
+    found = analysed(tmp_path, model, early_rewards())
     assert found["effects"]["ignores_history"] is True

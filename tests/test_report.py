@@ -66,7 +66,7 @@ def test_overall_block_has_the_agreed_form_and_the_pooled_numbers():
     assert lines[1] == "=" * 36
     assert re.fullmatch(r"Mean context attention: \d\.\d{4} ± \d\.\d{4}", lines[2])
     assert re.fullmatch(r"Attention concentration \(std\): \d\.\d{4} ± \d\.\d{4}", lines[3])
-    entropy = metrics.summary("entropy")
+    entropy = metrics.summaries()["entropy"]
     assert lines[4] == f"Attention entropy: {entropy.mean:.4f} ± {entropy.std:.4f}"
     assert re.match(r"Recent/Distant ratio: (\d+\.\d\d|> 1000) ± (\d+\.\d\d|> 1000)", lines[5])
     assert len(lines) == 6
@@ -102,7 +102,7 @@ def test_layer_table_has_an_aligned_line_a_layer_and_uniform_last():
     assert "n = 100 context tokens, 3 samples)" in lines[0]
     table = lines[1:7]
     assert [line.split()[0] for line in table] == ["layer", "0", "1", "2", "5", "uniform"]
-    entropy = metrics.summary("entropy", 2)
+    entropy = metrics.summaries(2)["entropy"]
     assert f"{entropy.mean:.4f} ± {entropy.std:.4f}" in table[3]
     even = [f"{metrics.uniform_mean()[name]:.4f}" for name in SUMMARY_METRICS[:3]]
     assert table[5].split() == ["uniform", *even, "1.00", "100.0", "1.00"]
@@ -230,8 +230,8 @@ def test_metrics_json_holds_the_numbers_at_full_precision(tmp_path):
             values = metrics.of(name)[place]
             assert layer["per_sample"][name] == values.tolist()
             assert layer["head_means"][name] == metrics.of_heads(name, place).mean(0).tolist()
-            assert layer["over_samples"][name] == vars(metrics.summary(name, place))
-    assert content["overall"]["entropy"]["mean"] == metrics.summary("entropy").mean
+            assert layer["over_samples"][name] == vars(metrics.summaries(place)[name])
+    assert content["overall"]["entropy"]["mean"] == metrics.summaries()["entropy"].mean
     assert content["uniform"] == metrics.uniform_mean()
     found = find_patterns(metrics)
     assert [insight["pattern"] for insight in content["insights"]] == [i.pattern for i in found]

@@ -33,8 +33,6 @@ from historylens.insights import Insight, find_patterns
 from historylens.metrics import Metrics
 from historylens.tokens import Tokens
 
-CURVES = "deletion_curves.png"
-
 
 @dataclass(frozen=True)
 class AnalysisConfig:
@@ -69,6 +67,7 @@ class AnalysisConfig:
     dpi: int = setting(100, "pixels an inch of the pictures", "N", type=count)
 
 
+CHECKPOINT_FLAGS = ("checkpoint", "histories", "goal", "history", "steps", "stride")
 Drawn = dict[int, dict[int, Any]]  # layer -> sample -> the arrays in its pictures
 Load = Callable[[Any, torch.device, Callable[[str], None]], Agent]
 
@@ -97,15 +96,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     run(argv, parser, AnalysisConfig, load_adapter)
 
 
-CHECKPOINT_FLAGS = ("checkpoint", "histories", "goal", "history", "steps", "stride")
-
-
 def load_adapter(config: Any, device: torch.device, tell: Callable[[str], None]) -> Agent:
-    """The model and the decisions of an adapter.
-
-    Raises:
-        UserError: there is no adapter, or it does not fit.
-    """
+    """The model and the decisions of an adapter; UserError where it does not fit."""
     from historylens.adapter.agent import load
 
     if config.adapter is None:
@@ -118,11 +110,8 @@ def run(
 ) -> None:
     """Parse the flags, load the agent, analyse it, with all processes that torchrun started.
 
-    Args:
-        argv: the arguments; None: those of the command line.
-        parser: has a flag for every setting of `kind`.
-        kind: `AnalysisConfig`, or a class of more settings.
-        load: from settings, device and a function that tells the user something to the agent.
+    `parser` has a flag for every setting of `kind`, `AnalysisConfig` or a class of more settings;
+    `load` gives the agent from settings, device, and a function that tells the user something.
     """
     with join() as group:
         with group.told_once():
@@ -145,7 +134,7 @@ def run(
 
 def analyse(job: Job) -> None:
     """Measure, draw, and write; rank 0 prints and writes the numbers."""
-    from historylens.pictures import draw_summaries, n_pictures
+    from historylens.pictures import CURVES, draw_summaries, n_pictures
     from historylens.pictures.curveplot import deletion_curves
 
     agent, config, group = job.agent, job.config, job.group
@@ -159,18 +148,13 @@ def analyse(job: Job) -> None:
             return
         draw_summaries(job.out, metrics, painter, config.dpi)
         insights = find_patterns(metrics)
-        with tqdm(
-            desc="effects", unit=" steps", file=sys.stderr, disable=not config.num_effects
-        ) as bar:
-            effects = measure_effects(
-                agent, job.layers, job.heads, insights, config.num_effects, config.seed, bar
-            )
+        wanted, is_off = (config.num_effects, config.seed), not config.num_effects
+        with tqdm(desc="effects", unit=" steps", file=sys.stderr, disable=is_off) as bar:
+            effects = measure_effects(agent, job.layers, job.heads, insights, *wanted, bar)
         if effects.picture is not None:
             deletion_curves(job.out / CURVES, **effects.picture, dpi=config.dpi)
-        insights = effects.attached(insights)
-        text = write_numbers(job, metrics, insights, effects, parts)
-    total = n_pictures(job.n_drawn, list(map(len, job.heads)))
-    curves = ""
+        text = write_numbers(job, metrics, effects.attached(insights), effects, parts)
+    total, curves = n_pictures(job.n_drawn, list(map(len, job.heads))), ""
     if effects.picture is not None:
         total, curves = total + 1, f",\n{CURVES} shows the effect of dropping history"
     print(
@@ -187,13 +171,11 @@ def measure(job: Job, metrics: Metrics) -> None:
     rest = alike((i, agent.length(i)) for i in range(job.n_drawn, len(agent.decisions)))
     passes = [same[p.start : p.stop] for same in rest for p in even_parts(0, len(same), size)]
     own = [passes[i] for i in job.group.share(len(passes))]
-    total = sum(map(len, own))
-    if not total:
-        return
-    with job.progress("metrics", total, " samples") as bar:
-        for batch in batches(job, [(indices, ()) for indices in own]):
-            batch.measure(metrics)
-            bar.update(len(batch.indices))
+    if own:
+        with job.progress("metrics", sum(map(len, own)), " samples") as bar:
+            for batch in batches(job, [(indices, ()) for indices in own]):
+                batch.measure(metrics)
+                bar.update(len(batch.indices))
 
 
 @contextlib.contextmanager
@@ -204,27 +186,23 @@ def painting(job: Job) -> Iterator[Any]:
 
     total = n_pictures(len(job.group.share(job.n_drawn)), list(map(len, job.heads)))
     n_processes = drawing_processes(total) if job.group.size == 1 else 1
-    with (
-        job.progress("pictures", total, " pictures") as bar,
-        Painter(n_processes, bar.update) as painter,
-    ):
+    progress = job.progress("pictures", total, " pictures")
+    with progress as bar, Painter(n_processes, bar.update) as painter:
         yield painter
 
 
 def draw_samples(job: Job, metrics: Metrics, painter: Any) -> tuple[Drawn, dict[int, Tokens]]:
     """Metrics of the samples that are drawn, and their pictures; an earlier run's go first.
 
-    Every process runs the passes of which it draws a part.
-
-    Returns:
-        The numbers in the pictures that this process drew, and what the tokens in them are.
+    Every process runs the passes of which it draws a part, and gives the numbers in the pictures
+    that it drew, and what the tokens in them are.
     """
     from historylens.pictures import clear_pictures, draw_batch
 
     agent, group = job.agent, job.group
     size = min(MAX_DRAWN, max(1, MAX_DRAWN_TOKENS // agent.n_tokens))
     same = alike((i, agent.length(i)) for i in range(job.n_drawn))
-    parts = [(g[i : i + size]) for g in same for i in range(0, len(g), size)]
+    parts = [g[i : i + size] for g in same for i in range(0, len(g), size)]
     own = [tuple(i for i, n in enumerate(part) if n % group.size == group.rank) for part in parts]
     passes = batches(job, [pair for pair in zip(parts, own, strict=True) if pair[1]])
     first = next(passes, None)  # what fails has failed before a file is removed
@@ -236,8 +214,7 @@ def draw_samples(job: Job, metrics: Metrics, painter: Any) -> tuple[Drawn, dict[
     tokens = {}
     for batch in itertools.chain([] if first is None else [first], passes):
         batch.measure(metrics)
-        numbers = draw_batch(job.out, batch, painter, job.config.dpi)
-        for layer, arrays in numbers.items():
+        for layer, arrays in draw_batch(job.out, batch, painter, job.config.dpi).items():
             drawn[layer] |= arrays
         tokens |= {batch.indices[i]: batch.tokens[i] for i in batch.drawn}
     return drawn, tokens
@@ -252,9 +229,7 @@ def write_numbers(
 ) -> str:
     """Write `metrics.json` and `metrics.csv`; gives what they say as console text.
 
-    Args:
-        job, metrics, insights, effects: what was measured.
-        parts: what `draw_samples` gave in each process.
+    `parts` is what `draw_samples` gave in each process.
     """
     agent = job.agent
     tokens = {index: one for _, told in parts for index, one in told.items()}
@@ -265,8 +240,7 @@ def write_numbers(
     meta = {**vars(job.config), **agent.meta, "device": agent.device.type}
     meta |= {"n_layers": len(agent.layers)}
     content = report.metrics_json(metrics, agent.decisions, insights, meta, drawn, tokens)
-    content["effects"] = effects.json
-    write_json(job.out / "metrics.json", content)
+    write_json(job.out / "metrics.json", content | {"effects": effects.json})
     report.write_csv(job.out / "metrics.csv", metrics, agent.decisions, agent.label_columns)
     blocks = [report.layer_table(metrics), report.overall_block(metrics)]
     blocks += [report.pattern_table(metrics)] if len(metrics.layers) > 1 else []

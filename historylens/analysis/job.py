@@ -10,7 +10,6 @@ processes share them, so the numbers do not depend on that. With `--precision bf
 runs in mixed precision; its attention is always computed and measured in float32 and float64.
 """
 
-import contextlib
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -35,24 +34,14 @@ MAX_FIGURES = 50  # samples drawn where --num-figures does not say
 
 @dataclass(frozen=True)
 class Job:
-    """What is analysed, how much of it is drawn, and where the files go.
-
-    Attributes:
-        agent: a model and its decisions.
-        config: the settings.
-        group: the processes that share the work.
-        layers: numbers of the layers to capture.
-        heads: numbers of the heads that are measured and drawn, for each of these layers.
-        n_drawn: the first so many decisions are drawn.
-        out: the output folder.
-    """
+    """What is analysed, how much of it is drawn, and where the files go."""
 
     agent: Agent
     config: Any
     group: Group
-    layers: list[int]
-    heads: list[list[int]]
-    n_drawn: int
+    layers: list[int]  # numbers of the layers to capture
+    heads: list[list[int]]  # of each of these, numbers of the heads that are measured and drawn
+    n_drawn: int  # the first so many decisions are drawn
     out: Path
 
     @classmethod
@@ -70,7 +59,8 @@ class Job:
         heads = [shared if config.heads else list(range(n)) for n in n_heads]
         wanted = MAX_FIGURES if config.num_figures is None else config.num_figures
         n_drawn = min(len(agent.decisions), wanted)
-        out = prepare_output(Path(config.out), layers)
+        out = Path(config.out)
+        prepare_output(out, layers)
         return cls(agent, config, group, layers, heads, n_drawn, out)
 
     @property
@@ -99,27 +89,16 @@ def _chosen(what: str, wanted: list[int] | None, n: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Batch:
-    """What one forward pass showed of `B` decisions.
+    """What one forward pass showed of `B` decisions."""
 
-    Attributes:
-        indices: numbers of the decisions.
-        history: the transitions before them.
-        tokens: what each token is, `B` maps.
-        attention: layer number -> attention of the chosen heads.
-        drawn: which of the `B` come with a map, in the order of the maps.
-        uniform_rows: `(B, T)`, the row that weighs all that the query may see equally.
-        decisions: those that are drawn, in the order of the maps.
-        heads: layer number -> numbers of its chosen heads.
-    """
-
-    indices: Sequence[int]
-    history: History
-    tokens: Sequence[Tokens]
-    attention: Mapping[int, LayerAttention]
-    drawn: Sequence[int]
-    uniform_rows: np.ndarray
-    decisions: Sequence[Decision]
-    heads: Mapping[int, Sequence[int]]
+    indices: Sequence[int]  # numbers of the decisions
+    history: History  # the transitions before them
+    tokens: Sequence[Tokens]  # what each token is, B maps
+    attention: Mapping[int, LayerAttention]  # layer number -> attention of the chosen heads
+    drawn: Sequence[int]  # which of the B come with a map, in the order of the maps
+    uniform_rows: np.ndarray  # (B, T), the row that weighs all that the query may see equally
+    decisions: Sequence[Decision]  # those that are drawn, in the order of the maps
+    heads: Mapping[int, Sequence[int]]  # layer number -> numbers of its chosen heads
 
     def measure(self, metrics: Metrics) -> None:
         """Put the metrics of the batch in their place."""
@@ -137,12 +116,11 @@ def batches(job: Job, parts: Sequence[tuple[Sequence[int], Sequence[int]]]) -> I
             piece = indices[start : start + limit]
             maps = [i - start for i in drawn if start <= i < start + len(piece)]
             batch = _attempt(job, piece, maps)
-            if batch is not None:
-                yield batch
-                start += len(piece)
+            if batch is None:
+                limit, told = _halve(job, len(piece), told), True
                 continue
-            limit = _halve(job, len(piece), told)
-            told = True
+            yield batch
+            start += len(piece)
 
 
 def _attempt(job: Job, indices: Sequence[int], drawn: Sequence[int]) -> Batch | None:
@@ -182,31 +160,20 @@ def _run(job: Job, indices: Sequence[int], drawn: Sequence[int]) -> Batch:
     """One forward pass, each layer captured as it runs."""
     agent = job.agent
     history = agent.history(indices)
-    with _autocast(agent.device, job.config.precision):
+    is_mixed = job.config.precision == "bfloat16"
+    with torch.autocast(agent.device.type, torch.bfloat16, enabled=is_mixed):
         _, layers = attend(agent, history, job.layers, received=bool(drawn), maps=drawn)
     visible = np.logical_or.reduce([layer.visible.numpy() for layer in layers])
     attention = {
         number: layer if len(heads) == agent.n_heads[number] else _of_heads(layer, heads)
         for number, layer, heads in zip(job.layers, layers, job.heads, strict=True)
     }
-    return Batch(
-        indices,
-        history,
-        agent.tokens(history),
-        attention,
-        drawn,
-        uniform_rows(visible),
-        [agent.decisions[indices[i]] for i in drawn],
-        dict(zip(job.layers, job.heads, strict=True)),
-    )
+    decisions = [agent.decisions[indices[i]] for i in drawn]
+    heads = dict(zip(job.layers, job.heads, strict=True))
+    tokens, even = agent.tokens(history), uniform_rows(visible)
+    return Batch(indices, history, tokens, attention, drawn, even, decisions, heads)
 
 
 def _of_heads(layer: LayerAttention, heads: list[int]) -> LayerAttention:
     parts = {"query_rows": layer.query_rows, "received": layer.received, "maps": layer.maps}
     return replace(layer, **{k: v[:, heads] for k, v in parts.items() if v is not None})
-
-
-def _autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
-    if precision == "float32":
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, getattr(torch, precision))

@@ -23,13 +23,8 @@ Content = str | bytes | Iterable[str] | Callable[[BinaryIO], object]
 def write_atomically(path: str | Path, content: Content) -> None:
     """Write a temporary file beside `path`, then rename it: readers never see half a file.
 
-    Args:
-        path: the file.
-        content: text, bytes, a long text in pieces that never lies in memory as a whole, or
-            what writes to an open binary file.
-
-    Raises:
-        OSError: the file cannot be written.
+    `content` is text, bytes, a long text in pieces that never lies in memory as a whole, or what
+    writes to an open binary file. OSError where the file cannot be written.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -47,19 +42,14 @@ def write_atomically(path: str | Path, content: Content) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def write_json(path: str | Path, content: Mapping[str, Any], **style: Any) -> None:
-    """Write `content` as JSON: plain finite numbers only, all at once or not at all.
-
-    Args:
-        path: the file.
-        content: plain types, numpy's numbers and arrays, and paths.
-        style: further arguments of `json.JSONEncoder`.
+def write_json(path: str | Path, content: Mapping[str, Any]) -> None:
+    """Write plain types, numpy's numbers and arrays, and paths as JSON, all at once or not at all.
 
     Raises:
         ValueError: NaN or infinity somewhere in it.
         OSError: the file cannot be written.
     """
-    encoder = json.JSONEncoder(allow_nan=False, default=_plain, **style)
+    encoder = json.JSONEncoder(allow_nan=False, default=_plain)
     write_atomically(path, itertools.chain(encoder.iterencode(content), "\n"))
 
 
@@ -73,10 +63,9 @@ def _plain(value: object) -> Any:
 
 @contextlib.contextmanager
 def writable_folder(out: str | Path) -> Iterator[Path]:
-    """Make an output folder and check that files can be written to it, and look into it.
+    """Make an output folder, check that files can be written to it, and look into it.
 
-    Raises:
-        UserError: they cannot, or the system refuses what the block does.
+    UserError where they cannot, or the system refuses what the block does.
     """
     out = Path(out)
     try:

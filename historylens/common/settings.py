@@ -27,26 +27,18 @@ def setting(default: Any, help: str, metavar: str | None = None, **flag: Any) ->
 
 
 def require(config: Any, **at_least: float) -> None:
-    """Check that settings of `config` are not below the given values.
-
-    Raises:
-        UserError: one is.
-    """
+    """Check that settings of `config` are not below the given values; UserError where one is."""
     for name, least in at_least.items():
-        if not getattr(config, name) >= least:
-            got = getattr(config, name)
+        got = getattr(config, name)
+        if not got >= least:
             raise UserError(f"expected {flag_of(name)} of at least {least}, got {got}")
 
 
 def require_fractions(config: Any, *names: str) -> None:
-    """Check that settings of `config` lie between 0 and 1.
-
-    Raises:
-        UserError: one does not.
-    """
+    """Check that settings of `config` lie between 0 and 1; UserError where one does not."""
     for name in names:
-        if not 0 <= getattr(config, name) <= 1:
-            got = getattr(config, name)
+        got = getattr(config, name)
+        if not 0 <= got <= 1:
             raise UserError(f"expected {flag_of(name)} between 0 and 1, got {got}")
 
 
@@ -107,12 +99,6 @@ def from_dict(config: type[T], values: dict[str, Any]) -> T:
 def to_dict(*configs: Any) -> dict[str, Any]:
     """Flatten settings objects into one dict of plain values."""
     return {name: value for config in configs for name, value in vars(config).items()}
-
-
-def same_as_default(config: Any, name: str) -> bool:
-    """Whether a setting has the value that it has unless a flag gives another."""
-    default = next(field.default for field in dataclasses.fields(config) if field.name == name)
-    return getattr(config, name) == default
 
 
 def names_adapter(argv: Sequence[str]) -> bool:

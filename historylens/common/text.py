@@ -27,9 +27,8 @@ def aligned(table: Sequence[Sequence[str]], left: Collection[int] = ()) -> list[
 def wrap(text: str, first: str = "", then: str | None = None) -> str:
     """A text in lines that begin with `first`, and from the second on with `then`, if given."""
     width = WIDTH - (columns(first) - len(first))  # textwrap counts characters
-    return textwrap.fill(
-        text, width, initial_indent=first, subsequent_indent=first if then is None else then
-    )
+    then = first if then is None else then
+    return textwrap.fill(text, width, initial_indent=first, subsequent_indent=then)
 
 
 def labelled(lines: Mapping[str, str]) -> str:
@@ -46,9 +45,9 @@ def columns(text: str) -> int:
     return sum(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
 
 
-def cap(value: float, limit: float = 1000.0, decimals: int = 2) -> str:
+def cap(value: float) -> str:
     """A ratio for people to read: a denominator near zero makes it huge and its digits noise."""
-    return f"> {limit:.0f}" if value > limit else f"{value:.{decimals}f}"
+    return "> 1000" if value > 1000 else f"{value:.2f}"
 
 
 def fixed(value: float, decimals: int, sign: str = "") -> str:

@@ -229,7 +229,8 @@ class Job:
         draw_by_budget(out / PICTURES[0], study, picture)
         draw_by_episode(out / PICTURES[1], study, picture)
         write_csv(out / TABLE, study)
-        meta = {**agent.meta, "task": agent.title, "best_by_goal": best}
-        for name in ("goals", "horizon", "n_max", "seeds", "episodes", "seed", "positions"):
+        meta = {**agent.meta, "task": agent.title}
+        meta |= {"goals": list(environment.goals), "best_by_goal": best}
+        for name in ("horizon", "n_max", "seeds", "episodes", "seed", "positions"):
             meta[name] = settings[name]
         self.results.finish(meta | summary(study))

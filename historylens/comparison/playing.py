@@ -144,8 +144,9 @@ def play(agent: Agent, arm: Arm, plays: Plays, bar: tqdm | None = None) -> Resul
         noises = [np.random.default_rng((plays.seed, number)) for number in part]
         parts.append(rollout(environment.make(goals), policy, n_steps, noises, bar, goals))
     shape = (plays.n_seeds, n_goals, plays.n_episodes, environment.horizon)
-    rewards = np.concatenate(parts).reshape(shape)
-    return Result(arm, rewards.sum(axis=3).swapaxes(0, 1).astype(np.float64), policy.cost)
+    earned = np.concatenate(parts).reshape(shape).sum(axis=3).swapaxes(0, 1)
+    # In memory as when read from a file: sums over it then are the same to the last digit.
+    return Result(arm, np.array(earned, dtype=np.float64, order="C"), policy.cost)
 
 
 def fingerprint(agent: Agent, plays: Plays) -> dict[str, Any]:

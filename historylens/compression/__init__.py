@@ -12,17 +12,11 @@ from torch import Tensor
 
 # Each enters its methods, in the order of tables and comparisons.
 import historylens.compression.strategies  # isort: skip
-import historylens.compression.attention  # isort: skip
 import historylens.compression.merges  # noqa: F401 # isort: skip
 from historylens.compression.method import METHODS, Generator, get_method, whole_number
 from historylens.history import History
-from historylens.insights.patterns import (
-    BROAD_SHARE,
-    FOCUSED_ENTROPY,
-    PATTERNS,
-    RECENCY_RATIO,
-    is_sparse,
-)
+from historylens.insights import verdicts
+from historylens.insights.patterns import PATTERNS, Scope
 from historylens.metrics import measure_one
 
 __all__ = ["METHODS", "attention_pattern", "compress_history", "get_method"]
@@ -42,14 +36,14 @@ def attention_pattern(attention_weights: Tensor | np.ndarray) -> str:
     weights = torch.as_tensor(attention_weights).detach().cpu().double().numpy()
     weights = weights / max(1.0, weights.sum())
     values = measure_one(np.append(weights, max(0.0, 1 - weights.sum())))  # the query token last
-    is_broad = not weights.any() or values["effective_tokens"] >= BROAD_SHARE * len(weights)
-    if values["recent_distant_ratio"] > RECENCY_RATIO:
+    row = {name: np.array([value]) for name, value in values.items()}
+    scope = Scope(None, row, row, np.array([len(weights)]), "one row")
+    holds = {name for name, (_, rule_holds) in verdicts(scope).items() if rule_holds}
+    if "recency" in holds:
         return "recency"
-    if is_sparse(values) and not is_broad:
-        return "sparse"
-    if values["entropy"] < FOCUSED_ENTROPY and not is_broad:
-        return "focused"
-    return "uniform"
+    if scope.is_broad or not weights.any():
+        return "uniform"
+    return next((name for name in ("sparse", "focused") if name in holds), "uniform")
 
 
 def compress_history(
@@ -79,13 +73,13 @@ def compress_history(
             `(n + 1,)` with that to the query token itself last. May be None where `strategy` is
             one that does not look at it.
         k: transitions to keep.
-        strategy: name of a strategy or a merge, to choose it whatever the attention.
+        strategy: name of a strategy or a merge, whatever the attention.
         generator: for strategies that draw.
         known: further fields of `History` without their batch axis, for example `episodes (n,)`.
 
     Returns:
         `states (k, S), actions (k,), rewards (k,), next_states (k, S)` in the order of time; those
-        given where `k >= n`; fewer for strategies that keep "up to n_keep".
+        given where nothing goes; fewer for strategies that keep "up to n_keep".
 
     Raises:
         ValueError: shapes that do not fit each other, attention that is negative or no number, an
@@ -105,11 +99,10 @@ def compress_history(
         raise ValueError("expected attention_weights, or the name of a strategy to use without")
     known = {name: torch.as_tensor(value)[None] for name, value in known.items()}
     history = History(*(torch.as_tensor(part)[None] for part in context), **known).checked()
-    method = None if strategy is None else get_method(strategy)
-    if k >= n and strategy != "empty":
+    if strategy is None:
+        pattern = attention_pattern(weights[:n]) if 0 < k < n else "uniform"
+        strategy = PATTERNS[pattern].strategy
+    shorter = get_method(strategy).compress(history, k, generator)
+    if shorter is history:
         return context
-    if method is None:
-        pattern = attention_pattern(history.query_attention[0]) if k else "uniform"
-        method = get_method(PATTERNS[pattern].strategy)
-    shorter = method.compress(history, k, generator)
     return shorter.states[0], shorter.actions[0], shorter.rewards[0], shorter.next_states[0]

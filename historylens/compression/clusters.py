@@ -47,18 +47,14 @@ def squared_distances(points: Tensor, centres: Tensor, squares: Tensor | None = 
 def farthest_points(points: Tensor, n_keep: int) -> Tensor:
     """Farthest-point sampling (Gonzalez 1985): each new point is the one farthest from all before.
 
-    Starts with the most recent point, and prefers the more recent one among equals.
-
-    Args:
-        points: `(B, n, F)` in the order of time.
-        n_keep: points wanted, `1 .. n`.
+    Starts with the most recent of the points `(B, n, F)` in the order of time, and prefers the more
+    recent one among equals.
 
     Returns:
         `(B, n_keep)` indices in the order in which they were chosen, none twice.
     """
     size, n, _ = points.shape
-    rows = torch.arange(size, device=points.device)
-    squares = points.square().sum(dim=2)
+    rows, squares = torch.arange(size, device=points.device), points.square().sum(dim=2)
     chosen = torch.full((size, n_keep), n - 1, device=points.device)
     nearest = torch.full((size, n), torch.inf, dtype=points.dtype, device=points.device)
     for step in range(n_keep):
@@ -83,28 +79,21 @@ def k_medoids(points: Tensor, n_keep: int) -> Tensor:
     cluster takes the member nearest to all its members as its medoid (Park and Jun 2009). With
     squared distances that is the member nearest to the cluster's mean. The sum never rises.
 
-    Args:
-        points: `(B, n, F)` in the order of time.
-        n_keep: medoids wanted, `1 .. n`.
-
     Returns:
-        `(B, n_keep)` indices in no order, none twice.
+        `(B, n_keep)` indices of the points `(B, n, F)`, which are in the order of time; in no
+        order, none twice.
     """
-    size, n, width = points.shape
+    size, n, _ = points.shape
     medoids = farthest_points(points, n_keep)
     numbers = torch.arange(n_keep, device=points.device).expand(size, n_keep)
     time = torch.arange(n, device=points.device).expand(size, n)
     for _ in range(MAX_ROUNDS):
-        centres = points.gather(1, medoids[:, :, None].expand(-1, -1, width))
+        centres = points.take_along_dim(medoids[:, :, None], dim=1)
         # A medoid leads its own cluster, also where it is a copy of another: none is ever empty.
         labels = squared_distances(points, centres).argmin(dim=2).scatter(1, medoids, numbers)
-        own_mean = cluster_means(points, labels, n_keep).gather(
-            1, labels[:, :, None].expand(-1, -1, width)
-        )
-        off = (points - own_mean).square().sum(dim=2).round(decimals=DECIMALS)  # (B, n)
-        least = off.new_zeros(size, n_keep).scatter_reduce(
-            1, labels, off, "amin", include_self=False
-        )
+        means = cluster_means(points, labels, n_keep).take_along_dim(labels[:, :, None], dim=1)
+        off = (points - means).square().sum(dim=2).round(decimals=DECIMALS)  # (B, n)
+        least = off.new_full((size, n_keep), torch.inf).scatter_reduce(1, labels, off, "amin")
         central = torch.where(off == least.gather(1, labels), time, -1)
         updated = torch.full_like(medoids, -1).scatter_reduce(1, labels, central, "amax")
         if torch.equal(updated, medoids):
@@ -114,25 +103,18 @@ def k_medoids(points: Tensor, n_keep: int) -> Tensor:
 
 
 def k_means(points: Tensor, n_clusters: int) -> Tensor:
-    """Cluster points around their means (Lloyd 1982), from `farthest_points`.
-
-    Args:
-        points: `(B, n, F)` in the order of time.
-        n_clusters: clusters wanted, `1 .. n`.
+    """Cluster points `(B, n, F)` around their means (Lloyd 1982), from `farthest_points`.
 
     Returns:
         `(B, n)`, number of each point's cluster; no cluster is empty.
     """
     starts = farthest_points(points, n_clusters)
-    centres = points.gather(1, starts[:, :, None].expand(-1, -1, points.shape[2]))
-    labels = None
+    centres, labels = points.take_along_dim(starts[:, :, None], dim=1), None
     for _ in range(MAX_ROUNDS):
-        updated = squared_distances(points, centres).argmin(dim=2)
-        updated = _fill_empty(updated, starts)
+        updated = _fill_empty(squared_distances(points, centres).argmin(dim=2), starts)
         if labels is not None and torch.equal(updated, labels):
             break
-        labels = updated
-        centres = cluster_means(points, labels, n_clusters)
+        labels, centres = updated, cluster_means(points, updated, n_clusters)
     return labels
 
 

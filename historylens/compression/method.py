@@ -13,7 +13,7 @@ import difflib
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -22,11 +22,10 @@ from torch import Tensor
 from historylens.history import PADDING, History
 
 Generator = torch.Generator | np.random.Generator
-Rule = Callable[[History, int, Generator | None], Tensor]
+Rule = Callable[[History, int, Generator | None], Any]
 Kind = Literal["strategy", "merge", "control"]
-
-LOOKS_AT = ("nothing", "history", "past attention", "query attention")
-KEEPS = ("n_keep", "up to n_keep", "all", "none")
+LooksAt = Literal["nothing", "history", "past attention", "query attention"]
+Keeps = Literal["n_keep", "up to n_keep", "all", "none"]
 HOW_TO_KNOW = {
     "episodes": "episode_ids(n, horizon, steps_taken)",
     "received": "what each transition receives from those after it, summed over them",
@@ -38,34 +37,16 @@ HOW_TO_KNOW = {
 
 @dataclass(frozen=True)
 class Method:
-    """A way to compress a history.
+    """A way to compress a history."""
 
-    Attributes:
-        name: key of `METHODS`.
-        kind: whether it keeps transitions, makes new ones, or is a control.
-        rule: what it does, in one sentence.
-        source: paper that proposed it, or what it serves for.
-        looks_at: one of `LOOKS_AT`. The query's attention takes a forward pass over the whole
-            history first.
-        keeps: one of `KEEPS`: exactly as many as asked, or what it keeps instead.
-        needs: optional fields of `History` that it reads.
-        apply: the rule itself, for `0 < n_keep < n`; a control's for any `n_keep`.
-    """
-
-    name: str
+    name: str  # key of METHODS
     kind: Kind
-    rule: str
-    source: str
-    looks_at: str
-    keeps: str
-    needs: tuple[str, ...]
-    apply: Callable[[History, int, Generator | None], History]
-
-    @property
-    def saves_compute(self) -> bool:
-        """Whether the model is spared a pass over the whole history."""
-        is_whole = self.keeps == "all" or self.kind == "control"
-        return self.looks_at != "query attention" and not is_whole
+    rule: str  # what it does, in one sentence
+    source: str  # paper that proposed it, or what it serves for
+    looks_at: LooksAt  # the query's attention takes a pass over the whole history first
+    keeps: Keeps  # exactly as many as asked, or what it keeps instead
+    needs: tuple[str, ...]  # optional fields of History that it reads
+    apply: Rule  # to a History; only where `0 < n_keep < n`, but for controls
 
     def compress(
         self, history: History, n_keep: int, generator: Generator | None = None
@@ -87,13 +68,12 @@ class Method:
             ValueError: `n_keep` is no whole number or negative, or the history lacks what the
                 method looks at.
         """
-        n_keep = 0 if self.keeps == "none" else whole_number(n_keep)
-        is_short = n_keep >= history.n and self.keeps != "none"
+        n_keep = {"all": history.n, "none": 0}.get(self.keeps, whole_number(n_keep))
         if self.kind != "control":
-            if is_short or self.keeps == "all":
+            if n_keep >= history.n:
                 return history
             if n_keep == 0:
-                return history.take(_nothing(history))
+                return history.take(ages(history)[:, :0])
         for field in self.needs:
             if getattr(history, field) is None:
                 raise ValueError(
@@ -106,33 +86,35 @@ class Method:
 METHODS: dict[str, Method] = {}
 
 
-def strategy(
-    name: str, source: str, looks_at: str, keeps: str = "n_keep", needs: tuple[str, ...] = ()
+def enter(
+    name: str,
+    source: str,
+    looks_at: LooksAt = "nothing",
+    *needs: str,
+    keeps: Keeps = "n_keep",
+    kind: Kind = "strategy",
+    finish: Callable[[History, Any], History] = History.take,
 ) -> Callable[[Rule], Rule]:
-    """Enter a rule that gives indices `(B, k)` in `METHODS`; its docstring says what it keeps."""
+    """Enter a rule in `METHODS`; the first paragraph of its docstring says what it does.
 
-    def enter(choose: Rule) -> Rule:
+    `finish` makes a history of the given one and what the rule gives: of a strategy, the indices
+    `(B, k)` of what it keeps, ascending. What looks at the query's attention needs that field.
+    """
+
+    def entered(rule: Rule) -> Rule:
         def apply(history: History, n_keep: int, generator: Generator | None) -> History:
-            return history.take(choose(history, n_keep, generator))
+            return finish(history, rule(history, n_keep, generator))
 
-        rule = first_sentence(choose)
-        METHODS[name] = Method(name, "strategy", rule, source, looks_at, keeps, needs, apply)
-        return choose
+        sentence = " ".join(rule.__doc__.split("\n\n")[0].split())
+        fields = ("query_attention",) if looks_at == "query attention" else needs
+        METHODS[name] = Method(name, kind, sentence, source, looks_at, keeps, fields, apply)
+        return rule
 
-    return enter
-
-
-def first_sentence(function: Callable) -> str:
-    """The first paragraph of a docstring on one line."""
-    return " ".join((function.__doc__ or "").split("\n\n")[0].split())
+    return entered
 
 
 def get_method(name: str) -> Method:
-    """Look up a strategy or a merge.
-
-    Raises:
-        ValueError: there is none of that name; the message has the names that there are.
-    """
+    """Look up a strategy or a merge; the message of the ValueError has the names that there are."""
     known = {key: method for key, method in METHODS.items() if method.kind != "control"}
     if name not in known:
         close = difflib.get_close_matches(name, known, n=1)
@@ -142,11 +124,7 @@ def get_method(name: str) -> Method:
 
 
 def whole_number(n_keep: int) -> int:
-    """`n_keep` as an int.
-
-    Raises:
-        ValueError: it is no whole number, or negative.
-    """
+    """`n_keep` as an int; ValueError where it is no whole number, or negative."""
     try:
         value = operator.index(n_keep)
     except TypeError:
@@ -156,16 +134,8 @@ def whole_number(n_keep: int) -> int:
     return value
 
 
-def _nothing(history: History) -> Tensor:
-    return torch.empty(history.size, 0, dtype=torch.int64, device=history.device)
-
-
 def uniform(generator: Generator | None, shape: tuple[int, ...], device: torch.device) -> Tensor:
-    """Draw float64 numbers in (0, 1) from either kind of generator.
-
-    Raises:
-        ValueError: there is no generator.
-    """
+    """Draw float64 numbers in (0, 1) from either kind of generator; ValueError without one."""
     if isinstance(generator, np.random.Generator):
         drawn = torch.from_numpy(generator.random(shape))
     elif isinstance(generator, torch.Generator):
@@ -201,8 +171,7 @@ def draw(history: History, log_weights: Tensor, n_keep: int, generator: Generato
 def best_first(*keys: Tensor) -> Tensor:
     """Order transitions by keys `(B, n)`, the largest first, the most important key first.
 
-    Returns:
-        `(B, n)` indices. Where all keys are equal, the more recent transition comes first.
+    `(B, n)` indices; where all keys are equal, the more recent transition comes first.
     """
     size, n = keys[0].shape
     order = torch.arange(n - 1, -1, -1, device=keys[0].device).expand(size, n)

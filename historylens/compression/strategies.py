@@ -1,7 +1,11 @@
-"""Which transitions of a history to keep, without a look at attention.
+"""Which transitions of a history to keep: rules of one sentence, their docstrings.
 
-Each is a rule of one sentence, its docstring, that only picks real transitions. Rules run where
-there is something to choose, `0 < n_keep < n`. Among equals the more recent transition stays.
+Each only picks real transitions, and runs where there is something to choose, `0 < n_keep < n`.
+Among equals the more recent transition stays. Some look at attention: past attention lies in the
+passes that the model has run already; the query's own takes a pass over the whole history first: it
+shows what could go, and saves no compute.
+
+    METHODS["top-k"].compress(history, n_keep=20)               # history.query_attention is known
 """
 
 import math
@@ -13,74 +17,70 @@ from historylens.compression.clusters import farthest_points, k_medoids, transit
 from historylens.compression.method import (
     Generator,
     ages,
+    best_first,
     draw,
+    enter,
     half,
     keep_best,
     keep_where,
     latest,
-    strategy,
     uniform,
 )
 from historylens.history import History
+from historylens.metrics import MASS_SHARE, STRONG_WEIGHT, TOLERANCE
 
 N_FIRST = 4  # transitions that "first-recent" keeps of the beginning, as StreamingLLM does
+POOL_WIDTH = 5  # neighbouring transitions that share votes, as in SnapKV
+BLOCK = 5  # transitions behind one landmark
+TOP_PERCENT = 30  # of the history, kept by "top-30"
 
 
-@strategy("full", "baseline", "nothing", keeps="all")
+@enter("full", "baseline", keeps="all")
 def full(history: History, n_keep: int, generator: Generator | None) -> Tensor:
     """Keep the whole history, whatever is asked."""
     raise NotImplementedError("compress() answers before any rule")
 
 
-@strategy("empty", "baseline", "nothing", keeps="none")
+@enter("empty", "baseline", keeps="none")
 def empty(history: History, n_keep: int, generator: Generator | None) -> Tensor:
     """Keep nothing, whatever is asked."""
     raise NotImplementedError("compress() answers before any rule")
 
 
-@strategy("random", "baseline", "nothing")
+@enter("random", "baseline")
 def random(history: History, n_keep: int, generator: Generator | None) -> Tensor:
     """Keep transitions drawn at random, all equally likely."""
     return keep_best(n_keep, uniform(generator, (history.size, history.n), history.device))
 
 
-@strategy("random-recent", "baseline; Zaheer et al. 2020, arXiv 2007.14062", "nothing")
+@enter("random-recent", "baseline; Zaheer et al. 2020, arXiv 2007.14062")
 def random_recent(history: History, n_keep: int, generator: Generator | None) -> Tensor:
     """Keep the latest transitions for half of the budget, and older ones drawn at random."""
     drawn = uniform(generator, (history.size, history.n), history.device)
     return keep_best(n_keep, latest(history, half(n_keep)), drawn)
 
 
-@strategy("recent", "Laskin et al. 2022, arXiv 2210.14215 (the sliding context)", "nothing")
+@enter("recent", "Laskin et al. 2022, arXiv 2210.14215 (the sliding context)")
 def recent(history: History, n_keep: int, generator: Generator | None) -> Tensor:
     """Keep the latest transitions and drop what is older."""
     return keep_best(n_keep, -ages(history))
 
 
-@strategy("first-recent", "Xiao et al. 2023, arXiv 2309.17453 (StreamingLLM)", "nothing")
+@enter("first-recent", "Xiao et al. 2023, arXiv 2309.17453 (StreamingLLM)")
 def first_recent(history: History, n_keep: int, generator: Generator | None) -> Tensor:
     """Keep the first 4 transitions (at most half of the budget) and the latest ones."""
     n_first = min(N_FIRST, n_keep // 2)
     return keep_best(n_keep, ages(history) > history.n - n_first)
 
 
-@strategy("decay", "Aggarwal 2006 (biased reservoir sampling)", "nothing")
-def decay(
-    history: History, n_keep: int, generator: Generator | None, half_life: float | None = None
-) -> Tensor:
-    """Draw transitions with a chance that halves with every n_keep steps back in time.
-
-    Args:
-        history: the raw history.
-        n_keep: transitions wanted.
-        generator: what to draw from.
-        half_life: steps over which the chance halves; None: `n_keep`.
-    """
-    log_weights = -ages(history).double() * math.log(2) / (half_life or n_keep)
+@enter("decay", "Aggarwal 2006 (biased reservoir sampling)")
+def decay(history: History, n_keep: int, generator: Generator | None) -> Tensor:
+    """Draw transitions with a chance that halves with every n_keep steps back in time."""
+    log_weights = -ages(history).double() * math.log(2) / n_keep
     return draw(history, log_weights, n_keep, generator)
 
 
-@strategy("decay-spaced", "Li et al. 2019, arXiv 1907.00235 (LogSparse)", "nothing")
+@enter("decay-spaced", "Li et al. 2019, arXiv 1907.00235 (LogSparse)")
 def decay_spaced(history: History, n_keep: int, generator: Generator | None) -> Tensor:
     """Keep transitions whose ages grow by a constant factor, from the latest to the first."""
     back = [1]
@@ -91,7 +91,7 @@ def decay_spaced(history: History, n_keep: int, generator: Generator | None) -> 
     return indices.expand(history.size, -1)
 
 
-@strategy("even", "Child et al. 2019, arXiv 1904.10509 (strided attention)", "nothing")
+@enter("even", "Child et al. 2019, arXiv 1904.10509 (strided attention)")
 def even(history: History, n_keep: int, generator: Generator | None) -> Tensor:
     """Keep evenly spaced transitions, the first and the latest among them."""
     steps = torch.arange(n_keep, device=history.device)
@@ -100,38 +100,33 @@ def even(history: History, n_keep: int, generator: Generator | None) -> Tensor:
     return (steps * (history.n - 1) // (n_keep - 1)).expand(history.size, -1)
 
 
-@strategy("diverse", "Sener and Savarese 2018, arXiv 1708.00489 (farthest points)", "history")
+@enter("diverse", "Sener and Savarese 2018, arXiv 1708.00489 (farthest points)", "history")
 def diverse(history: History, n_keep: int, generator: Generator | None) -> Tensor:
     """Keep the latest transition, then again and again the one least like all that are kept."""
     return farthest_points(transition_features(history), n_keep).sort(dim=1).values
 
 
-@strategy("k-medoids", "Park and Jun 2009 (k-means-like k-medoids)", "history")
+@enter("k-medoids", "Park and Jun 2009 (k-means-like k-medoids)", "history")
 def medoids(history: History, n_keep: int, generator: Generator | None) -> Tensor:
     """Group like transitions and keep the most central one of each group."""
     return k_medoids(transition_features(history), n_keep).sort(dim=1).values
 
 
-@strategy("one-visit", "Isele and Cosgun 2018, arXiv 1802.10269 (coverage)", "history")
+@enter("one-visit", "Isele and Cosgun 2018, arXiv 1802.10269 (coverage)", "history")
 def one_visit(history: History, n_keep: int, generator: Generator | None) -> Tensor:
     """Keep the latest visit of each state and action, the latest of these first, and fill up with
     repeated visits.
     """
-    return keep_best(n_keep, is_last_visit(history))
-
-
-def is_last_visit(history: History) -> Tensor:
-    """Transitions `(B, n)` bool after which the same action is not taken in the same state."""
     group = torch.arange(history.size, device=history.device).repeat_interleave(history.n)
     for column in (*history.states.unbind(2), history.actions):
         values, number = column.flatten().unique(return_inverse=True)
         group = (group * len(values) + number).unique(return_inverse=True)[1]
     time = torch.arange(group.numel(), device=history.device)
     last = torch.zeros_like(time).scatter_reduce(0, group, time, "amax")
-    return (last[group] == time).view(history.size, history.n)
+    return keep_best(n_keep, (last[group] == time).view(history.size, history.n))
 
 
-@strategy("rewarded-recent", "Isele and Cosgun 2018, arXiv 1802.10269 (reward)", "history")
+@enter("rewarded-recent", "Isele and Cosgun 2018, arXiv 1802.10269 (reward)", "history")
 def rewarded_recent(history: History, n_keep: int, generator: Generator | None) -> Tensor:
     """Keep the latest transitions for half of the budget, then older rewarded ones, the latest
     first, and fill up with the latest of the rest.
@@ -139,32 +134,127 @@ def rewarded_recent(history: History, n_keep: int, generator: Generator | None) 
     return keep_best(n_keep, latest(history, half(n_keep)), history.rewards > 0)
 
 
-@strategy("last-episodes", "Laskin et al. 2022, arXiv 2210.14215 (contexts of whole episodes)",
-          "history", keeps="up to n_keep", needs=("episodes",))  # fmt: skip
+def _episode_starts(history: History) -> Tensor:
+    """First transition of each one's episode: `(B, n)`."""
+    episodes = history.episodes.contiguous()
+    return torch.searchsorted(episodes, episodes)
+
+
+@enter("last-episodes", "Laskin et al. 2022, arXiv 2210.14215 (contexts of whole episodes)",
+       "history", "episodes", keeps="up to n_keep")  # fmt: skip
 def last_episodes(history: History, n_keep: int, generator: Generator | None) -> Tensor:
     """Keep the latest episodes, each whole or not at all, as many as fit; of a latest one that does
     not fit, its end.
     """
-    first = torch.searchsorted(history.episodes.contiguous(), history.episodes.contiguous())
+    first = _episode_starts(history)
     fits = history.n - first <= n_keep  # (B, n): from the start of its episode to the end
     return keep_where(torch.where(fits.any(dim=1, keepdim=True), fits, latest(history, n_keep)))
 
 
-@strategy("best-episodes", "Liu and Abbeel 2023, arXiv 2305.16554 (episodes ranked by return)",
-          "history", needs=("episodes",))  # fmt: skip
+@enter("best-episodes", "Liu and Abbeel 2023, arXiv 2305.16554 (episodes ranked by return)",
+       "history", "episodes")  # fmt: skip
 def best_episodes(history: History, n_keep: int, generator: Generator | None) -> Tensor:
     """Keep the episodes of highest return, the later first among equals, and of the last that fits
     only in part its end.
     """
-    first = torch.searchsorted(history.episodes.contiguous(), history.episodes.contiguous())
+    first = _episode_starts(history)
     rewards = history.rewards.double()
     returns = torch.zeros_like(rewards).scatter_add(1, first, rewards).gather(1, first)
     return keep_best(n_keep, returns)
 
 
-@strategy("nearest", "Schmied et al. 2024, arXiv 2410.07071 (retrieval for in-context RL)",
-          "history", needs=("query_states",))  # fmt: skip
+@enter("nearest", "Schmied et al. 2024, arXiv 2410.07071 (retrieval for in-context RL)",
+       "history", "query_states")  # fmt: skip
 def nearest(history: History, n_keep: int, generator: Generator | None) -> Tensor:
     """Keep the transitions whose state lies nearest to the state in which to act."""
     distance = (history.states - history.query_states[:, None]).double().abs().sum(dim=2)
     return keep_best(n_keep, -distance)
+
+
+# By attention
+
+
+@enter("accumulated-recent", "Zhang et al. 2023, arXiv 2306.14048 (H2O)", "past attention",
+       "received")  # fmt: skip
+def accumulated_recent(history: History, n_keep: int, generator: Generator | None) -> Tensor:
+    """Keep the latest transitions for half of the budget, and older ones that have received most
+    attention so far.
+    """
+    return keep_best(n_keep, latest(history, half(n_keep)), history.received)
+
+
+@enter("pooled-votes", "Li et al. 2024, arXiv 2404.14469 (SnapKV)", "past attention",
+       "last_rows")  # fmt: skip
+def pooled_votes(history: History, n_keep: int, generator: Generator | None) -> Tensor:
+    """Keep the last transitions (as many as vote, at most half of the budget), and the older ones
+    that those attend most, averaged over 5 neighbours.
+    """
+    votes = history.last_rows.double().mean(dim=1)
+    pooled = torch.nn.functional.avg_pool1d(
+        votes[:, None], POOL_WIDTH, stride=1, padding=POOL_WIDTH // 2
+    )[:, 0]
+    n_latest = min(history.last_rows.shape[1], half(n_keep))
+    return keep_best(n_keep, latest(history, n_latest), pooled)
+
+
+@enter("top-k", "Gupta et al. 2021, arXiv 2106.06899 (top-k attention)", "query attention")
+def top_k(history: History, n_keep: int, generator: Generator | None) -> Tensor:
+    """Keep the transitions that the query attends most."""
+    return keep_best(n_keep, history.query_attention)
+
+
+@enter("top-30", "Goyal et al. 2020, arXiv 2001.08950 (PoWER-BERT)", "query attention",
+       keeps="up to n_keep")  # fmt: skip
+def top_30(history: History, n_keep: int, generator: Generator | None) -> Tensor:
+    """Keep the 30 % of the transitions that the query attends most, rounded up."""
+    n_top = -(-history.n * TOP_PERCENT // 100)
+    return keep_best(min(n_keep, n_top), history.query_attention)
+
+
+@enter("threshold", "Kim et al. 2021, arXiv 2107.00910 (learned token pruning)",
+       "query attention", keeps="up to n_keep")  # fmt: skip
+def threshold(history: History, n_keep: int, generator: Generator | None) -> Tensor:
+    """Keep the transitions with an attention weight above 0.1."""
+    strong = history.query_attention > STRONG_WEIGHT + TOLERANCE
+    return keep_where(strong & (_ranks(history.query_attention) < n_keep))
+
+
+@enter("prune-low", "Lin et al. 2025, arXiv 2502.02770 (top-p pruning)", "query attention",
+       keeps="up to n_keep")  # fmt: skip
+def prune_low(history: History, n_keep: int, generator: Generator | None) -> Tensor:
+    """Keep the fewest transitions that hold 90 % of the attention on history, and drop the rest."""
+    mass = history.query_attention.double().sum(dim=1, keepdim=True)
+    shares = history.query_attention.double() / torch.where(mass > 0, mass, torch.ones_like(mass))
+    held = shares.sort(dim=1, descending=True).values.cumsum(dim=1)
+    n_needed = ((held < MASS_SHARE - TOLERANCE).sum(dim=1, keepdim=True) + 1) * (mass > 0)
+    return keep_where(_ranks(shares) < n_needed.clamp(max=n_keep))
+
+
+def _ranks(scores: Tensor) -> Tensor:
+    """Place of each transition in `best_first`: `(B, n)`, 0 for the best."""
+    return best_first(scores).argsort(dim=1)
+
+
+@enter("importance", "Kool et al. 2019, arXiv 1903.06059 (Gumbel top-k)", "query attention")
+def importance(history: History, n_keep: int, generator: Generator | None) -> Tensor:
+    """Draw transitions with the query's attention as their chance."""
+    return draw(history, history.query_attention.double().log(), n_keep, generator)
+
+
+@enter("landmark", "Mohtashami and Jaggi 2023, arXiv 2305.16300 (landmark attention)",
+       "query attention")  # fmt: skip
+def landmark(history: History, n_keep: int, generator: Generator | None) -> Tensor:
+    """Keep the blocks of 5 transitions whose most attended one, the landmark, is attended most, and
+    of a block that fits only in part its most attended ones.
+    """
+    block = (ages(history) - 1) // BLOCK  # 0 is the latest
+    weights = history.query_attention
+    marks = torch.zeros_like(weights).scatter_reduce(1, block, weights, "amax").gather(1, block)
+    return keep_best(n_keep, marks, -block, weights)
+
+
+@enter("least-attended", "baseline: the worst choice, if attention says what matters",
+       "query attention")  # fmt: skip
+def least_attended(history: History, n_keep: int, generator: Generator | None) -> Tensor:
+    """Keep the transitions that the query attends least."""
+    return keep_best(n_keep, -history.query_attention)

@@ -13,7 +13,7 @@ import numpy as np
 from torch import Tensor
 
 from historylens.compression import METHODS
-from historylens.compression.attention import TOP_PERCENT
+from historylens.compression.strategies import TOP_PERCENT
 
 BAND = (5, 95)  # percentiles of the draws
 UNMOVED = 0.1  # nats: below, one who sees the actions needs some 30 to tell the histories apart

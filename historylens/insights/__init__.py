@@ -10,7 +10,7 @@ does.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from historylens.common.text import listed
 from historylens.insights.patterns import BROAD_SHARE, PATTERNS, UNIFORM_ENTROPY, Scope
@@ -19,35 +19,20 @@ from historylens.metrics import Metrics
 
 @dataclass(frozen=True)
 class Insight:
-    """A pattern that holds, what was measured, and what to make of it.
+    """A pattern that holds, what was measured, and what to make of it."""
 
-    Attributes:
-        pattern: key of `PATTERNS`.
-        layer: number of the layer, or None where it holds over all layers together.
-        headline: the line that announces it.
-        advice: one sentence, shown below the headline.
-        evidence: what was measured, against the threshold and against even reading.
-        caveat: where the length of the context makes the absolute rule mislead, else None.
-        by_rule_only: the length-normalised figures say otherwise (the caveat says how).
-        strategies: ways of compressing history that fit the pattern.
-        example: one of them with numbers.
-        measured: the numbers behind the sentences.
-        effect: what dropping that history did to the action, once somebody has measured it;
-            attach it with `dataclasses.replace(insight, effect=...)`.
-    """
-
-    pattern: str
-    layer: int | None
+    pattern: str  # key of PATTERNS
+    layer: int | None  # number of the layer; None where it holds over all layers together
     headline: str
     advice: str
     meaning: str
-    evidence: str
-    caveat: str | None
-    by_rule_only: bool
+    evidence: str  # what was measured, against the threshold and against even reading
+    caveat: str | None  # where the length of the context makes the absolute rule mislead
+    by_rule_only: bool  # the length-normalised figures say otherwise; the caveat says how
     strategies: tuple[str, ...]
     example: str
-    measured: dict[str, float] = field(default_factory=dict)
-    effect: str | None = None
+    measured: dict[str, float]  # the numbers behind the sentences
+    effect: str | None = None  # what dropping that history did to the action, once measured
 
 
 def scopes(metrics: Metrics) -> list[Scope]:
@@ -64,57 +49,40 @@ def verdicts(scope: Scope) -> dict[str, tuple[float, bool]]:
 def find_patterns(metrics: Metrics) -> list[Insight]:
     """Every pattern that holds over all layers together, then those that hold in some layer only.
 
-    Args:
-        metrics: of all samples.
-
-    Returns:
-        Insights in the order of `PATTERNS`; those of a layer (in layer order) only where the
-        pattern does not hold over all layers together.
+    In the order of `PATTERNS`; those of a layer (in layer order) only where the pattern does not
+    hold over all layers together.
     """
     overall, *per_layer = scopes(metrics)
-    found = {name for name, (_, holds) in verdicts(overall).items() if holds}
-    insights = []
-    for name in PATTERNS:
-        holding = [s.layer for s in per_layer if verdicts(s)[name][1]]
-        if name in found:
-            agreement = _layer_agreement(holding, [s.layer for s in per_layer])
+    whole, in_layers = [], []
+    for name, (_, holds) in verdicts(overall).items():
+        holding = [scope for scope in per_layer if verdicts(scope)[name][1]]
+        if holds:
             sharpest = _sharpest_head(metrics) if name == "uniform" and overall.is_broad else ""
-            insights.append(_insight(name, overall, sharpest + agreement))
+            agreement = _layer_agreement([s.layer for s in holding], metrics.layers)
+            whole.append(_insight(name, overall, sharpest + agreement))
         else:
-            insights += [_insight(name, s) for s in per_layer if s.layer in holding]
-    return sorted(insights, key=lambda insight: insight.layer is not None)
+            in_layers += [_insight(name, scope) for scope in holding]
+    return whole + in_layers
 
 
 def _insight(name: str, scope: Scope, more: str = "") -> Insight:
     pattern = PATTERNS[name]
+    evidence, measured = pattern.evidence(scope)
     caveat, by_rule_only = pattern.caveat(scope)
     where = "" if scope.layer is None else f" in layer {scope.layer}"
     doubt = " (by the absolute rule only)" if by_rule_only else ""
-    evidence, measured = pattern.evidence(scope)
-    return Insight(
-        pattern=name,
-        layer=scope.layer,
-        headline=f"💡 INSIGHT: {pattern.title} detected{where}!{doubt}",
-        advice=pattern.advice,
-        meaning=pattern.meaning,
-        evidence=evidence + more,
-        caveat=caveat,
-        by_rule_only=by_rule_only,
-        strategies=pattern.strategies,
-        example=pattern.example,
-        measured=measured,
-    )
+    headline = f"💡 INSIGHT: {pattern.title} detected{where}!{doubt}"
+    said = (headline, pattern.advice, pattern.meaning, evidence + more, caveat, by_rule_only)
+    return Insight(name, scope.layer, *said, pattern.strategies, pattern.example, measured)
 
 
 def _sharpest_head(metrics: Metrics) -> str:
     """A sentence where the head average hides a head that picks from the history."""
-    shares = [
-        (float((values / metrics.n_context).mean()), layer, head, float(values.mean()))
-        for place, layer in enumerate(metrics.layers)
-        for head, values in zip(
-            metrics.heads[place], metrics.of_heads("effective_tokens", place).T, strict=True
-        )
-    ]
+    shares = []
+    for place, layer in enumerate(metrics.layers):
+        values = metrics.of_heads("effective_tokens", place)
+        for head, own in zip(metrics.heads[place], values.T, strict=True):
+            shares.append((float((own / metrics.n_context).mean()), layer, head, float(own.mean())))
     share, layer, head, tokens = min(shares)
     if share >= BROAD_SHARE:
         return ""
@@ -134,21 +102,23 @@ def _layer_agreement(holding: Sequence[int], layers: Sequence[int]) -> str:
 def remarks(metrics: Metrics) -> list[str]:
     """What the rules cannot say at this context length, or miss: one sentence each."""
     overall = scopes(metrics)[0]
-    found = {name for name, (_, holds) in verdicts(overall).items() if holds}
-    even, entropy = float(overall.uniform["entropy"].mean()), overall.mean("entropy")
     if overall.n.max() == 1:
         return [
             "With one context token there is nothing to choose from: the recent/distant ratio is 1 "
             "and the entropy below 0.37 nats whatever the model does."
         ]
-    if "uniform" not in found and even <= UNIFORM_ENTROPY:
+    entropy, is_uniform = verdicts(overall)["uniform"]
+    if is_uniform:
+        return []
+    even = float(overall.uniform["entropy"].mean())
+    if even <= UNIFORM_ENTROPY:
         spread = "broad" if overall.is_broad else "narrow"
         return [
             f"Uniform attention cannot be recognised by its threshold at {overall.length}: reading "
             f"every token equally gives an entropy of {even:.2f} nats, not above "
             f"{UNIFORM_ENTROPY}. For its length attention is {spread}: {overall.normalised}."
         ]
-    if "uniform" not in found and overall.is_broad:
+    if overall.is_broad:
         return [
             f"The entropy of {entropy:.2f} nats is not above {UNIFORM_ENTROPY}, yet what the model "
             f"gives to its history is spread broadly: {overall.normalised}."

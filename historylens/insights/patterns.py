@@ -29,36 +29,26 @@ FAINT_MASS = 0.05  # below this weight on the whole context the history is hardl
 
 @dataclass(frozen=True)
 class Scope:
-    """The `K` attention rows that a statement is about: one layer's, or those of all layers.
+    """The `K` attention rows that a statement is about: one layer's, or those of all layers."""
 
-    Attributes:
-        layer: number of the layer, or None for all.
-        values: name -> `(K,)`, metrics of the head-averaged rows.
-        uniform: name -> `(K,)`, the same metrics under uniform causal attention.
-        n: `(K,)`, context tokens.
-        source: where the rows come from, in words.
-    """
-
-    layer: int | None
-    values: dict[str, np.ndarray]
-    uniform: dict[str, np.ndarray]
-    n: np.ndarray
-    source: str
+    layer: int | None  # its number; None for all
+    values: dict[str, np.ndarray]  # name -> (K,), metrics of the head-averaged rows
+    uniform: dict[str, np.ndarray]  # name -> (K,), the same under uniform attention
+    n: np.ndarray  # (K,), context tokens
+    source: str  # where the rows come from, in words
 
     @classmethod
     def of(cls, metrics: Metrics, place: int | None = None) -> "Scope":
         """The rows of the layer at a place in `metrics.layers`; None: of all layers."""
-        places = range(len(metrics.layers)) if place is None else [place]
+        n_layers = len(metrics.layers)
+        layer = None if place is None else metrics.layers[place]
+        chosen = slice(None) if place is None else slice(place, place + 1)
+        times = n_layers if place is None else 1
         source = counted(metrics.n_samples, "sample")
-        if place is None:
-            source += f" x {counted(len(places), 'layer')}"
-        return cls(
-            None if place is None else metrics.layers[place],
-            {name: metrics.of(name)[places].ravel() for name in NAMES},
-            {name: np.tile(metrics.of_uniform(name), len(places)) for name in NAMES},
-            np.tile(metrics.n_context, len(places)),
-            source,
-        )
+        source += f" x {counted(n_layers, 'layer')}" if place is None else ""
+        values = {name: metrics.of(name)[chosen].ravel() for name in NAMES}
+        uniform = {name: np.tile(metrics.of_uniform(name), times) for name in NAMES}
+        return cls(layer, values, uniform, np.tile(metrics.n_context, times), source)
 
     def mean(self, name: str) -> float:
         """Mean of a metric over the rows."""
@@ -118,13 +108,13 @@ def _recency_caveat(scope: Scope) -> tuple[str | None, bool]:
             f"holds only {held:.0%} of the attention on history. Most of it lies elsewhere.",
             True,
         )
-    if scope.n.max() < 4:
-        return (
-            f"At {scope.length} a quarter is one token: the ratio only compares the latest "
-            "transition with the first.",
-            False,
-        )
-    return None, False
+    if scope.n.max() >= 4:
+        return None, False
+    return (
+        f"At {scope.length} a quarter is one token: the ratio only compares the latest "
+        "transition with the first.",
+        False,
+    )
 
 
 def _last_quarter(scope: Scope) -> tuple[float, float]:
@@ -219,34 +209,22 @@ def _sparse_caveat(scope: Scope) -> tuple[str | None, bool]:
 
 @dataclass(frozen=True)
 class Pattern:
-    """A way in which attention may lie, how it shows, and what follows.
-
-    Attributes:
-        title, advice, meaning: what an insight says first.
-        figure: what the rule looks at, over the rows of a scope.
-        rule: whether the figure says that it holds, and the rule in words.
-        evidence: from a scope to what was measured, in words and numbers.
-        caveat: from a scope to where the rule misleads, or None, and whether only the rule holds.
-        strategies, example: ways to compress that fit, in words.
-        strategy: the one that `compress_history` takes.
-        measured: methods whose effect is measured for it, beside random choice.
-        headline: the one that the line of measured effects is about, and at how many transitions;
-            None: 30 % of the context.
-    """
+    """A way in which attention may lie, how it shows, and what follows."""
 
     title: str
     advice: str
     meaning: str
-    figure: Callable[[Scope], float]
+    figure: Callable[[Scope], float]  # what the rule looks at
     figure_name: str
-    rule: Callable[[float], bool]
+    rule: Callable[[float], bool]  # whether the figure says that it holds
     rule_text: str
-    evidence: Callable[[Scope], tuple[str, dict[str, float]]]
-    caveat: Callable[[Scope], tuple[str | None, bool]]
-    strategies: tuple[str, ...]
+    evidence: Callable[[Scope], tuple[str, dict[str, float]]]  # what was measured
+    caveat: Callable[[Scope], tuple[str | None, bool]]  # where the rule misleads; only it holds
+    strategies: tuple[str, ...]  # ways to compress that fit, in words
     example: str
-    strategy: str
-    measured: tuple[str, ...]
+    strategy: str  # the one that compress_history takes
+    measured: tuple[str, ...]  # methods whose effect is measured for it, beside random choice
+    # The one that the line of effects is about, at how many transitions; None: 30 % of the context.
     headline: tuple[str, int | None]
 
 

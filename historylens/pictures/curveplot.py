@@ -7,7 +7,7 @@ against the number of transitions kept. Axes are logarithmic but for that of fli
 """
 
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +57,8 @@ def deletion_curves(
         dpi: pixels an inch.
     """
     styles = _styles(strategies, worst)
-    rules = {name: textwrap.wrap(_about(name, strategies[name]), RULE_WIDTH) for name in styles}
-    height = sum(ROW + MORE * (len(rule) - 1) for rule in rules.values())
+    legend = legend_rows({name: strategies[name] for name in styles})
+    height = sum(ROW + MORE * (len(rule) - 1) for _, _, rule in legend)
     page = Page(1180, LEGEND + height + ROW + 14, dpi)
     n_decisions = strategies["random"]["sizes"][0]["n_decisions"]
     decisions = "1 decision" if n_decisions == 1 else f"{n_decisions:,} decisions"
@@ -70,19 +70,20 @@ def deletion_curves(
     nothing = (None, None) if empty is None else (100 * empty["flips"], empty["kl_mean"])
     page.text(LEFT, TOP - 24, "Decisions whose most likely action changes", 11, weight="bold")
     axes = page.plot(LEFT, TOP, WIDTH, HEIGHT)
-    _draw(axes, strategies, styles, ("flips", "flips_band", 100), nothing[0], n_context)
+    draw_curves(axes, strategies, styles, ("flips", "flips_band", 100), nothing[0], n_context)
     axes.yaxis.set_major_locator(MaxNLocator(5))
     axes.set_ylim(bottom=0.0)
     axes.set_ylabel("% of decisions", fontsize=9)
     page.text(RIGHT, TOP - 24, "How far the action distribution moves", 11, weight="bold")
     axes = page.plot(RIGHT, TOP, WIDTH, HEIGHT)
-    _draw(axes, strategies, styles, ("kl_mean", "kl_band", 1), nothing[1], n_context)
+    draw_curves(axes, strategies, styles, ("kl_mean", "kl_band", 1), nothing[1], n_context)
     axes.set_yscale("symlog", linthresh=LINEAR_BELOW)
     axes.yaxis.set_major_formatter(lambda value, _place: f"{value:g}")
     axes.yaxis.set_minor_locator(NullLocator())
     axes.set_ylim(bottom=0.0)
     axes.set_ylabel("mean KL(full || compressed), nats (log scale)", fontsize=9)
-    _legend(page, strategies, styles, rules, has_empty=empty is not None)
+    legend += [("empty", "", ["No history at all"])] if empty is not None else []
+    _draw_legend(page, strategies, styles, legend)
     page.save(path)
 
 
@@ -101,7 +102,7 @@ def _styles(strategies: Strategies, worst: str) -> Styles:
     return styles
 
 
-def _draw(
+def draw_curves(
     axes: Axes,
     strategies: Strategies,
     styles: Styles,
@@ -135,48 +136,45 @@ def _draw(
     axes.set_axisbelow(True)
 
 
-def _legend(
-    page: Page,
-    strategies: Strategies,
-    styles: Styles,
-    rules: Mapping[str, list[str]],
-    has_empty: bool,
+def legend_rows(strategies: Strategies) -> list[tuple[str, str, list[str]]]:
+    """Name of each strategy, what it is advised for, and its rule in lines."""
+    rows = []
+    for name, entry in strategies.items():
+        rule = entry["rule"].rstrip(".")
+        if name == "random":
+            rule += "; band: the middle 90 % of the draws"
+        if _is_point(entry):
+            rule += f"; {entry['sizes'][0]['kept_mean']:.1f} here"
+        rows.append((name, ", ".join(entry["advised_by"]), textwrap.wrap(rule, RULE_WIDTH)))
+    return rows
+
+
+def _draw_legend(
+    page: Page, strategies: Strategies, styles: Styles, rows: Sequence[tuple[str, str, list[str]]]
 ) -> None:
-    """Every strategy with what advises it and its rule."""
     name_at, advised_at, rule_at = (LEFT + offset for offset in COLUMNS)
     y = LEGEND
     for x, text in ((name_at, "strategy"), (advised_at, "advised for"), (rule_at, "rule")):
         page.text(x, y - ROW, text, 8.5, color=SOFT)
-    for name, rule in rules.items():
-        axes = page.plot(LEFT, y - ROW / 2, 40, ROW)
-        axes.set_axis_off()
-        axes.set_xlim(0, 2)
-        axes.set_ylim(-1, 1)
-        if name == "random":
-            axes.fill_between([0, 2], -0.7, 0.7, color=BAND, lw=0)
-        x = [1] if _is_point(strategies[name]) else [0, 1, 2]
-        axes.plot(x, [0] * len(x), markevery=[len(x) // 2], **styles[name])
+    for name, advised, rule in rows:
+        if name in strategies:
+            axes = page.plot(LEFT, y - ROW / 2, 40, ROW)
+            axes.set_axis_off()
+            axes.set_xlim(0, 2)
+            axes.set_ylim(-1, 1)
+            if name == "random":
+                axes.fill_between([0, 2], -0.7, 0.7, color=BAND, lw=0)
+            x = [1] if _is_point(strategies[name]) else [0, 1, 2]
+            axes.plot(x, [0] * len(x), markevery=[len(x) // 2], **styles[name])
+        else:  # the level of no history
+            page.lines([[(LEFT, y), (LEFT + 40, y)]], colors=INK, linewidths=1.2, linestyles=":")
         page.text(name_at, y, name, 9, weight="bold")
-        page.text(advised_at, y, ", ".join(strategies[name]["advised_by"]), 9)
+        page.text(advised_at, y, advised, 9)
         for i, line in enumerate(rule):
             page.text(rule_at, y + MORE * i, line, 9, color=SOFT)
         y += ROW + MORE * (len(rule) - 1)
-    if has_empty:
-        page.lines([[(LEFT, y), (LEFT + 40, y)]], colors=INK, linewidths=1.2, linestyles=":")
-        page.text(name_at, y, "empty", 9, weight="bold")
-        page.text(rule_at, y, "No history at all", 9, color=SOFT)
 
 
 def _is_point(entry: Mapping[str, Any]) -> bool:
     """Whether a strategy keeps as many as it needs: one size, with random draws of the same."""
     return "random" in entry["sizes"][0]
-
-
-def _about(name: str, entry: Mapping[str, Any]) -> str:
-    """The rule of a strategy, and what its line does not say."""
-    text = entry["rule"].rstrip(".")
-    if name == "random":
-        text += "; band: the middle 90 % of the draws"
-    if _is_point(entry):
-        text += f"; {entry['sizes'][0]['kept_mean']:.1f} here"
-    return text

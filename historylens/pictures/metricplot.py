@@ -1,7 +1,7 @@
 """The four summary metrics as pictures: their distribution over samples, their course over layers.
 
-    summary("summary.png", {"entropy": values, ...}, {"entropy": 5.4, ...}, layer=2)       # (S,)
-    course("layers.png", {"entropy": values, ...}, {"entropy": 5.4, ...}, layers=[0, 1])   # (L, S)
+    summary("summary.png", {"entropy": values, ...}, {"entropy": 5.4, ...}, layer=2, dpi=100)
+    course("layers.png", {"entropy": values, ...}, {"entropy": 5.4, ...}, layers=[0, 1], dpi=100)
 
 Axes: `S` samples, `L` layers.
 """

@@ -1,7 +1,7 @@
 """Draw pictures on all cores: several processes that only draw, fed while the model runs.
 
     with Painter(n_processes=2) as painter:
-        painter.draw(heatmap, path, maps, rows, cols, decision, tokens, layer=2)
+        painter.draw(line_plot, path, sample, layer=2, heads=range(4), dpi=100)
     # every picture is on the disk here
 
 Pictures are the same, byte for byte, however many processes draw them. Processes are forked, so
