@@ -134,19 +134,13 @@ def rewarded_recent(history: History, n_keep: int, generator: Generator | None) 
     return keep_best(n_keep, latest(history, half(n_keep)), history.rewards > 0)
 
 
-def _episode_starts(history: History) -> Tensor:
-    """First transition of each one's episode: `(B, n)`."""
-    episodes = history.episodes.contiguous()
-    return torch.searchsorted(episodes, episodes)
-
-
 @enter("last-episodes", "Laskin et al. 2022, arXiv 2210.14215 (contexts of whole episodes)",
        "history", "episodes", keeps="up to n_keep")  # fmt: skip
 def last_episodes(history: History, n_keep: int, generator: Generator | None) -> Tensor:
     """Keep the latest episodes, each whole or not at all, as many as fit; of a latest one that does
     not fit, its end.
     """
-    first = _episode_starts(history)
+    first = torch.searchsorted(history.episodes.contiguous(), history.episodes.contiguous())
     fits = history.n - first <= n_keep  # (B, n): from the start of its episode to the end
     return keep_where(torch.where(fits.any(dim=1, keepdim=True), fits, latest(history, n_keep)))
 
@@ -157,7 +151,7 @@ def best_episodes(history: History, n_keep: int, generator: Generator | None) ->
     """Keep the episodes of highest return, the later first among equals, and of the last that fits
     only in part its end.
     """
-    first = _episode_starts(history)
+    first = torch.searchsorted(history.episodes.contiguous(), history.episodes.contiguous())
     rewards = history.rewards.double()
     returns = torch.zeros_like(rewards).scatter_add(1, first, rewards).gather(1, first)
     return keep_best(n_keep, returns)
