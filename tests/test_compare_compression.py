@@ -18,7 +18,7 @@ from levers import LeversAgent
 
 import compare_compression
 from compare_compression import main
-from historylens import comparison
+from historylens import analysis, comparison
 from historylens.agent import Environment
 from historylens.common.errors import run_command
 from historylens.comparison import WITH_BUDGET, CompareConfig, compare, playing
@@ -278,6 +278,12 @@ def test_with_an_adapter_nothing_of_the_ad_half_is_imported(tmp_path):
 def test_flags_of_checkpoints_have_no_place_beside_an_adapter(home, capsys, flag):
     said = refused(main, ["--adap", "my_model.py", *flag], capsys)
     assert "has no meaning beside --adapter: its load() chooses the model, and its act()" in said
+
+
+def test_the_usage_of_the_tools_own_command_names_it(capsys):
+    with pytest.raises(SystemExit):
+        analysis.main(["compare", "--help"])
+    assert capsys.readouterr().out.startswith("usage: historylens compare ")
 
 
 def test_the_tools_own_command_needs_an_adapter(home, capsys):

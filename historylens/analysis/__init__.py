@@ -83,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if argv[:1] == ["compare"]:
         from historylens.comparison import main as compare
 
-        return compare(argv[1:])
+        return compare(argv[1:], prog="historylens compare")
     parser = argparse.ArgumentParser(
         description="Show which history an in-context reinforcement learner attends to, in "
         "pictures and numbers, and say how the history may be compressed.",

@@ -92,11 +92,12 @@ class CompareConfig:
     seed: int = setting(0, "seed of action noise, random choices and bootstrap", "N", type=whole)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Parse the flags and compare on the model of an adapter."""
+def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
+    """Parse the flags and compare on the model of an adapter; `prog` names the command in usage."""
     from historylens.adapter.agent import load_acting
 
     parser = make_parser()
+    parser.prog = prog or parser.prog
     for name in ("checkpoint", "positions"):  # of checkpoints: refused here
         parser.add_argument(f"--{name}", nargs="+", help=argparse.SUPPRESS)
     flags = parser.parse_args(argv)
