@@ -31,17 +31,28 @@ class Decision:
 
     Arrays, tensors and lists are accepted. Whatever else a transition holds (an image, flattened;
     a continuous action) may be columns of its state.
+
+    Attributes:
+        states: `(n,)` or `(n, S)`, the state before each transition.
+        actions: `(n,)` int.
+        rewards: `(n,)`; above 0 counts as rewarded.
+        query_state: a number or `(S,)`, the state to act in.
+        next_states: as `states`; None: the state of the transition that follows.
+        episodes: `(n,)` int, number of the episode of each transition, never falling; None: one.
+        title: says which decision this is, in the titles of pictures.
+        labels: columns of metrics.csv that name it.
+        task: number of the task, for comparisons between decisions of different tasks.
     """
 
-    states: Any  # (n,) or (n, S), the state before each transition
-    actions: Any  # (n,) int
-    rewards: Any  # (n,); above 0 counts as rewarded
-    query_state: Any  # a number or (S,), the state to act in
-    next_states: Any = None  # as states; None: the state of the transition that follows
-    episodes: Any = None  # (n,) int, the episode of each transition, never falling; None: one
-    title: str = ""  # says which decision this is, in the titles of pictures
-    labels: dict[str, int | float | str] = field(default_factory=dict)  # columns of metrics.csv
-    task: int | None = None  # its number, to compare decisions of different tasks
+    states: Any
+    actions: Any
+    rewards: Any
+    query_state: Any
+    next_states: Any = None
+    episodes: Any = None
+    title: str = ""
+    labels: dict[str, int | float | str] = field(default_factory=dict)
+    task: int | None = None
 
     @property
     def n(self) -> int:
@@ -66,22 +77,33 @@ class History:
     """Raw history before each of `B` decisions, and what is known of the attention to it.
 
     What is None is unknown. Nothing is checked here: `checked` does, where histories enter.
+
+    Attributes:
+        states, next_states: `(B, n, S)`, `S` numbers describe a state.
+        actions: `(B, n)` int.
+        rewards: `(B, n)`.
+        query_states: `(B, S)`, the state in which to act.
+        episodes: `(B, n)` int, number of the episode of each transition, never falling.
+        tasks: `(B,)` int, equal where two histories are of the same task.
+        received: `(B, n)`, attention that each transition received from the tokens after it, the
+            query not included, summed over them.
+        last_rows: `(B, W, n)`, attention rows of the last `W` transitions.
+        query_attention: `(B, n)`, the query's attention to each transition, after the softmax.
+        kept: `(B, n)` int64, which transitions of the raw history these are, ascending; a decision
+            that keeps fewer than another has `PADDING` in front, and any transition there
+            (`by_count` splits such a batch). None: nothing was left out, or these are new tokens.
     """
 
-    states: Tensor  # (B, n, S), S numbers describe a state
-    actions: Tensor  # (B, n) int
-    rewards: Tensor  # (B, n)
-    next_states: Tensor  # (B, n, S)
-    query_states: Tensor | None = None  # (B, S), the state in which to act
-    episodes: Tensor | None = None  # (B, n) int, the episode of each transition, never falling
-    tasks: Tensor | None = None  # (B,) int, equal where two histories are of the same task
-    # (B, n), what each transition received from the tokens after it but the query, summed
+    states: Tensor
+    actions: Tensor
+    rewards: Tensor
+    next_states: Tensor
+    query_states: Tensor | None = None
+    episodes: Tensor | None = None
+    tasks: Tensor | None = None
     received: Tensor | None = None
-    last_rows: Tensor | None = None  # (B, W, n), attention rows of the last W transitions
-    query_attention: Tensor | None = None  # (B, n), of the query to each, after the softmax
-    # (B, n) int64, which transitions of the raw history these are, ascending; a decision that keeps
-    # fewer than another has PADDING in front, and any transition there (by_count splits such a
-    # batch). None: nothing was left out, or these are new tokens.
+    last_rows: Tensor | None = None
+    query_attention: Tensor | None = None
     kept: Tensor | None = None
 
     @classmethod

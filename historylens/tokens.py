@@ -25,15 +25,20 @@ QUERY, PADDING = "query", "padding"  # parts of such tokens
 class Tokens:
     """The `T` tokens that a model reads before one decision, in the model's order.
 
-    ValueError for a map that cannot be.
+    Attributes:
+        transition: `(T,)` int, number of each token's transition in the order of time, from 0; -1
+            for a token of none.
+        part: `(T,)` what each token holds, for example "state", "action", "reward" or
+            "transition"; "query" for the state in which to act, "padding" for what is masked out.
+        decides: the token whose output gives the action; negative numbers count from the end.
+
+    Raises:
+        ValueError: a map that cannot be.
     """
 
-    # (T,) int, number of each token's transition in the order of time, from 0; -1 for one of none
     transition: np.ndarray
-    # (T,) what each holds, as "state", "action", "reward" or "transition"; "query" for the state in
-    # which to act, "padding" for what is masked out
     part: tuple[str, ...]
-    decides: int = -1  # the token whose output gives the action; negative: from the end
+    decides: int = -1
 
     def __post_init__(self) -> None:
         numbers = np.asarray(self.transition)
