@@ -12,9 +12,11 @@ does.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from historylens.common.text import listed
+import numpy as np
+
+from historylens.common.text import counted, listed
 from historylens.insights.patterns import BROAD_SHARE, PATTERNS, UNIFORM_ENTROPY, Scope
-from historylens.metrics import Metrics
+from historylens.metrics import NAMES, Metrics
 
 
 @dataclass(frozen=True)
@@ -36,8 +38,22 @@ class Insight:
 
 
 def scopes(metrics: Metrics) -> list[Scope]:
-    """All layers together first, then every layer."""
-    return [Scope.of(metrics, place) for place in (None, *range(len(metrics.layers)))]
+    """All layers together first, then every layer, whose values are views of the first's."""
+    n_layers, source = len(metrics.layers), counted(metrics.n_samples, "sample")
+    values = {name: metrics.of(name) for name in NAMES}  # (L, S) each
+    uniform = {name: metrics.of_uniform(name) for name in NAMES}
+    n = metrics.n_context
+    overall = Scope(
+        None,
+        {name: each.ravel() for name, each in values.items()},
+        {name: np.tile(each, n_layers) for name, each in uniform.items()},
+        np.tile(n, n_layers),
+        f"{source} x {counted(n_layers, 'layer')}",
+    )
+    return [overall] + [
+        Scope(layer, {name: each[place] for name, each in values.items()}, uniform, n, source)
+        for place, layer in enumerate(metrics.layers)
+    ]
 
 
 def verdicts(scope: Scope) -> dict[str, tuple[float, bool]]:

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from historylens.common.text import cap, counted
-from historylens.metrics import NAMES, STRONG_WEIGHT, TOLERANCE, Metrics
+from historylens.metrics import STRONG_WEIGHT, TOLERANCE
 
 RECENCY_RATIO = 2.0  # recency: median recent/distant ratio above
 UNIFORM_ENTROPY = 2.0  # uniform: mean entropy above, nats
@@ -36,19 +36,6 @@ class Scope:
     uniform: dict[str, np.ndarray]  # name -> (K,), the same under uniform attention
     n: np.ndarray  # (K,), context tokens
     source: str  # where the rows come from, in words
-
-    @classmethod
-    def of(cls, metrics: Metrics, place: int | None = None) -> "Scope":
-        """The rows of the layer at a place in `metrics.layers`; None: of all layers."""
-        n_layers = len(metrics.layers)
-        layer = None if place is None else metrics.layers[place]
-        chosen = slice(None) if place is None else slice(place, place + 1)
-        times = n_layers if place is None else 1
-        source = counted(metrics.n_samples, "sample")
-        source += f" x {counted(n_layers, 'layer')}" if place is None else ""
-        values = {name: metrics.of(name)[chosen].ravel() for name in NAMES}
-        uniform = {name: np.tile(metrics.of_uniform(name), times) for name in NAMES}
-        return cls(layer, values, uniform, np.tile(metrics.n_context, times), source)
 
     def mean(self, name: str) -> float:
         """Mean of a metric over the rows."""
