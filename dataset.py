@@ -1,12 +1,10 @@
 """Learning histories and the windows that a model reads of them (Laskin et al. 2022, section 3).
 
 A history is everything that happened to one learner, episode after episode. A window is one
-decision of it: the state it stood in, the action it took, and as context the transitions before.
-With a stride of k the context joins every k-th episode back, so that a few episodes span much of
-the learning.
+decision of it, with the transitions before as context. With a stride of k that joins every k-th
+episode back, so that a few episodes span much of the learning.
 
-    histories = Histories.load("checkpoints/RUN/histories-test.npz")
-    dataset = ADDataset(histories, n_context=99, max_stride=16)
+    dataset = ADDataset(Histories.load("RUN/histories-test.npz"), n_context=99, max_stride=16)
     dataset.sample(32, np.random.default_rng(0))["states"]                    # (32, 99, 2)
 """
 
@@ -17,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from historylens.common.errors import UserError
+from historylens.common.errors import UserError, expect
 from historylens.common.files import write_atomically
 
 CONTEXT = ("states", "actions", "rewards", "next_states")  # what a model reads of a transition
@@ -25,22 +23,14 @@ CONTEXT = ("states", "actions", "rewards", "next_states")  # what a model reads 
 
 @dataclass(frozen=True)
 class Histories:
-    """`N` learning histories of `S` steps each, whole episodes of `horizon` steps.
+    """`N` learning histories of `S` steps each, whole episodes of `horizon` steps."""
 
-    Attributes:
-        states, next_states: `(N, S, 2)` int.
-        actions: `(N, S)` int.
-        rewards: `(N, S)` int or float.
-        goals: `(N, 2)` int, the goal of each history.
-        horizon: steps an episode.
-    """
-
-    states: np.ndarray
-    actions: np.ndarray
-    rewards: np.ndarray
-    next_states: np.ndarray
-    goals: np.ndarray
-    horizon: int
+    states: np.ndarray  # (N, S, 2) int
+    actions: np.ndarray  # (N, S) int
+    rewards: np.ndarray  # (N, S) int or float
+    next_states: np.ndarray  # (N, S, 2) int
+    goals: np.ndarray  # (N, 2) int, the goal of each history
+    horizon: int  # steps an episode
 
     def __post_init__(self) -> None:
         n, steps = self.actions.shape
@@ -48,17 +38,14 @@ class Histories:
         expected |= dict.fromkeys(["states", "next_states"], (n, steps, 2)) | {"goals": (n, 2)}
         for name, shape in expected.items():
             array = getattr(self, name)
-            if array.shape != shape:
-                raise ValueError(
-                    f"expected {name} of shape {shape} beside actions of shape {(n, steps)}, "
-                    f"got {array.shape}"
-                )
-            if name != "rewards" and not np.issubdtype(array.dtype, np.integer):
-                raise ValueError(f"expected {name} of an integer type, got {array.dtype}")
-        if self.horizon < 1 or steps % self.horizon:
-            raise ValueError(
-                f"expected whole episodes of {self.horizon} steps, got {steps} steps a history"
-            )
+            beside = f"expected {name} of shape {shape} beside actions of shape {(n, steps)}"
+            expect(array.shape == shape, f"{beside}, got {array.shape}")
+            is_whole = name == "rewards" or np.issubdtype(array.dtype, np.integer)
+            expect(is_whole, f"expected {name} of an integer type, got {array.dtype}")
+        expect(
+            self.horizon >= 1 and steps % self.horizon == 0,
+            f"expected whole episodes of {self.horizon} steps, got {steps} steps a history",
+        )
 
     @property
     def n_histories(self) -> int:
@@ -76,16 +63,11 @@ class Histories:
 
     def save(self, path: str | Path) -> None:
         """Write an `.npz` file, whole or not at all."""
-        arrays = {name: np.asarray(value) for name, value in vars(self).items()}
-        write_atomically(path, lambda file: np.savez_compressed(file, **arrays))
+        write_atomically(path, lambda file: np.savez_compressed(file, **vars(self)))
 
     @classmethod
     def load(cls, path: str | Path) -> "Histories":
-        """Read what `save` wrote.
-
-        Raises:
-            UserError: the file is not there, not such an `.npz`, or its arrays do not fit.
-        """
+        """Read what `save` wrote; UserError: no such file, not such an `.npz`, or damaged."""
         try:
             with np.load(path, allow_pickle=False) as file:
                 arrays = {name: file[name] for name in cls.__dataclass_fields__}
@@ -102,17 +84,16 @@ class Histories:
 def context_steps(step: int, n: int, stride: int, horizon: int) -> np.ndarray:
     """The `n` steps before a decision at `step`, in the order of time: `(n,)` int.
 
-    They are those of its own episode, then of every `stride`-th episode back, where episodes have
-    `horizon` steps; negative where the history does not reach back so far.
+    They are of its own episode, then of every `stride`-th back; negative before the first.
     """
     earlier = step // horizon - stride * (1 + np.arange(-(-n // horizon)))
     return joined_steps(np.array([step]), n, earlier[None], horizon)[0]
 
 
 def joined_steps(steps: np.ndarray, n: int, earlier: np.ndarray, horizon: int) -> np.ndarray:
-    """The `n` steps before decisions at `steps` `(B,)`, of episodes that are named: `(B, n)` int.
+    """The `n` steps before decisions at `steps` `(B,)`, in the order of time: `(B, n)` int.
 
-    They are those of the decision's own episode, then of `earlier` `(B, m)`, latest first.
+    They are of the decision's own episode, then of the episodes `earlier` `(B, m)`, latest first.
     """
     within = steps[:, None] % horizon
     back = np.arange(n, 0, -1)  # 1 = the transition right before the decision
@@ -136,21 +117,20 @@ class ADDataset:
     """Windows of learning histories.
 
     A batch of `B` windows is a dict of tensors: `states (B, n, 2), actions (B, n), rewards (B, n),
-    next_states (B, n, 2), query_states (B, 2), target_actions (B,)`, int64; rewards that are no
-    whole numbers float32. A batch drawn by `sample` has windows of `n_context` transitions, joined
-    at strides from `1 .. max_stride`, as far as the history reaches back.
-
-    Raises:
-        UserError: the histories are too short for a single window.
+    next_states (B, n, 2)`, and for the decisions after the `q` longest prefixes `query_states
+    (B, q, 2), target_actions (B, q)`, int64; rewards that are no whole numbers float32. A batch
+    drawn by `sample` has windows of `n_context` transitions, joined at strides from
+    `1 .. max_stride`, as far as the history reaches back, and `q` is `n + 1`. UserError: the
+    histories are too short for a single window.
     """
 
     def __init__(self, histories: Histories, n_context: int, max_stride: int = 1) -> None:
         self.histories, self.n_context, self.max_stride = histories, n_context, max_stride
-        if histories.n_steps <= n_context:
-            raise UserError(
-                f"histories too short for the context: expected more than {n_context} steps, so "
-                f"that a decision has {n_context} transitions before it, got {histories.n_steps}"
-            )
+        expect(
+            histories.n_steps > n_context,
+            f"histories too short for the context: expected more than {n_context} steps, so "
+            f"that a decision has {n_context} transitions before it, got {histories.n_steps}",
+        )
         arrays = {name: np.ascontiguousarray(getattr(histories, name)) for name in CONTEXT}
         self.tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
 
@@ -158,9 +138,7 @@ class ADDataset:
         """Draw a training batch of `B` windows."""
         return self.gather(*self.draw(batch_size, self.n_context, rng))
 
-    def draw(
-        self, batch_size: int, n: int, rng: np.random.Generator
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def draw(self, batch_size: int, n: int, rng: np.random.Generator) -> tuple[np.ndarray, ...]:
         """Draw `B` decisions to train on, and the `n` transitions that stand before each.
 
         Half of the windows join every k-th episode, k uniform, and lie anywhere in their history.
@@ -169,9 +147,8 @@ class ADDataset:
         teaches the model to head for places where a goal may be. Half of each kind begin with an
         episode, as a context that is still growing does, and half anywhere, as a full one does.
 
-        Returns:
-            Histories `(B,)`, steps of the decisions `(B,)` and of their contexts `(B, n)`, as
-            `gather` takes them.
+        Returns histories `(B,)`, steps of the decisions `(B,)` and of their contexts `(B, n)`, as
+        `gather` takes them.
         """
         horizon, n_back = self.histories.horizon, -(-n // self.histories.horizon)
         n_episodes = self.histories.n_steps // horizon
@@ -185,7 +162,8 @@ class ADDataset:
         episode = rng.integers(np.minimum(needed, n_episodes - 1), n_episodes)
         earlier = episode[:, None] - stride[:, None] * (1 + np.arange(n_back))
         if n_episodes > n_back:
-            spread = _spread_episodes(batch_size, n_back + 1, n_episodes, rng)
+            spread = (n_episodes ** rng.random((batch_size, n_back + 1))).astype(int) - 1
+            spread = distinct(np.sort(spread, axis=1), n_episodes)
             use = rng.random(batch_size) < 0.5
             episode = np.where(use, spread[:, -1], episode)
             earlier = np.where(use[:, None], spread[:, -2::-1], earlier)
@@ -193,35 +171,17 @@ class ADDataset:
         steps = episode * horizon + within
         return rows, steps, joined_steps(steps, n, earlier, horizon)
 
-    def gather(
-        self, histories: np.ndarray, steps: np.ndarray, context: np.ndarray
-    ) -> dict[str, Tensor]:
-        """Windows of decisions at `steps` `(B,)` of `histories` `(B,)`, numbers of histories.
-
-        `context` `(B, n)` are the steps that stand before them, as many as one likes.
-        """
-        window = {k: v[histories[:, None], context] for k, v in self.tensors.items()}
-        window["query_states"] = self.tensors["states"][histories, steps]
-        window["target_actions"] = self.tensors["actions"][histories, steps]
+    def gather(self, rows: np.ndarray, steps: np.ndarray, context: np.ndarray) -> dict[str, Tensor]:
+        """Decisions at `steps` `(B,)` of histories `rows` `(B,)`, after `context` `(B, n)`."""
+        rows, decisions = rows[:, None], np.column_stack([context, steps])
+        window = {k: v[rows, context] for k, v in self.tensors.items()}
+        window["query_states"] = self.tensors["states"][rows, decisions]
+        window["target_actions"] = self.tensors["actions"][rows, decisions]
         return {k: v.float() if v.is_floating_point() else v.long() for k, v in window.items()}
 
 
-def _spread_episodes(n_rows: int, n: int, n_episodes: int, rng: np.random.Generator) -> np.ndarray:
-    """Ascending, distinct episodes `(B, n)`, the logarithm of their number uniform."""
-    order = np.arange(n)
-    drawn = (n_episodes ** rng.random((n_rows, n))).astype(int) - 1
-    ascending = np.maximum.accumulate(np.sort(drawn, axis=1) - order, axis=1) + order
-    return np.clip(ascending, order, n_episodes - n + order)
-
-
-def packed_queries(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """States to act in after the `q` longest prefixes of windows, `(B, q, 2)`, actions `(B, q)`.
-
-    Windows of `ADDataset` have a decision after every prefix, `q = n + 1`; those of
-    `ad.thinning` name their decisions themselves.
-    """
-    if batch["query_states"].ndim == 3:
-        return batch["query_states"], batch["target_actions"]
-    queries = torch.cat([batch["states"], batch["query_states"].unsqueeze(1)], dim=1)
-    targets = torch.cat([batch["actions"], batch["target_actions"].unsqueeze(1)], dim=1)
-    return queries, targets
+def distinct(indices: np.ndarray, size: int) -> np.ndarray:
+    """Ascending indices `(..., n)` below `size`, moved as little as it takes to be distinct."""
+    n = indices.shape[-1]
+    forward = np.maximum.accumulate(indices - np.arange(n), axis=-1)
+    return np.minimum(forward, size - n) + np.arange(n)

@@ -1,8 +1,7 @@
 """Train an Algorithm Distillation model in Dark Room (Laskin et al. 2022, sections 3 and 4).
 
-    python train.py                     # learning histories, training, evaluation
+    python train.py --seed 1            # learning histories, training, evaluation
     python train.py --resume            # go on after an interruption: same result as without it
-    python train.py --seed 1            # another run, beside the first
     torchrun --nproc-per-node 4 train.py     # data-parallel: the same batches, shared out
 
 Writes `checkpoints/RUN/`: a `ckpt-STEP.pt` whenever the return on the validation goals is a new
@@ -24,9 +23,19 @@ from historylens.common.settings import add_flags
 
 def main(argv: list[str] | None = None) -> None:
     """Parse the flags, train, evaluate, save."""
+    parser = argparse.ArgumentParser(
+        description="Train an Algorithm Distillation model in Dark Room: learning histories of a "
+        "source algorithm, a transformer that imitates them, and its evaluation in context."
+    )
+    flag = parser.add_argument
+    flag("--run", metavar="NAME", help="name of the run (default: AD-darkroom-seedSEED)")
+    flag("--resume", action="store_true", help="go on with an interrupted run")
+    flag("--checkpoints", metavar="DIR", default="checkpoints", help="where runs lie")
+    flag("--figs", metavar="DIR", default="figs", help="where pictures go")
+    add_flags(parser, TrainConfig, SourceConfig, EnvConfig, ModelConfig)
     with join() as group:
         with group.told_once():
-            flags = make_parser().parse_args(argv)
+            flags = parser.parse_args(argv)
         with group.together():
             settings, run, device = prepare(flags, group)
         trainer = train(settings, run, device, flags.resume, group)
@@ -38,21 +47,6 @@ def main(argv: list[str] | None = None) -> None:
             draw_learning_curve(result, picture)
             print(describe(result, checkpoints_in(run)[-1]))
             print(f"All numbers: {run / LOG_NAME}, learning curves: {picture}")
-
-
-def make_parser() -> argparse.ArgumentParser:
-    """The flags: one a setting of `config.py`, and where the run lives."""
-    parser = argparse.ArgumentParser(
-        description="Train an Algorithm Distillation model in Dark Room: learning histories of a "
-        "source algorithm, a transformer that imitates them, and its evaluation in context.",
-    )
-    flag = parser.add_argument
-    flag("--run", metavar="NAME", help="name of the run (default: AD-darkroom-seedSEED)")
-    flag("--resume", action="store_true", help="go on with an interrupted run")
-    flag("--checkpoints", metavar="DIR", default="checkpoints", help="where runs lie")
-    flag("--figs", metavar="DIR", default="figs", help="where pictures go")
-    add_flags(parser, TrainConfig, SourceConfig, EnvConfig, ModelConfig)
-    return parser
 
 
 if __name__ == "__main__":

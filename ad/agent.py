@@ -1,8 +1,4 @@
-"""The AD model as an agent: a checkpoint, and decisions from learning histories.
-
-agent = load_for_analysis(VisualizeConfig(), pick_device("auto"))
-agent.decisions[0].title, agent.act(agent.history([0]))
-"""
+"""The AD model as an agent: a checkpoint, and decisions from learning histories."""
 
 import hashlib
 from collections.abc import Callable, Sequence
@@ -16,25 +12,17 @@ from torch import Tensor
 from ad.acting import fast_logits
 from ad.checkpoints import Checkpoint, find_checkpoint, is_dark_room, load_checkpoint
 from ad.darkroom import N_ACTIONS, DarkRoom, optimal_return
-from ad.decisions import Filter, HistoryDecisions, Place, choose_decisions
+from ad.decisions import Filter, HistoryDecisions, choose_decisions
 from ad.histories import histories_path, read_histories
 from config import EnvConfig
-from dataset import Histories
 from historylens.agent import Agent, Environment
-from historylens.common.errors import UserError, note
+from historylens.common.errors import UserError, expect, note
 from historylens.common.settings import from_dict
 from historylens.history import Decision, History
 
 
 class ADAgent(Agent):
-    """A checkpoint's model, with or without decisions of learning histories.
-
-    Args:
-        checkpoint: the model, and what it was trained on.
-        device: where the model lies.
-        decisions: of learning histories, each with a full context.
-        facts, meta: what was loaded, in words and as plain values.
-    """
+    """A checkpoint's model, with or without decisions, each with a full context."""
 
     label_columns = ("goal_row", "goal_col", "history", "step", "stride")
 
@@ -63,13 +51,8 @@ class ADAgent(Agent):
         return self.model(*history.inputs)
 
     def length(self, index: int) -> int:
-        """Transitions before a decision, the same for all."""
+        """Transitions before a decision: as many as the model reads."""
         return self.n_max
-
-    @property
-    def n_tokens(self) -> int:
-        """Tokens of a decision: every position that the model has."""
-        return self.n_max + 1
 
     @cached_property
     def identity(self) -> dict[str, Any]:
@@ -81,51 +64,41 @@ class ADAgent(Agent):
 
     @cached_property
     def environment(self) -> Environment:
-        """Dark Room, on the test goals that the checkpoint holds.
-
-        Raises:
-            UserError: it holds none, or such that its room has not, or is of another environment.
-        """
+        """Dark Room, on the test goals of the checkpoint; UserError: there are none that fit it."""
         path, config, goals = self.checkpoint.path, self.checkpoint.config, self.checkpoint.goals
-        n_actions, grid_size = self.model.config.num_actions, self.model.config.grid_size
-        if not is_dark_room(config) or n_actions != N_ACTIONS:
-            raise UserError(
-                f"{path}: expected a model of env 'darkroom' with {N_ACTIONS} actions to act, got "
-                f"env {config.get('env')!r} with {n_actions}; its attention can be shown"
-            )
+        n_actions = self.model.config.num_actions
+        expect(
+            is_dark_room(config) and n_actions == N_ACTIONS,
+            f"{path}: expected a model of env 'darkroom' with {N_ACTIONS} actions to act, got "
+            f"env {config.get('env')!r} with {n_actions}; its attention can be shown",
+        )
         goals = goals.get("test") if isinstance(goals, dict) else None
-        if not goals:
-            raise UserError(
-                f"{path} holds no test goals: expected its goals to have a list 'test', goals that "
-                "the model was not trained on; train again, or name another --checkpoint"
-            )
-        env = from_dict(EnvConfig, config | {"grid_size": grid_size})
+        expect(
+            goals,
+            f"{path} holds no test goals: expected its goals to have a list 'test', goals that "
+            "the model was not trained on; train again, or name another --checkpoint",
+        )
+        env = from_dict(EnvConfig, config | {"grid_size": self.model.config.grid_size})
+        room = {"grid_size": env.grid_size, "horizon": env.horizon}
         try:
             cells = np.array(goals)
-            DarkRoom(cells, env.grid_size, env.horizon)
+            DarkRoom(cells, **room)
         except ValueError as error:
             raise UserError(f"{path}: its test goals do not fit its room: {error}") from None
-        best = optimal_return(cells, env.grid_size, env.horizon)
         return Environment(
             goals=tuple(f"({row}, {col})" for row, col in cells.tolist()),
             horizon=env.horizon,
-            make=lambda numbers: DarkRoom(cells[numbers], env.grid_size, env.horizon),
-            best=tuple(best.tolist()),
+            make=lambda numbers: DarkRoom(cells[numbers], **room),
+            best=tuple(optimal_return(cells, **room).tolist()),
         )
 
 
 def load_for_analysis(
     config: Any, device: torch.device, tell: Callable[[str], None] = note
 ) -> ADAgent:
-    """Load a checkpoint, its histories, and choose decisions; nothing is written.
+    """Load the checkpoint and the histories of a `VisualizeConfig`, and choose decisions.
 
-    Args:
-        config: a `VisualizeConfig`.
-        device: where the model will lie.
-        tell: called with a line of text that the user should read.
-
-    Raises:
-        UserError: something is missing, damaged, or does not fit.
+    UserError: something is missing, damaged, or does not fit. `tell` gets lines for the user.
     """
     choice = find_checkpoint(config.checkpoint)
     checkpoint = load_checkpoint(choice.path, device)
@@ -133,59 +106,37 @@ def load_for_analysis(
     histories = read_histories(path, checkpoint, tell)
     n_context = checkpoint.model.n_context_max
     only = Filter(config.goal, config.history, config.steps)
-    places = choose_decisions(
-        histories, n_context, config.num_samples, config.seed, config.stride, only
-    )
+    which = config.num_samples, config.seed, config.stride, only
+    places = choose_decisions(histories, n_context, *which)
+    used, steps = list({place.history for place in places}), [place.step for place in places]
+    goals = histories.goals
+    n_goals, n_goals_used = (len(np.unique(part, axis=0)) for part in (goals, goals[used]))
     model = checkpoint.model.config
     facts = {
         "Checkpoint": f"{choice.path} ({choice.reason})",
         "Step": f"{checkpoint.step:,} gradient updates",
         "Model": f"{model.tf_n_layer} layers x {model.tf_n_head} heads, width {model.tf_n_embd}, "
         f"{sum(p.numel() for p in checkpoint.model.parameters()):,} parameters",
-        "Context length": f"{n_context} transitions, then the query token "
-        f"({model.n_transit} tokens)",
+        "Context length": f"{n_context} transitions, then the query token ({n_context + 1} tokens)",
         "Device": str(device),
         "Histories": f"{path} ({histories.n_histories} histories of {histories.n_steps:,} steps, "
-        f"{len(np.unique(histories.goals, axis=0))} goals)",
-        "Samples": _samples_fact(histories, places),
+        f"{n_goals} goals)",
+        "Samples": f"{len(places)} decisions of {n_goals_used} goals and {len(used)} histories, "
+        f"steps {min(steps):,} to {max(steps):,}",
     }
-    meta = {
-        "checkpoint": str(choice.path),
-        "step": checkpoint.step,
-        "histories": str(path),
-        "n_transit": model.n_transit,
-        "n_heads": model.tf_n_head,
-    }
+    meta = {"checkpoint": str(choice.path), "step": checkpoint.step, "histories": str(path)}
+    meta |= {"n_transit": model.n_transit, "n_heads": model.tf_n_head}
     decisions = HistoryDecisions(histories, places, n_context)
     return ADAgent(checkpoint, device, decisions, facts, meta)
 
 
-def _samples_fact(histories: Histories, places: Sequence[Place]) -> str:
-    """Which decisions were chosen, in words."""
-    used, steps = {place.history for place in places}, [place.step for place in places]
-    n_goals = len(np.unique(histories.goals[list(used)], axis=0))
-    return (
-        f"{len(places)} decisions of {n_goals} goals and {len(used)} histories, "
-        f"steps {min(steps):,} to {max(steps):,}"
-    )
-
-
 def load_for_acting(config: Any, device: torch.device) -> ADAgent:
-    """Load a checkpoint whose model can act in its environment.
-
-    Args:
-        config: an `ActingConfig`.
-        device: where the model will lie.
-
-    Raises:
-        UserError: something is missing, damaged, or does not fit.
-    """
+    """Load the checkpoint of an `ActingConfig`; UserError: its model cannot act on history."""
     choice = find_checkpoint(config.checkpoint)
     checkpoint = load_checkpoint(choice.path, device)
     facts = {"Checkpoint": f"{choice.path} ({choice.reason})"}
     meta = {"checkpoint": str(choice.path), "step": checkpoint.step}
     agent = ADAgent(checkpoint, device, facts=facts, meta=meta)
     _ = agent.environment  # what is wrong with it is told before anything is played
-    if not agent.n_max:
-        raise UserError(f"{choice.path}: its model reads no history: there is nothing to compress")
+    expect(agent.n_max, f"{choice.path}: its model reads no history: there is nothing to compress")
     return agent

@@ -10,12 +10,13 @@ transitions before it.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice, zip_longest
 from typing import NamedTuple
 
 import numpy as np
 
-from dataset import Histories, context_steps, max_stride_of
-from historylens.common.errors import UserError
+from dataset import CONTEXT, Histories, context_steps, distinct, max_stride_of
+from historylens.common.errors import UserError, expect
 from historylens.history import Decision
 
 
@@ -29,10 +30,7 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True)
 class HistoryDecisions(Sequence[Decision]):
-    """Decisions at `places`, with `n_context` transitions before each.
-
-    Each is made as it is asked for: many take no memory.
-    """
+    """Decisions at `places`, `n_context` transitions before each, made as they are asked for."""
 
     histories: Histories
     places: Sequence[Place]
@@ -48,11 +46,8 @@ class HistoryDecisions(Sequence[Decision]):
         row, col = histories.goals[history].tolist()
         joined = "" if stride == 1 else f", one episode in {stride}"
         return Decision(
-            states=histories.states[history, context],
-            actions=histories.actions[history, context],
-            rewards=histories.rewards[history, context],
+            **{name: getattr(histories, name)[history, context] for name in CONTEXT},
             query_state=histories.states[history, step],
-            next_states=histories.next_states[history, context],
             episodes=context // horizon,
             title=f"goal ({row}, {col}), history {history}, episode {step // horizon + 1} of "
             f"{histories.n_steps // horizon}, step {step}{joined}",
@@ -87,18 +82,7 @@ def choose_decisions(
 
     Goals take turns, and so do the histories of each goal. The stages divide the eligible steps
     into `n_samples` equal parts, one decision from each, dealt out to the goals in random order.
-    Where fewer are eligible, all of them are taken. The same seed chooses the same decisions.
-
-    Args:
-        histories: where the decisions come from.
-        n_context: transitions before a decision.
-        n_samples: decisions wanted.
-        seed: seed of the choice.
-        stride: the context joins every so many episodes back.
-        only: what is eligible.
-
-    Raises:
-        UserError: nothing is eligible.
+    Where fewer are eligible, all of them are taken. UserError where there are none.
     """
     rng, only = np.random.default_rng(seed), only or Filter()
     by_goal = _eligible_histories(histories, only, rng)
@@ -106,13 +90,15 @@ def choose_decisions(
     n_eligible = len(steps) * sum(map(len, by_goal))
     if n_samples >= n_eligible:
         return [Place(int(h), int(t), stride) for rows in by_goal for h in rows for t in steps]
-    turns = _take_turns(by_goal, n_samples, capacity=len(steps))  # (n_samples,) histories
+    rounds = zip_longest(*(list(rows) * len(steps) for rows in by_goal))
+    in_turn = (row for each in rounds for row in each if row is not None)
+    turns = np.fromiter(islice(in_turn, n_samples), dtype=int)  # (n_samples,) histories
     stages = (rng.permutation(n_samples) + rng.random(n_samples)) / n_samples
     chosen = np.empty(n_samples, dtype=int)
     for history in np.unique(turns):
         own = np.flatnonzero(turns == history)
         own = own[np.argsort(stages[own])]
-        chosen[own] = steps[_distinct((stages[own] * len(steps)).astype(int), len(steps))]
+        chosen[own] = steps[distinct((stages[own] * len(steps)).astype(int), len(steps))]
     return [Place(int(h), int(t), stride) for h, t in zip(turns, chosen, strict=True)]
 
 
@@ -126,16 +112,14 @@ def _eligible_histories(
         raise UserError(f"expected histories in 0..{len(goals) - 1}, got {unknown[0]}")
     known = dict.fromkeys(goals)
     wanted = known if only.goals is None else dict.fromkeys(map(tuple, only.goals))
-    if unknown := [goal for goal in wanted if goal not in known]:
+    for row, col in (goal for goal in wanted if goal not in known):
         there = ", ".join(f"{row},{col}" for row, col in known)
-        row, col = unknown[0]
         raise UserError(f"no history of goal {row},{col}: expected one of {there}")
     by_goal: dict[tuple[int, ...], list[int]] = {}
     for row in rows:
         if goals[row] in wanted:
             by_goal.setdefault(goals[row], []).append(row)
-    if not by_goal:
-        raise UserError("no decision passes the filter: no history is of a goal asked for")
+    expect(by_goal, "no decision passes the filter: no history is of a goal asked for")
     groups = [rng.permutation(group) for group in by_goal.values()]
     return [groups[i] for i in rng.permutation(len(groups))]
 
@@ -159,21 +143,3 @@ def _eligible_steps(
             f"with {n_context} transitions before it) and {steps[-1]}, got {first}:{last}"
         )
     return inside
-
-
-def _take_turns(by_goal: list[np.ndarray], n_turns: int, capacity: int) -> np.ndarray:
-    """Deal out turns to the goals, and each goal's to its histories, `capacity` at most to each."""
-    queues = [list(rows) * capacity for rows in by_goal]
-    turns: list[int] = []
-    for n_round in range(max(map(len, queues))):
-        turns += [queue[n_round] for queue in queues if n_round < len(queue)]
-        if len(turns) >= n_turns:
-            break
-    return np.array(turns[:n_turns])
-
-
-def _distinct(indices: np.ndarray, size: int) -> np.ndarray:
-    """Ascending indices below `size`, moved as little as it takes to make them distinct."""
-    order = np.arange(len(indices))
-    forward = np.maximum.accumulate(indices - order) + order
-    return np.minimum(forward, size - len(indices) + order)

@@ -1,7 +1,4 @@
-"""How well a model learns in context: numbers of its rollouts, and the same as console text.
-
-numbers = score(EnvConfig(), goals, returns)                    # returns (G, R, E)
-"""
+"""How well a model learns in context: numbers of its rollouts, and the same as console text."""
 
 from pathlib import Path
 from typing import Any
@@ -47,30 +44,24 @@ def progress_line(entry: dict[str, Any], n_episodes: int) -> str:
 
 def describe(result: dict[str, Any], checkpoint: Path) -> str:
     """The final numbers of a run, those of `training.json`, and its checkpoint as console text."""
-    test, n = result["test"], result["config"]["eval_episodes"]
-    whole = result["test_by_sliding"].get("episode")
+    test, config, n = result["test"], result["config"], result["config"]["eval_episodes"]
     lines = [
-        "",
-        f"TEST GOALS (never trained or chosen on), {test['rollouts']} rollouts a goal",
-        f"{'goal':>8}  {'possible':>8}  {'episodes ' + f'{n // 2 + 1} to {n}':>17}  {'part':>5}",
+        f"\nTEST GOALS (never trained or chosen on), {test['rollouts']} rollouts a goal",
+        f"{'goal':>8}  {'possible':>8}  {f'episodes {n // 2 + 1} to {n}':>17}  {'part':>5}",
     ]
-    for goal, possible, reached in zip(
-        test["goals"], test["possible_by_goal"], test["return_by_goal"], strict=True
-    ):
-        place = f"({goal[0]}, {goal[1]})"
-        lines.append(f"{place:>8}  {possible:>8}  {reached:>17.2f}  {reached / possible:>5.0%}")
-    lines += [
-        f"{'mean':>8}  {test['possible']:>8.2f}  {test['return']:>17.2f}  {test['relative']:>5.0%}",
-        "",
-    ]
-    if whole is not None:
+    by_goal = zip(test["goals"], test["possible_by_goal"], test["return_by_goal"], strict=True)
+    for (row, col), possible, reached in by_goal:
+        place, part = f"({row}, {col})", reached / possible
+        lines.append(f"{place:>8}  {possible:>8}  {reached:>17.2f}  {part:>5.0%}")
+    mean = f"{test['possible']:>8.2f}  {test['return']:>17.2f}  {test['relative']:>5.0%}"
+    lines.append(f"{'mean':>8}  {mean}\n")
+    if (whole := result["test_by_sliding"].get("episode")) is not None:
         lines.append(f"The same with whole episodes dropped from a full context: {whole:.2f}")
     lines += [
         f"Reward in episode 1: {test['first_episode']:.2f}. The source algorithm ended at "
         f"{result['source_relative_return']:.1%} of the best possible on its own goals.",
-        f"Chosen by validation goals: update {result['chosen_step']:,} of "
-        f"{result['config']['n_updates']:,}; training and evaluating took "
-        f"{result['seconds'] / 60:.0f} minutes.",
+        f"Chosen by validation goals: update {result['chosen_step']:,} of {config['n_updates']:,}; "
+        f"training and evaluating took {result['seconds'] / 60:.0f} minutes.",
         f"Checkpoint: {checkpoint}",
     ]
     return "\n".join(lines)

@@ -2,14 +2,9 @@
 
 A file holds a group for each goal, named by the cell of the goal, row by row: "0" to "80" in a room
 of 9 x 9. A group holds `states` and `next_states` `(T, streams, 2)` and `actions`, `rewards` and
-`dones` `(T, streams)`, time first. A stream is one learning history.
-
-At the last step of an episode `next_states` holds the state after the reset, not the one reached.
-It is kept so: the models of that code were trained on it.
-
-    histories = read_hdf5("datasets/history_darkroom_PPO_alg-seed42.hdf5", 9, 20, goals=[[4, 2]])
-
-Needs h5py (`pip install h5py`), which nothing else does.
+`dones` `(T, streams)`, time first. A stream is one learning history. At the last step of an episode
+`next_states` holds the state after the reset, not the one reached; it is kept so, as the models of
+that code were trained on it. Needs h5py (`pip install h5py`), which nothing else does.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,12 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from dataset import Histories
-from historylens.common.errors import UserError, note
+from dataset import CONTEXT, Histories
+from historylens.common.errors import UserError, expect, note
 
 SUFFIXES = (".hdf5", ".h5")
 MAX_TRANSITIONS = 2**26  # held at once: 400 MB, as one transition takes 6 bytes
-_AXES = {"states": 3, "actions": 2, "rewards": 2, "next_states": 3}
 
 
 def read_hdf5(
@@ -33,129 +27,88 @@ def read_hdf5(
     goals: Sequence[Sequence[int]] | None = None,
     tell: Callable[[str], None] = note,
 ) -> Histories:
-    """Read the learning histories of some goals.
+    """The learning histories of the `goals` `(G, 2)` or of all: `N = G * streams`, goal by goal.
 
-    Every stream of a goal is one history, those of a goal side by side. Histories are cut to whole
-    episodes and to the shortest of them. Of a file of more than `MAX_TRANSITIONS` transitions the
-    first streams of each goal are read, as many as stay below it. Each is told once.
-
-    Args:
-        path: the file.
-        grid_size: rows and columns of the room.
-        horizon: steps an episode; where it is None, up to the first of `dones`.
-        goals: `(G, 2)`, (row, column) of the goals wanted; None: all in the file.
-        tell: called with a line of text that the user should read.
-
-    Returns:
-        Histories of `N = G * streams`; states and actions are whole numbers, rewards too where all
-        of them are, float32 elsewhere.
-
-    Raises:
-        UserError: h5py is missing, or the file is damaged or not of this kind.
+    An episode has `horizon` steps; where that is None, as many as up to the first of `dones`.
+    Histories are cut to whole episodes and to the shortest of them. Of a file of more than
+    `MAX_TRANSITIONS` transitions the first streams of each goal are read, as many as stay below it.
+    `tell` is called with a line about each. States and actions are whole numbers, rewards too where
+    all of them are, else float32. UserError: no h5py, or the file is damaged or of another kind.
     """
-    path = Path(path)
-    with _open(path) as file:
-        try:
-            groups = _find_groups(path, file, grid_size, goals)
-            shapes = [_shape_of(path, cell, group) for cell, group in groups.items()]
-            horizon = horizon or _horizon_of(path, groups)
-            n_steps, n_streams = _cut(path, shapes, horizon, tell)
-            parts = [
-                _read_group(f"{path}, group {cell}", group, n_steps, n_streams, horizon)
-                for cell, group in groups.items()
-            ]
-        except (OSError, RuntimeError) as error:  # what h5py raises where bytes are missing
-            raise UserError(f"{path} is damaged: {_one_line(error)}") from error
-    arrays = [np.concatenate(arrays) for arrays in zip(*parts, strict=True)]
-    cells = np.repeat(list(groups), [len(part[1]) for part in parts])
-    histories = Histories(*arrays, np.stack(np.divmod(cells, grid_size), axis=1), horizon)
-    if elsewhere := _rewarded_elsewhere(histories):
-        tell(
-            f"{path}: {elsewhere}; if its groups are in another order than row by row, the goals "
-            "named here are wrong"
-        )
-    return histories
-
-
-def _open(path: Path) -> Any:
-    """The opened file; h5py is imported here, so that nobody needs it for other files."""
     try:
-        import h5py
-
-        return h5py.File(path, "r")
+        import h5py  # here, so that nobody needs it for other files
     except ImportError as error:
         what = f"reading {path} needs h5py, which is not installed: pip install h5py"
         raise UserError(what) from error
-    except OSError as error:
-        what = f"{path} cannot be read as an HDF5 file of learning histories"
-        raise UserError(f"{what}: {_one_line(error)}") from error
+    what = "cannot be read as an HDF5 file of learning histories"
+    try:
+        with h5py.File(path, "r") as file:
+            what = "is damaged"
+            cells = _find_cells(path, file, grid_size, goals)
+            groups = {f"{path}, group {cell}": file[str(cell)] for cell in cells}
+            n_steps, n_streams, horizon = _extent(path, groups, horizon, tell)
+            parts = [_read_group(*item, n_steps, n_streams, horizon) for item in groups.items()]
+    except (OSError, RuntimeError) as error:  # what h5py raises where bytes are missing
+        raise UserError(f"{path} {what}: {' '.join(str(error).split())}") from error
+    arrays = [np.concatenate(arrays) for arrays in zip(*parts, strict=True)]
+    cells = np.repeat(cells, [len(part[0]) for part in parts])
+    histories = Histories(*arrays, np.stack(np.divmod(cells, grid_size), axis=1), horizon)
+    _check_rewards(path, histories, tell)
+    return histories
 
 
-def _find_groups(
-    path: Path, file: Any, grid_size: int, goals: Sequence[Sequence[int]] | None
-) -> dict[int, Any]:
-    """Groups by the cell of their goal, in the order of `goals` or of the cells."""
+def _find_cells(
+    path: str | Path, file: Any, grid_size: int, goals: Sequence[Sequence[int]] | None
+) -> list[int]:
+    """Cells of the goals asked for, or of all in the file: each has a group of that name."""
     expected = f"expected a group for each goal, named 0 to {grid_size**2 - 1} row by row"
-    if not len(file):
-        raise UserError(f"{path} is empty: {expected}")
-    there = ", ".join(list(file)[:4]) + (f", ... ({len(file)})" if len(file) > 4 else "")
+    expect(len(file), f"{path} is empty: {expected}")
     if goals is None:
-        if odd := [name for name in file if not name.isdecimal() or int(name) >= grid_size**2]:
-            raise UserError(f"{path}: {expected}, got {odd[0]!r}")
+        for name in file:
+            is_cell = name.isdecimal() and int(name) < grid_size**2
+            expect(is_cell, f"{path}: {expected}, got {name!r}")
         cells = sorted(map(int, file))
     else:
-        cells = [int(row) * grid_size + int(col) for row, col in goals]
-    groups = {cell: file.get(str(cell)) for cell in cells}
-    for cell, group in groups.items():
-        if not hasattr(group, "keys"):
-            row, col = divmod(cell, grid_size)
-            raise UserError(f"{path}: {expected}, got none of goal {row},{col} ({cell}) in {there}")
-    return groups
+        cells = list(dict.fromkeys(int(row) * grid_size + int(col) for row, col in goals))
+    there = ", ".join(list(file)[:4]) + (f", ... ({len(file)})" if len(file) > 4 else "")
+    for cell in cells:
+        row, col = divmod(cell, grid_size)
+        is_group = hasattr(file.get(str(cell)), "keys")
+        expect(is_group, f"{path}: {expected}, got none of goal {row},{col} ({cell}) in {there}")
+    return cells
 
 
-def _shape_of(path: Path, cell: int, group: Any) -> tuple[int, int]:
+def _shape_of(where: str, group: Any) -> tuple[int, int]:
     """Steps and streams of a group whose arrays fit each other."""
-    where = f"{path}, group {cell}"
-    names = [*_AXES, *({"dones"} & group.keys())]
+    names, there = [*CONTEXT, *({"dones"} & group.keys())], ", ".join(group) or "nothing"
     for name in names:
-        if not hasattr(group.get(name), "shape"):
-            there = ", ".join(group) or "nothing"
-            raise UserError(f"{where}: expected a dataset {name}, got {there}")
-    found = group["actions"].shape
-    if len(found) != 2:
-        raise UserError(f"{where}: expected actions (T, streams), got {found}")
-    if 0 in found:
-        raise UserError(f"{where}: expected learning histories, got {found} actions")
+        what = f"{where}: expected a dataset {name}, got {there}"
+        expect(hasattr(group.get(name), "shape"), what)
+    shape = group["actions"].shape
+    expect(len(shape) == 2, f"{where}: expected actions (T, streams), got {shape}")
+    expect(0 not in shape, f"{where}: expected learning histories, got {shape} actions")
     for name in names:
-        expected = (*found, 2)[: _AXES.get(name, 2)]
-        if group[name].shape != expected:
-            raise UserError(
-                f"{where}: expected {name} of shape {expected} beside actions of shape {found} "
-                f"(time, streams), got {group[name].shape}"
-            )
-    return found
+        expected, got = (*shape, 2) if "states" in name else shape, group[name].shape
+        what = f"{where}: expected {name} of shape {expected} beside actions of shape {shape}"
+        expect(got == expected, f"{what} (time, streams), got {got}")
+    return shape
 
 
-def _horizon_of(path: Path, groups: dict[int, Any]) -> int:
-    """Steps up to the first end of an episode."""
-    for group in groups.values():
-        ends = np.flatnonzero(group["dones"][:, 0]) if "dones" in group else []
-        if len(ends):
-            return int(ends[0]) + 1
-    raise UserError(
+def _extent(
+    path: str | Path, groups: dict[str, Any], horizon: int | None, tell: Callable[[str], None]
+) -> tuple[int, int, int]:
+    """Steps that every history has, streams of a goal that fit memory, and steps an episode."""
+    shapes = [_shape_of(where, group) for where, group in groups.items()]
+    ends = (np.flatnonzero(group["dones"][:, 0]) for group in groups.values() if "dones" in group)
+    horizon = horizon or next((int(each[0]) + 1 for each in ends if each.size), None)
+    expect(
+        horizon,
         f"{path}: expected the steps of an episode in the checkpoint's config (horizon) or marked "
-        "by dones, got neither"
+        "by dones, got neither",
     )
-
-
-def _cut(
-    path: Path, shapes: Sequence[tuple[int, int]], horizon: int, tell: Callable[[str], None]
-) -> tuple[int, int]:
-    """Steps that every history has, in whole episodes; streams of a goal that fit memory."""
     steps, streams = zip(*shapes, strict=True)
     n_steps = min(steps) // horizon * horizon
-    if not n_steps:
-        raise UserError(f"{path}: expected episodes of {horizon} steps, got {min(steps)} steps")
+    expect(n_steps, f"{path}: expected episodes of {horizon} steps, got {min(steps)} steps")
     if max(steps) > n_steps:
         tell(
             f"{path} holds histories of up to {max(steps):,} steps; the first {n_steps:,} of each "
@@ -167,18 +120,18 @@ def _cut(
             f"{path} holds {len(shapes)} goals x up to {max(streams):,} streams x {n_steps:,} "
             f"steps; the first {n_streams:,} streams of each goal are used"
         )
-    return n_steps, n_streams
+    return n_steps, n_streams, horizon
 
 
 def _read_group(
     where: str, group: Any, n_steps: int, n_streams: int, horizon: int
-) -> tuple[np.ndarray, ...]:
-    """States, actions, rewards and next states of a goal, streams first."""
-    arrays = {
-        name: np.ascontiguousarray(group[name][:n_steps, :n_streams].swapaxes(0, 1))
-        for name in (*_AXES, *({"dones"} & group.keys()))
-    }
-    dones = arrays.pop("dones", np.zeros(0)) != 0
+) -> list[np.ndarray]:
+    """The `CONTEXT` of a goal, streams first."""
+
+    def read(name: str) -> np.ndarray:
+        return np.ascontiguousarray(group[name][:n_steps, :n_streams].swapaxes(0, 1))
+
+    dones = read("dones") != 0 if "dones" in group else np.zeros(0, dtype=bool)
     ends = np.arange(n_steps) % horizon == horizon - 1
     if dones.any() and (dones != ends).any():
         stream, step = np.argwhere(dones != ends)[0]
@@ -187,37 +140,32 @@ def _read_group(
             f"{where}: expected an episode to end every {horizon} steps, as the checkpoint's "
             f"horizon says, got {found} at step {step} of stream {stream} (dones)"
         )
-    for name in ("states", "actions", "next_states", "rewards"):
-        arrays[name] = _numbers(f"{where}: {name}", arrays[name], is_whole=name != "rewards")
-    return tuple(arrays[name] for name in _AXES)
+    return [_numbers(f"{where}: {name}", read(name), name == "rewards") for name in CONTEXT]
 
 
-def _numbers(what: str, values: np.ndarray, is_whole: bool) -> np.ndarray:
+def _numbers(what: str, values: np.ndarray, may_be_fractions: bool) -> np.ndarray:
     """Finite numbers in as few bytes as they need, whatever type they are stored as."""
-    if values.dtype.kind not in "buif":
-        raise UserError(f"{what}: expected numbers, got {values.dtype}")
-    if not np.isfinite(values).all():
-        raise UserError(f"{what}: expected finite numbers, got {values[~np.isfinite(values)][0]}")
+    expect(values.dtype.kind in "buif", f"{what}: expected numbers, got {values.dtype}")
+    if (odd := values[~np.isfinite(values)]).size:
+        raise UserError(f"{what}: expected finite numbers, got {odd[0]}")
     odd = values[values != np.round(values)] if values.dtype.kind == "f" else values[:0]
-    if odd.size and is_whole:
-        raise UserError(f"{what}: expected whole numbers, got {odd[0]}")
-    if odd.size:
+    if odd.size and may_be_fractions:
         return values.astype(np.float32)
+    if odd.size:
+        raise UserError(f"{what}: expected whole numbers, got {odd[0]}")
     small = values.min() >= -128 and values.max() <= 127
     return values.astype(np.int8 if small else np.int64)
 
 
-def _rewarded_elsewhere(histories: Histories) -> str:
-    """Where rewards are earned elsewhere than at the goal that a group is named for."""
+def _check_rewards(path: str | Path, histories: Histories, tell: Callable[[str], None]) -> None:
+    """Tell where a reward is earned elsewhere than at the goal that its group is named for."""
     inside = np.arange(histories.n_steps) % histories.horizon < histories.horizon - 1
     rewarded = (histories.rewards > 0) & inside  # at an episode's end the reset hides the place
     away = (histories.next_states != histories.goals[:, None]).any(axis=2)
     for history, step in np.argwhere(rewarded & away)[:1]:
         row, col = histories.goals[history]
         there = ",".join(map(str, histories.next_states[history, step]))
-        return f"rewards of the group named for goal {row},{col} are earned at {there}"
-    return ""
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())
+        tell(
+            f"{path}: rewards of the group named for goal {row},{col} are earned at {there}; if "
+            "its groups are in another order than row by row, the goals named here are wrong"
+        )

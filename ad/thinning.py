@@ -1,21 +1,19 @@
 """History dropout: training windows whose history is thinned, as compression thins it.
 
-A model that acts on compressed history reads a few transitions of many, re-indexed to the positions
-0, 1, ..., and decides in the state in which it stands. Training shows it just that: a long history
-is thinned by a method of `historylens.compression`, a few real transitions follow, and the loss is
-that of the decisions from the thinning on. Prefixes of what was kept are no decisions to learn
-from: a transition that is kept because of what came later, as the last visit of its state and
-action or as one of a good episode, would teach the actions of a selection, not of the learner.
+A model that acts on compressed history reads a few transitions of many, at the positions 0, 1, ....
+Training shows it just that: a long history is thinned by a method of `historylens.compression`, a
+few real transitions follow, and the loss is that of the decisions from the thinning on. Prefixes of
+what was kept are no decisions to learn from: a transition that is kept because of what came later,
+as one of a good episode, would teach the actions of a selection, not of the learner.
 
     python train.py --history-dropout 0.5
-    batch = sample_thinned(dataset, batch_size=32, rng=np.random.default_rng(0))
 """
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dataset import CONTEXT, ADDataset, packed_queries
+from dataset import CONTEXT, ADDataset
 from historylens.compression import METHODS
 from historylens.compression.method import Method
 from historylens.history import History, episode_ids
@@ -34,12 +32,8 @@ MOST_TIMES = 8  # more windows than in other batches
 def draw_batch(
     dataset: ADDataset, batch_size: int, history_dropout: float, rng: np.random.Generator
 ) -> dict[str, Tensor]:
-    """Draw a training batch, one of thinned histories with a chance of `history_dropout`.
-
-    Without history dropout nothing is drawn to decide that: the batches are those of
-    `dataset.sample`.
-    """
-    if history_dropout and rng.random() < history_dropout:
+    """Draw a training batch, one of thinned histories with a chance of `history_dropout`."""
+    if history_dropout and rng.random() < history_dropout:  # at 0 nothing is drawn for it
         return sample_thinned(dataset, batch_size, rng)
     return dataset.sample(batch_size, rng)
 
@@ -56,9 +50,7 @@ def sample_thinned(
     `[c_1 .. c_n, q_j .. q_n]` is about as many tokens as one over a full window with all its
     queries.
 
-    Returns:
-        `states (B, n, 2), actions (B, n), rewards (B, n), next_states (B, n, 2)`, and for the
-        decisions after the `q` longest prefixes `query_states (B, q, 2), target_actions (B, q)`.
+    Gives a batch as `ADDataset` describes it, with the decisions from the thinning on.
     """
     longest = dataset.n_context
     n_read = _log_uniform(min(FEWEST_READ, longest), longest, rng)
@@ -85,33 +77,19 @@ def thin(
     n_following: int,
     rng: np.random.Generator,
 ) -> dict[str, Tensor]:
-    """Thin the history of windows a few transitions before their decision.
+    """Thin the history of windows `n_following` transitions before their decision.
 
-    Args:
-        window: `m` transitions before each decision, as `ADDataset.gather` makes it.
-        episodes: `(B, m)` int, the episode of each transition.
-        method: one of `TRAINED_ON`, or like them.
-        n_keep: how many of the first `m - n_following` transitions are kept.
-        n_following: transitions after the thinning, all of which stay.
-        rng: what the method draws from.
-
-    Returns:
-        Windows of `n = n_keep + n_following` transitions and the decisions after the longest
-        `q = n_following + 1` prefixes, with the keys and shapes of `sample_thinned`.
+    Of the `m` transitions in windows of `ADDataset.gather`, of `episodes` `(B, m)`, a `method` like
+    `TRAINED_ON` keeps `n_keep` of the first `m - n_following`; the others all stay. So `n` is
+    `n_keep + n_following`, and `q` is `n_following + 1`, with keys and shapes of `sample_thinned`.
     """
     n_past = window["actions"].shape[1] - n_following
-    queries, targets = packed_queries(window)
-    past = History(
-        *(window[name][:, :n_past] for name in CONTEXT),
-        query_states=queries[:, n_past],
-        episodes=episodes[:, :n_past],
+    past = (window[name][:, :n_past] for name in CONTEXT)
+    kept = method.compress(
+        History(*past, window["query_states"][:, n_past], episodes[:, :n_past]), n_keep, rng
     )
-    kept = method.compress(past, n_keep, rng).inputs[:4]
-    thinned = {
-        name: torch.cat([part, window[name][:, n_past:]], dim=1)
-        for name, part in zip(CONTEXT, kept, strict=True)
-    }
-    return thinned | {"query_states": queries[:, n_past:], "target_actions": targets[:, n_past:]}
+    thinned = {name: values[:, n_past:] for name, values in window.items()}
+    return thinned | {k: torch.cat([getattr(kept, k), thinned[k]], dim=1) for k in CONTEXT}
 
 
 def _log_uniform(low: int, high: int, rng: np.random.Generator) -> int:

@@ -1,11 +1,9 @@
 """Train an AD model on learning histories, keep the checkpoint that validates best, evaluate it.
 
-    settings, run, device = prepare(flags)                     # checked, before any work
-    trainer = train(settings, run, device, resume=False)
-    result = finish(trainer, run)                              # what training.json holds
+An interrupted run goes on to the result that it would have had. What is written: see `train.py`.
 
-Writes `ckpt-STEP.pt`, `histories-test.npz`, `training.json` and, until it is finished, `resume.pt`
-to the folder of the run. An interrupted run goes on to the result that it would have had.
+    settings, run, device = prepare(flags)                     # checked, before any work
+    result = finish(train(settings, run, device, resume=False), run)    # what training.json holds
 """
 
 import argparse
@@ -25,22 +23,16 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
+from ad import checkpoints
 from ad.acting import Sliding, rollout_goals
-from ad.checkpoints import (
-    HISTORIES_NAME,
-    checkpoints_in,
-    load_checkpoint,
-    read_file,
-    save_checkpoint,
-)
 from ad.darkroom import split_goals
 from ad.evaluation import progress_line, score
 from ad.source import learning_histories, relative_return
 from ad.thinning import draw_batch
 from config import EnvConfig, ModelConfig, SourceConfig, TrainConfig
-from dataset import CONTEXT, ADDataset, packed_queries
+from dataset import CONTEXT, ADDataset
 from historylens.agent import pick_device
-from historylens.common.errors import UserError
+from historylens.common.errors import expect
 from historylens.common.files import write_atomically
 from historylens.common.processes import ALONE, Group
 from historylens.common.settings import flag_of, from_flags, to_dict
@@ -49,58 +41,53 @@ from model import ADTransformer
 LOG_NAME, RESUME_NAME = "training.json", "resume.pt"
 N_TEST_STREAMS = 8  # learning histories a test goal that are kept beside the checkpoint
 N_TRAIN_GOALS_EVALUATED = 6
-CONFIGS = (EnvConfig, SourceConfig, ModelConfig, TrainConfig)
 
 
 class Settings(NamedTuple):
     """Everything that a run depends on."""
 
-    env: EnvConfig
-    source: SourceConfig
-    model: ModelConfig
-    train: TrainConfig
+    env: EnvConfig = EnvConfig()
+    source: SourceConfig = SourceConfig()
+    model: ModelConfig = ModelConfig()
+    train: TrainConfig = TrainConfig()
 
 
 def prepare(flags: argparse.Namespace, group: Group = ALONE) -> tuple[Settings, Path, torch.device]:
-    """Settings, folder and device of a run, checked before any work.
-
-    Raises:
-        UserError: the settings cannot work, or the folder holds another run.
-    """
-    settings = Settings(*(from_flags(config, flags) for config in CONFIGS))
+    """Settings, folder and device of a run; UserError before any work where they cannot be."""
+    settings = Settings(*(from_flags(type(default), flags) for default in Settings()))
     group.equal_slice(settings.train.batch_size)
-    if settings.train.history_dropout and settings.model.n_transit < 2:
-        raise UserError("expected --n-transit of at least 2 for --history-dropout to thin, got 1")
+    thins = settings.train.history_dropout and settings.model.n_transit < 2
+    expect(not thins, "expected --n-transit of at least 2 for --history-dropout to thin, got 1")
     device = group.device(pick_device(flags.device))
     run = Path(flags.checkpoints) / (flags.run or f"AD-{settings.env.env}-seed{flags.seed}")
     if group.is_main:
-        _check_folder(run, settings, flags.resume)
+        _check_run(run, settings, flags.resume)
         for folder, flag in ((run, "--checkpoints"), (Path(flags.figs) / "training", "--figs")):
             there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-            if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-                raise UserError(f"cannot write to {folder}: choose another folder with {flag}")
+            is_ours = there.is_dir() and os.access(there, os.W_OK | os.X_OK)
+            expect(is_ours, f"cannot write to {folder}: choose another folder with {flag}")
     return settings, run, device
 
 
-def _check_folder(run: Path, settings: Settings, resume: bool) -> None:
+def _check_run(run: Path, settings: Settings, resume: bool) -> None:
     """Refuse to overwrite a run, and to go on with one that there is not or that differs."""
     begun = (run / RESUME_NAME).exists()
-    if resume and not begun:
-        raise UserError(f"nothing to resume: {run} holds no interrupted run")
-    if not resume and (begun or checkpoints_in(run)):
-        raise UserError(
+    if not resume:
+        expect(
+            not begun and not checkpoints.checkpoints_in(run),
             f"{run} holds a run already, which is not overwritten: "
-            f"{'go on with it by --resume, or ' if begun else ''}name another with --run"
+            f"{'go on with it by --resume, or ' if begun else ''}name another with --run",
         )
-    if resume:
-        saved = read_file(run / RESUME_NAME)["config"]
-        saved = to_dict(*(config() for config in CONFIGS)) | saved  # it may be older than a setting
-        for name, value in to_dict(*settings).items():
-            if saved[name] != value:
-                raise UserError(
-                    f"--resume goes on with the settings of {run}: expected {flag_of(name)} "
-                    f"{saved[name]}, got {value}"
-                )
+        return
+    expect(begun, f"nothing to resume: {run} holds no interrupted run")
+    saved = checkpoints.read_file(run / RESUME_NAME)["config"]
+    saved = to_dict(*Settings()) | saved  # it may be older than a setting
+    for name, value in to_dict(*settings).items():
+        expect(
+            saved[name] == value,
+            f"--resume goes on with the settings of {run}: expected {flag_of(name)} "
+            f"{saved[name]}, got {value}",
+        )
 
 
 def make_optimizer(model: nn.Module, train: TrainConfig) -> torch.optim.AdamW:
@@ -129,10 +116,11 @@ class PackedLoss(nn.Module):
         self.model = model
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
-        """Loss of a batch of windows, as `ad.thinning.draw_batch` gives them."""
-        queries, targets = packed_queries(batch)
-        logits = self.model.forward_packed(*map(batch.get, CONTEXT), queries)  # (B, q, A)
-        return nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        """Loss of a batch of windows, as `ADDataset` describes it."""
+        inputs = map(batch.get, (*CONTEXT, "query_states"))
+        logits = self.model.forward_packed(*inputs)  # (B, q, A)
+        targets = batch["target_actions"].flatten()
+        return nn.functional.cross_entropy(logits.flatten(0, 1), targets)
 
 
 class Trainer:
@@ -141,9 +129,8 @@ class Trainer:
     def __init__(self, settings: Settings, device: torch.device, group: Group = ALONE) -> None:
         env, source, model, train = settings
         self.settings, self.device, self.group = settings, device, group
-        self.goals = split_goals(
-            env.goal_seed, env.grid_size, env.n_test_goals, env.n_validation_goals
-        )
+        n_test, n_validation = env.n_test_goals, env.n_validation_goals
+        self.goals = split_goals(env.goal_seed, env.grid_size, n_test, n_validation)
         histories = learning_histories(self.goals["train"], env, source, train.seed)
         self.dataset = ADDataset(histories, model.n_transit - 1, train.max_stride)
         self.source_return = relative_return(histories, slice(-20, None), env.grid_size)
@@ -157,21 +144,16 @@ class Trainer:
         self.lr_sched = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer, lambda step: lr_factor(step, train.n_warmup, train.n_updates)
         )
-        self.modules = {
-            "model": self.averaged.module,
-            "training_model": self.model,
-            "optimizer": self.optimizer,
-            "lr_sched": self.lr_sched,
-        }
+        models = {"model": self.averaged.module, "training_model": self.model}
+        self.modules = models | {"optimizer": self.optimizer, "lr_sched": self.lr_sched}
         holds_two_episodes = self.model.n_context_max >= 2 * env.horizon
         self.slidings: list[Sliding] = ["step", "episode"] if holds_two_episodes else ["step"]
-        self.step, self.seconds = 0, 0.0
+        self.step, self.started = 0, time.perf_counter()
         self.losses: list[float] = []  # since the last evaluation
         self.log: list[dict[str, Any]] = []  # an entry an evaluation
 
     def update(self) -> None:
         """One gradient update on one batch of windows, of which each process takes its part."""
-        started = time.perf_counter()
         train, group = self.settings.train, self.group
         batch = draw_batch(self.dataset, train.batch_size, train.history_dropout, self.rng)
         own = group.equal_slice(len(batch["actions"]))
@@ -186,26 +168,13 @@ class Trainer:
         self.averaged.update_parameters(self.model)
         self.step += 1
         self.losses.append(group.mean(loss.item()))
-        self.seconds += time.perf_counter() - started
 
-    @property
-    def must_evaluate(self) -> bool:
-        """Whether an evaluation is due that has not been made."""
-        train = self.settings.train
-        due = self.step > 0 and (self.step % train.eval_every == 0 or self.step == train.n_updates)
-        return due and (not self.log or self.log[-1]["step"] < self.step)
-
-    def evaluate(
-        self, goals: np.ndarray, n_rollouts: int, sliding: Sliding, progress: str
-    ) -> dict[str, Any]:
-        """Numbers of the averaged weights acting on `goals` `(G, 2)`, as `score` gives them."""
-        env, train = self.settings.env, self.settings.train
-        rooms = np.repeat(goals, n_rollouts, axis=0)
-        returns = rollout_goals(
-            self.averaged.module, rooms, train.eval_episodes, train.seed, env.horizon, sliding,
-            progress,
-        )  # fmt: skip
-        return score(env, goals, returns.reshape(len(goals), n_rollouts, -1))
+    def evaluate(self, goals: np.ndarray, n: int, sliding: Sliding, label: str) -> dict[str, Any]:
+        """Numbers of the averaged weights, as `score` gives them, in `n` rollouts a goal."""
+        env, train, rooms = self.settings.env, self.settings.train, np.repeat(goals, n, axis=0)
+        options = train.eval_episodes, train.seed, env.horizon, sliding, label
+        returns = rollout_goals(self.averaged.module, rooms, *options)
+        return score(env, goals, returns.reshape(len(goals), n, -1))
 
     def validate(self) -> dict[str, Any]:
         """An entry of the log: return on training and validation goals, whether it is the best."""
@@ -226,7 +195,7 @@ class Trainer:
         """All that changes in training, as plain types and tensors."""
         return {
             "step": self.step,
-            "seconds": self.seconds,
+            "seconds": time.perf_counter() - self.started,
             "config": to_dict(*self.settings),
             **{name: part.state_dict() for name, part in self.modules.items()},
             "n_averaged": self.averaged.n_averaged,
@@ -239,7 +208,7 @@ class Trainer:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go back to where `state_dict` was taken."""
-        self.step, self.seconds = state["step"], state["seconds"]
+        self.step, self.started = state["step"], time.perf_counter() - state["seconds"]
         self.losses, self.log = state["losses"], state["log"]
         for name, part in self.modules.items():
             part.load_state_dict(state[name])
@@ -257,52 +226,48 @@ def train(
     with group.together(), group.told_once():
         trainer = Trainer(settings, device, group)
     if resume:
-        trainer.load_state_dict(group.broadcast(group.is_main and read_file(run / RESUME_NAME)))
+        state = checkpoints.read_file(run / RESUME_NAME) if group.is_main else None
+        trainer.load_state_dict(group.broadcast(state))
     elif group.is_main:
         goals, seed = trainer.goals["test"], settings.train.seed + 1
         test = learning_histories(goals, settings.env, settings.source, seed, N_TEST_STREAMS)
         run.mkdir(parents=True, exist_ok=True)
-        test.save(run / HISTORIES_NAME)
+        test.save(run / checkpoints.HISTORIES_NAME)
+    n_updates, eval_every = settings.train.n_updates, settings.train.eval_every
+    style = {"desc": "training", "unit": "update", "disable": not group.is_main}
     try:
-        _update_to_the_end(trainer, run)
+        with tqdm(total=n_updates, initial=trainer.step, **style) as bar:
+            while trainer.step < n_updates or trainer.losses:
+                is_due = trainer.step % eval_every == 0 or trainer.step == n_updates
+                if trainer.losses and is_due:
+                    _keep_if_best(trainer, run)
+                    continue
+                with undivided():
+                    trainer.update()
+                bar.update()
+                bar.set_postfix_str(f"loss {np.mean(trainer.losses[-100:]):.3f}", refresh=False)
     except KeyboardInterrupt:
         if group.is_main:
-            save_checkpoint(run / RESUME_NAME, trainer.state_dict())
+            checkpoints.save_checkpoint(run / RESUME_NAME, trainer.state_dict())
             print(f"Stopped at update {trainer.step}. Go on with the same command and --resume.")
         raise
     return trainer
 
 
-def _update_to_the_end(trainer: Trainer, run: Path) -> None:
-    """The updates that are left, and the evaluations between them."""
-    n_updates, is_main = trainer.settings.train.n_updates, trainer.group.is_main
-    style = {"desc": "training", "unit": "update", "disable": not is_main}
-    with tqdm(total=n_updates, initial=trainer.step, **style) as bar:
-        while trainer.step < n_updates or trainer.must_evaluate:
-            if trainer.must_evaluate:
-                _keep_if_best(trainer, run)
-                continue
-            with undivided():
-                trainer.update()
-            bar.update()
-            bar.set_postfix_str(f"loss {np.mean(trainer.losses[-100:]):.3f}", refresh=False)
-
-
 def _keep_if_best(trainer: Trainer, run: Path) -> None:
     """Rank 0 evaluates, writes what a resume needs, and a checkpoint if it is the best so far."""
-    started, group = time.perf_counter(), trainer.group
+    group = trainer.group
     entry = group.broadcast(trainer.validate() if group.is_main else None)
     with undivided():
         trainer.log.append(entry)
         trainer.losses = []
-        trainer.seconds += time.perf_counter() - started
         if group.is_main:
             state = trainer.state_dict()
             if entry["best"]:
                 kept = {key: state[key] for key in ("step", "config", "model", "goals")}
                 kept |= {"optimizer": None, "lr_sched": None}
-                save_checkpoint(run / f"ckpt-{trainer.step}.pt", kept)
-            save_checkpoint(run / RESUME_NAME, state)
+                checkpoints.save_checkpoint(run / f"ckpt-{trainer.step}.pt", kept)
+            checkpoints.save_checkpoint(run / RESUME_NAME, state)
     if group.is_main:
         tqdm.write(progress_line(entry, trainer.settings.train.eval_episodes))
 
@@ -322,7 +287,8 @@ def undivided() -> Iterator[None]:
 
 def finish(trainer: Trainer, run: Path) -> dict[str, Any]:
     """Evaluate the chosen checkpoint on the test goals and write `training.json`."""
-    chosen = load_checkpoint(checkpoints_in(run)[-1], trainer.device)
+    seconds = round(time.perf_counter() - trainer.started, 1)
+    chosen = checkpoints.load_checkpoint(checkpoints.checkpoints_in(run)[-1], trainer.device)
     trainer.averaged.module.load_state_dict(chosen.model.state_dict())
     goals, n_rollouts = trainer.goals["test"], trainer.settings.train.final_rollouts
     test = {
@@ -332,7 +298,7 @@ def finish(trainer: Trainer, run: Path) -> dict[str, Any]:
     result = {
         "config": to_dict(*trainer.settings),
         "chosen_step": chosen.step,
-        "seconds": round(trainer.seconds, 1),
+        "seconds": seconds,
         "source_relative_return": trainer.source_return,
         "test": test["step"],
         "test_by_sliding": {sliding: numbers["return"] for sliding, numbers in test.items()},

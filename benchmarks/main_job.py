@@ -1,14 +1,12 @@
 """The main job as a whole process, ours beside the plain way: same model, same samples, same run.
 
-    python benchmarks/main_job.py                # 10 samples, 4 layers, 4 heads, 240 tokens
-
-The weights are random: speed does not depend on what they have learned.
+10 samples, 4 layers, 4 heads. The weights are random: speed does not depend on what they learned.
 """
 
 import tempfile
 from pathlib import Path
-from statistics import median
 
+import numpy as np
 import torch
 from setting import print_table, read_flags, run_process
 
@@ -32,26 +30,18 @@ def random_run(folder: Path, n_transit: int) -> Path:
     return path
 
 
-def main() -> None:
-    """Run both in turn and print the table."""
+if __name__ == "__main__":
     flags = read_flags(__doc__, n_transit=240, repeats=3)
     ours, plain = [], []
     with tempfile.TemporaryDirectory() as folder:
         run = random_run(Path(folder) / "run", flags.n_transit)
         command = "visualize_attention.py", "--checkpoint", run, "--out", f"{folder}/ours"
         for _ in range(flags.repeats):
-            ours.append(run_process(*command))
-            plain.append(run_process("benchmarks/plain_main_job.py", run, f"{folder}/plain"))
-    rows = []
-    for name, took in (("ours", ours), ("plain", plain)):
-        wall, cpu, peak = (median(each[i] for each in took) for i in range(3))
-        rows.append([name, f"{wall:.1f}", f"{cpu:.1f}", f"{peak:.0f}"])
-    pairs = list(zip(ours, plain, strict=True))
-    ratios = [median(p[i] / o[i] for o, p in pairs) for i in range(2)]
-    rows.append(["plain / ours", *(f"{ratio:.1f}x" for ratio in ratios), ""])
+            ours.append(run_process(*command)[0])
+            plain.append(run_process("benchmarks/plain_main_job.py", run, f"{folder}/plain")[0])
     print(f"main job, T = {flags.n_transit}, whole process, median of {flags.repeats}")
-    print_table(["way", "wall seconds", "CPU seconds", "peak MiB"], rows)
-
-
-if __name__ == "__main__":
-    main()
+    rows = [(name, *np.median(took, axis=0)) for name, took in (("ours", ours), ("plain", plain))]
+    header = "| way | wall seconds | CPU seconds | peak MiB |"
+    print_table(header, "| {} | {:.1f} | {:.1f} | {:.0f} |", rows)
+    ratios = np.median(np.divide(plain, ours), axis=0)
+    print("| plain / ours | {:.1f}x | {:.1f}x |  |".format(*ratios))

@@ -1,9 +1,7 @@
-"""The main job done the plain way, to be measured beside ours: not meant for use.
+"""The main job done the plain way, to be measured beside ours: plain_main_job.py CHECKPOINT OUT.
 
 Full attention maps through `need_weights`, the model run again for every layer, seaborn heatmaps at
 300 dpi with a tight layout, one figure after another.
-
-    python benchmarks/plain_main_job.py CHECKPOINT OUT
 """
 
 import itertools
@@ -27,14 +25,10 @@ from historylens.history import History
 
 def metrics(row: np.ndarray) -> list[float]:
     """The four metrics of the query's row `(T,)`, averaged over heads."""
-    context = row[:-1]
-    quarter = max(1, len(context) // 4)
-    return [
-        context.mean(),
-        context.std(),
-        -(context * np.log(context + 1e-10)).sum(),
-        context[-quarter:].mean() / (context[:quarter].mean() + 1e-10),
-    ]
+    context, quarter = row[:-1], max(1, (len(row) - 1) // 4)
+    entropy = -(context * np.log(context + 1e-10)).sum()
+    ratio = context[-quarter:].mean() / (context[:quarter].mean() + 1e-10)
+    return [context.mean(), context.std(), entropy, ratio]
 
 
 def save(figure: plt.Figure, path: Path) -> None:
@@ -55,20 +49,10 @@ def draw_heatmap(maps: np.ndarray, path: Path) -> None:
 
 def draw_lines(maps: np.ndarray, path: Path) -> None:
     """The query's row, and the mean of the columns."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(14, 5))
-    for head, weights in enumerate(maps):
-        left.plot(weights[-1, :-1], label=f"Head {head}")
-        right.plot(weights.mean(axis=0), label=f"Head {head}")
-    left.legend()
-    right.legend()
-    save(figure, path)
-
-
-def draw_summary(values: np.ndarray, path: Path) -> None:
-    """Histograms of the four metrics `(S, 4)`."""
-    figure, axes = plt.subplots(2, 2, figsize=(12, 10))
-    for panel, column in zip(axes.flat, values.T, strict=True):
-        sns.histplot(column, ax=panel)
+    figure, panels = plt.subplots(1, 2, figsize=(14, 5))
+    for panel, curves in zip(panels, (maps[:, -1, :-1], maps.mean(axis=1)), strict=True):
+        panel.plot(curves.T, label=[f"Head {head}" for head in range(len(maps))])
+        panel.legend()
     save(figure, path)
 
 
@@ -92,7 +76,10 @@ def main() -> None:
             values.append(metrics(maps.mean(axis=0)[-1]))
             draw_heatmap(maps, folder / f"attention_heatmap_sample{i}_layer{number}.png")
             draw_lines(maps, folder / f"attention_lines_sample{i}_layer{number}.png")
-        draw_summary(np.array(values), folder / f"attention_summary_layer{number}.png")
+        figure, axes = plt.subplots(2, 2, figsize=(12, 10))
+        for panel, column in zip(axes.flat, np.transpose(values), strict=True):
+            sns.histplot(column, ax=panel)
+        save(figure, folder / f"attention_summary_layer{number}.png")
 
 
 if __name__ == "__main__":

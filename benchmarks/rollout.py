@@ -1,12 +1,12 @@
 """Rollouts of the model, in all modes beside recomputing the whole context at each step.
 
-    python benchmarks/rollout.py                 # 32 rooms, 1,000 steps, 240 tokens
-
 "growing" is the part before the context is full, where "step" and "episode" are the same. The plain
 way calls the model on the whole context at each step, once as PyTorch runs it by default (its
 inference fast path) and once with that switched off, which gives its fused attention.
 """
 
+import argparse
+from collections.abc import Iterator
 from functools import cache, partial
 
 import numpy as np
@@ -36,9 +36,8 @@ def plain_rollout(model: ADTransformer, goals: np.ndarray, n_steps: int) -> None
         states = room.reset() if done else next_states
 
 
-def main() -> None:
-    """Measure each mode and print the table."""
-    flags = read_flags(__doc__, n_rooms=32, n_steps=1000, n_transit=240)
+def rows_of(flags: argparse.Namespace) -> Iterator[tuple]:
+    """A row for each mode, its seconds beside those of both plain ways."""
     torch.manual_seed(0)
     model = ADTransformer(ModelConfig(n_transit=flags.n_transit)).eval()
     goals = all_goals(9)[np.linspace(0, 80, flags.n_rooms).astype(int)]
@@ -49,19 +48,20 @@ def main() -> None:
         return seconds_of(partial(plain_rollout, model, goals, n_steps))[0]
 
     n_growing = min(flags.n_steps, flags.n_transit - 1) // 20 * 20
-    cases = [("growing", "step", n_growing)]
-    cases += [(f"sliding by {mode}", mode, flags.n_steps) for mode in ("step", "episode")]
-    rows = []
-    for name, mode, n_steps in cases:
+    for name, mode, n_steps in (
+        ("growing", "step", n_growing),
+        ("sliding by step", "step", flags.n_steps),
+        ("sliding by episode", "episode", flags.n_steps),
+    ):
         act = partial(rollout_goals, model, goals, n_steps // 20, seed=0, sliding=mode)
         (ours,) = seconds_of(act)
-        plain = [plain_seconds(n_steps, fused) for fused in (False, True)]
-        ratios = [part for way in plain for part in (f"{way:.1f}", f"{way / ours:.1f}x")]
-        rows.append([name, str(n_steps), f"{ours:.1f}", *ratios])
-    print(f"{flags.n_rooms} rooms, context of {flags.n_transit} tokens")
-    header = ["mode", "steps", "ours, s", "plain, s", "/ ours", "plain fused, s", "/ ours"]
-    print_table(header, rows)
+        plain, fused = (plain_seconds(n_steps, fused) for fused in (False, True))
+        yield name, n_steps, ours, plain, plain / ours, fused, fused / ours
 
 
 if __name__ == "__main__":
-    main()
+    flags = read_flags(__doc__, n_rooms=32, n_steps=1000, n_transit=240)
+    print(f"{flags.n_rooms} rooms, context of {flags.n_transit} tokens")
+    header = "| mode | steps | ours, s | plain, s | / ours | plain fused, s | / ours |"
+    row = "| {} | {} | {:.1f} | {:.1f} | {:.1f}x | {:.1f} | {:.1f}x |"
+    print_table(header, row, rows_of(flags))

@@ -2,10 +2,11 @@
 
     python visualize_attention.py --adapter examples/explicit_softmax.py
 
-The model sees its whole input at once (no causal mask), always of the same length: a shorter
-history is padded. For a model of your own: import it in place of `Model`, load its weights in
-`load`, and make `samples` from your histories.
+The model sees its whole input at once, always of the same length: a shorter history is padded.
+Yours: your model in place of `Model`, its weights in `load`, your histories in `samples`.
 """
+
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -14,8 +15,8 @@ from torch.nn.functional import one_hot, pad
 
 from historylens import Decision, History, Tokens
 
-N_CELLS, N_ACTIONS, WIDTH, N_HEADS = 16, 4, 32, 2
-N_MAX = 24
+N_CELLS, N_ACTIONS, N_MAX = 16, 4, 24
+WIDTH, N_HEADS = 32, 2
 
 
 class Attention(nn.Module):
@@ -28,10 +29,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, is_padding: Tensor) -> Tensor:
         """`x (B, T, D)`, `is_padding (B, T)` bool."""
-        q, k, v = (
-            part.unflatten(-1, (N_HEADS, -1)).transpose(1, 2)  # (B, H, T, d)
-            for part in self.project(x).chunk(3, dim=-1)
-        )
+        parts = self.project(x).chunk(3, dim=-1)
+        q, k, v = (p.unflatten(-1, (N_HEADS, -1)).transpose(1, 2) for p in parts)  # (B, H, T, d)
         scores = q @ k.mT / q.shape[-1] ** 0.5
         weights = self.softmax(scores.masked_fill(is_padding[:, None, None], -torch.inf))
         return self.out((weights @ v).transpose(1, 2).flatten(2))
@@ -65,41 +64,33 @@ def load() -> nn.Module:
     return Model()
 
 
-def samples(n: int, seed: int) -> list[Decision]:
-    """Decisions after 8, 16 and 24 random transitions."""
+def samples(n: int, seed: int) -> Iterator[Decision]:
+    """Decisions after 8, 16 and 24 transitions between random cells."""
     rng = np.random.default_rng(seed)
-    return [random_transitions(rng, 8 * (1 + i % 3), i) for i in range(n)]
-
-
-def random_transitions(rng: np.random.Generator, n: int, number: int) -> Decision:
-    """Transitions between random cells."""
-    states = rng.integers(N_CELLS, size=n + 1)
-    return Decision(
-        states=states[:-1],
-        actions=rng.integers(N_ACTIONS, size=n),
-        rewards=states[1:] == 0,
-        query_state=states[-1],
-        episodes=np.arange(n) // 8,
-        title=f"decision {number}",
-        labels={"number": number},
-    )
+    for number in range(n):
+        size = 8 * (1 + number % 3)
+        states = rng.integers(N_CELLS, size=size + 1)
+        yield Decision(
+            states=states[:-1],
+            actions=rng.integers(N_ACTIONS, size=size),
+            rewards=states[1:] == 0,
+            query_state=states[-1],
+            episodes=np.arange(size) // 8,
+            title=f"decision {number}",
+            labels={"number": number},
+        )
 
 
 def act(model: nn.Module, history: History) -> Tensor:
     """Action logits `(B, A)`, the history padded to `N_MAX` transitions."""
-    more = N_MAX - history.n
-    padded = [pad(part, (0, more)) for part in (history.states[..., 0], history.actions)]
-    padded.append(pad(history.rewards, (0, more)))
+    parts = history.states[..., 0], history.actions, history.rewards
+    padded = (pad(part, (0, N_MAX - history.n)) for part in parts)
     is_padding = torch.arange(N_MAX, device=history.device) >= history.n
-    is_padding = is_padding.expand(history.size, -1)
-    return model(history.query_states[:, 0], *padded, is_padding)
+    return model(history.query_states[:, 0], *padded, is_padding.expand(history.size, -1))
 
 
 def tokens(history: History) -> Tokens:
     """The query, which decides; a token a transition; padding."""
     n, more = history.n, N_MAX - history.n
-    return Tokens(
-        transition=[-1, *range(n), *[-1] * more],
-        part=["query", *["transition"] * n, *["padding"] * more],
-        decides=0,
-    )
+    part = ["query", *["transition"] * n, *["padding"] * more]
+    return Tokens([-1, *range(n), *[-1] * more], part, decides=0)

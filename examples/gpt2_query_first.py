@@ -4,10 +4,11 @@
     python visualize_attention.py --adapter examples/gpt2_query_first.py
 
 The model (Lee et al. 2023, arXiv 2306.14892) reads the query state, then transitions, and its
-output at the last token gives the action in the query state. So the query token is of no
-transition, and the token that decides is the last transition. For a model of your own: import it in
-place of `Model`, load its weights in `load`, and make `samples` from your histories.
+output at the last of them gives the action in the query state: the last transition decides.
+Yours: your model in place of `Model`, its weights in `load`, your histories in `samples`.
 """
+
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -47,24 +48,21 @@ def load() -> nn.Module:
     return Model()
 
 
-def samples(n: int, seed: int) -> list[Decision]:
-    """Decisions of contextual bandits, after 12 to 40 random pulls."""
+def samples(n: int, seed: int) -> Iterator[Decision]:
+    """Decisions after 12 to 40 random pulls of contextual bandits, each with its own weights."""
     rng = np.random.default_rng(seed)
-    return [random_pulls(rng, int(rng.choice([12, 25, N_MAX])), i) for i in range(n)]
-
-
-def random_pulls(rng: np.random.Generator, n: int, bandit: int) -> Decision:
-    """Random pulls of a bandit with weights of its own."""
-    states, actions = rng.normal(size=(n, 2)), rng.integers(N_ARMS, size=n)
-    means = (states @ rng.normal(size=(2, N_ARMS)))[np.arange(n), actions]
-    return Decision(
-        states=states,
-        actions=actions,
-        rewards=means + 0.1 * rng.normal(size=n),
-        query_state=rng.normal(size=2),
-        title=f"bandit {bandit}",
-        labels={"bandit": bandit},
-    )
+    for bandit in range(n):
+        size = int(rng.choice([12, 25, N_MAX]))
+        states, actions = rng.normal(size=(size, 2)), rng.integers(N_ARMS, size=size)
+        means = (states @ rng.normal(size=(2, N_ARMS)))[np.arange(size), actions]
+        yield Decision(
+            states=states,
+            actions=actions,
+            rewards=means + 0.1 * rng.normal(size=size),
+            query_state=rng.normal(size=2),
+            title=f"bandit {bandit}",
+            labels={"bandit": bandit},
+        )
 
 
 def act(model: nn.Module, history: History) -> Tensor:

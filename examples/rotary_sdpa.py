@@ -2,10 +2,11 @@
 
     python visualize_attention.py --adapter examples/rotary_sdpa.py
 
-One token a transition and the query last, so the adapter needs no `tokens`. The states are
-continuous. For a model of your own: import it in place of `Model`, load its weights in `load`, and
-make `samples` from your histories.
+One token a transition and the query last, so the adapter needs no `tokens`; continuous states.
+Yours: your model in place of `Model`, its weights in `load`, your histories in `samples`.
 """
+
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -14,8 +15,9 @@ from torch.nn.functional import one_hot, scaled_dot_product_attention
 
 from historylens import Decision, History
 
-STATE, N_ACTIONS, WIDTH, N_HEADS, N_GROUPS = 3, 4, 48, 6, 2
-N_MAX = 50
+STATE, N_ACTIONS, N_MAX = 3, 4, 50
+WIDTH, N_HEADS, N_GROUPS = 48, 6, 2
+DIM = WIDTH // N_HEADS
 
 
 def rotate(x: Tensor) -> Tensor:
@@ -32,17 +34,13 @@ class Attention(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        d = WIDTH // N_HEADS
-        self.sizes = [N_HEADS * d, N_GROUPS * d, N_GROUPS * d]
+        self.sizes = [N_HEADS * DIM, N_GROUPS * DIM, N_GROUPS * DIM]
         self.project, self.out = nn.Linear(WIDTH, sum(self.sizes)), nn.Linear(WIDTH, WIDTH)
 
     def forward(self, x: Tensor) -> Tensor:
         """`x (B, T, D)`."""
-        d = WIDTH // N_HEADS
-        q, k, v = (
-            part.unflatten(-1, (-1, d)).transpose(1, 2)  # (B, heads, T, d)
-            for part in self.project(x).split(self.sizes, dim=-1)
-        )
+        parts = self.project(x).split(self.sizes, dim=-1)
+        q, k, v = (part.unflatten(-1, (-1, DIM)).transpose(1, 2) for part in parts)  # (B, H, T, d)
         y = scaled_dot_product_attention(rotate(q), rotate(k), v, is_causal=True, enable_gqa=True)
         return self.out(y.transpose(1, 2).flatten(2))
 
@@ -71,24 +69,20 @@ def load() -> nn.Module:
     return Model()
 
 
-def samples(n: int, seed: int) -> list[Decision]:
-    """Decisions in random walks of three numbers."""
+def samples(n: int, seed: int) -> Iterator[Decision]:
+    """Decisions in random walks of three numbers, rewarded where the first number is high."""
     rng = np.random.default_rng(seed)
-    return [random_walk(rng, walk) for walk in range(n)]
-
-
-def random_walk(rng: np.random.Generator, walk: int) -> Decision:
-    """Steps of a random walk, rewarded where the first number is high."""
-    states = rng.normal(size=(N_MAX + 1, STATE)).cumsum(axis=0) / 5
-    return Decision(
-        states=states[:-1],
-        actions=rng.integers(N_ACTIONS, size=N_MAX),
-        rewards=states[1:, 0] > 0.5,
-        query_state=states[-1],
-        episodes=np.arange(N_MAX) // 25,
-        title=f"walk {walk}",
-        labels={"walk": walk},
-    )
+    for walk in range(n):
+        states = rng.normal(size=(N_MAX + 1, STATE)).cumsum(axis=0) / 5
+        yield Decision(
+            states=states[:-1],
+            actions=rng.integers(N_ACTIONS, size=N_MAX),
+            rewards=states[1:, 0] > 0.5,
+            query_state=states[-1],
+            episodes=np.arange(N_MAX) // 25,
+            title=f"walk {walk}",
+            labels={"walk": walk},
+        )
 
 
 def act(model: nn.Module, history: History) -> Tensor:

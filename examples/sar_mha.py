@@ -3,9 +3,10 @@
     python visualize_attention.py --adapter examples/sar_mha.py
     python compare_compression.py --adapter examples/sar_mha.py      # pip install gymnasium
 
-For a model of your own: import it in place of `Model`, load its weights in `load`, and make
-`samples` from your histories. The adapter is what stands below the model.
+Yours: your model in place of `Model`, its weights in `load`, your histories in `samples`.
 """
+
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -48,7 +49,7 @@ class Model(nn.Module):
         """Logits `(B, A)` from `states`, `actions`, `rewards (B, n)` and the `query (B,)` state."""
         parts = [self.state(states), self.action(actions), self.reward(rewards[..., None])]
         x = torch.stack(parts, dim=2).flatten(1, 2)  # (B, 3 n, D)
-        x = torch.cat([x, self.state(query)[:, None]], dim=1)
+        x = torch.cat([x, self.state(query)[:, None]], dim=1)  # (B, T, D)
         x = x + self.position[: x.shape[1]]
         mask = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).triu(1)
         for block in self.blocks:
@@ -61,30 +62,26 @@ def load() -> nn.Module:
     return Model()
 
 
-def samples(n: int, seed: int) -> list[Decision]:
+def samples(n: int, seed: int) -> Iterator[Decision]:
     """Decisions after three episodes of random play in a corridor of which one end pays."""
     rng = np.random.default_rng(seed)
-    return [random_play(rng, GOALS[i % len(GOALS)]) for i in range(n)]
-
-
-def random_play(rng: np.random.Generator, goal: str) -> Decision:
-    """Random play for `N_MAX` steps, from the middle of the corridor every `HORIZON`."""
-    actions = rng.integers(2, size=N_MAX)
-    states, next_states = np.zeros((2, N_MAX), dtype=int)
-    for t in range(N_MAX):
-        states[t] = N_CELLS // 2 if t % HORIZON == 0 else next_states[t - 1]
-        next_states[t] = np.clip(states[t] + 2 * actions[t] - 1, 0, N_CELLS - 1)
-    return Decision(
-        states=states,
-        actions=actions,
-        rewards=next_states == (0 if goal == "left end" else N_CELLS - 1),
-        next_states=next_states,
-        query_state=N_CELLS // 2,
-        episodes=np.arange(N_MAX) // HORIZON,
-        title=f"{goal} pays",
-        labels={"goal": goal},
-        task=GOALS.index(goal),
-    )
+    for i in range(n):
+        actions, goal = rng.integers(2, size=N_MAX), GOALS[i % len(GOALS)]
+        states, next_states = np.zeros((2, N_MAX), dtype=int)
+        for t in range(N_MAX):
+            states[t] = N_CELLS // 2 if t % HORIZON == 0 else next_states[t - 1]
+            next_states[t] = np.clip(states[t] + 2 * actions[t] - 1, 0, N_CELLS - 1)
+        yield Decision(
+            states=states,
+            actions=actions,
+            rewards=next_states == (0 if goal == "left end" else N_CELLS - 1),
+            next_states=next_states,
+            query_state=N_CELLS // 2,
+            episodes=np.arange(N_MAX) // HORIZON,
+            title=f"{goal} pays",
+            labels={"goal": goal},
+            task=GOALS.index(goal),
+        )
 
 
 def act(model: nn.Module, history: History) -> Tensor:

@@ -3,9 +3,7 @@
 The AD model that comes with the tool is an `Agent`, and so is what an adapter gives; everything
 that follows (analysis, effects, comparison) knows nothing else.
 
-    logits = agent.act(History.of(agent.decisions[:2]))                  # (2, A)
     logits, attention = attend(agent, history, layers=[0, 3])            # one captured pass
-    rewards = rollout(agent.environment.make(goals), policy, n_steps=800, noises=noises)
 """
 
 from abc import ABC, abstractmethod
@@ -101,16 +99,10 @@ def attend(
     maps: Sequence[int] = (),
     map_size: int = 512,
 ) -> tuple[Tensor, list[LayerAttention]]:
-    """One forward pass, and the attention in it.
+    """One forward pass on a history without padding: action logits `(B, A)`, and the attention.
 
-    Args:
-        agent: what decides.
-        history: `n` transitions before each of `B` decisions, without padding.
-        layers: numbers of the layers to capture; None: all.
-        received, maps, map_size: as for `capture`, which may raise `CaptureError`.
-
-    Returns:
-        Action logits `(B, A)`, and the attention of each layer asked for.
+    `layers` are numbers of the layers to capture, None: all; the other options are those of
+    `capture`, which may raise `CaptureError`.
     """
     names = [agent.layers[i] for i in (range(len(agent.layers)) if layers is None else layers)]
     options = {"received": received, "maps": maps, "map_size": map_size}
@@ -160,29 +152,17 @@ def _look(agent: Agent, history: History, whole: bool) -> dict[str, Tensor]:
     known = {"query_attention": sum_rows(rows.numpy(), tokens)[..., :-1]}
     if whole:
         weights = sum(layer.maps.nan_to_num().double().mean(1) for layer in layers)
-        rows = _among_transitions(weights.numpy() / len(layers), tokens)  # (B, n, n)
-        known |= {"received": rows.sum(1), "last_rows": rows[:, -N_LAST_ROWS:]}
+        columns = sum_rows(weights.numpy() / len(layers), tokens)[..., :-1]  # (B, T, n)
+        among = sum_rows(columns.swapaxes(1, 2), tokens)[..., :-1].swapaxes(1, 2)  # (B, n, n)
+        counts = [np.bincount(one.transition[one.transition != NONE]) for one in tokens]
+        among = among / np.stack(counts)[:, :, None]
+        known |= {"received": among.sum(1), "last_rows": among[:, -N_LAST_ROWS:]}
     return {name: torch.from_numpy(x).float().to(history.device) for name, x in known.items()}
-
-
-def _among_transitions(weights: np.ndarray, tokens: Sequence[Tokens]) -> np.ndarray:
-    """Attention of transitions to transitions `(B, n, n)` from that of tokens `(B, T, T)`.
-
-    The row of the token that decides counts only where it belongs to a transition.
-    """
-    columns = sum_rows(weights, tokens)[..., :-1]  # (B, T, n)
-    rows = sum_rows(columns.swapaxes(1, 2), tokens)[..., :-1].swapaxes(1, 2)  # (B, n, n)
-    counts = [np.bincount(one.transition[one.transition != NONE]) for one in tokens]
-    return rows / np.stack(counts)[:, :, None]
 
 
 @torch.inference_mode()
 def act_in_parts(agent: Agent, history: History, positions: Tensor | None = None) -> Tensor:
-    """Action logits `(B, A)` on histories of any lengths; a pass for every length that occurs.
-
-    `history`, and `positions` `(B, n + 1)` as for `Agent.act`, are padded in front where a decision
-    keeps fewer transitions than another.
-    """
+    """`Agent.act` on histories of any lengths, padded in front; a pass for every length."""
     size = max(1, MAX_TOKENS_ACTING // (history.n + 1))
     rows = torch.arange(history.size, device=history.device)
     logits, order = [], []
@@ -203,19 +183,11 @@ def rollout(
     bar: tqdm | None = None,
     tasks: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Act for `n_steps` in `B` environments together; no weight changes.
+    """Act for `n_steps` in `B` rooms that `Environment.make` gave: their rewards `(B, n_steps)`.
 
-    Args:
-        rooms: `B` environments, as `Environment.make` gives them.
-        policy: `act(buffer, query_states)` gives action logits `(B, A)` on what the environments
-            have been through, in `query_states` `(B, S)`; all of that lies on its `device`.
-        n_steps: steps, through as many episodes as that takes.
-        noises: `B` generators of the action noise, one an environment.
-        bar: progress bar, moved on by `B` decisions a step.
-        tasks: `(B,)` int, equal where two environments are of the same task.
-
-    Returns:
-        `(B, n_steps)` rewards, of the type that the environments give.
+    `policy.act(buffer, query_states)` gives action logits `(B, A)` on what the rooms have been
+    through, in states `(B, S)`; all of that lies on its `device`. `noises` are `B` generators of
+    the action noise; `tasks` `(B,)` are equal where two rooms are of the same task.
     """
 
     def tensor(values: np.ndarray) -> Tensor:  # a copy: environments may use their arrays again
@@ -247,8 +219,6 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except Exception as error:  # torch raises a different type for each missing backend
-        raise UserError(
-            f"expected a --device of this machine (cpu, cuda, cuda:1, ...), got {name!r}, "
-            "which is not there"
-        ) from error
+        what = f"expected a --device of this machine (cpu, cuda, cuda:1, ...), got {name!r}"
+        raise UserError(f"{what}, which is not there") from error
     return device

@@ -1,12 +1,8 @@
-"""The transitions before decisions: one decision, a batch of them, and a store that grows.
+"""The transitions before decisions: one `Decision`, a batch of them, and a store that grows.
 
-A `Decision` is a state in which a model acts and the transitions before it; a `History` is a batch
-of `B` of them, each with `n` transitions in the order of time, and the one type that everything
-passes on; a `HistoryBuffer` holds what environments that step together have been through.
-
-    history = History.of([decision, other])
-    shorter = history.take(indices)                    # (B, k) indices
-    logits = model(*shorter.inputs)                    # (B, A)
+history = History.of([decision, other])            # B decisions, n transitions before each
+shorter = history.take(indices)                    # (B, k) indices
+logits = model(*shorter.inputs)                    # (B, A)
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -15,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 PADDING = -1  # in front of the indices of a decision that keeps fewer than another
@@ -29,8 +26,7 @@ AXES = {  # of the fields of a History; W transitions have their attention rows 
 class Decision:
     """A state in which a model acts, and the `n` transitions before it in the order of time.
 
-    Arrays, tensors and lists are accepted. Whatever else a transition holds (an image, flattened;
-    a continuous action) may be columns of its state.
+    Arrays, tensors or lists; what else a transition holds may be columns of its state.
 
     Attributes:
         states: `(n,)` or `(n, S)`, the state before each transition.
@@ -62,9 +58,8 @@ class Decision:
     @property
     def episode_starts(self) -> np.ndarray:
         """`(E,)` int, transitions at which an episode begins, ascending."""
-        if self.episodes is None:
-            return np.zeros(min(self.n, 1), dtype=np.int64)
-        return np.append(0, np.flatnonzero(np.diff(self.episodes)) + 1)[: self.n]
+        episodes = np.zeros(self.n) if self.episodes is None else self.episodes
+        return np.append(0, np.flatnonzero(np.diff(episodes)) + 1)[: self.n]
 
     @property
     def rewarded(self) -> np.ndarray:
@@ -76,7 +71,7 @@ class Decision:
 class History:
     """Raw history before each of `B` decisions, and what is known of the attention to it.
 
-    What is None is unknown. Nothing is checked here: `checked` does, where histories enter.
+    Nothing is checked here: `checked` does, where histories enter. What is None is unknown.
 
     Attributes:
         states, next_states: `(B, n, S)`, `S` numbers describe a state.
@@ -108,45 +103,33 @@ class History:
 
     @classmethod
     def of(cls, decisions: Sequence[Decision], device: torch.device | str = "cpu") -> "History":
-        """The histories of decisions with equally many transitions, arrays `(n, S)` and `(n,)`.
-
-        Whole numbers become int64, others float32. Tasks and episodes are known where all
-        decisions have them.
-        """
+        """Of decisions with equally many transitions; what one of them lacks is unknown of all."""
 
         def stacked(name: str) -> Tensor | None:
             parts = [getattr(decision, name) for decision in decisions]
             if any(part is None for part in parts):
                 return None
-            values = torch.from_numpy(np.stack(parts)).to(device)
+            values = torch.from_numpy(np.stack(parts)).to(device)  # int64 or float32
             return values.float() if values.is_floating_point() else values.long()
 
         names = ("states", "actions", "rewards", "next_states", "query_state", "episodes", "task")
         return cls(*map(stacked, names))
 
     def checked(self) -> "History":
-        """The same with tensors in place of arrays and lists, for what a user hands over.
-
-        Raises:
-            ValueError: shapes that do not fit each other, or attention that is negative or no
-                number.
-        """
+        """The same, of tensors; ValueError: shapes that do not fit, or attention below 0 or NaN."""
         known = {name: torch.as_tensor(value) for name, value in self._known().items()}
-        actions, states = known["actions"], known["states"]
-        if actions.ndim != 2 or states.ndim != 3:
-            raise ValueError(
-                "expected actions of shape (B, n) and states of shape (B, n, S), "
-                f"got {tuple(actions.shape)} and {tuple(states.shape)}"
-            )
-        window = known["last_rows"].shape[1] if "last_rows" in known else 0
-        sizes = dict(zip("BnSW", (*actions.shape, states.shape[-1], window), strict=True))
-        for name, axes in AXES.items():
-            shape = tuple(sizes[axis] for axis in axes)
-            if name in known and tuple(known[name].shape) != shape:
-                raise ValueError(
-                    f"expected {name} of shape {shape} beside actions of shape "
-                    f"{tuple(actions.shape)}, got {tuple(known[name].shape)}"
-                )
+        shapes = {name: tuple(value.shape) for name, value in known.items()}
+        actions, states = shapes["actions"], shapes["states"]
+        if len(actions) != 2 or len(states) != 3:
+            expected = "actions of shape (B, n) and states of shape (B, n, S)"
+            raise ValueError(f"expected {expected}, got {actions} and {states}")
+        window = shapes.get("last_rows", (0, 0))[1]
+        sizes = dict(zip("BnSW", (*actions, states[2], window), strict=True))
+        for name, shape in shapes.items():
+            expected = tuple(sizes[axis] for axis in AXES[name])
+            if shape != expected:
+                got = f"beside actions of shape {actions}, got {shape}"
+                raise ValueError(f"expected {name} of shape {expected} {got}")
         for name in ("received", "last_rows", "query_attention"):
             if name in known and not ((known[name] >= 0) & known[name].isfinite()).all():
                 raise ValueError(f"expected {name} after the softmax: finite and not negative")
@@ -181,8 +164,7 @@ class History:
 
     def take(self, indices: Tensor) -> "History":
         """Keep the transitions at `indices` `(B, k)`, ascending, none twice, padding in front."""
-        rows = torch.arange(self.size, device=self.device)[:, None]
-        places = indices.clamp(min=0)
+        rows, places = torch.arange(self.size, device=self.device)[:, None], indices.clamp(min=0)
         return replace(self._transitions(lambda value: value[rows, places]), kept=indices)
 
     def latest(self, n: int) -> "History":
@@ -194,11 +176,7 @@ class History:
         return replace(self, **{name: value[rows] for name, value in self._known().items()})
 
     def by_count(self) -> Iterator[tuple[Tensor, "History"]]:
-        """Split into parts of equally many transitions each, without padding, fewest first.
-
-        Yields:
-            The rows `(R,)` of the batch, and their history.
-        """
+        """Rows `(R,)` of decisions that have equally many, fewest first, and their bare history."""
         counts = self.counts
         for count in counts.unique(sorted=True).tolist():
             rows = (counts == count).nonzero()[:, 0]
@@ -210,46 +188,35 @@ class History:
 
     def _transitions(self, choose: Callable[[Tensor], Tensor]) -> "History":
         """Some of the transitions: `choose` is given every field as `(B, n, ...)`."""
-        known = {name: value for name, value in self._known().items() if AXES[name][:2] == "Bn"}
-        chosen = {name: choose(value) for name, value in known.items()}
+        chosen = {name: choose(v) for name, v in self._known().items() if AXES[name][1:2] == "n"}
         if self.last_rows is not None:
             chosen["last_rows"] = choose(self.last_rows.mT).mT
         return replace(self, **chosen)
 
 
 class HistoryBuffer:
-    """Transitions of `B` environments that step together: a store that grows in place.
+    """Transitions of `B` environments that step together, at most `n_steps`: a store that grows.
 
-    The history before a decision may be far longer than what a model can read at once. It is handed
-    out as views of the store: nothing is copied, however long it is.
-
-    Args:
-        states: `(B, S)`, the first states: the store lies where they do, and is of their type.
-        n_steps: transitions that there is place for.
-        tasks: `(B,)` int, equal where two environments are of the same task.
+    Histories, far longer than what a model can read at once, are views of it: nothing is copied. It
+    lies where the first states `(B, S)` do, and is of their type; `tasks` `(B,)` as in a `History`.
     """
 
-    def __init__(
-        self, states: Tensor, n_steps: int, tasks: np.ndarray | Tensor | None = None
-    ) -> None:
-        device, shape = states.device, (len(states), n_steps)
+    def __init__(self, states: Tensor, n_steps: int, tasks: ArrayLike | None = None) -> None:
+        size, width = states.shape
         self.n = 0  # transitions so far
-        self._tasks = None if tasks is None else torch.as_tensor(tasks, device=device)
+        self._tasks = None if tasks is None else torch.as_tensor(tasks, device=states.device)
         self._stores = (
-            states.new_empty(*shape, states.shape[1]),
-            torch.empty(shape, dtype=torch.int64, device=device),
-            torch.empty(shape, dtype=torch.float32, device=device),
-            states.new_empty(*shape, states.shape[1]),
+            states.new_empty(size, n_steps, width),
+            states.new_empty(size, n_steps, dtype=torch.int64),
+            states.new_empty(size, n_steps, dtype=torch.float32),
+            states.new_empty(size, n_steps, width),
         )
-        self._episodes = torch.zeros(n_steps + 1, dtype=torch.int64, device=device)
+        self._episodes = states.new_zeros(n_steps + 1, dtype=torch.int64)
 
     def append(
         self, states: Tensor, actions: Tensor, rewards: Tensor, next_states: Tensor, done: bool
     ) -> None:
-        """Append one transition of every environment, `(B, S)` or `(B,)`; `done`: an episode ends.
-
-        Rewards are kept as float32.
-        """
+        """Append a transition of every environment, `(B, S)` or `(B,)`; `done`: an episode ends."""
         transition = (states, actions, rewards, next_states)
         for store, values in zip(self._stores, transition, strict=True):
             store[:, self.n] = values
@@ -257,25 +224,17 @@ class HistoryBuffer:
         self._episodes[self.n] = self._episodes[self.n - 1] + int(done)
 
     def history(self, query_states: Tensor, first: int = 0) -> History:
-        """The raw transitions `first .. n - 1` before decisions in `query_states` `(B, S)`.
-
-        Views of the store, which later transitions leave as they are.
-        """
-        past = slice(first, self.n)
-        episodes = self._episodes[past].expand(len(query_states), -1)
-        transitions = (store[:, past] for store in self._stores)
+        """Views of transitions `first .. n - 1`, which stay as they are, and queries `(B, S)`."""
+        transitions = (store[:, first : self.n] for store in self._stores)
+        episodes = self._episodes[first : self.n].expand(len(query_states), -1)
         return History(*transitions, query_states, episodes, self._tasks)
 
 
 def episode_ids(n: int, horizon: int, steps_taken: int | Tensor | np.ndarray) -> Tensor:
-    """Number the episodes of `n` transitions before a decision, from 0: `(B, n)` int.
+    """Number the episodes, of `horizon` steps, of `n` transitions before a decision: `(B, n)` int.
 
-    Args:
-        n: transitions.
-        horizon: steps of a whole episode; the first may be cut at its front.
-        steps_taken: `(B,)` or a number (`B` is 1), steps of the decision's own episode before it.
+    `steps_taken`: `(B,)` or a number (`B` is 1), those of the decision's own episode before it.
     """
     taken = torch.as_tensor(steps_taken).reshape(-1, 1)
-    from_own = torch.arange(n)[None, :] - (n - taken)  # negative before the decision's episode
-    ids = torch.div(from_own, horizon, rounding_mode="floor")
+    ids = (torch.arange(-n, 0) + taken) // horizon  # negative before the decision's own episode
     return ids - ids[:, :1]

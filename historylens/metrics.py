@@ -4,7 +4,6 @@ A row is what the query token reads: `p[:n]` lies on the context, `p[n]` on the 
 (and on what else belongs to no transition). Axes: `S` samples, of which `B` in a batch, `L` layers,
 `H` heads, `n` context tokens, `M` metrics.
 
-    measure(rows, last_episode, rewarded)                       # (..., n + 1) -> (..., M)
     metrics = Metrics(n_samples=5000, layers=[0, 1], heads=[[0, 1, 2, 3]] * 2)
     metrics.put(indices, rows, uniform_rows, history)           # a batch, in any order
     metrics.gather(group).of("entropy").mean()                  # of all processes, on rank 0
@@ -52,20 +51,12 @@ SUMMARY_METRICS = NAMES[:4]
 
 
 def measure(rows: ArrayLike, last_episode: ArrayLike, rewarded: ArrayLike) -> np.ndarray:
-    """Compute every metric of attention rows.
+    """Every metric of rows `(..., T)`, the query's own weight last: `(..., M)` float64, as `NAMES`.
 
-    Args:
-        rows: `(..., T)`, attention rows of the query token, its own weight last.
-        last_episode: `(..., n)` bool, context tokens of the last episode; broadcast against rows.
-        rewarded: `(..., n)` bool, rewarded context tokens; broadcast against rows.
-
-    Returns:
-        `(..., M)` float64, in the order of `NAMES`; `DESCRIPTIONS` has definitions and units. A
-        quarter is one token where `n < 4`: with `n = 1` both are the same one and the ratio is 1; a
-        context without mass has ratio 0.
-
-    Raises:
-        ValueError: fewer than two tokens, or weights that cannot come from a softmax.
+    `last_episode` and `rewarded` `(..., n)` bool say which context tokens are so; broadcast against
+    rows. A quarter is one token where `n < 4`: with `n = 1` both are the same one and the ratio is
+    1; a context without mass has ratio 0. ValueError: fewer than two tokens, or weights that cannot
+    come from a softmax.
     """
     rows = np.asarray(rows, dtype=np.float64)
     if rows.ndim < 1 or rows.shape[-1] < 2:
@@ -127,10 +118,10 @@ def uniform_received(n_tokens: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Summary:
-    """A metric over many decisions: mean, population standard deviation and median."""
+    """A metric over many decisions."""
 
     mean: float
-    std: float
+    std: float  # of the population
     median: float
 
 
@@ -157,14 +148,11 @@ class Metrics:
         uniform_rows: np.ndarray,
         history: History,
     ) -> None:
-        """Measure a batch, and put its metrics in their place. Nothing else of it is kept.
+        """Measure a batch of `B` samples, and put its metrics in their place.
 
-        Args:
-            indices: numbers of the `B` samples.
-            rows: one `(B, H, n + 1)` a layer, the query's attention to each transition, then what
-                lies on tokens of none.
-            uniform_rows: `(B, n + 1)`, the row that weighs all that the query may see equally.
-            history: the transitions; without episodes they count as one.
+        `rows` are one `(B, H, n + 1)` a layer, the query's attention to each transition, then what
+        lies on tokens of none; `uniform_rows` `(B, n + 1)` weigh all that it may see equally. A
+        history without episodes counts as one.
         """
         episodes = history.episodes
         episodes = torch.zeros_like(history.actions) if episodes is None else episodes
@@ -214,11 +202,9 @@ class Metrics:
     def summaries(self, place: int | None = None) -> dict[str, Summary]:
         """Each metric of the head-averaged rows, over the samples of the layer at a place.
 
-        None: over all `L * S` pairs of layer and sample; the spread then holds differences between
-        layers as well.
+        None: over all `L * S` pairs; the spread then holds differences between layers as well.
         """
-        summaries = {}
-        for name in NAMES:
-            x = self.of(name) if place is None else self.of(name)[place]
-            summaries[name] = Summary(float(np.mean(x)), float(np.std(x)), float(np.median(x)))
-        return summaries
+        chosen = slice(None) if place is None else place
+        values = {name: self.of(name)[chosen] for name in NAMES}
+        statistics = np.mean, np.std, np.median
+        return {name: Summary(*(float(f(x)) for f in statistics)) for name, x in values.items()}

@@ -2,18 +2,17 @@
 
 Blocks are returned as strings of at most 100 columns; printing is the command's affair.
 
-    print(layer_table(metrics)); print(overall_block(metrics)); print(insight_blocks(...))
+    print(layer_table(metrics))
     write_json(out / "metrics.json", metrics_json(metrics, agent.decisions, ...))
-    write_csv(out / "metrics.csv", metrics, agent.decisions, agent.label_columns)
 """
 
 import csv
 import io
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -42,7 +41,7 @@ def layer_table(metrics: Metrics) -> str:
         evenness = f"{summaries['normalised_entropy'].mean:.2f}"
         tokens = f"{summaries['effective_tokens'].mean:.1f}"
         table.append((str(layer), *first, evenness, tokens, *_ratio(summaries)))
-    even = metrics.uniform_mean()
+    even = metrics.uniform_mean()  # without a spread, aligned with the means
     first = [f"{even[name]:.4f}".ljust(len("0.0000 ± 0.0000")) for name in NAMES[:3]]
     ratio = f"{even['recent_distant_ratio']:.2f}".ljust(len("0.00 ± 0.00"))
     evenness, tokens = f"{even['normalised_entropy']:.2f}", f"{even['effective_tokens']:.1f}"
@@ -56,20 +55,14 @@ def layer_table(metrics: Metrics) -> str:
 
 
 def overall_block(metrics: Metrics) -> str:
-    """The four metrics over all layers and samples, mean ± std.
-
-    The median stands beside the ratio where it parts from the mean.
-    """
+    """The four metrics over all layers and samples; the ratio's median where it parts."""
     overall = metrics.summaries()
     ratio, median = _ratio(overall)
-    lines = [
-        "OVERALL ATTENTION STATISTICS",
-        "=" * 36,
-        f"Mean context attention: {_plus_minus(overall['mean_context_attention'])}",
-        f"Attention concentration (std): {_plus_minus(overall['concentration'])}",
-        f"Attention entropy: {_plus_minus(overall['entropy'])}",
-        f"Recent/Distant ratio: {ratio}" + (f" (median {median})" if median else ""),
-    ]
+    lines = ["OVERALL ATTENTION STATISTICS", "=" * 36]
+    labels = ("Mean context attention", "Attention concentration (std)", "Attention entropy")
+    for label, name in zip(labels, NAMES[:3], strict=True):
+        lines.append(f"{label}: {_plus_minus(overall[name])}")
+    lines.append(f"Recent/Distant ratio: {ratio}" + (f" (median {median})" if median else ""))
     return "\n".join(lines)
 
 
@@ -105,11 +98,11 @@ def pattern_table(metrics: Metrics) -> str:
 def insight_blocks(insights: Sequence[Insight], metrics: Metrics) -> str:
     """Insights with evidence, caveat and strategies: the whole model, then layers that differ."""
     blocks = [_insight_block([insight]) for insight in insights if insight.layer is None]
-    if not blocks:
-        blocks.append(
-            "💡 INSIGHT: No single pattern over all layers together.\n"
-            "   Measure before compressing: neither place nor weight says what can go."
-        )
+    nothing = (
+        "💡 INSIGHT: No single pattern over all layers together.\n"
+        "   Measure before compressing: neither place nor weight says what can go."
+    )
+    blocks = blocks or [nothing]
     blocks += [wrap(text, "   ℹ️  ", "      ") for text in remarks(metrics)]
     in_layers = [insight for insight in insights if insight.layer is not None]
     if in_layers:
@@ -126,8 +119,7 @@ def _insight_block(insights: Sequence[Insight]) -> str:
     if len(insights) > 1:
         layers = listed([i.layer for i in insights])
         headline = f"💡 INSIGHT: {PATTERNS[first.pattern].title} detected in {layers}!"
-        doubted = [i.layer for i in insights if i.by_rule_only]
-        if doubted:
+        if doubted := [i.layer for i in insights if i.by_rule_only]:
             where = "" if len(doubted) == len(insights) else f"in {listed(doubted)} "
             headline += f" ({where}by the absolute rule only)"
     lines = [headline, f"   {first.advice}", wrap(first.meaning, "   ")]
@@ -138,9 +130,8 @@ def _insight_block(insights: Sequence[Insight]) -> str:
             lines.append(wrap(insight.caveat, "   ⚠️  ", "      "))
         if insight.effect:
             lines.append(wrap(insight.effect, "   🧪 ", "      "))
-    lines.append("   Strategies:")
     ways = [*first.strategies, f"Example: {first.example}"]
-    lines += [wrap(way, "   - ", "     ") for way in ways]
+    lines += ["   Strategies:", *(wrap(way, "   - ", "     ") for way in ways)]
     return "\n".join(lines)
 
 
@@ -154,16 +145,9 @@ def metrics_json(
 ) -> dict[str, Any]:
     """Everything that was measured, as plain numbers: the content of `metrics.json`.
 
-    Whole attention maps are left out (`T * T` numbers a head would make the file unreadable): their
-    last row is in `drawn`, the rest in the heatmaps alone.
-
-    Args:
-        metrics: of all samples.
-        decisions: the samples.
-        insights: as `find_patterns` returns them.
-        meta: settings of the run (checkpoint, step, seed, ...), as plain types.
-        drawn: layer -> sample -> the arrays in its pictures.
-        tokens: sample -> what its tokens are, for those in pictures.
+    `meta` holds settings of the run, `drawn` layer -> sample -> the arrays in its pictures, and
+    `tokens` what the tokens of these samples are. Whole attention maps are left out (`T * T`
+    numbers a head would make the file unreadable): their last row is in `drawn`.
     """
     plain = {len(one) for one in tokens.values() if one.is_plain}
     return {
@@ -191,8 +175,8 @@ def _sample_json(index: int, decision: Decision, tokens: Tokens | None) -> dict[
     title = decision.title or f"sample {index}"
     entry = {"sample": index, "title": title, "n_context": decision.n, **decision.labels}
     if tokens is not None:
-        entry["episode_starts"] = decision.episode_starts
-        entry["rewarded"] = np.flatnonzero(decision.rewarded)
+        rewarded = np.flatnonzero(decision.rewarded)
+        entry |= {"episode_starts": decision.episode_starts, "rewarded": rewarded}
         if not tokens.is_plain:
             entry["tokens"] = asdict(tokens)
     return entry
@@ -214,27 +198,19 @@ def write_csv(
 ) -> None:
     """Write one row a sample, layer and head (a number or `mean`), all at once or not at all.
 
-    Columns: `sample`, `label_columns` (empty where a sample has no such label), `layer`, `head`,
-    `n_context`, the metrics.
+    `label_columns` are empty where a sample has no such label.
     """
 
-    def lines() -> Iterator[str]:
-        columns = ["sample", *label_columns, "layer", "head", "n_context", *NAMES]
-        yield _csv([columns])
+    def write(file: BinaryIO) -> None:
+        text = io.TextIOWrapper(file, encoding="utf-8", newline="")
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(["sample", *label_columns, "layer", "head", "n_context", *NAMES])
         for index, decision in enumerate(decisions):
             labels = [decision.labels.get(key, "") for key in label_columns]
-            rows = []
-            for place, layer in enumerate(metrics.layers):
-                heads = metrics.heads[place]
+            for place, (layer, heads) in enumerate(zip(metrics.layers, metrics.heads, strict=True)):
                 own = metrics.values[index, place, [*range(len(heads)), -1]].tolist()
                 for head, values in zip((*heads, "mean"), own, strict=True):
-                    rows.append([index, *labels, layer, head, decision.n, *values])
-            yield _csv(rows)
+                    writer.writerow([index, *labels, layer, head, decision.n, *values])
+        text.detach()  # writes what is left, and leaves the file open
 
-    write_atomically(path, lines())
-
-
-def _csv(rows: Sequence[Sequence[Any]]) -> str:
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(rows)
-    return text.getvalue()
+    write_atomically(path, write)

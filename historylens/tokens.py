@@ -2,12 +2,9 @@
 
     tokens = Tokens.of(n=20, parts=("state", "action", "reward"))        # 61 tokens, query last
     sum_rows(layer.query_rows, [tokens] * len(batch))                    # (B, H, 61) -> (B, H, 21)
-    order_of_time(tokens)                                                # how pictures order them
 
 A model may read three tokens a transition, a query before or after its history, padding anywhere.
-Metrics are about transitions, so they mean the same for all models: the weights of a transition's
-tokens are summed, and what lies on tokens of no transition comes last, where the query's own weight
-is in a model of one token a transition. Axes: `T` tokens, `n` transitions, `B` samples, `H` heads.
+Metrics are about transitions, so they mean the same for all models. Axes: `T` tokens, `H` heads.
 """
 
 from collections.abc import Sequence
@@ -23,7 +20,9 @@ QUERY, PADDING = "query", "padding"  # parts of such tokens
 
 @dataclass(frozen=True)
 class Tokens:
-    """The `T` tokens that a model reads before one decision, in the model's order.
+    """The `T` tokens that a model reads before one decision, in its order.
+
+    A map that cannot be is a ValueError.
 
     Attributes:
         transition: `(T,)` int, number of each token's transition in the order of time, from 0; -1
@@ -31,9 +30,6 @@ class Tokens:
         part: `(T,)` what each token holds, for example "state", "action", "reward" or
             "transition"; "query" for the state in which to act, "padding" for what is masked out.
         decides: the token whose output gives the action; negative numbers count from the end.
-
-    Raises:
-        ValueError: a map that cannot be.
     """
 
     transition: np.ndarray
@@ -47,27 +43,24 @@ class Tokens:
                 "expected the transition of each token as whole numbers (T,) with T of at least 2, "
                 f"got shape {numbers.shape} of {numbers.dtype}"
             )
-        size, lowest = len(numbers), int(numbers.min())
+        size, lowest, decides = len(numbers), int(numbers.min()), int(self.decides)
         part = (self.part,) * size if isinstance(self.part, str) else tuple(self.part)
         if len(part) != size:
             raise ValueError(f"expected the part of each of {size} tokens, got {len(part)}")
-        if not -size <= self.decides < size:
-            raise ValueError(
-                f"expected the token that decides in 0..{size - 1}, got {self.decides}"
-            )
+        if not -size <= decides < size:
+            raise ValueError(f"expected the token that decides in 0..{size - 1}, got {decides}")
         if lowest < NONE:
             raise ValueError(f"expected transitions from 0, or -1 for none, got {lowest}")
         missing = set(range(max(1, int(numbers.max()) + 1))) - set(numbers.tolist())
         if missing:
             raise ValueError(f"no token is of transition {min(missing)}")
-        decides = int(self.decides) % size
+        decides %= size
         for i, name in enumerate(part):
             if name == PADDING and numbers[i] != NONE:
                 raise ValueError(f"token {i} is padding, so expected it to be of no transition")
         if part[decides] == PADDING:
             raise ValueError(f"token {decides} decides, so expected it not to be padding")
-        checked = {"transition": numbers.astype(np.int64), "part": part, "decides": decides}
-        vars(self).update(checked)  # frozen
+        vars(self).update(transition=numbers.astype(np.int64), part=part, decides=decides)  # frozen
 
     @classmethod
     def of(
@@ -77,11 +70,7 @@ class Tokens:
         query: Literal["last", "first"] = "last",
         decides: int | None = None,
     ) -> "Tokens":
-        """The usual layouts: the tokens of `n` transitions, and a query after or before them.
-
-        `parts` are those of each transition, in order; `decides` is the token whose output gives
-        the action, None: the query.
-        """
+        """The parts of `n` transitions, and a query, which decides unless another token does."""
         parts = (parts,) if isinstance(parts, str) else tuple(parts)
         numbers, names = np.repeat(np.arange(n), len(parts)), parts * n
         if query == "first":
@@ -117,11 +106,7 @@ class Tokens:
 
 
 def order_of_time(tokens: Tokens) -> np.ndarray:
-    """The order in which pictures show tokens: places `(P,)` in the model's order.
-
-    Tokens of no transition first, then the order of time, the one that decides last, whatever its
-    place in the model. Padding is left out.
-    """
+    """Places `(P,)` of the tokens that pictures show: of none first, in time, last what decides."""
     shown = np.array([i for i, name in enumerate(tokens.part) if name != PADDING])
     own = shown != tokens.decides
     order = np.lexsort((shown, tokens.transition[shown], ~own))
@@ -129,15 +114,10 @@ def order_of_time(tokens: Tokens) -> np.ndarray:
 
 
 def sum_rows(rows: np.ndarray, tokens: Sequence[Tokens]) -> np.ndarray:
-    """Sum attention over the tokens of each transition.
+    """Sum attention `(B, ..., T)` over the tokens of each transition, by `B` maps of the same `n`.
 
-    Args:
-        rows: `(B, ..., T)` attention over tokens, of `B` samples.
-        tokens: what they are, `B` maps of the same `n`.
-
-    Returns:
-        `(B, ..., n + 1)` float64: each transition's weight in the order of time, then what lies on
-        tokens of no transition.
+    `(B, ..., n + 1)` float64: each transition's weight in the order of time, then what lies on
+    tokens of no transition, where a model of one token a transition has the query's own weight.
     """
     rows = np.asarray(rows, dtype=np.float64)
     n = tokens[0].n
@@ -153,15 +133,14 @@ def sum_rows(rows: np.ndarray, tokens: Sequence[Tokens]) -> np.ndarray:
 
 
 def uniform_rows(visible: np.ndarray) -> np.ndarray:
-    """`(B, T)`: a row that weighs all that it may see equally, for `visible (B, T)` bool."""
+    """`(B, T)`: rows that weigh all that they may see equally, for `visible (B, T)` bool."""
     return visible / np.maximum(visible.sum(axis=-1, keepdims=True), 1)
 
 
 def uniform_received(seen: np.ndarray) -> np.ndarray:
-    """Attention that each token receives where every token weighs all that it may see equally.
+    """`(T,)`: attention received where every token weighs all that it may see equally.
 
-    For `seen (T, T)` bool, whether the token of a row may see that of a column: `(T,)`, the average
-    over the tokens that may see it; NaN where there are none.
+    The average over those that may see it, NaN without any; `seen (T, T)` bool: row sees column.
     """
     with np.errstate(invalid="ignore"):
         return uniform_rows(seen).sum(axis=0) / seen.sum(axis=0)

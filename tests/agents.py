@@ -1,5 +1,7 @@
 """Agents for tests: an AD transformer as it is, and one with planted attention."""
 
+from collections import OrderedDict
+
 import numpy as np
 import torch
 from plain_model import encoder_layer
@@ -10,10 +12,8 @@ from historylens.agent import Agent
 
 def mean_map(model, history, sample):
     """Attention `(T, T)` of one sample, mean over layers and heads, token by token in float64."""
-    tensors = {name: t.detach().double().numpy() for name, t in model.state_dict().items()}
-    with torch.no_grad():
-        x = model.embed(*history.inputs)[sample].double().numpy()
-    maps = []
+    tensors = {name: t.double().numpy() for name, t in model.state_dict().items()}
+    x, maps = model.embed(*history.inputs)[sample].detach().double().numpy(), []
     for number in range(model.config.tf_n_layer):
         x, weights = encoder_layer(tensors, number, x, model.config.tf_n_head)
         maps.append(weights.mean(axis=0))
@@ -40,17 +40,15 @@ class ModelAgent(Agent):
 
 
 class Recorder(ModelAgent):
-    """Keeps the histories and positions that it acts on; the logits are all its own.
-
-    `weights` gives the query's attention `(B, n)` to a history, which it looks at as `looked`.
-    """
+    """Keeps the histories and positions that it acts on; `weights` gives the query's `(B, n)`."""
 
     def __init__(self, n_max=7, logits=None, weights=None):
-        self.model, self.device, self.decisions = Planted(), torch.device("cpu"), ()
+        self.model = nn.Sequential(OrderedDict(attention=Attention()))
+        self.device, self.decisions = torch.device("cpu"), ()
         self.n_max, self.layers, self.n_heads = n_max, ["attention"], [1]
         self.histories, self.positions, self.looked = [], [], []
         self.logits = logits or (lambda history: torch.tensor([1e9, 0.0]).expand(history.size, -1))
-        self.weights = weights or _second_and_fourth
+        self.weights = weights or second_and_fourth
 
     def act(self, history, positions=None):
         self.histories.append(history)
@@ -60,28 +58,18 @@ class Recorder(ModelAgent):
     def forward(self, history):
         self.looked.append(history)
         own = self.weights(history)
-        rest = 1 - own.sum(dim=1, keepdim=True)
-        self.model(torch.cat([own, rest], dim=1))
+        self.model(torch.cat([own, 1 - own.sum(dim=1, keepdim=True)], dim=1))
         return self.logits(history)
 
 
-def _second_and_fourth(history):
+def second_and_fourth(history):
     time = torch.arange(history.n).expand(history.size, -1)
     return (time == 1) * 0.5 + (time == 3) * 0.2
 
 
-class Planted(nn.Module):
+class Attention(nn.Module):
     """Attends with given weights `(B, T)` of every query, whatever it is given."""
 
-    def __init__(self):
-        super().__init__()
-        self.attention = _Attention()
-
-    def forward(self, weights):
-        return self.attention(weights)
-
-
-class _Attention(nn.Module):
     def forward(self, weights):
         zeros = torch.zeros(len(weights), 1, weights.shape[1], 1)
         mask = weights.float().log()[:, None, None].expand(-1, -1, weights.shape[1], -1)

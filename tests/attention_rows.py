@@ -31,24 +31,19 @@ def uniform(n):
 
 def planted(n, positions, mass=1.0):
     """`(n + 1,)`: mass spread equally over some context tokens; the query keeps the rest."""
-    row = np.zeros(n + 1)
-    row[list(positions)] = mass / len(list(positions))
-    row[n] = 1 - mass
+    row = np.append(np.zeros(n), 1 - mass)
+    row[list(positions)] = mass / len(positions)
     return row
 
 
 def measured(*layers, n_samples=3, n_heads=2, numbers=None, heads=None, decisions=None):
     """Metrics of layers, each a row `(T,)` for all samples and heads, or rows `(S, H, T)`."""
-    rows = [
-        np.broadcast_to(r, (n_samples, n_heads, len(r))) if np.ndim(r) == 1 else r for r in layers
-    ]
+    rows = [x if x.ndim > 1 else np.broadcast_to(x, (n_samples, n_heads, len(x))) for x in layers]
     size, _, n_tokens = rows[0].shape
-    metrics = Metrics(
-        size, numbers or range(len(rows)), heads or [range(layer.shape[1]) for layer in rows]
-    )
-    decisions = decisions or [decision(n_tokens - 1)] * size
-    even = np.full((size, n_tokens), 1 / n_tokens)
-    metrics.put(range(size), rows, even, History.of(decisions))
+    heads = heads or [range(layer.shape[1]) for layer in rows]
+    metrics = Metrics(size, numbers or range(len(rows)), heads)
+    history = History.of(decisions or [decision(n_tokens - 1)] * size)
+    metrics.put(range(size), rows, np.full((size, n_tokens), 1 / n_tokens), history)
     return metrics.gather(ALONE)
 
 

@@ -1,6 +1,4 @@
-"""Random histories for the tests of compression."""
-
-from dataclasses import fields
+"""Histories, random and worked out by hand, for the tests of compression."""
 
 import torch
 from hypothesis import strategies as st
@@ -8,9 +6,13 @@ from hypothesis import strategies as st
 from historylens.history import Decision, History, episode_ids
 
 
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
 def make_history(size=2, n=12, seed=0, horizon=4, window=3):
     """Every field known; few different values, so that there are ties and repeated transitions."""
-    g = torch.Generator().manual_seed(seed)
+    g = generator(seed)
     rand = lambda *shape: torch.rand(*shape, generator=g)  # noqa: E731
     states = torch.randint(3, (size, n + 1, 2), generator=g)
     weights = (rand(size, n) * 4).round() / 4
@@ -28,45 +30,31 @@ def make_history(size=2, n=12, seed=0, horizon=4, window=3):
     )
 
 
-@st.composite
-def histories(draw, max_n=30):
-    return make_history(
-        size=draw(st.integers(1, 3)),
-        n=draw(st.integers(0, max_n)),
-        seed=draw(st.integers(0, 2**20)),
-        horizon=draw(st.integers(1, 9)),
-        window=draw(st.integers(1, 6)),
-    )
+def histories():
+    """Of any size, length, episodes and attention rows."""
+    sizes = {"size": (1, 3), "n": (0, 30), "seed": (0, 2**20), "horizon": (1, 9), "window": (1, 6)}
+    return st.builds(make_history, **{name: st.integers(*ends) for name, ends in sizes.items()})
 
 
 def decisions_of(history):
     """The decisions whose histories these are; of no task where none is known."""
     tasks = [None] * history.size if history.tasks is None else history.tasks.tolist()
     names = ("states", "actions", "rewards", "query_states", "next_states")
-    parts = [getattr(history, name).numpy() for name in names]
-    return [
-        Decision(*(part[b] for part in parts), task=task, title=f"decision {b}")
-        for b, task in enumerate(tasks)
-    ]
+    rows = zip(*(getattr(history, name).numpy() for name in names), tasks, strict=True)
+    return [Decision(*row, task=task, title=f"decision {b}") for b, (*row, task) in enumerate(rows)]
 
 
 def line(cells, actions=None, rewards=None, **known):
     """One history that visits cells (0, c) in the order given."""
-    cells = torch.tensor(cells)
-    states = torch.stack([torch.zeros_like(cells), cells], dim=1)[None]
-    empty = [0] * len(cells)
-    return History(
-        states,
-        torch.tensor([actions or empty]),
-        torch.tensor([rewards or empty]),
-        states,
-        **{name: torch.tensor([value]) for name, value in known.items()},
-    )
+    states = torch.tensor([[[0, cell] for cell in cells]])
+    known |= {"actions": actions or [0] * len(cells), "rewards": rewards or [0] * len(cells)}
+    tensors = {name: torch.tensor([value]) for name, value in known.items()}
+    return History(states=states, next_states=states, **tensors)
 
 
 def known(history):
     """The fields that are not None."""
-    return {f.name: v for f in fields(history) if (v := getattr(history, f.name)) is not None}
+    return {name: value for name, value in vars(history).items() if value is not None}
 
 
 def same(one, other):

@@ -32,16 +32,8 @@ class PlainRoom:
         return self.cell
 
     def step(self, action):
-        row, col = self.cell
-        down, up, right, left = 0, 1, 2, 3
-        if action == down and row + 1 < self.size:
-            row += 1
-        elif action == up and row > 0:
-            row -= 1
-        elif action == right and col + 1 < self.size:
-            col += 1
-        elif action == left and col > 0:
-            col -= 1
+        move = [(1, 0), (-1, 0), (0, 1), (0, -1), (0, 0)][action]
+        row, col = (min(max(x + d, 0), self.size - 1) for x, d in zip(self.cell, move, strict=True))
         self.cell = (row, col)
         self.t += 1
         return self.cell, int(self.cell == self.goal), self.t == self.horizon
@@ -66,25 +58,17 @@ def make_histories(
 
 def random_window(config: ModelConfig, n_samples: int, n: int, seed: int = 0):
     """Context of `n` random transitions and `n + 1` random query states: what a model reads."""
-    rng = np.random.default_rng(seed)
+    rng, size = np.random.default_rng(seed), config.grid_size
 
     def draw(high, *shape):
         return torch.from_numpy(rng.integers(high, size=(n_samples, *shape)))
 
-    context = (
-        draw(config.grid_size, n, 2),
-        draw(config.num_actions, n),
-        draw(2, n),
-        draw(config.grid_size, n, 2),
-    )
-    return context, draw(config.grid_size, n + 1, 2)
+    context = draw(size, n, 2), draw(config.num_actions, n), draw(2, n), draw(size, n, 2)
+    return context, draw(size, n + 1, 2)
 
 
 def sharp_model(config: ModelConfig, seed: int = 0, dtype=torch.float32) -> ADTransformer:
-    """A model in evaluation mode with weights larger than at initialisation.
-
-    Every weight matters to its output: positions, attention and biases as well.
-    """
+    """A model in evaluation mode, of which every weight matters to its output."""
     torch.manual_seed(seed)
     model = ADTransformer(config)
     with torch.no_grad():
@@ -103,13 +87,11 @@ def tiny_config() -> ModelConfig:
 
 @pytest.fixture
 def tiny_model(tiny_config) -> ADTransformer:
-    """A model of `tiny_config` in evaluation mode, weights large enough to tell inputs apart."""
     return sharp_model(tiny_config)
 
 
 @pytest.fixture(scope="session")
 def tiny_histories() -> Histories:
-    """Three histories of six episodes of five steps."""
     return make_histories()
 
 
@@ -145,10 +127,8 @@ def n_hooks(model: torch.nn.Module) -> int:
     """Hooks on the modules of a model, and global ones."""
     from torch.nn.modules import module as hooks
 
-    own = sum(
-        len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks)
-        for m in model.modules()
-    )
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")
+    own = sum(len(getattr(module, kind)) for module in model.modules() for kind in kinds)
     return own + len(hooks._global_forward_hooks) + len(hooks._global_forward_pre_hooks)
 
 

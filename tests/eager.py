@@ -2,16 +2,39 @@
 
 import math
 from contextlib import contextmanager
+from functools import partial
 
 import pytest
 import torch
 from conftest import n_hooks
+from torch import nn
 from torch.nn import functional
 
 from historylens.capture import CaptureError, capture
 
-CONTEXTS = [torch.enable_grad, torch.no_grad, torch.inference_mode]
+AUTOCAST = partial(torch.autocast, "cpu", torch.bfloat16)
+CONTEXTS = [torch.enable_grad, torch.no_grad, torch.inference_mode, AUTOCAST]
 CLOSE = {"atol": 1e-6, "rtol": 0, "check_dtype": False, "equal_nan": True}
+ALL_SEEN = torch.zeros(1, dtype=torch.bool)
+
+
+class Given(nn.Module):
+    """Calls a module or a function with further arguments."""
+
+    def __init__(self, inner, **kwargs):
+        super().__init__()
+        self.inner, self.kwargs = inner, kwargs
+
+    def forward(self, *tensors):
+        return self.inner(*tensors, **self.kwargs)
+
+
+Attend = partial(Given, functional.scaled_dot_product_attention)
+
+
+def split_heads(x, n_heads=2):
+    """(B, T, D) to (B, H, T, D / H)."""
+    return x.unflatten(-1, (n_heads, -1)).transpose(1, 2)
 
 
 def eager_weights(q, k, forbidden=None, added=None, scale=None):
@@ -23,23 +46,21 @@ def eager_weights(q, k, forbidden=None, added=None, scale=None):
     return scores.softmax(-1).detach()
 
 
-def projected_weights(attention, query, key, forbidden=None, added=None):
+def weights_of(attention, query, key, forbidden=None, added=None):
     """Weights (B, H, Tq, Tk) of an nn.MultiheadAttention for inputs (B, T, D)."""
-    if attention.in_proj_weight is None:
-        weights = attention.q_proj_weight, attention.k_proj_weight
-    else:
+    weights = attention.q_proj_weight, attention.k_proj_weight
+    if attention.in_proj_weight is not None:
         weights = attention.in_proj_weight.chunk(3)[:2]
     biases = (None, None) if attention.in_proj_bias is None else attention.in_proj_bias.chunk(3)[:2]
     q, k = (
         functional.linear(x.double(), w.double(), None if b is None else b.double())
-        .unflatten(-1, (attention.num_heads, -1))
-        .transpose(1, 2)
         for x, w, b in zip((query, key), weights, biases, strict=True)
     )
-    return eager_weights(q, k, forbidden, added)
+    heads = (split_heads(x, attention.num_heads) for x in (q, k))
+    return eager_weights(*heads, forbidden, added)
 
 
-def check(found, weights, forbidden, padded=None):
+def check(found, weights, forbidden=ALL_SEEN, padded=None):
     """Every field of a captured layer, its maps those of the first samples.
 
     forbidden: bool, broadcasts to the weights; padded: (B, Tq), queries that are left out.
@@ -54,6 +75,14 @@ def check(found, weights, forbidden, padded=None):
     torch.testing.assert_close(found.maps, whole, **CLOSE)
     values = found.query_rows, found.received, found.maps
     assert all(x.dtype == torch.float32 and not x.is_inference() for x in values)
+
+
+def check_pooled(found, whole):
+    """A column of the map of one sample is the mean of its tokens in `whole` (H, Tq, Tk)."""
+    ends = [*found.map_cols[1:].tolist(), whole.shape[-1]]
+    for c, (start, end) in enumerate(zip(found.map_cols.tolist(), ends, strict=True)):
+        expected = whole[:, found.map_rows, start:end].nanmean(-1)
+        torch.testing.assert_close(found.maps[0, :, :, c], expected, **CLOSE)
 
 
 @contextmanager
@@ -97,13 +126,13 @@ def random_weights(module, seed=0):
     """The module in evaluation mode, its attention far from uniform."""
     torch.manual_seed(seed)
     for parameter in module.parameters():
-        torch.nn.init.normal_(parameter, std=0.4)
+        nn.init.normal_(parameter, std=0.4)
     return module.eval()
 
 
-def causal(n_tokens):
-    """What a causal mask forbids (T, T)."""
-    return torch.ones(n_tokens, n_tokens, dtype=torch.bool).triu(1)
+def causal(n_queries, n_keys=None, diagonal=1):
+    """What a causal mask forbids (Tq, Tk)."""
+    return torch.ones(n_queries, n_keys or n_queries, dtype=torch.bool).triu(diagonal)
 
 
 def is_clean(model):

@@ -1,8 +1,7 @@
 """A task whose answer is known, without a trained model: a lever that pays at an episode's end.
 
-An episode is `HORIZON` steps; only the last pays, and only if the right one of `N_LEVERS` is
-pulled. The planted model looks at rewarded transitions alone: it pulls the lever that was rewarded
-last, and any lever where it sees no reward.
+The last of `HORIZON` steps pays if the right one of `N_LEVERS` is pulled. The planted model pulls
+the lever that was rewarded last, and any where it sees no reward.
 """
 
 import numpy as np
@@ -21,16 +20,13 @@ class Levers:
         self.levers = np.asarray(levers)
 
     def reset(self):
-        self.t = 0
-        return self._states()
+        self.states = np.zeros((len(self.levers), 2), dtype=int)
+        return self.states
 
     def step(self, actions):
-        last = self.t == HORIZON - 1
-        self.t += 1
-        return self._states(), ((actions == self.levers) & last).astype(np.int64), last
-
-    def _states(self):
-        return np.full((len(self.levers), 2), [self.t, 0])
+        self.states = self.states + [1, 0]
+        last = self.states[0, 0] == HORIZON
+        return self.states, ((actions == self.levers) & last).astype(np.int64), last
 
 
 def rewarded_only(history):
@@ -45,13 +41,10 @@ def rewarded_only(history):
 
 
 def ignores_history(history):
-    """Logits that do not depend on the history."""
     return torch.zeros(history.size, N_LEVERS)
 
 
 class LeversAgent(Agent):
-    """The planted model, a goal a lever."""
-
     decisions, n_max, layers, n_heads, label_columns = (), N_MAX, (), (), ()
     title, facts, meta = "levers", {"Checkpoint": "planted"}, {"checkpoint": "planted"}
 

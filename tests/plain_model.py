@@ -44,11 +44,6 @@ def transition_token(tensors, config, state, action, reward, next_state):
     return tensors["embed_context.weight"] @ parts + tensors["embed_context.bias"]
 
 
-def query_token(tensors, config, state):
-    """`Embedding(grid * grid)` at `row * grid + col`."""
-    return tensors["embed_query_state.weight"][state[0] * config["grid_size"] + state[1]]
-
-
 def layer_norm(x, weight, bias):
     """Zero mean and unit variance over the width, scaled and shifted."""
     mean = x.mean()
@@ -100,7 +95,8 @@ def run_model(tensors, config, transitions, query_state):
     `transitions` is a list of (state, action, reward, next state), the oldest first.
     """
     tokens = [transition_token(tensors, config, *transition) for transition in transitions]
-    tokens.append(query_token(tensors, config, query_state))
+    row, col = query_state
+    tokens.append(tensors["embed_query_state.weight"][row * config["grid_size"] + col])
     x = np.array([t + tensors["pos_embedding"][0, i] for i, t in enumerate(tokens)])
     rows = []
     for number in range(config["tf_n_layer"]):
@@ -127,16 +123,9 @@ def four_metrics(row):
 def decision(histories, history, step, stride, n):
     """Context and query state of one decision of an opened `histories-test.npz`."""
     chosen = context_steps(step, n, stride, int(histories["horizon"]))
-    transitions = [
-        (
-            histories["states"][history, t].tolist(),
-            int(histories["actions"][history, t]),
-            int(histories["rewards"][history, t]),
-            histories["next_states"][history, t].tolist(),
-        )
-        for t in chosen
-    ]
-    return transitions, histories["states"][history, step].tolist()
+    names = "states", "actions", "rewards", "next_states"
+    parts = (histories[name][history, chosen].tolist() for name in names)
+    return list(zip(*parts, strict=True)), histories["states"][history, step].tolist()
 
 
 def recompute(checkpoint, csv_path, histories_path=None):

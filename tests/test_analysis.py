@@ -1,7 +1,5 @@
 """One batched pass over decisions: every number right, the model left as it was."""
 
-from collections import Counter
-
 import numpy as np
 import plain_model
 import pytest
@@ -30,12 +28,12 @@ def job_of(agent, tmp_path, n_drawn=0, **settings) -> Job:
 
 
 def one_batch(job, drawn=()):
-    (batch,) = batches(job, [(range(len(job.agent.decisions)), list(drawn))])
+    (batch,) = batches(job, [(range(5), list(drawn))])
     return batch
 
 
-def measured(job, parts) -> np.ndarray:
-    metrics = Metrics(len(job.agent.decisions), job.layers, job.heads)
+def measured(job, parts=((range(5), ()),)) -> np.ndarray:
+    metrics = Metrics(5, job.layers, job.heads)
     for batch in batches(job, parts):
         batch.measure(metrics)
     return metrics.gather(ALONE).values
@@ -50,18 +48,23 @@ def without_capture(agent, index):
     return logits
 
 
-@pytest.mark.parametrize("drawn", [[], [0, 1], range(5)])
-def test_outputs_equal_those_without_capture(agent, drawn):
-    options = {"received": True, "maps": list(drawn)} if drawn else {}
-    logits, _ = attend(agent, agent.history(range(5)), **options)
-    for i in range(5):
-        torch.testing.assert_close(logits[i], without_capture(agent, i), rtol=1e-6, atol=1e-6)
+def test_outputs_equal_those_without_capture_in_the_order_of_time(agent, tiny_config):
+    for options in ({}, {"received": True, "maps": [0, 1]}, {"received": True, "maps": range(5)}):
+        logits, _ = attend(agent, agent.history(range(5)), **options)
+        for i in range(5):
+            torch.testing.assert_close(logits[i], without_capture(agent, i), rtol=1e-6, atol=1e-6)
+    longer, places = make_histories(n_episodes=12), [(1, 57, 1), (1, 57, 3)]
+    agent = ad_agent(sharp_model(tiny_config), longer, places)  # more than an episode before them
+    logits, _ = attend(agent, agent.history([0, 1]))
+    for i in (0, 1):
+        torch.testing.assert_close(logits[i], without_capture(agent, i), rtol=0, atol=1e-6)
+    assert not torch.allclose(logits[0], logits[1], atol=1e-3)
 
 
 def test_rows_metrics_and_logits_equal_the_plain_model(agent, tiny_config, tmp_path):
     tensors = {k: v.numpy().astype(np.float64) for k, v in agent.model.state_dict().items()}
     job = job_of(agent, tmp_path)
-    batch, values = one_batch(job, range(5)), measured(job, [(range(5), [])])
+    batch, values = one_batch(job, range(5)), measured(job)
     logits, _ = attend(agent, batch.history)
     for i, place in enumerate(PLACES):
         inputs = plain_model.decision(vars(agent.decisions.histories), *place, 11)
@@ -74,28 +77,14 @@ def test_rows_metrics_and_logits_equal_the_plain_model(agent, tiny_config, tmp_p
                 assert got == pytest.approx(value, rel=1e-5)
 
 
-def test_each_layer_runs_once_a_batch_and_the_last_row_of_a_map_is_the_querys(agent, tmp_path):
-    runs = Counter()
-    handles = [
-        layer.register_forward_hook(lambda layer, *_: runs.update([layer]))
-        for layer in agent.model.transformer_encoder.layers
-    ]
-    batch = one_batch(job_of(agent, tmp_path, layers=[1]), range(5))
-    for handle in handles:
-        handle.remove()
-    assert sorted(runs.values()) == [1, 1]
-    assert list(batch.attention) == [1]
-    layer = batch.attention[1]
-    assert layer.maps.shape == (5, 2, 12, 12)
+def test_the_last_row_of_a_map_is_the_querys_and_only_what_is_drawn_has_maps(agent, tmp_path):
+    job = job_of(agent, tmp_path, layers=[1])
+    drawn, rest = batches(job, [([0, 1], [0, 1]), ([2, 3, 4], [])])
+    assert list(drawn.attention) == list(rest.attention) == [1]
+    layer = drawn.attention[1]
+    assert layer.maps.shape == (2, 2, 12, 12)
     torch.testing.assert_close(layer.maps[:, :, -1], layer.query_rows)
-
-
-@pytest.mark.parametrize("size", [1, 2, 4])
-def test_batches_of_any_size_give_the_same_metrics(agent, tmp_path, size):
-    job = job_of(agent, tmp_path)
-    whole = measured(job, [(range(5), [])])
-    parts = [(range(i, min(5, i + size)), []) for i in range(0, 5, size)]
-    np.testing.assert_allclose(measured(job, parts), whole, rtol=1e-5, atol=1e-6)
+    assert rest.attention[1].maps is rest.attention[1].received is None
 
 
 def test_all_that_is_not_drawn_is_measured_once(agent, tmp_path, monkeypatch):
@@ -109,38 +98,42 @@ def test_all_that_is_not_drawn_is_measured_once(agent, tmp_path, monkeypatch):
     assert np.isfinite(metrics.gather(ALONE).values).all()
 
 
-def test_nothing_that_is_not_drawn_carries_maps(agent, tmp_path):
-    drawn, rest = batches(job_of(agent, tmp_path), [([0, 1], [0, 1]), ([2, 3, 4], [])])
-    assert all(layer.maps is not None for layer in drawn.attention.values())
-    for layer in rest.attention.values():
-        assert layer.maps is None
-        assert layer.received is None
-
-
-def test_a_subset_of_layers_and_heads_is_measured_as_among_all(agent, tmp_path):
-    whole = measured(job_of(agent, tmp_path), [(range(5), [])])
-    one = measured(job_of(agent, tmp_path, layers=[1], heads=[1]), [(range(5), [])])
+def test_batches_of_any_size_and_subsets_are_measured_as_the_whole_and_what_is_too_large_halved(
+    agent, tmp_path, monkeypatch, capsys
+):
+    job, real = job_of(agent, tmp_path), passes.attend
+    whole = measured(job)
+    for size in (1, 2, 4):
+        parts = [(range(i, min(5, i + size)), []) for i in range(0, 5, size)]
+        np.testing.assert_allclose(measured(job, parts), whole, rtol=1e-5, atol=1e-6)
+    one = measured(job_of(agent, tmp_path, layers=[1], heads=[1]))
     np.testing.assert_array_equal(one[:, 0, 0], whole[:, 1, 1])
 
-
-def test_what_does_not_fit_memory_is_halved_and_said_once(agent, tmp_path, monkeypatch, capsys):
-    real = passes.attend
-
     def small_memory(agent, history, *args, **kwargs):
-        if history.size > 2:
+        if history.size > 1:  # 5, 2, 1
             raise torch.OutOfMemoryError("too much")
         return real(agent, history, *args, **kwargs)
 
-    job = job_of(agent, tmp_path)
-    whole = measured(job, [(range(5), [])])
     monkeypatch.setattr(passes, "attend", small_memory)
-    np.testing.assert_allclose(measured(job, [(range(5), [])]), whole, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(measured(job), whole, rtol=1e-5, atol=1e-6)
     assert capsys.readouterr().err.count("does not fit the memory of cpu") == 1
 
 
-def test_no_hook_is_left_after_a_pass_or_an_error_inside_the_model(agent, tmp_path, monkeypatch):
-    one_batch(job_of(agent, tmp_path), [0])
+def test_a_pass_or_an_error_in_it_leaves_the_model_and_the_fast_path_as_they_were(
+    agent, tmp_path, monkeypatch
+):
+    before = {name: tensor.clone() for name, tensor in agent.model.state_dict().items()}
+    was = torch.backends.mha.get_fastpath_enabled()
+    try:
+        for enabled in (True, False):
+            torch.backends.mha.set_fastpath_enabled(enabled)
+            one_batch(job_of(agent, tmp_path), [0, 1])
+            assert torch.backends.mha.get_fastpath_enabled() == enabled
+    finally:
+        torch.backends.mha.set_fastpath_enabled(was)
     assert n_hooks(agent.model) == 0
+    assert not any(part.training for part in agent.model.modules())
+    assert all(torch.equal(before[k], v) for k, v in agent.model.state_dict().items())
 
     def broken(*_, **__):
         raise RuntimeError("broken layer")
@@ -149,31 +142,3 @@ def test_no_hook_is_left_after_a_pass_or_an_error_inside_the_model(agent, tmp_pa
     with pytest.raises(RuntimeError, match="broken layer"):
         one_batch(job_of(agent, tmp_path))
     assert n_hooks(agent.model) == 0
-
-
-def test_the_model_keeps_its_mode_and_its_weights(agent, tmp_path):
-    before = {name: tensor.clone() for name, tensor in agent.model.state_dict().items()}
-    one_batch(job_of(agent, tmp_path), [0, 1])
-    assert not any(part.training for part in agent.model.modules())
-    assert all(torch.equal(before[k], v) for k, v in agent.model.state_dict().items())
-
-
-def test_a_longer_context_than_an_episode_is_read_in_the_order_of_time(tiny_config):
-    agent = ad_agent(
-        sharp_model(tiny_config), make_histories(n_episodes=12), [(1, 57, 1), (1, 57, 3)]
-    )
-    logits, _ = attend(agent, agent.history([0, 1]))
-    for i in (0, 1):
-        torch.testing.assert_close(logits[i], without_capture(agent, i), rtol=0, atol=1e-6)
-    assert not torch.allclose(logits[0], logits[1], atol=1e-3)
-
-
-@pytest.mark.parametrize("enabled", [True, False])
-def test_a_pass_leaves_the_switch_of_the_fast_path_as_it_was(agent, enabled):
-    was = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(enabled)
-    try:
-        attend(agent, agent.history([0]))
-        assert torch.backends.mha.get_fastpath_enabled() == enabled
-    finally:
-        torch.backends.mha.set_fastpath_enabled(was)

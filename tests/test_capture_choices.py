@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from eager import CLOSE, eager_weights, is_clean, refused
+from eager import CLOSE, Attend, Given, check_pooled, eager_weights, refused, run_twice, split_heads
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -11,11 +11,16 @@ from torch.nn import functional
 from historylens.capture import CaptureError, capture
 
 
-class Attend(nn.Module):
-    def forward(self, x, allowed):
-        heads = x.unflatten(-1, (2, -1)).transpose(1, 2)
-        out = functional.scaled_dot_product_attention(heads, heads, heads, allowed)
-        return out.transpose(1, 2).flatten(2)
+def attend(x, allowed=None):
+    heads = split_heads(x)
+    out = functional.scaled_dot_product_attention(heads, heads, heads, allowed)
+    return out.transpose(1, 2).flatten(2)
+
+
+def attend_by_softmax(x, allowed):
+    heads = split_heads(x)
+    scores = heads @ heads.mT / heads.shape[-1] ** 0.5
+    return scores.masked_fill(~allowed, -torch.inf).softmax(-1)
 
 
 class Stack(nn.Module):
@@ -23,27 +28,17 @@ class Stack(nn.Module):
 
     def __init__(self, n_blocks=3):
         super().__init__()
-        self.blocks = nn.ModuleList(nn.ModuleDict({"attn": Attend()}) for _ in range(n_blocks))
+        self.blocks = nn.ModuleList(nn.ModuleDict({"attn": Given(attend)}) for _ in range(n_blocks))
 
-    def forward(self, x, allowed=None):
+    def forward(self, x, *allowed):
         for block in self.blocks:
-            x = x + block["attn"](x, allowed)
+            x = x + block["attn"](x, *allowed)
         return x
 
 
 def whole(x, allowed=None):
     """Weights (B, 2, T, T) of the first block."""
-    heads = x.unflatten(-1, (2, -1)).transpose(1, 2)
-    return eager_weights(heads, heads, None if allowed is None else ~allowed)
-
-
-def captured(model, *inputs, **options):
-    try:
-        with torch.no_grad(), capture(model, **options) as record:
-            model(*inputs)
-    finally:
-        assert is_clean(model)
-    return record
+    return eager_weights(split_heads(x), split_heads(x), None if allowed is None else ~allowed)
 
 
 @settings(max_examples=30)
@@ -66,35 +61,27 @@ def test_the_query_may_stand_anywhere(n_samples, n_tokens, kind, as_tensor, data
     if kind == "each":
         allowed = torch.rand(n_samples, 1, n_tokens, n_tokens) < 0.6
         allowed |= torch.eye(n_tokens, dtype=torch.bool)
-    weights = whole(x, None if kind == "sdpa" else allowed)
     if kind == "attention":
-        model = nn.MultiheadAttention(8, 2, bias=False, batch_first=True).eval()
-        nn.init.zeros_(model.in_proj_weight)
-        model.in_proj_weight.data.view(3, 8, 8)[:] = torch.eye(8)
+        attention = nn.MultiheadAttention(8, 2, bias=False, batch_first=True).eval()
+        attention.in_proj_weight.data = torch.eye(8).repeat(3, 1)
         options = {"attn_mask": ~allowed, "is_causal": True, "need_weights": False}
-        with torch.no_grad(), capture(model, query=query) as record:
-            model(x, x, x, **options)
+        record = run_twice(Given(attention, **options), x, x, x, query=query)
     elif kind == "softmax":
-        record = captured(Softmax(), x, allowed, query=query)
+        record = run_twice(Given(attend_by_softmax), x, allowed, query=query)
     else:
-        record = captured(Stack(1), x, None if kind == "sdpa" else allowed, query=query)
-    expected = weights[torch.arange(n_samples), :, torch.as_tensor(query).expand(n_samples)]
+        allowed = None if kind == "sdpa" else allowed
+        record = run_twice(Stack(1), x, allowed, query=query)
+    samples, query = torch.arange(n_samples), torch.as_tensor(query).expand(n_samples)
+    expected = whole(x, allowed)[samples, :, query]
     torch.testing.assert_close(record[0].query_rows, expected, **CLOSE)
     assert torch.equal(record[0].visible, (expected > 0).any(1))
-
-
-class Softmax(nn.Module):
-    def forward(self, x, allowed):
-        heads = x.unflatten(-1, (2, -1)).transpose(1, 2)
-        scores = heads @ heads.mT / heads.shape[-1] ** 0.5
-        return scores.masked_fill(~allowed, -torch.inf).softmax(-1)
 
 
 def test_padding_that_the_mask_does_not_tell_leaves_its_queries_out():
     x, lengths = torch.randn(2, 5, 8), torch.tensor([5, 3])
     padding = torch.arange(5) >= lengths[:, None]
     allowed = (~padding)[:, None, None, :].expand(2, 1, 5, 5)
-    record = captured(Stack(), x, allowed, padding=padding, query=lengths - 1, maps=[1])
+    record = run_twice(Stack(), x, allowed, padding=padding, query=lengths - 1, maps=[1])
     weights = whole(x, allowed)
     torch.testing.assert_close(record[0].received[0], weights[0].mean(1), **CLOSE)
     real = weights[1, :, :3].mean(1)
@@ -105,37 +92,46 @@ def test_padding_that_the_mask_does_not_tell_leaves_its_queries_out():
     assert torch.equal(record[0].visible, ~padding)
 
 
+def test_padding_is_not_of_the_queries_of_cross_attention():
+    q, k, padding = torch.randn(2, 2, 3, 4), torch.randn(2, 2, 5, 4), torch.rand(2, 5) < 0.5
+    record = run_twice(Attend(), q, k, k, padding=padding)
+    torch.testing.assert_close(record[0].received, eager_weights(q, k).mean(2), **CLOSE)
+
+
 @pytest.mark.parametrize(
-    ("layers", "names"),
+    ("layers", "numbers"),
     [
-        (None, ["blocks.0.attn", "blocks.1.attn", "blocks.2.attn"]),
-        ([0, 2], ["blocks.0.attn", "blocks.2.attn"]),
-        (["blocks.1"], ["blocks.1.attn"]),
-        (["*.2.*", 0], ["blocks.0.attn", "blocks.2.attn"]),
-        ("blocks.0.attn", ["blocks.0.attn"]),
-        (1, ["blocks.1.attn"]),
+        (None, [0, 1, 2]),
+        ([0, 2], [0, 2]),
+        (["blocks.1"], [1]),
+        (["*.2.*", 0], [0, 2]),
+        ("blocks.0.attn", [0]),
+        (1, [1]),
     ],
 )
-def test_layers_are_chosen_by_name_or_number(layers, names):
-    record = captured(Stack(), torch.randn(1, 4, 8), layers=layers)
-    assert list(record.names) == names
-    assert [layer.name for layer in record] == names
-    assert len(record) == len(names)
+def test_layers_are_chosen_by_name_or_number(layers, numbers):
+    record = run_twice(Stack(), torch.randn(1, 4, 8), layers=layers)
+    assert record.names == tuple(f"blocks.{i}.attn" for i in numbers)
+    assert tuple(layer.name for layer in record) == record.names
+    assert len(record) == len(numbers)
 
 
 def test_layers_given_one_by_one_keep_their_order():
+    """A layer within another that is given goes by the name of that one."""
     model, x = Stack(), torch.randn(1, 4, 8)
-    with torch.no_grad(), capture([model.blocks[2], model.blocks[0]["attn"]]) as record:
+    last, inner = model.blocks[2], model.blocks[0]["attn"]
+    with torch.no_grad(), capture([last, inner]) as record, capture([model, inner]) as within:
         model(x)
     assert record.names == ("layer 0.attn", "layer 1")
     torch.testing.assert_close(record[1].query_rows, whole(x)[:, :, -1], **CLOSE)
+    assert within.names == tuple(f"layer 0.blocks.{i}.attn" for i in range(3))
 
 
 def test_an_encoder_layer_is_chosen_by_its_own_name():
     layer = nn.TransformerEncoderLayer(8, 2, batch_first=True)
     encoder = nn.TransformerEncoder(layer, 3, enable_nested_tensor=False).eval()
     x = torch.randn(1, 4, 8)
-    assert captured(encoder, x, layers=["layers.1"]).names == ("layers.1",)
+    assert run_twice(encoder, x, layers=["layers.1"]).names == ("layers.1",)
     with torch.no_grad(), capture([encoder.layers[2]]) as record:
         encoder(x)
     assert record.names == ("layer 0",)
@@ -143,20 +139,10 @@ def test_an_encoder_layer_is_chosen_by_its_own_name():
     refused(rf"layers=\['{name}'\]; layers that ran: layers\.0, ", encoder, x, layers=[name])
 
 
-def test_a_layer_within_another_that_is_given_may_be_given_too():
-    model, x = Stack(), torch.randn(1, 4, 8)
-    with torch.no_grad(), capture([model, model.blocks[0]["attn"]]) as record:
-        model(x)
-    assert record.names == tuple(f"layer 0.blocks.{i}.attn" for i in range(3))
-
-
-def test_chosen_layers_may_leave_out_what_cannot_be_read_or_does_not_run():
-    model = nn.ModuleDict(
-        {"used": Attend(), "unused": nn.MultiheadAttention(8, 2, add_bias_kv=True)}
-    )
-    model.forward = lambda x: model["used"](x, None)
-    record = captured(model, torch.randn(1, 3, 8), layers=["used"])
-    assert record.names == ("used",)
+def test_chosen_layers_may_leave_out_what_does_not_run():
+    model = nn.ModuleDict({"used": Given(attend), "unused": nn.MultiheadAttention(8, 2)})
+    model.forward = lambda x: model["used"](x)
+    assert run_twice(model, torch.randn(1, 3, 8), layers=["used"]).names == ("used",)
 
 
 @pytest.mark.parametrize(
@@ -190,17 +176,16 @@ def test_a_query_that_sees_nothing_is_an_error_with_a_way_out():
     allowed[3] = False
     message = r"blocks\.0\.attn: .*see nothing .*capture\(model, query="
     refused(message, Stack(1), x, allowed)
-    assert captured(Stack(1), x, allowed, query=2).names == ("blocks.0.attn",)
-    refused("see nothing", Softmax(), x, allowed)
+    assert run_twice(Stack(1), x, allowed, query=2).names == ("blocks.0.attn",)
+    refused("see nothing", Given(attend_by_softmax), x, allowed)
+    encoder = nn.TransformerEncoderLayer(8, 2, batch_first=True)
+    refused("see nothing", encoder, x, torch.zeros(4, 4).masked_fill(~allowed, -torch.inf))
 
 
-def test_three_axes_without_a_number_of_heads_are_an_error():
-    class Flat(nn.Module):
-        def forward(self, x):
-            return functional.scaled_dot_product_attention(x, x, x)
-
-    for options in ({}, {"heads": 4}):
-        refused(r"^Flat .*\(6, 3, 4\).*heads=H", Flat(), torch.randn(6, 3, 4), **options)
+@pytest.mark.parametrize("heads", [None, 4])
+def test_three_axes_without_a_number_of_heads_are_an_error(heads):
+    x = torch.randn(6, 3, 4)
+    refused(r"^Given .*\(6, 3, 4\).*heads=H", Attend(), x, x, x, heads=heads)
 
 
 def test_a_layer_that_the_model_reuses_is_an_error():
@@ -213,33 +198,21 @@ def test_a_layer_that_the_model_reuses_is_an_error():
 def test_a_second_forward_is_an_error(layers):
     model, x = Stack(2), torch.randn(1, 3, 8)
     with torch.no_grad(), capture(model, layers=layers) as record:
+        with pytest.raises(CaptureError, match="nothing is captured yet"):
+            _ = record[0]
         model(x)
         n_layers = len(record)
         with pytest.raises(CaptureError, match=r"blocks\.0\.attn ran twice"):
             model(x)
     assert len(record) == n_layers
-
-
-def test_reading_before_anything_ran_is_an_error():
-    with torch.no_grad(), capture(model := Stack()) as record:
-        with pytest.raises(CaptureError, match="nothing is captured yet"):
-            _ = record[0]
-        model(torch.randn(1, 3, 8))
     assert record[0].name == "blocks.0.attn"
 
 
 def test_cross_attention_maps_are_bounded_on_both_axes():
-    class Cross(nn.Module):
-        def forward(self, q, k):
-            return functional.scaled_dot_product_attention(q, k, k)
-
     q, k = torch.randn(1, 2, 50, 4), torch.randn(1, 2, 30, 4)
-    found = captured(Cross(), q, k, maps=[0], map_size=10)[0]
-    weights = (q.double() @ k.double().mT / 2).softmax(-1)[0]
+    found = run_twice(Attend(), q, k, k, map_size=10)[0]
+    weights = eager_weights(q, k)[0]
     assert found.maps.shape[2:] == (len(found.map_rows), len(found.map_cols))
     assert max(found.maps.shape[2:]) <= 10
-    ends = [*found.map_cols[1:].tolist(), 30]
-    for c, (start, end) in enumerate(zip(found.map_cols.tolist(), ends, strict=True)):
-        expected = weights[:, found.map_rows, start:end].mean(-1)
-        torch.testing.assert_close(found.maps[0, :, :, c], expected, **CLOSE)
+    check_pooled(found, weights)
     torch.testing.assert_close(found.received[0], weights.mean(1), **CLOSE)

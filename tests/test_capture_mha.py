@@ -5,14 +5,14 @@ import torch
 from eager import (
     CLOSE,
     CONTEXTS,
+    Given,
     causal,
     check,
-    fast_path,
-    projected_weights,
     random_weights,
     refused,
     run_twice,
-)  # fmt: skip
+    weights_of,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -20,21 +20,8 @@ from torch.nn import functional
 
 from historylens.capture import capture
 
-ALL_SEEN = torch.zeros(1, dtype=torch.bool)
 
-
-class Given(nn.Module):
-    """Calls a module with further arguments."""
-
-    def __init__(self, inner, **kwargs):
-        super().__init__()
-        self.inner, self.kwargs = inner, kwargs
-
-    def forward(self, *tensors):
-        return self.inner(*tensors, **self.kwargs)
-
-
-@settings(max_examples=40)
+@settings(max_examples=60)
 @given(
     n_samples=st.integers(1, 3),
     n_queries=st.integers(1, 9),
@@ -48,13 +35,13 @@ class Given(nn.Module):
     need_weights=st.booleans(),
     training=st.booleans(),
     context=st.sampled_from(CONTEXTS),
-    dtype=st.sampled_from([torch.float32, torch.float64]),
+    dtype=st.sampled_from([torch.float32, torch.float64, torch.float16, torch.bfloat16]),
     seed=st.integers(0, 99),
 )
 @pytest.mark.filterwarnings("ignore:Support for mismatched")
 def test_multi_head_attention_alone(
-    n_samples, n_queries, n_keys, n_heads, batch_first, bias, widths, mask, padding, need_weights,
-    training, context, dtype, seed,
+    n_samples, n_queries, n_keys, n_heads, batch_first, bias, widths, mask, padding,
+    need_weights, training, context, dtype, seed,
 ):  # fmt: skip
     """With `n_keys` None, and one width, self-attention on one and the same tensor."""
     options = {"batch_first": batch_first, "bias": bias, "dtype": dtype, "dropout": 0.2}
@@ -72,9 +59,9 @@ def test_multi_head_attention_alone(
     kwargs = {"need_weights": need_weights}
     added = torch.zeros(n_samples, n_heads, n_queries, n_keys)
     if mask is None:
-        forbidden = torch.zeros(n_queries, n_keys, dtype=torch.bool)
+        forbidden[:] = False
     elif mask == "causal":
-        forbidden = torch.ones(n_queries, n_keys, dtype=torch.bool).triu(1)
+        forbidden = causal(n_queries, n_keys)
         kwargs |= {"attn_mask": forbidden, "is_causal": True}
     elif "bool" in mask:
         kwargs["attn_mask"] = forbidden
@@ -82,24 +69,20 @@ def test_multi_head_attention_alone(
         finite = torch.randn(forbidden.shape, dtype=dtype)
         kwargs["attn_mask"] = finite.masked_fill(forbidden, -torch.inf)
         added += finite.unflatten(0, (n_samples, n_heads)) if each else finite
-    if each:
-        forbidden = forbidden.unflatten(0, (n_samples, n_heads))
-    forbidden = forbidden.expand(added.shape)
+    forbidden = forbidden.unflatten(0, (n_samples, n_heads)) if each else forbidden
     padded = torch.zeros(n_samples, n_keys, dtype=torch.bool)
     if padding:
         padded[:, 1:] = torch.rand(n_samples, n_keys - 1) < 0.4
-        kwargs["key_padding_mask"] = padded
-        if padding == "float":
-            zeros = torch.zeros(padded.shape, dtype=dtype)
-            kwargs["key_padding_mask"] = zeros.masked_fill(padded, -torch.inf)
-        forbidden = forbidden | padded[:, None, None, :]
+        float_mask = torch.zeros(padded.shape, dtype=dtype).masked_fill(padded, -torch.inf)
+        kwargs["key_padding_mask"] = padded if padding == "bool" else float_mask
+    forbidden = (forbidden | padded[:, None, None, :]).expand(added.shape)
     tensors = [query, key, value]
     if not batch_first:
         moved = {id(x): x.transpose(0, 1) for x in tensors}
         tensors = [moved[id(x)] for x in tensors]
     record = run_twice(Given(attention, **kwargs), *tensors, context=context)
     assert record.names == ("inner",)
-    weights = projected_weights(attention, query, key, forbidden, added)
+    weights = weights_of(attention, query, key, forbidden, added)
     check(record[0], weights, forbidden, padded if is_self and padding else None)
 
 
@@ -112,7 +95,7 @@ def test_a_causal_hint_beside_another_mask_counts_where_pytorch_follows_it(need_
     found = run_twice(Given(attention, is_causal=True, **options), x, x, x, query=2)[0]
     followed = causal(5) if padding is None and not need_weights else far
     forbidden = followed if padding is None else followed | padding
-    weights = projected_weights(attention, x, x, forbidden)
+    weights = weights_of(attention, x, x, forbidden)
     torch.testing.assert_close(found.query_rows, weights[:, :, 2], **CLOSE)
     assert torch.equal(found.visible[0], ~forbidden[2])
 
@@ -125,37 +108,20 @@ def test_queries_and_keys_may_be_one_tensor_and_the_values_another(batch_first):
     padded = torch.arange(5) >= torch.tensor([5, 3])[:, None]
     q, v = (x, values) if batch_first else (x.transpose(0, 1), values.transpose(0, 1))
     record = run_twice(Given(attention, key_padding_mask=padded), q, q, v)
-    forbidden = padded[:, None, None, :].expand(2, 2, 5, 5)
-    check(record[0], projected_weights(attention, x, x, forbidden), forbidden, padded)
-
-
-@pytest.mark.parametrize("enabled", [True, False])
-@pytest.mark.parametrize("nested", [True, False])
-@pytest.mark.parametrize("norm_first", [True, False])
-@pytest.mark.parametrize("masked", [True, False])
-@pytest.mark.filterwarnings(
-    "ignore:The PyTorch API of nested tensors", "ignore:enable_nested_tensor"
-)
-def test_encoder_layers_with_a_padding_mask(enabled, nested, norm_first, masked):
-    """Whatever path PyTorch would take, nested tensors too; the query may be padding itself."""
-    layer = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True, norm_first=norm_first)
-    encoder = random_weights(nn.TransformerEncoder(layer, 2, enable_nested_tensor=nested))
-    x, padded = torch.randn(3, 7, 16), torch.arange(7) >= torch.tensor([6, 4, 2])[:, None]
-    mask = causal(7) if masked else None
-    with fast_path(enabled):
-        record = run_twice(encoder, x, mask, padded, maps=[0, 1])
-        with torch.no_grad():
-            plain = encoder(x, mask, padded)
-            with capture(encoder):
-                captured = encoder(x, mask, padded)
-    real = ~padded[:, : plain.shape[1]]
-    torch.testing.assert_close(captured[:, : plain.shape[1]][real], plain[real], atol=1e-5, rtol=0)
-    forbidden = padded[:, None, None, :].expand(3, 4, 7, 7)
-    forbidden = forbidden | mask if masked else forbidden
-    first = encoder.layers[0]
-    inside = first.norm1(x) if norm_first else x
-    weights = projected_weights(first.self_attn, inside, inside, forbidden)
+    forbidden = padded[:, None, None, :]
+    weights = weights_of(attention, x, x, forbidden)
     check(record[0], weights, forbidden, padded)
+    more = torch.arange(5) < torch.tensor([1, 0])[:, None]  # beside those of the mask
+    record = run_twice(Given(attention, key_padding_mask=padded), q, q, v, padding=more)
+    check(record[0], weights, forbidden, padded | more)
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_unbatched_input(batch_first):
+    attention = random_weights(nn.MultiheadAttention(8, 2, batch_first=batch_first))
+    query, key, padded = torch.randn(4, 8), torch.randn(6, 8), torch.arange(6) == 5
+    record = run_twice(Given(attention, key_padding_mask=padded), query, key, key)
+    check(record[0], weights_of(attention, query[None], key[None], padded), padded)
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
@@ -167,74 +133,42 @@ def test_nested_tensors_are_an_error():
     refused(message.format("inner"), Given(layer.self_attn), nested, nested, nested)
 
 
-@pytest.mark.parametrize("context", CONTEXTS)
-def test_decoder_layers_have_self_and_cross_attention(context):
-    layer = nn.TransformerDecoderLayer(16, 4, 32, batch_first=True)
-    decoder = random_weights(nn.TransformerDecoder(layer, 2))
-    target, memory = torch.randn(2, 5, 16), torch.randn(2, 8, 16)
-    padded = torch.arange(8) >= torch.tensor([8, 3])[:, None]
-    model = Given(decoder, tgt_mask=causal(5), memory_key_padding_mask=padded)
-    record = run_twice(model, target, memory, context=context)
-    ends = ("self_attn", "multihead_attn")
-    assert record.names == tuple(f"inner.layers.{i}.{end}" for i in range(2) for end in ends)
-    first = decoder.layers[0]
-    check(record[0], projected_weights(first.self_attn, target, target, causal(5)), causal(5))
-    query = first.norm1(target + first.self_attn(target, target, target, attn_mask=causal(5))[0])
-    hidden = padded[:, None, None, :]
-    check(record[1], projected_weights(first.multihead_attn, query, memory, hidden), hidden)
-    assert record[1].map_rows.tolist() == list(range(5))
-
-
 def test_a_whole_transformer_in_the_order_in_which_it_runs():
     model = random_weights(nn.Transformer(16, 4, 1, 1, 32, batch_first=True))
-    record = run_twice(model, torch.randn(1, 6, 16), torch.randn(1, 3, 16))
+    source, target = torch.randn(2, 8, 16), torch.randn(2, 5, 16)
+    padded = torch.arange(8) >= torch.tensor([8, 3])[:, None]
+    masks = {"tgt_mask": causal(5), "memory_key_padding_mask": padded}
+    record = run_twice(Given(model, **masks), source, target)
     ends = ("encoder.layers.0", "decoder.layers.0.self_attn", "decoder.layers.0.multihead_attn")
-    assert record.names == ends
-    assert [layer.query_rows.shape[-1] for layer in record] == [6, 3, 6]
+    assert record.names == tuple(f"inner.{end}" for end in ends)
+    encoder, decoder = model.encoder.layers[0], model.decoder.layers[0]
+    check(record[0], weights_of(encoder.self_attn, source, source))
+    check(record[1], weights_of(decoder.self_attn, target, target, causal(5)), causal(5))
+    with torch.no_grad():
+        own = decoder.self_attn(target, target, target, attn_mask=causal(5))[0]
+        query, memory = decoder.norm1(target + own), model.encoder(source)
+    hidden = padded[:, None, None, :]
+    check(record[2], weights_of(decoder.multihead_attn, query, memory, hidden), hidden)
+    assert record[2].map_rows.tolist() == list(range(5))
 
 
-@pytest.mark.parametrize("batch_first", [True, False])
-def test_unbatched_input(batch_first):
-    attention = random_weights(nn.MultiheadAttention(8, 2, batch_first=batch_first))
-    query, key = torch.randn(4, 8), torch.randn(6, 8)
-    padded = torch.tensor([False] * 5 + [True])
-    record = run_twice(Given(attention, key_padding_mask=padded), query, key, key)
-    forbidden = padded.expand(1, 2, 4, 6)
-    weights = projected_weights(attention, query[None], key[None], forbidden)
-    check(record[0], weights, forbidden)
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_narrow_types_and_autocast_do_not_reach_the_statistics(dtype):
-    attention = random_weights(nn.MultiheadAttention(8, 2, batch_first=True)).to(dtype)
-    x = torch.randn(2, 6, 8).to(dtype)
-    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.float32):
-        record = run_twice(Given(attention, need_weights=False), x, x, x)
-    check(record[0], projected_weights(attention, x, x), ALL_SEEN)
-
-
-class Pooling(nn.Module):
-    """Calls the functional form."""
-
-    def __init__(self, **options):
-        super().__init__()
-        self.attention = random_weights(nn.MultiheadAttention(8, 2))
-        self.options = options
-
-    def forward(self, x):
-        part = self.attention
-        weights = part.in_proj_weight, part.in_proj_bias, None, None, False, 0.0
-        out = part.out_proj.weight, part.out_proj.bias
-        attend = functional.multi_head_attention_forward
-        return attend(x[:1], x, x, 8, 2, *weights, *out, **self.options)[0]
+def functional_form(attention, **options):
+    """A module that calls the functional form with the weights of an nn.MultiheadAttention."""
+    weights = {name: getattr(attention, name) for name in ("in_proj_weight", "in_proj_bias")}
+    out = attention.out_proj
+    return Given(
+        lambda q, k, v, **own: functional.multi_head_attention_forward(
+            q, k, v, 8, 2, *weights.values(), None, None, False, 0.0, out.weight, out.bias, **own
+        ),
+        **options,
+    )
 
 
 def test_a_call_of_the_functional_form():
-    model, x = Pooling(), torch.randn(5, 3, 8)
-    record = run_twice(model, x, layers=["Pooling"])
+    attention, x = random_weights(nn.MultiheadAttention(8, 2)), torch.randn(5, 3, 8)
+    record = run_twice(functional_form(attention), x[:1], x, x)
     batch = x.transpose(0, 1)
-    weights = projected_weights(model.attention, batch[:, :1], batch)
-    check(record[0], weights, ALL_SEEN)
+    check(record[0], weights_of(attention, batch[:, :1], batch))
 
 
 class OwnForward(nn.TransformerEncoderLayer):
@@ -259,36 +193,38 @@ class AroundAttention(nn.MultiheadAttention):
         return super().forward(query, query, query, **kwargs)
 
 
-def with_own_attention():
-    layer = nn.TransformerEncoderLayer(8, 2, batch_first=True)
-    layer.self_attn = AroundAttention(8, 2, batch_first=True)
-    return layer
+class WithOwnAttention(nn.TransformerEncoderLayer):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.self_attn = AroundAttention(*args, **kwargs)
 
 
 @pytest.mark.parametrize(
-    ("model", "name"),
+    ("kind", "name"),
     [
-        (OwnForward(8, 2, batch_first=True), "self_attn"),
-        (AroundForward(8, 2, batch_first=True), "self_attn"),
-        (AroundBlock(8, 2, batch_first=True), "AroundBlock"),
-        (AroundAttention(8, 2, batch_first=True), "AroundAttention"),
-        (with_own_attention(), "TransformerEncoderLayer"),
+        (OwnForward, "self_attn"),
+        (AroundForward, "self_attn"),
+        (AroundBlock, "AroundBlock"),
+        (AroundAttention, "AroundAttention"),
+        (WithOwnAttention, "WithOwnAttention"),
     ],
 )
-def test_subclasses_are_seen_through_the_calls_that_they_make(model, name):
-    x = torch.randn(2, 4, 8)
-    record = run_twice(random_weights(model), x)
+def test_subclasses_are_seen_through_the_calls_that_they_make(kind, name):
+    model, x = random_weights(kind(8, 2, batch_first=True)), torch.randn(2, 4, 8)
+    record = run_twice(model, x)
     assert record.names == (name,)
-    attention = model if isinstance(model, nn.MultiheadAttention) else model.self_attn
-    check(record[0], projected_weights(attention, x, x), ALL_SEEN)
+    check(record[0], weights_of(getattr(model, "self_attn", model), x, x))
 
 
 def test_the_attention_inside_an_encoder_layer_may_be_given_alone():
-    layer = random_weights(nn.TransformerEncoderLayer(8, 2, batch_first=True))
+    layer, x = (
+        random_weights(nn.TransformerEncoderLayer(8, 2, batch_first=True)),
+        torch.randn(1, 3, 8),
+    )
     with torch.no_grad(), capture([layer.self_attn], maps=[0]) as record:
-        layer(x := torch.randn(1, 3, 8))
+        layer(x)
     assert record.names == ("layer 0",)
-    check(record[0], projected_weights(layer.self_attn, x, x), ALL_SEEN)
+    check(record[0], weights_of(layer.self_attn, x, x))
 
 
 @pytest.mark.parametrize("adds", ["add_bias_kv", "add_zero_attn"])
@@ -296,5 +232,5 @@ def test_keys_that_are_no_tokens_are_an_error(adds):
     x = torch.randn(5, 3, 8)
     attention = nn.MultiheadAttention(8, 2, **{adds: True})
     refused("^inner adds keys of its own .*layers=", Given(attention), x, x, x)
-    fixed = Pooling(static_k=torch.zeros(6, 5, 4))
-    refused("^Pooling passes static_k .*layers=", fixed, x)
+    fixed = functional_form(nn.MultiheadAttention(8, 2), static_k=torch.zeros(6, 5, 4))
+    refused("^Given passes static_k .*layers=", fixed, x, x, x)

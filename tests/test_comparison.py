@@ -1,4 +1,4 @@
-"""Playing arms and keeping what they earned, with an agent in no Dark Room."""
+"""Playing arms and keeping what they earned, on a task whose answer is planted (`levers.py`)."""
 
 import json
 from dataclasses import replace
@@ -6,180 +6,150 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from agents import ModelAgent
-from levers import HORIZON, N_MAX, LeversAgent, ignores_history
+from levers import HORIZON, LeversAgent, ignores_history
 
 from ad.darkroom import DarkRoom
 from historylens.agent import Environment, rollout
 from historylens.common.errors import UserError
 from historylens.comparison import playing
-from historylens.comparison.playing import Plays, fingerprint, plan, play, play_arms, played_as
+from historylens.comparison.intervals import Estimate, late_scores
+from historylens.comparison.playing import Plays, fingerprint, plan, play, play_arms
 from historylens.comparison.policy import CompressedPolicy, Cost
+from historylens.comparison.report import recommendation
 from historylens.comparison.results import FILES, open_results
-from historylens.comparison.study import Arm, Result
+from historylens.comparison.study import Arm, Result, judge
 from historylens.compression.method import METHODS
 
-PLAYS = Plays(n_seeds=2, n_episodes=3, seed=0)
-LONGER = Plays(n_seeds=2, n_episodes=10, seed=0)
-ONES = Result(Arm("full"), np.ones((3, 2, 3)))
+PLAYS = Plays(LeversAgent(), n_seeds=2, n_episodes=3, seed=0)
+FULL, REWARDED = Arm("full"), Arm("rewarded-recent", 4)
+ONES = Result(FULL, np.ones((3, 2, 3)))
+*TOLD, RESULTS = FILES
 
 
-def arms(*names, budgets=(4,), agent=None):
-    return plan(agent or LeversAgent(), names, budgets, PLAYS)
+def arms(*names, budgets=(4,), agent=PLAYS.agent):
+    return plan(replace(PLAYS, agent=agent), names, budgets)
 
 
-def opened(folder, agent=None, plays=PLAYS):
-    return open_results(folder, fingerprint(agent or LeversAgent(), plays))
-
-
-def content(folder):
-    return json.loads((folder / "results.json").read_text())
-
-
-def noting():
-    """An agent, and the goals of the rooms that it is put into."""
-    agent, goals = LeversAgent(), []
-
-    def make(numbers):
-        goals.append(numbers.tolist())
-        return environment.make(numbers)
-
-    environment = agent.environment
-    agent.environment = replace(environment, make=make)
-    return agent, goals
-
-
-# The plan
+def opened(folder, **change):
+    return open_results(folder, fingerprint(replace(PLAYS, **change)))
 
 
 def test_baselines_and_controls_come_first_then_each_strategy_at_each_budget():
-    assert [arm.key for arm in arms("even", "recent", "even", budgets=(8, 4, 8))] == [
+    assert [arm.key for arm in arms("even", "full", "recent", "even", budgets=(8, 4, 8))] == [
         "full", "empty", "other-task", "shuffled-rewards", "even@4", "even@8", "recent@4",
         "recent@8",
     ]  # fmt: skip
-
-
-def test_full_and_empty_take_no_budget():
-    assert arms("full", "empty", "recent") == arms("recent")
-
-
-def test_with_one_goal_there_is_no_other_task():
     assert Arm("other-task") not in arms("recent", agent=LeversAgent(n_levers=1))
 
 
-def test_a_history_shorter_than_the_budget_is_refused():
+def test_what_cannot_be_played_is_refused():
     assert arms("recent", budgets=(3 * HORIZON - 1,))
     with pytest.raises(UserError, match="history shorter than the budget: 3 episodes of 6 steps"):
         arms("recent", budgets=(3 * HORIZON,))
-
-
-def test_a_control_is_no_strategy():
-    with pytest.raises(UserError, match="unknown strategy 'other-task'"):
+    with pytest.raises(UserError, match="unknown strategy 'other-task'"):  # that is a control
         arms("other-task")
-
-
-def test_a_model_that_reads_no_history_is_refused():
     agent = LeversAgent()
     agent.n_max = 0
     with pytest.raises(UserError, match="there is nothing to compress"):
         arms("recent", agent=agent)
 
 
-# Playing
+@pytest.mark.parametrize(("most", "made"), [(9, [[0, 1, 2] * 2]), (4, [[0, 1, 2]] * 2)])
+def test_rooms_in_batches_earn_what_each_earns_alone_goal_by_seed(monkeypatch, most, made):
+    goals, agent, n_tokens = [], LeversAgent(), 0
+    environment = agent.environment
 
+    def make(numbers):
+        goals.append(numbers.tolist())
+        return environment.make(numbers)
 
-def test_returns_are_goal_by_seed_by_episode_each_what_its_own_room_earned():
-    """Room i plays goal i % G: compared with each room played alone."""
-    agent, goals = noting()
-    result = play(agent, Arm("full"), Plays(n_seeds=2, n_episodes=8, seed=5))
-    assert goals == [[0, 1, 2, 0, 1, 2]]
+    agent.environment = replace(environment, make=make)
+    monkeypatch.setattr(playing, "MAX_ROOMS", most)
+    result = play(replace(PLAYS, agent=agent, n_episodes=8, seed=5), REWARDED)
+    assert goals == made
     assert result.returns.shape == (3, 2, 8)
     assert result.returns.flags.c_contiguous  # sums of it are those of what a file holds
-    assert result.cost.decisions == 3 * 2 * 8 * HORIZON
     for room in range(6):
-        policy = CompressedPolicy(agent, METHODS["full"])
-        rooms = agent.environment.make(np.array([room % 3]))
-        noise = np.random.default_rng((5, room))
-        expected = rollout(rooms, policy, 8 * HORIZON, [noise]).reshape(8, HORIZON).sum(axis=1)
+        policy = CompressedPolicy(agent, METHODS[REWARDED.name], REWARDED.n_keep)
+        alone, noise = environment.make(np.array([room % 3])), np.random.default_rng((5, room))
+        expected = rollout(alone, policy, 8 * HORIZON, [noise]).reshape(8, HORIZON).sum(axis=1)
         np.testing.assert_array_equal(result.returns[room % 3, room // 3], expected)
+        n_tokens += policy.cost.tokens_read
+    assert (result.cost.decisions, result.cost.tokens_read) == (3 * 2 * 8 * HORIZON, n_tokens)
 
 
 def test_arms_share_their_action_noise_and_draw_their_own_choices():
-    agent, random = LeversAgent(), Arm("random", 4)
-    one, same, other, again = (
-        play(agent, arm, LONGER).returns
-        for arm in (Arm("rewarded-recent", 4), Arm("full"), random, random)
-    )
+    plays, random = replace(PLAYS, n_episodes=10), Arm("random", 4)
+    one, same, other, again = (play(plays, arm).returns for arm in (REWARDED, FULL, random, random))
     np.testing.assert_array_equal(one, same)
     np.testing.assert_array_equal(other, again)
     assert (one != other).any()
-    for plays in (replace(LONGER, seed=1), LONGER.confirming(2)):
-        assert (play(agent, Arm("full"), plays).returns != same).any()
-    assert LONGER.confirming(7).n_seeds == 7
+    assert (play(replace(plays, seed=1), FULL).returns != same).any()
 
 
-def test_batches_of_rooms_change_nothing(monkeypatch):
-    agent, goals = noting()
-    whole = play(agent, Arm("rewarded-recent", 4), PLAYS)
-    monkeypatch.setattr(playing, "MAX_ROOMS", 4)
-    parts = play(agent, Arm("rewarded-recent", 4), PLAYS)
-    assert goals == [[0, 1, 2, 0, 1, 2], [0, 1, 2], [0, 1, 2]]
-    np.testing.assert_array_equal(whole.returns, parts.returns)
-    clocks = {"seconds_selecting": 0, "seconds_model": 0}
-    assert replace(whole.cost, **clocks) == replace(parts.cost, **clocks)
+ALL_OF_IT = ["recent", *(m.name for m in METHODS.values() if m.looks_at.endswith("attention"))]
 
 
-def test_recency_at_the_whole_context_is_full_history_and_not_played_again(tmp_path):
-    agent, goals = noting()
-    results, _ = opened(tmp_path, plays=LONGER)
-    whole = Arm("recent", N_MAX)
-    wanted = plan(agent, ["recent"], [N_MAX], LONGER)
-    by_arm = {each.arm: each for each in play_arms(agent, wanted, LONGER, results)}
-    assert len(goals) == len(wanted) - 1
-    np.testing.assert_array_equal(by_arm[whole].returns, by_arm[Arm("full")].returns)
-    np.testing.assert_array_equal(by_arm[whole].returns, play(agent, whole, LONGER).returns)
-
-
-ATTENTIVE = [name for name, each in METHODS.items() if each.looks_at.endswith("attention")]
-
-
-@pytest.mark.parametrize("name", ATTENTIVE)
-def test_at_the_whole_context_attention_has_no_choice_and_full_history_counts(name, tiny_model):
+@pytest.mark.parametrize("name", ALL_OF_IT)
+def test_what_keeps_the_whole_context_is_full_history_and_not_played_again(
+    name, tiny_model, tmp_path
+):
     goals = np.array([[0, 1], [4, 3]])
-    environment = Environment(("a", "b"), 5, lambda numbers: DarkRoom(goals[numbers], 5, 5))
-    agent = ModelAgent(tiny_model, environment)
-    whole, less = Arm(name, agent.n_max), Arm(name, agent.n_max - 1)
-    assert played_as(whole, agent) == Arm("full")
-    assert played_as(less, agent) == less
-    plays = Plays(n_seeds=2, n_episodes=4, seed=0)
-    own, expected = (play(agent, arm, plays).returns for arm in (whole, Arm("full")))
-    np.testing.assert_array_equal(own, expected)
+    rooms = Environment(("a", "b"), 5, lambda numbers: DarkRoom(goals[numbers], 5, 5))
+    plays = Plays(ModelAgent(tiny_model, rooms), n_seeds=2, n_episodes=4)
+    less, whole = (Arm(name, n_keep) for n_keep in (plays.agent.n_max - 1, plays.agent.n_max))
+    wanted = [FULL, whole, less, Arm("even", plays.agent.n_max)]
+    results = open_results(tmp_path, fingerprint(plays))
+    full, same, *_ = play_arms(plays, wanted, results)
+    assert list(results.by_key) == [arm.key for arm in wanted if arm != whole]
+    assert same.arm == whole
+    np.testing.assert_array_equal(same.returns, full.returns)
+    np.testing.assert_array_equal(play(plays, whole).returns, full.returns)
 
 
-# Keeping
+def test_returns_survive_the_file_exactly_and_a_new_arm_replaces_what_told_of_fewer(tmp_path):
+    returns = np.random.default_rng(0).normal(size=(3, 2, 3))
+    given = Result(FULL, returns, Cost(decisions=7, seconds_model=0.1))
+    opened(tmp_path).add(given)
+    opened(tmp_path).write({"recommended": None})
+    for name in TOLD:
+        (tmp_path / name).write_text(name)
+    (result,) = play_arms(PLAYS, [FULL], opened(tmp_path))
+    np.testing.assert_array_equal(result.returns, returns)
+    assert result.cost == given.cost
+    assert all((tmp_path / name).exists() for name in FILES)
+    opened(tmp_path).add(replace(ONES, arm=Arm("empty")))
+    assert [path.name for path in tmp_path.iterdir()] == [RESULTS]
+    assert "summary" not in json.loads((tmp_path / RESULTS).read_text())
+
+
+def test_changed_code_plays_anew(tmp_path, monkeypatch):
+    opened(tmp_path).add(ONES)
+    monkeypatch.setattr(playing, "CODE", playing.CODE[:-1])
+    assert "(other code)" in opened(tmp_path).found
 
 
 @pytest.mark.parametrize(
-    ("change", "why"),
+    ("why", "change"),
     [
-        ({"plays": replace(PLAYS, seed=1)}, "other seed"),
-        ({"plays": replace(PLAYS, n_seeds=3)}, "other seeds"),
-        ({"plays": replace(PLAYS, n_episodes=4)}, "other episodes"),
-        ({"plays": replace(PLAYS, positions="original")}, "other positions"),
-        ({"agent": LeversAgent(n_levers=2)}, "other goals"),
-        ({"agent": LeversAgent(ignores_history)}, "other model"),
+        ("other seed", {"seed": 1}),
+        ("other seeds", {"n_seeds": 3}),
+        ("other episodes", {"n_episodes": 4}),
+        ("other positions", {"positions": "original"}),
+        ("other goals", {"agent": LeversAgent(n_levers=2)}),
+        ("other model", {"agent": LeversAgent(ignores_history)}),
     ],
 )
-def test_results_of_other_settings_are_moved_aside(tmp_path, change, why):
+def test_results_of_other_settings_are_moved_aside(tmp_path, why, change):
     (tmp_path / "notes.txt").write_text("mine")
     for number in (1, 2):
-        opened(tmp_path)[0].add(ONES)
-        for name in FILES[1:]:
+        opened(tmp_path).add(ONES)
+        for name in TOLD:
             (tmp_path / name).write_text(name)
         before = {name: (tmp_path / name).read_bytes() for name in FILES}
-        results, note = opened(tmp_path, **change)
-        aside = tmp_path / f"earlier-{number}"
-        assert f"({why})" in note
-        assert str(aside) in note
+        results, aside = opened(tmp_path, **change), tmp_path / f"earlier-{number}"
+        assert f"({why})" in results.found
+        assert str(aside) in results.found
         assert results.by_key == {}
         assert {path.name: path.read_bytes() for path in aside.iterdir()} == before
         assert not any((tmp_path / name).exists() for name in FILES)
@@ -187,39 +157,61 @@ def test_results_of_other_settings_are_moved_aside(tmp_path, change, why):
 
 
 @pytest.mark.parametrize(
-    "damaged", ["", "{", "[]", "{}", '{"schema_version": 1, "fingerprint": {}, "arms": {"a": 3}}']
-)
-def test_a_damaged_file_is_moved_aside(tmp_path, damaged):
-    (tmp_path / "results.json").write_text(damaged)
-    results, note = opened(tmp_path)
+    ("text", "why"),
+    [("", "damaged"), ("[]", "damaged"), ("{}", "damaged"),
+     ('{"schema_version": 1, "fingerprint": {}, "arms": {"a": 3}}', "damaged"),
+     ('{"schema_version": 0, "fingerprint": {}, "arms": {}}', "of another version")],
+)  # fmt: skip
+def test_a_file_that_cannot_be_read_is_moved_aside(tmp_path, text, why):
+    (tmp_path / RESULTS).write_text(text)
+    results = opened(tmp_path)
     assert results.by_key == {}
-    assert "damaged" in note
-    assert (tmp_path / "earlier-1" / "results.json").read_text() == damaged
+    assert why in results.found
+    assert (tmp_path / "earlier-1" / RESULTS).read_text() == text
 
 
-def test_what_tells_of_fewer_arms_goes_with_the_first_new_one(tmp_path):
-    results, _ = opened(tmp_path)
-    results.add(ONES)
-    results.finish({"recommended": None})
-    for name in FILES[1:]:
-        (tmp_path / name).write_text(name)
-    results, _ = opened(tmp_path)
-    assert (tmp_path / FILES[1]).exists()
-    results.add(replace(ONES, arm=Arm("empty")))
-    assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
-    assert "summary" not in content(tmp_path)
+SHORT = HORIZON - 2  # shorter than the way from one reward to the next decision that counts
+KEEP_REWARDS, FORGET = ("rewarded-recent", "best-episodes"), ("recent", "first-recent")
 
 
-def test_returns_survive_the_file_exactly(tmp_path):
-    returns = np.random.default_rng(0).normal(size=(3, 2, 3))
-    given = Result(Arm("full"), returns, Cost(decisions=7, seconds_model=0.1))
-    opened(tmp_path)[0].add(given)
-    (result,) = play_arms(LeversAgent(), [Arm("full")], PLAYS, opened(tmp_path)[0])
-    np.testing.assert_array_equal(result.returns, returns)
-    assert result.cost == given.cost
+def compared(folder, plays, names, budgets):
+    """The returns of all arms on the planted task, and the judged study."""
+    arms = plan(plays, names, budgets)
+    results = play_arms(plays, arms, open_results(folder, fingerprint(plays)))
+    return {each.arm.key: each.returns for each in results}, judge(results, 0.05)
 
 
-def test_changed_code_plays_anew(tmp_path, monkeypatch):
-    opened(tmp_path)[0].add(ONES)
-    monkeypatch.setattr(playing, "CODE", playing.CODE[:-1])
-    assert "(other code)" in opened(tmp_path)[1]
+def test_on_the_planted_task_what_keeps_rewards_loses_nothing_and_what_forgets_them_all(tmp_path):
+    names = (*KEEP_REWARDS, *FORGET, "last-episodes", "recent-summary", "random")
+    plays = replace(PLAYS, n_seeds=4, n_episodes=16)
+    returns, study = compared(tmp_path, plays, names, [SHORT, HORIZON])
+    assert late_scores(returns["full"]).mean() > 0.95
+    for name, n_keep in [*((name, SHORT) for name in KEEP_REWARDS), ("recent", HORIZON)]:
+        np.testing.assert_array_equal(returns[f"{name}@{n_keep}"], returns["full"])
+        row = study.row(name, n_keep)
+        assert row.verdict == "safe"
+        assert row.difference == row.adaptation_loss == Estimate(0, 0, 0)
+    for name in (*FORGET, "last-episodes"):  # recency that is too short
+        np.testing.assert_array_equal(returns[f"{name}@{SHORT}"], returns["empty"])
+        assert study.row(name, SHORT).verdict == "worse"
+    for name in ("other-task", "shuffled-rewards"):
+        assert study.row(name).verdict == "worse"
+        assert study.row(name).mean.value < 0.5
+    assert study.doubts == ()
+    assert study.recommended.arm.name in KEEP_REWARDS
+    assert study.stands_corrected
+    text = recommendation(study)
+    assert f"{study.recommended.arm.name} with {SHORT} transitions (safe)" in text
+    assert f"instead of {study.full.cost.tokens:.1f}" in text
+
+
+def test_on_a_model_that_ignores_its_history_nothing_is_recommended(tmp_path):
+    plays = replace(PLAYS, agent=LeversAgent(ignores_history), n_episodes=4)
+    _, study = compared(tmp_path, plays, ["recent"], [SHORT])
+    assert study.recommended is None
+    text = recommendation(study)
+    assert text.startswith("The model ignores its history")
+    assert "no compression can be judged on it" in text
+    assert "an empty one: +0.00 [+0.00, +0.00]" in text
+    for name in ("other-task", "shuffled-rewards"):
+        assert f"With the control {name} it earns as much" in text

@@ -1,30 +1,31 @@
-"""Each strategy on cases worked out by hand, and beside a slow plain twin."""
+"""Each strategy, merge and control by hand, and beside a slow plain twin."""
+
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from compression_cases import histories, line
-from hypothesis import assume, given
+from compression_cases import generator, histories, known, line, make_history, same
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from historylens.compression import METHODS
-from historylens.compression.clusters import (
-    farthest_points,
-    k_means,
-    k_medoids,
-    squared_distances,
-    transition_features,
-)
-from historylens.compression.method import best_first
+from historylens.compression import METHODS, clusters
+from historylens.compression.clusters import farthest_points, features, k_means, k_medoids
 from historylens.history import History
 
 STEPS = line(range(10))
-ATTENTION = [0.02, 0.2, 0.1, 0.0, 0.15, 0.01, 0.2, 0.1, 0.0, 0.1]
-ATTENDED = line(range(10), query_attention=ATTENTION)
-BLOCKS = [0.02, 0.1, 0.02, 0.02, 0.3, 0.02, 0.02, 0.02, 0.02, 0.05, 0.02, 0.02]  # 0..1, 2..6, 7..11
-TIED_BLOCKS = [0.2, 0.05, 0.05, 0.05, 0.05, 0.01, 0.2, 0.01, 0.01, 0.01]
+ATTENDED = line(range(10), query_attention=[0.02, 0.2, 0.1, 0.0, 0.15, 0.01, 0.2, 0.1, 0.0, 0.1])
+WEIGHTS = [0.02, 0.1, 0.02, 0.02, 0.3, 0.02, 0.02, 0.02, 0.02, 0.05, 0.02, 0.02]
+BLOCKS = line(range(12), query_attention=WEIGHTS)  # 0..1, 2..6, 7..11
+TIED_BLOCKS = line(range(10), query_attention=[0.2, *[0.05] * 4, 0.01, 0.2, *[0.01] * 3])
+REWARDED = line(range(10), rewards=[1, 0, 1, 1, 0, 0, 0, 1, 0, 0])
+VISITS = line([4, 4, 5, 4, 5, 4], actions=[0, 1, 0, 0, 0, 1])
 NUMBERS = [0, 0, 0, 1, 1, 1, 2, 2, 2, 3]
-CASES = [  # name, history, and by n_keep the transitions kept, a digit each
+RETURNS = line(range(10), rewards=[0, 1, 1, 0, 0, 1, 1, 1, 0, 0], episodes=NUMBERS)
+RECEIVED = line(range(8), received=[1.0, 5, 2, 5, 0, 3, 9, 9])
+ROWS = [[0, 0, 0, 0.4] + [0] * 8, [0] * 4 + [0.4] + [0] * 4 + [0.5, 0, 0]]
+VOTES = line(range(12), last_rows=ROWS)
+CASES = [  # name, history, and by n_keep the transitions kept, a hexadecimal digit each
     ("full", STEPS, {3: "0123456789"}),
     ("empty", STEPS, {3: ""}),
     ("recent", STEPS, {3: "789", 1: "9"}),
@@ -37,43 +38,19 @@ CASES = [  # name, history, and by n_keep the transitions kept, a digit each
     ("threshold", ATTENDED, {9: "146", 2: "16"}),  # 0.1 is not above 0.1
     ("prune-low", ATTENDED, {9: "124679", 4: "1469"}),  # the fewest that hold 90 % of 0.88
     ("least-attended", ATTENDED, {3: "358", 1: "8"}),
-    # Whole blocks of five, counted back; those of equal attention stay together.
-    (
-        "landmark",
-        line(range(12), query_attention=BLOCKS),
-        {2: "46", 5: "23456", 7: "0123456", 8: "01234569"},
-    ),
-    ("landmark", line(range(10), query_attention=TIED_BLOCKS), {5: "56789", 6: "056789"}),
-    (
-        "rewarded-recent",  # with 8, 5 fills up
-        line(range(10), rewards=[1, 0, 1, 1, 0, 0, 0, 1, 0, 0]),
-        {1: "9", 4: "3789", 6: "023789", 8: "02356789"},
-    ),
-    (
-        "one-visit",  # 2 repeats 4
-        line([4, 4, 5, 4, 5, 4], actions=[0, 1, 0, 0, 0, 1]),
-        {2: "45", 3: "345", 4: "2345"},
-    ),
+    ("landmark", BLOCKS, {2: "46", 5: "23456", 7: "0123456", 8: "01234569"}),  # whole blocks
+    ("landmark", TIED_BLOCKS, {5: "56789", 6: "056789"}),  # blocks of equal attention stay whole
+    ("rewarded-recent", REWARDED, {1: "9", 4: "3789", 6: "023789", 8: "02356789"}),  # 5 fills up
+    ("one-visit", VISITS, {2: "45", 3: "345", 4: "2345"}),  # 2 repeats 4
     ("last-episodes", line(range(10), episodes=NUMBERS), {3: "9", 4: "6789", 9: "3456789"}),
-    (
-        "last-episodes",
-        line(range(9), episodes=NUMBERS[:9]),
-        {2: "78"},
-    ),  # not even one fits: its end
-    (
-        "best-episodes",  # 2 is as good as 0, but later; then the end of 1
-        line(range(10), rewards=[0, 1, 1, 0, 0, 1, 1, 1, 0, 0], episodes=NUMBERS),
-        {2: "78", 3: "678", 6: "012678", 7: "0125678"},
-    ),
-    # 1 and 4 are equally near.
-    ("nearest", line([0, 7, 5, 9, 3, 5, 0], query_states=[1, 5]), {2: "25", 3: "245"}),
-    (
-        "accumulated-recent",
-        line(range(8), received=[1.0, 5, 2, 5, 0, 3, 9, 9]),
-        {3: "367", 5: "13567", 6: "123567"},
-    ),
-    # 9 is farthest from 0, its later visit.
-    ("diverse", line([0, 1, 8, 9, 9, 4, 0]), {1: "6", 2: "46", 3: "456", 6: "123456"}),
+    ("last-episodes", line(range(9), episodes=NUMBERS[:9]), {2: "78"}),  # none fits: its end
+    ("best-episodes", RETURNS, {2: "78", 3: "678", 6: "012678", 7: "0125678"}),  # 2, 0, end of 1
+    ("nearest", line([0, 7, 5, 9, 3, 5, 0], query_states=[1, 5]), {2: "25", 3: "245"}),  # 1 as 4
+    ("accumulated-recent", RECEIVED, {3: "367", 5: "13567", 6: "123567"}),
+    # Means 0.2, 0.2 and 0.25; pooled over five, 2..5 have both small ones, and 1 and 6 one of them.
+    # The two last vote, and stay anyhow.
+    ("pooled-votes", VOTES, {1: "b", 4: "45ab", 6: "2345ab", 9: "2345789ab"}),
+    ("diverse", line([0, 1, 8, 9, 9, 4, 0]), {1: "6", 2: "46", 3: "456", 6: "123456"}),  # later 9
     ("k-medoids", line([0, 1, 2, 20, 21, 22, 40, 41, 42]), {3: "147"}),
 ]
 
@@ -82,72 +59,44 @@ CASES = [  # name, history, and by n_keep the transitions kept, a digit each
 def test_cases_worked_out_by_hand(name, history, expected):
     for n_keep, digits in expected.items():
         shorter = METHODS[name].compress(history, n_keep)
-        kept = range(history.n) if shorter is history else shorter.kept[0].tolist()
-        assert "".join(map(str, kept)) == digits, n_keep
+        kept = [*range(history.n)] if shorter is history else shorter.kept[0].tolist()
+        assert kept == [int(digit, 16) for digit in digits], n_keep
 
 
-@pytest.mark.parametrize(
-    ("name", "known", "kept"),
-    [
-        ("threshold", "query_attention", [[-1, -1, 0], [1, 2, 3], [-1, -1, -1], [-1, -1, -1]]),
-        ("prune-low", "query_attention", [[-1, -1, 0], [1, 2, 3], [1, 2, 3], [-1, -1, -1]]),
-        ("last-episodes", "episodes", [[-1, -1, 3], [1, 2, 3], [-1, 2, 3], [1, 2, 3]]),
-    ],
-)
-def test_what_keeps_as_many_as_it_needs_pads_a_batch_in_front(name, known, kept):
-    values = {
-        "query_attention": [[0.9, 0.02, 0.02, 0.02], [0.2, 0.3, 0.2, 0.2], [0.05] * 4, [0.0] * 4],
-        "episodes": [[0, 0, 0, 1], [0, 1, 1, 1], [0, 0, 1, 1], [0, 0, 0, 0]],
-    }
+@pytest.mark.parametrize(("name", "kept"), [
+    ("threshold", [[-1, -1, 0], [1, 2, 3], [-1, -1, -1], [-1, -1, -1]]),
+    ("prune-low", [[-1, -1, 0], [1, 2, 3], [1, 2, 3], [-1, -1, -1]]),
+    ("last-episodes", [[-1, -1, 3], [1, 2, 3], [-1, 2, 3], [1, 2, 3]]),
+])  # fmt: skip
+def test_what_keeps_as_many_as_it_needs_pads_a_batch_in_front(name, kept):
     part, cells = torch.zeros(4, 4, dtype=torch.long), torch.zeros(4, 4, 2)
-    history = History(cells, part, part, cells, **{known: torch.tensor(values[known])})
+    weights = torch.tensor([[0.9, *[0.02] * 3], [0.2, 0.3, 0.2, 0.2], [0.05] * 4, [0.0] * 4])
+    episodes = torch.tensor([[0, 0, 0, 1], [0, 1, 1, 1], [0, 0, 1, 1], [0, 0, 0, 0]])
+    history = History(cells, part, part, cells, episodes=episodes, query_attention=weights)
     assert METHODS[name].compress(history, 3).kept.tolist() == kept
 
 
-def test_votes_of_the_last_rows_are_pooled_over_five():
-    rows = torch.zeros(2, 12)
-    rows[0, 3], rows[1, 4], rows[1, 9] = 0.4, 0.4, 0.5
-    history = line(range(12), last_rows=rows.tolist())
-    # Means 0.2, 0.2 and 0.25; pooled, 2..5 have both small ones, and 1 and 6 one of them. 10 and
-    # 11 vote and stay anyhow.
-    expected = {
-        1: [11],
-        4: [4, 5, 10, 11],
-        6: [2, 3, 4, 5, 10, 11],
-        9: [2, 3, 4, 5, 7, 8, 9, 10, 11],
-    }
-    for n_keep, kept in expected.items():
-        assert METHODS["pooled-votes"].compress(history, n_keep).kept.tolist() == [kept]
+def chances_of_two(p):
+    """Of each to be among two that are drawn one after the other with chances `p`."""
+    return [p[i] + sum(p[j] * p[i] / (1 - p[j]) for j in range(6) if j != i) for i in range(6)]
 
 
-class TestDraws:
-    def frequencies(self, name, n_keep, draws=4000, **known):
-        part = torch.zeros(draws, 6, dtype=torch.long)
-        known = {k: torch.tensor(v).expand(draws, -1) for k, v in known.items()}
-        history = History(part[..., None], part, part, part[..., None], **known)
-        kept = METHODS[name].compress(history, n_keep, np.random.default_rng(0)).kept
-        return np.bincount(kept.flatten().numpy(), minlength=6) / draws
-
-    def test_random_is_even(self):
-        assert np.allclose(self.frequencies("random", 3), 0.5, atol=0.04)
-
-    def test_random_recent_leaves_the_recent_half_alone(self):
-        found = self.frequencies("random-recent", 3)
-        assert np.allclose(found, [0.25] * 4 + [1, 1], atol=0.04)
-
-    def test_importance_draws_by_attention_and_nothing_unattended_before(self):
-        weights = [0.1, 0.4, 0.0, 0.2, 0.0, 0.1]
-        one, five = (self.frequencies("importance", k, query_attention=weights) for k in (1, 5))
-        assert np.allclose(one, np.array([1, 4, 0, 2, 0, 1]) / 8, atol=0.04)
-        assert five.tolist() == [1, 1, 0, 1, 1, 1]  # the later of the two that are not attended
-
-    @pytest.mark.parametrize("n_keep", [1, 2])
-    def test_decay_halves_with_every_n_keep_steps(self, n_keep):
-        p = 2.0 ** (np.arange(6) / n_keep)
-        p /= p.sum()
-        second = [sum(p[j] * p[i] / (1 - p[j]) for j in range(6) if j != i) for i in range(6)]
-        expected = p if n_keep == 1 else p + second  # of one drawn, or of two without replacement
-        assert np.allclose(self.frequencies("decay", n_keep, draws=20000), expected, atol=0.02)
+@pytest.mark.parametrize(("name", "n_keep", "expected"), [
+    ("random", 3, [0.5] * 6),
+    ("random-recent", 3, [0.25] * 4 + [1, 1]),
+    ("importance", 1, [1 / 8, 1 / 2, 0, 1 / 4, 0, 1 / 8]),
+    ("importance", 5, [1, 1, 0, 1, 1, 1]),  # the later of the two that are not attended
+    ("decay", 1, 2.0 ** np.arange(6) / 63),
+    ("decay", 2, chances_of_two(2.0 ** (np.arange(6) / 2) / (7 + 7 * 2**0.5))),
+])  # fmt: skip
+def test_what_is_drawn_has_its_chance(name, n_keep, expected):
+    part = torch.zeros(20000, 6, dtype=torch.long)
+    weights = torch.tensor([0.1, 0.4, 0.0, 0.2, 0.0, 0.1]).expand(part.shape)
+    history = History(part[..., None], part, part, part[..., None], query_attention=weights)
+    kept = METHODS[name].compress(history, n_keep, np.random.default_rng(0)).kept
+    found = np.bincount(kept.flatten().numpy(), minlength=6) / len(part)
+    assert np.allclose(found, expected, atol=0.02)
+    assert (found[np.isin(expected, (0, 1))] % 1 == 0).all()  # what is certain is so in every draw
 
 
 def plain_keys(history, b, n_keep):
@@ -180,79 +129,155 @@ def test_rules_that_rank_beside_a_plain_twin(history, n_keep):
             assert kept == sorted(ranked[:n_keep]), name
 
 
-@given(st.lists(st.tuples(st.integers(0, 3), st.booleans()), min_size=1, max_size=12))
-def test_best_first_orders_by_keys_then_by_time(rows):
-    first, second = (torch.tensor([column]) for column in zip(*rows, strict=True))
-    expected = sorted(range(len(rows)), key=lambda i: (*rows[i], i), reverse=True)
-    assert best_first(first, second)[0].tolist() == expected
-
-
 def cost(points, medoids):
     """Sum over points of the squared distance to the nearest medoid: `(B,)`."""
     chosen = torch.stack([p[m] for p, m in zip(points, medoids, strict=True)])
-    return squared_distances(points, chosen).amin(dim=2).sum(dim=1)
+    return clusters.squared_distances(points, chosen).amin(dim=2).sum(dim=1)
 
 
-class TestClusters:
-    @given(history=histories(), n_keep=st.integers(1, 8))
-    def test_farthest_points_beside_a_plain_twin(self, history, n_keep):
-        assume(n_keep < history.n)
-        points = transition_features(history)
-        found = farthest_points(points, n_keep)
-        for b, p in enumerate(points):
-            chosen = [history.n - 1]
-            while len(chosen) < n_keep:
-                gaps = {
-                    i: min(round((p[i] - p[c]).square().sum().item(), 8) for c in chosen)
-                    for i in range(history.n)
-                    if i not in chosen
-                }
-                chosen.append(max(gaps, key=lambda i: (gaps[i], i)))
-            assert found[b].tolist() == chosen
+@given(history=histories(), n_keep=st.integers(1, 8))
+def test_farthest_points_beside_a_plain_twin(history, n_keep):
+    assume(n_keep < history.n)
+    points = features(history)
+    found = farthest_points(points, n_keep)
+    for b, p in enumerate(points):
+        apart = (p[:, None] - p).square().sum(dim=2).round(decimals=8)
+        chosen = [history.n - 1]
+        while len(chosen) < n_keep:
+            others = set(range(history.n)) - set(chosen)
+            gaps = {i: apart[i, chosen].min().item() for i in others}
+            chosen.append(max(gaps, key=lambda i: (gaps[i], i)))
+        assert found[b].tolist() == chosen
 
-    @pytest.mark.parametrize("n_keep", [2, 5, 12])
-    def test_medoids_cover_better_than_chance_and_than_where_they_start(self, n_keep):
-        points = torch.randn(20, 60, 3, generator=torch.Generator().manual_seed(n_keep)).double()
-        found = cost(points, k_medoids(points, n_keep))
-        assert (found <= cost(points, farthest_points(points, n_keep))).all()
-        rng = np.random.default_rng(0)
-        draws = [[rng.permutation(60)[:n_keep] for _ in points] for _ in range(30)]
-        drawn = torch.stack([cost(points, draw) for draw in draws])
-        assert (found < drawn.mean(0)).all()
-        assert found.mean() < 0.8 * drawn.mean()
 
-    def test_medoids_settle(self):
-        """No member of a cluster is nearer to all its members than its medoid."""
-        points = torch.randn(6, 30, 2, generator=torch.Generator().manual_seed(1)).double()
-        for p, m in zip(points, k_medoids(points, 4), strict=True):
-            distances = torch.cdist(p, p) ** 2
-            labels = distances[:, m].argmin(dim=1)
-            for k in range(4):
-                members = (labels == k).nonzero()[:, 0]
-                sums = distances[:, members].sum(dim=1)
-                assert sums[m[k]] <= sums[members].min() + 1e-9
+@pytest.mark.parametrize("n_keep", [2, 5, 12])
+def test_medoids_cover_better_than_chance_and_than_where_they_start(n_keep):
+    points = torch.randn(20, 60, 3, generator=generator(n_keep)).double()
+    found = cost(points, k_medoids(points, n_keep))
+    assert (found <= cost(points, farthest_points(points, n_keep))).all()
+    draws = np.random.default_rng(0).random((30, 20, 60)).argsort(axis=2)[:, :, :n_keep]
+    drawn = torch.stack([cost(points, draw) for draw in draws])
+    assert (found < drawn.mean(0)).all()
+    assert found.mean() < 0.8 * drawn.mean()
 
-    @given(st.integers(0, 10**6), st.integers(1, 25), st.integers(1, 6), st.data())
-    def test_no_cluster_is_empty_even_among_copies(self, seed, n, n_distinct, data):
-        g = torch.Generator().manual_seed(seed)
-        kinds = torch.randint(0, n_distinct, (3, n), generator=g)
-        points = torch.randn(n_distinct, 2, generator=g, dtype=torch.float64)[kinds]
-        n_keep = data.draw(st.integers(1, n))
-        for row in k_means(points, n_keep):
-            assert row.unique().tolist() == list(range(n_keep))
-        for row in k_medoids(points, n_keep):
-            assert len(row.unique()) == n_keep
 
-    def test_k_means_finds_separate_groups(self):
-        points = torch.tensor([0.0, 1, 2, 50, 51, 100, 101, 102])[None, :, None].double()
-        labels = k_means(points, 3)[0].tolist()
-        groups = [set(labels[:3]), set(labels[3:5]), set(labels[5:])]
-        assert [len(group) for group in groups] == [1, 1, 1]
-        assert len(set.union(*groups)) == 3
+def test_no_member_of_a_cluster_is_nearer_to_all_its_members_than_its_medoid():
+    points = torch.randn(6, 30, 2, generator=generator(1)).double()
+    for p, m in zip(points, k_medoids(points, 4), strict=True):
+        distances = torch.cdist(p, p) ** 2
+        labels = distances[:, m].argmin(dim=1)
+        for k in range(4):
+            members = (labels == k).nonzero()[:, 0]
+            sums = distances[:, members].sum(dim=1)
+            assert sums[m[k]] <= sums[members].min() + 1e-9
 
-    def test_features_scale_each_part_to_one(self):
-        history = line([0, 5, 10], actions=[0, 2, 2], rewards=[0, 4, 0])
-        points = transition_features(history)[0]
-        gaps = points.diff(dim=0).square().sum(dim=1).tolist()
-        # state, action, reward, next state; then the same action
-        assert gaps == pytest.approx([0.5**2 + 1 + 1 + 0.5**2, 0.5 + 1])
+
+@given(st.integers(0, 10**6), st.integers(1, 25), st.integers(1, 6), st.data())
+def test_no_cluster_is_empty_even_among_copies(seed, n, n_distinct, data):
+    g = generator(seed)
+    kinds = torch.randint(0, n_distinct, (3, n), generator=g)
+    points = torch.randn(n_distinct, 2, generator=g, dtype=torch.float64)[kinds]
+    n_keep = data.draw(st.integers(1, n))
+    for labels, medoids in zip(k_means(points, n_keep), k_medoids(points, n_keep), strict=True):
+        assert labels.unique().tolist() == list(range(n_keep))
+        assert len(medoids.unique()) == n_keep
+
+
+def test_the_summary_averages_groups_of_older_steps():
+    states, actions = [0, 2, 10, 20, 5, 6, 7, 8, 9, 3], [1, 1, 2, 0, 4, 4, 3, 3, 2, 1]
+    history = line(states, actions, [0, 1, *[0] * 7, 1], episodes=[0] * 5 + [1] * 5)
+    merge = METHODS["recent-summary"]
+    short = merge.compress(history, 4)  # one summary of 7, three recent
+    assert short.states[0, :, 1].tolist() == pytest.approx([50 / 7, 8, 9, 3])
+    assert torch.equal(short.next_states, short.states)
+    assert short.rewards[0].tolist() == pytest.approx([1 / 7, 0, 0, 1])
+    assert short.actions[0].tolist() == [4, 3, 2, 1]  # 1 and 4 twice each: 4 was taken later
+    assert short.episodes[0].tolist() == [1, 1, 1, 1]
+    two = merge.compress(history, 8)  # two summaries of two, six recent
+    assert two.states[0, :, 1].tolist() == [1, 15, 5, 6, 7, 8, 9, 3]
+    assert two.actions[0].tolist() == [1, 0, 4, 4, 3, 3, 2, 1]
+    assert merge.compress(history, 1).states.tolist() == [[[0, 7]]]  # the mean of all
+
+
+def test_features_scale_each_part_to_one_and_centroids_are_means_in_the_order_of_their_time():
+    history = line([5, 10, 15], actions=[0, 2, 2], rewards=[1, 5, 1])
+    gaps = features(history)[0].diff(dim=0).square().sum(dim=1).tolist()
+    # state, action, reward, next state; then the same action
+    assert gaps == pytest.approx([0.5**2 + 1 + 1 + 0.5**2, 0.5 + 1])
+    history = line([50, 0, 51, 1, 100, 2, 101], actions=[0, 1, 0, 1, 2, 1, 2])
+    short = METHODS["centroids"].compress(history, 3)
+    assert short.states[0, :, 1].tolist() == [50.5, 1, 100.5]
+    assert short.actions[0].tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("name", ["recent-summary", "centroids"])
+@settings(max_examples=12)
+@given(history=histories(), data=st.data())
+def test_merges_beside_a_plain_twin(name, history, data):
+    assume(history.n > 1)
+    n_keep = data.draw(st.integers(1, history.n - 1))
+    short = METHODS[name].compress(history, n_keep)
+    unknown = {"query_attention", "received", "last_rows"}
+    assert known(short).keys() == known(history).keys() - unknown
+    assert torch.equal(short.query_states, history.query_states)
+    assert torch.equal(short.tasks, history.tasks)
+    assert short.states.shape == (history.size, n_keep, 2)
+    n_summaries = max(1, n_keep // 4)
+    n_older = history.n - n_keep + n_summaries
+    older = [i * n_summaries // n_older for i in range(n_older)]
+    into = [[*older, *range(n_summaries, n_keep)]] * history.size  # the token of each transition
+    if name == "centroids":
+        into = k_means(features(history), n_keep).tolist()
+    for b, labels in enumerate(into):
+        groups = [[i for i in range(history.n) if labels[i] == k] for k in range(n_keep)]
+        groups.sort(key=lambda g: sum(g) / len(g))
+        times = [sum(g) / len(g) for g in groups]
+        if len(set(times)) < len(times):
+            continue  # two tokens of the same mean time: their order is the clustering's
+        for k, group in enumerate(groups):
+            actions = history.actions[b, group].tolist()
+            latest = {a: i for i, a in enumerate(actions)}
+            most = max(latest, key=lambda a: (actions.count(a), latest[a]))
+            assert short.actions[b, k] == most
+            for part in ("states", "next_states", "rewards"):
+                mean = getattr(history, part)[b, group].double().mean(0)
+                assert torch.allclose(getattr(short, part)[b, k].double(), mean, atol=1e-5)
+            assert short.episodes[b, k] == history.episodes[b, max(group)]
+
+
+@pytest.mark.parametrize("name", ["other-task", "shuffled-rewards"])
+def test_the_seed_decides_and_whatever_the_budget_the_shape_stays(name):
+    history = make_history(size=6, n=9)
+    changed, again, other = (
+        METHODS[name].compress(history, n_keep, generator(seed))
+        for n_keep, seed in ((0, 0), (9, 0), (4, 1))
+    )
+    assert same(changed, again)
+    assert not same(changed, other)
+    assert (changed.n, other.n, changed.kept, changed.query_attention) == (9, 9, None, None)
+    with pytest.raises(ValueError, match="Generator"):
+        METHODS[name].compress(history, 4)
+
+
+def test_controls_give_a_history_of_another_task_and_the_same_rewards_elsewhere():
+    history, other_task, donors = make_history(size=6, n=40), METHODS["other-task"], set()
+    for seed in range(10):
+        changed = other_task.compress(history, 0, generator(seed))
+        assert torch.equal(changed.query_states, history.query_states)
+        assert torch.equal(changed.tasks, history.tasks)
+        for b in range(6):
+            (donor,) = (d for d in range(6) if torch.equal(changed.states[b], history.states[d]))
+            assert history.tasks[donor] != history.tasks[b]
+            assert torch.equal(changed.rewards[b], history.rewards[donor])
+            donors.add((b, donor))
+    assert len(donors) > 12
+    changed = other_task.compress(replace(history, tasks=None), 0, generator())
+    assert not any(torch.equal(a, b) for a, b in zip(changed.states, history.states, strict=True))
+    with pytest.raises(ValueError, match="at least two tasks"):
+        other_task.compress(history.rows(slice(2)), 0, generator())  # both of task 0
+    history = make_history(size=4, n=200)
+    changed = METHODS["shuffled-rewards"].compress(history, 0, generator())
+    assert torch.equal(changed.rewards.sort(1).values, history.rewards.sort(1).values)
+    assert (changed.rewards != history.rewards).any(dim=1).all()
+    assert torch.equal(changed.states, history.states)
+    assert torch.equal(changed.actions, history.actions)

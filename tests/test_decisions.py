@@ -13,7 +13,7 @@ from ad.agent import load_for_acting, load_for_analysis
 from ad.checkpoints import HISTORIES_NAME
 from ad.decisions import Filter, HistoryDecisions, Place, choose_decisions
 from config import ModelConfig, VisualizeConfig
-from dataset import context_steps
+from dataset import CONTEXT, context_steps
 from historylens.common.errors import UserError
 from historylens.history import History
 
@@ -25,22 +25,11 @@ def histories_of(goals=((0, 0), (0, 1), (1, 1)), streams=2, episodes=10):
     return make_histories(goals, episodes, horizon=4, grid_size=3)
 
 
-# Which decisions
-
-
-def test_goals_and_their_histories_take_turns():
+def test_histories_take_turns_stages_are_spread_evenly_and_the_seed_chooses():
     chosen = choose_decisions(histories_of(), n_context=6, n_samples=12, seed=0)
     assert np.bincount([place.history for place in chosen]).tolist() == [2] * 6
-
-
-def test_stages_of_learning_are_spread_evenly():
-    histories = histories_of(episodes=100)
-    chosen = choose_decisions(histories, n_context=0, n_samples=10, seed=3)
-    tenths = sorted(place.step * 10 // histories.n_steps for place in chosen)
-    assert tenths == list(range(10))
-
-
-def test_the_same_seed_chooses_the_same_and_another_seed_others():
+    chosen = choose_decisions(histories_of(episodes=100), n_context=0, n_samples=10, seed=3)
+    assert sorted(place.step // 40 for place in chosen) == list(range(10))  # of 400 steps
     first, again, other = (choose_decisions(histories_of(), 6, 8, seed) for seed in (1, 1, 2))
     assert first == again != other
 
@@ -62,15 +51,12 @@ def test_decisions_are_distinct_and_have_a_full_context(n_samples, n_context, st
     assert len(chosen) == min(n_samples, 6 * sum(map(is_full, range(histories.n_steps))))
 
 
-def test_asking_for_more_than_there_are_takes_every_decision_once():
-    chosen = choose_decisions(histories_of(streams=1, episodes=2), 5, n_samples=1000, seed=0)
-    assert sorted(chosen) == [(history, step, 1) for history in range(3) for step in (5, 6, 7)]
-
-
-def test_filters_by_goal_history_and_steps():
+def test_filters_by_goal_history_and_steps_and_more_than_there_are_is_every_one_once():
     only = Filter(goals=[(0, 1), (1, 1)], histories=[0, 3, 4], steps=(10, 19))
     chosen = choose_decisions(histories_of(), 6, 20, seed=0, only=only)
     assert set(chosen) == {(h, t, 1) for h in (3, 4) for t in range(10, 20)}
+    chosen = choose_decisions(histories_of(streams=1, episodes=2), 5, n_samples=1000, seed=0)
+    assert sorted(chosen) == [(history, step, 1) for history in range(3) for step in (5, 6, 7)]
 
 
 @pytest.mark.parametrize(
@@ -90,49 +76,32 @@ def test_what_leaves_no_decision_says_what_would(n_context, only, message):
 
 def test_a_decision_is_named_and_holds_what_lies_before_it():
     histories = histories_of()
-    decision = HistoryDecisions(histories, [Place(3, 14)], 6)[0]
-    assert decision.title == "goal (0, 1), history 3, episode 4 of 10, step 14"
-    # Steps 8 .. 13: episode 2 (8-11) and two steps of episode 3 (12, 13).
-    assert decision.episode_starts.tolist() == [0, 4]
-    assert decision.labels == {"goal_row": 0, "goal_col": 1, "history": 3, "step": 14, "stride": 1}
-    for name in ("states", "actions", "rewards", "next_states"):
-        assert np.array_equal(getattr(decision, name), getattr(histories, name)[3, 8:14])
-    assert np.array_equal(decision.query_state, histories.states[3, 14])
-
-
-def test_a_stride_joins_every_second_episode():
-    decision = HistoryDecisions(histories_of(), [Place(0, 17, stride=2)], 6)[0]
-    # One step of episode 4, then episode 2 (8-11) and the last step of episode 0.
-    assert decision.episode_starts.tolist() == [0, 1, 5]
-    assert decision.title.endswith(", step 17, one episode in 2")
-
-
-def test_decisions_of_one_goal_are_of_one_task():
-    places = [Place(history, 9) for history in range(6)]
-    tasks = [decision.task for decision in HistoryDecisions(histories_of(), places, 6)]
-    assert tasks == [0, 0, 1, 1, 2, 2]
-
-
-# Its passes
+    places = [Place(3, 14), Place(0, 17, stride=2), Place(4, 9), Place(2, 9)]
+    decisions = HistoryDecisions(histories, places, 6)
+    assert [decision.task for decision in decisions] == [1, 0, 2, 1]  # numbers of their goals
+    first, second = decisions[0], decisions[1]
+    assert first.title == "goal (0, 1), history 3, episode 4 of 10, step 14"
+    assert first.episode_starts.tolist() == [0, 4]  # steps 8-11, then 12 and 13
+    assert first.labels == {"goal_row": 0, "goal_col": 1, "history": 3, "step": 14, "stride": 1}
+    for name in CONTEXT:
+        assert np.array_equal(getattr(first, name), getattr(histories, name)[3, 8:14])
+    assert np.array_equal(first.query_state, histories.states[3, 14])
+    assert second.episode_starts.tolist() == [0, 1, 5]  # of episodes 0, 2 (8-11) and 4
+    assert second.title.endswith(", step 17, one episode in 2")
 
 
 def test_both_passes_are_the_model_and_one_takes_positions(tiny_model, tiny_histories):
     agent = ad_agent(tiny_model, tiny_histories, [(0, 12), (2, 29), (1, 17)])
     assert (agent.n_max, agent.n_tokens, agent.length(1), agent.n_heads) == (11, 12, 11, [2, 2])
-    assert [agent.model.get_submodule(name) for name in agent.layers] == list(
-        tiny_model.transformer_encoder.layers
-    )
-    history = agent.history([0, 2])
-    positions = torch.arange(12).flip(0).expand(2, -1)
+    layers = list(tiny_model.transformer_encoder.layers)
+    assert [agent.model.get_submodule(name) for name in agent.layers] == layers
+    history, positions = agent.history([0, 2]), torch.arange(12).flip(0).expand(2, -1)
     with torch.inference_mode():
         expected = tiny_model(*history.inputs)
         moved = tiny_model(*history.inputs, positions)
         torch.testing.assert_close(agent.forward(history), expected)
     torch.testing.assert_close(agent.act(history), expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(agent.act(history, positions), moved, rtol=1e-4, atol=1e-5)
-
-
-# Loading
 
 
 @pytest.fixture
@@ -148,7 +117,6 @@ def acting(path):
 
 def test_an_analysis_has_decisions_and_says_what_was_loaded(path):
     agent = load_for_analysis(VisualizeConfig(checkpoint=str(path), num_samples=4), CPU)
-    assert len(agent.decisions) == 4
     assert agent.act(History.of(agent.decisions)).shape == (4, 5)
     facts = " ".join(f"{name}: {text}" for name, text in agent.facts.items())
     assert f"Checkpoint: {path} (the file asked for) Step: 5 gradient updates" in facts
@@ -159,7 +127,9 @@ def test_an_analysis_has_decisions_and_says_what_was_loaded(path):
     assert tuple(agent.decisions[0].labels) == agent.label_columns
 
 
-def test_it_acts_on_the_test_goals_in_their_room(path):
+def test_it_acts_on_the_test_goals_in_their_room_and_is_known_by_its_file(
+    path, tmp_path, tiny_config
+):
     agent = acting(path)
     assert agent.title == "AD in Dark Room, 2 layers, 12 tokens"
     assert agent.facts == {"Checkpoint": f"{path} (the file asked for)"}
@@ -169,26 +139,18 @@ def test_it_acts_on_the_test_goals_in_their_room(path):
     assert (environment.horizon, environment.best) == (5, (2, 3))
     room = environment.make(np.array([1, 0, 1]))
     assert room.goals.tolist() == [[0, 3], [4, 4], [0, 3]]
-    assert (room.grid_size, room.horizon) == (5, 5)
-
-
-def test_its_identity_is_that_of_the_file(path, tmp_path, tiny_config):
+    assert (room.grid_size, room.horizon, agent.identity["grid_size"]) == (5, 5, 5)
     other = write_checkpoint(tmp_path / "o" / "ckpt-5.pt", sharp_model(tiny_config, 1), [[4, 4]])
-    one, again, two = (acting(where).identity for where in (path, path, other))
-    assert one == again != two
-    assert one["grid_size"] == 5
+    assert acting(other).identity != agent.identity == acting(path).identity
 
 
-def test_the_attention_of_a_model_that_cannot_act_can_still_be_shown(path, tiny_model):
+def test_a_model_that_cannot_act_can_be_shown_and_one_without_history_is_not_compared(
+    path, tiny_model
+):
     write_checkpoint(path, tiny_model, [[4, 4]], env="darkkeytodoor")
-    with pytest.raises(
-        UserError, match="to act, got env 'darkkeytodoor' with 5; its attention can"
-    ):
+    with pytest.raises(UserError, match="to act, got env 'darkkeytodoor' with 5; its attention ca"):
         acting(path)
     load_for_analysis(VisualizeConfig(checkpoint=str(path)), CPU)
-
-
-def test_a_model_that_reads_no_history_is_not_compared(path):
     config = ModelConfig(n_transit=1, tf_n_embd=8, tf_n_inner=8, grid_size=5)
     write_checkpoint(path, sharp_model(config), [[4, 4]])
     with pytest.raises(UserError, match="its model reads no history: there is nothing to compress"):

@@ -1,80 +1,76 @@
-"""Decisions and batches of histories: what is cut, kept, split and refused."""
+"""Decisions, batches of histories and their store: what is cut, kept, split, refused, read."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from agents import Recorder
-from compression_cases import decisions_of, histories, known, make_history, same
-from hypothesis import given
+from compression_cases import decisions_of, generator, histories, known, make_history, same
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from historylens.agent import act_in_parts
-from historylens.history import Decision, History, episode_ids
+from historylens.agent import act_in_parts, rollout
+from historylens.history import Decision, History, HistoryBuffer, episode_ids
 
-OF_TRANSITIONS = (
-    "states", "actions", "rewards", "next_states", "episodes", "received", "query_attention",
-)  # fmt: skip
+INDICES = torch.tensor([[-1, 2], [0, 5], [-1, -1], [-1, 4]])
 
 
-def test_a_decision_knows_its_episodes_and_rewards():
+def test_a_decision_knows_its_rewards_and_episodes_and_ids_count_back_from_its_own():
     decision = Decision([4, 5, 6, 7], [0] * 4, [0, 1, -1, 0.5], 8, episodes=[3, 3, 4, 6])
-    assert decision.n == 4
+    assert (decision.n, decision.rewarded.tolist()) == (4, [False, True, False, True])
     assert decision.episode_starts.tolist() == [0, 2, 3]
-    assert decision.rewarded.tolist() == [False, True, False, True]
     assert Decision([4, 5], [0, 0], [0, 0], 8).episode_starts.tolist() == [0]
     assert Decision([], [], [], 8, episodes=[]).episode_starts.tolist() == []
+    ids = episode_ids(7, horizon=3, steps_taken=torch.tensor([0, 1, 2]))
+    assert ids.tolist() == [[0, 1, 1, 1, 2, 2, 2], [0, 0, 0, 1, 1, 1, 2], [0, 0, 1, 1, 1, 2, 2]]
+    assert episode_ids(0, horizon=3, steps_taken=0).shape == (1, 0)
 
 
-def test_histories_of_decisions_are_whole_numbers_or_float32():
+def test_histories_of_decisions_and_what_a_user_gives_are_whole_numbers_or_float32():
     given = make_history(size=3, n=5)
+    arrays = {name: value.tolist() for name, value in known(given).items()}
+    assert same(History(**arrays).checked(), given)
     decisions = decisions_of(given)
     history = History.of(decisions)
     assert all(torch.equal(a, b) for a, b in zip(history.inputs, given.inputs, strict=True))
-    assert history.tasks.tolist() == [0, 0, 1]
-    assert history.episodes is None
+    assert (history.tasks.tolist(), history.episodes) == ([0, 0, 1], None)
     small = History.of([replace(d, rewards=np.array(d.rewards, np.float64)) for d in decisions])
     assert (small.rewards.dtype, small.actions.dtype) == (torch.float32, torch.int64)
     assert History.of([replace(decisions[0], task=None), decisions[1]]).tasks is None
 
 
-def test_take_keeps_every_field_of_the_chosen_transitions():
+def test_take_and_rows_choose_from_every_field():
     history = make_history(size=2, n=5)
     indices = torch.tensor([[0, 3], [2, 4]])
     shorter = history.take(indices)
     assert shorter.kept is indices
+    fields = known(history).keys() - ("last_rows", "query_states", "tasks")
+    assert len(fields) == 7  # of transitions
     for b, kept in enumerate(indices.tolist()):
-        for name in OF_TRANSITIONS:
+        for name in fields:
             assert torch.equal(getattr(shorter, name)[b], getattr(history, name)[b, kept])
         assert torch.equal(shorter.last_rows[b], history.last_rows[b][:, kept])
     assert torch.equal(shorter.query_states, history.query_states)
     assert torch.equal(shorter.tasks, history.tasks)
+    chosen = known(shorter.rows(torch.tensor([1, 0, 1])))
+    assert all(torch.equal(chosen[name], v[[1, 0, 1]]) for name, v in known(shorter).items())
 
 
 @given(history=histories(), n=st.integers(0, 32))
 def test_the_latest_are_the_end_and_nothing_counts_as_left_out(history, n):
     if n >= history.n:
         assert history.latest(n) is history
-        return
-    taken = history.take(torch.arange(history.n - n, history.n).expand(history.size, -1))
-    assert same(history.latest(n), replace(taken, kept=None))
-
-
-def test_rows_may_repeat():
-    history = make_history(size=3, n=4).take(torch.tensor([[0, 3]] * 3))
-    chosen = known(history.rows(torch.tensor([2, 0, 2])))
-    assert all(torch.equal(chosen[name], v[[2, 0, 2]]) for name, v in known(history).items())
-
-
-INDICES = torch.tensor([[-1, 2], [0, 5], [-1, -1], [-1, 4]])
+    else:
+        taken = history.take(torch.arange(history.n - n, history.n).expand(history.size, -1))
+        assert same(history.latest(n), replace(taken, kept=None))
 
 
 def test_histories_that_keep_unequal_counts_are_split_fewest_first():
     history = make_history(size=4, n=6)
-    assert history.counts.tolist() == [6] * 4
     shorter = history.take(INDICES)
-    assert shorter.counts.tolist() == [1, 2, 0, 1]
+    assert (history.counts.tolist(), shorter.counts.tolist()) == ([6] * 4, [1, 2, 0, 1])
     parts = [(part.n, rows.tolist()) for rows, part in shorter.by_count()]
     assert parts == [(0, [2]), (1, [0, 3]), (2, [1])]
     for rows, part in shorter.by_count():
@@ -83,51 +79,109 @@ def test_histories_that_keep_unequal_counts_are_split_fewest_first():
             assert part.kept[b].tolist() == kept
             assert torch.equal(part.states[b], history.states[row, kept])
     ((rows, whole),) = history.by_count()
-    assert rows.tolist() == [0, 1, 2, 3]
-    assert whole is history
+    assert (rows.tolist(), whole is history) == ([0, 1, 2, 3], True)
 
 
 @pytest.mark.parametrize("max_tokens", [1, 6, 2**14])
 def test_acting_in_parts_reads_no_padding_and_keeps_the_order(max_tokens, monkeypatch):
     """Logits: what is kept, its rewards, and where the first and the query stand."""
     monkeypatch.setattr("historylens.agent.MAX_TOKENS_ACTING", max_tokens)
-    shorter = make_history(size=4, n=6).take(INDICES)
+    history = make_history(size=4, n=6)
     agent = Recorder(logits=lambda part: part.rewards.sum(1, keepdim=True) + 10 * part.n)
-    positions = torch.arange(12).view(4, 3)
-    logits = act_in_parts(agent, shorter, positions)
-    rewards = make_history(size=4, n=6).rewards
-    sums = [rewards[b, [i for i in row if i >= 0]].sum() for b, row in enumerate(INDICES.tolist())]
-    assert logits[:, 0].tolist() == [sums[0] + 10, sums[1] + 20, sums[2], sums[3] + 10]
+    logits = act_in_parts(agent, history.take(INDICES), torch.arange(12).view(4, 3))
+    kept = [[i for i in row if i >= 0] for row in INDICES.tolist()]
+    rewards = [history.rewards[b, own].sum() + 10 * len(own) for b, own in enumerate(kept)]
+    assert logits[:, 0].tolist() == rewards
     placed = sorted(row for part in agent.positions for row in part.tolist())
     assert placed == [[1, 2], [3, 4, 5], [8], [10, 11]]
     assert max(h.size * (h.n + 1) for h in agent.histories) <= max(max_tokens, 3)
-    act_in_parts(agent, shorter)
+    act_in_parts(agent, history.take(INDICES))
     assert agent.positions[-1] is None
 
 
-def test_what_a_user_gives_is_kept_as_tensors():
-    history = make_history(size=2, n=5)
-    arrays = {name: value.tolist() for name, value in known(history).items()}
-    assert same(History(**arrays).checked(), history)
+@pytest.mark.parametrize(("field", "value", "words"), [
+    *[(name, x[..., :1], f"{name}.* of shape") for name, x in known(make_history()).items()],
+    ("actions", torch.zeros(5), r"states of shape \(B, n, S\), got \(5,\)"),
+    ("states", torch.zeros(2, 5), r"states of shape \(B, n, S\), got.* and \(2, 5\)"),
+    ("query_attention", torch.tensor([[-0.1] * 12] * 2), "query_attention after the softmax"),
+    ("received", torch.tensor([[torch.nan] * 12] * 2), "received after the softmax"),
+    ("last_rows", torch.tensor([[[torch.inf] * 12]] * 2), "last_rows after the softmax"),
+])  # fmt: skip
+def test_what_does_not_fit_is_refused(field, value, words):
+    with pytest.raises(ValueError, match=words):
+        replace(make_history(), **{field: value}).checked()
 
 
-@pytest.mark.parametrize(
-    "field", ["states", "rewards", "next_states", "query_states", "episodes", "last_rows", "tasks"]
-)
-def test_shapes_that_do_not_fit_are_refused(field):
-    history = make_history(size=2, n=5)
-    with pytest.raises(ValueError, match=f"{field}.* of shape"):
-        replace(history, **{field: getattr(history, field)[..., :1]}).checked()
+def filled(n_steps, dtype=torch.int64):
+    """A store of two rooms in episodes of four steps, and its transitions, random (s, a, r, s')."""
+    g, buffer, steps = generator(), HistoryBuffer(torch.empty(2, 3, dtype=dtype), n_steps=12), []
+    for t in range(n_steps):
+        s, after = torch.randint(9, (2, 2, 3), generator=g).to(dtype)
+        a, r = torch.randint(9, (2, 2), generator=g)
+        steps.append((s, a, r / 4, after))
+        buffer.append(*steps[-1], done=t % 4 == 3)
+    return buffer, steps
 
 
-@pytest.mark.parametrize("wrong", [-0.1, float("nan"), float("inf")])
-def test_attention_before_the_softmax_is_refused(wrong):
-    history = replace(make_history(size=1, n=2), query_attention=torch.tensor([[0.5, wrong]]))
-    with pytest.raises(ValueError, match="query_attention after the softmax"):
-        history.checked()
+@given(st.integers(0, 12), st.integers(0, 12), st.sampled_from([torch.int64, torch.float32]))
+def test_the_history_is_what_was_appended(n_steps, first, dtype):
+    assume(first <= n_steps)
+    (buffer, steps), query = filled(n_steps, dtype), torch.ones(2, 3)
+    history = buffer.history(query, first)
+    assert (history.size, history.n, buffer.n) == (2, n_steps - first, n_steps)
+    assert history.states.dtype == history.next_states.dtype == dtype
+    assert history.rewards.dtype == torch.float32
+    assert torch.equal(history.query_states, query)
+    assert torch.equal(history.episodes, (torch.arange(first, n_steps) // 4).expand(2, -1))
+    assert history.kept is None
+    for t, step in enumerate(steps[first:]):
+        for part, value in zip(history.inputs, step, strict=False):
+            assert torch.equal(part[:, t], value)
 
 
-def test_episode_ids_count_back_from_the_episode_of_the_decision():
-    ids = episode_ids(7, horizon=3, steps_taken=torch.tensor([0, 1, 2]))
-    assert ids.tolist() == [[0, 1, 1, 1, 2, 2, 2], [0, 0, 0, 1, 1, 1, 2], [0, 0, 1, 1, 1, 2, 2]]
-    assert episode_ids(0, horizon=3, steps_taken=0).shape == (1, 0)
+def test_a_history_is_a_view_that_later_transitions_leave_as_it_is():
+    buffer, steps = filled(4)
+    early = buffer.history(torch.zeros(2, 3))
+    before = [part.clone() for part in early.inputs]
+    buffer.append(*steps[0], done=False)
+    late = buffer.history(torch.zeros(2, 3))
+    assert all(torch.equal(x, y) for x, y in zip(early.inputs, before, strict=True))
+    assert all(early.inputs[i].data_ptr() == late.inputs[i].data_ptr() for i in range(4))
+
+
+class Reused:
+    """An environment with float states and rewards that uses its arrays again and again."""
+
+    def __init__(self, n_rooms):
+        self.states, self.rewards = np.zeros((n_rooms, 3)), np.zeros(n_rooms)
+
+    def reset(self):
+        self.states[:] = 0.25
+        return self.states
+
+    def step(self, actions):
+        self.states += 1
+        self.rewards[:] = 0.5 * actions
+        return self.states, self.rewards, self.states[0, 0] > 2
+
+
+def test_any_environment_is_acted_in_as_it_is():
+    histories, noises = [], [np.random.default_rng(room) for room in range(2)]
+
+    def act(buffer, query_states):  # without preferences
+        histories.append(buffer.history(query_states))
+        return torch.zeros(len(query_states), 3)
+
+    policy = SimpleNamespace(device="cpu", act=act)
+    rewards = rollout(Reused(2), policy, 5, noises, tasks=np.array([3, 8]))
+    last = histories[-1]
+    assert last.states[0, :, 0].tolist() == [0.25, 1.25, 0.25, 1.25]
+    assert last.next_states[0, :, 0].tolist() == [1.25, 2.25, 1.25, 2.25]
+    assert last.query_states[0].tolist() == [0.25] * 3
+    assert last.episodes[0].tolist() == [0, 0, 1, 1]
+    assert last.tasks.tolist() == [3, 8]
+    assert torch.equal(last.rewards, 0.5 * last.actions)
+    assert np.array_equal(rewards[:, :4], last.rewards.numpy())
+    expected = [np.random.default_rng(room).gumbel(size=(5, 3)).argmax(axis=1) for room in range(2)]
+    assert np.array_equal(last.actions, np.stack(expected)[:, :4])
+    assert rollout(Reused(2), policy, 0, []).shape == (2, 0)

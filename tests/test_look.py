@@ -1,7 +1,6 @@
 """One pass that looks at attention: means over layers and heads, against a slow plain twin."""
 
 import numpy as np
-import pytest
 import torch
 from agents import ModelAgent, mean_map
 from conftest import random_window, sharp_model
@@ -14,14 +13,9 @@ from historylens.agent import LOOKS, look
 from historylens.history import History
 
 CONFIG = {"n_transit": 14, "tf_n_inner": 24, "grid_size": 5}
-AGENTS = {
-    (n_layers, n_heads): ModelAgent(
-        sharp_model(
-            ModelConfig(tf_n_layer=n_layers, tf_n_head=n_heads, tf_n_embd=8 * n_heads, **CONFIG)
-        )
-    )
-    for n_layers, n_heads in [(1, 1), (2, 2), (3, 1)]
-}
+SHAPES = [(1, 1), (2, 2), (3, 1)]  # layers, heads
+CONFIGS = [ModelConfig(tf_n_layer=x, tf_n_head=h, tf_n_embd=8 * h, **CONFIG) for x, h in SHAPES]
+AGENTS = dict(zip(SHAPES, [ModelAgent(sharp_model(one)) for one in CONFIGS], strict=True))
 
 
 def random_history(agent, n_samples, n):
@@ -48,11 +42,11 @@ def test_a_look_equals_the_attention_computed_token_by_token(shape, n, data):
             np.testing.assert_allclose(value, expected[name], rtol=0, atol=2e-6)
 
 
-@pytest.mark.parametrize("n_weights", [1, 1000])
-def test_a_look_in_parts_is_the_same(monkeypatch, n_weights):
+def test_a_look_in_parts_is_the_same(monkeypatch):
     history = random_history(AGENTS[2, 2], 5, 13)
     whole = look(AGENTS[2, 2], history, LOOKS)
-    monkeypatch.setattr(agents, "MAX_WEIGHTS", n_weights)
-    parts = look(AGENTS[2, 2], history, LOOKS)
-    for name in LOOKS:
-        torch.testing.assert_close(vars(parts)[name], vars(whole)[name], rtol=0, atol=1e-6)
+    for n_weights in (1, 1000):
+        monkeypatch.setattr(agents, "MAX_WEIGHTS", n_weights)
+        parts = look(AGENTS[2, 2], history, LOOKS)
+        for name in LOOKS:
+            torch.testing.assert_close(vars(parts)[name], vars(whole)[name], rtol=0, atol=1e-6)

@@ -24,7 +24,6 @@ from historylens.metrics import (
 
 
 def named(values):
-    """`(M,)` by name."""
     return dict(zip(NAMES, values.tolist(), strict=True))
 
 
@@ -59,22 +58,11 @@ def plain_metrics(row, last_episode_start, rewarded):
     }
 
 
-# One row
-
-
-@given(
-    n=st.integers(1, 40),
-    n_heads=st.integers(1, 4),
-    n_samples=st.integers(1, 3),
-    sharpness=st.sampled_from([0.0, 1.0, 4.0]),
-    seed=st.integers(0, 1000),
-)
-def test_metrics_of_heads_and_of_their_average_equal_the_plain_twin(
-    n, n_heads, n_samples, sharpness, seed
-):
-    rng = np.random.default_rng(seed)
-    rows = random_rows(rng, n_samples, n_heads, n + 1, sharpness=sharpness)
-    episodes = np.sort(rng.integers(3, size=(n_samples, n)))
+@given(st.integers(1, 40), st.integers(1, 4), st.integers(1, 3), st.sampled_from([0.0, 1.0, 4.0]))
+def test_metrics_of_heads_and_of_their_average_equal_the_plain_twin(n, n_heads, size, sharpness):
+    rng = np.random.default_rng(n)
+    rows = random_rows(rng, size, n_heads, n + 1, sharpness=sharpness)
+    episodes = np.sort(rng.integers(3, size=(size, n)))
     decisions = [decision(n, e, np.flatnonzero(rng.random(n) < 0.4)) for e in episodes]
     values = measured(rows, decisions=decisions).values[:, 0]  # (S, H + 1, M)
     for s, one in enumerate(decisions):
@@ -83,19 +71,17 @@ def test_metrics_of_heads_and_of_their_average_equal_the_plain_twin(
             assert named(values[s, h]) == pytest.approx(expected, rel=1e-9, abs=1e-12)
 
 
-def test_the_four_come_first_and_all_are_described():
-    assert SUMMARY_METRICS == NAMES[:4] == (
-        "mean_context_attention", "concentration", "entropy", "recent_distant_ratio",
-    )  # fmt: skip
+def test_the_four_come_first_and_all_are_described_and_right_in_a_row_worked_by_hand():
+    assert SUMMARY_METRICS == NAMES[:4] == tuple(four_metrics([0.5, 0.5]))
     assert list(DESCRIPTIONS) == list(NAMES) == list(plain_metrics([0.5, 0.5], 0, [False]))
-
-
-def test_a_row_worked_by_hand():
     values = measure_one([0.1, 0.0, 0.1, 0.0, 0.1, 0.0, 0.2, 0.2, 0.3])  # n = 8, quarters of 2
     assert values["mean_context_attention"] == pytest.approx(0.0875)
     assert values["concentration"] == pytest.approx(math.sqrt(0.11 / 8 - 0.0875**2))
     assert values["entropy"] == pytest.approx(-(0.3 * math.log(0.1) + 0.4 * math.log(0.2)))
     assert values["recent_distant_ratio"] == pytest.approx(4.0)
+    values = measure_one([0.01] * 10 + [0.9])  # only one of the two is renormalised
+    assert values["entropy"] == pytest.approx(-0.1 * math.log(0.01), rel=1e-6)
+    assert values["normalised_entropy"] == pytest.approx(1.0)
     row = [0.4, 0.0, 0.0, 0.4, 0.2]
     values = measure(row, [False, False, True, True], [True, False, False, False])
     expected = [0.5, 2.0, 2.0, (4 + 1) / 2, 0.2, 0.4, 0.4, 0.4, 0.4, 0.4, 2.0, 1.0]
@@ -103,26 +89,19 @@ def test_a_row_worked_by_hand():
     assert measure_one(row) == named(measure(row, np.ones(4, bool), np.zeros(4, bool)))
 
 
-def test_entropy_is_not_renormalised_but_normalised_entropy_is():
-    values = measure_one([0.01] * 10 + [0.9])
-    assert values["entropy"] == pytest.approx(-0.1 * math.log(0.01), rel=1e-6)
-    assert values["normalised_entropy"] == pytest.approx(1.0)
-
-
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_a_tenth_counts_as_a_tenth_whatever_the_type(dtype):
-    assert measure_one(np.array([0.1] * 10 + [0.0], dtype))["tokens_for_90_percent"] == 9
-    assert measure_one(np.array([0.1] * 5 + [0.5], dtype))["strong_positions"] == 0
-
-
-def test_torch_rows_of_any_shape_are_measured_in_float64():
+def test_measuring_is_in_float64_whatever_the_type_and_what_is_no_attention_is_refused():
+    for dtype in (np.float32, np.float64):
+        assert measure_one(np.array([0.1] * 10 + [0.0], dtype))["tokens_for_90_percent"] == 9
+        assert measure_one(np.array([0.1] * 5 + [0.5], dtype))["strong_positions"] == 0
     values = measure(torch.full((2, 3, 9), 1 / 9), True, False)
-    assert values.shape == (2, 3, 16)
-    assert values.dtype == np.float64
+    assert (values.shape, values.dtype) == ((2, 3, 16), np.float64)
+    for row in ([0.5, np.nan], [0.5, np.inf], [-0.5, 0.5], [3.0, 1.0], [1.0]):
+        with pytest.raises(ValueError, match="softmax" if len(row) > 1 else "T >= 2"):
+            measure_one(row)
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 9, 100])
-def test_uniform_attention_has_the_closed_forms(n):
+def test_uniform_attention_has_the_closed_forms_and_no_mass_reads_nothing(n):
     values = measure_one(uniform(n))
     assert values["concentration"] == 0.0  # exactly
     assert values["entropy"] == pytest.approx(n / (n + 1) * math.log(n + 1))
@@ -133,55 +112,20 @@ def test_uniform_attention_has_the_closed_forms(n):
     assert values["mean_distance"] == pytest.approx((n + 1) / 2)
     assert values["mass_last_quarter"] == pytest.approx(max(1, n // 4) / (n + 1))
     assert (values["strong_positions"], values["strong_share"]) == ((n, 1) if n < 9 else (0, 0))
-
-
-@pytest.mark.parametrize("n", [1, 3])
-def test_a_context_without_mass_reads_nothing(n):
-    values = measure_one(np.append(np.zeros(n), 1.0))
-    assert values == {name: float(name == "mass_self") for name in NAMES}
-
-
-@pytest.mark.parametrize("n", [1, 2, 3])
-def test_short_contexts_have_quarters_of_one_token(n):
-    row = np.zeros(n + 1)
+    weights = np.tri(n) / np.arange(1, n + 1)[:, None]  # row: who looks
+    assert uniform_received(n) == pytest.approx([weights[j:, j].mean() for j in range(n)])
+    row = np.zeros(n + 1)  # with less than eight tokens quarters are of one
     row[n - 1] += 0.6
     row[0] += 0.3
     assert measure_one(row)["recent_distant_ratio"] == pytest.approx(1.0 if n == 1 else 2.0)
-
-
-@pytest.mark.parametrize("n", [1, 2, 3, 5, 50])
-def test_every_metric_is_finite_on_one_hot_rows(n):
     assert np.isfinite(measure(np.eye(n + 1), np.arange(n) == 0, False)).all()
+    empty = measure_one(np.append(np.zeros(n), 1.0))
+    assert empty == {name: float(name == "mass_self") for name in NAMES}
 
 
-@pytest.mark.parametrize(
-    ("row", "message"),
-    [
-        ([1.0], "T >= 2"),
-        ([0.5, np.nan], "softmax"),
-        ([0.5, np.inf], "softmax"),
-        ([-0.5, 0.5], "softmax"),
-        ([3.0, 1.0], "softmax"),
-    ],
-)
-def test_rows_that_are_no_attention_weights_are_refused(row, message):
-    with pytest.raises(ValueError, match=message):
-        measure_one(row)
-
-
-@pytest.mark.parametrize("n_tokens", [1, 2, 7])
-def test_uniform_received_is_the_column_mean_over_tokens_that_may_look(n_tokens):
-    weights = np.tri(n_tokens) / np.arange(1, n_tokens + 1)[:, None]  # row: who looks
-    expected = [weights[j:, j].mean() for j in range(n_tokens)]
-    assert uniform_received(n_tokens) == pytest.approx(expected)
-
-
-# Many samples
-
-
-def some(n_samples=4, n_layers=2, n_heads=3, n=8, seed=0):
-    rng = np.random.default_rng(seed)
-    return [random_rows(rng, n_samples, n_heads, n + 1) for _ in range(n_layers)]
+def some(n_samples=4, n_layers=2, n=8):
+    rng = np.random.default_rng(0)
+    return [random_rows(rng, n_samples, 3, n + 1) for _ in range(n_layers)]
 
 
 def put(metrics, indices, rows):
@@ -193,12 +137,11 @@ def put(metrics, indices, rows):
 
 
 def assert_same(found, expected):
-    np.testing.assert_array_equal(found.values, expected.values)
-    np.testing.assert_array_equal(found.uniform, expected.uniform)
-    np.testing.assert_array_equal(found.n_context, expected.n_context)
+    for name in ("values", "uniform", "n_context"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))
 
 
-def test_aggregates_are_population_statistics_of_head_averaged_rows():
+def test_aggregates_are_of_the_population_of_head_averaged_rows_and_layers_may_differ_in_heads():
     rows = some()
     metrics = measured(*rows)
     entropies = np.array([[measure_one(row)["entropy"] for row in r.mean(1)] for r in rows])
@@ -209,6 +152,11 @@ def test_aggregates_are_population_statistics_of_head_averaged_rows():
         assert (found.mean, found.std, found.median) == expected
     heads = [[measure_one(row)["entropy"] for row in sample] for sample in rows[1]]
     np.testing.assert_array_equal(metrics.of_heads("entropy", 1), heads)  # (S, H)
+    metrics = measured(rows[0][:, :2], rows[1], numbers=[1, 3])
+    assert [metrics.of_heads("entropy", place).shape for place in (0, 1)] == [(4, 2), (4, 3)]
+    assert (metrics.layers, metrics.heads) == ((1, 3), (tuple(range(2)), tuple(range(3))))
+    assert np.isnan(metrics.values[:, 0, 2:-1]).all()
+    assert np.isfinite(metrics.of("entropy")).all()
 
 
 def test_uniform_values_of_a_sample_follow_its_own_episodes_and_rewards():
@@ -218,22 +166,19 @@ def test_uniform_values_of_a_sample_follow_its_own_episodes_and_rewards():
     assert metrics.of_uniform("mass_rewarded") == pytest.approx([3 / 7, 0])
     assert metrics.uniform_mean()["mass_rewarded"] == pytest.approx(1.5 / 7)
     np.testing.assert_allclose(metrics.values[:, 0, -1], metrics.uniform, atol=1e-9)
-
-
-def test_a_history_without_episodes_is_one_episode():
-    metrics = measured(uniform(4), decisions=[decision(4, None)] * 3)
+    metrics = measured(uniform(4), decisions=[decision(4, None)] * 3)  # no episodes are one
     assert metrics.of("mass_last_episode") == pytest.approx(np.full((1, 3), 0.8))
 
 
-def test_batches_in_any_order_equal_one_large_batch():
+def test_batches_in_any_order_and_of_any_length_are_put_in_their_place():
     rows = some(n_samples=5)
     metrics = Metrics(5, range(2), [range(3)] * 2)
-    for indices in ([3, 4], [1], [0, 2]):
-        put(metrics, indices, rows)
+    put(metrics, [3, 4], rows)
+    put(metrics, [1], rows)
+    with pytest.raises(ValueError, match="0 is missing"):
+        metrics.gather(ALONE)
+    put(metrics, [0, 2], rows)
     assert_same(metrics.gather(ALONE), measured(*rows))
-
-
-def test_batches_may_differ_in_context_length():
     metrics = Metrics(4, [0], [range(3)])
     put(metrics, [0, 2], some(n_layers=1, n=4))
     put(metrics, [1, 3], some(n_layers=1, n=9))
@@ -241,38 +186,12 @@ def test_batches_may_differ_in_context_length():
     assert metrics.uniform_mean()["effective_tokens"] == pytest.approx(6.5)
 
 
-def test_layers_may_differ_in_their_number_of_heads():
-    rng = np.random.default_rng(0)
-    metrics = measured(random_rows(rng, 1, 2, 5), random_rows(rng, 1, 7, 5), numbers=[1, 3])
-    assert [metrics.of_heads("entropy", place).shape for place in (0, 1)] == [(1, 2), (1, 7)]
-    assert (metrics.layers, metrics.heads) == ((1, 3), (tuple(range(2)), tuple(range(7))))
-    assert np.isnan(metrics.values[:, 0, 2:-1]).all()
-    assert np.isfinite(metrics.of("entropy")).all()
-
-
-class OneOfTwo(Group):
-    """A process of two; what the other sends goes through a shared list."""
-
-    sent: list = []  # noqa: RUF012
-
-    def gather(self, value):
-        if self.is_main:
-            return [value, *self.sent]
-        self.sent.append(value)
-        return None
-
-
-def test_processes_together_have_what_one_has_to_the_bit():
-    rows = some(n_samples=5)
+def test_processes_together_have_what_one_has_to_the_bit(monkeypatch):
+    rows, sent = some(n_samples=5), []
     main, other = (Metrics(5, range(2), [range(3)] * 2) for _ in range(2))
     put(main, [0, 2, 3], rows)
     put(other, [1, 4], rows)
-    assert other.gather(OneOfTwo(rank=1, size=2)) is None
-    assert_same(main.gather(OneOfTwo(rank=0, size=2)), measured(*rows))
-
-
-def test_a_sample_that_was_never_measured_is_missed():
-    metrics = Metrics(5, range(2), [range(3)] * 2)
-    put(metrics, [0, 1, 3], some(n_samples=5))
-    with pytest.raises(ValueError, match="2 is missing"):
-        metrics.gather(ALONE)
+    monkeypatch.setattr(Group, "gather", lambda _, value: sent.append(value))
+    assert other.gather(Group(rank=1, size=2)) is None
+    monkeypatch.setattr(Group, "gather", lambda _, value: [value, *sent])
+    assert_same(main.gather(Group(rank=0, size=2)), measured(*rows))

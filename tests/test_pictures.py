@@ -1,119 +1,88 @@
 """Pictures show the numbers they are given: weights read back from the pixels, and fixed places."""
 
-import hashlib
 from dataclasses import replace
+from unittest import mock
 
 import matplotlib
 import numpy as np
 import pytest
-import torch
+from attention_rows import decision
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from matplotlib.figure import Figure
 from PIL import Image
+from test_order import of_matrix
 
-from historylens.capture import LayerAttention
-from historylens.history import Decision
-from historylens.pictures import lineplot, metricplot, page
-from historylens.pictures.heatmap import (
-    HISTORY,
-    QUERY,
-    Sheet,
-    color_range,
-    heatmap,
-    last_rows,
-    pool,
-    to_colours,
-    words,
-)
-from historylens.pictures.lineplot import line_plot
-from historylens.pictures.metricplot import course, summary
-from historylens.pictures.order import SampleAttention
+from historylens.pictures import lineplot, page
+from historylens.pictures.heatmap import Sheet, color_range, heatmap, pool, to_colours, words
+from historylens.pictures.lineplot import HEIGHT, LEFT, RIGHT, TOP, WIDTH, line_plot
+from historylens.pictures.metricplot import METRICS, course, summary
+from historylens.pictures.order import history_strip, subtitle
+from historylens.pictures.returns import spread
 from historylens.tokens import Tokens
 
-RED = np.array([0xE4, 0x57, 0x2E])
-UNIFORM = {
-    "mean_context_attention": 1 / 31,
-    "concentration": 0.0,
-    "entropy": 3.3,
-    "recent_distant_ratio": 1.0,
-}
-
-
-def causal_maps(n_heads, n_tokens, seed=0):
-    weights = np.tril(np.random.default_rng(seed).gamma(0.3, size=(n_heads, n_tokens, n_tokens)))
-    weights += np.eye(n_tokens) * 1e-6
-    weights /= weights.sum(-1, keepdims=True)
-    weights[:, ~np.tri(n_tokens, dtype=bool)] = np.nan
-    return weights.astype(np.float32)
+RED, WHITE = [0xE4, 0x57, 0x2E], [255, 255, 255]
+UNIFORM = dict(zip(METRICS, (1 / 31, 0.0, 3.3, 1.0), strict=True))
+SAR = ("s", "a", "r")  # parts of a transition
 
 
 def sample_of(n_heads=1, n=30, episode=10, rewarded=(4, 5, 29), parts=("transition",), seed=0):
     """Random causal attention of one decision, whose map is the matrix itself."""
     tokens = Tokens.of(n, parts)
-    maps = causal_maps(n_heads, len(tokens), seed)
-    order = torch.arange(len(tokens))
-    received = np.nansum(maps, 1) / np.arange(len(tokens), 0, -1)
-    parts = (maps[None, :, -1], received[None], maps[None])
-    rows, received, maps = (torch.from_numpy(np.nan_to_num(x, nan=np.nan)) for x in parts)
-    seen = torch.ones(1, len(tokens), dtype=torch.bool)
-    layer = LayerAttention("layer", rows, seen, received.float(), maps, order, order)
-    rewards = np.isin(np.arange(n), rewarded).astype(float)
-    decision = Decision(None, np.zeros(n), rewards, None, episodes=np.arange(n) // episode,
-                        title="goal (2, 7), history 3, step 60")  # fmt: skip
-    return SampleAttention.of(decision, tokens, layer, 0, 0, np.full(len(tokens), 1 / len(tokens)))
+    size, causal = len(tokens), np.tri(len(tokens), dtype=bool)
+    weights = np.random.default_rng(seed).gamma(0.3, size=(n_heads, size, size)) * causal
+    weights += np.eye(size) * 1e-6
+    weights = np.where(causal, weights / weights.sum(-1, keepdims=True), np.nan)
+    marks = {"episodes": np.arange(n) // episode, "rewarded": rewarded}
+    return of_matrix(weights.astype(np.float32), tokens, np.ones(size), **marks)
 
 
-def heads_of(sample):
-    return tuple(range(len(sample.query_rows)))
-
-
-def draw(path, sample, dpi=100):
-    heatmap(path, sample, layer=2, heads=heads_of(sample), scale=color_range(sample), dpi=dpi)
+def draw(picture, path, sample, dpi=100):
+    """The pixels of a heatmap or a line plot."""
+    scale = {"scale": color_range(sample)} if picture is heatmap else {}
+    picture(path, sample, layer=2, heads=range(len(sample.query_rows)), dpi=dpi, **scale)
     return np.asarray(Image.open(path))
 
 
+def axes_of(picture, *args, **options):
+    """The axes of a picture, which is not written."""
+    with mock.patch.object(page.Page, "save", autospec=True) as save:
+        picture("picture.png", *args, **options)
+    return save.call_args.args[0].figure.axes
+
+
 def sheet_of(sample, dpi=100):
-    shape = heads_of(sample), tuple(sample.rows), tuple(sample.cols)
-    return Sheet(*shape, dpi, *words(sample, has_lines=True))
+    shape = range(len(sample.maps)), tuple(sample.rows), tuple(sample.cols)
+    return Sheet(*shape, dpi, words(sample, has_lines=True))
 
 
 def cells(pixels, sheet, corner, n_tokens):
-    """The colour in the middle of each weight of a head: map rows, then the query row."""
-    scale, zoom = sheet.page.scale, sheet.zoom
-    left, top = (round(place * scale) for place in corner)
-    middle = zoom // 2 + zoom * np.arange(n_tokens)
-    query = round((sheet.strips(corner[1])[1] + QUERY / 2) * scale)
-    rows = np.append(top + middle[:-1], query)
-    return pixels[rows[:, None], left + middle]
+    """The colour in the middle of each weight of a head: map rows, history, then the query row."""
+    places = np.array([*corner, *sheet.strips(corner[1])]) * sheet.page.scale
+    left, top, history, query = np.rint(places).astype(int)
+    middle = sheet.zoom // 2 + sheet.zoom * np.arange(n_tokens)
+    rows = [*(top + middle[:-1]), history + 4, query + 9]
+    return pixels[np.array(rows)[:, None], left + middle]
 
 
-# Heatmap
-
-
-@pytest.mark.parametrize(
-    ("n_heads", "n", "dpi", "parts"),
-    [(1, 1, 100, "t"), (4, 30, 100, "t"), (3, 30, 80, "t"), (2, 9, 100, ("s", "a", "r"))],
-)
+@pytest.mark.parametrize(("n_heads", "n", "dpi", "parts"), [(1, 1, 100, "t"), (3, 9, 80, SAR)])
 def test_heatmap_pixels_are_the_weights(tmp_path, n_heads, n, dpi, parts):
     sample = sample_of(n_heads, n, episode=100, parts=parts)
-    pixels, (low, high) = draw(tmp_path / "map.png", sample, dpi), color_range(sample)
-    sheet, n_tokens = sheet_of(sample, dpi), len(sample.tokens)
+    pixels, (low, high) = draw(heatmap, tmp_path / "map.png", sample, dpi), color_range(sample)
+    sheet = sheet_of(sample, dpi)
     for weights, corner in zip(sample.maps, sheet.corners, strict=True):
-        drawn = cells(pixels, sheet, corner, n_tokens)
+        *rows, _, query = cells(pixels, sheet, corner, len(sample.tokens))
+        drawn, seen = np.stack([*rows, query]), ~np.isnan(weights)
         shade = np.log(np.clip(weights, low, high) / low) / np.log(high / low)
         index = np.rint(np.nan_to_num(shade) * 255).astype(int)
         expected = matplotlib.colormaps["viridis"](index, bytes=True)[..., :3]
-        seen = ~np.isnan(weights)
         assert np.abs(drawn[seen].astype(int) - expected[seen]).max() <= 4
         assert (drawn[~seen] == 255).all()
 
 
 def test_forbidden_is_blank_and_brightness_grows_with_the_weight():
     blank, dark, bright = to_colours(np.array([np.nan, 0.0, 1.0]), 0.01, 1.0)
-    assert blank.tolist() == [255, 255, 255]
-    assert dark.sum() < 200
-    assert bright.sum() > 400
+    assert blank.tolist() == WHITE
+    assert dark.sum() < 200 < 400 < bright.sum()
     luminance = to_colours(np.geomspace(0.001, 1, 50), 0.001, 1.0) @ [0.2126, 0.7152, 0.0722]
     assert (np.diff(luminance) > 0).all()
 
@@ -126,44 +95,33 @@ def test_the_colour_scale_shows_uniform_attention(n, n_heads, seed):
     assert min(1.0, 10 / (n + 1)) <= high <= 1.0
 
 
-def test_heatmap_marks_rewards_and_episodes(tmp_path):
+def test_heatmap_marks_shares_of_rewards_and_episodes_unless_they_are_too_many(tmp_path):
     sample = sample_of()
-    pixels, sheet = draw(tmp_path / "map.png", sample), sheet_of(sample)
+    pixels, sheet = draw(heatmap, tmp_path / "map.png", sample), sheet_of(sample)
     left, top = sheet.corners[0]
-    row = round(sheet.strips(top)[0]) + HISTORY // 2
-    strip = pixels[row, round(left) + sheet.zoom // 2 + sheet.zoom * np.arange(31)]
+    *_, strip, _ = cells(pixels, sheet, (left, top), 31)
     assert np.flatnonzero((strip == RED).all(-1)).tolist() == [4, 5, 29]
-    greys = {index: strip[index, 0] for index in (0, 9, 10, 19, 20)}
-    assert greys[0] == greys[9] == greys[20] != greys[10] == greys[19]
-    assert strip[30].tolist() == [255, 255, 255]  # the query token is no transition
-    without = draw(tmp_path / "plain.png", sample_of(episode=100))
+    assert strip[0, 0] == strip[9, 0] == strip[20, 0] != strip[10, 0] == strip[19, 0]
+    assert strip[30].tolist() == WHITE  # the query token is no transition
+    without = draw(heatmap, tmp_path / "plain.png", sample_of(episode=100))
     at = round(left) + 10 * sheet.zoom
     line, plain = (image[round(top) + 290, at - 1 : at + 2].sum() for image in (pixels, without))
     assert line > plain  # a white line where the second episode begins
-
-
-def test_the_history_strip_shows_shares_of_rewards_and_leaves_out_too_many_episodes():
-    rewarded = np.array([True, False, True, True])
-    half, whole, query = page.history_colours(np.array([0]), rewarded, np.array([0, 2, 4]))
-    assert whole.tolist() == RED.tolist()
-    assert whole[1] < half[1] < 238
-    assert query.tolist() == [255, 255, 255]
     every, none = np.arange(100), np.zeros(100, dtype=bool)
-    assert len(np.unique(page.history_colours(every[::2], none, every))) == 1
+    assert len(np.unique(history_strip(every[::2], none, every))) == 1
+    rewarded = np.array([True, False, True, True])
+    half, whole, query = history_strip(np.array([0]), rewarded, np.array([0, 2, 4]))
+    assert (whole.tolist(), query.tolist()) == (RED, WHITE)
+    assert whole[1] < half[1] < 238
 
 
 @pytest.mark.parametrize(
     ("tokens", "ticks", "order"),
     [
-        (Tokens.of(4), {(0, 0), (2, 2), (4, 4)}, "Token 0 is the oldest."),
-        (
-            Tokens.of(4, ("s", "a", "r")), {(0, 0), (6, 2)},
-            "Tokens of a transition: s, a, r. Transition 0 is the oldest.",
-        ),
-        (
-            Tokens.of(4, query="first", decides=-1), {(1, 0), (3, 2)},
-            "Those of no transition stand first. Transition 0 is the oldest.",
-        ),
+        (Tokens.of(4), {(0, 0), (2, 2), (4, 4)}, "Token"),
+        (Tokens.of(4, SAR), {(0, 0), (6, 2)}, "Tokens of a transition: s, a, r. Transition"),
+        (Tokens.of(4, query="first", decides=-1), {(1, 0), (3, 2)},
+         "Those of no transition stand first. Transition"),
     ],
 )  # fmt: skip
 def test_a_heatmap_says_what_its_tokens_are(tokens, ticks, order):
@@ -171,42 +129,38 @@ def test_a_heatmap_says_what_its_tokens_are(tokens, ticks, order):
     shown, unit, (first, _, query) = words(sample, has_lines=True)
     assert ticks <= set(shown)
     assert (unit == "transition") == tokens.is_plain == ("whatever its place" not in query)
-    assert first == order
+    assert first == f"{order} 0 is the oldest."
     assert "too many" in words(sample, has_lines=False)[2][1]
 
 
 def test_the_subtitle_counts_transitions_and_tokens():
     padded = Tokens([-1, 0, 0, -1], ("padding", "state", "action", "query"))
-    one = Decision(None, [0], [0], None, title="step 3")
-    assert page.subtitle(one, Tokens.of(1)) == "step 3 · 1 transition and the query: T = 2 tokens"
-    assert page.subtitle(one, padded) == "step 3 · 1 transition, T = 3 tokens"
+    texts = [subtitle(decision(1, title="step 3"), one) for one in (Tokens.of(1), padded)]
+    assert texts[0] == "step 3 · 1 transition and the query: T = 2 tokens"
+    assert texts[1] == "step 3 · 1 transition, T = 3 tokens"
 
 
-def test_squeezed_maps_keep_uniform_attention_uniform():
-    weights = np.where(np.tri(10, dtype=bool), 0.1, np.nan)
-    pooled = pool(weights, 3)
-    np.testing.assert_allclose(pooled[~np.isnan(pooled)], 0.1)
-    assert np.isnan(pooled).tolist() == (~np.tri(4, dtype=bool)).tolist()
-    assert last_rows(10, 3).tolist() == [2, 5, 8, 9]
+def test_squeezed_maps_keep_uniform_attention_and_binned_ones_lie_where_their_tokens_are():
+    rows = 1 / np.arange(1, 11)[:, None]
+    pooled = pool(np.where(np.tri(10, dtype=bool), rows, np.nan), 3)
+    expected = np.where(np.tri(4, dtype=bool), rows[[2, 5, 8, 9]], np.nan)  # the last of three
+    np.testing.assert_allclose(pooled, expected)
+    shape = (0,), (0, 4, 9, 14, 20), (0, 1, 5, 10, 15)
+    sheet = Sheet(*shape, 100, words(sample_of(n=20), has_lines=True))
+    cell = sheet.side / 5
+    np.testing.assert_allclose(sheet.x([0, 1, 5, 10, 15, 21, 3]) / cell, [*range(6), 1.5])
+    np.testing.assert_allclose(sheet.y([0, 1, 5, 10, 15]) / cell, range(5))
 
 
-@pytest.mark.parametrize(("n_heads", "n"), [(1, 1), (2, 2), (5, 39), (12, 300), (16, 80)])
-def test_every_shape_of_heatmap_fits_its_page(tmp_path, n_heads, n):
-    pixels = draw(tmp_path / "map.png", sample_of(n_heads, n))
+@pytest.mark.parametrize(("n_heads", "n", "dpi"), [(1, 1, 100), (16, 80, 60), (3, 700, 100)])
+def test_every_shape_of_heatmap_and_line_plot_fits_its_page(tmp_path, n_heads, n, dpi):
+    sample, path = sample_of(n_heads, n), tmp_path / "x.png"
+    pixels = draw(heatmap, path, sample, dpi)
     border = (pixels[:3], pixels[-3:], pixels[:, :3], pixels[:, -3:])
     assert all((edge == 255).all() for edge in border)
-
-
-def test_rows_and_columns_of_a_binned_map_lie_where_their_tokens_are():
-    shape = (0,), (0, 4, 9, 14, 20), (0, 1, 5, 10, 15)
-    sheet = Sheet(*shape, 100, *words(sample_of(n=20), has_lines=True))
-    cell = sheet.side / 5
-    np.testing.assert_allclose(sheet.x([0, 1, 5, 10, 15, 21]), cell * np.arange(6))
-    np.testing.assert_allclose(sheet.x(3), 1.5 * cell)
-    np.testing.assert_allclose(sheet.y([0, 1, 5, 10, 15]), cell * np.arange(5))
-
-
-# Line plot
+    draw(line_plot, path, sample, dpi)
+    assert Image.open(path).size == (round(12.5 * dpi), round(5.1 * dpi))
+    assert Image.open(path).info["dpi"] == pytest.approx((dpi, dpi), abs=0.1)
 
 
 def colour_near(pixels, x, y):
@@ -215,47 +169,41 @@ def colour_near(pixels, x, y):
     return near[near.sum(-1).argmin()]
 
 
-def drawn_lines(path, sample):
-    line_plot(path, sample, layer=1, heads=heads_of(sample), dpi=100)
-    return np.asarray(Image.open(path))
-
-
 @pytest.mark.parametrize("parts", ["transition", ("state", "action")])
 def test_bold_lines_run_where_means_and_sums_are(tmp_path, parts):
     sample = sample_of(2, parts=parts)
-    pixels = drawn_lines(tmp_path / "lines.png", sample)
-    panels = (lineplot.LEFT, sample.query_curves), (lineplot.RIGHT, sample.received_curves)
-    for left, curves in panels:
-        scale = lineplot.Scale(np.vstack([curves.values, curves.whole]), curves.uniform)
-        for t, weight in enumerate(curves.whole):
-            x = left + lineplot.WIDTH * (t + 0.5) / 30
-            assert colour_near(pixels, x, scale.y(weight)).max() < 200
+    pixels = draw(line_plot, tmp_path / "lines.png", sample)
+    for left, curves in zip((LEFT, RIGHT), sample.curves(), strict=True):
+        y = lineplot.scale_of(np.vstack([curves.values, curves.whole]), curves.uniform)[0]
+        for t, height in enumerate(y(curves.whole)):
+            assert colour_near(pixels, left + WIDTH * (t + 0.5) / 30, height).max() < 200
 
 
 def test_parts_of_transitions_are_drawn_as_lines_of_their_own(tmp_path):
-    sample, levels = sample_of(1, 20, episode=100, parts=("s", "a", "r")), (0.004, 0.012, 0.025)
+    sample, levels = sample_of(1, 20, episode=100, parts=SAR), (0.004, 0.012, 0.025)
     row = np.append(np.tile(levels, 20), 1 - 20 * sum(levels))
     sample = replace(sample, query_rows=row[None])
-    pixels, curves = drawn_lines(tmp_path / "lines.png", sample), sample.query_curves
-    scale = lineplot.Scale(np.vstack([curves.values, curves.whole]), curves.uniform)
-    for level, colour in zip(levels, page.HEAD_COLOURS, strict=False):
-        there = colour_near(pixels, lineplot.LEFT + lineplot.WIDTH * 0.37, scale.y(level))
-        there, own = 255 - there, 255 - np.array(list(bytes.fromhex(colour[1:])))
+    pixels = draw(line_plot, tmp_path / "lines.png", sample)
+    query, _ = sample.curves()
+    y = lineplot.scale_of(np.vstack([query.values, query.whole]), query.uniform)[0]
+    for height, colour in zip(y(levels), page.HEAD_COLOURS, strict=False):
+        there = 255 - colour_near(pixels, LEFT + WIDTH * 0.37, height)
+        own = 255 - np.array(list(bytes.fromhex(colour[1:])))
         assert there @ own > 0.98 * np.linalg.norm(there) * np.linalg.norm(own)  # one hue
 
 
-def test_scale_by_hand():
-    linear = lineplot.Scale(np.array([[0.1, 0.5]]), np.array([0.3, 0.3]))
-    bottom = lineplot.TOP + lineplot.HEIGHT
-    assert not linear.is_log
-    assert linear.y(0.0) == bottom
-    np.testing.assert_allclose(linear.y(0.54), lineplot.TOP)
-    log = lineplot.Scale(np.array([[0.0, 0.9]]), np.array([0.01, 0.01]))
-    assert log.is_log
-    assert log.y(0.0) == bottom  # a zero weight lies on the lower edge
-    middle = np.sqrt(log.low * log.high)
-    np.testing.assert_allclose(log.y(middle), lineplot.TOP + lineplot.HEIGHT / 2)
-    assert log.ticks() == pytest.approx([0.001, 0.01, 0.1, 1.0])
+def test_a_scale_is_linear_or_logarithmic_from_below_what_may_be_seen():
+    bottom = TOP + HEIGHT
+    y, _, is_log = lineplot.scale_of(np.array([[0.1, 0.5]]), np.array([0.3, 0.3]))
+    assert not is_log
+    np.testing.assert_allclose(y([0.0, 0.54]), [bottom, TOP])
+    for baseline, lowest in (([0.01, 0.01], 0.03 * 0.01), ([0.0, 0.02], 0.03 * 0.02)):
+        y, ticks, is_log = lineplot.scale_of(np.array([[0.0, 0.9]]), np.array(baseline))
+        assert is_log
+        ends = lowest, 1.4 * 0.9  # a zero weight lies on the lower edge
+        np.testing.assert_allclose(y([0.0, *ends]), [bottom, bottom, TOP])
+        np.testing.assert_allclose(y(np.sqrt(np.prod(ends))), TOP + HEIGHT / 2)
+        assert ticks == pytest.approx([0.001, 0.01, 0.1, 1.0])
 
 
 @settings(max_examples=20)
@@ -267,79 +215,47 @@ def test_binned_lines_keep_the_mass(n):
     np.testing.assert_allclose((means * np.diff(np.append(starts, n))).sum(1), values.sum(1))
 
 
-@pytest.mark.parametrize(("n_heads", "n", "dpi"), [(1, 1, 100), (9, 50, 60), (3, 700, 100)])
-def test_every_shape_of_line_plot_is_drawn(tmp_path, n_heads, n, dpi):
-    sample = sample_of(n_heads, n)
-    line_plot(tmp_path / "x.png", sample, layer=0, heads=heads_of(sample), dpi=dpi)
-    image = Image.open(tmp_path / "x.png")
-    assert image.size == (round(12.5 * dpi), round(5.1 * dpi))
-    assert image.info["dpi"] == pytest.approx((dpi, dpi), abs=0.1)
-
-
-# Summaries
-
-
-def metric_values(n_layers=3, n_samples=12, seed=0):
-    rng, shape = np.random.default_rng(seed), (n_layers, n_samples)
-    return {
-        "mean_context_attention": rng.uniform(0.02, 0.033, shape),
-        "concentration": rng.gamma(3, 0.01, shape),
-        "entropy": rng.normal(2, 0.3, shape),
-        "recent_distant_ratio": np.exp(rng.normal(0, 3, shape)),
-    }
-
-
-@pytest.mark.parametrize("n_samples", [1, 2, 12, 300])
-def test_a_distribution_holds_every_sample_its_mean_and_uniform(n_samples):
-    for name, values in metric_values(1, n_samples).items():
-        values, axes = values[0], Figure().add_subplot()
-        log = name == "recent_distant_ratio" and metricplot.spans_decades(values)
-        assert log == (name == "recent_distant_ratio" and values.max() > 100 * values.min())
-        metricplot.draw_distribution(axes, values, UNIFORM[name], log)
-        assert sum(bar.get_height() for bar in axes.patches) == n_samples
-        upright = [line.get_xdata()[0] for line in axes.lines]
-        assert values.mean() in upright
-        assert UNIFORM[name] in upright
+def metric_values(*shape):
+    rng = np.random.default_rng(0)
+    values = {name: rng.gamma(3, 0.01, shape) for name in METRICS}
+    return values | {"recent_distant_ratio": np.exp(rng.normal(0, 3, shape))}
 
 
 @pytest.mark.parametrize(("n_layers", "n_samples"), [(1, 1), (3, 12), (48, 300)])
-def test_a_course_has_the_mean_of_every_layer(n_layers, n_samples):
-    for name, values in metric_values(n_layers, n_samples).items():
-        axes = Figure().add_subplot()
-        metricplot.draw_course(axes, values, UNIFORM[name], range(5, 5 + n_layers), False)
-        courses = [line.get_ydata() for line in axes.lines]
-        assert any(np.array_equal(line, values.mean(1)) for line in courses)
-        assert any(np.array_equal(line, [UNIFORM[name]] * 2) for line in courses)
-        assert axes.get_xticklabels()[0].get_text() == "5"
+def test_summaries_hold_every_sample_the_mean_of_every_layer_and_uniform(n_layers, n_samples):
+    values, layers = metric_values(n_layers, n_samples), range(5, 5 + n_layers)
+    first = {name: rows[0] for name, rows in values.items()}
+    distributions = axes_of(summary, first, UNIFORM, layer=0, dpi=100)
+    courses = axes_of(course, values, UNIFORM, layers=layers, dpi=100)
+    for name, axes, over in zip(METRICS, distributions, courses, strict=True):
+        own, even = first[name], UNIFORM[name]
+        is_log = name == "recent_distant_ratio" and own.max() > 100 * own.min()
+        assert (axes.get_xscale() == "log") == ("log scale" in axes.get_xlabel()) == is_log
+        assert sum(bar.get_height() for bar in axes.patches) == n_samples
+        assert {own.mean(), even} <= {line.get_xdata()[0] for line in axes.lines}
+        lines = [line.get_ydata() for line in over.lines]
+        for expected in (values[name].mean(1), [even] * 2):
+            assert any(np.array_equal(line, expected) for line in lines)
+        assert over.get_xticklabels()[0].get_text() == "5"
 
 
-def test_equal_and_zero_values_are_drawn_and_every_metric_has_a_place(tmp_path):
-    values = {name: np.full(4, value) for name, value in UNIFORM.items()}
-    values["recent_distant_ratio"] = np.array([0.0, 1.0, 1e6, 1e9])
-    summary(tmp_path / "summary.png", values, UNIFORM, layer=0, dpi=100)
-    assert Image.open(tmp_path / "summary.png").size == (1020, 780)
-    assert len(metricplot.METRICS) == len(metricplot.PLACES)
+def test_labels_that_touch_move_apart_around_their_middle():
+    assert spread([0.1, 0.5, 0.5, 1.0], 0.1) == pytest.approx([0.1, 0.45, 0.55, 1.0])
 
 
-# Files
-
-
-def write_all(folder):
-    folder.mkdir()
-    sample = sample_of(2)
-    draw(folder / "map.png", sample)
-    line_plot(folder / "lines.png", sample, layer=1, heads=(0, 1), dpi=100)
-    values = metric_values()
-    first = {name: v[0] for name, v in values.items()}
-    summary(folder / "summary.png", first, UNIFORM, layer=0, dpi=50)
-    course(folder / "layers.png", values, UNIFORM, layers=[0, 1, 2], dpi=50)
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
-
-
-def test_the_same_numbers_give_the_same_bytes(tmp_path):
-    first = write_all(tmp_path / "a")
-    draw(tmp_path / "other.png", sample_of(2, rewarded=(1,), seed=1))
-    assert write_all(tmp_path / "b") == first
+def test_the_same_numbers_give_the_same_bytes_also_equal_and_zero_ones(tmp_path):
+    sample, values, written = sample_of(2), metric_values(3, 12), []
+    odd = {name: np.full(4, value) for name, value in UNIFORM.items()}
+    odd["recent_distant_ratio"] = np.array([0.0, 1.0, 1e6, 1e9])
+    for _ in range(2):
+        draw(heatmap, tmp_path / "map.png", sample)
+        draw(line_plot, tmp_path / "lines.png", sample)
+        summary(tmp_path / "summary.png", odd, UNIFORM, layer=0, dpi=50)
+        course(tmp_path / "layers.png", values, UNIFORM, layers=[0, 1, 2], dpi=50)
+        written.append({path.name: path.read_bytes() for path in tmp_path.iterdir()})
+        draw(heatmap, tmp_path / "map.png", sample_of(2, rewarded=(1,), seed=1))
+    assert written[0] == written[1]
+    assert Image.open(tmp_path / "summary.png").size == (510, 390)
 
 
 @settings(max_examples=20)
@@ -348,6 +264,5 @@ def test_png_holds_exactly_the_pixels(tmp_path_factory, height, width, seed):
     pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
     path = tmp_path_factory.mktemp("png") / "x.png"
     path.write_bytes(page.png(pixels, 100))
-    with Image.open(path) as image:
-        image.verify()
+    Image.open(path).verify()
     assert np.array_equal(np.asarray(Image.open(path)), pixels)

@@ -5,16 +5,15 @@ import json
 import numpy as np
 import pytest
 import torch
+from conftest import write_checkpoint
 
 import visualize_attention
-from ad.checkpoints import HISTORIES_NAME, save_checkpoint
+from ad.checkpoints import HISTORIES_NAME
 from ad.darkroom import split_goals
 from ad.source import learning_histories
 from config import EnvConfig, ModelConfig, SourceConfig
-from historylens.common.settings import to_dict
+from historylens.insights.patterns import PATTERNS
 from model import ADTransformer
-
-N_TRANSIT = 81  # 80 transitions and the query
 
 
 def planted_model(weights: np.ndarray) -> ADTransformer:
@@ -25,33 +24,26 @@ def planted_model(weights: np.ndarray) -> ADTransformer:
     """
     config = ModelConfig(n_transit=len(weights), tf_n_layer=1, tf_n_head=2, tf_n_embd=8)
     model = ADTransformer(config)
+    attention, d_head = model.transformer_encoder.layers[0].self_attn, 4
     with torch.no_grad():
-        for parameter in (*model.embed_context.parameters(), model.embed_query_state.weight):
-            parameter.zero_()
+        for part in (model.embed_context, model.embed_query_state, attention):
+            for parameter in part.parameters():
+                parameter.zero_()
         model.pos_embedding.zero_()
         model.pos_embedding[0, :, 0] = torch.from_numpy(np.log(np.maximum(weights, 1e-12)))
-        attention = model.transformer_encoder.layers[0].self_attn
-        attention.in_proj_weight.zero_()
-        attention.in_proj_bias.zero_()
-        d_head = 4
-        for head in range(2):
-            attention.in_proj_bias[head * d_head] = 1.0
-            attention.in_proj_weight[8 + head * d_head, 0] = d_head**0.5
+        for head in (0, d_head):
+            attention.in_proj_bias[head] = 1.0
+            attention.in_proj_weight[8 + head, 0] = d_head**0.5
     return model
 
 
-def on_positions(positions: range | list[int]) -> np.ndarray:
-    weights = np.zeros(N_TRANSIT)
-    weights[list(positions)] = 1 / len(positions)
-    return weights
-
-
-CASES = {
-    "recency: the latest seven": (on_positions(range(73, 80)), {"recency"}),
-    "uniform": (np.full(N_TRANSIT, 1 / N_TRANSIT), {"uniform"}),
-    "one position": (on_positions([40]), {"focused", "sparse"}),
-    "five positions": (on_positions([20, 30, 40, 50, 59]), {"sparse"}),
-}
+def analysed(folder, model, histories, n_figures=0):
+    """Run the command on a model; gives `metrics.json`."""
+    checkpoint = write_checkpoint(folder / "run" / "ckpt-1.pt", model, horizon=20)
+    histories.save(checkpoint.parent / HISTORIES_NAME)
+    argv = ["--checkpoint", folder, "--out", folder / "figs", "--num-figures", n_figures]
+    visualize_attention.main([*map(str, argv)])
+    return json.loads((folder / "figs" / "metrics.json").read_text())
 
 
 @pytest.fixture(scope="module")
@@ -60,31 +52,21 @@ def histories():
     return learning_histories(goals, EnvConfig(), SourceConfig(n_source_steps=400), 0, n_streams=1)
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_the_planted_pattern_is_recognised_and_no_other(case, histories, tmp_path, capsys):
-    weights, expected = CASES[case]
-    model = planted_model(weights)
-    content = {
-        "step": 1,
-        "config": to_dict(EnvConfig(), model.config),
-        "model": model.state_dict(),
-        "goals": {},
-    }
-    save_checkpoint(tmp_path / "run" / "ckpt-1.pt", content)
-    histories.save(tmp_path / "run" / HISTORIES_NAME)
-    out = tmp_path / "figs"
-    arguments = ["--checkpoint", str(tmp_path), "--out", str(out), "--num-figures", "1"]
-    visualize_attention.main(arguments)
-
-    result = json.loads((out / "metrics.json").read_text())
+@pytest.mark.parametrize(
+    ("positions", "expected"),  # of 80 transitions and the query
+    [
+        (range(73, 80), {"recency"}),
+        (range(81), {"uniform"}),
+        ([40], {"focused", "sparse"}),
+        ([20, 30, 40, 50, 59], {"sparse"}),
+    ],
+)
+def test_what_is_planted_is_recognised_alone(positions, expected, histories, tmp_path, capsys):
+    weights = np.isin(np.arange(81), positions) / len(positions)
+    result = analysed(tmp_path, planted_model(weights), histories, n_figures=1)
     rows = result["drawn"]["layers"]["0"]["0"]["query_rows"]["mean"]
     np.testing.assert_allclose(rows, weights, atol=2e-5)
     assert {insight["pattern"] for insight in result["insights"]} == expected
     console = capsys.readouterr().out
-    titles = {
-        "recency": "Strong recency bias detected!",
-        "uniform": "Uniform attention detected!",
-        "focused": "Focused attention detected!",
-        "sparse": "Sparse attention detected!",
-    }
+    titles = {name: f"{pattern.title} detected!" for name, pattern in PATTERNS.items()}
     assert {name for name, title in titles.items() if title in console} == expected

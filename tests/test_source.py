@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from conftest import PlainRoom
 
 from ad.darkroom import MOVES, N_ACTIONS, DarkRoom, optimal_return, split_goals, start_state
 from ad.source import learning_histories, relative_return
@@ -11,21 +12,8 @@ from dataset import Histories
 SMALL = EnvConfig(grid_size=3, horizon=4)
 
 
-def small_run(seed=0, n_steps=400, **source):
-    return learning_histories(
-        np.array([[0, 0], [2, 1]]), SMALL, SourceConfig(n_source_steps=n_steps, **source), seed, 3
-    )
-
-
-@pytest.fixture
-def learned():
-    """Histories of the real source over all training goals, fewer streams a goal."""
-    env = EnvConfig()
-    goals = split_goals(env.goal_seed, env.grid_size, env.n_test_goals, env.n_validation_goals)
-    return learning_histories(goals["train"], env, SourceConfig(), seed=0, n_streams=3)
-
-
-def test_the_source_improves_from_random_play_to_near_the_best_possible_return(learned):
+def test_the_source_improves_from_random_play_to_near_the_best_possible_return():
+    learned = learning_histories(split_goals(0)["train"], EnvConfig(), SourceConfig(), 0, 3)
     room, rng = DarkRoom(np.repeat(learned.goals, 10, axis=0)), np.random.default_rng(0)
     actions = rng.integers(N_ACTIONS, size=(20, room.n_rooms))
     random_return = sum(room.step(chosen)[1].mean() for chosen in actions)
@@ -41,25 +29,20 @@ def test_the_source_improves_from_random_play_to_near_the_best_possible_return(l
 
 
 def plain_learning(goals, env, source, seed):
-    """Q-learning of one room after the other in plain python: the slow twin.
-
-    Only the random numbers are those of the vectorised run.
-    """
+    """The slow twin: one room after the other, with the random numbers of the vectorised run."""
     rng = np.random.default_rng(seed)
-    n, size, f = len(goals), env.grid_size, np.float32
+    n, steps, size, f = len(goals), range(source.n_source_steps), env.grid_size, np.float32
     epsilon_start = rng.uniform(source.epsilon_end, source.epsilon_start, size=n)
-    noise = [
-        (rng.random((n, 5), dtype=f), rng.integers(5, size=n), rng.random(n))
-        for _ in range(source.n_source_steps)
-    ]
-    taken = np.zeros((n, source.n_source_steps), dtype=int)
+    noise = [(rng.random((n, 5), dtype=f), rng.integers(5, size=n), rng.random(n)) for _ in steps]
+    taken = np.zeros((n, len(steps)), dtype=int)
     for i in range(n):
+        room = PlainRoom(goals[i], size, env.horizon)
         q = [[f(source.initial_value)] * 5 for _ in range(size**2)]
-        for t in range(source.n_source_steps):
+        for t in steps:
             if t % env.horizon == 0:
-                row = col = size // 2
+                row, col = room.reset()
             ties, random_action, coin = (draws[i] for draws in noise[t])
-            decayed = min(1.0, t / source.n_source_steps / source.epsilon_decay)
+            decayed = min(1.0, t / len(steps) / source.epsilon_decay)
             epsilon = epsilon_start[i] * (1 - decayed) + source.epsilon_end * decayed
             cell = row * size + col
             ranked = [q[cell][a] + f(1e-5) * ties[a] for a in range(5)]
@@ -67,9 +50,7 @@ def plain_learning(goals, env, source, seed):
                 last = taken[i, t - 1]
                 ranked[last] = q[cell][last] + f(2e-5)
             action = random_action if coin < epsilon else ranked.index(max(ranked))
-            row = min(max(row + MOVES[action][0], 0), size - 1)
-            col = min(max(col + MOVES[action][1], 0), size - 1)
-            reward = int((row, col) == tuple(goals[i]))
+            (row, col), reward, _ = room.step(action)
             target = f(reward) + f(source.discount) * max(q[row * size + col])
             q[cell][action] += f(source.step_size) * (target - q[cell][action])
             taken[i, t] = action
@@ -78,9 +59,8 @@ def plain_learning(goals, env, source, seed):
 
 @pytest.mark.parametrize("step_size", [1.0, 0.3])
 def test_vectorised_learning_equals_one_learner_after_the_other(step_size):
-    source = SourceConfig(
-        n_source_steps=240, step_size=step_size, epsilon_start=0.8, epsilon_end=0.1
-    )
+    exploring = {"epsilon_start": 0.8, "epsilon_end": 0.1}
+    source = SourceConfig(n_source_steps=240, step_size=step_size, **exploring)
     goals = np.array([[0, 0], [2, 1], [1, 1]])
     fast = learning_histories(goals, SMALL, source, seed=5, n_streams=2)
     plain = plain_learning(np.repeat(goals, 2, axis=0), SMALL, source, seed=5)
@@ -89,55 +69,32 @@ def test_vectorised_learning_equals_one_learner_after_the_other(step_size):
 
 def test_exploring_in_straight_lines_finds_far_goals_sooner():
     corners = np.array([[0, 0], [0, 8], [8, 0], [8, 8]])
-    source = SourceConfig(n_source_steps=200)
-    histories = learning_histories(corners, EnvConfig(), source, 0, n_streams=40)
-    found = (histories.rewards.sum(axis=1) > 0).mean()
-    assert found > 0.6  # 0.2 where all ties are broken at random
+    histories = learning_histories(corners, EnvConfig(), SourceConfig(n_source_steps=200), 0, 40)
+    assert (histories.rewards.sum(axis=1) > 0).mean() > 0.6  # 0.2 if ties are broken at random
 
 
-def test_histories_are_what_a_room_does():
-    histories = small_run()
-    size, horizon = SMALL.grid_size, SMALL.horizon
-    for i in range(histories.n_histories):
-        for t in range(histories.n_steps):
-            if t % horizon == 0:
-                assert np.array_equal(histories.states[i, t], start_state(size))
-            else:
-                assert np.array_equal(histories.states[i, t], histories.next_states[i, t - 1])
-            moved = histories.states[i, t] + MOVES[histories.actions[i, t]]
-            assert np.array_equal(histories.next_states[i, t], np.clip(moved, 0, size - 1))
-            on_goal = np.array_equal(histories.next_states[i, t], histories.goals[i])
-            assert histories.rewards[i, t] == on_goal
-
-
-def test_the_streams_of_a_goal_differ_and_stand_side_by_side():
-    histories = small_run()
+def test_histories_are_what_a_room_does_in_whole_episodes_streams_of_a_goal_side_by_side(tmp_path):
+    source, goals = SourceConfig(n_streams=3, n_source_steps=403), np.array([[0, 0], [2, 1]])
+    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
+        learning_histories(goals, SMALL, source, seed).save(tmp_path / name)
+    a, b, c = ((tmp_path / name).read_bytes() for name in "abc")
+    assert a == b != c
+    histories = Histories.load(tmp_path / "a")
+    assert histories.n_steps == 400
     assert histories.goals.tolist() == [[0, 0]] * 3 + [[2, 1]] * 3
     assert len({row.tobytes() for row in histories.actions}) == 6
-
-
-def test_histories_are_cut_to_whole_episodes():
-    assert small_run(n_steps=47).n_steps == 44
-
-
-def test_the_number_of_streams_is_that_of_the_config_by_default():
-    source = SourceConfig(n_streams=2, n_source_steps=8)
-    assert learning_histories(np.array([[0, 0]]), SMALL, source, seed=0).n_histories == 2
-
-
-def test_same_seed_same_bytes(tmp_path):
-    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
-        small_run(seed).save(tmp_path / name)
-    a, b, c = ((tmp_path / name).read_bytes() for name in "abc")
-    assert a == b
-    assert a != c
+    states, ends = histories.states, histories.next_states
+    begins = np.arange(400) % SMALL.horizon == 0
+    assert (states[:, begins] == start_state(SMALL.grid_size)).all()
+    assert np.array_equal(states[:, ~begins], ends[:, :-1][:, ~begins[1:]])
+    assert np.array_equal(ends, np.clip(states + MOVES[histories.actions], 0, 2))
+    assert np.array_equal(histories.rewards, (ends == histories.goals[:, None]).all(axis=2))
 
 
 def test_relative_return_worked_by_hand():
     # 3 x 3, 4 steps: a corner earns at best 3 an episode, the centre 4
     rewards = np.array([[0, 0, 0, 0, 0, 0, 1, 1], [1, 0, 0, 0, 1, 1, 1, 1]])
-    cells = np.zeros((2, 8, 2), dtype=int)
-    goals = np.array([[0, 0], [1, 1]])
-    histories = Histories(cells, np.zeros((2, 8), dtype=int), rewards, cells, goals, horizon=4)
+    cells, goals = np.zeros((2, 8, 2), dtype=int), np.array([[0, 0], [1, 1]])
+    histories = Histories(cells, cells[..., 0], rewards, cells, goals, horizon=4)
     assert relative_return(histories, slice(0, 1), 3) == pytest.approx(0.5 / 3.5)
     assert relative_return(histories, slice(-1, None), 3) == pytest.approx(3 / 3.5)

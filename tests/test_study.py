@@ -1,66 +1,63 @@
-"""From returns to verdicts, doubts and one recommendation, on results made by hand."""
+"""From returns made by hand to verdicts, doubts, one recommendation, its words, files, pictures."""
+
+import csv
+import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from historylens.comparison import report
 from historylens.comparison.intervals import late_scores
 from historylens.comparison.policy import Cost
 from historylens.comparison.study import Arm, Result, confirm, judge
+from historylens.pictures.returns import Picture, draw_by_budget, draw_by_episode, finding, spread
 
-N_GOALS, N_SEEDS, N_EPISODES = 4, 6, 8
+SHAPE = N_GOALS, N_SEEDS, N_EPISODES = 4, 6, 8
 FULL_TOKENS = 90
 
 
-def result(arm, level, tokens=None, slow=0.0, noise=0.05, seed=0, shape=None):
-    """An arm that earns `level` at the end and `slow` less in the first half."""
-    shape = shape or (N_GOALS, N_SEEDS, N_EPISODES)
-    rng = np.random.default_rng((seed, len(arm.key), arm.n_keep or 0))
+def result(key, level, tokens=None, slow=0.0, noise=0.05, seed=0, shape=SHAPE):
+    """An arm, as `recent@10`, that earns `level` at the end and `slow` less in the first half."""
+    name, _, budget = key.partition("@")
+    n_keep = int(budget or 0)
+    rng = np.random.default_rng((seed, len(key), n_keep))
     late = np.arange(shape[2]) >= shape[2] // 2
     returns = level - slow * ~late + noise * rng.normal(size=shape)
-    n_keep = arm.n_keep or 0
-    tokens = n_keep + 1 if tokens is None else tokens
-    return Result(arm, returns, Cost(1, tokens, over_budget=1, kept_sum=n_keep))
+    cost = Cost(1, tokens or n_keep + 1, over_budget=1, kept_sum=n_keep)
+    return Result(Arm(name, n_keep or None), returns, cost)
 
 
-def results(*more, full=10.0, empty=1.0, control=1.0, **kwargs):
-    return [
-        result(Arm("full"), full, FULL_TOKENS, **kwargs),
-        result(Arm("empty"), empty, **kwargs),
-        result(Arm("other-task"), control, FULL_TOKENS, **kwargs),
-        *more,
-    ]
+def judged(*more, full=10.0, empty=1.0, control=1.0, margin=0.05, best=None, **kwargs):
+    given = [result("full", full, FULL_TOKENS, **kwargs), result("empty", empty, **kwargs)]
+    control = result("other-task", control, FULL_TOKENS, **kwargs)
+    return judge([*given, control, *more], margin, best)
 
 
-def judged(*more, **kwargs):
-    return judge(results(*more, **kwargs), margin_share=0.05)
+LIKE_FULL, NOISY = result("recent@10", 10.0), result("random@5", 9.6, noise=3.0)
 
 
-def test_rows_are_sorted_by_return_with_verdicts_against_full():
-    study = judged(
-        result(Arm("recent", 10), 4.0),
-        result(Arm("even", 10), 10.5),
-        result(Arm("random", 10), 9.9),
-        result(Arm("one-visit", 10), 9.5, noise=2.0),
-    )
+def test_rows_are_sorted_by_return_with_verdicts_by_a_part_of_what_full_history_earns():
+    levels = {"recent@10": 4.0, "even@10": 10.5, "random@10": 9.9}
+    arms = [result(key, level) for key, level in levels.items()]
+    study = judged(result("one-visit@10", 9.5, noise=2.0), *arms)
     means = [row.mean.value for row in study.rows]
     assert means == sorted(means, reverse=True)
     assert {row.arm.key: row.verdict for row in study.rows} == {
         "full": None, "empty": "worse", "other-task": "worse", "recent@10": "worse",
         "even@10": "better", "random@10": "safe", "one-visit@10": "inconclusive",
     }  # fmt: skip
-
-
-def test_margin_is_a_part_of_what_full_history_earns_whatever_its_sign():
-    losses = results(full=-10.0, empty=-50.0, control=-50.0, noise=0.0)
-    assert judge(results(full=10.0, noise=0.0), 0.05).margin == pytest.approx(0.5)
-    assert judge(losses, 0.1).margin == pytest.approx(1.0)
+    assert study.margin == pytest.approx(0.5, rel=0.01)
+    assert judged(full=-10.0, noise=0.0, margin=0.1).margin == pytest.approx(1.0)
 
 
 def test_differences_are_paired_run_by_run():
     common = 3 * np.random.default_rng(0).normal(size=(N_GOALS, N_SEEDS, 1))
-    arms = [result(Arm("full"), 10.0, FULL_TOKENS), result(Arm("recent", 10), 10.0)]
-    full, arm = (Result(each.arm, each.returns + common, each.cost) for each in arms)
-    row = judge([full, arm, result(Arm("empty"), 1.0)], 0.05).row("recent", 10)
+    arms = [result("full", 10.0, FULL_TOKENS), LIKE_FULL]
+    full, arm = (replace(each, returns=each.returns + common) for each in arms)
+    row = judge([full, arm, result("empty", 1.0)], 0.05).row("recent", 10)
     assert row.difference.high - row.difference.low < 0.2
     assert row.mean.high - row.mean.low > 1.0
     assert row.verdict == "safe"
@@ -69,138 +66,186 @@ def test_differences_are_paired_run_by_run():
 
 
 def test_slow_adaptation_shows_in_the_area_while_the_end_is_equal():
-    row = judged(result(Arm("recent", 10), 10.0, slow=4.0)).row("recent", 10)
+    study = judged(result("recent@10", 10.0, slow=4.0))
+    row = study.row("recent", 10)
     assert row.verdict == "safe"
     assert row.adaptation_loss.value == pytest.approx(2.0, abs=0.1)  # 4 in half of the episodes
     assert row.adaptation_loss.low > 1.8
     assert row.by_episode == pytest.approx([6.0] * 4 + [10.0] * 4, abs=0.2)
+    assert "But it adapts more slowly: 1.99 [1.9" in report.recommendation(study)
 
 
 def test_parts_of_the_best_weigh_goals_alike():
-    levels = np.array([10.0, 5.0, 8.0, 2.0])[:, None, None]
-    given = [Result(o.arm, o.returns * 0 + levels / 2, o.cost) for o in results()]
-    full = judge(given, 0.05, best=levels.ravel().tolist()).full
-    assert full.part_of_best.value == pytest.approx(0.5)
-    assert full.iqm_of_best.value == pytest.approx(0.5)
+    levels = np.array([10.0, 5.0, 8.0, 2.0])
+    earned = np.broadcast_to(levels[:, None, None] / 2, SHAPE)
+    arms = [Result(Arm(name), earned) for name in ("full", "empty")]
+    full = judge(arms, 0.05, best=levels.tolist()).full
+    assert (full.part_of_best.value, full.iqm_of_best.value) == pytest.approx((0.5, 0.5))
     for unknown in (None, [0, 1, 1, 1]):
-        assert judge(given, 0.05, best=unknown).full.part_of_best is None
+        assert judge(arms, 0.05, best=unknown).full.part_of_best is None
 
 
-# The recommendation
-
-
-def test_the_smallest_budget_that_is_safe_is_recommended():
-    study = judged(
-        result(Arm("recent", 10), 5.0),
-        result(Arm("recent", 20), 10.0),
-        result(Arm("recent", 40), 10.6),
-    )
+def test_the_smallest_budget_that_is_safe_and_saves_tokens_is_recommended():
+    study = judged(result("recent@10", 5.0), result("recent@20", 10.0), result("recent@40", 10.6))
     assert study.recommended.arm == Arm("recent", 20)
     assert study.n_compared == 4  # empty history is compared as well, a control is not
     assert study.stands_corrected
-
-
-def test_among_equal_budgets_the_highest_return_is_recommended():
-    levels = {"recent": 10.0, "even": 10.4, "random": 10.2}
-    study = judged(*(result(Arm(name, 20), level) for name, level in levels.items()))
-    assert study.recommended.arm == Arm("even", 20)
-
-
-def test_what_reads_as_much_as_full_history_is_not_recommended():
-    looks_first = result(Arm("top-k", 10), 10.0, tokens=FULL_TOKENS + 11)
+    assert "Most reward: recent@40, 10.6" in report.recommendation(study)
+    equal = judged(result("recent@20", 10.0), result("even@20", 10.4), result("random@20", 10.2))
+    assert equal.recommended.arm == Arm("even", 20)  # the highest return
+    looks_first = result("top-k@10", 10.0, tokens=FULL_TOKENS + 11)
     assert judged(looks_first).recommended is None
-    assert judged(looks_first, result(Arm("recent", 40), 10.0)).recommended.arm.n_keep == 40
-
-
-def test_keeping_nothing_is_recommended_where_that_is_safe():
-    study = judged(empty=9.9, control=1.0, noise=0.01)
-    assert study.empty.verdict == "safe"
-    assert study.recommended.arm == Arm("empty")
+    assert judged(looks_first, result("recent@40", 10.0)).recommended.arm.n_keep == 40
+    assert judged(empty=9.9, noise=0.01).recommended.arm == Arm("empty")  # nothing kept
 
 
 def test_a_verdict_that_only_one_comparison_in_many_bears_is_said_not_to_stand():
-    barely = result(Arm("recent", 10), 9.75, noise=0.7, seed=7)
+    barely = result("recent@10", 9.75, noise=0.7, seed=7)
     alone = judged(barely)
-    many = judged(barely, *(result(Arm("even", n), 1.0) for n in range(1, 60)))
+    many = judged(barely, *(result(f"even@{n}", 1.0) for n in range(1, 60)))
     assert alone.recommended.arm == many.recommended.arm == barely.arm
-    assert alone.stands_corrected
-    assert not many.stands_corrected
+    assert (alone.stands_corrected, many.stands_corrected) == (True, False)
+    assert "the verdict holds." in report.recommendation(alone)
+    assert "the verdict does not hold; confirm it with more --s" in report.recommendation(many)
 
 
-# Doubts
+def test_nothing_is_recommended_where_the_model_is_not_shown_to_use_its_history():
+    no_gain = "Full history is not shown to earn more than an empty one: "
+    one_seed = judged(shape=(N_GOALS, 1, N_EPISODES))
+    nothing = judged(full=0.0, empty=0.0, control=0.0, noise=0.0)
+    for study, doubt in (
+        (judged(LIKE_FULL, empty=10.0), no_gain),
+        (judged(LIKE_FULL, control=10.0), "With the control other-task it earns as much as"),
+        (one_seed, "One seed a goal gives no interval: run at least two (--seeds)."),
+        (nothing, no_gain),
+    ):
+        assert study.recommended is None
+        assert [said.startswith(doubt) for said in study.doubts] == [True]
+        assert "not shown to use its history" in finding(study)
+    for study in (one_seed, nothing):
+        assert {row.verdict for row in study.rows} == {None, "inconclusive"}
 
 
-@pytest.mark.parametrize(
-    ("levels", "words"),
-    [
-        ({"empty": 10.0}, "Full history is not shown to earn more than an empty one"),
-        ({"control": 10.0}, "With the control other-task it earns as much"),
-    ],
-)
-def test_a_model_that_earns_as_much_without_its_history_is_doubted(levels, words):
-    study = judged(result(Arm("recent", 10), 10.0), **levels)
-    assert study.recommended is None
-    (doubt,) = study.doubts
-    assert doubt.startswith(words)
+@pytest.fixture(scope="module")
+def unsettled():
+    even, looks_first = result("even@10", 10.2, noise=3.0), result("top-k@10", 10.4, 101, noise=3.0)
+    return judged(result("recent@10", 4.0), NOISY, even, looks_first)
 
 
-def test_full_history_that_earns_nothing_makes_nothing_safe():
-    nothing = result(Arm("recent", 10), 0.0, noise=0.0)
-    study = judged(nothing, full=0.0, empty=0.0, control=0.0, noise=0.0)
-    assert study.margin == 0
-    assert {row.verdict for row in study.rows} == {None, "inconclusive"}
-    assert study.recommended is None
-    assert study.doubts
-
-
-def test_one_seed_decides_nothing():
-    shape = (N_GOALS, 1, N_EPISODES)
-    study = judged(result(Arm("recent", 10), 10.0, shape=shape), shape=shape)
-    assert {row.verdict for row in study.rows} == {None, "inconclusive"}
-    assert study.recommended is None
-    assert study.doubts == ("One seed a goal gives no interval: run at least two (--seeds).",)
-
-
-# Confirmation
-
-
-def unsettled_study():
-    """Nothing is safe; `even@10` looks best, then `random@5`."""
-    return judged(
-        result(Arm("recent", 10), 4.0),
-        result(Arm("random", 5), 9.6, noise=3.0),
-        result(Arm("even", 10), 10.2, noise=3.0),
-        result(Arm("top-k", 10), 10.4, noise=3.0, tokens=FULL_TOKENS + 11),
-    )
-
-
-def test_the_most_promising_arm_that_saves_tokens_is_the_one_to_confirm():
-    study = unsettled_study()
-    assert study.recommended is None
-    assert [row.arm.key for row in study.unsettled] == ["even@10", "random@5"]
-    assert study.to_confirm == Arm("even", 10)
-
-
-def test_nothing_is_to_confirm_where_an_arm_is_safe_or_the_model_is_doubted():
-    noisy = result(Arm("random", 5), 9.6, noise=3.0)
-    assert judged(noisy, result(Arm("even", 10), 10.0)).to_confirm is None
-    assert judged(noisy, control=10.0).to_confirm is None
-    assert judged(result(Arm("recent", 10), 4.0)).to_confirm is None
+def test_open_arms_that_save_tokens_are_worth_more_runs_unless_all_is_decided(unsettled):
+    assert unsettled.recommended is None
+    assert [row.arm.key for row in unsettled.unsettled] == ["even@10", "random@5"]
+    text = report.recommendation(unsettled)
+    assert text.startswith("No recommendation")
+    assert "2 are inconclusive, the most promising even@10: " in text
+    assert "--strategies even --budgets 10 --seeds 32, or --full" in text
+    worse = judged(result("recent@10", 4.0))
+    for study in (judged(NOISY, LIKE_FULL), judged(NOISY, control=10.0), worse):
+        assert study.unsettled == []
+    assert "inconclusive" not in report.recommendation(worse)
+    assert "No shorter history is shown" in finding(worse)
 
 
 @pytest.mark.parametrize(
     ("level", "verdict"), [(10.0, "safe"), (11.0, "better"), (4.0, "worse"), (9.5, "inconclusive")]
 )
-def test_new_runs_alone_decide_on_the_arm_to_confirm(level, verdict):
-    study, shape = unsettled_study(), (N_GOALS, 9, N_EPISODES)
-    full = result(Arm("full"), 10.0, FULL_TOKENS, shape=shape)
-    again = result(Arm("even", 10), level, shape=shape, seed=1, noise=0.05 + (level == 9.5))
-    confirmed = confirm(study, full, again)
-    confirmation, recommended = confirmed.confirmation, confirmed.recommended
-    assert confirmation.row.verdict == verdict
-    assert confirmation.n_seeds == 9
+def test_new_runs_alone_decide_on_the_arm_to_confirm(unsettled, level, verdict):
+    shape = (N_GOALS, 9, N_EPISODES)
+    full = result("full", 10.0, FULL_TOKENS, shape=shape)
+    again = result("even@10", level, shape=shape, seed=1, noise=0.05 + (level == 9.5))
+    confirmed, is_good = confirm(unsettled, full, again), verdict in ("safe", "better")
+    row = confirmed.confirmation.row
+    assert (row.verdict, confirmed.confirmation.n_seeds) == (verdict, 9)
     difference = (late_scores(again.returns) - late_scores(full.returns)).mean()
-    assert confirmation.row.difference.value == pytest.approx(difference)
-    is_good = verdict in ("safe", "better")
-    assert recommended is (study.row("even", 10) if is_good else None)
-    assert confirmed.rows == study.rows
+    assert row.difference.value == pytest.approx(difference)
+    assert confirmed.recommended is (unsettled.row("even", 10) if is_good else None)
+    assert confirmed.rows == unsettled.rows
+    text = report.recommendation(confirmed)
+    assert (f"on 9 new seeds a goal: it earns {row.mean.text()} reward" in text) == is_good
+    assert (f"Played again on 9 new seeds a goal it is {verdict}: " in text) != is_good
+    assert ("--seeds 36, or --full" in text) == (verdict == "inconclusive")
+
+
+@pytest.fixture(scope="module")
+def study():
+    levels = {"recent@10": 4.0, "recent@20": 10.0, "random@10": 3.0, "random@20": 5.0}
+    more = [result(key, level) for key, level in {**levels, "rewarded-recent@20": 11.0}.items()]
+    more += [result("rewarded-recent@10", 9.0, noise=3.0), result("top-k@20", 10.0, tokens=111)]
+    return judged(*more, best=[12.0] * N_GOALS)
+
+
+def test_the_table_has_a_line_an_arm_and_the_advice_all_that_a_reader_has_to_know(study):
+    _, heads, *lines = (" ".join(line.split()) for line in report.table(study).splitlines())
+    assert heads == "strategy kept return [95 % CI] IQM difference to full verdict area tokens ms"
+    for line, row in zip(lines, study.rows, strict=False):
+        assert line.startswith(f"{row.arm.key} ")
+    row = study.rows[0]
+    cells = (
+        "rewarded-recent@20", "20", row.mean.text(), f"{row.iqm.value:.2f}",
+        row.difference.text("+"), "better", f"{row.adaptation_loss.value:+.2f}", "21.0", "0.00",
+    )  # fmt: skip
+    assert lines[0] == " ".join(cells)
+    text = " ".join(report.advice(study, "numbered anew").split())
+    for said in (
+        f"5% of full history's return, {study.margin:.2f} reward an episode", "Numbered anew.",
+        "8 arms are compared with full history", "Intervals hold for these goals and new seeds",
+        "Recommended for this checkpoint: rewarded-recent with 20 transitions (better)",
+        "Keep the latest transitions for half of the budget",
+        "reads 21.0 tokens a decision instead of 90.0", "also safe or better: recent@20.",
+    ):  # fmt: skip
+        assert said in text
+    assert "top-k" not in text
+    assert "NOT COMPRESSED" not in text
+    assert finding(study).startswith("Recommended: rewarded-recent, 20 transitions: ")
+    assert "(better)" in finding(study)
+    arm = result("even@10", 5.0)
+    arm.cost.identical_to_full = 3  # though asked for less
+    text = report.advice(judged(LIKE_FULL, arm), "p")
+    assert "NOT COMPRESSED in some decisions: even@10." in text
+
+
+def test_csv_and_summary_hold_the_numbers_of_the_study(study, tmp_path):
+    report.write_csv(tmp_path / "results.csv", study)
+    table = list(csv.DictReader((tmp_path / "results.csv").read_text().splitlines()))
+    summary = json.loads(json.dumps(report.summary(study), allow_nan=False))
+    for line, record, row in zip(table, summary["rows"], study.rows, strict=True):
+        assert (record["strategy"], record["budget"]) == (row.arm.name, row.arm.n_keep)
+        assert (record["return_low"], record["return_high"]) == (row.mean.low, row.mean.high)
+        assert (record["difference"], record["iqm"]) == (row.difference.value, row.iqm.value)
+        assert record["iqm_of_best_high"] == row.iqm_of_best.high
+        assert record["kept"] == (row.kept if row.verdict else None)
+        assert record.pop("by_episode") == row.by_episode.tolist()
+        assert line == {name: "" if x is None else str(x) for name, x in record.items()}
+    assert summary["recommended"] == "rewarded-recent@20"
+    assert summary["margin"] == study.margin
+    assert len(summary["full_by_episode"]) == N_EPISODES
+    assert summary["units"].keys() - record.keys() == {"by_episode"}
+
+
+def test_pictures_are_the_same_bytes_for_the_same_study_and_change_with_it(study, tmp_path):
+    def drawn(study, best=12.0):
+        picture = Picture("a model in a room", "4 goals x 6 seeds", best, n_max=99)
+        for i, draw in enumerate((draw_by_budget, draw_by_episode)):
+            draw(tmp_path / f"{i}.png", study, picture)
+        return [(tmp_path / f"{i}.png").read_bytes() for i in range(2)]
+
+    one = drawn(study)
+    assert drawn(study) == one
+    assert all(png.startswith(b"\x89PNG") for png in one)
+    few_budgets = judged(result("recent@10", 9.0), result("recent@20", 3.0))
+    one_seed = judged(result("random@1", 3.0, shape=(4, 1, 1)), shape=(4, 1, 1))
+    many_budgets = judged(*(result(f"even@{n}", 5.0) for n in (1, 2, 3, 5, 8)))
+    losses = judged(result("random@4", -30.0), full=-10.0, empty=-50.0, control=-50.0)
+    for other in (few_budgets, judged(), one_seed, many_budgets, losses):
+        changed = drawn(other, best=None if other is losses else 12.0)
+        assert all(before != after for before, after in zip(one, changed, strict=True))
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=30).map(sorted), st.floats(0.001, 0.1))
+def test_labels_keep_their_order_and_their_distance(places, gap):
+    moved = spread(places, gap)
+    if (len(places) - 1) * gap < 1:
+        assert (np.diff(moved) >= gap - 1e-9).all()
+    assert -1e-9 <= min(moved) <= max(moved) <= 1 + 1e-9
+    if len(places) == 1 or np.diff(places).min() >= gap:
+        assert moved == pytest.approx(places)

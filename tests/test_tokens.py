@@ -9,29 +9,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from historylens import metrics
-from historylens.tokens import (
-    Tokens,
-    order_of_time,
-    sum_rows,
-    uniform_received,
-    uniform_rows,
-)
-
-# Layouts
+from historylens.tokens import Tokens, order_of_time, sum_rows, uniform_received, uniform_rows
 
 
-def test_three_tokens_a_transition_and_the_query_last():
+def test_the_query_is_last_or_first_and_decides_unless_another_token_is_said_to():
     tokens = Tokens.of(2, PARTS)
     assert tokens.transition.tolist() == [0, 0, 0, 1, 1, 1, -1]
     assert tokens.part == (*PARTS, *PARTS, "query")
     assert (tokens.decides, tokens.n, len(tokens), tokens.parts) == (6, 2, 7, PARTS)
-
-
-def test_the_query_first_decides_unless_another_token_is_said_to():
-    assert Tokens.of(3, query="first").decides == 0
-    tokens = Tokens.of(3, query="first", decides=-1)
-    assert tokens.transition.tolist() == [-1, 0, 1, 2]
-    assert tokens.decides == 3
+    first, other = Tokens.of(3, query="first"), Tokens.of(3, query="first", decides=-1)
+    assert first.transition.tolist() == other.transition.tolist() == [-1, 0, 1, 2]
+    assert (first.decides, other.decides) == (0, 3)
+    with pytest.raises(ValueError, match="'last' or 'first', got 'middle'"):
+        Tokens.of(3, query="middle")
 
 
 def test_only_a_token_a_transition_and_the_query_last_is_plain():
@@ -68,27 +58,17 @@ def test_pictures_show_all_but_padding_in_time_and_what_decides_last(tokens):
     assert (np.diff(shown.transition[:-1]) >= 0).all()
 
 
-# From tokens to transitions
-
-
 @given(maps_of_tokens(), st.integers(0, 99))
 def test_summed_rows_equal_those_of_plain_loops(tokens, seed):
     rows = random_rows(np.random.default_rng(seed), 2, 2, len(tokens))
-    again = Tokens(tokens.transition, tokens.part, tokens.decides)
-    for maps in ([tokens, tokens], [tokens, again]):  # one for the batch, or one a sample
+    other = Tokens(tokens.transition[::-1], tokens.part[::-1], -1 - tokens.decides)
+    for maps in ([tokens, tokens], [tokens, other]):  # one for the batch, or one a sample
         found = sum_rows(rows, maps)
-        for place in np.ndindex(2, 2):
+        for b, head in np.ndindex(2, 2):
             expected = [0.0] * (tokens.n + 1)
-            for weight, transition in zip(rows[place], tokens.transition, strict=True):
+            for weight, transition in zip(rows[b, head], maps[b].transition, strict=True):
                 expected[transition if transition >= 0 else tokens.n] += weight
-            np.testing.assert_allclose(found[place], expected, atol=1e-12)
-
-
-def test_samples_of_a_batch_may_have_maps_of_their_own():
-    first, second = Tokens.of(2), Tokens.of(2, query="first")
-    rows = np.array([[[0.1, 0.2, 0.7]], [[0.1, 0.2, 0.7]]])
-    found = sum_rows(rows, [first, second])
-    np.testing.assert_allclose(found[:, 0], [[0.1, 0.2, 0.7], [0.2, 0.7, 0.1]])
+            np.testing.assert_allclose(found[b, head], expected, atol=1e-12)
 
 
 @given(st.integers(2, 12), st.integers(0, 99))
@@ -100,32 +80,19 @@ def test_metrics_do_not_depend_on_how_many_tokens_a_transition_is_cut_into(n, se
     np.testing.assert_allclose(metrics.measure(summed, True, False), expected, rtol=1e-9)
 
 
-# Uniform attention
-
-
 def test_uniform_rows_weigh_what_the_query_sees_and_nothing_else():
-    visible = np.array([[True, False, True], [True, True, True]])
-    np.testing.assert_array_equal(uniform_rows(visible), [[0.5, 0, 0.5], [1 / 3] * 3])
-
-
-def test_a_uniform_row_over_three_tokens_a_transition_is_even_over_transitions():
-    even = uniform_rows(np.ones((1, 7), dtype=bool))
+    visible = np.array([[1, 0, 1], [1, 1, 1], [0, 0, 0]], dtype=bool)
+    np.testing.assert_array_equal(uniform_rows(visible), [[0.5, 0, 0.5], [1 / 3] * 3, [0] * 3])
+    even = uniform_rows(np.ones((1, 7), dtype=bool))  # even over transitions of three tokens too
     np.testing.assert_allclose(sum_rows(even, [Tokens.of(2, PARTS)]), [[3 / 7, 3 / 7, 1 / 7]])
-
-
-def test_padding_takes_no_part_in_uniform_attention():
-    tokens = Tokens([-1, 0, 1, -1], ["query", "transition", "transition", "padding"], 0)
-    even = sum_rows(uniform_rows(np.array([[True, True, True, False]])), [tokens])
-    values = metrics.measure_one(even[0])
-    assert values["mean_context_attention"] == values["mass_self"] == pytest.approx(1 / 3)
+    padded = Tokens([-1, 0, 1, -1], ["query", "transition", "transition", "padding"], 0)
+    even = uniform_rows(np.array([[True, True, True, False]]))
+    np.testing.assert_allclose(sum_rows(even, [padded]), [[1 / 3] * 3])
 
 
 @given(st.integers(2, 9))
-def test_uniform_received_of_a_causal_mask_is_the_known_one(n_tokens):
+def test_uniform_received_is_that_of_a_causal_mask_and_no_number_where_nobody_may_look(n_tokens):
     found = uniform_received(np.tri(n_tokens, dtype=bool))
     np.testing.assert_allclose(found, metrics.uniform_received(n_tokens))
-
-
-def test_uniform_received_where_nobody_may_look_is_no_number():
     seen = np.array([[True, False], [True, False]])
     np.testing.assert_array_equal(uniform_received(seen), [1.0, np.nan])

@@ -1,10 +1,9 @@
 """The environments of an adapter, whose episodes all are `HORIZON` steps.
 
-    rooms = GymRooms(load_adapter("my_model.py"), goals=[0, 1, 1], horizon=20, state=state, seed=0)
+    rooms = GymRooms(Adapter("my_model.py"), state, horizon=20, seed=0, goals=[0, 1, 1])
 
-They speak the vector API of Gymnasium (https://gymnasium.farama.org); nothing here imports it. All
-are reset after `HORIZON` steps. One that ends earlier begins anew at once, and its return is that
-of the `HORIZON` steps.
+They speak the vector API of Gymnasium (https://gymnasium.farama.org); nothing here imports it. One
+that ends early begins anew at once: its state is the new episode's, its return that of `HORIZON`.
 """
 
 from collections.abc import Sequence
@@ -13,106 +12,89 @@ from typing import Any
 import numpy as np
 
 from historylens.adapter.decisions import as_array
-from historylens.adapter.file import Adapter, kind
-from historylens.common.errors import UserError
+from historylens.adapter.file import SIGNATURES, Adapter, kind
+from historylens.common.errors import expect
+
+# What a method of an environment gives, and a dict.
+GIVEN = {"reset": ["states"], "step": ["states", "rewards", "terminated", "truncated"]}
 
 
 def read_tasks(adapter: Adapter) -> tuple[tuple[str, ...], int]:
-    """Names of the tasks, and steps an episode.
-
-    Raises:
-        UserError: the adapter lacks an environment, or what goes with it.
-    """
-    if adapter.get("make_env") is None:
-        raise UserError(
-            f"{adapter.path}: no make_env(): a comparison plays in an environment: expected "
-            "`def make_env(goals) -> gymnasium.vector.VectorEnv`, GOALS and HORIZON"
-        )
+    """Names of the tasks, and steps an episode; UserError where an environment is not complete."""
+    needed = f"`def {SIGNATURES['make_env']}`, GOALS and HORIZON"
+    missing = f"no make_env(): a comparison plays in an environment: expected {needed}"
+    expect(adapter.get("make_env"), f"{adapter.path}: {missing}")
     goals, horizon = adapter.get("GOALS"), adapter.get("HORIZON")
-    if not isinstance(goals, Sequence) or isinstance(goals, str) or not goals:
-        raise adapter.wrong("GOALS", "a list of names of tasks beside make_env()", kind(goals))
-    if not isinstance(horizon, int) or horizon < 1:
-        raise adapter.wrong("HORIZON", "a whole number, the steps of an episode", kind(horizon))
-    return tuple(str(goal) for goal in goals), horizon
+    is_list = isinstance(goals, Sequence) and not isinstance(goals, str) and len(goals) > 0
+    adapter.check(is_list, "GOALS", "a list of names of tasks beside make_env()", kind(goals))
+    is_count = isinstance(horizon, int) and horizon > 0
+    adapter.check(is_count, "HORIZON", "a whole number, the steps of an episode", kind(horizon))
+    return tuple(map(str, goals)), horizon
 
 
 class GymRooms:
     """Environments of a Gymnasium vector environment.
 
-    Args:
-        adapter: whose make_env() makes them.
-        goals: numbers of the tasks, one an environment.
-        horizon: steps an episode.
-        state: `(S,)`, a state of samples(): those here are of its size and type.
-        seed: of the environments; that of environment i depends on it and i alone.
+    `state` `(S,)` is one of samples(): those here are of its size and type. What happens in
+    environment i depends on `seed` and i alone; `goals` `(N,)` int are the numbers of the tasks.
     """
 
     def __init__(
-        self, adapter: Adapter, goals: list[int], horizon: int, state: np.ndarray, seed: int
+        self, adapter: Adapter, state: np.ndarray, horizon: int, seed: int, goals: np.ndarray
     ) -> None:
         self._adapter, self._horizon, self._state = adapter, horizon, state
-        self._n_envs = len(goals)
-        self._env = adapter.call("make_env", goals)
-        if not all(callable(getattr(self._env, name, None)) for name in ("reset", "step")):
-            raise adapter.wrong("make_env()", "a gymnasium.vector.VectorEnv", kind(self._env))
+        goals = np.asarray(goals).tolist()
+        self._env, self._n_envs = adapter.call("make_env", goals), len(goals)
+        is_fit = all(callable(getattr(self._env, name, None)) for name in GIVEN)
+        adapter.check(is_fit, "make_env()", "a gymnasium.vector.VectorEnv", kind(self._env))
         n_envs = getattr(self._env, "num_envs", len(goals))
-        if n_envs != len(goals):
-            raise adapter.wrong("make_env()", f"{len(goals)} environments", f"{n_envs}")
+        adapter.check(n_envs == len(goals), "make_env()", f"{len(goals)} environments", n_envs)
         self._seeds: list[int] | None = [seed + i for i in range(len(goals))]
         self._n_steps = 0
 
     def reset(self) -> np.ndarray:
         """Begin an episode in all of them: `(N, S)` states."""
         seeds, self._seeds, self._n_steps = self._seeds, None, 0
-        return self._states(self._reset(seed=seeds))
+        states, _ = self._call("reset", seed=seeds)
+        return self._read_states(states)
 
     def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, bool]:
         """Act once in all of them: next states `(N, S)`, rewards `(N,)`, end of the episode."""
-        with self._adapter.blamed("step() of make_env()'s environment"):
-            given = self._env.step(actions)
-        if not isinstance(given, tuple) or len(given) != 5:
-            raise self._wrong("step()", "states, rewards, terminated, truncated and a dict", given)
-        states, rewards, terminated, truncated, _ = given
+        states, rewards, terminated, truncated, _ = self._call("step", actions)
         self._n_steps += 1
         is_last = self._n_steps == self._horizon
         ended = np.asarray(terminated) | np.asarray(truncated)
         if ended.any() and not is_last:
-            states = self._begin_anew(states, ended)
+            mode = getattr(self._env, "metadata", {}).get("autoreset_mode")
+            mode = str(getattr(mode, "name", mode)).upper()
+            early = f"ended after {self._n_steps} of HORIZON = {self._horizon} steps"
+            expect(
+                mode in ("DISABLED", "SAME_STEP"),
+                f"{self._adapter.path}: make_env(): an environment {early}: expected all to last "
+                "that long, or the vector environment made with "
+                "autoreset_mode=gymnasium.vector.AutoresetMode.SAME_STEP",
+            )
+            if mode == "DISABLED":
+                states, _ = self._call("reset", options={"reset_mask": ended})
         rewards = np.asarray(rewards, dtype=np.float32)
-        if rewards.shape != (self._n_envs,):
-            raise self._wrong("step()", f"rewards of shape ({self._n_envs},)", rewards)
-        return self._states(states), rewards, is_last
+        is_fit, expected = rewards.shape == (self._n_envs,), f"rewards of shape ({self._n_envs},)"
+        self._adapter.check(is_fit, "step() of make_env()'s environment", expected, kind(rewards))
+        return self._read_states(states), rewards, is_last
 
-    def _reset(self, **how: Any) -> Any:
-        with self._adapter.blamed("reset() of make_env()'s environment"):
-            given = self._env.reset(**how)
-        if not isinstance(given, tuple) or len(given) != 2:
-            raise self._wrong("reset()", "states and a dict", given)
-        return given[0]
+    def _call(self, method: str, *args: Any, **options: Any) -> tuple:
+        name, names = f"{method}() of make_env()'s environment", GIVEN[method]
+        with self._adapter.blamed(name):
+            given = getattr(self._env, method)(*args, **options)
+        is_fit = isinstance(given, tuple) and len(given) == len(names) + 1
+        self._adapter.check(is_fit, name, f"{', '.join(names)} and a dict", kind(given))
+        return given
 
-    def _begin_anew(self, states: Any, ended: np.ndarray) -> Any:
-        """States after environments that ended early were reset."""
-        mode = getattr(self._env, "metadata", {}).get("autoreset_mode")
-        name = str(getattr(mode, "name", mode)).upper()
-        if name == "SAME_STEP":
-            return states
-        if name == "DISABLED":
-            return self._reset(options={"reset_mask": ended})
-        raise UserError(
-            f"{self._adapter.path}: make_env(): an environment ended after {self._n_steps} of "
-            f"HORIZON = {self._horizon} steps: expected all to last that long, or the vector "
-            "environment made with autoreset_mode=gymnasium.vector.AutoresetMode.SAME_STEP"
-        )
-
-    def _states(self, given: Any) -> np.ndarray:
+    def _read_states(self, given: Any) -> np.ndarray:
         n, size, dtype = self._n_envs, self._state.size, self._state.dtype
         states = as_array(given, whole=dtype == np.int64)
-        if states.dtype == object or states.size != n * size or states.shape[:1] != (n,):
-            raise self._wrong("", f"states of {size} numbers, as samples() has them", given)
-        if not np.can_cast(states.dtype, dtype, "same_kind"):
-            raise self._wrong("", "states of whole numbers, as samples() has them", given)
+        is_fit = states.dtype != object and states.size == n * size and states.shape[:1] == (n,)
+        is_whole = np.can_cast(states.dtype, dtype, "same_kind")
+        expected = "states of {} numbers, as samples() has them"
+        self._adapter.check(is_fit, "make_env()", expected.format(size), kind(given))
+        self._adapter.check(is_whole, "make_env()", expected.format("whole"), kind(given))
         return states.reshape(n, size).astype(dtype)
-
-    def _wrong(self, method: str, expected: str, given: Any) -> UserError:
-        name = f"{method} of make_env()'s environment" if method else "make_env()"
-        return self._adapter.wrong(name, expected, kind(given))

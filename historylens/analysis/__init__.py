@@ -9,11 +9,11 @@ insights, effects, pictures and files: `layer_N/*.png`, `attention_layers.png`,
 """
 
 import argparse
-import contextlib
 import itertools
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,10 +23,10 @@ from historylens import report
 from historylens.agent import Agent, pick_device
 from historylens.analysis.job import Job, batches
 from historylens.common.batches import MAX_DRAWN, MAX_DRAWN_TOKENS, MAX_TOKENS, alike, even_parts
-from historylens.common.errors import UserError, note, run_command
+from historylens.common.errors import expect, note, run_command
 from historylens.common.files import write_json
 from historylens.common.processes import join
-from historylens.common.settings import add_flags, count, from_flags, setting, whole
+from historylens.common.settings import Settings, add_flags, from_flags, setting
 from historylens.common.text import labelled
 from historylens.effects import MeasuredEffects, measure_effects
 from historylens.insights import Insight, find_patterns
@@ -35,46 +35,36 @@ from historylens.tokens import Tokens
 
 
 @dataclass(frozen=True)
-class AnalysisConfig:
+class AnalysisConfig(Settings):
     """What to analyse, and where the pictures go."""
 
     adapter: str | None = setting(
-        None, "Python file that says how to run a model of your own, see examples/", "FILE",
-        type=str,
-    )  # fmt: skip
-    num_samples: int = setting(10, "decisions to analyse", "N", type=count)
+        None, "Python file that says how to run a model of your own, see examples/", "FILE"
+    )
+    num_samples: int = setting(10, "decisions to analyse", at_least=1)
     num_figures: int | None = setting(
-        None, "decisions to draw (default: all, 50 at most)", "N", type=whole
+        None, "decisions to draw (default: all, 50 at most)", at_least=0
     )
     num_effects: int = setting(
-        10, "decisions on which the effect of dropping history is measured; 0: none", "N",
-        type=whole,
-    )  # fmt: skip
-    layers: list[int] | None = setting(
-        None, "layers to analyse, from 0 (default: all)", "N", type=int, nargs="+"
+        10, "decisions on which the effect of dropping history is measured; 0: none", at_least=0
     )
+    layers: list[int] | None = setting(None, "layers to analyse, from 0 (default: all)")
     heads: list[int] | None = setting(
-        None, "heads to analyse and to average over, from 0 (default: all)", "N", type=int,
-        nargs="+",
-    )  # fmt: skip
+        None, "heads to analyse and to average over, from 0 (default: all)"
+    )
     out: str = setting("figs/attention", "folder for pictures and numbers", "DIR")
     device: str = setting("auto", "cpu, cuda, or auto: cuda where there is one", "NAME")
     precision: str = setting(
         "float32", "of the model's forward pass; metrics are float64 whatever it is",
         choices=("float32", "bfloat16"),
     )  # fmt: skip
-    seed: int = setting(0, "seed of the choice of decisions", "N", type=whole)
-    dpi: int = setting(100, "pixels an inch of the pictures", "N", type=count)
+    seed: int = setting(0, "seed of the choice of decisions", at_least=0)
+    dpi: int = setting(100, "pixels an inch of the pictures", at_least=1)
 
 
 CHECKPOINT_FLAGS = ("checkpoint", "histories", "goal", "history", "steps", "stride")
 Drawn = dict[int, dict[int, Any]]  # layer -> sample -> the arrays in its pictures
 Load = Callable[[Any, torch.device, Callable[[str], None]], Agent]
-
-
-def command() -> None:
-    """The command `historylens`."""
-    run_command(main)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -100,14 +90,12 @@ def load_adapter(config: Any, device: torch.device, tell: Callable[[str], None])
     """The model and the decisions of an adapter; UserError where it does not fit."""
     from historylens.adapter.agent import load
 
-    if config.adapter is None:
-        raise UserError("expected --adapter FILE, a Python file that says how to run your model")
+    what = "expected --adapter FILE, a Python file that says how to run your model"
+    expect(config.adapter is not None, what)
     return load(config.adapter, config.num_samples, config.seed, device)
 
 
-def run(
-    argv: Sequence[str] | None, parser: argparse.ArgumentParser, kind: type, load: Load
-) -> None:
+def run(argv: Sequence[str], parser: argparse.ArgumentParser, kind: type, load: Load) -> None:
     """Parse the flags, load the agent, analyse it, with all processes that torchrun started.
 
     `parser` has a flag for every setting of `kind`, `AnalysisConfig` or a class of more settings;
@@ -118,17 +106,18 @@ def run(
             flags = parser.parse_args(argv)
         with group.together():
             for name in CHECKPOINT_FLAGS:
-                if flags.adapter is not None and getattr(flags, name, None) is not None:
-                    raise UserError(
-                        f"--{name} has no meaning beside --adapter: its load() chooses the model "
-                        "and its samples() the decisions"
-                    )
+                what = f"--{name} has no meaning beside --adapter: its load() chooses the model "
+                is_own = flags.adapter is None or getattr(flags, name, None) is None
+                expect(is_own, f"{what}and its samples() the decisions")
             config = from_flags(kind, flags)
             device = group.device(pick_device(config.device))
             agent = load(config, device, note if group.is_main else lambda text: None)
             job = Job.of(agent, config, group)
         if group.is_main:
-            print(labelled(job.facts), flush=True)
+            facts = dict(agent.facts)
+            facts["Device"] += f", {group.size} processes" if group.size > 1 else ""
+            facts["Samples"] += f"; {job.n_drawn} drawn"
+            print(labelled(facts), flush=True)
         analyse(job)
 
 
@@ -136,14 +125,17 @@ def analyse(job: Job) -> None:
     """Measure, draw, and write; rank 0 prints and writes the numbers."""
     from historylens.pictures import CURVES, draw_summaries, n_pictures
     from historylens.pictures.curveplot import deletion_curves
+    from historylens.pictures.painter import Painter, drawing_processes
 
-    agent, config, group = job.agent, job.config, job.group
+    agent, config, group, n_heads = job.agent, job.config, job.group, [*map(len, job.heads)]
     metrics = Metrics(len(agent.decisions), job.layers, job.heads)
     measure(job, metrics)
-    with painting(job) as painter:
+    n_own = n_pictures(len(group.share(job.n_drawn)), n_heads)
+    n_processes = drawing_processes(n_own) if group.size == 1 else 1
+    progress = job.progress("pictures", n_own, " pictures")
+    with progress as bar, Painter(n_processes, bar.update) as painter:
         drawn = draw_samples(job, metrics, painter)
-        metrics = metrics.gather(group)
-        parts = group.gather(drawn)
+        metrics, parts = metrics.gather(group), group.gather(drawn)
         if metrics is None:
             return
         draw_summaries(job.out, metrics, painter, config.dpi)
@@ -154,7 +146,7 @@ def analyse(job: Job) -> None:
         if effects.picture is not None:
             deletion_curves(job.out / CURVES, **effects.picture, dpi=config.dpi)
         text = write_numbers(job, metrics, effects.attached(insights), effects, parts)
-    total, curves = n_pictures(job.n_drawn, list(map(len, job.heads))), ""
+    total, curves = n_pictures(job.n_drawn, n_heads), ""
     if effects.picture is not None:
         total, curves = total + 1, f",\n{CURVES} shows the effect of dropping history"
     print(
@@ -170,25 +162,12 @@ def measure(job: Job, metrics: Metrics) -> None:
     size = max(1, MAX_TOKENS // agent.n_tokens)
     rest = alike((i, agent.length(i)) for i in range(job.n_drawn, len(agent.decisions)))
     passes = [same[p.start : p.stop] for same in rest for p in even_parts(0, len(same), size)]
-    own = [passes[i] for i in job.group.share(len(passes))]
+    own = [(passes[i], ()) for i in job.group.share(len(passes))]
     if own:
-        with job.progress("metrics", sum(map(len, own)), " samples") as bar:
-            for batch in batches(job, [(indices, ()) for indices in own]):
+        with job.progress("metrics", sum(len(part) for part, _ in own), " samples") as bar:
+            for batch in batches(job, own):
                 batch.measure(metrics)
                 bar.update(len(batch.indices))
-
-
-@contextlib.contextmanager
-def painting(job: Job) -> Iterator[Any]:
-    """Something to draw with, and a progress bar of rank 0's share of the pictures."""
-    from historylens.pictures import n_pictures
-    from historylens.pictures.painter import Painter, drawing_processes
-
-    total = n_pictures(len(job.group.share(job.n_drawn)), list(map(len, job.heads)))
-    n_processes = drawing_processes(total) if job.group.size == 1 else 1
-    progress = job.progress("pictures", total, " pictures")
-    with progress as bar, Painter(n_processes, bar.update) as painter:
-        yield painter
 
 
 def draw_samples(job: Job, metrics: Metrics, painter: Any) -> tuple[Drawn, dict[int, Tokens]]:
@@ -203,16 +182,16 @@ def draw_samples(job: Job, metrics: Metrics, painter: Any) -> tuple[Drawn, dict[
     size = min(MAX_DRAWN, max(1, MAX_DRAWN_TOKENS // agent.n_tokens))
     same = alike((i, agent.length(i)) for i in range(job.n_drawn))
     parts = [g[i : i + size] for g in same for i in range(0, len(g), size)]
-    own = [tuple(i for i, n in enumerate(part) if n % group.size == group.rank) for part in parts]
+    own = [tuple(i for i, n in enumerate(part) if n in group.share(job.n_drawn)) for part in parts]
     passes = batches(job, [pair for pair in zip(parts, own, strict=True) if pair[1]])
-    first = next(passes, None)  # what fails has failed before a file is removed
+    first = list(itertools.islice(passes, 1))  # what fails has failed before a file is removed
     group.barrier()
     with group.together():
         if group.is_main:
             clear_pictures(job.out)
     drawn: Drawn = {layer: {} for layer in job.layers}
     tokens = {}
-    for batch in itertools.chain([] if first is None else [first], passes):
+    for batch in itertools.chain(first, passes):
         batch.measure(metrics)
         for layer, arrays in draw_batch(job.out, batch, painter, job.config.dpi).items():
             drawn[layer] |= arrays
@@ -227,27 +206,25 @@ def write_numbers(
     effects: MeasuredEffects,
     parts: Sequence[tuple[Drawn, dict[int, Tokens]]],
 ) -> str:
-    """Write `metrics.json` and `metrics.csv`; gives what they say as console text.
-
-    `parts` is what `draw_samples` gave in each process.
-    """
+    """Write the numbers, given what `draw_samples` gave each process; the same as console text."""
     agent = job.agent
     tokens = {index: one for _, told in parts for index, one in told.items()}
     drawn = {
         layer: dict(sorted(item for arrays, _ in parts for item in arrays[layer].items()))
         for layer in job.layers
     }
-    meta = {**vars(job.config), **agent.meta, "device": agent.device.type}
-    meta |= {"n_layers": len(agent.layers)}
+    meta = {**vars(job.config), **agent.meta}
+    meta |= {"device": agent.device.type, "n_layers": len(agent.layers)}
     content = report.metrics_json(metrics, agent.decisions, insights, meta, drawn, tokens)
     write_json(job.out / "metrics.json", content | {"effects": effects.json})
     report.write_csv(job.out / "metrics.csv", metrics, agent.decisions, agent.label_columns)
     blocks = [report.layer_table(metrics), report.overall_block(metrics)]
     blocks += [report.pattern_table(metrics)] if len(metrics.layers) > 1 else []
-    blocks += [report.insight_blocks(insights, metrics)]
-    blocks += [effects.text] if effects.text else []
-    return "\n\n".join(blocks)
+    blocks += [report.insight_blocks(insights, metrics), effects.text]
+    return "\n\n".join(filter(None, blocks))
 
+
+command = partial(run_command, main)  # `historylens`
 
 if __name__ == "__main__":
     command()

@@ -4,10 +4,9 @@
     for batch in batches(job, [([0, 1, 2], [0])]):               # three decisions, the first drawn
         batch.measure(metrics)
 
-Nothing is kept between passes: however many decisions there are, what a pass takes is bounded by
-its tokens, and one that does not fit memory is halved. Passes are cut the same way however many
-processes share them, so the numbers do not depend on that. With `--precision bfloat16` the model
-runs in mixed precision; its attention is always computed and measured in float32 and float64.
+Nothing is kept between passes, and one that does not fit memory is halved. Passes are cut the same
+way however many processes share them, so the numbers do not depend on that. With bfloat16 the model
+runs in mixed precision; its attention is always computed in float32 and measured in float64.
 """
 
 import sys
@@ -23,7 +22,7 @@ from tqdm import tqdm
 from historylens.agent import Agent, attend
 from historylens.capture import CaptureError, LayerAttention
 from historylens.common.batches import is_out_of_memory
-from historylens.common.errors import UserError
+from historylens.common.errors import UserError, expect
 from historylens.common.processes import Group
 from historylens.history import Decision, History
 from historylens.metrics import Metrics
@@ -46,11 +45,7 @@ class Job:
 
     @classmethod
     def of(cls, agent: Agent, config: Any, group: Group) -> "Job":
-        """Check everything; no file of an earlier run is touched.
-
-        Raises:
-            UserError: there is no such layer or head, or the output folder cannot be written.
-        """
+        """Check layers, heads and the output folder; no file of an earlier run is touched."""
         from historylens.pictures import prepare_output
 
         layers = _chosen("layer", config.layers, len(agent.layers))
@@ -59,18 +54,8 @@ class Job:
         heads = [shared if config.heads else list(range(n)) for n in n_heads]
         wanted = MAX_FIGURES if config.num_figures is None else config.num_figures
         n_drawn = min(len(agent.decisions), wanted)
-        out = Path(config.out)
-        prepare_output(out, layers)
+        out = prepare_output(Path(config.out), layers)
         return cls(agent, config, group, layers, heads, n_drawn, out)
-
-    @property
-    def facts(self) -> dict[str, str]:
-        """What was loaded, in words."""
-        facts = dict(self.agent.facts)
-        if self.group.size > 1:
-            facts["Device"] += f", {self.group.size} processes"
-        facts["Samples"] += f"; {self.n_drawn} drawn"
-        return facts
 
     def progress(self, what: str, total: int, unit: str) -> tqdm:
         """A progress bar of rank 0's share."""
@@ -81,9 +66,9 @@ class Job:
 
 def _chosen(what: str, wanted: list[int] | None, n: int) -> list[int]:
     """The layers or heads to analyse, ascending; all `n` of them unless some are asked for."""
-    unknown = [number for number in wanted or [] if not 0 <= number < n]
-    if unknown:
-        raise UserError(f"unknown {what} {unknown[0]}: expected --{what}s in 0..{n - 1}")
+    for number in wanted or []:
+        is_one = 0 <= number < n
+        expect(is_one, f"unknown {what} {number}: expected --{what}s in 0..{n - 1}")
     return sorted(set(wanted)) if wanted else list(range(n))
 
 
@@ -113,32 +98,25 @@ def batches(job: Job, parts: Sequence[tuple[Sequence[int], Sequence[int]]]) -> I
     for indices, drawn in parts:
         start = 0
         while start < len(indices):
-            piece = indices[start : start + limit]
-            maps = [i - start for i in drawn if start <= i < start + len(piece)]
-            batch = _attempt(job, piece, maps)
-            if batch is None:
+            piece, batch = indices[start : start + limit], None
+            try:
+                batch = _run(job, piece, [i - start for i in drawn if 0 <= i - start < len(piece)])
+            except CaptureError as error:
+                raise UserError(f"attention cannot be captured: {error}") from error
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+            if batch is None:  # what the pass held is free by now
                 limit, told = _halve(job, len(piece), told), True
                 continue
             yield batch
             start += len(piece)
 
 
-def _attempt(job: Job, indices: Sequence[int], drawn: Sequence[int]) -> Batch | None:
-    """One pass; None if it does not fit memory. What it held is free once this returns."""
-    try:
-        return _run(job, indices, drawn)
-    except CaptureError as error:
-        raise UserError(f"attention cannot be captured: {error}") from error
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-    return None
-
-
 def _halve(job: Job, n_samples: int, told: bool) -> int:
     """Half of a batch that was too large, said on stderr the first time."""
-    device = job.agent.device
-    if n_samples == 1:
+    device, half = job.agent.device, n_samples // 2
+    if not half:
         raise UserError(
             f"a single sample of {job.agent.n_tokens} tokens does not fit the memory of {device}: "
             "analyse fewer layers at once (--layers), draw fewer samples (--num-figures) or use "
@@ -146,7 +124,6 @@ def _halve(job: Job, n_samples: int, told: bool) -> int:
         )
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    half = n_samples // 2
     if not told:
         tqdm.write(
             f"note: a batch of {n_samples} samples does not fit the memory of {device}; going on "
@@ -158,22 +135,17 @@ def _halve(job: Job, n_samples: int, told: bool) -> int:
 
 def _run(job: Job, indices: Sequence[int], drawn: Sequence[int]) -> Batch:
     """One forward pass, each layer captured as it runs."""
-    agent = job.agent
-    history = agent.history(indices)
-    is_mixed = job.config.precision == "bfloat16"
+    agent, heads = job.agent, dict(zip(job.layers, job.heads, strict=True))
+    history, is_mixed = agent.history(indices), job.config.precision == "bfloat16"
     with torch.autocast(agent.device.type, torch.bfloat16, enabled=is_mixed):
         _, layers = attend(agent, history, job.layers, received=bool(drawn), maps=drawn)
     visible = np.logical_or.reduce([layer.visible.numpy() for layer in layers])
-    attention = {
-        number: layer if len(heads) == agent.n_heads[number] else _of_heads(layer, heads)
-        for number, layer, heads in zip(job.layers, layers, job.heads, strict=True)
-    }
+    attention = dict(zip(job.layers, layers, strict=True))
+    for number, layer in attention.items():
+        if len(heads[number]) < agent.n_heads[number]:
+            arrays = {name: vars(layer)[name] for name in ("query_rows", "received", "maps")}
+            chosen = {k: v[:, heads[number]] for k, v in arrays.items() if v is not None}
+            attention[number] = replace(layer, **chosen)
     decisions = [agent.decisions[indices[i]] for i in drawn]
-    heads = dict(zip(job.layers, job.heads, strict=True))
     tokens, even = agent.tokens(history), uniform_rows(visible)
     return Batch(indices, history, tokens, attention, drawn, even, decisions, heads)
-
-
-def _of_heads(layer: LayerAttention, heads: list[int]) -> LayerAttention:
-    parts = {"query_rows": layer.query_rows, "received": layer.received, "maps": layer.maps}
-    return replace(layer, **{k: v[:, heads] for k, v in parts.items() if v is not None})

@@ -1,11 +1,10 @@
 """What an attention call is computed from: one record, whichever way a model computes it.
 
     read = reader_of(nn.functional.scaled_dot_product_attention)
-    call = read("blocks.0.attn", args, kwargs, n_heads)
-    call.row_scores(query), call.queries_and_keys()
+    call = read("blocks.0.attn", n_heads, *args, **kwargs)
 
-A reader takes the name of the calling module, for errors, the arguments of the call, and the number
-of heads for tensors with 3 axes, `(B * H, T, d)`. It raises `CaptureError` where it cannot read.
+A reader takes the name of the calling module, for errors, the number of heads for tensors with 3
+axes, `(B * H, T, d)`, and the arguments of the call. It raises `CaptureError` where it cannot read.
 Dropout of weights is left out. Axes: `B` samples, `H` heads, `Tq` queries, `Tk` keys (both `T` in
 self-attention), `d` width of a head, `D` width of the model.
 """
@@ -13,55 +12,103 @@ self-attention), `d` width of a head, `D` width of the model.
 import inspect
 import math
 from collections import namedtuple
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache, reduce
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from historylens.capture.masks import Mask, pick
-
-# The arguments of the functions by name; the second is a built-in, which has no signature.
-_PARAMETERS = inspect.signature(functional.multi_head_attention_forward).parameters
-_DEFAULTS = [p.default for p in _PARAMETERS.values() if p.default is not p.empty]
-_MultiHead = namedtuple("_MultiHead", _PARAMETERS, defaults=_DEFAULTS)
-_SDPA = "query key value attn_mask dropout_p is_causal scale enable_gqa"
-_ScaledDotProduct = namedtuple("_ScaledDotProduct", _SDPA, defaults=[None, 0.0, False, None, False])
-
-
 WAY_OUT = (
     "Compute it with nn.functional.scaled_dot_product_attention or a softmax over (B, H, T, T) "
     '(Hugging Face: attn_implementation="sdpa" or "eager")'
 )
+LAYERS = "capture(model, layers=[...])"
+OTHER_LAYERS = f"choose the other layers: {LAYERS}"
 
 
 class CaptureError(RuntimeError):
     """Attention could not be captured; the message names the layer and the way out."""
 
 
-class Projection(NamedTuple):
-    """How a multi-head attention makes queries and keys of `H` heads from its inputs.
+@dataclass(frozen=True)
+class Mask:
+    """Which keys a query may see: those that all of this allows.
 
-    Attributes:
-        n_heads: `H`.
-        weights: of queries `(D, D)` and of keys `(D, kdim)`.
-        biases: the same, `(D,)` or None.
+    A bias is `(B, H, Tq, Tk)`, where `B`, `H` and `Tq` may be 1. A float is added to the scores,
+    -inf forbids; a bool is True where attention is forbidden.
     """
 
+    biases: tuple[Tensor, ...] = ()
+    allows: bool = False  # a bool bias is True where attention is allowed instead
+    causal: bool = False  # only the keys up to the query's own position
+
+    def of_rows(
+        self, sample: int, heads: slice, rows: slice | Tensor, like: Tensor
+    ) -> Tensor | None:
+        """What to add to scores `like` `(h, R, Tk)` of rows of a sample; None if all is seen."""
+        parts = []
+        for bias in self.biases:
+            n_samples, n_heads, n_rows, _ = bias.shape
+            which_heads = heads if n_heads > 1 else slice(None)
+            which_rows = rows if n_rows > 1 else slice(None)
+            parts.append(bias[sample % n_samples, which_heads, which_rows])
+        index = None
+        if self.causal:
+            index = torch.arange(rows.start, rows.stop) if isinstance(rows, slice) else rows
+        total = self._total(parts, index, like)
+        return None if total is None else total.expand(*total.shape[:-2], *like.shape[-2:])
+
+    def of_query(self, query: int | Tensor, like: Tensor) -> Tensor | None:
+        """What to add to scores `like` `(B, H, Tk)` of one query a sample; None if it sees all.
+
+        Its position holds for all samples or is `(B,)` int64.
+        """
+        index = None
+        if self.causal and (isinstance(query, Tensor) or query < like.shape[-1] - 1):
+            index = torch.as_tensor(query).reshape(-1, 1)  # the last one sees everything
+        return self._total([pick(bias, query) for bias in self.biases], index, like)
+
+    def _total(self, parts: Sequence[Tensor], index: Tensor | None, like: Tensor) -> Tensor | None:
+        """Sum of parts of the biases and of the causal mask of the queries at `index`."""
+        parts = [_additive(~bias if self.allows else bias, like) for bias in parts]
+        if index is not None:
+            keys = torch.arange(like.shape[-1], device=like.device)
+            parts.append(_additive(keys > index.to(like.device)[..., None], like))
+        return reduce(torch.add, parts) if parts else None
+
+
+def pick(values: Tensor, query: int | Tensor) -> Tensor:
+    """One query a sample of `(B, H, Tq, d)`: `(B, H, d)`; an only row serves every query."""
+    query = query % values.shape[2]
+    if isinstance(query, int):
+        return values.select(2, query)
+    samples = torch.arange(len(query), device=values.device)
+    return values.expand(len(query), -1, -1, -1)[samples, :, query.to(values.device)]
+
+
+def _additive(bias: Tensor, like: Tensor) -> Tensor:
+    """A bool that forbids, or a float, as a float to add."""
+    if bias.dtype == torch.bool:
+        return like.new_zeros(bias.shape).masked_fill_(bias, -torch.inf)
+    return bias.to(like.dtype)
+
+
+class Projection(NamedTuple):
+    """How a multi-head attention makes queries and keys of `H` heads from its inputs."""
+
     n_heads: int
-    weights: tuple[Tensor, Tensor]
-    biases: tuple[Tensor | None, Tensor | None]
+    weights: tuple[Tensor, Tensor]  # of queries (D, D), of keys (D, kdim)
+    biases: tuple[Tensor | None, Tensor | None]  # the same, (D,)
 
     def heads(self, x: Tensor, which: int) -> Tensor:
         """Queries (which = 0) or keys (1) `(B, H, T, d)` of inputs `(B, 1, T, D)`."""
         weight, bias = self.weights[which].to(x.dtype), self.biases[which]
         bias = None if bias is None else bias.to(x.dtype)
         values = functional.linear(x.squeeze(1), weight, bias)  # (B, T, D)
-        split = values.view(*values.shape[:2], self.n_heads, -1)
-        return split.transpose(1, 2).contiguous()
+        return values.unflatten(-1, (self.n_heads, -1)).transpose(1, 2).contiguous()
 
     def folded_query(self, x: Tensor) -> Tensor:
         """A query `(B, H, kdim)` of an input `(B, 1, D)`, to score the inputs of the keys with.
@@ -76,22 +123,14 @@ class Projection(NamedTuple):
 
 @dataclass(frozen=True)
 class Call:
-    """One attention call.
+    """One attention call. Where a model holds its scores these are `q`, and `k` is None."""
 
-    Attributes:
-        q: `(B, H, Tq, d)` queries, not yet scaled; the scores `(B, H, Tq, Tk)` where `k` is None.
-        k: `(B, Hk, Tk, d)` keys, `Hk` dividing `H`: head `h` reads key head `h // (H / Hk)`. None
-            where a model holds its scores.
-        mask: which keys a query may see.
-        scale: factor of the scores.
-        projection: makes the heads of `q` and `k`, which are inputs `(B, 1, T, D)` then.
-    """
-
-    q: Tensor
-    k: Tensor | None
-    mask: Mask
+    q: Tensor  # (B, H, Tq, d) queries, not yet scaled; the scores (B, H, Tq, Tk), masked already
+    k: Tensor | None  # (B, Hk, Tk, d) keys; head h of the queries reads head h // (H / Hk)
+    mask: Mask = Mask()
     scale: float = 1.0
-    projection: Projection | None = None
+    projection: Projection | None = None  # of q and k, which are inputs (B, 1, T, D) then
+    padded: Tensor | None = None  # (B, Tq) bool, queries that are padding; None if nothing tells
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -104,30 +143,24 @@ class Call:
     def row_scores(self, query: int | Tensor) -> Tensor:
         """Scores `(B, H, Tk)` of one query a sample, before the mask, up to a constant a row.
 
-        Args:
-            query: its position, `0 <= query < Tq`, for all samples or `(B,)` int64.
+        Its position, `0 <= query < Tq`, holds for all samples or is `(B,)` int64.
         """
         q = wide(pick(self.q, query))  # (B, H, d)
         if self.k is None:
             return q
-        if self.projection is not None:
-            q = self.projection.folded_query(
-                q
-            )  # (B, H, kdim), the inputs of the keys being one head
+        if self.projection is not None:  # the inputs of the keys are one head then
+            q = self.projection.folded_query(q)  # (B, H, kdim)
         grouped = q.reshape(len(q), self.k.shape[1], -1, q.shape[-1])  # (B, Hk, H / Hk, d)
         return (grouped @ wide(self.k).mT).flatten(1, 2) * self.scale
 
-    def queries_and_keys(self) -> tuple[Tensor, Tensor | None]:
-        """Scaled queries `(B, H, Tq, d)` and keys `(B, Hk, Tk, d)`, float32 or wider.
-
-        Where a model holds its scores: these as they are, `(B, H, Tq, Tk)`, and None.
-        """
+    def prepared(self) -> "Call":
+        """The same call of heads, scaled, float32 or wider; scores stay as they are."""
         if self.k is None:
-            return self.q, None
+            return self
         q, k = wide(self.q), wide(self.k)
         if self.projection is not None:
             q, k = self.projection.heads(q, 0), self.projection.heads(k, 1)
-        return q * self.scale, k
+        return Call(q * self.scale, k, self.mask, padded=self.padded)
 
 
 def wide(values: Tensor) -> Tensor:
@@ -135,7 +168,13 @@ def wide(values: Tensor) -> Tensor:
     return values.float() if values.dtype.itemsize < 4 else values
 
 
-def read_multi_head(name: str, args: tuple, kwargs: dict[str, Any], n_heads: int | None) -> Call:
+# The arguments of nn.functional.multi_head_attention_forward by name.
+_PARAMETERS = inspect.signature(functional.multi_head_attention_forward).parameters
+_DEFAULTS = [p.default for p in _PARAMETERS.values() if p.default is not p.empty]
+_MultiHead = namedtuple("_MultiHead", _PARAMETERS, defaults=_DEFAULTS)
+
+
+def read_multi_head(name: str, _n_heads: int | None, *args: Any, **kwargs: Any) -> Call:
     """What a call of `nn.functional.multi_head_attention_forward` attends with."""
     given = _MultiHead(*args, **kwargs)
     if given.static_k is not None:
@@ -146,89 +185,88 @@ def read_multi_head(name: str, args: tuple, kwargs: dict[str, Any], n_heads: int
     if given.bias_k is not None or given.add_zero_attn:
         raise CaptureError(
             f"{name} adds keys of its own (add_bias_kv, add_zero_attn), which are no token of the "
-            "input; choose the other layers: capture(model, layers=[...])"
+            f"input; {OTHER_LAYERS}"
         )
     weights = given.q_proj_weight, given.k_proj_weight
     if not given.use_separate_proj_weight:
         weights = given.in_proj_weight.chunk(3)[:2]
     biases = (None, None) if given.in_proj_bias is None else given.in_proj_bias.chunk(3)[:2]
+    projection = Projection(given.num_heads, weights, biases)
     q, k = (
         x[None, None] if x.dim() == 2 else x.transpose(0, 1)[:, None]  # (B, 1, T, D)
         for x in (given.query, given.key)
     )
+    mask, padded = _multi_head_mask(given, len(q))
     scale = 1.0 / math.sqrt(q.shape[-1] // given.num_heads)
-    projection = Projection(given.num_heads, weights, biases)
-    return Call(q, k, _multi_head_mask(given, len(q)), scale, projection)
+    return Call(q, k, mask, scale, projection, padded)
 
 
-def _multi_head_mask(given: _MultiHead, n_samples: int) -> Mask:
-    """The mask that the function follows, which is not always the one that it is given."""
-    bias, keys = given.attn_mask, given.key_padding_mask
+def _multi_head_mask(given: _MultiHead, n_samples: int) -> tuple[Mask, Tensor | None]:
+    """The mask that the function follows, not always the one it is given, and padded queries."""
+    bias, keys, padded = given.attn_mask, given.key_padding_mask, None
     if given.is_causal and keys is None and not given.need_weights:
-        return Mask("causal")  # then it does not look at attn_mask
-    if bias is not None and bias.dim() == 3:
-        bias = bias.unflatten(0, (n_samples, given.num_heads))
-    mask = Mask("full") if bias is None else Mask("additive", bias)
-    if keys is None:
-        return mask
-    keys = keys if keys.dim() == 2 else keys[None]
-    padded = keys if keys.dtype == torch.bool else keys == -torch.inf
-    q, k = given.query, given.key  # in self-attention one tensor, or two views of it
-    is_self = (q.data_ptr(), q.shape, q.stride()) == (k.data_ptr(), k.shape, k.stride())
-    return replace(mask, keys=keys, padded=padded if is_self else None)
+        return Mask(causal=True), None  # then it does not look at attn_mask
+    biases = []
+    if bias is not None:
+        is_each = bias.dim() == 3  # (B * H, Tq, Tk)
+        biases.append(bias.unflatten(0, (n_samples, -1)) if is_each else bias[None, None])
+    if keys is not None:
+        keys = keys if keys.dim() == 2 else keys[None]  # (B, Tk)
+        biases.append(keys[:, None, None])
+        q, k = given.query, given.key  # in self-attention one tensor, or two views of it
+        if (q.data_ptr(), q.shape, q.stride()) == (k.data_ptr(), k.shape, k.stride()):
+            padded = keys if keys.dtype == torch.bool else keys == -torch.inf
+    return Mask(tuple(biases)), padded
 
 
-def softmax_scores(args: tuple, kwargs: dict[str, Any]) -> Tensor | None:
-    """The input of a softmax over its last axis; None if it is over another axis."""
-    scores = args[0] if args else kwargs.get("input", kwargs.get("self"))
-    dim = args[1] if len(args) > 1 else kwargs.get("dim")
-    return scores if isinstance(dim, int) and dim in (-1, scores.dim() - 1) else None
-
-
-def read_softmax(name: str, args: tuple, kwargs: dict[str, Any], n_heads: int | None) -> Call:
-    """Attention whose weights are a softmax of scores `(B, H, Tq, Tk)`, their mask included."""
-    scores = _with_heads(name, softmax_scores(args, kwargs), n_heads, "scores")
-    return Call(scores, None, Mask("scores"))
-
-
-def read_sdpa(name: str, args: tuple, kwargs: dict[str, Any], n_heads: int | None) -> Call:
+def read_sdpa(
+    name: str,
+    n_heads: int | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Call:
     """What a call of `nn.functional.scaled_dot_product_attention` attends with.
 
     Queries and keys are those of the call, so rotary positions, normalised queries and a scale of
     one's own are exact.
     """
-    given = _ScaledDotProduct(*args, **kwargs)
-    query, key, bias = given.query, given.key, given.attn_mask
     if query.is_nested or key.is_nested:
         raise CaptureError(
             f"{name} calls scaled_dot_product_attention with nested tensors, which capture does "
             "not read; give the model padded tensors and a mask"
         )
-    if not given.enable_gqa:
+    if query.shape[:-2] != key.shape[:-2] and not enable_gqa:
         leading = torch.broadcast_shapes(query.shape[:-2], key.shape[:-2])
         query, key = (x.expand(*leading, *x.shape[-2:]) for x in (query, key))
     q, k = (_with_heads(name, x, n_heads, "queries") for x in (query, key))
-    scale = 1.0 / math.sqrt(q.shape[-1]) if given.scale is None else given.scale
+    scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
+    bias, n_keys = attn_mask, key.shape[-2]
     if bias is None:
-        return Call(q, k, Mask("causal" if given.is_causal else "full"), scale)
-    bias = _sdpa_bias(name, bias, (*query.shape[:-1], key.shape[-2]), n_heads)
-    allows = bias.dtype == torch.bool
-    if given.is_causal:  # where PyTorch does not refuse the two together, both hold
-        ahead = torch.ones(bias.shape[-2:], dtype=torch.bool, device=bias.device).triu_(1)
-        bias = bias & ~ahead if allows else bias.masked_fill(ahead, -torch.inf)
-    return Call(q, k, Mask("additive", bias, allows=allows), scale)
-
-
-def _sdpa_bias(name: str, bias: Tensor, shape: tuple[int, ...], n_heads: int | None) -> Tensor:
-    """The mask of weights `shape = (..., Tq, Tk)` as `(Tq, Tk)`, or with the 4 axes of a `Mask`."""
+        return Call(q, k, Mask(causal=is_causal), scale)
     if hasattr(bias, "_materialize"):  # torch.nn.attention.bias.CausalBias, slow to import
         bias = bias._materialize()
-    if bias.dim() < 3:
-        return bias.expand(shape[-2:])
-    if len(shape) != 4:
-        return _with_heads(name, bias.expand(shape), n_heads, "a mask")
-    bias = bias.expand(*bias.shape[:-2], *shape[-2:])
-    return bias if bias.dim() == 4 else bias[None]
+    if bias.dim() > 2 and query.dim() != 4:
+        bias = _with_heads(name, bias.expand(*query.shape[:-1], n_keys), n_heads, "a mask")
+    bias = bias[(None,) * (4 - bias.dim())].expand(-1, -1, -1, n_keys)
+    return Call(q, k, Mask((bias,), bias.dtype == torch.bool, is_causal), scale)
+
+
+def read_softmax(name: str, n_heads: int | None, scores: Tensor) -> Call:
+    """Attention whose weights are a softmax of scores `(B, H, Tq, Tk)`, their mask included."""
+    return Call(_with_heads(name, scores, n_heads, "scores"), None)
+
+
+def scores_of(args: tuple, kwargs: dict[str, Any]) -> Tensor | None:
+    """The input of a softmax over its last axis; None if it is over another axis."""
+    scores = args[0] if args else kwargs.get("input", kwargs.get("self"))
+    dim = args[1] if len(args) > 1 else kwargs.get("dim")
+    return scores if isinstance(dim, int) and dim in (-1, scores.dim() - 1) else None
 
 
 def _with_heads(name: str, values: Tensor, n_heads: int | None, what: str) -> Tensor:
@@ -246,7 +284,6 @@ def _with_heads(name: str, values: Tensor, n_heads: int | None, what: str) -> Te
     return values.unflatten(0, (-1, n_heads))
 
 
-Reader = Callable[[str, tuple, dict[str, Any], int | None], Call]
 _READERS = {
     "scaled_dot_product_attention": read_sdpa,
     "multi_head_attention_forward": read_multi_head,
@@ -256,19 +293,18 @@ _READERS = {
 }
 
 
-def reader_of(func: Callable) -> Reader | None:
-    """What reads a call of a PyTorch function, None if it is no attention.
+@cache
+def reader_of(func: Callable) -> Callable[..., Call] | None:
+    """What reads a call of a PyTorch function, None if it is no attention."""
+    kernel = getattr(func, "__name__", "")
+    name = kernel.split(".")[0]
+    if name in _READERS or not ("attention" in name or "attn" in name):
+        return _READERS.get(name)
 
-    Of a kernel that cannot be read it raises.
-    """
-    name = getattr(func, "__name__", "").split(".")[0]
-    if name not in _READERS and ("attention" in name or "attn" in name):
-        return partial(_refuse, func.__name__)
-    return _READERS.get(name)
+    def refuse(name: str, *_args: Any, **_kwargs: Any) -> Call:
+        raise CaptureError(
+            f"{name} calls {kernel}, a kernel whose attention capture cannot read. {WAY_OUT}, or "
+            f"{OTHER_LAYERS}"
+        )
 
-
-def _refuse(kernel: str, name: str, *_call: Any) -> Call:
-    raise CaptureError(
-        f"{name} calls {kernel}, a kernel whose attention capture cannot read. {WAY_OUT}, or "
-        "choose the other layers: capture(model, layers=[...])"
-    )
+    return refuse

@@ -1,16 +1,18 @@
-"""What a capture keeps of every attention call, and leaves behind: the layers by name, in order.
+"""What a capture keeps of every attention call, and leaves behind: the layers in order.
 
-layer = Wanted(received=True).of("layers.0", call)                          # LayerAttention
+options.attention("layers.0", call)                                         # LayerAttention
 """
 
+import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from historylens.capture import rows
-from historylens.capture.inputs import Call, CaptureError
+from historylens.capture.inputs import LAYERS, Call, CaptureError
+from historylens.capture.layers import matches
 
 
 @dataclass(frozen=True)
@@ -26,8 +28,7 @@ class LayerAttention:
             asked for.
         visible: `(B, Tk)` bool, the keys that the mask lets some head of the query token see.
         received: `(B, H, Tk)` attention that each position receives, averaged over the queries
-            allowed to see it, padded queries left out; NaN where there are none. None if not asked
-            for.
+            allowed to see it, padded ones left out; NaN where there are none. None if not wanted.
         maps: `(M, H, R, C)` attention maps of the chosen samples, NaN where forbidden. A column is
             the mean weight of its tokens. None if not asked for.
         map_rows: `(R,)` int64, token index of each map row; the last is the last token's.
@@ -47,13 +48,10 @@ class Record(Sequence[LayerAttention]):
     """The captured layers in the order in which they ran, complete once the forward has run.
 
     Layers that were given one by one keep the order in which they were given.
-
-    Attributes:
-        waiting: names of the layers that have to run and have not yet.
     """
 
     def __init__(self, waiting: Iterable[str], roots: Sequence[str]) -> None:
-        self.waiting = dict.fromkeys(waiting)
+        self.waiting = dict.fromkeys(waiting)  # names of layers that have to run and have not yet
         self._roots = roots  # "" for a model
         self._layers: list[LayerAttention] = []
 
@@ -65,20 +63,16 @@ class Record(Sequence[LayerAttention]):
     def add(self, layer: LayerAttention) -> None:
         """Take in a layer that has just run."""
         self._layers.append(layer)
-        if "" not in self._roots:
-            self._layers.sort(key=lambda found: self._roots.index(_root_of(found.name)))
+        if "" not in self._roots:  # "layer 3", "layer 3.attn" and "layer 3 #2" are of "layer 3"
+            self._layers.sort(key=lambda x: self._roots.index(re.split(r"\.| #", x.name)[0]))
 
     def check_all_ran(self) -> None:
-        """Refuse a record that lacks a layer.
-
-        Raises:
-            CaptureError: a layer has not run yet.
-        """
+        """Raise `CaptureError` if a layer has not run yet."""
         for name in self.waiting:
             raise CaptureError(
                 f"{name} has not run, so its attention was not captured. Run the model once "
                 "inside `with capture(...)`, uncompiled (torch.compile skips hooks), and give "
-                "capture only layers that this forward uses: capture(model, layers=[...])"
+                f"capture only layers that this forward uses: {LAYERS}"
             )
 
     def __len__(self) -> int:
@@ -87,85 +81,81 @@ class Record(Sequence[LayerAttention]):
     def __getitem__(self, index: int | slice) -> LayerAttention | list[LayerAttention]:
         self.check_all_ran()
         if not self._layers:
-            raise CaptureError(
-                "nothing is captured yet: no attention of the model has run inside `with "
-                "capture(...)`"
-            )
+            nothing = "nothing is captured yet: no attention of the model has run inside"
+            raise CaptureError(f"{nothing} `with capture(...)`")
         return self._layers[index]
 
 
-def _root_of(name: str) -> str:
-    """Of "layer 3", "layer 3.attn" and "layer 3 #2" it is "layer 3"."""
-    return name.split(".")[0].split(" #")[0]
+_WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """What to keep of every call.
-
-    Attributes:
-        received: also the attention that each position receives, which needs every row.
-        samples: samples of the batch whose maps are kept.
-        map_size: largest number of rows and of columns of a map, at least 8.
-        query: position of the query token, for all samples or `(B,)`; negative from the end.
-        padding: `(B, T)` bool, True where a token is padding.
-
-    Raises:
-        CaptureError: `map_size`, `query` or `padding` is not such a value.
-    """
+class Options:
+    """The arguments of `capture`, checked, and what is kept of an attention call for them."""
 
     received: bool
-    samples: tuple[int, ...]
+    maps: Sequence[int]
     map_size: int
     query: int | Tensor
     padding: Tensor | None
+    layers: Sequence[str | int] | None
+    softmax: Sequence[str]
+    heads: int | None
 
     def __post_init__(self) -> None:
-        if self.map_size < 8:
-            raise CaptureError(f"expected a map_size of at least 8, got {self.map_size}")
-        query = self.query
-        if isinstance(query, Tensor) and (query.dim() != 1 or query.dtype not in _WHOLE):
-            raise CaptureError(
-                "expected a query of whole numbers (B,), one position a sample, got "
-                f"{query.dtype} {tuple(query.shape)}"
-            )
-        if self.padding is not None and self.padding.dtype != torch.bool:
-            raise CaptureError(
-                f"expected a bool padding (B, T), True for padding, got {self.padding.dtype}"
-            )
+        query, padding, layers = self.query, self.padding, self.layers
+        _expect(self.map_size >= 8, "a map_size of at least 8", self.map_size)
+        if isinstance(query, Tensor):
+            is_whole = query.dim() == 1 and query.dtype in _WHOLE
+            found = f"{query.dtype} {tuple(query.shape)}"
+            _expect(is_whole, "a query of whole numbers (B,), one position a sample", found)
+        if padding is not None:
+            is_bool = padding.dtype == torch.bool
+            _expect(is_bool, "a bool padding (B, T), True for padding", padding.dtype)
+        if layers is not None:
+            is_choice = layers and all(isinstance(x, str) or x >= 0 for x in layers)
+            wanted = "layers by name or by number from 0 in the order in which they run"
+            _expect(is_choice, wanted, list(layers))
 
-    def of(self, name: str, call: Call) -> LayerAttention:
-        """What is kept of a call.
+    def chooses(self, name: str, number: int | None = None) -> bool:
+        """Whether to capture a layer of this name, or the `number`-th that runs."""
+        return self.layers is None or any(matches(name, x, number) for x in self.layers)
 
-        Raises:
-            CaptureError: a sample, the query or the padding does not fit the call, or the query
-                may see nothing.
-        """
-        n_samples, _, n_queries, n_keys = call.shape
-        if any(not 0 <= sample < n_samples for sample in self.samples):
+    def attention(self, name: str, call: Call) -> LayerAttention:
+        """What is kept of a call. It raises where the options do not fit the call."""
+        n_samples = call.shape[0]
+        if any(not 0 <= sample < n_samples for sample in self.maps):
             raise CaptureError(
-                f"{name}: maps were asked for samples {list(self.samples)}, "
+                f"{name}: maps were asked for samples {list(self.maps)}, "
                 f"expected numbers in 0..{n_samples - 1}, the samples of the batch"
             )
         query_rows, visible = self._query_rows(name, call)
-        found = {}
-        if self.received or self.samples:
-            q, k = call.queries_and_keys()
+        found = {"query_rows": query_rows.to("cpu", torch.float32), "visible": visible.cpu()}
+        if self.received or self.maps:
+            call = call.prepared()
         if self.received:
-            mask = replace(call.mask, padded=self._padded(name, call))
-            found["received"] = _to_cpu(rows.received(q, k, mask))
-        if self.samples:
-            grid = rows.MapGrid.of(n_keys, self.map_size)
-            map_rows = rows.MapGrid.of(n_queries, self.map_size).rows
-            images = rows.maps(q, k, call.mask, samples=self.samples, grid=grid, rows=map_rows)
-            found |= {"maps": _to_cpu(images), "map_rows": map_rows, "map_cols": grid.cols}
-        return LayerAttention(name, _to_cpu(query_rows), visible.cpu(), **found)
+            received = rows.received(call, self._padded(name, call))
+            found["received"] = received.to("cpu", torch.float32)
+        if self.maps:
+            images, map_rows, map_cols = rows.maps(call, self.maps, self.map_size)
+            images = images.to("cpu", torch.float32)
+            found |= {"maps": images, "map_rows": map_rows, "map_cols": map_cols}
+        return LayerAttention(name, **found)
 
     def _query_rows(self, name: str, call: Call) -> tuple[Tensor, Tensor]:
         """The query's rows `(B, H, Tk)`, and which keys some head may see `(B, Tk)`."""
-        query = self._position(name, call)
+        n_samples, _, n_queries, _ = call.shape
+        query, what, positions = self.query, f"position {self.query}", [self.query]
+        if isinstance(query, Tensor):
+            query, positions = query.long(), query.tolist()
+            what, wanted = f"positions {positions}", f"one query a sample ({n_samples})"
+            _expect(len(query) == n_samples, wanted, len(query), name)
+        if not all(-n_queries <= position < n_queries for position in positions):
+            where = f"{name} has {n_queries} queries, none at {what}"
+            raise CaptureError(f"{where}; choose the layers that have: {LAYERS}")
+        query = query % n_queries
         scores = call.row_scores(query)
-        found, seen = rows.weigh(scores, call.mask.of_query(query, scores), call.mask)
+        found, seen = rows.weigh(scores, call.mask.of_query(query, scores), call.k is None)
         if seen is None:
             return found, found.new_ones(len(found), found.shape[-1], dtype=torch.bool)
         if not seen.any(-1).all():
@@ -175,43 +165,17 @@ class Wanted:
             )
         return found, seen.expand(found.shape).any(1)
 
-    def _position(self, name: str, call: Call) -> int | Tensor:
-        """The query's position among the queries of a call, counted from the start."""
-        n_samples, _, n_queries, _ = call.shape
-        query, what, positions = self.query, f"position {self.query}", [self.query]
-        if isinstance(query, Tensor):
-            query, positions = query.long(), query.tolist()
-            what = f"positions {positions}"
-            if len(query) != n_samples:
-                raise CaptureError(
-                    f"{name}: expected one query a sample ({n_samples}), got {len(query)}"
-                )
-        if not all(-n_queries <= position < n_queries for position in positions):
-            raise CaptureError(
-                f"{name} has {n_queries} queries, none at {what}; choose the layers that have: "
-                "capture(model, layers=[...])"
-            )
-        return query % n_queries
-
     def _padded(self, name: str, call: Call) -> Tensor | None:
         """Which queries are padding: as the call says itself, and as the user says."""
         n_samples, _, n_queries, n_keys = call.shape
-        own, padding = call.mask.padded, self.padding
-        if padding is None:
-            return own
-        if padding.shape != (n_samples, n_queries):
-            if n_queries != n_keys:
-                return own
-            raise CaptureError(
-                f"{name}: expected a padding of shape ({n_samples}, {n_queries}), got "
-                f"{tuple(padding.shape)}; choose the layers that it fits: "
-                "capture(model, layers=[...])"
-            )
-        return padding if own is None else padding.to(own.device) | own
+        padding, shape = self.padding, (n_samples, n_queries)
+        if padding is None or (padding.shape != shape and n_queries != n_keys):
+            return call.padded
+        found = f"{tuple(padding.shape)}; choose the layers that it fits: {LAYERS}"
+        _expect(padding.shape == shape, f"a padding of shape {shape}", found, name)
+        return padding if call.padded is None else padding.to(call.padded.device) | call.padded
 
 
-_WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
-
-
-def _to_cpu(values: Tensor) -> Tensor:
-    return values.to("cpu", torch.float32)
+def _expect(fits: bool, wanted: str, found: object, name: str = "") -> None:
+    if not fits:
+        raise CaptureError(f"{name}{': ' * bool(name)}expected {wanted}, got {found}")

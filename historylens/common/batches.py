@@ -32,10 +32,6 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether there was no memory left: numpy, PyTorch on a GPU and on a CPU say it differently."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
-    signs = (
-        "DefaultCPUAllocator",
-        "not enough memory",
-        "CUBLAS_STATUS_ALLOC_FAILED",
-        "CUDA error: out of memory",
-    )
+    signs = ["DefaultCPUAllocator", "not enough memory"]
+    signs += ["CUBLAS_STATUS_ALLOC_FAILED", "CUDA error: out of memory"]
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)

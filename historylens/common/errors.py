@@ -8,6 +8,12 @@ class UserError(ValueError):
     """A mistake that its user can mend: commands show it as one line and exit with 2."""
 
 
+def expect(ok: object, message: str) -> None:
+    """Raise a UserError unless something is as expected."""
+    if not ok:
+        raise UserError(message)
+
+
 def run_command(main: Callable[[], None]) -> None:
     """Run a command; a user's mistake ends it with one line on stderr and exit code 2."""
     try:

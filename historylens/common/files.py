@@ -1,8 +1,7 @@
 """The one way to write: a file is whole or it is not there, and folders are checked beforehand.
 
 with writable_folder("figs/attention") as out:
-    ...                                        # look at what lies there: a failure is one line
-write_json(out / "metrics.json", {"entropy": 1.5})
+    write_json(out / "metrics.json", {"entropy": 1.5})
 """
 
 import contextlib
@@ -36,7 +35,7 @@ def write_atomically(path: str | Path, content: Content) -> None:
                 file.write(content)
             else:
                 pieces = [content] if isinstance(content, str) else content
-                file.writelines(piece.encode() for piece in pieces)
+                file.writelines(map(str.encode, pieces))
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -45,28 +44,23 @@ def write_atomically(path: str | Path, content: Content) -> None:
 def write_json(path: str | Path, content: Mapping[str, Any]) -> None:
     """Write plain types, numpy's numbers and arrays, and paths as JSON, all at once or not at all.
 
-    Raises:
-        ValueError: NaN or infinity somewhere in it.
-        OSError: the file cannot be written.
+    ValueError: NaN or infinity somewhere in it. OSError: the file cannot be written.
     """
-    encoder = json.JSONEncoder(allow_nan=False, default=_plain)
+
+    def plain(value: object) -> Any:
+        if isinstance(value, np.generic | np.ndarray):
+            return value.tolist()
+        if isinstance(value, Path):
+            return str(value)
+        raise TypeError(f"expected plain types for JSON, got {type(value).__name__}: {value!r}")
+
+    encoder = json.JSONEncoder(allow_nan=False, default=plain)
     write_atomically(path, itertools.chain(encoder.iterencode(content), "\n"))
-
-
-def _plain(value: object) -> Any:
-    if isinstance(value, np.generic | np.ndarray):
-        return value.tolist()
-    if isinstance(value, Path):
-        return str(value)
-    raise TypeError(f"expected plain types for JSON, got {type(value).__name__}: {value!r}")
 
 
 @contextlib.contextmanager
 def writable_folder(out: str | Path) -> Iterator[Path]:
-    """Make an output folder, check that files can be written to it, and look into it.
-
-    UserError where they cannot, or the system refuses what the block does.
-    """
+    """Make an output folder to write to; UserError where it or what the block does is refused."""
     out = Path(out)
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -75,17 +69,14 @@ def writable_folder(out: str | Path) -> Iterator[Path]:
         probe.unlink()
         yield out
     except OSError as error:
-        raise UserError(
-            f"cannot write to the output folder {out} ({error.strerror}): choose another with --out"
-        ) from error
+        why = f"({error.strerror}): choose another with --out"
+        raise UserError(f"cannot write to the output folder {out} {why}") from error
 
 
 def in_the_way(out: Path, path: Path) -> UserError:
     """What to say of something that stands where a result is to lie."""
-    return UserError(
-        f"cannot write to the output folder {out}: {path} is in the way; move it or choose another "
-        "folder with --out"
-    )
+    what = f"{path} is in the way; move it or choose another folder with --out"
+    return UserError(f"cannot write to the output folder {out}: {what}")
 
 
 def rounded(values: np.ndarray, digits: int = 6) -> list[Any]:

@@ -2,12 +2,10 @@
 
     torchrun --nproc-per-node 4 visualize_attention.py --num-samples 5000
 
-    with join() as group:                     # the processes that torchrun started, or this one
-        device = group.device(torch.device("cuda"))             # a GPU for each process
+    with join() as group:  # the processes that torchrun started, or this one
         parts = group.gather([work(n) for n in group.share(100)])  # all parts on rank 0
 
-Gloo carries CPU tensors and python objects, NCCL what lies on GPUs. A process that nothing started
-beside others forms no group: every method then does what one process does, at no cost.
+Gloo carries python objects and CPU tensors, NCCL what lies on GPUs. One process sends nothing.
 """
 
 import contextlib
@@ -22,17 +20,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from historylens.common.errors import UserError
+from historylens.common.errors import UserError, expect
 
 TIMEOUT = timedelta(hours=1)  # longer than rank 0 ever works while the others wait
-LOST_RANK = 1  # exit code
 
 
 @dataclass(frozen=True)
 class Group:
     """The processes of a job, seen from one of them; by default there is only this one."""
 
-    rank: int = 0  # number of this process
+    rank: int = 0
     size: int = 1
     local_rank: int = 0  # number of this process on its machine
 
@@ -47,55 +44,42 @@ class Group:
 
     def equal_slice(self, n_items: int) -> slice:
         """The part of `n_items` for this process, as long as that of every other, or UserError."""
-        if n_items % self.size:
-            raise UserError(
-                f"expected a batch size that {self.size} processes can share evenly, got {n_items}"
-            )
-        n_own = n_items // self.size
+        n_own, rest = divmod(n_items, self.size)
+        what = f"a batch size that {self.size} processes can share evenly"
+        expect(rest == 0, f"expected {what}, got {n_items}")
         return slice(self.rank * n_own, (self.rank + 1) * n_own)
 
     def device(self, device: torch.device) -> torch.device:
-        """The device of this process: with several, "cuda" means a GPU for each of them.
-
-        Raises:
-            UserError: the machine has fewer GPUs than processes, or all were given the same one.
-        """
+        """The device of this process: with several, "cuda" means a GPU for each, or UserError."""
         if self.size == 1 or device.type != "cuda":
             return device
-        if device.index is not None:
-            raise UserError(
-                f"expected --device cuda, a GPU for each of {self.size} processes, got {device}"
-            )
-        if self.local_rank >= torch.cuda.device_count():
-            raise UserError(
-                f"expected at most {torch.cuda.device_count()} processes on this machine, one a "
-                f"GPU, got {self.local_rank + 1} or more: lower --nproc-per-node"
-            )
+        what = f"expected --device cuda, a GPU for each of {self.size} processes"
+        expect(device.index is None, f"{what}, got {device}")
+        n_gpus, least = torch.cuda.device_count(), self.local_rank + 1
+        what = f"expected at most {n_gpus} processes on this machine, one a GPU"
+        expect(least <= n_gpus, f"{what}, got {least} or more: lower --nproc-per-node")
         torch.cuda.set_device(self.local_rank)
         return torch.device("cuda", self.local_rank)
 
     def gather(self, value: Any) -> list[Any] | None:
         """The values of all processes by rank, on rank 0; None on the others."""
-        if self.size == 1:
-            return [value]
-        values = [None] * self.size if self.is_main else None
-        torch.distributed.gather_object(value, values, dst=0)
+        values = [value] * self.size if self.is_main else None
+        if self.size > 1:
+            torch.distributed.gather_object(value, values)
         return values
 
     def broadcast(self, value: Any) -> Any:
         """Rank 0's value, on all processes."""
-        if self.size == 1:
-            return value
         values = [value]
-        torch.distributed.broadcast_object_list(values, src=0)
+        if self.size > 1:
+            torch.distributed.broadcast_object_list(values)
         return values[0]
 
     def mean(self, value: float) -> float:
         """Mean of a number over all processes, on all of them."""
-        if self.size == 1:
-            return value
         total = torch.tensor(value, dtype=torch.float64)
-        torch.distributed.all_reduce(total)
+        if self.size > 1:
+            torch.distributed.all_reduce(total)
         return float(total) / self.size
 
     def barrier(self) -> None:
@@ -111,21 +95,19 @@ class Group:
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
-        """A block that each process runs by itself: at its end all go on, or all stop.
+        """A block that each process runs by itself: at its end all go on, or all stop with code 2.
 
-        A user's mistake that several processes meet is told once, by the first of them; the
-        others exit quietly with code 2.
+        A user's mistake that several processes meet is told once, by the first of them.
         """
-        if self.size == 1:
-            yield
-            return
-        mistake, mistakes = None, [None] * self.size
+        mistake = said = None
         try:
             yield
         except UserError as error:
-            mistake = error
-        torch.distributed.all_gather_object(mistakes, mistake and str(mistake))
-        if mistake and mistakes.index(str(mistake)) == self.rank:
+            mistake, said = error, str(error)
+        mistakes = [said] * self.size
+        if self.size > 1:
+            torch.distributed.all_gather_object(mistakes, said)
+        if mistake and mistakes.index(said) == self.rank:
             raise mistake
         if any(mistakes):
             sys.exit(2)
@@ -133,11 +115,8 @@ class Group:
     @contextlib.contextmanager
     def told_once(self) -> Iterator[None]:
         """A block whose console text is the same on all processes: only rank 0's is shown."""
-        if self.is_main:
-            yield
-            return
-        unseen = io.StringIO()
-        with contextlib.redirect_stdout(unseen), contextlib.redirect_stderr(unseen):
+        out, err = (sys.stdout, sys.stderr) if self.is_main else (io.StringIO(), io.StringIO())
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             yield
 
 
@@ -148,11 +127,8 @@ ALONE = Group()
 def join() -> Iterator[Group]:
     """Join the processes that torchrun started beside this one, until the block ends.
 
-    A process that loses another says so in one line and exits with code 1. Torchrun stops those
-    that are left, names the one that failed first, and exits with code 1 as well.
-
-    Raises:
-        UserError: torchrun's environment is incomplete, or the processes do not find each other.
+    A process that loses another says so in one line and exits with code 1, as torchrun then does.
+    UserError: torchrun's environment is incomplete, or the processes do not find each other.
     """
     group = _started_by_torchrun()
     if group.size == 1:
@@ -163,35 +139,27 @@ def join() -> Iterator[Group]:
     try:
         torch.distributed.init_process_group(backend, timeout=TIMEOUT)
     except (RuntimeError, ValueError) as error:
-        raise UserError(
-            f"the {group.size} processes of this job did not find each other: {_brief(error)}"
-        ) from error
+        lost = f"the {group.size} processes of this job did not find each other"
+        raise UserError(f"{lost}: {_brief(error)}") from error
     try:
         yield group
     except RuntimeError as error:  # gloo raises a bare one that names its source file
         if not isinstance(error, torch.distributed.DistError) and "gloo" not in str(error).lower():
             raise
-        print(
-            f"error: rank {group.rank} lost another of the {group.size} processes of this job, "
-            f"which died or hangs; nothing more is written ({_brief(error)})",
-            file=sys.stderr,
-            flush=True,
-        )
-        os._exit(LOST_RANK)  # what would tidy up waits for the process that is gone
+        lost = f"rank {group.rank} lost another of the {group.size} processes of this job"
+        end = f"which died or hangs; nothing more is written ({_brief(error)})"
+        print(f"error: {lost}, {end}", file=sys.stderr, flush=True)
+        os._exit(1)  # what would tidy up waits for the process that is gone
     torch.distributed.destroy_process_group()
 
 
 def _started_by_torchrun() -> Group:
     """The group that torchrun's environment describes."""
-    size = os.environ.get("WORLD_SIZE", "1")
-    if size == "1":
+    if (size := os.environ.get("WORLD_SIZE", "1")) == "1":
         return ALONE
-    names = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    if missing := [name for name in names if name not in os.environ]:
-        raise UserError(
-            f"WORLD_SIZE is {size}, but {missing[0]} is not set: start several "
-            "processes with `torchrun --nproc-per-node N`, or unset WORLD_SIZE"
-        )
+    instead = "start several processes with `torchrun --nproc-per-node N`, or unset WORLD_SIZE"
+    for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        expect(name in os.environ, f"WORLD_SIZE is {size}, but {name} is not set: {instead}")
     return Group(int(os.environ["RANK"]), int(size), int(os.environ["LOCAL_RANK"]))
 
 

@@ -1,71 +1,50 @@
-"""Settings as dataclasses, and the flags made of them: default, help and type stand once.
+"""Settings as dataclasses, and the flags made of them: type, default, help and bounds stand once.
 
-@dataclass(frozen=True)
-class Config:
-    '''What to analyse.'''
-    seed: int = setting(0, "seed of the choice of decisions", "N", type=whole)
-
-parser = argparse.ArgumentParser()
-add_flags(parser, Config)
-config = from_flags(Config, parser.parse_args())
+seed: int = setting(0, "seed of the choice of decisions", at_least=0)  # field of a Settings
+config = from_flags(Config, parser.parse_args())  # after add_flags(parser, Config)
 """
 
 import argparse
 import dataclasses
+import types
+import typing
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
-from historylens.common.errors import UserError
+from historylens.common.errors import expect
 
 T = TypeVar("T")
 
 
-def setting(default: Any, help: str, metavar: str | None = None, **flag: Any) -> Any:
-    """Declare a dataclass field: its default, its help, and what else its flag needs."""
-    flag |= {"help": help} | ({"metavar": metavar} if metavar else {})
-    return dataclasses.field(default=default, metadata=flag)
+def setting(default: Any, help: str | None, metavar: str | None = None, **flag: Any) -> Any:
+    """Declare a dataclass field: its default, its help, and what else its flag needs.
+
+    The type is that of the annotation, of its entries where that is a list. `at_least` and
+    `fraction` (between 0 and 1) are bounds that `Settings` checks. Without help it has no flag.
+    """
+    told = {"help": help, "metavar": metavar} | flag
+    metadata = {name: value for name, value in told.items() if value is not None}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
-def require(config: Any, **at_least: float) -> None:
-    """Check that settings of `config` are not below the given values; UserError where one is."""
-    for name, least in at_least.items():
-        got = getattr(config, name)
-        if not got >= least:
-            raise UserError(f"expected {flag_of(name)} of at least {least}, got {got}")
+class Settings:
+    """Base of settings of which some have bounds; UserError where one is beyond them."""
 
-
-def require_fractions(config: Any, *names: str) -> None:
-    """Check that settings of `config` lie between 0 and 1; UserError where one does not."""
-    for name in names:
-        got = getattr(config, name)
-        if not 0 <= got <= 1:
-            raise UserError(f"expected {flag_of(name)} between 0 and 1, got {got}")
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value, least = getattr(self, field.name), field.metadata.get("at_least")
+            expected = f"expected {flag_of(field.name)}"
+            if value is None is field.default:
+                continue
+            for got in value if isinstance(value, list) else [value]:
+                expect(least is None or got >= least, f"{expected} of at least {least}, got {got}")
+                is_in = "fraction" not in field.metadata or 0 <= got <= 1
+                expect(is_in, f"{expected} between 0 and 1, got {got}")
 
 
 def flag_of(name: str) -> str:
     """`--tf-n-head` of `tf_n_head`."""
     return "--" + name.replace("_", "-")
-
-
-def whole(text: str, at_least: int = 0) -> int:
-    """Parse a whole number that is not negative."""
-    value = int(text)
-    if value < at_least:
-        raise argparse.ArgumentTypeError(f"expected a whole number >= {at_least}, got {text}")
-    return value
-
-
-def count(text: str) -> int:
-    """Parse a whole number of at least 1."""
-    return whole(text, at_least=1)
-
-
-def fraction(text: str) -> float:
-    """Parse a number between 0 and 1."""
-    value = float(text)
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"expected a number between 0 and 1, got {text}")
-    return value
 
 
 def add_flags(parser: argparse.ArgumentParser, *configs: type) -> None:
@@ -77,12 +56,23 @@ def add_flags(parser: argparse.ArgumentParser, *configs: type) -> None:
             if field.name in known or "help" not in field.metadata:
                 continue
             known.add(field.name)
-            options = dict(field.metadata)
+            bounds = ("at_least", "fraction")
+            options = {k: v for k, v in field.metadata.items() if k not in bounds}
             if options.get("action") is None:
-                options.setdefault("type", type(field.default))
+                options = _of_type(field.type) | options
                 if field.default is not None:
                     options["help"] += " (default: %(default)s)"
             group.add_argument(flag_of(field.name), default=field.default, **options)
+
+
+def _of_type(kind: Any) -> dict[str, Any]:
+    """What a flag takes for a setting of a type, of that or None, or of a list of them."""
+    if isinstance(kind, types.UnionType):
+        kind = typing.get_args(kind)[0]
+    more = {}
+    if typing.get_origin(kind) is list:
+        kind, more = typing.get_args(kind)[0], {"nargs": "+"}
+    return {"type": kind, "metavar": {int: "N", float: "X"}.get(kind), **more}
 
 
 def from_flags(config: type[T], flags: argparse.Namespace) -> T:

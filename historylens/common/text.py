@@ -1,8 +1,4 @@
-"""Text for the console: wrapped paragraphs, aligned tables, numbers and lists in words.
-
-print(wrap("a long text ...", "   - ", "     "))
-for line in aligned([("layer", "entropy"), ("0", "4.47")]): print(line)
-"""
+"""Text for the console: wrapped paragraphs, aligned tables, numbers and lists in words."""
 
 import textwrap
 import unicodedata
@@ -14,14 +10,12 @@ WIDTH = 100
 def aligned(table: Sequence[Sequence[str]], left: Collection[int] = ()) -> list[str]:
     """Lines of a table, its columns right-aligned but for those of the numbers `left`."""
     widths = [max(map(columns, column)) for column in zip(*table, strict=True)]
-    lines = []
-    for row in table:
-        cells = []
-        for i, (cell, width) in enumerate(zip(row, widths, strict=True)):
-            space = " " * (width - columns(cell))
-            cells.append(cell + space if i in left else space + cell)
-        lines.append("  ".join(cells).rstrip())
-    return lines
+
+    def padded(cell: str, i: int) -> str:
+        space = " " * (widths[i] - columns(cell))
+        return cell + space if i in left else space + cell
+
+    return ["  ".join(padded(cell, i) for i, cell in enumerate(row)).rstrip() for row in table]
 
 
 def wrap(text: str, first: str = "", then: str | None = None) -> str:

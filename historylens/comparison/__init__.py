@@ -11,85 +11,60 @@ table that ends in one recommendation. An interrupted comparison goes on with th
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, replace
 
 from historylens.agent import Agent, pick_device
-from historylens.common.errors import UserError
-from historylens.common.settings import add_flags, count, fraction, from_flags, setting, whole
+from historylens.common.errors import UserError, expect
+from historylens.common.settings import Settings, add_flags, from_flags, setting
 from historylens.common.text import labelled
 from historylens.comparison.playing import Plays, fingerprint, missing, plan, play_arms
-from historylens.comparison.policy import Positions
+from historylens.comparison.policy import POSITIONS
 from historylens.comparison.report import advice, summary, table, write_csv
-from historylens.comparison.results import (
-    CONFIRMATION,
-    PICTURES,
-    RESULTS,
-    TABLE,
-    ResultsFile,
-    open_results,
-)
+from historylens.comparison.results import CONFIRMATION, FILES, ResultsFile, open_results
 from historylens.comparison.study import FULL, Arm, Study, confirm, judge
 from historylens.compression.method import METHODS
 
-
-class Effort(NamedTuple):
-    """Methods, runs a goal and episodes a run, where the flags do not say."""
-
-    strategies: tuple[str, ...]
-    seeds: int
-    episodes: int
-
-
-WITH_BUDGET = tuple(
-    name for name, method in METHODS.items() if method.keeps in ("n_keep", "up to n_keep")
-)
-QUICK = Effort(("recent", "first-recent", "even", "random", "rewarded-recent", "top-k"), 4, 24)
-PAPER_GRADE = Effort(WITH_BUDGET, 16, 40)
+WITH_BUDGET = tuple(name for name, each in METHODS.items() if each.keeps not in ("all", "none"))
+QUICK = ("recent", "first-recent", "even", "random", "rewarded-recent", "top-k")
+STRATEGIES, SEEDS, EPISODES = (QUICK, WITH_BUDGET), (4, 16), (24, 40)  # without and with --full
+CONFIRMING = 10**9  # between the seed of a comparison and that of the runs that confirm it
 BUDGETS = (10, 20, 40)  # and all that the model can read; of these those that it can read
-POSITIONS = {
-    "reindexed": "kept transitions are numbered anew (reindexed)",
-    "original": "kept transitions stay at their old positions where they fit (original)",
-}
 
 
 @dataclass(frozen=True)
-class CompareConfig:
+class CompareConfig(Settings):
     """Which ways to compress to compare, how thoroughly, and where the results go."""
 
     adapter: str | None = setting(
         None, "Python file that says how to run a model of your own, and in which environment",
-        "FILE", type=str,
+        "FILE",
     )  # fmt: skip
     strategies: list[str] | None = setting(
-        None, "strategies to compare (default: a quick choice, all with --full)", "NAME",
-        type=str, nargs="+",
-    )  # fmt: skip
+        None, "strategies to compare (default: a quick choice, all with --full)", "NAME"
+    )
     budgets: list[int] | None = setting(
-        None, "transitions to keep (default: 10 20 40 and all that the model reads)", "N",
-        type=count, nargs="+",
-    )  # fmt: skip
+        None, "transitions to keep (default: 10 20 40 and all that the model reads)", at_least=1
+    )
     full: bool = setting(
         False, "paper-grade: all strategies, more seeds and episodes", action="store_true"
     )
     seeds: int | None = setting(
-        None, f"runs a goal (default: {QUICK.seeds}, {PAPER_GRADE.seeds} with --full)", "N",
-        type=count,
-    )  # fmt: skip
+        None, "runs a goal (default: {}, {} with --full)".format(*SEEDS), at_least=1
+    )
     episodes: int | None = setting(
         None, "episodes a run, of which the second half counts "
-        f"(default: {QUICK.episodes}, {PAPER_GRADE.episodes} with --full)", "N", type=count,
+        "(default: {}, {} with --full)".format(*EPISODES), at_least=1,
     )  # fmt: skip
     confirm: int = setting(
         32, "new runs a goal of the most promising arm beside full history, where no shorter one "
-        "is shown to be safe yet; 0: none", "N", type=whole,
+        "is shown to be safe yet; 0: none", at_least=0,
     )  # fmt: skip
     margin: float = setting(
-        0.05, "loss that would not matter, as a part of full history's return", "X", type=fraction
+        0.05, "loss that would not matter, as a part of full history's return", fraction=True
     )
     out: str = setting("figs/compression", "folder for pictures and numbers", "DIR")
     device: str = setting("auto", "cpu, cuda, or auto: cuda where there is one", "NAME")
-    seed: int = setting(0, "seed of action noise, random choices and bootstrap", "N", type=whole)
+    seed: int = setting(0, "seed of action noise, random choices and bootstrap", at_least=0)
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
@@ -98,15 +73,14 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
 
     parser = make_parser()
     parser.prog = prog or parser.prog
-    for name in ("checkpoint", "positions"):  # of checkpoints: refused here
+    of_checkpoints = ("checkpoint", "positions")
+    for name in of_checkpoints:
         parser.add_argument(f"--{name}", nargs="+", help=argparse.SUPPRESS)
     flags = parser.parse_args(argv)
-    for name in ("checkpoint", "positions"):
-        if vars(flags)[name] is not None:
-            raise UserError(
-                f"--{name} has no meaning beside --adapter: its load() chooses the model, and its "
-                "act() where a kept transition stands"
-            )
+    why = "its load() chooses the model, and its act() where a kept transition stands"
+    for name in of_checkpoints:
+        is_given = vars(flags)[name] is not None
+        expect(not is_given, f"--{name} has no meaning beside --adapter: {why}")
     config = from_flags(CompareConfig, flags)
     if config.adapter is None:
         raise UserError("expected --adapter FILE, a Python file that says how to run your model")
@@ -124,114 +98,85 @@ def make_parser(*more: type) -> argparse.ArgumentParser:
     return parser
 
 
-def compare(agent: Agent, config: CompareConfig, positions: Positions = "reindexed") -> None:
-    """Play, judge, report.
+def compare(agent: Agent, config: CompareConfig, positions: str = "reindexed") -> None:
+    """Play, judge, report; `positions`, of `POSITIONS`, is where kept transitions stand.
 
-    Args:
-        agent: what to compare on; its `facts` and `meta` say where it comes from.
-        config: what to compare.
-        positions: where kept transitions stand.
-
-    Raises:
-        UserError: the settings do not fit the agent, or the folder cannot be written to; no file
-            of an earlier run is touched.
+    UserError, and no file touched: the settings do not fit the agent, or the folder is refused.
     """
-    effort = PAPER_GRADE if config.full else QUICK
-    seeds, episodes = config.seeds or effort.seeds, config.episodes or effort.episodes
-    plays = Plays(seeds, episodes, config.seed, positions)
+    n_seeds = config.seeds or SEEDS[config.full]
+    n_episodes = config.episodes or EPISODES[config.full]
+    plays = Plays(agent, n_seeds, n_episodes, config.seed, positions)
     budgets = config.budgets or [n for n in (*BUDGETS, agent.n_max) if n <= agent.n_max]
-    arms = plan(agent, config.strategies or effort.strategies, budgets, plays)
-    results, note = open_results(config.out, fingerprint(agent, plays))
-    job = Job(agent, config, plays, arms, results)
-    print(job.announced(note), flush=True)
+    arms = plan(plays, config.strategies or STRATEGIES[config.full], budgets)
+    results = open_results(config.out, fingerprint(plays))
+    print(announced(config, plays, arms, results), flush=True)
+    best = agent.environment.best
     try:
-        study = job.played()
+        study = judge(play_arms(plays, arms, results), config.margin, best, config.seed)
+        if config.confirm and study.unsettled:
+            new = replace(plays, n_seeds=config.confirm, seed=plays.seed + CONFIRMING)
+            again = ResultsFile(results.path.with_name(CONFIRMATION), fingerprint(new))
+            full, arm = play_arms(new, [Arm(FULL), study.unsettled[0].arm], again)
+            again.write({"confirms": arm.arm.key})
+            study = confirm(study, full, arm, best, config.seed)
     except KeyboardInterrupt:
         done = sum(arm.key in results.by_key for arm in arms)
-        print(
-            f"\n{done} of {len(arms)} arms are kept in {results.path}: the same command goes on "
-            "from there",
-            file=sys.stderr,
-        )
+        kept = f"{done} of {len(arms)} arms are kept in {results.path}"
+        print(f"\n{kept}: the same command goes on from there", file=sys.stderr)
         raise
-    job.save(study)
+    save(study, plays, results)
     print(f"\n{table(study)}\n\n{advice(study, POSITIONS[positions])}")
     more = () if study.confirmation is None else (CONFIRMATION,)
-    print(f"\nIn {results.path.parent}/: {', '.join((*PICTURES, TABLE, RESULTS, *more))}.")
+    print(f"\nIn {results.path.parent}/: {', '.join((*FILES, *more))}.")
 
 
-@dataclass(frozen=True)
-class Job:
-    """What is compared, how, and where the results are kept."""
-
-    agent: Agent
-    config: CompareConfig
-    plays: Plays
-    arms: list[Arm]
-    results: ResultsFile
-
-    def announced(self, note: str) -> str:
-        """What is going to be done, as console text; `note` says what was found."""
-        agent, config, plays = self.agent, self.config, self.plays
-        environment, n_max = agent.environment, agent.n_max
-        n_missing = len(missing(agent, self.arms, self.results))
-        each = plays.n_decisions(environment)
-        with_budget = [arm for arm in self.arms if arm.n_keep is not None]
-        names = dict.fromkeys(arm.name for arm in with_budget)
-        budgets = ", ".join(map(str, sorted({arm.n_keep for arm in with_budget})))
-        too_long = "" if config.budgets else ", ".join(str(n) for n in BUDGETS if n > n_max)
-        text = {
-            **agent.facts,
-            "Task": f"{agent.title}; {len(environment.goals)} test goals",
-            "Arms": f"full, empty, controls, and {', '.join(names)}",
-            "Budgets": f"{budgets} of up to {n_max} transitions"
-            + (f" (the usual {too_long} exceed that)" if too_long else ""),
-            "Runs": f"{plays.n_seeds} seeds a goal, {plays.n_episodes} episodes of "
-            f"{environment.horizon} steps; the same action noise in every arm",
-            "Positions": POSITIONS[plays.positions],
-            "Margin": f"{config.margin:.0%} of full history's return",
-            "Work": f"{n_missing} arms x {each:,} decisions = {n_missing * each:,}",
-        }
-        if config.confirm:
-            text["Then"] = (
-                "where nothing shorter is shown to be safe, the most promising arm and full "
-                f"history again, on {config.confirm} new seeds a goal"
-            )
-        return labelled(text | ({"Found": note} if note else {}))
-
-    def played(self) -> Study:
-        """Play all arms and judge them; the one that is worth it once more, on new seeds."""
-        agent, config, best = self.agent, self.config, self.agent.environment.best
-        results = play_arms(agent, self.arms, self.plays, self.results)
-        study = judge(results, config.margin, best, config.seed)
-        if not config.confirm or study.to_confirm is None:
-            return study
-        plays = self.plays.confirming(config.confirm)
-        again = ResultsFile(self.results.path.with_name(CONFIRMATION), fingerprint(agent, plays))
-        full, arm = play_arms(agent, [Arm(FULL), study.to_confirm], plays, again)
-        again.finish({"confirms": arm.arm.key})
-        return confirm(study, full, arm, best, config.seed)
-
-    def save(self, study: Study) -> None:
-        """Write the numbers and the pictures."""
-        from historylens.pictures.returns import Picture, draw_by_budget, draw_by_episode
-
-        agent, plays, environment = self.agent, self.plays, self.agent.environment
-        n_goals, best = len(environment.goals), environment.best
-        picture = Picture(
-            title=agent.title,
-            subtitle=f"{n_goals} goals never trained on x {plays.n_seeds} seeds, "
-            f"{plays.n_episodes} episodes of {environment.horizon} steps; "
-            f"{POSITIONS[plays.positions]}",
-            best=None if best is None else sum(best) / n_goals,
-            n_max=agent.n_max,
+def announced(config: CompareConfig, plays: Plays, arms: list[Arm], results: ResultsFile) -> str:
+    """What is going to be done, and what was found, as console text."""
+    agent, environment, n_max = plays.agent, plays.agent.environment, plays.agent.n_max
+    n_missing, each = len(missing(plays, arms, results)), plays.n_decisions
+    with_budget = [arm for arm in arms if arm.n_keep is not None]
+    names = ", ".join(dict.fromkeys(arm.name for arm in with_budget))
+    budgets = ", ".join(map(str, sorted({arm.n_keep for arm in with_budget})))
+    too_long = "" if config.budgets else ", ".join(str(n) for n in BUDGETS if n > n_max)
+    too_long = f" (the usual {too_long} exceed that)" if too_long else ""
+    text = {
+        **agent.facts,
+        "Task": f"{agent.title}; {len(environment.goals)} test goals",
+        "Arms": f"full, empty, controls, and {names}",
+        "Budgets": f"{budgets} of up to {n_max} transitions{too_long}",
+        "Runs": f"{plays.n_seeds} seeds a goal, {plays.n_episodes} episodes of "
+        f"{environment.horizon} steps; the same action noise in every arm",
+        "Positions": POSITIONS[plays.positions],
+        "Margin": f"{config.margin:.0%} of full history's return",
+        "Work": f"{n_missing} arms x {each:,} decisions = {n_missing * each:,}",
+    }
+    if config.confirm:
+        text["Then"] = (
+            "where nothing shorter is shown to be safe, the most promising arm and full "
+            f"history again, on {config.confirm} new seeds a goal"
         )
-        out, settings = self.results.path.parent, self.results.fingerprint
-        draw_by_budget(out / PICTURES[0], study, picture)
-        draw_by_episode(out / PICTURES[1], study, picture)
-        write_csv(out / TABLE, study)
-        meta = {**agent.meta, "task": agent.title}
-        meta |= {"goals": list(environment.goals), "best_by_goal": best}
-        for name in ("horizon", "n_max", "seeds", "episodes", "seed", "positions"):
-            meta[name] = settings[name]
-        self.results.finish(meta | summary(study))
+    if results.found:
+        text["Found"] = results.found
+    return labelled(text)
+
+
+def save(study: Study, plays: Plays, results: ResultsFile) -> None:
+    """Draw the pictures, and write the numbers."""
+    from historylens.pictures.returns import Picture, draw_by_budget, draw_by_episode
+
+    agent, environment = plays.agent, plays.agent.environment
+    goals, best = environment.goals, environment.best
+    subtitle = (
+        f"{len(goals)} goals never trained on x {plays.n_seeds} seeds, {plays.n_episodes} episodes "
+        f"of {environment.horizon} steps; {POSITIONS[plays.positions]}"
+    )
+    mean_best = None if best is None else sum(best) / len(goals)
+    picture = Picture(agent.title, subtitle, mean_best, agent.n_max)
+    by_budget, by_episode, table_csv, _ = (results.path.with_name(name) for name in FILES)
+    draw_by_budget(by_budget, study, picture)
+    draw_by_episode(by_episode, study, picture)
+    write_csv(table_csv, study)
+    meta = {**agent.meta, "task": agent.title, "goals": list(goals), "best_by_goal": best}
+    names = ("horizon", "n_max", "seeds", "episodes", "seed", "positions")
+    meta |= {name: results.fingerprint[name] for name in names}
+    results.write(meta | summary(study))

@@ -4,10 +4,8 @@ Reported as Agarwal et al. 2021 (rliable, arXiv 2108.13264) ask for: the mean an
 mean (IQM) over runs, with stratified bootstrap intervals. A goal is a stratum; seeds are drawn anew
 within each. Scores are `(G, R)`: `G` goals, `R` seeds (runs) of each.
 
-    bootstrap = Bootstrap(n_goals=8, n_seeds=16)
-    bootstrap.mean(arm)                                   # Estimate(value, low, high)
-    difference = bootstrap.mean(arm - full)               # paired: the same seeds in both
-    verdict(difference, margin=0.05 * full.mean())        # "safe"
+    difference = Bootstrap(n_goals=8, n_seeds=16).mean(arm - full)      # Estimate(value, low, high)
+    verdict(difference, margin=0.05 * full.mean())                      # "safe"
 
 The plain bootstrap is too narrow for few seeds. Its deviations are therefore scaled by
 `sqrt(R / (R - 1))`, as a sample's variance is, and by Student's quantile over the normal one, with
@@ -20,7 +18,6 @@ import math
 from dataclasses import dataclass
 from functools import lru_cache
 from statistics import NormalDist
-from typing import Literal
 
 import numpy as np
 
@@ -28,12 +25,10 @@ from historylens.common.text import fixed
 
 LEVEL = 0.95  # of every interval
 N_RESAMPLES = 10_000
-N_RESAMPLES_IQM = 2_000  # the IQM's resamples cost more
+N_RESAMPLES_IQM = 2_000  # these cost more
 TRIM = 0.25  # share of the runs that the IQM leaves out at either end
 MANY = 1000  # degrees of freedom from which Student's t counts as normal
 MAX_SKEWNESS = 0.5  # of a mean over runs: what is estimated beyond it is noise of few seeds
-
-Verdict = Literal["better", "safe", "worse", "inconclusive"]
 
 
 @dataclass(frozen=True)
@@ -41,8 +36,8 @@ class Estimate:
     """A number and its interval; no interval (None) where there is only one seed."""
 
     value: float
-    low: float | None
-    high: float | None
+    low: float | None = None
+    high: float | None = None
 
     @property
     def is_open(self) -> bool:
@@ -51,41 +46,27 @@ class Estimate:
 
     def text(self, sign: str = "") -> str:
         """`12.34 [12.00, 12.70]`; the value alone where there is no interval."""
-        known = (self.value,) if self.is_open else (self.value, self.low, self.high)
-        value, *ends = (fixed(number, 2, sign) for number in known)
-        return f"{value} [{', '.join(ends)}]" if ends else value
+        value = fixed(self.value, 2, sign)
+        if self.is_open:
+            return value
+        return f"{value} [{fixed(self.low, 2, sign)}, {fixed(self.high, 2, sign)}]"
 
 
 class Bootstrap:
-    """Stratified bootstrap over the seeds of each goal, with the same draws for every statistic.
-
-    Args:
-        n_goals: strata `G`.
-        n_seeds: runs `R` of each; with one there are values but no intervals.
-        seed: of the draws.
-        n_resamples: number of them.
-    """
+    """Stratified bootstrap over the seeds of each goal, with the same draws for every statistic."""
 
     def __init__(
         self, n_goals: int, n_seeds: int, seed: int = 0, n_resamples: int = N_RESAMPLES
     ) -> None:
         self.n_goals, self.n_seeds = n_goals, n_seeds
-        even = np.full(n_seeds, 1 / n_seeds)
-        rng = np.random.default_rng(seed)
-        # How often each run is drawn: a resample is a row of weights. (N, G * R)
-        counts = rng.multinomial(n_seeds, even, size=(n_resamples, n_goals))
+        even, size = np.full(n_seeds, 1 / n_seeds), (n_resamples, n_goals)
+        counts = np.random.default_rng(seed).multinomial(n_seeds, even, size)
+        # How often each run is drawn: a resample is a row of weights. (resamples, G * R)
         self._counts = counts.reshape(n_resamples, -1).astype(np.float64)
 
     def mean(self, scores: np.ndarray, n_compared: int = 1) -> Estimate:
-        """Mean over all runs of `scores (G, R)`, with its interval.
-
-        Args:
-            scores: one a run.
-            n_compared: comparisons that the interval is corrected for (Bonferroni).
-        """
-        ends = (None, None)
-        if self.n_seeds > 1:
-            ends = self.bounds(scores[None], n_compared)[0].tolist()
+        """Mean over all runs of `scores (G, R)`; the interval is for one of `n_compared`."""
+        ends = self.bounds(scores[None], n_compared)[0].tolist() if self.n_seeds > 1 else ()
         return Estimate(float(scores.mean()), *ends)
 
     def bounds(self, scores: np.ndarray, n_compared: int = 1) -> np.ndarray:
@@ -105,11 +86,10 @@ class Bootstrap:
         within = counts.cumsum(axis=1).clip(n_cut, scores.size - n_cut)
         kept = np.diff(within, axis=1, prepend=n_cut)
         means = kept @ values / (scores.size - 2 * n_cut)
-        ends = (None, None)
-        if self.n_seeds > 1:
-            tail = (1 - LEVEL) / 2
-            ends = self._ends(means[:1], means[None, 1:], scores[None], tail)[0].tolist()
-        return Estimate(float(means[0]), *ends)
+        if self.n_seeds == 1:
+            return Estimate(float(means[0]))
+        ends = self._ends(means[:1], means[None, 1:], scores[None], (1 - LEVEL) / 2)
+        return Estimate(float(means[0]), *ends[0].tolist())
 
     def _ends(
         self, values: np.ndarray, resampled: np.ndarray, scores: np.ndarray, tail: float
@@ -119,9 +99,8 @@ class Bootstrap:
         scale = np.array([student_quantile(1 - tail, each) for each in freedom])
         scale *= math.sqrt(self.n_seeds / (self.n_seeds - 1)) / NormalDist().inv_cdf(1 - tail)
         low, high = np.quantile(resampled, [tail, 1 - tail], axis=1) - values
-        return values[:, None] + scale[:, None] * np.stack(
-            [np.minimum(low, 0), np.maximum(high, 0)], axis=1
-        )
+        ends = np.stack([np.minimum(low, 0), np.maximum(high, 0)], axis=1)
+        return values[:, None] + scale[:, None] * ends
 
 
 def degrees_of_freedom(scores: np.ndarray) -> np.ndarray:
@@ -171,9 +150,8 @@ def _student_cdf(angle: float, freedom: int) -> float:
     """P(T <= sqrt(freedom) tan(angle)), Abramowitz and Stegun 26.7.3 and 26.7.4."""
     sine, cosine = math.sin(angle), math.cos(angle)
     odd = freedom % 2
-    term, total = (cosine, cosine) if odd else (1.0, 1.0)
-    if freedom == 1:
-        total = 0.0
+    term = cosine if odd else 1.0
+    total = 0.0 if freedom == 1 else term
     for k in range(2 + odd, freedom - 1, 2):
         term *= cosine**2 * (k - 1) / k
         total += term
@@ -181,18 +159,13 @@ def _student_cdf(angle: float, freedom: int) -> float:
     return 0.5 + inside / 2
 
 
-def verdict(difference: Estimate, margin: float) -> Verdict:
-    """Judge an arm by its paired difference to full history.
+def verdict(difference: Estimate, margin: float) -> str:
+    """Judge an arm by its paired difference to full history, arm minus full.
 
     `better`: the interval lies above 0. `safe`: not better, and above `-margin`: whatever is lost
     is less than the margin. `worse`: below `-margin`. Otherwise, and without an interval (one
-    seed), `inconclusive`. The lower end of a 95 % interval is passed by chance in 2.5 %.
-
-    With a margin of 0 (full history earns nothing) nothing is `safe`.
-
-    Args:
-        difference: return of the arm minus that of full history.
-        margin: the loss that would not matter, in the same unit, 0 or more.
+    seed), `inconclusive`. The lower end of a 95 % interval is passed by chance in 2.5 %. With a
+    margin of 0 (full history earns nothing) nothing is `safe`.
     """
     if difference.is_open:
         return "inconclusive"
@@ -204,8 +177,5 @@ def verdict(difference: Estimate, margin: float) -> Verdict:
 
 
 def late_scores(returns: np.ndarray) -> np.ndarray:
-    """Mean over the second half of the episodes: `(G, R)` of returns `(G, R, E)`.
-
-    Of an odd number the middle episode counts to the second half.
-    """
+    """Mean over the second half of the episodes, a middle one included: `(G, R)` of `(G, R, E)`."""
     return np.asarray(returns, dtype=np.float64)[..., returns.shape[-1] // 2 :].mean(axis=-1)

@@ -1,12 +1,10 @@
 """Play arms of compressed history in an agent's environment, paired, and keep what they earned.
 
-    arms = plan(agent, ["recent", "rewarded-recent"], [10, 20], plays)
-    results, note = open_results(out, fingerprint(agent, plays))
-    played = play_arms(agent, arms, plays, results)
+    plays = Plays(agent, n_seeds=4, n_episodes=24)
+    played = play_arms(plays, plan(plays, names, budgets), open_results(out, fingerprint(plays)))
 
 Every arm acts on the same goals with the same action noise: that of an environment depends on the
-seed and the environment's number alone. After each arm the results are on disk, so that an
-interrupted comparison goes on where it was.
+seed and the environment's number alone.
 """
 
 import contextlib
@@ -22,15 +20,14 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from historylens.agent import Agent, Environment, rollout
+from historylens.agent import Agent, rollout
 from historylens.common.batches import MAX_ROOMS, even_parts
-from historylens.common.errors import UserError
-from historylens.comparison.policy import CompressedPolicy, Positions
+from historylens.common.errors import UserError, expect
+from historylens.comparison.policy import CompressedPolicy
 from historylens.comparison.results import ResultsFile
 from historylens.comparison.study import EMPTY, FULL, RECENT, Arm, Result
 from historylens.compression.method import METHODS, get_method
 
-CONFIRMING = 10**9  # between the seed of a comparison and that of the runs that confirm it
 CODE = (  # files here, beside the agent's, that returns depend on
     "agent.py", "history.py", "tokens.py", "capture/*.py", "compression/*.py",
     "comparison/playing.py", "comparison/policy.py",
@@ -39,54 +36,39 @@ CODE = (  # files here, beside the agent's, that returns depend on
 
 @dataclass(frozen=True)
 class Plays:
-    """How each arm plays.
+    """How each arm plays in the environment of an agent."""
 
-    Attributes:
-        n_seeds: runs `R` of each goal.
-        n_episodes: episodes `E` of a run.
-        seed: of action noise and of what strategies draw.
-        positions: where kept transitions stand.
-    """
+    agent: Agent
+    n_seeds: int  # runs R of each goal
+    n_episodes: int  # episodes E of a run
+    seed: int = 0  # of action noise and of what strategies draw
+    positions: str = "reindexed"  # of POSITIONS: where kept transitions stand
 
-    n_seeds: int
-    n_episodes: int
-    seed: int
-    positions: Positions = "reindexed"
-
-    def confirming(self, n_seeds: int) -> "Plays":
-        """Runs of other action noise, for one arm that these runs point to."""
-        return replace(self, n_seeds=n_seeds, seed=self.seed + CONFIRMING)
-
-    def n_decisions(self, environment: Environment) -> int:
+    @property
+    def n_decisions(self) -> int:
         """Decisions that an arm makes."""
+        environment = self.agent.environment
         return len(environment.goals) * self.n_seeds * self.n_episodes * environment.horizon
 
 
-def plan(agent: Agent, names: Sequence[str], budgets: Sequence[int], plays: Plays) -> list[Arm]:
+def plan(plays: Plays, names: Sequence[str], budgets: Sequence[int]) -> list[Arm]:
     """The arms to play: full, empty and the controls, then each strategy at each budget.
 
-    With a single goal there is no other task, and that control is left out.
-
-    Raises:
-        UserError: an unknown strategy, or a budget that the model or the history cannot serve.
+    With a single goal there is no other task, and that control is left out. UserError: an unknown
+    strategy, or a budget that the model or the history cannot serve.
     """
-    environment = agent.environment
-    if not agent.n_max:
-        raise UserError(f"{agent.title}: it reads no history: there is nothing to compress")
+    agent, environment = plays.agent, plays.agent.environment
     n_steps = plays.n_episodes * environment.horizon
+    expect(agent.n_max, f"{agent.title}: it reads no history: there is nothing to compress")
+    readable = f"1..{agent.n_max}, the transitions that this model can read"
+    too_short = (
+        f"history shorter than the budget: {plays.n_episodes} episodes of {environment.horizon} "
+        f"steps never hold more than {n_steps - 1} transitions, and nothing is compressed at "
+        "--budgets {}: expected more --episodes or a smaller budget"
+    )
     for budget in budgets:
-        if not 1 <= budget <= agent.n_max:
-            raise UserError(
-                f"expected --budgets in 1..{agent.n_max}, the transitions that this model can "
-                f"read, got {budget}"
-            )
-        if n_steps <= budget:
-            raise UserError(
-                f"history shorter than the budget: {plays.n_episodes} episodes of "
-                f"{environment.horizon} steps never hold more than {n_steps - 1} transitions, and "
-                f"nothing is compressed at --budgets {budget}: expected more --episodes or a "
-                "smaller budget"
-            )
+        expect(1 <= budget <= agent.n_max, f"expected --budgets in {readable}, got {budget}")
+        expect(budget < n_steps, too_short.format(budget))
     try:
         chosen = [get_method(name) for name in dict.fromkeys(names)]
     except ValueError as error:
@@ -99,40 +81,32 @@ def plan(agent: Agent, names: Sequence[str], budgets: Sequence[int], plays: Play
     return arms + [Arm(name, budget) for name in with_budget for budget in sorted(set(budgets))]
 
 
-def played_as(arm: Arm, agent: Agent) -> Arm:
-    """The arm itself, or full history where that is the same: all that the model can read is kept.
-
-    It is for recency, and for what looks at attention: that chooses among what the model can read.
-    """
-    looks = arm.method.looks_at.endswith("attention")
-    is_full = arm.n_keep == agent.n_max and (arm.name == RECENT or looks)
+def played_as(plays: Plays, arm: Arm) -> Arm:
+    """The arm itself, or full history where that is the same: it keeps all that the model reads."""
+    looks = arm.method.looks_at.endswith("attention")  # chooses among what the model can read
+    is_full = arm.n_keep == plays.agent.n_max and (arm.name == RECENT or looks)
     return Arm(FULL) if is_full else arm
 
 
-def missing(agent: Agent, arms: Sequence[Arm], results: ResultsFile) -> list[Arm]:
+def missing(plays: Plays, arms: Sequence[Arm], results: ResultsFile) -> list[Arm]:
     """The arms that are still to be played."""
-    return [arm for arm in arms if arm.key not in results.by_key and played_as(arm, agent) == arm]
+    return [arm for arm in arms if played_as(plays, arm) == arm and arm.key not in results.by_key]
 
 
-def play_arms(
-    agent: Agent, arms: Sequence[Arm], plays: Plays, results: ResultsFile
-) -> list[Result]:
+def play_arms(plays: Plays, arms: Sequence[Arm], results: ResultsFile) -> list[Result]:
     """Play the arms that are still missing, keep each as soon as it is finished; gives all."""
-    todo = missing(agent, arms, results)
-    total = len(todo) * plays.n_decisions(agent.environment)
+    todo = missing(plays, arms, results)
+    total = len(todo) * plays.n_decisions
     with tqdm(total=total, unit=" decisions", unit_scale=True, disable=not todo) as bar:
         for i, arm in enumerate(todo):
             bar.set_description(f"{arm.key} ({i + 1} of {len(todo)} arms)")
-            results.add(play(agent, arm, plays, bar))
-    return [replace(results.by_key[played_as(arm, agent).key], arm=arm) for arm in arms]
+            results.add(play(plays, arm, bar))
+    return [replace(results.by_key[played_as(plays, arm).key], arm=arm) for arm in arms]
 
 
-def play(agent: Agent, arm: Arm, plays: Plays, bar: tqdm | None = None) -> Result:
-    """Play one arm.
-
-    Goals take turns among the environments, so that every batch of them holds several.
-    """
-    environment = agent.environment
+def play(plays: Plays, arm: Arm, bar: tqdm | None = None) -> Result:
+    """Play one arm. Goals take turns among the environments: every batch of them holds several."""
+    agent, environment = plays.agent, plays.agent.environment
     n_goals, n_steps = len(environment.goals), plays.n_episodes * environment.horizon
     # A seed of the arm's own: what it draws does not depend on which arms play beside it.
     seed = zlib.crc32(f"{plays.seed} {arm.key}".encode())
@@ -149,8 +123,17 @@ def play(agent: Agent, arm: Arm, plays: Plays, bar: tqdm | None = None) -> Resul
     return Result(arm, np.array(earned, dtype=np.float64, order="C"), policy.cost)
 
 
-def fingerprint(agent: Agent, plays: Plays) -> dict[str, Any]:
-    """Everything that the returns of an arm depend on, as plain values."""
+def fingerprint(plays: Plays) -> dict[str, Any]:
+    """Everything that the returns of an arm depend on, as plain values.
+
+    Changed code plays anew: `CODE`, all files beside that of the agent's class, and its model's.
+    """
+    agent, root = plays.agent, Path(__file__).parents[1]
+    paths = {path for pattern in CODE for path in root.glob(pattern)}
+    paths.update(Path(inspect.getfile(type(agent))).parent.glob("*.py"))
+    with contextlib.suppress(TypeError, OSError):  # made at run time, it has no file
+        paths.add(Path(inspect.getfile(type(agent.model))))
+    code = b"".join(path.read_bytes() for path in sorted(paths))
     return {
         **agent.identity,
         "goals": list(agent.environment.goals),
@@ -161,21 +144,5 @@ def fingerprint(agent: Agent, plays: Plays) -> dict[str, Any]:
         "seeds": plays.n_seeds,
         "episodes": plays.n_episodes,
         "seed": plays.seed,
-        "code": code_digest(agent),
+        "code": hashlib.sha256(code).hexdigest(),
     }
-
-
-def code_digest(agent: Agent) -> str:
-    """Digest of the program's files that returns depend on: changed code plays anew.
-
-    They are those of `CODE`, all files beside that of the agent's class, and that of its model's.
-    """
-    root = Path(__file__).parents[1]
-    paths = {path for pattern in CODE for path in root.glob(pattern)}
-    paths.update(Path(inspect.getfile(type(agent))).parent.glob("*.py"))
-    with contextlib.suppress(TypeError, OSError):  # made at run time, it has no file
-        paths.add(Path(inspect.getfile(type(agent.model))))
-    digest = hashlib.sha256()
-    for path in sorted(paths):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()

@@ -13,7 +13,7 @@ from typing import Any
 from historylens.common.files import write_atomically
 from historylens.common.text import aligned, wrap
 from historylens.comparison.intervals import LEVEL, Estimate
-from historylens.comparison.study import Confirmation, Row, Study
+from historylens.comparison.study import Row, Study
 
 UNITS = {
     "return": "reward an episode, mean over runs, second half of the episodes",
@@ -32,8 +32,20 @@ UNITS = {
 
 def table(study: Study) -> str:
     """All arms, the highest return first, and what the columns mean."""
-    heads = ("strategy", "kept", "return [95 % CI]", "IQM", "difference to full", "verdict",
-             "area", "tokens", "ms")  # fmt: skip
+    lines = [("strategy", "kept", "return [95 % CI]", "IQM", "difference to full", "verdict",
+              "area", "tokens", "ms")]  # fmt: skip
+    for row in study.rows:
+        difference, area = row.difference.text("+"), f"{row.adaptation_loss.value:+.2f}"
+        record = _record(row)
+        lines.append((
+            row.arm.key,
+            "all" if row.arm.method.keeps == "all" else f"{row.kept:.1f}".removesuffix(".0"),
+            row.mean.text(),
+            f"{row.iqm.value:.2f}",
+            *((difference, row.verdict, area) if row.verdict else ("", "", "")),
+            f"{row.cost.tokens:.1f}",
+            f"{record['ms_selecting'] + record['ms_model']:.2f}",
+        ))  # fmt: skip
     legend = (
         "return, IQM: reward an episode over the second half of the episodes, mean and "
         "interquartile mean over runs; difference: paired, with its 95 % interval; area: reward "
@@ -41,24 +53,7 @@ def table(study: Study) -> str:
         "is slower; kept: mean, once there is more; tokens: read a decision, looking at attention "
         "included; ms: a decision, selecting included, in batches"
     )
-    lines = aligned([heads, *map(_cells, study.rows)], left=(0, 5))
-    return "\n".join(["COMPRESSED AGAINST FULL HISTORY", *lines, wrap(legend)])
-
-
-def _cells(row: Row) -> tuple[str, ...]:
-    is_full = row.verdict is None
-    is_whole = row.arm.method.keeps == "all"
-    return (
-        row.arm.key,
-        "all" if is_whole else f"{row.kept:.1f}".removesuffix(".0"),
-        row.mean.text(),
-        f"{row.iqm.value:.2f}",
-        "" if is_full else row.difference.text("+"),
-        row.verdict or "",
-        "" if is_full else f"{row.adaptation_loss.value:+.2f}",
-        f"{row.cost.tokens:.1f}",
-        f"{sum(_milliseconds(row)):.2f}",
-    )
+    return "\n".join(["COMPRESSED AGAINST FULL HISTORY", *aligned(lines, (0, 5)), wrap(legend)])
 
 
 def advice(study: Study, positions: str) -> str:
@@ -79,114 +74,84 @@ def advice(study: Study, positions: str) -> str:
 
 def recommendation(study: Study) -> str:
     """One strategy and budget for this checkpoint and why, or why there is none."""
+    unsettled, again = study.unsettled, study.confirmation
     if study.doubts:
         return (
             "The model ignores its history, or is not shown to use it: no compression can be "
             f"judged on it. {' '.join(study.doubts)}"
         )
-    if study.recommended is None:
-        return _none_recommended(study)
-    if study.confirmation is not None:
-        return _confirmed(study.confirmation)
-    full, best = study.full, study.recommended
-    text = (
-        f"{_opening(best)} It earns {best.mean.value:.2f} reward an episode, full history "
-        f"{full.mean.value:.2f}: {best.difference.text('+')}. It is the smallest budget with a "
-        f"verdict safe or better, and reads {_tokens(best, full)}."
-    )
-    rivals = [row for row in study.candidates if row.is_good and row is not best]
-    also = [
-        row.arm.key
-        for row in rivals
-        if row.arm.n_keep == best.arm.n_keep and row.cost.tokens < full.cost.tokens
-    ]
-    if also:
-        text += f" At that budget it earns most; also safe or better: {', '.join(also)}."
-    text += _slower(best, study.margin)
-    if rivals and rivals[0] is study.rows[0]:
-        text += f" Most reward: {rivals[0].arm.key}, {rivals[0].mean.text()}."
-    stands = "holds" if study.stands_corrected else "does not hold; confirm it with more --seeds"
-    return f"{text} Corrected for {study.n_compared} comparisons (Bonferroni) the verdict {stands}."
-
-
-def _confirmed(confirmation: Confirmation) -> str:
-    """A recommendation that rests on runs of its own."""
-    row, full = confirmation.row, confirmation.full
-    return (
-        f"{_opening(row)} It was the most promising arm above, and was played again beside full "
-        f"history, on {confirmation.n_seeds} new seeds a goal: it earns {row.mean.text()} reward "
-        f"an episode there, full history {full.mean.text()}; paired, {row.difference.text('+')}, "
-        f"with a margin of {confirmation.margin:.2f}. It reads {_tokens(row, full)}."
-    ) + _slower(row, confirmation.margin)
-
-
-def _opening(row: Row) -> str:
-    budget = "" if row.arm.n_keep is None else f" with {row.arm.n_keep} transitions"
-    name, rule = row.arm.name, row.arm.method.rule
-    return f"Recommended for this checkpoint: {name}{budget} ({row.verdict}). {rule}"
-
-
-def _tokens(row: Row, full: Row) -> str:
-    return f"{row.cost.tokens:.1f} tokens a decision instead of {full.cost.tokens:.1f}"
-
-
-def _slower(row: Row, margin: float) -> str:
-    loss = row.adaptation_loss
-    if loss.is_open or loss.low <= margin:
-        return ""
-    return f" But it adapts more slowly: {loss.text()} reward an episode over all episodes."
-
-
-def _none_recommended(study: Study) -> str:
-    unsettled, again = study.unsettled, study.confirmation
-    text = (
+    if study.recommended is not None:
+        return _one_recommended(study)
+    said = (
         "No recommendation: no strategy that reads fewer tokens than full history is shown to "
         f"lose less than {study.margin_share:.0%} of its return at these budgets."
     )
     if not unsettled:
-        return text
+        return said
     row, n = unsettled[0], len(unsettled)
-    text += (
-        f" {n} {'is' if n == 1 else 'are'} inconclusive, the most promising {row.arm.key}: "
-        f"{row.difference.text('+')}."
-    )
+    said += f" {n} {'is' if n == 1 else 'are'} inconclusive, the most promising {row.arm.key}: "
+    said += f"{row.difference.text('+')}."
     if again is not None:
-        text += (
-            f" Played again on {again.n_seeds} new seeds a goal it is {again.row.verdict}: "
-            f"{again.row.difference.text('+')}."
-        )
+        said += f" Played again on {again.n_seeds} new seeds a goal it is {again.row.verdict}: "
+        said += f"{again.row.difference.text('+')}."
     if again is None or again.row.verdict == "inconclusive":
-        text += (
+        said += (
             f" More runs may settle it: --strategies {row.arm.name} --budgets {row.arm.n_keep} "
             f"--seeds {4 * (again.n_seeds if again else 8)}, or --full."
         )
-    return text
+    return said
+
+
+def _one_recommended(study: Study) -> str:
+    again = study.confirmation
+    best, full, margin = study.recommended, study.full, study.margin
+    if again is not None:  # the recommendation rests on runs of its own
+        best, full, margin = again.row, again.full, again.margin
+    budget = "" if best.arm.n_keep is None else f" with {best.arm.n_keep} transitions"
+    said = f"Recommended for this checkpoint: {best.arm.name}{budget} ({best.verdict}). "
+    said += best.arm.method.rule
+    reads = f"reads {best.cost.tokens:.1f} tokens a decision instead of {full.cost.tokens:.1f}."
+    loss, slower = best.adaptation_loss, ""
+    if not loss.is_open and loss.low > margin:
+        slower = f" But it adapts more slowly: {loss.text()} reward an episode over all episodes."
+    if again is not None:
+        return (
+            f"{said} It was the most promising arm above, and was played again beside full "
+            f"history, on {again.n_seeds} new seeds a goal: it earns {best.mean.text()} reward an "
+            f"episode there, full history {full.mean.text()}; paired, {best.difference.text('+')}, "
+            f"with a margin of {margin:.2f}. It {reads}{slower}"
+        )
+    said += (
+        f" It earns {best.mean.value:.2f} reward an episode, full history {full.mean.value:.2f}: "
+        f"{best.difference.text('+')}. It is the smallest budget with a verdict safe or better, "
+        f"and {reads}"
+    )
+    rivals = [row for row in study.candidates if row.is_good and row is not best]
+    equal = [row for row in rivals if row.arm.n_keep == best.arm.n_keep and study.saves(row)]
+    if equal:
+        also = ", ".join(row.arm.key for row in equal)
+        said += f" At that budget it earns most; also safe or better: {also}."
+    said += slower
+    if rivals and rivals[0] is study.rows[0]:
+        said += f" Most reward: {rivals[0].arm.key}, {rivals[0].mean.text()}."
+    stands = "holds" if study.stands_corrected else "does not hold; confirm it with more --seeds"
+    return f"{said} Corrected for {study.n_compared} comparisons (Bonferroni) the verdict {stands}."
 
 
 def _record(row: Row) -> dict[str, Any]:
     """A row of `results.csv`, plain values; None where unknown."""
     record = {"strategy": row.arm.name, "budget": row.arm.n_keep}
     record |= {"kept": row.kept if row.verdict else None, "verdict": row.verdict}
-    for name, estimate in {
-        "return": row.mean,
-        "iqm": row.iqm,
-        "part_of_best": row.part_of_best,
-        "iqm_of_best": row.iqm_of_best,
-        "difference": row.difference,
-        "adaptation_loss": row.adaptation_loss,
-    }.items():
-        value = estimate or Estimate(None, None, None)
+    names = ("iqm", "part_of_best", "iqm_of_best", "difference", "adaptation_loss")
+    estimates = {"return": row.mean} | {name: getattr(row, name) for name in names}
+    for name, estimate in estimates.items():
+        value = estimate or Estimate(None)
         record |= {name: value.value, f"{name}_low": value.low, f"{name}_high": value.high}
-    selecting, model = _milliseconds(row)
-    return record | {
-        "tokens_per_decision": row.cost.tokens, "ms_selecting": selecting, "ms_model": model
-    }  # fmt: skip
-
-
-def _milliseconds(row: Row) -> tuple[float, float]:
-    """Of a decision: choosing what to keep, and acting on it."""
-    each = 1000 / max(1, row.cost.decisions)
-    return row.cost.seconds_selecting * each, row.cost.seconds_model * each
+    ms = 1000 / max(1, row.cost.decisions)  # seconds of all -> milliseconds a decision
+    record["tokens_per_decision"] = row.cost.tokens
+    record["ms_selecting"] = row.cost.seconds_selecting * ms
+    record["ms_model"] = row.cost.seconds_model * ms
+    return record
 
 
 def write_csv(path: str | Path, study: Study) -> None:
@@ -201,7 +166,10 @@ def write_csv(path: str | Path, study: Study) -> None:
 
 def summary(study: Study) -> dict[str, Any]:
     """Everything in the pictures and in the table, as plain values."""
-    best, again = study.recommended, study.confirmation
+    best, again, confirmed = study.recommended, study.confirmation, None
+    if again is not None:
+        rows = [_record(again.full), _record(again.row)]
+        confirmed = {"seeds": again.n_seeds, "margin": again.margin, "rows": rows}
     return {
         "level": LEVEL,
         "margin_share": study.margin_share,
@@ -214,10 +182,5 @@ def summary(study: Study) -> dict[str, Any]:
         "recommendation": recommendation(study),
         "n_compared": study.n_compared,
         "stands_corrected": study.stands_corrected,
-        "confirmation": again
-        and {
-            "seeds": again.n_seeds,
-            "margin": again.margin,
-            "rows": [_record(again.full), _record(again.row)],
-        },
+        "confirmation": confirmed,
     }

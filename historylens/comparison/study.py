@@ -1,13 +1,10 @@
 """From the returns of compressed and of full history to a table, verdicts and one recommendation.
 
-    study = judge(results, margin_share=0.05, best=None, seed=0)
-    study.rows, study.doubts, study.recommended
+    study = judge(results, margin_share=0.05)     # .rows, .doubts, .recommended
 
-An arm is a method at a budget. All arms acted on the same goals with the same action noise, so
-each is compared with full history run by run. The score of a run is its return an episode over the
-second half of its episodes; what is lost on the way there is the adaptation loss.
-
-Axes: `G` goals, `R` seeds of each, `E` episodes of a run.
+All arms, a method at a budget each, acted on the same goals with the same action noise, so each is
+compared with full history run by run. The score of a run is its return an episode over the second
+half of its `E` episodes; what is lost on the way is the adaptation loss. `G` goals, `R` seeds each.
 """
 
 from collections.abc import Sequence
@@ -15,11 +12,13 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from historylens.comparison.intervals import Bootstrap, Estimate, Verdict, late_scores, verdict
+from historylens.comparison.intervals import Bootstrap, Estimate, late_scores, verdict
 from historylens.comparison.policy import Cost
 from historylens.compression.method import METHODS, Method
 
-FULL, EMPTY, RANDOM, RECENT = "full", "empty", "random", "recent"
+FULL, EMPTY, RECENT = "full", "empty", "recent"
+GOOD = ("better", "safe")  # verdicts: shown to lose less than the margin
+Best = Sequence[float] | None  # G best possible returns an episode; used where all are positive
 
 
 @dataclass(frozen=True)
@@ -56,58 +55,38 @@ class Result:
 
 @dataclass(frozen=True)
 class Row:
-    """An arm in numbers; rewards are an episode's, over the second half unless said otherwise.
-
-    Attributes:
-        arm: the arm.
-        mean, iqm: over runs.
-        part_of_best, iqm_of_best: the same of each run's part of its goal's best possible return;
-            None where that is not known.
-        difference: paired, of the arm's return to full history's.
-        verdict: on that difference; None for full history itself.
-        adaptation_loss: full history's reward minus the arm's over all episodes: the area between
-            their curves, an episode.
-        by_episode: `(E,)` mean over runs.
-        cost: of its decisions.
-    """
+    """An arm in numbers; rewards are an episode's, over the second half unless said otherwise."""
 
     arm: Arm
-    mean: Estimate
-    iqm: Estimate
-    part_of_best: Estimate | None
-    iqm_of_best: Estimate | None
-    difference: Estimate
-    verdict: Verdict | None
-    adaptation_loss: Estimate
-    by_episode: np.ndarray
+    mean: Estimate  # over runs
+    iqm: Estimate  # the mean of the middle half of the runs
+    part_of_best: Estimate | None  # mean of each run's part of its goal's best possible return
+    iqm_of_best: Estimate | None  # None where that return is not known
+    difference: Estimate  # paired, of the arm's return to full history's
+    verdict: str | None  # on that difference; None for full history itself
+    adaptation_loss: Estimate  # full history minus arm, all episodes: the area between the curves
+    by_episode: np.ndarray  # (E,), mean over runs
     cost: Cost
 
     @property
     def kept(self) -> float:
         """Transitions really kept, on average, once there is more history than the budget."""
-        mean = self.cost.kept_mean
-        return float(self.arm.n_keep or 0) if mean is None else mean
+        n = self.cost.over_budget
+        return self.cost.kept_sum / n if n else float(self.arm.n_keep or 0)
 
     @property
     def is_good(self) -> bool:
         """Whether it is shown to lose less than the margin."""
-        return self.verdict in ("better", "safe")
+        return self.verdict in GOOD
 
 
 @dataclass(frozen=True)
 class Confirmation:
-    """The most promising arm once more beside full history, on runs that did not choose it.
+    """The most promising arm once more beside full history, on runs that did not choose it."""
 
-    Attributes:
-        row: the arm, judged on these runs alone.
-        full: full history in the same runs.
-        margin: reward an episode, the same part of full history's return as in the study.
-        n_seeds: runs of each goal.
-    """
-
-    row: Row
+    row: Row  # the arm, judged on these runs alone
     full: Row
-    margin: float
+    margin: float  # reward an episode, the same part of full history's return as in the study
     n_seeds: int
 
 
@@ -115,41 +94,24 @@ class Confirmation:
 class Study:
     """A judged comparison.
 
-    Attributes:
-        rows: all arms, the highest return first.
-        full_by_episode: E intervals of full history's return in each episode.
-        margin_share: the loss that would not matter, a part of full history's return.
-        margin: the same in reward an episode.
-        doubts: why no compression can be judged on this model; empty where it can.
-        recommended: the smallest budget that is safe or better and saves tokens, among equal
-            budgets the highest return; None where there is none, or a doubt.
-        stands_corrected: whether the recommended arm's verdict holds at the level that corrects for
-            all comparisons with full history (Bonferroni).
-        confirmation: what became of the most promising arm, where none was recommended at first.
+    Recommended is, of the arms that are safe or better and save tokens, the smallest budget, and
+    among equal budgets the highest return; nothing where there is a doubt.
     """
 
-    rows: tuple[Row, ...]
-    full_by_episode: tuple[Estimate, ...]
-    margin_share: float
-    margin: float
-    doubts: tuple[str, ...]
+    rows: tuple[Row, ...]  # of all arms, the highest return first
+    full: Row
+    empty: Row
+    full_by_episode: tuple[Estimate, ...]  # E of them, of full history
+    margin_share: float  # the loss that would not matter, a part of full history's return
+    margin: float  # the same in reward an episode
+    doubts: tuple[str, ...]  # why no compression can be judged on this model
     recommended: Row | None = None
-    stands_corrected: bool = False
-    confirmation: Confirmation | None = None
+    stands_corrected: bool = False  # whether its verdict holds corrected for all comparisons
+    confirmation: Confirmation | None = None  # of the most promising arm, with none recommended
 
     def row(self, name: str, n_keep: int | None = None) -> Row | None:
         """The row of an arm, or None."""
         return next((row for row in self.rows if row.arm == Arm(name, n_keep)), None)
-
-    @property
-    def full(self) -> Row:
-        """Full history."""
-        return self.row(FULL)
-
-    @property
-    def empty(self) -> Row:
-        """No history."""
-        return self.row(EMPTY)
 
     @property
     def n_compared(self) -> int:
@@ -157,75 +119,60 @@ class Study:
         return sum(row.arm.is_candidate for row in self.rows)
 
     @property
-    def candidates(self) -> tuple[Row, ...]:
+    def candidates(self) -> list[Row]:
         """Ways to compress that have a budget, the highest return first."""
-        rows = (row for row in self.rows if row.arm.is_candidate)
-        return tuple(row for row in rows if row.arm.n_keep is not None)
+        return [row for row in self.rows if row.arm.is_candidate and row.arm.n_keep is not None]
+
+    def saves(self, row: Row) -> bool:
+        """Whether an arm reads fewer tokens than full history."""
+        return row.cost.tokens < self.full.cost.tokens
 
     @property
     def unsettled(self) -> list[Row]:
-        """Candidates that save tokens and whose verdict is open, the most promising first."""
-        rows = [row for row in self.candidates if row.verdict == "inconclusive"]
-        rows = [row for row in rows if row.cost.tokens < self.full.cost.tokens]
+        """Where nothing is recommended, what saves tokens and is open, the most promising first."""
+        if self.doubts or self.recommended is not None:
+            return []
+        rows = [row for row in self.candidates if row.verdict == "inconclusive" and self.saves(row)]
         return sorted(rows, key=lambda row: (-row.difference.value, row.cost.tokens, row.arm.key))
 
-    @property
-    def to_confirm(self) -> Arm | None:
-        """The arm worth more runs: the most promising one, where nothing is recommended yet."""
-        is_settled = self.doubts or self.recommended is not None or not self.unsettled
-        return None if is_settled else self.unsettled[0].arm
 
+def judge(results: list[Result], margin_share: float, best: Best = None, seed: int = 0) -> Study:
+    """Compare every arm with full history; `seed` is that of the bootstrap.
 
-def judge(
-    results: Sequence[Result],
-    margin_share: float,
-    best: Sequence[float] | None = None,
-    seed: int = 0,
-) -> Study:
-    """Compare every arm with full history.
-
-    Args:
-        results: of all arms, "full" and "empty" among them, on the same goals and seeds.
-        margin_share: the loss that would not matter, as a part of full history's return (of its
-            size, where returns are negative).
-        best: `G` best possible returns an episode, where they are known and positive.
-        seed: of the bootstrap.
+    `results` are of all arms, "full" and "empty" among them, on the same goals and seeds. The
+    margin is a share of the size of full history's return.
     """
     returns = {result.arm: result.returns for result in results}
     full, empty = returns[Arm(FULL)], returns[Arm(EMPTY)]
     rows, margin, bootstrap = _compared(results, full, margin_share, best, seed)
     rows.sort(key=lambda row: (-row.mean.value, row.kept, row.arm.key))
-    study = Study(
-        rows=tuple(rows),
-        full_by_episode=tuple(map(bootstrap.mean, np.moveaxis(full, 2, 0))),
-        margin_share=margin_share,
-        margin=margin,
-        doubts=tuple(_doubts(rows, bootstrap.mean(late_scores(full) - late_scores(empty)))),
-    )
-    recommended = None if study.doubts else _recommended(study)
-    if recommended is None:
+    by_episode = tuple(map(bootstrap.mean, np.moveaxis(full, 2, 0)))
+    doubts, gain = [], bootstrap.mean(late_scores(full) - late_scores(empty))
+    if gain.is_open:
+        doubts.append("One seed a goal gives no interval: run at least two (--seeds).")
+    elif gain.low <= 0:
+        said = "Full history is not shown to earn more than an empty one"
+        doubts.append(f"{said}: {gain.text('+')} reward an episode.")
+    for row in rows:
+        if row.arm.method.kind == "control" and row.is_good:
+            said = f"With the control {row.arm.name} it earns as much as with its own history"
+            doubts.append(f"{said}: difference {row.difference.text('+')}.")
+    baselines = [row for name in (FULL, EMPTY) for row in rows if row.arm == Arm(name)]
+    study = Study(tuple(rows), *baselines, by_episode, margin_share, margin, tuple(doubts))
+    able = [row for row in rows if row.arm.is_candidate and row.is_good and study.saves(row)]
+    if doubts or not able:
         return study
-    difference = late_scores(returns[recommended.arm]) - late_scores(full)
+    chosen = min(able, key=lambda row: (row.arm.n_keep or 0, -row.mean.value, row.cost.tokens))
+    difference = late_scores(returns[chosen.arm]) - late_scores(full)
     corrected = verdict(bootstrap.mean(difference, study.n_compared), margin)
-    stands = corrected in ("better", "safe")
-    return replace(study, recommended=recommended, stands_corrected=stands)
+    return replace(study, recommended=chosen, stands_corrected=corrected in GOOD)
 
 
-def confirm(
-    study: Study,
-    full: Result,
-    arm: Result,
-    best: Sequence[float] | None = None,
-    seed: int = 0,
-) -> Study:
+def confirm(study: Study, full: Result, arm: Result, best: Best = None, seed: int = 0) -> Study:
     """The study with its most promising arm judged on new runs, and recommended if they confirm it.
 
-    One comparison, chosen before its runs were played: nothing has to be corrected for.
-
-    Args:
-        study: whose `to_confirm` was played again.
-        full, arm: full history and that arm in the new runs, which are of the same goals.
-        best, seed: as for `judge`.
+    `full` and `arm`, the first of `study.unsettled`, are of these runs, on the same goals. This one
+    comparison was chosen before its runs were played: nothing has to be corrected for.
     """
     rows, margin, _ = _compared([arm, full], full.returns, study.margin_share, best, seed)
     confirmation = Confirmation(*rows, margin, n_seeds=full.returns.shape[1])
@@ -234,28 +181,23 @@ def confirm(
 
 
 def _compared(
-    results: Sequence[Result],
-    full: np.ndarray,
-    margin_share: float,
-    best: Sequence[float] | None,
-    seed: int,
+    results: list[Result], full: np.ndarray, margin_share: float, best: Best, seed: int
 ) -> tuple[list[Row], float, Bootstrap]:
     """A row of each result, the margin, and the bootstrap that all intervals come from."""
     bootstrap, full_scores = Bootstrap(*full.shape[:2], seed), late_scores(full)
     margin = margin_share * abs(float(full_scores.mean()))
+    has_best = best is not None and min(best) > 0
     rows = []
     for result in results:
         scores = late_scores(result.returns)
+        parts = scores / np.asarray(best, dtype=np.float64)[:, None] if has_best else None
         difference = bootstrap.mean(scores - full_scores)
-        parts = None
-        if best is not None and min(best) > 0:
-            parts = scores / np.asarray(best, dtype=np.float64)[:, None]
         row = Row(
             arm=result.arm,
             mean=bootstrap.mean(scores),
             iqm=bootstrap.iqm(scores),
-            part_of_best=None if parts is None else bootstrap.mean(parts),
-            iqm_of_best=None if parts is None else bootstrap.iqm(parts),
+            part_of_best=bootstrap.mean(parts) if has_best else None,
+            iqm_of_best=bootstrap.iqm(parts) if has_best else None,
             difference=difference,
             verdict=None if result.arm == Arm(FULL) else verdict(difference, margin),
             adaptation_loss=bootstrap.mean((full - result.returns).mean(axis=2)),
@@ -264,28 +206,3 @@ def _compared(
         )
         rows.append(row)
     return rows, margin, bootstrap
-
-
-def _doubts(rows: Sequence[Row], gain: Estimate) -> list[str]:
-    """Why the model may ignore its history; `gain` is that of full history over an empty one."""
-    if gain.is_open:
-        return ["One seed a goal gives no interval: run at least two (--seeds)."]
-    doubts = []
-    if gain.low <= 0:
-        doubts.append(
-            "Full history is not shown to earn more than an empty one: "
-            f"{gain.text('+')} reward an episode."
-        )
-    return doubts + [
-        f"With the control {row.arm.name} it earns as much as with its own history: "
-        f"difference {row.difference.text('+')}."
-        for row in rows
-        if row.arm.method.kind == "control" and row.is_good
-    ]
-
-
-def _recommended(study: Study) -> Row | None:
-    able = [row for row in study.rows if row.arm.is_candidate and row.is_good]
-    able = [row for row in able if row.cost.tokens < study.full.cost.tokens]
-    able.sort(key=lambda row: (row.arm.n_keep or 0, -row.mean.value, row.cost.tokens))
-    return able[0] if able else None

@@ -1,11 +1,10 @@
-"""Distances between transitions, and points or clusters that cover a history.
+"""Distances between transitions by what they say, points or clusters that cover a history, means.
 
-The distance is that of what a transition says, not of when it happened: state, action, reward and
-next state, each scaled so that none rules by its unit. `F` numbers describe a transition.
-
-    points = transition_features(history)                       # (B, n, F)
-    medoids = k_medoids(points, 10)                             # (B, 10), in no order
+points = features(history)                                  # (B, n, F)
+medoids = k_medoids(points, 10)                             # (B, 10), in no order
 """
+
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -16,18 +15,16 @@ MAX_ROUNDS = 20  # of k-medoids and k-means; both have mostly settled after five
 DECIMALS = 9  # squared distances closer than this are equal: noise of float64
 
 
-def transition_features(history: History) -> Tensor:
-    """Describe each transition: `(B, n, F)` float64.
+def features(history: History) -> Tensor:
+    """Describe each transition by its state, action, reward and next state: `(B, n, F)` float64.
 
     Numbers of states and the reward are scaled by their range within a history, so that each
     spans 0 to 1; one that never changes says nothing. Two different actions lie 1 apart.
     """
     parts = []
-    for pair in (torch.cat([history.states, history.next_states], dim=1), history.rewards):
-        values = pair.double().reshape(*pair.shape[:2], -1)
-        low = values.amin(dim=1, keepdim=True)
-        span = values.amax(dim=1, keepdim=True) - low
-        parts.append((values - low) / torch.where(span > 0, span, torch.ones_like(span)))
+    for part in (torch.cat([history.states, history.next_states], 1), history.rewards[..., None]):
+        low, high = part.double().aminmax(dim=1, keepdim=True)
+        parts.append((part - low) / torch.where(high > low, high - low, 1.0))
     places, rewards = parts
     actions = torch.nn.functional.one_hot(history.actions.long()).double() / 2**0.5
     return torch.cat([places[:, : history.n], actions, rewards, places[:, history.n :]], dim=2)
@@ -36,7 +33,7 @@ def transition_features(history: History) -> Tensor:
 def squared_distances(points: Tensor, centres: Tensor, squares: Tensor | None = None) -> Tensor:
     """Squared Euclidean distances `(B, n, K)` of `(B, n, F)` to `(B, K, F)`, rounded.
 
-    `squares` `(B, n)` are the squared lengths of the points, if they are known.
+    `squares` `(B, n)`: the squared lengths of the points, where they are known.
     """
     squares = points.square().sum(dim=2) if squares is None else squares
     sums = squares[:, :, None] + centres.square().sum(dim=2)[:, None, :]
@@ -47,41 +44,30 @@ def squared_distances(points: Tensor, centres: Tensor, squares: Tensor | None = 
 def farthest_points(points: Tensor, n_keep: int) -> Tensor:
     """Farthest-point sampling (Gonzalez 1985): each new point is the one farthest from all before.
 
-    Starts with the most recent of the points `(B, n, F)` in the order of time, and prefers the more
-    recent one among equals.
-
-    Returns:
-        `(B, n_keep)` indices in the order in which they were chosen, none twice.
+    Of points `(B, n, F)` in the order of time the latest is first, and comes first among equals.
+    `(B, n_keep)` indices in the order of choice, none twice.
     """
     size, n, _ = points.shape
     rows, squares = torch.arange(size, device=points.device), points.square().sum(dim=2)
-    chosen = torch.full((size, n_keep), n - 1, device=points.device)
+    time = torch.arange(1, n + 1, device=points.device)
+    chosen = torch.empty((size, n_keep), dtype=torch.int64, device=points.device)
     nearest = torch.full((size, n), torch.inf, dtype=points.dtype, device=points.device)
     for step in range(n_keep):
-        if step:
-            chosen[:, step] = _last_argmax(nearest)
-        latest = points[rows, chosen[:, step]][:, None]  # (B, 1, F)
-        nearest = nearest.minimum(squared_distances(points, latest, squares)[:, :, 0])
-        nearest[rows, chosen[:, step]] = -1.0  # lies behind copies of itself, at 0
+        farthest = nearest == nearest.amax(dim=1, keepdim=True)
+        latest = (farthest * time).amax(dim=1) - 1
+        chosen[:, step] = latest
+        distances = squared_distances(points, points[rows, latest][:, None], squares)[:, :, 0]
+        nearest = nearest.minimum(distances)
+        nearest[rows, latest] = -1.0  # lies behind copies of itself, at 0
     return chosen
-
-
-def _last_argmax(values: Tensor) -> Tensor:
-    """Index of the largest entry of each row, the last of them among equals."""
-    time = torch.arange(1, values.shape[1] + 1, device=values.device)
-    return ((values == values.amax(dim=1, keepdim=True)) * time).amax(dim=1) - 1
 
 
 def k_medoids(points: Tensor, n_keep: int) -> Tensor:
     """Points with a small sum of squared distances from every point to the nearest of them.
 
-    Starts from `farthest_points`; then, in turn, every point joins its nearest medoid and every
-    cluster takes the member nearest to all its members as its medoid (Park and Jun 2009). With
-    squared distances that is the member nearest to the cluster's mean. The sum never rises.
-
-    Returns:
-        `(B, n_keep)` indices of the points `(B, n, F)`, which are in the order of time; in no
-        order, none twice.
+    From `farthest_points` on, in turn, every point joins its nearest medoid and every cluster takes
+    the member nearest to all its members, so to their mean (Park and Jun 2009): it never rises.
+    `(B, n_keep)` indices of the points `(B, n, F)` in the order of time; in no order, none twice.
     """
     size, n, _ = points.shape
     medoids = farthest_points(points, n_keep)
@@ -103,16 +89,13 @@ def k_medoids(points: Tensor, n_keep: int) -> Tensor:
 
 
 def k_means(points: Tensor, n_clusters: int) -> Tensor:
-    """Cluster points `(B, n, F)` around their means (Lloyd 1982), from `farthest_points`.
-
-    Returns:
-        `(B, n)`, number of each point's cluster; no cluster is empty.
-    """
+    """Cluster `(B, n)` of each point, none empty, from `farthest_points` on (Lloyd 1982)."""
     starts = farthest_points(points, n_clusters)
-    centres, labels = points.take_along_dim(starts[:, :, None], dim=1), None
+    centres = points.take_along_dim(starts[:, :, None], dim=1)
+    labels = starts.new_empty(0)
     for _ in range(MAX_ROUNDS):
         updated = _fill_empty(squared_distances(points, centres).argmin(dim=2), starts)
-        if labels is not None and torch.equal(updated, labels):
+        if torch.equal(updated, labels):
             break
         labels, centres = updated, cluster_means(points, updated, n_clusters)
     return labels
@@ -120,23 +103,55 @@ def k_means(points: Tensor, n_clusters: int) -> Tensor:
 
 def cluster_means(points: Tensor, labels: Tensor, n_clusters: int) -> Tensor:
     """Mean `(B, K, F)` of the points in each cluster, none of which is empty."""
-    size, _, width = points.shape
-    into = labels[:, :, None].expand(-1, -1, width)
-    means = points.new_zeros(size, n_clusters, width)
+    means = points.new_zeros(len(points), n_clusters, points.shape[2])
+    into = labels[:, :, None].expand_as(points)
     return means.scatter_reduce(1, into, points, "mean", include_self=False)
 
 
 def _fill_empty(labels: Tensor, starts: Tensor) -> Tensor:
-    """Give clusters without points the one they started from, until none is empty.
-
-    That may empty another cluster in turn; at worst every cluster ends with its own start.
-    """
+    """Give empty clusters the point they started from, until none is: at worst, all have theirs."""
     numbers = torch.arange(starts.shape[1], device=labels.device).expand_as(starts)
     returned = torch.zeros_like(starts, dtype=torch.bool)
     while True:
         counts = torch.zeros_like(starts).scatter_add(1, labels, torch.ones_like(labels))
-        if (counts > 0).all():
+        if counts.all():
             return labels
         returned = returned | (counts == 0)
         kept = torch.where(returned, numbers, labels.gather(1, starts))
         labels = labels.scatter(1, starts, kept)
+
+
+def pool(history: History, labels: Tensor, n_tokens: int) -> History:
+    """Make `K` new tokens, in the order of their mean time: means of transitions (float32).
+
+    `labels` `(B, n)` int is the token that each transition goes into, every one of `0 .. K - 1` at
+    least once. The action is the most frequent one, the episode that of the latest transition.
+    """
+    size, n, width = history.states.shape
+    time = torch.arange(1.0, n + 1, dtype=torch.float64, device=labels.device).expand(size, n)
+
+    def sums(values: Tensor, into: Tensor, n_groups: int) -> Tensor:
+        return time.new_zeros(size, n_groups).scatter_add(1, into, values.double())
+
+    def latest(into: Tensor, n_groups: int) -> Tensor:
+        return time.new_zeros(size, n_groups).scatter_reduce(1, into, time, "amax")
+
+    counts = sums(torch.ones_like(time), labels, n_tokens)
+    columns = (*history.states.unbind(2), *history.next_states.unbind(2), history.rewards, time)
+    means = torch.stack([sums(column, labels, n_tokens) / counts for column in columns], dim=2)
+    states, next_states, rewards, times = means.split([width, width, 1, 1], dim=2)  # (B, K, ...)
+    n_actions = int(history.actions.max()) + 1
+    pairs, n_pairs = labels * n_actions + history.actions.long(), n_tokens * n_actions
+    # Among equally frequent actions the one taken last: its time breaks the tie, below one count.
+    taken = sums(torch.ones_like(time), pairs, n_pairs) + latest(pairs, n_pairs) / (n + 1)
+    last = latest(labels, n_tokens).long() - 1
+    merged = History(
+        states.float(),
+        taken.view(size, n_tokens, n_actions).argmax(dim=2).to(history.actions.dtype),
+        rewards[..., 0].float(),
+        next_states.float(),
+        history.query_states,
+        None if history.episodes is None else history.episodes.gather(1, last),
+        history.tasks,
+    )
+    return replace(merged.take(times[..., 0].argsort(dim=1, stable=True)), kept=None)

@@ -1,29 +1,29 @@
-"""Which transitions of a history to keep: rules of one sentence, their docstrings.
+"""All ways to compress a history, rules of one sentence: strategies, merges, controls.
 
-Each only picks real transitions, and runs where there is something to choose, `0 < n_keep < n`.
-Among equals the more recent transition stays. Some look at attention: past attention lies in the
-passes that the model has run already; the query's own takes a pass over the whole history first: it
-shows what could go, and saves no compute.
+Among equals the more recent transition stays. Past attention lies in the passes that the model has
+run already; the query's own takes a pass over the whole history first: it shows what could go, and
+saves no compute. A model whose action stays the same under a control does not read its history.
 
     METHODS["top-k"].compress(history, n_keep=20)               # history.query_attention is known
 """
 
 import math
+from dataclasses import replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from historylens.compression.clusters import farthest_points, k_medoids, transition_features
+from historylens.compression import clusters
 from historylens.compression.method import (
     Generator,
     ages,
     best_first,
     draw,
     enter,
-    half,
     keep_best,
     keep_where,
-    latest,
+    latest_half,
     uniform,
 )
 from historylens.history import History
@@ -33,18 +33,7 @@ N_FIRST = 4  # transitions that "first-recent" keeps of the beginning, as Stream
 POOL_WIDTH = 5  # neighbouring transitions that share votes, as in SnapKV
 BLOCK = 5  # transitions behind one landmark
 TOP_PERCENT = 30  # of the history, kept by "top-30"
-
-
-@enter("full", "baseline", keeps="all")
-def full(history: History, n_keep: int, generator: Generator | None) -> Tensor:
-    """Keep the whole history, whatever is asked."""
-    raise NotImplementedError("compress() answers before any rule")
-
-
-@enter("empty", "baseline", keeps="none")
-def empty(history: History, n_keep: int, generator: Generator | None) -> Tensor:
-    """Keep nothing, whatever is asked."""
-    raise NotImplementedError("compress() answers before any rule")
+SUMMARY_SHARE = 4  # one token in so many of "recent-summary" is a summary
 
 
 @enter("random", "baseline")
@@ -57,7 +46,7 @@ def random(history: History, n_keep: int, generator: Generator | None) -> Tensor
 def random_recent(history: History, n_keep: int, generator: Generator | None) -> Tensor:
     """Keep the latest transitions for half of the budget, and older ones drawn at random."""
     drawn = uniform(generator, (history.size, history.n), history.device)
-    return keep_best(n_keep, latest(history, half(n_keep)), drawn)
+    return keep_best(n_keep, latest_half(history, n_keep), drawn)
 
 
 @enter("recent", "Laskin et al. 2022, arXiv 2210.14215 (the sliding context)")
@@ -69,15 +58,13 @@ def recent(history: History, n_keep: int, generator: Generator | None) -> Tensor
 @enter("first-recent", "Xiao et al. 2023, arXiv 2309.17453 (StreamingLLM)")
 def first_recent(history: History, n_keep: int, generator: Generator | None) -> Tensor:
     """Keep the first 4 transitions (at most half of the budget) and the latest ones."""
-    n_first = min(N_FIRST, n_keep // 2)
-    return keep_best(n_keep, ages(history) > history.n - n_first)
+    return keep_best(n_keep, ages(history) > history.n - min(N_FIRST, n_keep // 2))
 
 
 @enter("decay", "Aggarwal 2006 (biased reservoir sampling)")
 def decay(history: History, n_keep: int, generator: Generator | None) -> Tensor:
     """Draw transitions with a chance that halves with every n_keep steps back in time."""
-    log_weights = -ages(history).double() * math.log(2) / n_keep
-    return draw(history, log_weights, n_keep, generator)
+    return draw(history, -ages(history).double() * math.log(2) / n_keep, n_keep, generator)
 
 
 @enter("decay-spaced", "Li et al. 2019, arXiv 1907.00235 (LogSparse)")
@@ -94,22 +81,22 @@ def decay_spaced(history: History, n_keep: int, generator: Generator | None) -> 
 @enter("even", "Child et al. 2019, arXiv 1904.10509 (strided attention)")
 def even(history: History, n_keep: int, generator: Generator | None) -> Tensor:
     """Keep evenly spaced transitions, the first and the latest among them."""
-    steps = torch.arange(n_keep, device=history.device)
     if n_keep == 1:
-        return (steps + history.n - 1).expand(history.size, -1)
+        return keep_best(1, -ages(history))
+    steps = torch.arange(n_keep, device=history.device)
     return (steps * (history.n - 1) // (n_keep - 1)).expand(history.size, -1)
 
 
 @enter("diverse", "Sener and Savarese 2018, arXiv 1708.00489 (farthest points)", "history")
 def diverse(history: History, n_keep: int, generator: Generator | None) -> Tensor:
     """Keep the latest transition, then again and again the one least like all that are kept."""
-    return farthest_points(transition_features(history), n_keep).sort(dim=1).values
+    return clusters.farthest_points(clusters.features(history), n_keep).sort(dim=1).values
 
 
 @enter("k-medoids", "Park and Jun 2009 (k-means-like k-medoids)", "history")
 def medoids(history: History, n_keep: int, generator: Generator | None) -> Tensor:
     """Group like transitions and keep the most central one of each group."""
-    return k_medoids(transition_features(history), n_keep).sort(dim=1).values
+    return clusters.k_medoids(clusters.features(history), n_keep).sort(dim=1).values
 
 
 @enter("one-visit", "Isele and Cosgun 2018, arXiv 1802.10269 (coverage)", "history")
@@ -131,7 +118,7 @@ def rewarded_recent(history: History, n_keep: int, generator: Generator | None) 
     """Keep the latest transitions for half of the budget, then older rewarded ones, the latest
     first, and fill up with the latest of the rest.
     """
-    return keep_best(n_keep, latest(history, half(n_keep)), history.rewards > 0)
+    return keep_best(n_keep, latest_half(history, n_keep), history.rewards > 0)
 
 
 @enter("last-episodes", "Laskin et al. 2022, arXiv 2210.14215 (contexts of whole episodes)",
@@ -142,7 +129,7 @@ def last_episodes(history: History, n_keep: int, generator: Generator | None) ->
     """
     first = torch.searchsorted(history.episodes.contiguous(), history.episodes.contiguous())
     fits = history.n - first <= n_keep  # (B, n): from the start of its episode to the end
-    return keep_where(torch.where(fits.any(dim=1, keepdim=True), fits, latest(history, n_keep)))
+    return keep_where(torch.where(fits.any(dim=1, keepdim=True), fits, ages(history) <= n_keep))
 
 
 @enter("best-episodes", "Liu and Abbeel 2023, arXiv 2305.16554 (episodes ranked by return)",
@@ -165,16 +152,13 @@ def nearest(history: History, n_keep: int, generator: Generator | None) -> Tenso
     return keep_best(n_keep, -distance)
 
 
-# By attention
-
-
 @enter("accumulated-recent", "Zhang et al. 2023, arXiv 2306.14048 (H2O)", "past attention",
        "received")  # fmt: skip
 def accumulated_recent(history: History, n_keep: int, generator: Generator | None) -> Tensor:
     """Keep the latest transitions for half of the budget, and older ones that have received most
     attention so far.
     """
-    return keep_best(n_keep, latest(history, half(n_keep)), history.received)
+    return keep_best(n_keep, latest_half(history, n_keep), history.received)
 
 
 @enter("pooled-votes", "Li et al. 2024, arXiv 2404.14469 (SnapKV)", "past attention",
@@ -184,11 +168,9 @@ def pooled_votes(history: History, n_keep: int, generator: Generator | None) -> 
     that those attend most, averaged over 5 neighbours.
     """
     votes = history.last_rows.double().mean(dim=1)
-    pooled = torch.nn.functional.avg_pool1d(
-        votes[:, None], POOL_WIDTH, stride=1, padding=POOL_WIDTH // 2
-    )[:, 0]
-    n_latest = min(history.last_rows.shape[1], half(n_keep))
-    return keep_best(n_keep, latest(history, n_latest), pooled)
+    pooled = F.avg_pool1d(votes[:, None], POOL_WIDTH, stride=1, padding=POOL_WIDTH // 2)[:, 0]
+    voters = ages(history) <= history.last_rows.shape[1]
+    return keep_best(n_keep, voters & latest_half(history, n_keep), pooled)
 
 
 @enter("top-k", "Gupta et al. 2021, arXiv 2106.06899 (top-k attention)", "query attention")
@@ -210,7 +192,8 @@ def top_30(history: History, n_keep: int, generator: Generator | None) -> Tensor
 def threshold(history: History, n_keep: int, generator: Generator | None) -> Tensor:
     """Keep the transitions with an attention weight above 0.1."""
     strong = history.query_attention > STRONG_WEIGHT + TOLERANCE
-    return keep_where(strong & (_ranks(history.query_attention) < n_keep))
+    ranks = best_first(history.query_attention).argsort(dim=1)  # (B, n), 0 for the best
+    return keep_where(strong & (ranks < n_keep))
 
 
 @enter("prune-low", "Lin et al. 2025, arXiv 2502.02770 (top-p pruning)", "query attention",
@@ -218,15 +201,11 @@ def threshold(history: History, n_keep: int, generator: Generator | None) -> Ten
 def prune_low(history: History, n_keep: int, generator: Generator | None) -> Tensor:
     """Keep the fewest transitions that hold 90 % of the attention on history, and drop the rest."""
     mass = history.query_attention.double().sum(dim=1, keepdim=True)
-    shares = history.query_attention.double() / torch.where(mass > 0, mass, torch.ones_like(mass))
+    shares = history.query_attention.double() / torch.where(mass > 0, mass, 1.0)
     held = shares.sort(dim=1, descending=True).values.cumsum(dim=1)
     n_needed = ((held < MASS_SHARE - TOLERANCE).sum(dim=1, keepdim=True) + 1) * (mass > 0)
-    return keep_where(_ranks(shares) < n_needed.clamp(max=n_keep))
-
-
-def _ranks(scores: Tensor) -> Tensor:
-    """Place of each transition in `best_first`: `(B, n)`, 0 for the best."""
-    return best_first(scores).argsort(dim=1)
+    ranks = best_first(shares).argsort(dim=1)  # (B, n), 0 for the best
+    return keep_where(ranks < n_needed.clamp(max=n_keep))
 
 
 @enter("importance", "Kool et al. 2019, arXiv 1903.06059 (Gumbel top-k)", "query attention")
@@ -252,3 +231,49 @@ def landmark(history: History, n_keep: int, generator: Generator | None) -> Tens
 def least_attended(history: History, n_keep: int, generator: Generator | None) -> Tensor:
     """Keep the transitions that the query attends least."""
     return keep_best(n_keep, -history.query_attention)
+
+
+@enter("recent-summary",
+       "Rae et al. 2020, arXiv 1911.05507 (Compressive Transformer, mean pooling)",
+       kind="merge")  # fmt: skip
+def recent_summary(history: History, n_keep: int, generator: Generator | None) -> History:
+    """Keep the latest transitions for three quarters of the budget, and average the older ones in
+    consecutive groups of equal length.
+    """
+    n_summaries = max(1, n_keep // SUMMARY_SHARE)  # of a budget of 1, of the whole history
+    n_older = history.n - (n_keep - n_summaries)
+    groups = torch.arange(n_older, device=history.device) * n_summaries // n_older
+    latest = torch.arange(n_summaries, n_keep, device=history.device)
+    return clusters.pool(history, torch.cat([groups, latest]).expand(history.size, -1), n_keep)
+
+
+@enter("centroids", "Lloyd 1982 (k-means)", "history", kind="merge")
+def centroids(history: History, n_keep: int, generator: Generator | None) -> History:
+    """Replace each k-means cluster of transitions by its centroid."""
+    return clusters.pool(history, clusters.k_means(clusters.features(history), n_keep), n_keep)
+
+
+@enter("other-task", "control: the wrong task", kind="control", keeps="all")
+def other_task(history: History, n_keep: int, generator: Generator | None) -> History:
+    """Give each decision the history of another one in the batch, of another task where tasks are
+    known.
+    """
+    known = history.tasks is not None
+    tasks = history.tasks if known else torch.arange(history.size, device=history.device)
+    differs = tasks[:, None] != tasks[None, :]
+    if not differs.any(dim=1).all():
+        why = "so that each decision can be given another task's history"
+        raise ValueError(f"expected a batch with histories of at least two tasks, {why}")
+    drawn = uniform(generator, (history.size, history.size), history.device)
+    donors = history.rows(drawn.masked_fill(~differs, -1.0).argmax(dim=1))
+    own = {"query_states": history.query_states, "tasks": history.tasks}
+    return replace(donors, **own, query_attention=None)
+
+
+@enter("shuffled-rewards", "control; Min et al. 2022, arXiv 2202.12837", kind="control",
+       keeps="all")  # fmt: skip
+def shuffled_rewards(history: History, n_keep: int, generator: Generator | None) -> History:
+    """Deal the rewards of each history out anew among its transitions."""
+    drawn = uniform(generator, (history.size, history.n), history.device)
+    shuffled = history.rewards.gather(1, drawn.argsort(dim=1))
+    return replace(history, rewards=shuffled, received=None, last_rows=None, query_attention=None)

@@ -1,29 +1,20 @@
 """What dropping history does to the action, and how far attention foretells it.
 
-    effects = measure_effects(agent, [0, 1], [[0, 1], [0, 1]], insights, n_samples=10, seed=0)
-    print(effects.text); content["effects"] = effects.json
-    deletion_curves("deletion_curves.png", **effects.picture)         # where it is not None
-
-Attention suggests what can go; only the model, run on what is left, shows it.
+effects = measure_effects(agent, [0, 1], [[0, 1], [0, 1]], insights, n_samples=10, seed=0)
+print(effects.text); content["effects"] = effects.json
 """
 
 from collections.abc import Sequence
 from dataclasses import replace
 
+import torch
 from tqdm import tqdm
 
 from historylens.agent import Agent
 from historylens.common.batches import is_out_of_memory
 from historylens.common.errors import UserError
-from historylens.effects.effect import budgets, has_own_size
 from historylens.effects.faithfulness import affordable, measure_faithfulness
-from historylens.effects.measure import (
-    Trial,
-    choose_samples,
-    ignores_history,
-    run_controls,
-    run_methods,
-)
+from historylens.effects.measure import Trial, budgets, has_own_size
 from historylens.effects.report import WORST, MeasuredEffects
 from historylens.insights import Insight
 from historylens.insights.patterns import PATTERNS
@@ -31,6 +22,7 @@ from historylens.insights.patterns import PATTERNS
 STANDARD = ("recent", "even", "top-k", "rewarded-recent", WORST)  # whatever patterns advise
 
 
+@torch.inference_mode()
 def measure_effects(
     agent: Agent,
     layers: Sequence[int],
@@ -42,17 +34,8 @@ def measure_effects(
 ) -> MeasuredEffects:
     """Measure what the advice of insights does, and how far attention is a guide at all.
 
-    A model that cannot be run on shortened histories is told so, and the rest of an analysis
-    stands.
-
-    Args:
-        agent: what decides.
-        layers: numbers of the layers whose attention is judged as a guide.
-        heads: numbers of their heads, for each of these layers.
-        insights: what was found in the attention.
-        n_samples: decisions to measure on; 0: nothing is measured.
-        seed: of everything drawn.
-        bar: shows the progress.
+    On `n_samples` decisions (0: nothing is measured); of the `heads` (numbers, for each layer) of
+    `layers`. Of a model that cannot be run on shortened histories the result says so.
     """
     if not n_samples:
         return MeasuredEffects()
@@ -61,16 +44,16 @@ def measure_effects(
     patterns = [pattern for pattern in PATTERNS if pattern in advised]
     names = list(dict.fromkeys([*STANDARD, *(n for p in patterns for n in PATTERNS[p].measured)]))
     try:
-        trial = Trial(agent, choose_samples(agent, n_samples), seed)
-        n, n_samples = trial.n, len(trial.samples)
-        n_steps = 1 + len(budgets(n)) + sum(map(has_own_size, names))
-        bar.total = n_steps + len(affordable(n_samples, n))
-        controls, not_run = run_controls(trial)
+        trial = Trial(agent, n_samples, seed)
+        n, samples = trial.n, trial.samples
+        n_sizes = len(budgets(n)) + sum(map(has_own_size, names))
+        bar.total = 1 + n_sizes + len(affordable(len(samples), n))
+        controls = trial.controls()
         bar.update()
-        measured = MeasuredEffects(None, trial.samples, n, seed, patterns, controls, not_run)
-        if ignores_history(controls):
-            return replace(measured, ignores_history=True)
-        curves = run_methods(trial, names, not_run, bar)
+        measured = MeasuredEffects(None, samples, n, seed, patterns, controls, trial.not_run)
+        if measured.ignores_history:
+            return measured
+        curves = trial.curves(names, bar)
         guide = measure_faithfulness(trial, layers, heads, bar)
         return replace(measured, curves=curves, faithfulness=guide)
     except UserError as error:

@@ -1,40 +1,153 @@
 """Decisions made again on compressed history: methods at a few sizes, beside random drops.
 
-Controls come first: a model that another task's history leaves unmoved cannot be judged this way.
-
-    trial = Trial(agent, choose_samples(agent, n_wanted=10), seed=0)
-    controls, not_run = run_controls(trial)
-    curves = run_methods(trial, ["recent", "top-k"], not_run, tqdm())
+    trial = Trial(agent, n_wanted=10, seed=0)
+    trial.controls()["empty"].flips
+    trial.curves(["recent", "top-k"], tqdm())["recent"][0].against_random
 
 Axes: `B` decisions, `n` transitions before each, `D` draws of what is random (else 1), `A` actions.
 """
 
 import zlib
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import takewhile
+from typing import Any, Self
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from historylens.agent import Agent, act_in_parts, attend
 from historylens.common.batches import alike
-from historylens.common.errors import UserError
+from historylens.common.errors import UserError, expect
 from historylens.compression import METHODS
 from historylens.compression.method import keep_where, uniform
-from historylens.effects.effect import UNMOVED, UNMOVED_EMPTY, Effect, budgets, has_own_size
+from historylens.compression.strategies import TOP_PERCENT
 from historylens.history import History
 from historylens.tokens import sum_rows
 
 N_DRAWS = 20  # of random transitions
 DRAWN = {"random": N_DRAWS, "decay": 5, "importance": 5}  # draws of what is drawn at random
+BAND = (5, 95)  # percentiles of the draws
+UNMOVED = 0.1  # nats: below, one who sees the actions needs some 30 to tell the histories apart
+UNMOVED_EMPTY = 0.5  # nats, without history; untrained models reach 0.1 to 0.4
+NOTHING = 1e-3  # nats: below, an action is as it was
+LARGEST = 0.6  # of the context: beyond, little is saved
 
 
-def choose_samples(agent: Agent, n_wanted: int) -> list[int]:
-    """Decisions that can share a pass, evenly among those of the length that most have."""
-    groups = alike((i, agent.length(i)) for i in range(len(agent.decisions)))
-    most = max(groups, key=len)
-    return [most[i] for i in spread(len(most), n_wanted)]
+@dataclass(frozen=True)
+class Effect:
+    """What one way of compressing did to the actions of `B` decisions, in each of `D` draws.
+
+    KL is KL(full || compressed) of the action distributions, in nats.
+    """
+
+    n_keep: int  # transitions asked for
+    kept_mean: float  # transitions really kept (tokens, of a merge)
+    kept_min: int
+    kept_max: int
+    n_decisions: int  # B
+    flips: float  # share of the decisions whose most likely action changes
+    kl_mean: float
+    kl_p95: float  # 95th percentile
+    flips_band: list[float] | None  # middle 90 % of the draws: low, high; None of a single draw
+    kl_band: list[float] | None
+    draws: np.ndarray  # (D,) float64, mean KL of each
+    random: Self | None = None  # of as many drawn at random; None of these, and of controls
+
+    @classmethod
+    def of(
+        cls, agent: Agent, full: Tensor, shorter: History, n_keep: int, random: Self | None = None
+    ) -> Self:
+        """What `D * B` compressed histories do, draw after draw, beside logits `(B, A)` on all."""
+        logits, kept, size = act_in_parts(agent, shorter), shorter.counts, len(full)
+        full = full.repeat(len(logits) // size, 1)  # (D * B, A)
+        kl = kl_divergence(full, logits).cpu().numpy()
+        flips = (full.argmax(-1) != logits.argmax(-1)).cpu().numpy()
+        by_draw = [values.reshape(-1, size).mean(axis=1) for values in (flips, kl)]
+        bands = [np.percentile(x, BAND).tolist() if len(x) > 1 else None for x in by_draw]
+        counts = float(kept.double().mean()), int(kept.min()), int(kept.max())
+        means = float(flips.mean()), float(kl.mean()), float(np.percentile(kl, 95))
+        return cls(n_keep, *counts, size, *means, *bands, by_draw[1], random)
+
+    @property
+    def against_random(self) -> str | None:
+        """Whether the mean KL is "better" or "worse" than that of each random draw, or "alike".
+
+        Better (worse) than all of 20 draws happens to a random choice once in 21 times.
+        """
+        if self.random is None:
+            return None
+        if self.kl_mean < self.random.draws.min():
+            return "better"
+        return "worse" if self.kl_mean > self.random.draws.max() else "alike"
+
+    @property
+    def verdict(self) -> str:
+        """Whether it is better than chance at its size, in a sentence."""
+        draws = self.random.draws
+        n_draws = len(draws)
+        if self.against_random == "better":
+            return f"Better than each of {n_draws} random draws."
+        if self.against_random == "worse":
+            return f"Worse than each of {n_draws} random draws: here the pattern misleads."
+        if max(self.kl_mean, draws.max()) <= NOTHING:
+            return "A random choice changes nothing either: at this size nothing is lost."
+        n_less = int((draws <= self.kl_mean).sum())
+        less = f"{n_less} of {n_draws} random draws moved the action distribution no more."
+        if n_less < n_draws / 2:
+            return f"Not clearly better than random: {less}"
+        return f"No better than random: {less} The pattern is no guide to what can go here."
+
+    @property
+    def kept(self) -> str:
+        """`kept_mean`, with a decimal where it needs one."""
+        return f"{self.kept_mean:.{0 if self.kept_mean.is_integer() else 1}f}"
+
+    def __str__(self) -> str:
+        return f"{self.flips:.0%} (KL {nats(self.kl_mean)})"
+
+    def json(self) -> dict[str, Any]:
+        """As plain values, without what is None."""
+        known = vars(self) | {"draws": None, "random": None, "against_random": self.against_random}
+        return {name: value for name, value in known.items() if value is not None}
+
+
+def nats(value: float) -> str:
+    """A divergence with the digits that matter."""
+    if value < NOTHING:
+        return "0" if value == 0 else f"< {NOTHING}"
+    return f"{value:.3f}" if value < 0.1 else f"{value:.2f}"
+
+
+def kl_divergence(full: Tensor, other: Tensor) -> Tensor:
+    """KL(full || other) of action distributions from logits `(..., A)`: `(...)` float64 nats."""
+    p, q = full.double().log_softmax(-1), other.double().log_softmax(-1)
+    return (p.exp() * (p - q)).sum(-1).clamp(min=0)
+
+
+def enough(curve: Sequence[Effect]) -> int | None:
+    """Fewest transitions from which on the KL stays within `UNMOVED`; None: more than measured."""
+    unmoved = [*takewhile(lambda effect: effect.kl_mean <= UNMOVED, reversed(curve))]
+    return unmoved[-1].n_keep if unmoved else None
+
+
+def budgets(n: int) -> list[int]:
+    """Sizes at which methods are measured on `n` transitions: 1, 2, 5, 10, ... and 30 %."""
+    ladder = {step * 10**power for power in range(len(str(n))) for step in (1, 2, 5)}
+    sizes = {size for size in ladder if size <= max(1, LARGEST * n)} | {share_of(n)}
+    return sorted(size for size in sizes if size < n)
+
+
+def share_of(n: int) -> int:
+    """30 % of `n`, rounded up, as "top-30" keeps."""
+    return -(-n * TOP_PERCENT // 100)
+
+
+def has_own_size(name: str) -> bool:
+    """Whether a method keeps as many as it needs, whatever the budget."""
+    return METHODS[name].keeps == "up to n_keep"
 
 
 def spread(n_samples: int, n_wanted: int) -> list[int]:
@@ -44,132 +157,85 @@ def spread(n_samples: int, n_wanted: int) -> list[int]:
 
 
 class Trial:
-    """Decisions that are made again on compressed history.
+    """Decisions of an agent that are made again on compressed history.
 
-    Args:
-        agent: what decides.
-        samples: numbers of the decisions, equally long.
-        seed: of everything drawn. Each method and size draws from a stream of its own, so that
-            what else is measured changes nothing.
-
-    Attributes:
-        history: of these decisions, the latest `n` transitions that the model can read.
-        full: `(B, A)` action logits on it.
-        attention: of the query token to transitions, an array `(B, H, n)` float64 a layer; the
-            history has its mean over layers and heads.
+    `samples`: up to `n_wanted` of the length that most have, so that they can share a pass. Each
+    method and size draws from a stream of its own: what else is measured changes nothing.
     """
 
-    @torch.inference_mode()
-    def __init__(self, agent: Agent, samples: Sequence[int], seed: int) -> None:
-        self.agent, self.samples, self.seed = agent, samples, seed
-        history = agent.history(samples).latest(agent.n_max)
-        self.n, self.full = history.n, agent.act(history)
+    def __init__(self, agent: Agent, n_wanted: int, seed: int) -> None:
+        groups = alike((i, agent.length(i)) for i in range(len(agent.decisions)))
+        most = max(groups, key=len)
+        self.samples = [most[i] for i in spread(len(most), n_wanted)]
+        self.agent, self.seed = agent, seed
+        self.not_run: dict[str, str] = {}  # control or method -> why it could not be run
+        history = agent.history(self.samples).latest(agent.n_max)
+        self.n, self.full = history.n, agent.act(history)  # (B, A) action logits
         tokens, layers = agent.tokens(history), attend(agent, history)[1]
+        # Of the query to transitions: (B, H, n) float64 a layer.
         self.attention = [sum_rows(layer.query_rows, tokens)[..., :-1] for layer in layers]
         mean = np.mean([heads.mean(axis=1) for heads in self.attention], axis=0)  # (B, n)
         known = torch.from_numpy(mean).float().to(history.device)
         self.history = replace(history, query_attention=known)
 
-    def generator(self, name: str, n_keep: int = 0) -> np.random.Generator:
-        """What a method draws from at one size."""
-        return np.random.default_rng((self.seed, zlib.crc32(name.encode()), n_keep))
+    def controls(self) -> dict[str, Effect]:
+        """What another history does to the actions, or none, where the model can run on it."""
+        controls = {}
+        for name in ("empty", *(name for name, one in METHODS.items() if one.kind == "control")):
+            try:
+                controls[name] = self._control(name)
+            except UserError as error:  # not every model can act without history
+                self.not_run[name] = str(error)
+        return controls
 
-    def drawn(self, n_draws: int) -> History:
-        """Every decision `n_draws` times, draw after draw."""
-        rows = torch.arange(self.history.size, device=self.history.device)
-        return self.history.rows(rows.repeat(n_draws))
-
-    def at_size(self, name: str, n_keep: int, random: Effect | None = None) -> Effect:
-        """What a method does that keeps `n_keep` transitions, beside random draws of as many."""
-        history = self.drawn(DRAWN.get(name, 1))
-        shorter = METHODS[name].compress(history, n_keep, self.generator(name, n_keep))
-        return self.effect(shorter, n_keep, random)
-
-    def at_own_size(self, name: str) -> Effect:
-        """What a method does that keeps as many as it needs, beside random draws of as many."""
-        n_keep = self.n - 1
-        shorter = METHODS[name].compress(self.history, n_keep)
-        history, generator = self.drawn(N_DRAWS), self.generator(f"random as {name}")
-        ranks = uniform(generator, history.rewards.shape, history.device).argsort(1).argsort(1)
-        as_many = history.take(keep_where(ranks < shorter.counts.repeat(N_DRAWS)[:, None]))
-        return self.effect(shorter, n_keep, self.effect(as_many, n_keep))
-
-    def effect(self, shorter: History, n_keep: int, random: Effect | None = None) -> Effect:
-        """What compressed histories of the decisions do, draw after draw."""
-        logits = act_in_parts(self.agent, shorter)
-        return replace(Effect.of(self.full, logits, n_keep, shorter.counts), random=random)
-
-    def control(self, name: str) -> Effect:
-        """What another history does, or none, to the decisions that it can show something of.
-
-        Raises:
-            UserError: there are none of these, or the model cannot run on it.
-        """
+    def _control(self, name: str) -> Effect:
+        """Of the decisions that it can show something of; UserError: there are none."""
         history = self.history
         rows = torch.arange(history.size, device=history.device)
         if name == "shuffled-rewards":  # says nothing where all rewards are equal
             rows = rows[(history.rewards != history.rewards[:, :1]).any(dim=1)]
-            if not len(rows):
-                raise UserError("no decision has different rewards before it")
+            expect(len(rows), "no decision has different rewards before it")
         elif name == "other-task":
             tasks = rows if history.tasks is None else history.tasks
-            if (tasks == tasks[0]).all():
-                raise UserError("all decisions are of one task")
-        changed = METHODS[name].compress(history.rows(rows), 0, self.generator(name))
-        logits = act_in_parts(self.agent, changed)
-        return Effect.of(self.full[rows], logits, changed.n, changed.counts)
+            expect((tasks != tasks[0]).any(), "all decisions are of one task")
+        changed = METHODS[name].compress(history.rows(rows), 0, self._generator(name))
+        return Effect.of(self.agent, self.full[rows], changed, changed.n)
 
+    def curves(self, names: Sequence[str], bar: tqdm) -> dict[str, list[Effect]]:
+        """What methods, and "random" before them, do at `budgets(n)`, or at their own size.
 
-@torch.inference_mode()
-def run_controls(trial: Trial) -> tuple[dict[str, Effect], dict[str, str]]:
-    """What another history does to the actions, or none; and why a control could not be run."""
-    controls, not_run = {}, {}
-    for name in ("empty", *(name for name, one in METHODS.items() if one.kind == "control")):
-        try:
-            controls[name] = trial.control(name)
-        except UserError as error:  # not every model can act without history
-            not_run[name] = str(error)
-    return controls, not_run
+        `bar` moves on by 1 a size. UserError: the model cannot be run on less history.
+        """
+        curves = {name: [] for name in ("random", *names) if not has_own_size(name)}
+        for n_keep in budgets(self.n):
+            random = None
+            for name, curve in curves.items():
+                history = self._drawn(DRAWN.get(name, 1))
+                shorter = METHODS[name].compress(history, n_keep, self._generator(name, n_keep))
+                curve.append(Effect.of(self.agent, self.full, shorter, n_keep, random))
+                random = curves["random"][-1]
+            bar.update()
+        for name in filter(has_own_size, names if self.n > 1 else ()):
+            try:
+                curves[name] = [self._at_own_size(name)]
+            except UserError as error:  # it may keep nothing of some history
+                self.not_run[name] = str(error)
+            bar.update()
+        return curves
 
+    def _at_own_size(self, name: str) -> Effect:
+        n_keep = self.n - 1
+        shorter = METHODS[name].compress(self.history, n_keep)
+        history, generator = self._drawn(N_DRAWS), self._generator(f"random as {name}")
+        ranks = uniform(generator, history.rewards.shape, history.device).argsort(1).argsort(1)
+        as_many = history.take(keep_where(ranks < shorter.counts.repeat(N_DRAWS)[:, None]))
+        random = Effect.of(self.agent, self.full, as_many, n_keep)
+        return Effect.of(self.agent, self.full, shorter, n_keep, random)
 
-@torch.inference_mode()
-def run_methods(
-    trial: Trial, names: Sequence[str], not_run: dict[str, str], bar: tqdm
-) -> dict[str, list[Effect]]:
-    """What methods do at `budgets(n)`, or at their own size.
+    def _generator(self, name: str, n_keep: int = 0) -> np.random.Generator:
+        return np.random.default_rng((self.seed, zlib.crc32(name.encode()), n_keep))
 
-    Args:
-        trial: the decisions.
-        names: the methods; "random" comes before them in any case.
-        not_run: is told why a method of own size could not be run.
-        bar: progress bar, moved on by 1 for each size, and each method of own size.
-
-    Raises:
-        UserError: the model cannot be run on less history.
-    """
-    curves = {name: [] for name in ("random", *names) if not has_own_size(name)}
-    for n_keep in budgets(trial.n):
-        random = None
-        for name, curve in curves.items():
-            curve.append(trial.at_size(name, n_keep, random))
-            random = curves["random"][-1]
-        bar.update()
-    for name in filter(has_own_size, names if trial.n > 1 else ()):
-        try:
-            curves[name] = [trial.at_own_size(name)]
-        except UserError as error:  # it may keep nothing of some history
-            not_run[name] = str(error)
-        bar.update()
-    return curves
-
-
-def ignores_history(controls: Mapping[str, Effect]) -> bool:
-    """Whether the history can be exchanged or left out and the actions stay as they are.
-
-    The divergence decides, not the flips: an untrained model hardly prefers any action, and flips
-    at a breath. Without history it moves further than with another one, for want of tokens; where
-    no other task's history is at hand, the empty one has to stay as close.
-    """
-    empty = UNMOVED_EMPTY if "other-task" in controls else UNMOVED
-    limits = {name: empty if name == "empty" else UNMOVED for name in controls}
-    return bool(controls) and all(one.kl_mean <= limits[name] for name, one in controls.items())
+    def _drawn(self, n_draws: int) -> History:
+        """Every decision `n_draws` times, draw after draw."""
+        rows = torch.arange(self.history.size, device=self.history.device)
+        return self.history.rows(rows.repeat(n_draws))

@@ -6,24 +6,16 @@ insights = effects.attached(insights)                              # a line for 
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
 
 from historylens.common.text import aligned, counted, wrap
 from historylens.compression import METHODS
-from historylens.effects.effect import (
-    BAND,
-    UNMOVED,
-    UNMOVED_EMPTY,
-    Effect,
-    budgets,
-    enough,
-    has_own_size,
-    share_of,
-)
-from historylens.effects.faithfulness import Faithfulness
-from historylens.effects.measure import DRAWN, N_DRAWS
+from historylens.effects import measure
+from historylens.effects.faithfulness import faithfulness_text
+from historylens.effects.measure import UNMOVED, UNMOVED_EMPTY, Effect, budgets, has_own_size, nats
 from historylens.insights import Insight
 from historylens.insights.patterns import PATTERNS
 
@@ -34,7 +26,6 @@ PHRASES = {
     "top-k": "the {} most attended",
     "top-30": "the {} most attended",
 }
-NOTHING = 1e-3  # nats: below, an action is as it was
 CONTROL_WORDS = {
     "empty": "no history at all",
     "other-task": "another task's history",
@@ -46,33 +37,50 @@ CHANCE = {"better": "", "alike": ", not clearly better than random", "worse": ",
 
 @dataclass(frozen=True)
 class MeasuredEffects:
-    """What compressing history did to some decisions; by default nothing was measured.
+    """What compressing history did to some decisions; by default nothing was measured."""
 
-    Attributes:
-        reason: why nothing was measured; None where it was, or was not asked for.
-        samples: numbers of the decisions, `B` of them.
-        n: transitions before each; decisions with another number were left out.
-        seed: of everything drawn.
-        patterns: whose advice was measured.
-        controls: name -> what it did: of "empty" and the controls those that could be run.
-        not_run: control or method -> why it could not be run.
-        ignores_history: the history can be exchanged and the actions stay: nothing else is
-            measured then.
-        curves: method -> effects at `budgets(n)`, "random" always among them; of one that keeps as
-            many as it needs, the one effect of that.
-        faithfulness: how attention ranks transitions beside what they do.
-    """
-
-    reason: str | None = None
-    samples: Sequence[int] = ()
-    n: int = 0
-    seed: int = 0
-    patterns: Sequence[str] = ()
-    controls: Mapping[str, Effect] = field(default_factory=dict)
-    not_run: Mapping[str, str] = field(default_factory=dict)
-    ignores_history: bool = False
+    reason: str | None = None  # why nothing was measured; None where it was, or was not asked for
+    samples: Sequence[int] = ()  # numbers of the `B` decisions
+    n: int = 0  # transitions before each; decisions with another number were left out
+    seed: int = 0  # of everything drawn
+    patterns: Sequence[str] = ()  # whose advice was measured
+    controls: Mapping[str, Effect] = field(default_factory=dict)  # of those that could be run
+    not_run: Mapping[str, str] = field(default_factory=dict)  # control, method -> why it was not
+    # Method -> effects at `budgets(n)`, "random" among them; of one that keeps as many as it needs,
+    # the one effect of that. Empty where the history is ignored.
     curves: Mapping[str, Sequence[Effect]] = field(default_factory=dict)
-    faithfulness: Faithfulness | None = None
+    faithfulness: Mapping[str, Any] | None = None  # as `measure_faithfulness` gives it
+
+    @property
+    def ignores_history(self) -> bool:
+        """Whether the history can be exchanged or left out and the actions stay as they are.
+
+        The divergence decides: an untrained model hardly prefers any action, and flips at a breath.
+        Without history it moves further than with another one, for want of tokens; where no other
+        task's history is at hand, the empty one has to stay as close.
+        """
+        limits = {"empty": UNMOVED_EMPTY if "other-task" in self.controls else UNMOVED}
+        return bool(self.controls) and all(
+            one.kl_mean <= limits.get(name, UNMOVED) for name, one in self.controls.items()
+        )
+
+    @property
+    def strategies(self) -> dict[str, dict[str, Any]]:
+        """What each method is and did, as plain values."""
+        strategies = {}
+        for name, curve in self.curves.items():
+            strategies[name] = about = {
+                "rule": METHODS[name].rule,
+                "looks_at": METHODS[name].looks_at,
+                "advised_by": [p for p in self.patterns if name in PATTERNS[p].measured],
+                "n_draws": measure.DRAWN.get(name, 1),
+                "sizes": [one.json() for one in curve],
+            }
+            if has_own_size(name):
+                about["sizes"][0]["random"] = curve[0].random.json()
+            else:
+                about["enough"] = measure.enough(curve)
+        return strategies
 
     @property
     def json(self) -> dict[str, Any] | None:
@@ -84,8 +92,8 @@ class MeasuredEffects:
                 "samples": list(self.samples),
                 "n_context": self.n,
                 "budgets": budgets(self.n),
-                "n_random_draws": N_DRAWS,
-                "band_percentiles": list(BAND),
+                "n_random_draws": measure.N_DRAWS,
+                "band_percentiles": list(measure.BAND),
                 "seed": self.seed,
                 "unmoved_nats": UNMOVED,
                 "unmoved_empty_nats": UNMOVED_EMPTY,
@@ -100,50 +108,80 @@ class MeasuredEffects:
             "ignores_history": self.ignores_history,
             "controls": {name: one.json() for name, one in self.controls.items()},
             "not_run": self.not_run,
-            "strategies": {name: self._strategy(name) for name in self.curves},
-            "faithfulness": None if self.faithfulness is None else self.faithfulness.json(),
+            "strategies": self.strategies,
+            "faithfulness": self.faithfulness,
         }
-
-    def _strategy(self, name: str) -> dict[str, Any]:
-        curve = self.curves[name]
-        values = {
-            "rule": METHODS[name].rule,
-            "looks_at": METHODS[name].looks_at,
-            "advised_by": [p for p in self.patterns if name in PATTERNS[p].measured],
-            "n_draws": DRAWN.get(name, 1),
-            "sizes": [one.json() for one in curve],
-        }
-        if not has_own_size(name):
-            return values | {"enough": enough(curve)}
-        values["sizes"][0]["random"] = curve[0].random.json()
-        return values
 
     @property
     def picture(self) -> dict[str, Any] | None:
         """Arguments of `curveplot.deletion_curves`; None where there is nothing to draw."""
         if not self.curves.get("random"):
             return None
-        return {
-            "strategies": {name: self._strategy(name) for name in self.curves},
-            "empty": self.controls["empty"].json() if "empty" in self.controls else None,
-            "n_context": self.n,
-            "worst": WORST,
-        }
-
-    def at(self, name: str, n_keep: int) -> Effect | None:
-        """A method's effect at a size; None where it was not measured."""
-        curve = self.curves.get(name, ())
-        return next((one for one in curve if has_own_size(name) or one.n_keep == n_keep), None)
+        empty = self.controls["empty"].json() if "empty" in self.controls else None
+        return {"strategies": self.strategies, "empty": empty, "n_context": self.n, "worst": WORST}
 
     def attached(self, insights: Sequence[Insight]) -> list[Insight]:
         """Insights with what their advice did: on the last one of each pattern, for all of it."""
-        last = {insight.pattern: insight for insight in insights if self.samples}
-        return [
-            replace(insight, effect=effect_line(self, insight.pattern))
-            if last.get(insight.pattern) is insight
-            else insight
-            for insight in insights
-        ]
+        attached = list(insights)
+        last = {insight.pattern: place for place, insight in enumerate(insights) if self.samples}
+        for pattern, place in last.items():
+            attached[place] = replace(attached[place], effect=self.line(pattern))
+        return attached
+
+    def line(self, pattern: str) -> str:
+        """What the advice of a pattern does to the action, beside random and worst choices."""
+        if self.ignores_history:
+            return f"{self._ignored} (numbers below)."
+        name, wanted = PATTERNS[pattern].headline
+        most = measure.share_of(self.n) if wanted is None else wanted
+        n_keep = max((size for size in budgets(self.n) if size <= most), default=0)
+        effect = self.at(name, n_keep)
+        if effect is None:
+            return self._nothing(name)
+        others = []  # what else is advised, least harmful first
+        for other in PATTERNS[pattern].measured:
+            one = self.at(other, n_keep)
+            if other != name and one is not None:
+                kept = "" if one.n_keep == n_keep else f", keeping {one.kept},"
+                about = f"KL {nats(one.kl_mean)}{CHANCE[one.against_random]}"
+                others.append((one.kl_mean, f"{other}{kept} {one.flips:.0%} ({about})"))
+        text = f"{self._beside_random(name, effect)}. {effect.verdict}"
+        if others:
+            listed = "; ".join(text for _, text in sorted(others))
+            text += f" Also advised, at {effect.kept}: {listed}."
+        return text
+
+    def at(self, name: str, n_keep: int) -> Effect | None:
+        """A method's effect at a size, or at its own; None where it was not measured."""
+        curve = self.curves.get(name, ())
+        return next((one for one in curve if has_own_size(name) or one.n_keep == n_keep), None)
+
+    def _beside_random(self, name: str, effect: Effect) -> str:
+        random, kept, worst = effect.random, effect.kept, self.at(WORST, round(effect.kept_mean))
+        low, high = random.flips_band
+        text = (
+            f"Keeping {PHRASES[name].format(kept)} of {self.n} transitions changes the most "
+            f"likely action in {effect.flips:.0%} of {counted(len(self.samples), 'decision')} "
+            f"(KL {nats(effect.kl_mean)} nats, 95th percentile {nats(effect.kl_p95)}); {kept} "
+            f"random ones: {random.flips:.0%} ({low:.0%} to {high:.0%} over {len(random.draws)} "
+            f"draws, KL {nats(random.kl_mean)})"
+        )
+        return text if worst is None else f"{text}; the {kept} least attended: {worst}"
+
+    def _nothing(self, name: str) -> str:
+        """Why a method has no effect to tell of."""
+        if name in self.not_run:
+            return f"Not measured: {self.not_run[name]}."
+        text = f"With {counted(self.n, 'transition')} there is nothing to choose from"
+        if "empty" in self.controls:
+            empty = self.controls["empty"]
+            text += f"; dropping all history changes the most likely action in {empty}"
+        return f"{text}."
+
+    @property
+    def _ignored(self) -> str:
+        decisions = counted(len(self.samples), "decision")
+        return f"No compression can be judged: over {decisions} the model ignores its history"
 
     @property
     def text(self) -> str:
@@ -151,8 +189,8 @@ class MeasuredEffects:
         title = "EFFECT OF DROPPING HISTORY"
         if not self.samples:
             return "" if self.reason is None else wrap(f"{title}: {self.reason}")
-        n_samples = counted(len(self.samples), "decision")
-        lines = [f"{title} ({n_samples}, {counted(self.n, 'transition')} each)"]
+        about = f"{counted(len(self.samples), 'decision')}, {counted(self.n, 'transition')} each"
+        lines = [f"{title} ({about})"]
         controls = {CONTROL_WORDS[name]: one for name, one in self.controls.items()}
         if self.ignores_history:
             proof = "; ".join(
@@ -160,137 +198,40 @@ class MeasuredEffects:
                 for words, one in controls.items()
             )
             limits = f"KL {UNMOVED} nats, and {UNMOVED_EMPTY} with no history"
-            text = f"{_ignores(self)}: {proof} (the actions count as unmoved up to {limits})."
+            text = f"{self._ignored}: {proof} (the actions count as unmoved up to {limits})."
             lines.append(wrap(text))
         else:
-            lines += _table(self.curves, budgets(self.n))
+            lines += self._tables()
             if controls:
-                text = "; ".join(f"{words} {_short(one)}" for words, one in controls.items())
+                text = "; ".join(f"{words} {one}" for words, one in controls.items())
                 lines.append(wrap(f"For comparison: {text}."))
-        lines += [
-            wrap(f"{CONTROL_WORDS.get(name, name)}: could not be run, {reason}.", "", "  ")
-            for name, reason in self.not_run.items()
-        ]
-        guide = [] if self.faithfulness is None else ["", self.faithfulness.text()]
-        return "\n".join([*lines, *guide])
+        for name, reason in self.not_run.items():
+            text = f"{CONTROL_WORDS.get(name, name)}: could not be run, {reason}."
+            lines.append(wrap(text, "", "  "))
+        if self.faithfulness is not None:
+            lines += ["", faithfulness_text(self.faithfulness)]
+        return "\n".join(lines)
 
-
-def _table(curves: Mapping[str, Sequence[Effect]], sizes: Sequence[int]) -> list[str]:
-    """Flips by transitions kept, a line a method, least harmful first."""
-    lines = []
-    if sizes:
-        table = [("kept", *map(str, sizes), "enough")]
-        names = [name for name in curves if not has_own_size(name)]
-        for name in sorted(names, key=lambda name: np.mean([one.kl_mean for one in curves[name]])):
-            cells = [f"{one.flips:.0%}{MARKS[one.against_random]}" for one in curves[name]]
-            fewest = enough(curves[name])
-            table.append((name, *cells, f"> {sizes[-1]}" if fewest is None else str(fewest)))
+    def _tables(self) -> list[str]:
+        """Flips by transitions kept, a line a method, least harmful first; then own sizes."""
+        rows, own_sizes, sizes = [], [], budgets(self.n)
+        for name, curve in self.curves.items():
+            if has_own_size(name):
+                own = curve[0]
+                kept = f"{own.kept} ({own.kept_min} to {own.kept_max})"
+                text = f"{name} keeps {kept}: {own}; as many random ones {own.random}"
+                own_sizes.append(wrap(text, "", "  "))
+            elif sizes:
+                cells = [f"{one.flips:.0%}{MARKS[one.against_random]}" for one in curve]
+                row = (name, *cells, str(measure.enough(curve) or f"> {sizes[-1]}"))
+                rows.append((np.mean([one.kl_mean for one in curve]), row))
+        if not sizes:
+            return own_sizes
+        rows = [row for _, row in sorted(rows, key=itemgetter(0))]
         legend = (
             "decisions whose most likely action changes; + (-): the action distribution moves "
-            f"less (more), in KL, than with each of {N_DRAWS} random draws; enough: fewest "
+            f"less (more), in KL, than with each of {measure.N_DRAWS} random draws; enough: fewest "
             f"transitions from which on the KL stays within {UNMOVED} nats"
         )
-        lines += [*aligned(table, left=[0]), wrap(legend)]
-    for name in filter(has_own_size, curves):
-        own = curves[name][0]
-        text = (
-            f"{name} keeps {_number(own.kept_mean)} ({own.kept_min} to {own.kept_max}): "
-            f"{_short(own)}; as many random ones {_short(own.random)}"
-        )
-        lines.append(wrap(text, "", "  "))
-    return lines
-
-
-def effect_line(effects: MeasuredEffects, pattern: str) -> str:
-    """What the advice of a pattern does to the action, beside random and worst choices."""
-    if effects.ignores_history:
-        return f"{_ignores(effects)} (numbers below)."
-    name, n_keep = headline(effects.n, pattern)
-    effect = effects.at(name, n_keep)
-    if effect is None:
-        return _nothing_to_choose(effects, name)
-    random, n_kept = effect.random, _number(effect.kept_mean)
-    low, high = random.flips_band
-    text = (
-        f"Keeping {PHRASES[name].format(n_kept)} of {effects.n} transitions changes the most "
-        f"likely action in {effect.flips:.0%} of {counted(len(effects.samples), 'decision')} "
-        f"(KL {nats(effect.kl_mean)} nats, 95th percentile {nats(effect.kl_p95)}); {n_kept} random "
-        f"ones: {random.flips:.0%} ({low:.0%} to {high:.0%} over {len(random.draws)} draws, "
-        f"KL {nats(random.kl_mean)})"
-    )
-    worst = effects.at(WORST, round(effect.kept_mean))
-    if worst is not None:
-        text += f"; the {n_kept} least attended: {_short(worst)}"
-    text += f". {verdict(effect)}"
-    others = _others(effects, pattern, name, n_keep)
-    return f"{text} Also advised, at {n_kept}: {others}." if others else text
-
-
-def headline(n: int, pattern: str) -> tuple[str, int]:
-    """The method that a pattern's line is about, and its size: one that was measured."""
-    name, wanted = PATTERNS[pattern].headline
-    if wanted is None:
-        return name, share_of(n)
-    return name, max((size for size in budgets(n) if size <= wanted), default=0)
-
-
-def verdict(effect: Effect) -> str:
-    """Whether a method is better than chance at its size, in a sentence."""
-    draws = effect.random.draws
-    n_draws = len(draws)
-    if effect.against_random == "better":
-        return f"Better than each of {n_draws} random draws."
-    if effect.against_random == "worse":
-        return f"Worse than each of {n_draws} random draws: here the pattern misleads."
-    if max(effect.kl_mean, draws.max()) <= NOTHING:
-        return "A random choice changes nothing either: at this size nothing is lost."
-    n_less = int((draws <= effect.kl_mean).sum())
-    less = f"{n_less} of {n_draws} random draws moved the action distribution no more"
-    if n_less < n_draws / 2:
-        return f"Not clearly better than random: {less}."
-    return f"No better than random: {less}. The pattern is no guide to what can go here."
-
-
-def _ignores(effects: MeasuredEffects) -> str:
-    decisions = counted(len(effects.samples), "decision")
-    return f"No compression can be judged: over {decisions} the model ignores its history"
-
-
-def _nothing_to_choose(effects: MeasuredEffects, name: str) -> str:
-    """Why a method has no effect to tell of."""
-    if name in effects.not_run:
-        return f"Not measured: {effects.not_run[name]}."
-    text = f"With {counted(effects.n, 'transition')} there is nothing to choose from"
-    if "empty" in effects.controls:
-        empty = _short(effects.controls["empty"])
-        text += f"; dropping all history changes the most likely action in {empty}"
-    return f"{text}."
-
-
-def _others(effects: MeasuredEffects, pattern: str, name: str, n_keep: int) -> str:
-    """What else a pattern advises does, least harmful first."""
-    others = []
-    for other in PATTERNS[pattern].measured:
-        effect = effects.at(other, n_keep)
-        if other == name or effect is None:
-            continue
-        kept = "" if effect.n_keep == n_keep else f", keeping {_number(effect.kept_mean)},"
-        chance = CHANCE[effect.against_random]
-        text = f"{other}{kept} {effect.flips:.0%} (KL {nats(effect.kl_mean)}{chance})"
-        others.append((effect.kl_mean, text))
-    return "; ".join(text for _, text in sorted(others))
-
-
-def nats(value: float) -> str:
-    """A divergence with the digits that matter."""
-    if value < NOTHING:
-        return "0" if value == 0 else f"< {NOTHING}"
-    return f"{value:.3f}" if value < 0.1 else f"{value:.2f}"
-
-
-def _short(effect: Effect) -> str:
-    return f"{effect.flips:.0%} (KL {nats(effect.kl_mean)})"
-
-
-def _number(value: float) -> str:
-    return f"{value:.0f}" if value == round(value) else f"{value:.1f}"
+        table = aligned([("kept", *map(str, sizes), "enough"), *rows], left=[0])
+        return [*table, wrap(legend), *own_sizes]

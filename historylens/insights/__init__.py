@@ -1,15 +1,12 @@
 """Numbers -> patterns -> advice: what attention suggests about compressing history.
 
-Four rules with fixed thresholds, applied to the head-averaged attention row of every layer and
-sample. The thresholds are absolute, so each insight also says where the length of the context makes
-them mislead, and none of them proves anything: only dropping the history and watching the action
-does.
+Four rules with absolute thresholds on the head-averaged attention rows. Each insight says where the
+length of the context makes them mislead; none proves anything, only dropping the history does.
 
     for insight in find_patterns(metrics):
         print(insight.headline, insight.evidence, insight.caveat or "")
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -63,31 +60,32 @@ def verdicts(scope: Scope) -> dict[str, tuple[float, bool]]:
 
 
 def find_patterns(metrics: Metrics) -> list[Insight]:
-    """Every pattern that holds over all layers together, then those that hold in some layer only.
-
-    In the order of `PATTERNS`; those of a layer (in layer order) only where the pattern does not
-    hold over all layers together.
-    """
+    """Patterns that hold over all layers together, then those that hold in some layer only."""
     overall, *per_layer = scopes(metrics)
+    by_layer = [verdicts(scope) for scope in per_layer]
     whole, in_layers = [], []
     for name, (_, holds) in verdicts(overall).items():
-        holding = [scope for scope in per_layer if verdicts(scope)[name][1]]
-        if holds:
-            sharpest = _sharpest_head(metrics) if name == "uniform" and overall.is_broad else ""
-            agreement = _layer_agreement([s.layer for s in holding], metrics.layers)
-            whole.append(_insight(name, overall, sharpest + agreement))
-        else:
-            in_layers += [_insight(name, scope) for scope in holding]
+        agree = [scope for scope, found in zip(per_layer, by_layer, strict=True) if found[name][1]]
+        if not holds:
+            in_layers += [_insight(name, scope) for scope in agree]
+            continue
+        more = _sharpest_head(metrics) if name == "uniform" and overall.is_broad else ""
+        layers = [scope.layer for scope in agree]
+        others = [layer for layer in metrics.layers if layer not in layers]
+        if others:
+            more += f" It holds in {listed(layers)}, not in {listed(others)}."
+        elif len(layers) > 1:
+            more += " It holds in every layer."
+        whole.append(_insight(name, overall, more))
     return whole + in_layers
 
 
 def _insight(name: str, scope: Scope, more: str = "") -> Insight:
     pattern = PATTERNS[name]
-    evidence, measured = pattern.evidence(scope)
-    caveat, by_rule_only = pattern.caveat(scope)
-    where = "" if scope.layer is None else f" in layer {scope.layer}"
-    doubt = " (by the absolute rule only)" if by_rule_only else ""
-    headline = f"💡 INSIGHT: {pattern.title} detected{where}!{doubt}"
+    evidence, measured, caveat, by_rule_only = pattern.read(scope)
+    headline = f"💡 INSIGHT: {pattern.title} detected"
+    headline += "!" if scope.layer is None else f" in layer {scope.layer}!"
+    headline += " (by the absolute rule only)" if by_rule_only else ""
     said = (headline, pattern.advice, pattern.meaning, evidence + more, caveat, by_rule_only)
     return Insight(name, scope.layer, *said, pattern.strategies, pattern.example, measured)
 
@@ -105,36 +103,24 @@ def _sharpest_head(metrics: Metrics) -> str:
     return f" Single heads are sharper: head {head} of layer {layer} reads {tokens:.1f} in effect."
 
 
-def _layer_agreement(holding: Sequence[int], layers: Sequence[int]) -> str:
-    """A sentence that says in which layers a pattern of the whole model holds."""
-    if len(layers) == 1:
-        return ""
-    if len(holding) == len(layers):
-        return " It holds in every layer."
-    others = [layer for layer in layers if layer not in holding]
-    return f" It holds in {listed(holding)}, not in {listed(others)}."
-
-
 def remarks(metrics: Metrics) -> list[str]:
     """What the rules cannot say at this context length, or miss: one sentence each."""
     overall = scopes(metrics)[0]
+    entropy, is_uniform = verdicts(overall)["uniform"]
+    even = float(overall.uniform["entropy"].mean())
     if overall.n.max() == 1:
         return [
             "With one context token there is nothing to choose from: the recent/distant ratio is 1 "
             "and the entropy below 0.37 nats whatever the model does."
         ]
-    entropy, is_uniform = verdicts(overall)["uniform"]
-    if is_uniform:
-        return []
-    even = float(overall.uniform["entropy"].mean())
-    if even <= UNIFORM_ENTROPY:
+    if not is_uniform and even <= UNIFORM_ENTROPY:
         spread = "broad" if overall.is_broad else "narrow"
         return [
             f"Uniform attention cannot be recognised by its threshold at {overall.length}: reading "
             f"every token equally gives an entropy of {even:.2f} nats, not above "
             f"{UNIFORM_ENTROPY}. For its length attention is {spread}: {overall.normalised}."
         ]
-    if overall.is_broad:
+    if not is_uniform and overall.is_broad:
         return [
             f"The entropy of {entropy:.2f} nats is not above {UNIFORM_ENTROPY}, yet what the model "
             f"gives to its history is spread broadly: {overall.normalised}."

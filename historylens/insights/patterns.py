@@ -1,18 +1,14 @@
 """The one table of patterns: what each looks at, says, advises, and has measured.
 
-    figure = PATTERNS["recency"].figure(scope)               # what the rule looks at
-    text, measured = PATTERNS["recency"].evidence(scope)     # what was measured, in words
-    caveat, by_rule_only = PATTERNS["recency"].caveat(scope)  # what the absolute rule does not see
+    evidence, measured, caveat, by_rule_only = PATTERNS["recency"].read(scope)
 
 A `Scope` is what such a statement is about: the attention rows of one layer, or of all of them.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
-from numpy.typing import ArrayLike
 
 from historylens.common.text import cap, counted
 from historylens.metrics import STRONG_WEIGHT, TOLERANCE
@@ -62,136 +58,122 @@ class Scope:
         """The length-normalised entropy in words."""
         if self.n.max() == 1:
             return "with one token there is nothing to choose"
-        return (
-            f"{self.mean('normalised_entropy'):.2f} of the maximum "
-            f"ln n = {np.log(self.n).mean():.2f}"
-        )
+        evenness, most = self.mean("normalised_entropy"), np.log(self.n).mean()
+        return f"{evenness:.2f} of the maximum ln n = {most:.2f}"
 
 
-def is_sparse(values: Mapping[str, ArrayLike]) -> np.ndarray:
+def is_sparse(values: Mapping[str, np.ndarray]) -> np.ndarray:
     """Rows `(K,)` with 1 to 5 positions above 0.1 that hold at least half of the context mass."""
-    held = np.asarray(values["strong_share"]) >= SPARSE_MASS - TOLERANCE  # so there is one
-    return (np.asarray(values["strong_positions"]) <= SPARSE_POSITIONS) & held
+    held = values["strong_share"] >= SPARSE_MASS - TOLERANCE  # so there is one
+    return (values["strong_positions"] <= SPARSE_POSITIONS) & held
 
 
-def _recency_evidence(scope: Scope) -> tuple[str, dict[str, float]]:
-    ratio = scope.values["recent_distant_ratio"]
+# What a pattern reads off a scope where its rule holds: the evidence, the numbers in it, where the
+# rule misleads, if it does, and whether the length-normalised figures then say otherwise.
+Reading = tuple[str, dict[str, float], str | None, bool]
+
+
+def _recency(scope: Scope) -> Reading:
+    ratio, mass = scope.values["recent_distant_ratio"], scope.context_mass
     median, mean = float(np.median(ratio)), float(ratio.mean())
-    held, even = _last_quarter(scope)
-    text = (
+    last = scope.values["mass_last_quarter"]
+    held = float(np.divide(last, mass, out=np.zeros_like(mass), where=mass > 0).mean())
+    even = float((scope.uniform["mass_last_quarter"] * (scope.n + 1) / scope.n).mean())
+    evidence = (
         f"The median recent/distant ratio is {cap(median)} (mean {cap(mean)}), above "
         f"{RECENCY_RATIO}: the last quarter of the context holds {held:.0%} of the attention on "
         f"history, where even reading would give it {even:.0%}."
     )
     measured = {"median_ratio": median, "mean_ratio": mean, "last_quarter_share": held}
-    return text, measured | {"threshold": RECENCY_RATIO}
-
-
-def _recency_caveat(scope: Scope) -> tuple[str | None, bool]:
-    held, even = _last_quarter(scope)
+    measured["threshold"] = RECENCY_RATIO
+    caveat = None
     if held < even:
-        return (
+        caveat = (
             f"Both quarters are faint: the ratio compares small numbers, and the last quarter "
-            f"holds only {held:.0%} of the attention on history. Most of it lies elsewhere.",
-            True,
+            f"holds only {held:.0%} of the attention on history. Most of it lies elsewhere."
         )
-    if scope.n.max() >= 4:
-        return None, False
-    return (
-        f"At {scope.length} a quarter is one token: the ratio only compares the latest "
-        "transition with the first.",
-        False,
-    )
+    elif scope.n.max() < 4:
+        caveat = (
+            f"At {scope.length} a quarter is one token: the ratio only compares the latest "
+            "transition with the first."
+        )
+    return evidence, measured, caveat, held < even
 
 
-def _last_quarter(scope: Scope) -> tuple[float, float]:
-    """Share of the context mass in the last quarter: measured, and under even reading."""
-    mass = scope.context_mass
-    last = scope.values["mass_last_quarter"]
-    held = np.divide(last, mass, out=np.zeros_like(mass), where=mass > 0).mean()
-    return float(held), float((scope.uniform["mass_last_quarter"] * (scope.n + 1) / scope.n).mean())
-
-
-def _entropy_evidence(side: str, threshold: float, scope: Scope) -> tuple[str, dict[str, float]]:
+def _entropy(side: str, threshold: float, scope: Scope) -> tuple[str, dict[str, float]]:
+    """Evidence of an entropy below or above a threshold, and the numbers in it."""
     names = ("entropy", "normalised_entropy", "effective_tokens", "tokens_for_90_percent")
-    measured = {name: scope.mean(name) for name in names}
-    text = (
+    measured = {name: scope.mean(name) for name in names} | {"threshold": threshold}
+    evidence = (
         f"The mean entropy is {measured['entropy']:.2f} nats, {side} {threshold}: in effect "
         f"{measured['effective_tokens']:.1f} of {scope.n.mean():.0f} tokens are read, and "
         f"{measured['tokens_for_90_percent']:.1f} tokens hold 90% of the attention on history."
     )
-    return text, measured | {"threshold": threshold}
+    return evidence, measured
 
 
-def _uniform_caveat(scope: Scope) -> tuple[str | None, bool]:
-    if scope.is_broad:
-        return None, False
-    return (
+def _uniform(scope: Scope) -> Reading:
+    caveat = (
         f"Entropy > {UNIFORM_ENTROPY} nats calls this uniform, but over {scope.length} tokens it "
         f"is {scope.normalised}: the model effectively reads "
-        f"{scope.mean('effective_tokens'):.1f} tokens, so it does pick from its history.",
-        True,
+        f"{scope.mean('effective_tokens'):.1f} tokens, so it does pick from its history."
     )
+    is_broad = scope.is_broad
+    return *_entropy("above", UNIFORM_ENTROPY, scope), None if is_broad else caveat, not is_broad
 
 
-def _focused_caveat(scope: Scope) -> tuple[str | None, bool]:
-    mass = float(scope.context_mass.mean())
-    read = scope.mean("effective_tokens")
-    if mass < FAINT_MASS:
-        return (
-            f"The query keeps {1 - mass:.1%} of its attention on itself: the entropy is low "
-            "because the history is hardly read here, not because the model picks from it.",
-            True,
-        )
+def _focused(scope: Scope) -> Reading:
+    mass, read = float(scope.context_mass.mean()), scope.mean("effective_tokens")
     even = float(scope.uniform["entropy"].mean())
-    if even < FOCUSED_ENTROPY:
+    alone = float(np.log(np.maximum(scope.values["effective_tokens"], 1)).mean())
+    caveat = None
+    if mass < FAINT_MASS:
+        caveat = (
+            f"The query keeps {1 - mass:.1%} of its attention on itself: the entropy is low "
+            "because the history is hardly read here, not because the model picks from it."
+        )
+    elif even < FOCUSED_ENTROPY:
         spread = "read broadly" if scope.is_broad else "read selectively"
-        return (
+        caveat = (
             f"The threshold cannot discriminate at {scope.length}: even uniform attention has an "
             f"entropy of {even:.2f} nats. For its length the history is {spread}: "
-            f"{scope.normalised}.",
-            scope.is_broad,
+            f"{scope.normalised}."
         )
-    alone = float(np.log(np.maximum(scope.values["effective_tokens"], 1)).mean())
-    if alone >= FOCUSED_ENTROPY:
-        return (
+    elif alone >= FOCUSED_ENTROPY:
+        caveat = (
             f"Only {mass:.0%} of the attention lies on history. That part alone has an entropy of "
             f"{alone:.2f} nats, not below {FOCUSED_ENTROPY}: {read:.1f} tokens in effect, "
-            f"{scope.normalised}.",
-            scope.is_broad,
+            f"{scope.normalised}."
         )
-    if scope.is_broad:
-        return (
+    elif scope.is_broad:
+        caveat = (
             f"The context is short: over {scope.length} tokens the entropy is "
-            f"{scope.normalised}, {read:.1f} tokens in effect, which is most of them.",
-            True,
+            f"{scope.normalised}, {read:.1f} tokens in effect, which is most of them."
         )
-    return None, False
+    misleads = mass < FAINT_MASS or scope.is_broad
+    return *_entropy("below", FOCUSED_ENTROPY, scope), caveat, misleads
 
 
-def _sparse_evidence(scope: Scope) -> tuple[str, dict[str, float]]:
+def _sparse(scope: Scope) -> Reading:
     sparse = is_sparse(scope.values)
+    names = ("strong_positions", "strong_share")
+    count, held = (float(scope.values[name][sparse].mean()) for name in names)
     share = float(sparse.mean())
-    count = float(scope.values["strong_positions"][sparse].mean())
-    held = float(scope.values["strong_share"][sparse].mean())
-    text = (
+    evidence = (
         f"In {share:.0%} of {counted(sparse.size, 'attention row')} ({scope.source}) at most "
         f"{SPARSE_POSITIONS} positions are above {STRONG_WEIGHT} and hold at least half of the "
         f"attention on history; there, {count:.1f} positions hold {held:.0%} of it on average."
     )
     measured = {"share_of_rows": share, "strong_positions": count, "strong_share": held}
-    return text, measured | {"threshold": SPARSE_MAJORITY}
-
-
-def _sparse_caveat(scope: Scope) -> tuple[str | None, bool]:
+    measured["threshold"] = SPARSE_MAJORITY
     if is_sparse(scope.uniform).mean() <= SPARSE_MAJORITY:
-        return None, False
-    return (
+        return evidence, measured, None, False
+    caveat = (
         f"The rule cannot discriminate at {scope.length}: uniform attention, too, has at most "
         f"{SPARSE_POSITIONS} positions above {STRONG_WEIGHT}. For its length the "
-        f"entropy says: {scope.normalised}.",
-        scope.is_broad,
+        f"entropy says: {scope.normalised}."
     )
+    return evidence, measured, caveat, scope.is_broad
 
 
 @dataclass(frozen=True)
@@ -205,8 +187,7 @@ class Pattern:
     figure_name: str
     rule: Callable[[float], bool]  # whether the figure says that it holds
     rule_text: str
-    evidence: Callable[[Scope], tuple[str, dict[str, float]]]  # what was measured
-    caveat: Callable[[Scope], tuple[str | None, bool]]  # where the rule misleads; only it holds
+    read: Callable[[Scope], Reading]
     strategies: tuple[str, ...]  # ways to compress that fit, in words
     example: str
     strategy: str  # the one that compress_history takes
@@ -224,8 +205,7 @@ PATTERNS = {
         figure_name="median ratio",
         rule=lambda ratio: ratio > RECENCY_RATIO,
         rule_text=f"> {RECENCY_RATIO}",
-        evidence=_recency_evidence,
-        caveat=_recency_caveat,
+        read=_recency,
         strategies=(
             "Recent K: keep the latest K transitions untouched",
             "Drop or compress what is older than that",
@@ -244,8 +224,7 @@ PATTERNS = {
         figure_name="mean entropy",
         rule=lambda entropy: entropy > UNIFORM_ENTROPY,
         rule_text=f"> {UNIFORM_ENTROPY}",
-        evidence=partial(_entropy_evidence, "above", UNIFORM_ENTROPY),
-        caveat=_uniform_caveat,
+        read=_uniform,
         strategies=(
             "Diverse sampling: keep transitions that differ, so that nothing is left uncovered",
             "K-means or k-medoids: one representative for each cluster of transitions",
@@ -264,8 +243,7 @@ PATTERNS = {
         figure_name="mean entropy",
         rule=lambda entropy: entropy < FOCUSED_ENTROPY,
         rule_text=f"< {FOCUSED_ENTROPY}",
-        evidence=partial(_entropy_evidence, "below", FOCUSED_ENTROPY),
-        caveat=_focused_caveat,
+        read=_focused,
         strategies=(
             "Keep the positions that receive most of the attention",
             "Prune positions with little attention, and prune hard",
@@ -284,8 +262,7 @@ PATTERNS = {
         figure_name="sparse rows",
         rule=lambda share: share > SPARSE_MAJORITY,
         rule_text=f"> {SPARSE_MAJORITY:.0%}",
-        evidence=_sparse_evidence,
-        caveat=_sparse_caveat,
+        read=_sparse,
         strategies=(
             "Threshold: keep positions with a weight above 0.1",
             "Top-K: for every query keep the K positions it attends most",

@@ -8,7 +8,7 @@
 A run leaves no picture of an earlier run among its own, and touches no other file.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,19 +22,14 @@ from historylens.pictures.order import SampleAttention
 from historylens.pictures.painter import Painter
 
 HEADS_A_PAGE = 16  # a heatmap has so many panels at most
-NUMBERS = ("metrics.json", "metrics.csv")
 CURVES = "deletion_curves.png"
 
 
 def prepare_output(out: Path, layers: Sequence[int]) -> Path:
-    """Make the output folder and check that files can be written where they will lie.
-
-    Raises:
-        UserError: they cannot.
-    """
+    """Make the output folder; UserError where files cannot be written to where they will lie."""
     with writable_folder(out):
         folders = [out / f"layer_{layer}" for layer in layers]
-        files = [*(out / name for name in NUMBERS), *_stale_pictures(out)]
+        files = [out / "metrics.json", out / "metrics.csv", *_stale_pictures(out)]
         for path in [*folders, *files]:
             if path.exists() and path.is_dir() != (path in folders):
                 raise in_the_way(out, path)
@@ -57,56 +52,44 @@ def _stale_pictures(out: Path) -> list[Path]:
 
 def n_pictures(n_drawn: int, n_heads: Sequence[int]) -> int:
     """Pictures of an analysis that draws so many samples of layers with so many heads."""
-    return sum(n_drawn * (_n_pages(n) + 1) + 1 for n in n_heads) + 1
+    return sum(n_drawn * (len(_pages(n)) + 1) + 1 for n in n_heads) + 1
 
 
-def _n_pages(n_heads: int) -> int:
-    return -(-n_heads // HEADS_A_PAGE)
+def _pages(n_heads: int) -> list[slice]:
+    """The heads on each page of a heatmap, pages equally full."""
+    n_pages = -(-n_heads // HEADS_A_PAGE)
+    size = -(-n_heads // n_pages)
+    return [slice(first, first + size) for first in range(0, n_heads, size)]
 
 
 def draw_batch(out: Path, batch: Any, painter: Painter, dpi: int) -> dict[int, dict[int, Any]]:
-    """A heatmap and a line plot for each layer and each sample that comes with a map.
+    """A heatmap and a line plot for each layer and each sample of an `analysis.Batch` with a map.
 
-    Args:
-        out: the output folder.
-        batch: what one forward pass showed, an `analysis.Batch`.
-        painter: draws.
-        dpi: pixels an inch.
-
-    Returns:
-        The numbers in the pictures: layer -> sample -> `SampleAttention.numbers()`.
+    Gives the numbers in the pictures: layer -> sample -> `SampleAttention.numbers()`.
     """
     numbers: dict[int, dict[int, Any]] = {}
     for layer, attention in batch.attention.items():
         folder = out / f"layer_{layer}"
         folder.mkdir(exist_ok=True)
-        numbers[layer] = {}
+        heads, style = batch.heads[layer], {"layer": layer, "dpi": dpi}
+        pages, numbers[layer] = _pages(len(heads)), {}
         for m, i in enumerate(batch.drawn):
             # states stay here: they may be images
             decision = replace(batch.decisions[m], states=None, next_states=None, query_state=None)
             tokens, uniform_row = batch.tokens[i], batch.uniform_rows[i]
             sample = SampleAttention.of(decision, tokens, attention, i, m, uniform_row)
             numbers[layer][batch.indices[i]] = sample.numbers()
-            stem = f"sample{batch.indices[i]}_layer{layer}"
-            style = {"layer": layer, "dpi": dpi}
-            heads, scale = batch.heads[layer], color_range(sample)
-            for page, chosen, more in _pages(len(heads)):
-                path = folder / f"attention_heatmap_{stem}{page}.png"
+            stem, scale = f"sample{batch.indices[i]}_layer{layer}", color_range(sample)
+            for page, chosen in enumerate(pages, start=1):
+                end = f"_page{page}" if page > 1 else ""
+                more = f" of {len(heads)} · page {page} of {len(pages)}" if len(pages) > 1 else ""
+                path = folder / f"attention_heatmap_{stem}{end}.png"
                 part = replace(sample, maps=sample.maps[chosen])
-                options = {"heads": heads[chosen], "scale": scale, "more": more}
-                painter.draw(heatmap, path, part, **options, **style)
+                own = {"heads": heads[chosen], "scale": scale, "more": more}
+                painter.draw(heatmap, path, part, **own, **style)
             path = folder / f"attention_lines_{stem}.png"
             painter.draw(line_plot, path, replace(sample, maps=None), heads=heads, **style)
     return numbers
-
-
-def _pages(n_heads: int) -> Iterator[tuple[str, slice, str]]:
-    """Pages of a heatmap, equally full: end of the file's name, which heads, what it says."""
-    n_pages = _n_pages(n_heads)
-    size = -(-n_heads // n_pages)
-    for page in range(n_pages):
-        more = f" of {n_heads} · page {page + 1} of {n_pages}" if n_pages > 1 else ""
-        yield f"_page{page + 1}" if page else "", slice(page * size, (page + 1) * size), more
 
 
 def draw_summaries(out: Path, metrics: Metrics, painter: Painter, dpi: int) -> None:
@@ -114,9 +97,8 @@ def draw_summaries(out: Path, metrics: Metrics, painter: Painter, dpi: int) -> N
     values = {name: metrics.of(name) for name in SUMMARY_METRICS}  # (L, S) each
     uniform = metrics.uniform_mean()
     for i, layer in enumerate(metrics.layers):
-        folder = out / f"layer_{layer}"
-        folder.mkdir(exist_ok=True)
-        path = folder / f"attention_summary_layer{layer}.png"
+        path = out / f"layer_{layer}" / f"attention_summary_layer{layer}.png"
+        path.parent.mkdir(exist_ok=True)
         own = {name: rows[i] for name, rows in values.items()}
         painter.draw(summary, path, own, uniform, layer=layer, dpi=dpi)
     path = out / "attention_layers.png"

@@ -16,25 +16,20 @@ import numpy as np
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike
 
-from historylens.pictures.order import SampleAttention
-from historylens.pictures.page import (
-    MAX_EPISODE_LINES,
-    SOFT,
-    UNIFORM,
-    Page,
-    history_colours,
-    subtitle,
-)
+from historylens.pictures.order import MAX_STARTS, SampleAttention, history_strip, subtitle
+from historylens.pictures.page import SOFT, UNIFORM, Page
 from historylens.tokens import NONE
 
-COLOURS = "viridis"  # perceptually uniform, bright = strong
-BLANK = 255  # grey level of what may not be seen
+SHADES = matplotlib.colormaps["viridis"](np.arange(256), bytes=True)[:, :3]  # bright = strong
+COLOURS = np.vstack([SHADES, np.full((1, 3), 255, np.uint8)])  # white: what may not be seen
 SIDES = {1: 560, 2: 440, 3: 320, 4: 280}  # wanted side of a map by panels in a row, page units
 SMALL_SIDE = 200
 MIN_WIDTH = 740
 LEFT, RIGHT, HEADER, FOOTER = 88, 146, 92, 132
 HISTORY, QUERY, GAP, PANEL_GAP = 9, 24, 5, 30
 BAR_TOP, BAR, BAR_WIDTH = HEADER + 14, 300, 15
+Ints = tuple[int, ...]
+Words = tuple[tuple[tuple[int, int], ...], str, tuple[str, ...]]  # ticks, their unit, legend
 
 
 def heatmap(
@@ -47,22 +42,29 @@ def heatmap(
     dpi: int,
     more: str = "",
 ) -> None:
-    """Draw the attention maps of one sample and layer.
+    """Draw the attention maps of one sample and layer, whose heads are numbered `heads`.
 
-    `heads` are `H` numbers, `scale` the weights at the ends of the colour scale (`color_range`),
-    `dpi` pixels an inch; `more` is what else the heading says, such as which page this is.
+    `scale`: weights at the ends of the colour scale (`color_range`); `more`: ends the heading.
     """
     starts, rewarded = sample.on_tokens
-    has_lines = len(starts) <= MAX_EPISODE_LINES
+    has_lines = len(starts) <= MAX_STARTS
     shape = tuple(heads), tuple(sample.rows), tuple(sample.cols)
-    sheet = _sheet(*shape, dpi, *words(sample, has_lines))
-    page = sheet.page
+    sheet = Sheet(*shape, dpi, words(sample, has_lines))
+    page, zoom = sheet.page, sheet.zoom
     page.restore()
-    history = history_colours(starts, rewarded, sheet.starts)
-    for corner, weights in zip(sheet.corners, sample.maps, strict=True):
-        sheet.paste_head(corner, to_colours(pool(weights, sheet.pooled), *scale), history)
+    history = history_strip(starts, rewarded, sheet.starts)[None].repeat(zoom, axis=1)
+    history = history.repeat(round(HISTORY * page.scale), axis=0)
+    episodes = []  # white lines where one begins: down its column and along its row
+    for (left, top), weights in zip(sheet.corners, sample.maps, strict=True):
+        below, query = sheet.strips(top)
+        colours = to_colours(pool(weights, sheet.pooled), *scale).repeat(zoom, axis=1)
+        page.paste(left, top, colours[:-1].repeat(zoom, axis=0))
+        page.paste(left, query, colours[-1:].repeat(round(QUERY * page.scale), axis=0))
+        page.paste(left, below, history)
+        for x, y in zip(sheet.x(starts) + left, sheet.y(starts) + top, strict=True):
+            episodes += [[(x, y), (x, top + sheet.depth)], [(left, y), (x, y)]]
     if has_lines:
-        sheet.draw_episodes(starts)
+        page.lines(episodes, colors="white", linewidths=0.5, alpha=0.45)
     sheet.label_bar(*scale, len(sample.shown))
     counted = "1 head" if len(heads) == 1 else f"{len(heads)} heads"
     title = f"Attention heatmap · layer {layer} · {counted}{more}"
@@ -86,14 +88,7 @@ def to_colours(weights: np.ndarray, low: float, high: float) -> np.ndarray:
     """Weights `(...)` as RGB `(..., 3)` uint8 on the logarithmic scale; NaN is blank."""
     place = np.log(np.clip(weights, low, high) / low) * (255 / math.log(high / low))
     index = np.where(np.isnan(place), 256, np.nan_to_num(place) + 0.5).astype(np.int16)
-    return _color_table()[index]
-
-
-@lru_cache(maxsize=1)
-def _color_table() -> np.ndarray:
-    """`(257, 3)` uint8: the colour map, then the blank of forbidden entries."""
-    colours = matplotlib.colormaps[COLOURS](np.arange(256), bytes=True)[:, :3]
-    return np.vstack([colours, np.full((1, 3), BLANK, np.uint8)])
+    return COLOURS[index]
 
 
 def last_rows(n_rows: int, factor: int) -> np.ndarray:
@@ -112,63 +107,44 @@ def pool(weights: np.ndarray, factor: int) -> np.ndarray:
     return np.where(n_seen > 0, total / np.maximum(n_seen, 1), np.nan)
 
 
-def words(sample: SampleAttention, has_lines: bool) -> tuple[tuple, str, tuple[str, ...]]:
-    """What a heatmap says of its tokens.
-
-    `(token, number)` where the axes have numbers, what these count, and of the legend: the order of
-    the tokens, episodes, query.
-    """
+def words(sample: SampleAttention, has_lines: bool) -> Words:
+    """`(token, number)` at ticks, what the numbers count, the legend: order, episodes, query."""
     tokens, transition = sample.tokens, sample.shown.transition
     locator = MaxNLocator(5, integer=True, steps=[1, 2, 5, 10])
     numbers = [int(t) for t in locator.tick_values(0, tokens.n) if 0 <= t <= tokens.n]
+    answers = "whose output is the model's answer"
     episodes = "The episodes are too many to mark."
     if has_lines:
         episodes = "White lines, and the two greys of the history: an episode begins."
     if tokens.is_plain:
-        query = "the last token, whose output is the model's answer; its row is enlarged."
-        legend = "Token 0 is the oldest.", episodes, query
-        return tuple((t, t) for t in numbers), "transition", legend
-    query = (
-        "the token whose output is the model's answer, shown last whatever its place in the "
-        "model; its row is enlarged."
-    )
-    of = f"Tokens of a transition: {', '.join(tokens.parts)}. " if tokens.parts[1:] else ""
-    first = "Those of no transition stand first. " if transition[0] == NONE else ""
-    ticks = tuple((int(np.argmax(transition == t)), t) for t in numbers if t < tokens.n)
-    legend = f"{of}{first}Transition 0 is the oldest.", episodes, query
-    return ticks, "number of its transition", legend
+        ticks, unit, order = [(t, t) for t in numbers], "transition", "Token 0 is the oldest."
+        query = f"the last token, {answers}"
+    else:
+        ticks = [(int(np.argmax(transition == t)), t) for t in numbers if t < tokens.n]
+        unit, order = "number of its transition", "Transition 0 is the oldest."
+        if transition[0] == NONE:
+            order = f"Those of no transition stand first. {order}"
+        if len(tokens.parts) > 1:
+            order = f"Tokens of a transition: {', '.join(tokens.parts)}. {order}"
+        query = f"the token {answers}, shown last whatever its place in the model"
+    return tuple(ticks), unit, (order, episodes, f"{query}; its row is enlarged.")
 
 
+@lru_cache(maxsize=2)
 class Sheet:
-    """The page of one shape of heatmap: where things are, and what never changes, drawn once.
+    """The page of one shape of heatmap: where things are, and what never changes, drawn once."""
 
-    Attributes:
-        corners: upper left corner of each head's map, page units.
-        side, depth: width of a map, and height without the query's row, page units.
-        zoom: pixels a weight.
-        pooled: neighbouring columns, and rows, that share a pixel.
-        starts: `(C,)` first token of each column drawn.
-    """
-
-    def __init__(
-        self,
-        heads: tuple[int, ...],
-        rows: tuple[int, ...],
-        cols: tuple[int, ...],
-        dpi: int,
-        ticks: tuple[tuple[int, int], ...],
-        unit: str,
-        legend: tuple[str, ...],
-    ) -> None:
+    def __init__(self, heads: Ints, rows: Ints, cols: Ints, dpi: int, about: Words) -> None:
+        ticks, unit, legend = about
         across = math.ceil(math.sqrt(len(heads)))
         wanted = SIDES.get(across, SMALL_SIDE) * dpi / 100  # pixels
-        self.pooled = math.ceil(len(cols) / (1.3 * wanted))
-        self.starts = np.array(cols[:: self.pooled])
+        self.pooled = math.ceil(len(cols) / (1.3 * wanted))  # columns, and rows, that share a pixel
+        self.starts = np.array(cols[:: self.pooled])  # (C,) first token of each column drawn
         ends = np.array(rows)[last_rows(len(rows), self.pooled)] + 1
         self._edges = np.append(self.starts, ends[-1]), np.append(0, ends[:-1])
-        self.zoom = max(1, round(wanted / len(self.starts)))
-        self.side = len(self.starts) * self.zoom * 100 / dpi
-        self.depth = self.side - self.zoom * 100 / dpi  # the query row stands below
+        self.zoom = max(1, round(wanted / len(self.starts)))  # pixels a weight
+        self.side = len(self.starts) * self.zoom * 100 / dpi  # width of a map, page units
+        self.depth = self.side - self.zoom * 100 / dpi  # its height: the query row stands below
         right = self.side + PANEL_GAP
         down = self.depth + 2 * GAP + HISTORY + QUERY + PANEL_GAP
         places = [divmod(i, across) for i in range(len(heads))]
@@ -183,8 +159,7 @@ class Sheet:
                 self._label_rows(left, top, ticks, f"token that attends ({unit})")
             if i + across >= len(heads):
                 self._label_columns(left, self.strips(top)[1] + QUERY, ticks)
-        self._draw_bar()
-        self._draw_legend(bottom + 30, int(np.diff(cols).max(initial=1)) * self.pooled, *legend)
+        self._explain(bottom + 30, int(np.diff(cols).max(initial=1)) * self.pooled, *legend)
         self.page.keep()
 
     def strips(self, top: float) -> tuple[float, float]:
@@ -193,42 +168,20 @@ class Sheet:
         return below, below + HISTORY + GAP
 
     def x(self, token: ArrayLike) -> np.ndarray:
-        """Where a token's column begins, page units from the left edge of a map."""
+        """Where a token's column begins, page units from the map's left edge."""
         return np.interp(token, self._edges[0], np.linspace(0, self.side, len(self._edges[0])))
 
     def y(self, token: ArrayLike) -> np.ndarray:
         """Where a token's row begins, page units from the upper edge of a map."""
         return np.interp(token, self._edges[1], np.linspace(0, self.depth, len(self._edges[1])))
 
-    def paste_head(
-        self, corner: tuple[float, float], colours: np.ndarray, history: np.ndarray
-    ) -> None:
-        """Copy a head's map, the history below it and the query row to the page."""
-        left, top = corner
-        below, query = self.strips(top)
-        scale = self.page.scale
-        enlarged = colours.repeat(self.zoom, axis=1)
-        self.page.paste(left, top, enlarged[:-1].repeat(self.zoom, axis=0))
-        self.page.paste(left, query, enlarged[-1:].repeat(round(QUERY * scale), axis=0))
-        strip = history[None].repeat(self.zoom, axis=1).repeat(round(HISTORY * scale), axis=0)
-        self.page.paste(left, below, strip)
-
-    def draw_episodes(self, starts: np.ndarray) -> None:
-        """White lines where an episode begins: down its column and along its row."""
-        segments = []
-        for left, top in self.corners:
-            for x, y in zip(self.x(starts) + left, self.y(starts) + top, strict=True):
-                segments += [[(x, y), (x, top + self.depth)], [(left, y), (x, y)]]
-        self.page.lines(segments, colors="white", linewidths=0.5, alpha=0.45)
-
     def label_bar(self, low: float, high: float, n_tokens: int) -> None:
         """Decades of the colour bar, its two ends, and the weight of uniform attention."""
-        page, left = self.page, self._bar_left + BAR_WIDTH
 
         def y(weight: float) -> float:
             return BAR_TOP + BAR * (1 - math.log(weight / low) / math.log(high / low))
 
-        even = 1 / n_tokens
+        page, left, even = self.page, self._bar_left + BAR_WIDTH, 1 / n_tokens
         page.lines([[(left - 19, y(even)), (left + 4, y(even))]], colors=UNIFORM, linewidths=1.6)
         page.text(left + 7, y(even), f"{even:.2g} = 1/T", 8.5, color=UNIFORM, weight="bold")
         page.text(left + 7, y(even) + 13, "uniform attention", 7.5, color=UNIFORM)
@@ -258,23 +211,19 @@ class Sheet:
             self.page.tick(x, bottom, f"{number}", 0.7, "below")
         self.page.text(left + self.side / 2, bottom + 28, "token attended to", 9, ha="center")
 
-    def _draw_bar(self) -> None:
+    def _explain(self, top: float, width: int, order: str, episodes: str, query: str) -> None:
+        """The colour bar without its numbers, and the legend from `top` on."""
         self.page.text(self._bar_left, BAR_TOP - 20, "attention weight", 9)
-        shades = _color_table()[np.linspace(255, 0, round(BAR * self.page.scale)).astype(int)]
-        width = round(BAR_WIDTH * self.page.scale)
-        self.page.paste(self._bar_left, BAR_TOP, shades[:, None].repeat(width, axis=1))
-
-    def _draw_legend(self, top: float, width: int, order: str, episodes: str, query: str) -> None:
-        mean = f" (mean of up to {width} neighbours)" if width > 1 else ""
+        shades = SHADES[np.linspace(255, 0, round(BAR * self.page.scale)).astype(int)]
+        shades = shades[:, None].repeat(round(BAR_WIDTH * self.page.scale), axis=1)
+        self.page.paste(self._bar_left, BAR_TOP, shades)
         pixel = "how strongly the token of its row attends to the token of its column"
+        pixel += f" (mean of up to {width} neighbours)" if width > 1 else ""
         entries = (
-            f"A pixel: {pixel}{mean}. {order}",
+            f"A pixel: {pixel}. {order}",
             f"Blank: not visible to the token of the row. {episodes}",
             "Red in the history: rewarded transitions.",
             f"Query: {query}",
         )
         for i, entry in enumerate(entries):
             self.page.text(LEFT, top + 17 * i, entry, 8.5, color=SOFT)
-
-
-_sheet = lru_cache(maxsize=2)(Sheet)

@@ -1,7 +1,6 @@
 """A picture as a page of fixed places, drawn at once and written as a small PNG quickly.
 
     page = Page(900, 400, dpi=100)                          # 9 x 4 inches
-    page.text(60, 30, "Attention", size=13, weight="bold")
     axes = page.plot(60, 60, 380, 280)                      # ordinary matplotlib axes
     page.save("picture.png")
 
@@ -20,40 +19,30 @@ import numpy as np
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.collections import LineCollection, PolyCollection
+from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from matplotlib.transforms import Affine2D
 
 from historylens.common.files import write_atomically
-from historylens.history import Decision
-from historylens.tokens import PADDING, Tokens
 
 INK, SOFT, FAINT = "#222222", "#444444", "#8a8a8a"
 REWARD, UNIFORM = "#e4572e", "#c4007a"
 HEAD_COLOURS = ("#0173b2", "#de8f05", "#029e73", "#cc78bc", "#ca9161", "#56b4e9")
 UNIFORM_LINE = {"colors": UNIFORM, "linewidths": 1.6, "linestyles": "--"}
-EPISODE_GREYS = (200, 238)
-MAX_EPISODE_LINES = 40  # more boundaries than this hide what they mark
 
 
 class Page:
-    """A white page of `width` x `height` page units.
-
-    Attributes:
-        figure: what the axes of `plot` belong to.
-        scale: pixels a page unit.
-        pixels: `(rows, columns, 3)` uint8 RGB, a view of what is drawn.
-    """
+    """A white page of `width` x `height` page units."""
 
     def __init__(self, width: float, height: float, dpi: int) -> None:
-        self.scale = dpi / 100
+        self.scale = dpi / 100  # pixels a page unit
         self.figure = Figure(figsize=(width / 100, height / 100), dpi=dpi, frameon=False)
         self._size = np.array([width, height, width, height])
         self._renderer = FigureCanvasAgg(self.figure).get_renderer()
         self._canvas = np.asarray(self._renderer.buffer_rgba())
         self._canvas[:] = 255  # white and opaque
-        self.pixels = self._canvas[..., :3]
+        self.pixels = self._canvas[..., :3]  # RGB, a view of what is drawn
         self._places = Affine2D().scale(self.scale, -self.scale).translate(0, len(self.pixels))
 
     def text(self, x: float, y: float, text: str, size: float = 9, **style: Any) -> None:
@@ -65,14 +54,11 @@ class Page:
         """Draw segments `[(x0, y0), (x1, y1), ...]`; `style` as for `LineCollection`."""
         self._draw(LineCollection(segments, transform=self._places, **style))
 
-    def fill(self, corners: np.ndarray, **style: Any) -> None:
-        """Fill the polygon with `corners (N, 2)`; `style` as for `PolyCollection`."""
-        self._draw(PolyCollection([corners], transform=self._places, **style))
-
     def paste(self, left: float, top: float, colours: np.ndarray) -> None:
         """Copy `colours (rows, columns, 3)` uint8 RGB to the page, a pixel each."""
         row, column = round(top * self.scale), round(left * self.scale)
-        self.pixels[row : row + colours.shape[0], column : column + colours.shape[1]] = colours
+        n_rows, n_columns, _ = colours.shape
+        self.pixels[row : row + n_rows, column : column + n_columns] = colours
 
     def heading(self, left: float, title: str, subtitle: str) -> None:
         """Write the two lines at the top."""
@@ -118,37 +104,6 @@ class Page:
     def _draw(self, artist: Artist) -> None:
         artist.set_figure(self.figure)
         artist.draw(self._renderer)
-
-
-def subtitle(decision: Decision, tokens: Tokens) -> str:
-    """The line that says which decision a picture shows, and how long its context is."""
-    n_tokens = len(tokens) - tokens.part.count(PADDING)
-    query = " and the query: " if tokens.is_plain else ", "
-    transitions = "1 transition" if tokens.n == 1 else f"{tokens.n:,} transitions"
-    return f"{decision.title} · {transitions}{query}T = {n_tokens:,} tokens"
-
-
-def history_colours(starts: np.ndarray, rewarded: np.ndarray, cells: np.ndarray) -> np.ndarray:
-    """Colours of a strip that shows the history: episodes in two greys, rewards in red.
-
-    Args:
-        starts: `(E,)` int, tokens at which an episode begins, ascending.
-        rewarded: `(N,)` bool, rewarded tokens; the query is token `N`.
-        cells: `(C,)` int, first token of each cell of the strip, ascending.
-
-    Returns:
-        `(C, 3)` uint8 RGB. A cell of several tokens is as red as their share that was rewarded;
-        the query is white. One grey throughout where episodes are too many to tell apart.
-    """
-    if len(starts) > MAX_EPISODE_LINES:
-        starts = starts[:1]
-    grey = np.take(EPISODE_GREYS, np.searchsorted(starts, cells, side="right") % 2)
-    n_rewarded = np.add.reduceat(np.append(rewarded, False).astype(float), cells)
-    share = n_rewarded / np.diff(np.append(cells, len(rewarded) + 1))
-    red = np.array(list(bytes.fromhex(REWARD[1:])))
-    colours = grey[:, None] + share[:, None] * (red - grey[:, None])
-    colours[cells >= len(rewarded)] = 255
-    return np.rint(colours).astype(np.uint8)
 
 
 def png(pixels: np.ndarray, dpi: float) -> bytes:

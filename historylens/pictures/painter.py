@@ -4,15 +4,16 @@
         painter.draw(line_plot, path, sample, layer=2, heads=range(4), dpi=100)
     # every picture is on the disk here
 
-Pictures are the same, byte for byte, however many processes draw them. Processes are forked, so
-that they start at once and share what is imported; where that cannot be, everything is drawn here.
+Pictures are the same bytes however many processes draw them. Processes are forked: they start at
+once and share what is imported. Where that cannot be, everything is drawn here.
 """
 
-import concurrent.futures
 import multiprocessing
 import os
 import signal
+from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, Self
 
@@ -37,52 +38,39 @@ def drawing_processes(n_pictures: int) -> int:
 
 
 class Painter:
-    """Draws in order of arrival.
-
-    Args:
-        n_processes: processes that draw; with 1, `draw` draws at once and in this process.
-        drawn: called after each picture, for a progress bar.
-    """
+    """Draws in order of arrival, with 1 process at once and here; `drawn` is called after each."""
 
     def __init__(self, n_processes: int, drawn: Callable[[], object] = lambda: None) -> None:
-        self._drawn = drawn
-        self._room = IN_FLIGHT * n_processes
-        self._waiting: set[concurrent.futures.Future] = set()
+        self._drawn, self._room = drawn, IN_FLIGHT * n_processes
+        self._waiting: deque[Future] = deque()
         self._pool = None
         if n_processes > 1:
             fork = multiprocessing.get_context("fork")
-            self._pool = concurrent.futures.ProcessPoolExecutor(n_processes, fork, _leave_ctrl_c)
+            ignore_ctrl_c = signal.signal, (signal.SIGINT, signal.SIG_IGN)  # it is for this process
+            self._pool = ProcessPoolExecutor(n_processes, fork, *ignore_ctrl_c)
 
     def draw(self, function: Callable[..., object], *args: Any, **kwargs: Any) -> None:
-        """Draw a picture: `function(*args, **kwargs)`, of a module; arrays from numpy.
-
-        Raises:
-            UserError: a drawing process was killed.
-        """
+        """Draw `function(*args, **kwargs)`, of a module; UserError where a process was killed."""
         if self._pool is None:
             function(*args, **kwargs)
             self._drawn()
             return
         try:
             self._collect(self._room)
-            self._waiting.add(self._pool.submit(function, *args, **kwargs))
+            self._waiting.append(self._pool.submit(function, *args, **kwargs))
         except BrokenProcessPool as error:
             raise UserError(KILLED) from error
 
     def _collect(self, at_most: int) -> None:
-        """Wait until at most so many pictures are on their way."""
         while len(self._waiting) > at_most:
-            done, self._waiting = concurrent.futures.wait(
-                self._waiting, return_when=concurrent.futures.FIRST_COMPLETED
-            )
-            for future in done:
-                future.result()
-                self._drawn()
+            self._waiting.popleft().result()
+            self._drawn()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type | None, *_: object) -> None:
+        """Wait for the pictures; after an error elsewhere, drop those not begun."""
         try:
             if kind is None:
                 self._collect(0)
@@ -91,8 +79,3 @@ class Painter:
         finally:
             if self._pool is not None:
                 self._pool.shutdown(cancel_futures=True)
-
-
-def _leave_ctrl_c() -> None:
-    """In a drawing process: Ctrl-C is for the process that it draws for."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)

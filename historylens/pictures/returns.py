@@ -15,18 +15,14 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import MaxNLocator, NullLocator
 
 from historylens.common.files import write_atomically
 from historylens.common.text import fixed
 from historylens.pictures.page import FAINT, HEAD_COLOURS, INK, SOFT, UNIFORM
 
-RANDOM, RECENT = "random", "recent"
-DPI = 100
 N_COLOURED = 4  # strategies with a colour of their own, beside recent and random
-N_COLUMNS = 4  # panels beside each other
 GREY, FULL_COLOUR, EMPTY_COLOUR = "#c4c4c4", "#0b6e4f", "#8a8a8a"
 PANEL = 4.75  # inches from one row of panels to the next, names below them included
 ASIDE = 0.045  # between intervals of strategies at one budget, in roots of transitions
@@ -35,38 +31,36 @@ LABEL_GAP = 0.036  # between labels, of the height of the plot
 
 @dataclass(frozen=True)
 class Picture:
-    """What a picture says beside the numbers.
+    """What a picture says beside the numbers."""
 
-    Attributes:
-        title: the model and the task in a few words.
-        subtitle: goals, seeds, episodes and how kept transitions are numbered.
-        best: mean best possible return an episode, or None.
-        n_max: transitions that the model can read.
-    """
-
-    title: str
-    subtitle: str
-    best: float | None
-    n_max: int
+    title: str  # the model and the task in a few words
+    subtitle: str  # goals, seeds, episodes and how kept transitions are numbered
+    best: float | None  # mean best possible return an episode
+    n_max: int  # transitions that the model can read
 
 
 def draw_by_budget(path: str | Path, study: Any, picture: Picture) -> None:
     """Return over the second half of the episodes, against transitions kept; a line a strategy."""
-    figure = Figure(figsize=(11.5, 7.2), dpi=DPI)
+    figure = _figure(11.5, 7.2, "What compressed history earns", picture, study)
     axes = figure.add_axes((0.065, 0.115, 0.655, 0.735))
-    _heading(figure, f"What compressed history earns · {picture.title}", picture, study)
-    lines, colours = _by_strategy(study), _colours(study)
+    lines, colours = _strategies(study)
     _draw_levels(axes, study, picture)
     if study.recommended is not None:
-        _ring(axes, study.recommended)
-    _draw_random(axes, lines.get(RANDOM, []))
+        place = (study.recommended.kept, study.recommended.mean.value)
+        axes.plot(*place, "o", ms=15, mec=FULL_COLOUR, mfc="none", mew=1.6, zorder=5)
+        axes.annotate("recommended", place, xytext=(0, 11), textcoords="offset points", ha="center",
+                      color=FULL_COLOUR, fontsize=9.5, weight="bold", zorder=6)  # fmt: skip
+    chance = [row for row in lines.get("random", []) if not row.mean.is_open]
+    if chance:  # what a strategy has to beat
+        low, high = [row.mean.low for row in chance], [row.mean.high for row in chance]
+        style = {"color": UNIFORM, "alpha": 0.13, "lw": 0, "zorder": 1.2}
+        axes.fill_between([row.kept for row in chance], low, high, **style)
     for name in sorted(lines, key=lambda name: name in colours):
         aside = list(colours).index(name) - (len(colours) - 1) / 2 if name in colours else None
         _draw_line(axes, lines[name], colours.get(name, GREY), aside)
-    _budget_axis(axes, study)
+    _set_scales(axes, study, picture)
     axes.set_xlabel("transitions kept (of each decision's history)", fontsize=10.5)
     axes.set_ylabel("reward an episode, second half of the episodes", fontsize=10.5)
-    axes.set_ylim(*_limits(study, picture))
     _label_lines(axes, lines, colours)
     _explain_markers(figure, study)
     _save(figure, path)
@@ -74,18 +68,15 @@ def draw_by_budget(path: str | Path, study: Any, picture: Picture) -> None:
 
 def draw_by_episode(path: str | Path, study: Any, picture: Picture) -> None:
     """Return of each in-context episode: a panel a budget, full and empty history in each."""
-    budgets = _budgets(study)
-    n_columns = min(N_COLUMNS, max(1, len(budgets)))
+    _, colours = _strategies(study)
+    budgets = sorted({row.arm.n_keep for row in study.candidates})
+    n_columns = min(4, max(1, len(budgets)))
     n_rows = -(-max(1, len(budgets)) // n_columns)
     width, height = max(9.0, 0.8 + 3.6 * n_columns), 1.15 + PANEL * n_rows
-    figure = Figure(figsize=(width, height), dpi=DPI)
-    _heading(figure, f"How fast it adapts · {picture.title}", picture, study)
-    note = (
-        "In brackets: adaptation loss, the reward an episode lost against full history over all "
-        "episodes (the area between the lines)"
-    )
+    figure = _figure(width, height, "How fast it adapts", picture, study)
+    loss = "the reward an episode lost against full history over all episodes"
+    note = f"In brackets: adaptation loss, {loss} (the area between the lines)"
     figure.text(0.6 / width, 1 - 1.08 / height, note, size=10, color=INK, va="center")
-    colours = _colours(study)
     shared, step = None, (width - 0.7) / n_columns
     for i, budget in enumerate(budgets):
         row, column = divmod(i, n_columns)
@@ -93,7 +84,7 @@ def draw_by_episode(path: str | Path, study: Any, picture: Picture) -> None:
         box = (left / width, bottom / height, (step - 0.22) / width, (PANEL - 1.95) / height)
         axes = figure.add_axes(box, sharey=shared)
         shared = shared or axes
-        _draw_panel(axes, study, budget, colours, picture)
+        _draw_panel(axes, study, budget, colours, picture.best)
         axes.set_xlabel("episode in context", fontsize=9.5)
         if column == 0:
             axes.set_ylabel("reward an episode", fontsize=9.5)
@@ -102,12 +93,13 @@ def draw_by_episode(path: str | Path, study: Any, picture: Picture) -> None:
     _save(figure, path)
 
 
-def _heading(figure: Figure, title: str, picture: Picture, study: Any) -> None:
-    width, height = figure.get_size_inches()
-    place = {"x": 0.6 / width, "va": "center"}
-    figure.text(y=1 - 0.3 / height, s=title, size=14, weight="bold", color=INK, **place)
-    figure.text(y=1 - 0.58 / height, s=picture.subtitle, size=10, color=INK, **place)
-    figure.text(y=1 - 0.83 / height, s=finding(study), size=10, color=FULL_COLOUR, **place)
+def _figure(width: float, height: float, what: str, picture: Picture, study: Any) -> Figure:
+    figure = Figure(figsize=(width, height), dpi=100)  # inches
+    left, style, title = 0.6 / width, {"size": 10, "va": "center"}, f"{what} · {picture.title}"
+    figure.text(left, 1 - 0.3 / height, title, color=INK, weight="bold", **style | {"size": 14})
+    figure.text(left, 1 - 0.58 / height, picture.subtitle, color=INK, **style)
+    figure.text(left, 1 - 0.83 / height, finding(study), color=FULL_COLOUR, **style)
+    return figure
 
 
 def finding(study: Any) -> str:
@@ -130,115 +122,72 @@ def finding(study: Any) -> str:
     )
 
 
-def _by_strategy(study: Any) -> dict[str, list[Any]]:
-    """Rows of each strategy with a budget, the smallest first; full history ends recency's line."""
+def _strategies(study: Any) -> tuple[dict[str, list[Any]], dict[str, str]]:
+    """Rows of each strategy, smallest budget first, and the colours of those that stand out."""
     lines: dict[str, list[Any]] = {}
     for row in sorted(study.candidates, key=lambda row: row.arm.n_keep):
         lines.setdefault(row.arm.name, []).append(row)
-    return lines
-
-
-def _budgets(study: Any) -> list[int]:
-    return sorted({row.arm.n_keep for row in study.candidates})
-
-
-def _colours(study: Any) -> dict[str, str]:
-    """The strategies that stand out: recency, random, the recommended and the best on average."""
-    lines = _by_strategy(study)
-    average = {
-        name: np.mean([row.mean.value for row in rows])
-        for name, rows in lines.items()
-        if name not in (RECENT, RANDOM)
-    }
-    best = sorted(average, key=lambda name: (-average[name], name))
+    average = {name: np.mean([row.mean.value for row in rows]) for name, rows in lines.items()}
+    best = sorted(average.keys() - {"recent", "random"}, key=lambda name: (-average[name], name))
     if study.recommended is not None:
         best.sort(key=lambda name: name != study.recommended.arm.name)
     colours = dict(zip(best[:N_COLOURED], HEAD_COLOURS, strict=False))
-    return colours | {name: c for name, c in ((RANDOM, UNIFORM), (RECENT, INK)) if name in lines}
+    own = ("random", UNIFORM), ("recent", INK)
+    return lines, colours | {name: colour for name, colour in own if name in lines}
 
 
 def _draw_levels(axes: Axes, study: Any, picture: Picture) -> None:
-    """Full and empty history as horizontal bands, and the best possible return."""
     full, empty = study.full.mean, study.empty.mean
+    name = f"full history (up to {picture.n_max} transitions): {full.value:.2f}"
+    _name_level(axes, full.value, name, FULL_COLOUR, "left")
+    _name_level(axes, empty.value, f"empty history: {empty.value:.2f}", EMPTY_COLOUR, "right")
     for mean, colour in ((full, FULL_COLOUR), (empty, EMPTY_COLOUR)):
         axes.axhline(mean.value, color=colour, lw=1.6, ls="--", zorder=1.5)
         if not mean.is_open:
             axes.axhspan(mean.low, mean.high, color=colour, alpha=0.16, lw=0, zorder=1)
-    name = f"full history (up to {picture.n_max} transitions): {full.value:.2f}"
-    _name_level(axes, full.value, name, FULL_COLOUR, "left")
-    _name_level(axes, empty.value, f"empty history: {empty.value:.2f}", EMPTY_COLOUR, "right")
     if picture.best is not None:
         axes.axhline(picture.best, color=FAINT, lw=1, ls=":", zorder=1)
         _name_level(axes, picture.best, f"best possible: {picture.best:.2f}", SOFT, "right")
 
 
 def _name_level(axes: Axes, height: float, name: str, colour: str, side: str) -> None:
-    axes.annotate(
-        name, (0.01 if side == "left" else 0.99, height), xycoords=("axes fraction", "data"),
-        xytext=(0, 4), textcoords="offset points", color=colour, fontsize=9.5, ha=side, zorder=6,
-    )  # fmt: skip
-
-
-def _ring(axes: Axes, row: Any) -> None:
-    """Mark the recommended arm."""
-    place = (row.kept, row.mean.value)
-    axes.plot(*place, "o", ms=15, mec=FULL_COLOUR, mfc="none", mew=1.6, zorder=5)
-    axes.annotate(
-        "recommended", place, xytext=(0, 11), textcoords="offset points", ha="center",
-        color=FULL_COLOUR, fontsize=9.5, weight="bold", zorder=6,
-    )  # fmt: skip
-
-
-def _draw_random(axes: Axes, rows: Sequence[Any]) -> None:
-    """The 95 % interval of a random choice, shaded: what a strategy has to beat."""
-    bars = [(row.kept, row.mean.low, row.mean.high) for row in rows if not row.mean.is_open]
-    if bars:
-        x, low, high = zip(*bars, strict=True)
-        axes.fill_between(x, low, high, color=UNIFORM, alpha=0.13, lw=0, zorder=1.2)
+    place = (0.01 if side == "left" else 0.99, height)
+    axes.annotate(name, place, xycoords=("axes fraction", "data"), xytext=(0, 4), ha=side,
+                  textcoords="offset points", color=colour, fontsize=9.5, zorder=6)  # fmt: skip
 
 
 def _draw_line(axes: Axes, rows: Sequence[Any], colour: str, aside: float | None) -> None:
-    """A strategy; markers are filled where it is shown safe.
-
-    One that stands out has its intervals, this many of them aside of its markers.
-    """
-    stands_out = aside is not None
-    order = 4 if stands_out else 2
+    """A strategy, filled where it is shown safe; `aside` of it the intervals, if it stands out."""
+    width, size, order = (1.0, 4, 2) if aside is None else (2.0, 6.5, 4)
     y = [row.mean.value for row in rows]
-    width = 2.0 if stands_out else 1.0
     axes.plot([row.kept for row in rows], y, color=colour, lw=width, zorder=order)
     for row in rows:
-        if stands_out and not row.mean.is_open:
+        if aside is not None and not row.mean.is_open:
             place = max(0.0, row.kept**0.5 + ASIDE * aside) ** 2
             axes.plot([place] * 2, [row.mean.low, row.mean.high], color=colour, lw=1.1,
                       alpha=0.7, zorder=order)  # fmt: skip
-        axes.plot(row.kept, row.mean.value, "o", ms=6.5 if stands_out else 4, mec=colour,
-                  mfc=colour if row.is_good else "white", mew=1.4, zorder=order + 0.5)  # fmt: skip
+        axes.plot(row.kept, row.mean.value, "o", ms=size, mec=colour, mew=1.4,
+                  mfc=colour if row.is_good else "white", zorder=order + 0.5)  # fmt: skip
 
 
-def _budget_axis(axes: Axes, study: Any) -> None:
+def _set_scales(axes: Axes, study: Any, picture: Picture) -> None:
     """A square-root scale: small budgets stand apart, and nothing kept has a place."""
-    axes.set_xscale(
-        "function", functions=(lambda x: np.sqrt(np.maximum(x, 0)), lambda x: np.square(x))
-    )
-    budgets, kept = _budgets(study), [row.kept for row in study.candidates]
+    axes.set_xscale("function", functions=(lambda x: np.sqrt(np.maximum(x, 0)), np.square))
+    budgets = sorted({row.arm.n_keep for row in study.candidates})
+    kept = [row.kept for row in study.candidates]
     low, high = np.sqrt(min(kept, default=0)), np.sqrt(max(kept, default=1))
     pad = 0.06 * (high - low) or 0.5
+    axes.set_xticks(budgets, [str(budget) for budget in budgets])
     axes.set_xlim(max(0.0, low - pad) ** 2, (high + pad) ** 2)
-    axes.xaxis.set_major_locator(FixedLocator(budgets))
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.set_xticklabels([str(budget) for budget in budgets])
+    means = [row.mean for row in study.rows]
+    values = [v for e in means for v in (e.value, e.low, e.high) if v is not None]
+    low, high = min(0.0, *values), max([*values, picture.best or -np.inf])
+    axes.set_ylim(low - 0.03 * (high - low), high + 0.06 * (high - low or 1))
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="x", color="#eeeeee", lw=0.8, zorder=0)
     axes.set_axisbelow(True)
     axes.tick_params(labelsize=9.5)
-
-
-def _limits(study: Any, picture: Picture) -> tuple[float, float]:
-    means = [row.mean for row in study.rows]
-    values = [v for e in means for v in (e.value, e.low, e.high) if v is not None]
-    low, high = min(0.0, *values), max([*values, picture.best or -np.inf])
-    return low - 0.03 * (high - low), high + 0.06 * (high - low or 1)
 
 
 def _label_lines(axes: Axes, lines: dict[str, list[Any]], colours: dict[str, str]) -> None:
@@ -248,21 +197,16 @@ def _label_lines(axes: Axes, lines: dict[str, list[Any]], colours: dict[str, str
     names = sorted(ends, key=lambda name: (ends[name], name))
     for name, height in zip(names, spread([ends[name] for name in names], LABEL_GAP), strict=True):
         colour, last = colours.get(name), lines[name][-1]
+        leader = {"arrowstyle": "-", "color": colour or GREY, "lw": 0.7, "shrinkA": 1, "shrinkB": 4}
         axes.annotate(
-            name, (last.kept, last.mean.value), xycoords="data",
-            xytext=(1.045, height), textcoords="axes fraction",
-            color=colour or "#777777", fontsize=9.5, va="center", annotation_clip=False,
-            weight="bold" if colour else "normal",
-            arrowprops={"arrowstyle": "-", "color": colour or GREY, "lw": 0.7, "shrinkB": 4,
-                        "shrinkA": 1, "relpos": (0, 0.5)},
+            name, (last.kept, last.mean.value), xytext=(1.045, height), textcoords="axes fraction",
+            color=colour or "#777777", fontsize=9.5, weight="bold" if colour else "normal",
+            va="center", annotation_clip=False, arrowprops={**leader, "relpos": (0, 0.5)},
         )  # fmt: skip
 
 
 def spread(places: Sequence[float], gap: float) -> list[float]:
-    """Move ascending `places` apart to at least `gap`, as little as can be, between 0 and 1.
-
-    Where they do not all fit they are spaced evenly.
-    """
+    """Move ascending `places` in 0..1 apart to at least `gap` with least moves, evenly at worst."""
     if (len(places) - 1) * gap >= 1:
         return list(np.linspace(0, 1, len(places)))
     groups: list[list[float]] = []  # of places that touch: number of them, sum of their origins
@@ -297,33 +241,33 @@ def _explain_markers(figure: Figure, study: Any) -> None:
 
 
 def _draw_panel(
-    axes: Axes, study: Any, budget: int, colours: dict[str, str], picture: Picture
+    axes: Axes, study: Any, budget: int, colours: dict[str, str], best: float | None
 ) -> None:
-    """Curves of one budget; the legend has what each loses over all episodes."""
-    episodes = np.arange(1, len(study.full.by_episode) + 1)
-    rows = [row for row in study.candidates if row.arm.n_keep == budget]
+    full, empty, n_episodes = study.full, study.empty, len(study.full.by_episode)
+    episodes = np.arange(1, n_episodes + 1)
     low, high = zip(*((e.low, e.high) for e in study.full_by_episode), strict=True)
     if None not in low:
         axes.fill_between(episodes, low, high, color=FULL_COLOUR, alpha=0.16, lw=0)
-    axes.plot(episodes, study.full.by_episode, color=FULL_COLOUR, lw=2.2, ls="--", zorder=5,
-              label="full history")  # fmt: skip
+    style = {"color": FULL_COLOUR, "lw": 2.2, "ls": "--", "zorder": 5}
+    axes.plot(episodes, full.by_episode, label="full history", **style)
+    rows = [row for row in study.candidates if row.arm.n_keep == budget]
     for row in sorted(rows, key=lambda row: row.arm.name not in colours):
-        colour = colours.get(row.arm.name)
-        loss = fixed(row.adaptation_loss.value, 1, "+")
-        label = f"{row.arm.name} ({loss})" if colour else None
-        width, order = (1.6, 4) if colour else (0.8, 2)
-        axes.plot(episodes, row.by_episode, color=colour or GREY, lw=width, zorder=order,
-                  label=label)  # fmt: skip
-    loss = fixed(study.empty.adaptation_loss.value, 1, "+")
-    axes.plot(episodes, study.empty.by_episode, color=EMPTY_COLOUR, lw=1.6, ls=":", zorder=3,
-              label=f"empty history ({loss})")  # fmt: skip
-    if picture.best is not None:
-        axes.axhline(picture.best, color=FAINT, lw=1, ls=":")
-        _name_level(axes, picture.best, "best possible", SOFT, "right")
+        style = {"color": GREY, "lw": 0.8, "zorder": 2}
+        if row.arm.name in colours:
+            loss = fixed(row.adaptation_loss.value, 1, "+")
+            style = {"color": colours[row.arm.name], "lw": 1.6, "zorder": 4}
+            style["label"] = f"{row.arm.name} ({loss})"
+        axes.plot(episodes, row.by_episode, **style)
+    style = {"color": EMPTY_COLOUR, "lw": 1.6, "ls": ":", "zorder": 3}
+    label = f"empty history ({fixed(empty.adaptation_loss.value, 1, '+')})"
+    axes.plot(episodes, empty.by_episode, label=label, **style)
+    if best is not None:
+        axes.axhline(best, color=FAINT, lw=1, ls=":")
+        _name_level(axes, best, "best possible", SOFT, "right")
     axes.set_title(f"{budget} transitions kept", fontsize=10.5, loc="left", color=INK)
-    ticks = MaxNLocator(5, integer=True, steps=[1, 2, 4, 5, 10]).tick_values(1, len(episodes))
-    axes.xaxis.set_major_locator(FixedLocator([1, *(t for t in ticks if 2 < t <= len(episodes))]))
-    axes.set_xlim(1, max(2, len(episodes)))
+    ticks = MaxNLocator(5, integer=True, steps=[1, 2, 4, 5, 10]).tick_values(1, n_episodes)
+    axes.set_xticks([1, *(tick for tick in ticks if 2 < tick <= n_episodes)])
+    axes.set_xlim(1, max(2, n_episodes))
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(labelsize=9)
     axes.legend(fontsize=8.5, frameon=False, loc="upper left", bbox_to_anchor=(-0.03, -0.17),
@@ -331,7 +275,5 @@ def _draw_panel(
 
 
 def _save(figure: Figure, path: str | Path) -> None:
-    FigureCanvasAgg(figure)
-    write_atomically(
-        path, lambda file: figure.savefig(file, format="png", metadata={"Software": None})
-    )
+    options = {"format": "png", "metadata": {"Software": None}}  # no version: the same bytes
+    write_atomically(path, lambda file: figure.savefig(file, **options))
