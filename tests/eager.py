@@ -1,8 +1,8 @@
 """The plain twin of capture: whole attention matrices in float64, and what follows from them."""
 
 import math
-from contextlib import contextmanager
 from functools import partial
+from unittest import mock
 
 import pytest
 import torch
@@ -30,6 +30,7 @@ class Given(nn.Module):
 
 
 Attend = partial(Given, functional.scaled_dot_product_attention)
+fast_path = partial(mock.patch.object, torch.backends.mha, "_is_fastpath_enabled")  # on or off
 
 
 def split_heads(x, n_heads=2):
@@ -85,17 +86,6 @@ def check_pooled(found, whole):
         torch.testing.assert_close(found.maps[0, :, :, c], expected, **CLOSE)
 
 
-@contextmanager
-def fast_path(enabled):
-    """PyTorch's fast path on or off."""
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(enabled)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
-
-
 def run_twice(model, *inputs, context=torch.no_grad, maps=(0,), **options):
     """The record of a forward pass, whose output is, to the bit, the one without capture."""
 
@@ -122,7 +112,7 @@ def refused(message, model, *inputs, **options):
     assert is_clean(model)
 
 
-def random_weights(module, seed=0):
+def randomized(module, seed=0):
     """The module in evaluation mode, its attention far from uniform."""
     torch.manual_seed(seed)
     for parameter in module.parameters():

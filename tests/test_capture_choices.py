@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from eager import CLOSE, Attend, Given, check_pooled, eager_weights, refused, run_twice, split_heads
+from eager import CLOSE, Attend, Given, causal, check_pooled, eager_weights, refused, run_twice
+from eager import split_heads as split
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -12,13 +13,13 @@ from historylens.capture import CaptureError, capture
 
 
 def attend(x, allowed=None):
-    heads = split_heads(x)
+    heads = split(x)
     out = functional.scaled_dot_product_attention(heads, heads, heads, allowed)
     return out.transpose(1, 2).flatten(2)
 
 
 def attend_by_softmax(x, allowed):
-    heads = split_heads(x)
+    heads = split(x)
     scores = heads @ heads.mT / heads.shape[-1] ** 0.5
     return scores.masked_fill(~allowed, -torch.inf).softmax(-1)
 
@@ -38,23 +39,18 @@ class Stack(nn.Module):
 
 def whole(x, allowed=None):
     """Weights (B, 2, T, T) of the first block."""
-    return eager_weights(split_heads(x), split_heads(x), None if allowed is None else ~allowed)
+    return eager_weights(split(x), split(x), None if allowed is None else ~allowed)
 
 
 @settings(max_examples=30)
 @given(
-    n_samples=st.integers(1, 4),
-    n_tokens=st.integers(1, 12),
+    n_samples=st.integers(1, 4), n_tokens=st.integers(1, 12), data=st.data(),
     kind=st.sampled_from(["sdpa", "causal", "each", "softmax", "attention"]),
-    as_tensor=st.booleans(),
-    data=st.data(),
-)
-def test_the_query_may_stand_anywhere(n_samples, n_tokens, kind, as_tensor, data):
+)  # fmt: skip
+def test_the_query_may_stand_anywhere(n_samples, n_tokens, kind, data):
     positions = st.integers(-n_tokens, n_tokens - 1)
-    if as_tensor:
-        query = torch.tensor([data.draw(positions) for _ in range(n_samples)])
-    else:
-        query = data.draw(positions)
+    one_each = st.lists(positions, min_size=n_samples, max_size=n_samples).map(torch.tensor)
+    query = data.draw(positions | one_each)
     torch.manual_seed(0)
     x = torch.randn(n_samples, n_tokens, 8)
     allowed = torch.ones(n_tokens, n_tokens, dtype=torch.bool).tril()
@@ -77,38 +73,31 @@ def test_the_query_may_stand_anywhere(n_samples, n_tokens, kind, as_tensor, data
     assert torch.equal(record[0].visible, (expected > 0).any(1))
 
 
-def test_padding_that_the_mask_does_not_tell_leaves_its_queries_out():
+def test_padding_leaves_its_queries_out_but_for_those_of_cross_attention():
     x, lengths = torch.randn(2, 5, 8), torch.tensor([5, 3])
     padding = torch.arange(5) >= lengths[:, None]
     allowed = (~padding)[:, None, None, :].expand(2, 1, 5, 5)
     record = run_twice(Stack(), x, allowed, padding=padding, query=lengths - 1, maps=[1])
     weights = whole(x, allowed)
-    torch.testing.assert_close(record[0].received[0], weights[0].mean(1), **CLOSE)
-    real = weights[1, :, :3].mean(1)
-    real[:, 3:] = torch.nan
-    torch.testing.assert_close(record[0].received[1], real, **CLOSE)
+    received = (weights * ~padding[:, None, :, None]).sum(2) / lengths[:, None, None]
+    received = received.masked_fill(padding[:, None], torch.nan)
+    torch.testing.assert_close(record[0].received, received, **CLOSE)
     assert record[0].maps[0, :, :, 3:].isnan().all()
     assert (record[0].query_rows[1, :, 3:] == 0).all()
     assert torch.equal(record[0].visible, ~padding)
-
-
-def test_padding_is_not_of_the_queries_of_cross_attention():
-    q, k, padding = torch.randn(2, 2, 3, 4), torch.randn(2, 2, 5, 4), torch.rand(2, 5) < 0.5
+    q, k = torch.randn(2, 2, 3, 4), torch.randn(2, 2, 5, 4)
     record = run_twice(Attend(), q, k, k, padding=padding)
     torch.testing.assert_close(record[0].received, eager_weights(q, k).mean(2), **CLOSE)
 
 
-@pytest.mark.parametrize(
-    ("layers", "numbers"),
-    [
-        (None, [0, 1, 2]),
-        ([0, 2], [0, 2]),
-        (["blocks.1"], [1]),
-        (["*.2.*", 0], [0, 2]),
-        ("blocks.0.attn", [0]),
-        (1, [1]),
-    ],
-)
+@pytest.mark.parametrize(("layers", "numbers"), [
+    (None, [0, 1, 2]),
+    ([0, 2], [0, 2]),
+    (["blocks.1"], [1]),
+    (["*.2.*", 0], [0, 2]),
+    ("blocks.0.attn", [0]),
+    (1, [1]),
+])  # fmt: skip
 def test_layers_are_chosen_by_name_or_number(layers, numbers):
     record = run_twice(Stack(), torch.randn(1, 4, 8), layers=layers)
     assert record.names == tuple(f"blocks.{i}.attn" for i in numbers)
@@ -116,7 +105,7 @@ def test_layers_are_chosen_by_name_or_number(layers, numbers):
     assert len(record) == len(numbers)
 
 
-def test_layers_given_one_by_one_keep_their_order():
+def test_layers_given_one_by_one_keep_their_order_and_others_need_not_run():
     """A layer within another that is given goes by the name of that one."""
     model, x = Stack(), torch.randn(1, 4, 8)
     last, inner = model.blocks[2], model.blocks[0]["attn"]
@@ -125,48 +114,41 @@ def test_layers_given_one_by_one_keep_their_order():
     assert record.names == ("layer 0.attn", "layer 1")
     torch.testing.assert_close(record[1].query_rows, whole(x)[:, :, -1], **CLOSE)
     assert within.names == tuple(f"layer 0.blocks.{i}.attn" for i in range(3))
+    unused = nn.Sequential(model, nn.MultiheadAttention(8, 2))
+    unused.forward = model.forward
+    assert run_twice(unused, x, layers=["0"]).names == tuple(f"0.blocks.{i}.attn" for i in range(3))
 
 
-def test_an_encoder_layer_is_chosen_by_its_own_name():
+def test_an_encoder_layer_is_chosen_by_its_own_name_or_its_attention_is_given():
     layer = nn.TransformerEncoderLayer(8, 2, batch_first=True)
     encoder = nn.TransformerEncoder(layer, 3, enable_nested_tensor=False).eval()
     x = torch.randn(1, 4, 8)
     assert run_twice(encoder, x, layers=["layers.1"]).names == ("layers.1",)
-    with torch.no_grad(), capture([encoder.layers[2]]) as record:
+    last = encoder.layers[2]
+    with torch.no_grad(), capture([last]) as record, capture([last.self_attn]) as inner:
         encoder(x)
-    assert record.names == ("layer 0",)
+    assert record.names == inner.names == ("layer 0",)
+    assert torch.equal(record[0].query_rows, inner[0].query_rows)
     name = "layers.1.self_attn"
     refused(rf"layers=\['{name}'\]; layers that ran: layers\.0, ", encoder, x, layers=[name])
 
 
-def test_chosen_layers_may_leave_out_what_does_not_run():
-    model = nn.ModuleDict({"used": Given(attend), "unused": nn.MultiheadAttention(8, 2)})
-    model.forward = lambda x: model["used"](x)
-    assert run_twice(model, torch.randn(1, 3, 8), layers=["used"]).names == ("used",)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"query": 4}, r"blocks\.0\.attn has 4 queries, none at position 4; .*layers="),
-        ({"query": -5}, "none at position -5"),
-        (
-            {"query": torch.tensor([0])},
-            r"blocks\.0\.attn: expected one query a sample \(2\), got 1",
-        ),
-        ({"query": torch.tensor([0, 9])}, r"none at positions \[0, 9\]"),
-        ({"query": torch.tensor([0.0, 1.0])}, r"whole numbers \(B,\).*float32 \(2,\)"),
-        ({"query": torch.tensor(1)}, r"got torch\.int64 \(\)"),
-        ({"padding": torch.zeros(2, 3, dtype=torch.bool)}, r"padding of shape \(2, 4\), got"),
-        ({"padding": torch.zeros(2, 4)}, r"bool padding \(B, T\).*float32"),
-        ({"maps": [2]}, r"expected numbers in 0\.\.1"),
-        ({"map_size": 7}, "map_size of at least 8, got 7"),
-        ({"layers": [-1]}, r"by number from 0 .*got \[-1\]"),
-        ({"layers": []}, r"got \[\]"),
-        ({"layers": ["blocks.7"]}, r"layers=\['blocks\.7'\]; layers that ran: blocks\.0\.attn, "),
-        ({"layers": [3]}, r"layers=\[3\]; layers that ran: blocks\.0\.attn, "),
-    ],
-)
+@pytest.mark.parametrize(("options", "message"), [
+    ({"query": 4}, r"blocks\.0\.attn has 4 queries, none at position 4; .*layers="),
+    ({"query": -5}, "none at position -5"),
+    ({"query": torch.tensor([0])}, r"blocks\.0\.attn: expected one query a sample \(2\), got 1"),
+    ({"query": torch.tensor([0, 9])}, r"none at positions \[0, 9\]"),
+    ({"query": torch.tensor([0.0, 1.0])}, r"whole numbers \(B,\).*float32 \(2,\)"),
+    ({"query": torch.tensor(1)}, r"got torch\.int64 \(\)"),
+    ({"padding": torch.zeros(2, 3, dtype=torch.bool)}, r"padding of shape \(2, 4\), got"),
+    ({"padding": torch.zeros(2, 4)}, r"bool padding \(B, T\).*float32"),
+    ({"maps": [2]}, r"expected numbers in 0\.\.1"),
+    ({"map_size": 7}, "map_size of at least 8, got 7"),
+    ({"layers": [-1]}, r"by number from 0 .*got \[-1\]"),
+    ({"layers": []}, r"got \[\]"),
+    ({"layers": ["blocks.7"]}, r"layers=\['blocks\.7'\]; layers that ran: blocks\.0\.attn, "),
+    ({"layers": [3]}, r"layers=\[3\]; layers that ran: blocks\.0\.attn, "),
+])  # fmt: skip
 def test_what_does_not_fit_is_an_error(options, message):
     refused(message, Stack(), torch.randn(2, 4, 8), **options)
 
@@ -182,16 +164,12 @@ def test_a_query_that_sees_nothing_is_an_error_with_a_way_out():
     refused("see nothing", encoder, x, torch.zeros(4, 4).masked_fill(~allowed, -torch.inf))
 
 
-@pytest.mark.parametrize("heads", [None, 4])
-def test_three_axes_without_a_number_of_heads_are_an_error(heads):
-    x = torch.randn(6, 3, 4)
-    refused(r"^Given .*\(6, 3, 4\).*heads=H", Attend(), x, x, x, heads=heads)
-
-
-def test_a_layer_that_the_model_reuses_is_an_error():
-    model = Stack(1)
+def test_a_layer_that_the_model_reuses_and_three_axes_without_a_number_of_heads_are_errors():
+    model, x = Stack(1), torch.randn(6, 3, 4)
     model.blocks.append(model.blocks[0])
-    refused(r"blocks\.0\.attn ran twice", model, torch.randn(1, 3, 8))
+    refused(r"blocks\.0\.attn ran twice", model, x)
+    refused(r"^Given .*\(6, 3, 4\).*heads=H", Attend(), x, x, x)
+    refused(r"^Given .*\(6, 3, 4\).*heads=H", Attend(), x, x, x, heads=4)
 
 
 @pytest.mark.parametrize("layers", [None, [0], ["blocks.0"], [0, "blocks.1"]])
@@ -208,11 +186,16 @@ def test_a_second_forward_is_an_error(layers):
     assert record[0].name == "blocks.0.attn"
 
 
-def test_cross_attention_maps_are_bounded_on_both_axes():
-    q, k = torch.randn(1, 2, 50, 4), torch.randn(1, 2, 30, 4)
-    found = run_twice(Attend(), q, k, k, map_size=10)[0]
-    weights = eager_weights(q, k)[0]
+@pytest.mark.parametrize(("n_keys", "options"), [
+    (30, {}),
+    (150, {"is_causal": True}),
+    (150, {"attn_mask": torch.randn(150, 150).masked_fill(causal(150), -torch.inf)}),
+])  # fmt: skip
+def test_maps_of_long_contexts_are_pooled_and_bounded_on_both_axes(n_keys, options):
+    q, k = torch.randn(2, 2, 150, 4), torch.randn(2, 2, n_keys, 4)
+    found = run_twice(Attend(**options), q, k, k, maps=[1], map_size=20)[0]
     assert found.maps.shape[2:] == (len(found.map_rows), len(found.map_cols))
-    assert max(found.maps.shape[2:]) <= 10
-    check_pooled(found, weights)
-    torch.testing.assert_close(found.received[0], weights.mean(1), **CLOSE)
+    assert max(found.maps.shape[2:]) <= 20
+    forbidden = causal(150, n_keys) & bool(options)
+    weights = eager_weights(q, k, forbidden, options.get("attn_mask"))
+    check_pooled(found, weights[1].masked_fill(forbidden, torch.nan))

@@ -1,6 +1,7 @@
 """Attention of a module's own calls: scaled dot products and softmax, equal to eager weights."""
 
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -24,18 +25,13 @@ CALLS = [
 
 @settings(max_examples=60)
 @given(
-    n_samples=st.integers(1, 3),
-    n_queries=st.integers(1, 9),
-    n_keys=st.sampled_from([None, 1, 5, 12]),
+    n_samples=st.integers(1, 3), n_queries=st.integers(1, 9), call=st.sampled_from(CALLS),
+    n_keys=st.sampled_from([None, 1, 5, 12]), context=st.sampled_from(CONTEXTS),
     heads=st.sampled_from([(1, 1), (3, 3), (4, 2), (4, 1)]),
     mask=st.sampled_from(["none", "causal", "bool 2", "float 2", "bool 4", "float 4", "bool 3"]),
-    scale=st.sampled_from([None, 0.3, 1.0]),
-    call=st.sampled_from(CALLS),
-    dropout=st.booleans(),
-    context=st.sampled_from(CONTEXTS),
+    scale=st.sampled_from([None, 0.3, 1.0]), dropout=st.booleans(), seed=st.integers(0, 99),
     dtype=st.sampled_from([torch.float32, torch.float64, torch.float16, torch.bfloat16]),
-    seed=st.integers(0, 99),
-)
+)  # fmt: skip
 def test_scaled_dot_product_attention(
     n_samples, n_queries, n_keys, heads, mask, scale, call, dropout, context, dtype, seed
 ):
@@ -96,7 +92,7 @@ def test_three_axes_with_the_number_of_heads(n_heads, n_masks):
     check(record[0], eager_weights(q, k, forbidden), forbidden)
 
 
-def test_two_axes_are_one_head_and_axes_before_the_heads_count_as_samples():
+def test_two_axes_are_one_head_axes_before_the_heads_are_samples_and_others_are_broadcast():
     q, k, v = torch.randn(3, 5, 4).unbind()
     record = run_twice(Attend(is_causal=True), q, k, v)
     check(record[0], eager_weights(q[None, None], k[None, None], causal(5)), causal(5))
@@ -106,20 +102,14 @@ def test_two_axes_are_one_head_and_axes_before_the_heads_count_as_samples():
     record = run_twice(Attend(attn_mask=mask), q, k, v)
     forbidden = ~mask.expand(2, 2, 4, 5, 5).flatten(0, 1)
     check(record[0], eager_weights(q.flatten(0, 1), k.flatten(0, 1), forbidden), forbidden)
-
-
-def test_queries_and_keys_are_broadcast():
     q, k = torch.randn(2, 1, 5, 4), torch.randn(1, 3, 5, 4)
     record = run_twice(Attend(), q, k, k)
     check(record[0], eager_weights(q.expand(2, 3, 5, 4), k.expand(2, 3, 5, 4)))
 
 
 def test_gradients_are_those_without_capture():
-    model = nn.Sequential(
-        nn.TransformerEncoderLayer(8, 2, dropout=0.0),
-        Given(lambda x: attend(*[split(x)] * 3)),
-    )
-    x = torch.randn(2, 5, 8)
+    layer, x = nn.TransformerEncoderLayer(8, 2, dropout=0.0), torch.randn(2, 5, 8)
+    model = nn.Sequential(layer, Given(lambda x: attend(*[split(x)] * 3)))
     model(x).square().sum().backward()
     plain = [parameter.grad.clone() for parameter in model.parameters()]
     model.zero_grad()
@@ -134,22 +124,6 @@ def test_two_calls_of_one_module_are_two_entries():
     record = run_twice(model, q, k, v, layers=["Given"])
     assert record.names == ("Given", "Given #2")
     torch.testing.assert_close(record[1].query_rows, eager_weights(k, q)[:, :, -1], **CLOSE)
-
-
-class Explicit(nn.Module):
-    """Eager attention whose weights come from `softmax(scores)`."""
-
-    def __init__(self, softmax, mask_value=-torch.inf, dtype=torch.float32):
-        super().__init__()
-        self.softmax, self.mask_value, self.dtype = softmax, mask_value, dtype
-
-    def scores(self, x):
-        heads = split(x.to(self.dtype))
-        return (heads @ heads.mT).masked_fill(causal(x.shape[1]), self.mask_value)
-
-    def forward(self, x):
-        weights = self.softmax(self.scores(x)).to(self.dtype)
-        return (weights @ split(x.to(self.dtype))).transpose(1, 2).flatten(2)
 
 
 SOFTMAX = {
@@ -167,44 +141,48 @@ SOFTMAX = {
 
 
 @pytest.mark.parametrize("softmax", SOFTMAX)
-@pytest.mark.parametrize(
-    ("mask_value", "context", "dtype"),
-    [
-        (-torch.inf, torch.no_grad, torch.float32),
-        (-1e9, torch.enable_grad, torch.bfloat16),
-        (torch.finfo(torch.float32).min, torch.inference_mode, torch.float32),
-    ],
-)
+@pytest.mark.parametrize(("mask_value", "context", "dtype"), [
+    (-torch.inf, torch.no_grad, torch.float32),
+    (-1e9, torch.enable_grad, torch.bfloat16),
+    (torch.finfo(torch.float32).min, torch.inference_mode, torch.float32),
+])  # fmt: skip
 def test_an_explicit_softmax(softmax, mask_value, context, dtype):
     """Behind two modules, the outer of them an attention by its name."""
 
     class OuterAttention(nn.Sequential):
         pass
 
+    def scores(x):
+        heads = split(x.to(dtype))
+        return (heads @ heads.mT).masked_fill(causal(6), mask_value)
+
+    def attend_by_softmax(x):
+        weights = core.softmax(scores(x)).to(dtype)
+        return (weights @ split(x.to(dtype))).transpose(1, 2).flatten(2)
+
     torch.manual_seed(0)
-    core = Explicit(SOFTMAX[softmax], mask_value, dtype)
+    core = Given(attend_by_softmax)
+    core.softmax = SOFTMAX[softmax]
     model, x = OuterAttention(core, nn.Linear(8, 8, dtype=dtype)), torch.randn(2, 6, 8)
     record = run_twice(model, x.requires_grad_("in place" not in softmax), context=context)
     assert record.names == ("0",)
-    weights = core.scores(x).detach().double().softmax(-1)
+    weights = scores(x).detach().double().softmax(-1)
     check(record[0], weights, causal(6))
     found = run_twice(model, x, context=context, query=3)[0]
     torch.testing.assert_close(found.query_rows, weights[:, :, 3], **CLOSE)
     assert found.visible.tolist() == [[True] * 4 + [False] * 2] * 2
 
 
-def test_a_softmax_of_three_axes_is_named():
+class CrossAttention(Given):
+    pass
+
+
+def test_a_softmax_of_three_axes_or_of_cross_attention_is_named():
     model = nn.Sequential(*[Given(lambda x: (x @ x.mT).softmax(-1) @ x) for _ in range(2)])
     x = torch.randn(2, 5, 4)
     refused(r'softmax over \(2, 5, 5\) .*softmax="0".*heads=H', model, x)
     record = run_twice(model, x, softmax=["0", "1"], heads=1)
     check(record[0], (x @ x.mT).double().softmax(-1)[:, None])
-
-
-def test_cross_attention_through_a_softmax_is_named():
-    class CrossAttention(Given):
-        pass
-
     q, k = torch.randn(1, 2, 3, 4), torch.randn(1, 2, 5, 4)
     model = CrossAttention(lambda q, k: (q @ k.mT).softmax(-1))
     refused("CrossAttention .*was not seen.*softmax over", model, q, k)
@@ -217,30 +195,17 @@ def test_a_softmax_over_another_axis_is_no_attention():
     refused("found no", segment, torch.randn(1, 3, 5, 5))
 
 
-class ExternalAttention(Given):
-    pass
-
-
 fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+in_numpy = CrossAttention(lambda q, k, v: torch.from_numpy(q.numpy() + v.numpy()))
+nest = partial(torch.nested.nested_tensor, layout=torch.jagged)
+nested = Given(lambda q, *_: attend(*[nest([*q])] * 3))
 
 
-def external(q, k, v):
-    """Leaves PyTorch, as a kernel of one's own does."""
-    return torch.from_numpy((q.numpy() + v.numpy())[:])
-
-
-def nested(q, k, v):
-    return attend(*[torch.nested.nested_tensor(list(q), layout=torch.jagged)] * 3)
-
-
-@pytest.mark.parametrize(
-    ("unread", "message"),
-    [
-        (Given(lambda *qkv: fused(*qkv)[0]), rf"^1 calls {fused.__name__}, .*layers="),
-        (ExternalAttention(external), r"^1 is a ExternalAttention that ran, but .*seen.*layers="),
-        (Given(nested), r"^1 calls scaled_dot_product_attention with nested tensors"),
-    ],
-)
+@pytest.mark.parametrize(("unread", "message"), [
+    (Given(lambda *qkv: fused(*qkv)[0]), rf"^1 calls {fused.__name__}, .*layers="),
+    (in_numpy, r"^1 is a CrossAttention that ran, but .*seen.*layers="),
+    (nested, "^1 calls scaled_dot_product_attention with nested tensors"),
+])  # fmt: skip
 def test_what_cannot_be_read_is_an_error_though_other_layers_are_seen(unread, message):
     class Stack(nn.Sequential):
         def forward(self, q):
@@ -286,15 +251,11 @@ def test_calls_outside_the_model_do_not_count():
 
 
 def test_a_mode_of_the_users_own_goes_on_working():
-    class Model(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.attend, self.attention = Attend(), nn.MultiheadAttention(4, 2, batch_first=True)
-
+    class Model(nn.Sequential):
         def forward(self, x):
             with torch.device("cpu"):
-                x = self.attention(x, x, x, need_weights=False)[0]
-            q = x[:, None]
-            return self.attend(q, q, q)
+                x = self[0](x, x, x, need_weights=False)[0]
+            return self[1](*[x[:, None]] * 3)
 
-    assert run_twice(Model().eval(), torch.randn(2, 5, 4)).names == ("attention", "attend")
+    model = Model(nn.MultiheadAttention(4, 2, batch_first=True), Attend()).eval()
+    assert run_twice(model, torch.randn(2, 5, 4)).names == ("0", "1")
