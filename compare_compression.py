@@ -32,6 +32,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     flags = comparison.make_parser(ActingConfig).parse_args(argv)
     config, acting = from_flags(comparison.CompareConfig, flags), from_flags(ActingConfig, flags)
     agent = load_for_acting(acting, pick_device(config.device))
+    agent.rewarded_above = config.rewarded_above or 0.0
     comparison.compare(agent, config, acting.positions)
 
 

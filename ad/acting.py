@@ -129,5 +129,5 @@ def rollout_goals(
             environment = DarkRoom(goals[rooms], model.config.grid_size, horizon)
             policy = SlidingPolicy(model, len(rooms), sliding, horizon)
             noises = [np.random.default_rng((seed, room)) for room in rooms]
-            parts.append(rollout(environment, policy, n_steps, noises, bar))
+            parts.append(rollout(environment, policy, n_steps, noises, bar)[0])
     return np.concatenate(parts).reshape(len(goals), n_episodes, horizon).sum(axis=2)

@@ -90,6 +90,7 @@ class ADAgent(Agent):
             horizon=env.horizon,
             make=lambda numbers: DarkRoom(cells[numbers], **room),
             best=tuple(optimal_return(cells, **room).tolist()),
+            named=("goal", "never trained on"),
         )
 
 
@@ -125,8 +126,10 @@ def load_for_analysis(
         f"steps {min(steps):,} to {max(steps):,}",
     }
     meta = {"checkpoint": str(choice.path), "step": checkpoint.step, "histories": str(path)}
-    meta |= {"n_transit": model.n_transit, "n_heads": model.tf_n_head}
-    decisions = HistoryDecisions(histories, places, n_context)
+    above = config.rewarded_above or 0.0
+    facts |= {"Rewarded": f"rewards above {above:g}"} if above else {}
+    meta |= {"n_transit": model.n_transit, "n_heads": model.tf_n_head, "rewarded_above": above}
+    decisions = HistoryDecisions(histories, places, n_context, above)
     return ADAgent(checkpoint, device, decisions, facts, meta)
 
 

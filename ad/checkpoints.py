@@ -25,6 +25,7 @@ from model import ADTransformer
 
 HISTORIES_NAME = "histories-test.npz"
 _REFUSED = re.compile(r"GLOBAL (\S+) was not an allowed global|but got <class '([^']+)'>")
+_SMALL_LLAMA = re.compile(r"(^|\.)transformer\.blocks\.\d+\.")
 _WRAPPERS = re.compile(r"(module\.|_orig_mod\.)*")  # of torch.compile and data-parallel training
 # What torch must know to read numbers of numpy 1 and 2, which can run nothing.
 _SCALAR = np.float64(0).__reduce__()[0]
@@ -143,6 +144,14 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> Che
     expect(are_tensors, f"{path}: expected its model to be a dict of tensors")
     wrapper = min((_WRAPPERS.match(str(name))[0] for name in weights), key=len, default="")
     weights = {str(name).removeprefix(wrapper): tensor for name, tensor in weights.items()}
+    kind = config.get("model")  # of the code that the existing format comes from
+    if kind in ("AD", "DPT", "IDT") and any(map(_SMALL_LLAMA.search, weights)):
+        is_read = kind != "IDT" and "grid_size" in config
+        how = "reads it" if is_read else "(AD and DPT in grid worlds) is a pattern for one"
+        raise UserError(
+            f"{path}: expected the AD model of train.py, got {kind} on a small Llama of "
+            f"jaehyeon-son/dicp: the adapter examples/dicp.py {how}, see docs/your-own-model.md"
+        )
     model = ADTransformer(_model_config(path, config, weights))
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in weights.items()}

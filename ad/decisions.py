@@ -35,6 +35,7 @@ class HistoryDecisions(Sequence[Decision]):
     histories: Histories
     places: Sequence[Place]
     n_context: int
+    rewarded_above: float = 0.0
 
     def __len__(self) -> int:
         return len(self.places)
@@ -53,6 +54,7 @@ class HistoryDecisions(Sequence[Decision]):
             f"{histories.n_steps // horizon}, step {step}{joined}",
             labels={"goal_row": row, "goal_col": col, **place._asdict()},
             task=int(self._tasks[history]),
+            rewarded_above=self.rewarded_above,
         )
 
     @cached_property

@@ -6,9 +6,17 @@
 gives (`historylens --adapter my_model.py`); `compress_history` shortens one history.
 """
 
-from historylens.capture import CaptureError, capture
+from historylens.capture import CaptureError, capture, record_attention
 from historylens.compression import compress_history
 from historylens.history import Decision, History
 from historylens.tokens import Tokens
 
-__all__ = ["CaptureError", "Decision", "History", "Tokens", "capture", "compress_history"]
+__all__ = [
+    "CaptureError",
+    "Decision",
+    "History",
+    "Tokens",
+    "capture",
+    "compress_history",
+    "record_attention",
+]

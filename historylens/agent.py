@@ -28,17 +28,20 @@ N_LAST_ROWS = 8  # transitions whose attention rows are in last_rows
 
 @dataclass(frozen=True)
 class Environment:
-    """Tasks that an agent can be put to, none of which it was trained on.
+    """Tasks that an agent can be put to.
 
-    `make` gives rooms of `B` tasks `(B,)` int: environments that step together, all of their
-    episodes ending at once. `reset()` begins an episode and gives states `(B, S)`; `step(actions)`
-    takes `(B,)` and gives next states `(B, S)`, rewards `(B,)`, and whether the episode is over.
+    `make` gives rooms of `B` tasks `(B,)` int: environments that step together. `reset()` begins an
+    episode in all and gives states `(B, S)`, and is called again after every `horizon` steps.
+    `step(actions)` takes `(B,)` and gives the states reached `(B, S)`, rewards `(B,)`, and whether
+    an episode is over, `(B,)` bool or one for all. `states` are those to act in next: of one whose
+    episode ended before, they are those of the episode that it began anew.
     """
 
     goals: tuple[str, ...]  # names of the tasks, by number
     horizon: int  # steps an episode
     make: Callable[[np.ndarray], Any]
     best: tuple[float, ...] | None = None  # best possible return an episode of each task
+    named: tuple[str, str] = ("task", "of make_env()")  # what one is called, and which they are
 
 
 class Agent(ABC):
@@ -52,6 +55,7 @@ class Agent(ABC):
     n_heads: Sequence[int]  # heads of each layer
     capture_options: Mapping[str, Any] = {}  # further arguments of capture
     environment: Environment | None = None  # where it can act
+    rewarded_above: float = 0.0  # rewards above it count as rewarded, as in its decisions
     title: str  # the model, and the environment, in a few words
     identity: Mapping[str, Any]  # plain values on which results depend, such as a digest
     facts: Mapping[str, str]  # name -> what was loaded, in words
@@ -182,9 +186,10 @@ def rollout(
     noises: Sequence[np.random.Generator],
     bar: tqdm | None = None,
     tasks: np.ndarray | None = None,
-) -> np.ndarray:
-    """Act for `n_steps` in `B` rooms that `Environment.make` gave: their rewards `(B, n_steps)`.
+) -> tuple[np.ndarray, np.ndarray]:
+    """Act for `n_steps` in `B` rooms that `Environment.make` gave.
 
+    Gives rewards `(B, n_steps)`, and with which of these steps an episode ended, of the same shape.
     `policy.act(buffer, query_states)` gives action logits `(B, A)` on what the rooms have been
     through, in states `(B, S)`; all of that lies on its `device`. `noises` are `B` generators of
     the action noise; `tasks` `(B,)` are equal where two rooms are of the same task.
@@ -194,21 +199,24 @@ def rollout(
         return torch.tensor(np.asarray(values), device=policy.device)
 
     states = tensor(rooms.reset())
-    buffer, rewards = HistoryBuffer(states, n_steps, tasks), []
+    buffer = HistoryBuffer(states, n_steps, tasks)
+    rewards, ends = [], np.zeros((len(states), n_steps), dtype=bool)
     for t in range(n_steps):
         logits = policy.act(buffer, states)  # (B, A)
         if t == 0:
             noise = np.stack([rng.gumbel(size=(n_steps, logits.shape[1])) for rng in noises])
         # The largest of logits and Gumbel noise is a draw from their softmax.
         actions = (logits.double().cpu().numpy() + noise[:, t]).argmax(axis=1)
-        next_states, earned, done = rooms.step(actions)
+        reached, earned, ended = rooms.step(actions)
         rewards.append(np.array(earned))
-        next_states = tensor(next_states)
-        buffer.append(states, tensor(actions), tensor(earned), next_states, done)
-        states = tensor(rooms.reset()) if done else next_states
+        is_cut = (t + 1) % rooms.horizon == 0
+        ends[:, t] = is_cut | np.asarray(ended)
+        moved = tensor(actions), tensor(earned), tensor(reached), tensor(ends[:, t])
+        buffer.append(states, *moved)
+        states = tensor(rooms.reset() if is_cut else rooms.states)
         if bar is not None:
             bar.update(len(states))
-    return np.stack(rewards, axis=1) if rewards else np.zeros((len(states), 0), dtype=np.int64)
+    return np.stack(rewards, axis=1) if rewards else np.zeros(ends.shape, dtype=np.int64), ends
 
 
 def pick_device(name: str) -> torch.device:

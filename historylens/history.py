@@ -31,13 +31,15 @@ class Decision:
     Attributes:
         states: `(n,)` or `(n, S)`, the state before each transition.
         actions: `(n,)` int.
-        rewards: `(n,)`; above 0 counts as rewarded.
+        rewards: `(n,)`.
         query_state: a number or `(S,)`, the state to act in.
         next_states: as `states`; None: the state of the transition that follows.
         episodes: `(n,)` int, number of the episode of each transition, never falling; None: one.
         title: says which decision this is, in the titles of pictures.
         labels: columns of metrics.csv that name it.
         task: number of the task, for comparisons between decisions of different tasks.
+        rewarded_above: rewards above it count as rewarded. Of an adapter's samples it is not read:
+            REWARDED_ABOVE says it for all of them.
     """
 
     states: Any
@@ -49,6 +51,7 @@ class Decision:
     title: str = ""
     labels: dict[str, int | float | str] = field(default_factory=dict)
     task: int | None = None
+    rewarded_above: float = 0.0
 
     @property
     def n(self) -> int:
@@ -64,7 +67,7 @@ class Decision:
     @property
     def rewarded(self) -> np.ndarray:
         """`(n,)` bool, transitions that were rewarded."""
-        return np.asarray(self.rewards) > 0
+        return np.asarray(self.rewards) > self.rewarded_above
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,7 @@ class History:
         kept: `(B, n)` int64, which transitions of the raw history these are, ascending; a decision
             that keeps fewer than another has `PADDING` in front, and any transition there
             (`by_count` splits such a batch). None: nothing was left out, or these are new tokens.
+        rewarded_above: rewards above it count as rewarded.
     """
 
     states: Tensor
@@ -100,6 +104,7 @@ class History:
     last_rows: Tensor | None = None
     query_attention: Tensor | None = None
     kept: Tensor | None = None
+    rewarded_above: float = 0.0
 
     @classmethod
     def of(cls, decisions: Sequence[Decision], device: torch.device | str = "cpu") -> "History":
@@ -113,7 +118,8 @@ class History:
             return values.float() if values.is_floating_point() else values.long()
 
         names = ("states", "actions", "rewards", "next_states", "query_state", "episodes", "task")
-        return cls(*map(stacked, names))
+        above = decisions[0].rewarded_above
+        return cls(*map(stacked, names), rewarded_above=above)
 
     def checked(self) -> "History":
         """The same, of tensors; ValueError: shapes that do not fit, or attention below 0 or NaN."""
@@ -156,6 +162,11 @@ class History:
         return self.states, self.actions, self.rewards, self.next_states, self.query_states
 
     @property
+    def rewarded(self) -> Tensor:
+        """`(B, n)` bool, transitions that were rewarded."""
+        return self.rewards > self.rewarded_above
+
+    @property
     def counts(self) -> Tensor:
         """`(B,)` int, transitions that each decision really has."""
         if self.kept is None:
@@ -184,7 +195,7 @@ class History:
             yield rows, part.latest(count)
 
     def _known(self) -> dict[str, Tensor]:
-        return {name: value for name, value in vars(self).items() if value is not None}
+        return {name: vars(self)[name] for name in AXES if vars(self)[name] is not None}
 
     def _transitions(self, choose: Callable[[Tensor], Tensor]) -> "History":
         """Some of the transitions: `choose` is given every field as `(B, n, ...)`."""
@@ -211,22 +222,31 @@ class HistoryBuffer:
             states.new_empty(size, n_steps, dtype=torch.float32),
             states.new_empty(size, n_steps, width),
         )
-        self._episodes = states.new_zeros(n_steps + 1, dtype=torch.int64)
+        self._episodes = states.new_zeros(size, n_steps + 1, dtype=torch.int64)
 
     def append(
-        self, states: Tensor, actions: Tensor, rewards: Tensor, next_states: Tensor, done: bool
+        self,
+        states: Tensor,
+        actions: Tensor,
+        rewards: Tensor,
+        next_states: Tensor,
+        done: Tensor | bool,
     ) -> None:
-        """Append a transition of every environment, `(B, S)` or `(B,)`; `done`: an episode ends."""
+        """Append a transition of every environment, `(B, S)` or `(B,)`.
+
+        `done`, `(B,)` or one for all: with it an episode ends.
+        """
         transition = (states, actions, rewards, next_states)
         for store, values in zip(self._stores, transition, strict=True):
             store[:, self.n] = values
         self.n += 1
-        self._episodes[self.n] = self._episodes[self.n - 1] + int(done)
+        done = torch.as_tensor(done, device=self._episodes.device)
+        self._episodes[:, self.n] = self._episodes[:, self.n - 1] + done
 
     def history(self, query_states: Tensor, first: int = 0) -> History:
         """Views of transitions `first .. n - 1`, which stay as they are, and queries `(B, S)`."""
         transitions = (store[:, first : self.n] for store in self._stores)
-        episodes = self._episodes[first : self.n].expand(len(query_states), -1)
+        episodes = self._episodes[:, first : self.n]
         return History(*transitions, query_states, episodes, self._tasks)
 
 

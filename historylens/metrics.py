@@ -157,7 +157,7 @@ class Metrics:
         episodes = history.episodes
         episodes = torch.zeros_like(history.actions) if episodes is None else episodes
         last = (episodes == episodes[:, -1:]).cpu().numpy()  # (B, n)
-        rewarded = (history.rewards > 0).cpu().numpy()
+        rewarded = history.rewarded.cpu().numpy()
         for layer, heads in enumerate(rows):
             values = measure(heads, last[:, None], rewarded[:, None])  # (B, H, M)
             self.values[indices, layer, : heads.shape[1]] = values

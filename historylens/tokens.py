@@ -16,6 +16,7 @@ import numpy as np
 
 NONE = -1  # the transition of a token that belongs to none
 QUERY, PADDING = "query", "padding"  # parts of such tokens
+PREVIOUS = "previous"  # how parts begin that a model reads a step after their transition
 
 
 @dataclass(frozen=True)
@@ -70,8 +71,22 @@ class Tokens:
         query: Literal["last", "first"] = "last",
         decides: int | None = None,
     ) -> "Tokens":
-        """The parts of `n` transitions, and a query, which decides unless another token does."""
+        """The parts of `n` transitions, and a query, which decides unless another token does.
+
+        Parts named "previous ..." are those of the transition before: the model reads `n + 1`
+        steps, each with what the step before brought. Of the first step they are of no transition;
+        of the last, whose own transition is still to come, they are all that is of one. Its last
+        token decides. `("previous transition",)` is a token a step that holds all of that.
+        """
         parts = (parts,) if isinstance(parts, str) else tuple(parts)
+        before = np.array([name.startswith(PREVIOUS) for name in parts], dtype=int)
+        if before.any():
+            if query != "last":
+                raise ValueError(f"expected query as 'last' beside {parts}, got {query!r}")
+            steps = np.arange(n + 1)[:, None] - before  # n of the last step: its state, the query
+            names = [*parts * n, *(p if b else QUERY for p, b in zip(parts, before, strict=True))]
+            numbers = np.where(steps == n, NONE, steps).ravel()  # -1 of the first step: NONE
+            return cls(numbers, names, -1 if decides is None else decides)
         numbers, names = np.repeat(np.arange(n), len(parts)), parts * n
         if query == "first":
             return cls(np.append(NONE, numbers), (QUERY, *names), decides or 0)
@@ -106,10 +121,14 @@ class Tokens:
 
 
 def order_of_time(tokens: Tokens) -> np.ndarray:
-    """Places `(P,)` of the tokens that pictures show: of none first, in time, last what decides."""
+    """Places `(P,)` of the tokens that pictures show, in time, last what decides.
+
+    Tokens of no transition stand first; those that the model reads after all transitions are of the
+    current step and stand behind these, beside what decides.
+    """
     shown = np.array([i for i, name in enumerate(tokens.part) if name != PADDING])
-    own = shown != tokens.decides
-    order = np.lexsort((shown, tokens.transition[shown], ~own))
+    is_now = shown > np.flatnonzero(tokens.transition != NONE)[-1]
+    order = np.lexsort((shown, tokens.transition[shown], is_now, shown == tokens.decides))
     return shown[order]
 
 

@@ -53,8 +53,8 @@ def line(cells, actions=None, rewards=None, **known):
 
 
 def known(history):
-    """The fields that are not None."""
-    return {name: value for name, value in vars(history).items() if value is not None}
+    """The fields of transitions that are not None."""
+    return {name: value for name, value in vars(history).items() if isinstance(value, torch.Tensor)}
 
 
 def same(one, other):

@@ -16,6 +16,8 @@ SURE = 50.0  # a logit that no action noise overcomes
 class Levers:
     """`N` rooms with a lever each; the state is the step of the episode."""
 
+    horizon = HORIZON
+
     def __init__(self, levers):
         self.levers = np.asarray(levers)
 

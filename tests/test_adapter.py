@@ -59,7 +59,7 @@ def test_what_is_loaded_is_said_in_words():
     }
     assert agent.title == "Model of mine.py"
     assert agent.label_columns == ("number",)
-    assert agent.meta == {"n_heads": [2, 2], "model": "Model"}
+    assert agent.meta == {"n_heads": [2, 2], "model": "Model", "rewarded_above": 0}
 
 
 def test_without_tokens_a_transition_is_one_and_with_them_each_sample_may_have_its_map():
@@ -152,16 +152,16 @@ def test_an_environment_plays_episodes_of_the_horizon():
     for _ in range(2):
         start, ends = played(rooms, [0, 1], 4)
         assert start.tolist() == [[4], [4]]
-        assert [done for *_, done in ends] == [False, False, False, True]
+        assert [ended.tolist() for *_, ended in ends] == [[False] * 2] * 3 + [[True] * 2]
         assert ends[3][0].tolist() == [[0], [8]]
         assert [rewards.tolist() for _, rewards, _ in ends[2:]] == [[0, 0], [1, 1]]
 
 
-@pytest.mark.parametrize("mode", ["SAME_STEP", "DISABLED"])
+@pytest.mark.parametrize("mode", ["SAME_STEP", "DISABLED", "NEXT_STEP"])
 def test_an_environment_that_ends_early_begins_anew(mode):
     in_mode = ("for goal in goals])", f"for goal in goals], autoreset_mode=Mode.{mode})")
     rooms = rooms_of(EARLY, in_mode, (IMPORT, "import AutoresetMode as Mode, SyncVectorEnv"))
-    assert [states[0, 0] for states, *_ in played(rooms, [0, 0], 3)[1]] == [3, 4, 3]
+    assert [states[0, 0] for states, *_ in played(rooms, [0, 0], 3)[1]] == [3, 2, 3]
 
 
 def test_states_of_an_environment_are_of_the_type_of_samples():
@@ -196,7 +196,6 @@ NO_ROOMS = [  # what is changed in the adapter, and what is said
     ("return self.cell, {}", "return (self.cell, 0), {}\n    observation_space = "
      "gymnasium.spaces.MultiDiscrete([9, 9])", "states of 1 numbers, as samples"),
     ("super().reset(", "1 / 0 or super().reset(", r"reset\(\) of make_env.*Zero.*or\.py:24"),
-    (*EARLY, r"after 2 of HORIZON = 4 steps.*SAME_STEP"),
     (*stepping("3, 4"), r"step\(\) of make_env.*expected states, rewards.*got a tuple of 2"),
     (*stepping("[0, 0], 1, *super().step(actions)[2:]"), r"expected rewards of shape \(2,\)"),
     (*stepping("[0.5, 1], *super().step(actions)[1:]"), r"make_env\(\): expected states of whole"),
@@ -218,6 +217,10 @@ WRONG = [  # what is changed in the adapter, and what is said
     ("def act(", "def act((", r"importing it raised SyntaxError.*mine\.py:\d+"),
     ("class Model(", "1 / 0\nclass Model(", r"ZeroDivisionError: .*mine\.py:37"),
     ("import torch\n", "import torchy\n", r"No module.*pip install torchy"),
+    ("import torch\n", "import torchy.a\n", r"No module.*pip install torchy"),
+    ("import torch\n", "import torch.nowhere\n",
+     r"torch \d\S+ is there, but this version of it has no torch\.nowhere(?!.*pip install)"),
+    ("import torch\n", "import corridor.a\n", r"corridor is there, but this version of it has no"),
     ("def load()", "def loader()", r"no load\(\).*def load\(\) -> nn.Module"),
     ("def act(", "def action(", r"no act\(\).*it defines load\(\), samples\(\)"),
     ("def act(", "act = 3\ndef a(", r"act: expected a function act\(model, history\).*got a int"),
@@ -265,6 +268,14 @@ WRONG = [  # what is changed in the adapter, and what is said
 def test_a_mistake_is_one_line_with_its_place(old, new, words):
     with pytest.raises(UserError, match=rf"\Amine\.py: (?=.*{words}).*\Z"):
         agent_of((old, new), n=3)
+
+
+def test_what_happens_on_an_empty_history_says_that_it_was_empty():
+    agent = agent_of(("return model(", "assert history.n\n    return model("))
+    history = agent.history([0])
+    with pytest.raises(UserError, match=r"py: act\(\) on an empty history \(n = 0\) raised Asser"):
+        agent.act(history.latest(0))
+    assert agent.act(history).shape == (1, 2)
 
 
 def test_what_is_no_adapter_is_one_line():

@@ -65,7 +65,33 @@ def test_captured_rows_are_the_models_own(make, implementation, mask, context):
         torch.testing.assert_close(found.received[0], received, **CLOSE)
 
 
-def test_generating_runs_a_layer_twice():
+def test_generating_with_a_cache_is_one_attention_over_all_tokens():
+    model = llama()
+    with capture(model, maps=[0]) as record:
+        ids = model.generate(IDS, max_new_tokens=3, do_sample=False)[:, :-1]
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        eager = model(ids, output_attentions=True).attentions
+    for found, weights in zip(record, eager, strict=True):
+        torch.testing.assert_close(found.query_rows, weights[:, :, -1], **CLOSE)
+        torch.testing.assert_close(found.maps[0].nan_to_num(), weights[0], **CLOSE)
+
+
+def test_generating_without_a_cache_runs_a_layer_twice():
     model = llama()
     with pytest.raises(CaptureError, match="ran twice"), capture(model):
-        model.generate(IDS, max_new_tokens=3, do_sample=False)
+        model.generate(IDS, max_new_tokens=3, do_sample=False, use_cache=False)
+
+
+def test_an_eager_model_with_a_cache_is_not_told_to_be_eager():
+    config = transformers.GPT2Config(
+        n_embd=16, n_layer=1, n_head=2, vocab_size=5, attn_implementation="eager"
+    )
+    model, x = transformers.GPT2Model(config).eval(), torch.randn(1, 6, 16)
+    with torch.no_grad():
+        cache = model(inputs_embeds=x[:, :5], use_cache=True).past_key_values
+    with pytest.raises(CaptureError) as error, capture(model), torch.no_grad():
+        model(inputs_embeds=x[:, 5:], past_key_values=cache, use_cache=True)
+    assert 'capture(model, softmax="h.0.attn")' in str(error.value)
+    assert 'attn_implementation="sdpa"' in str(error.value)
+    assert "eager" not in str(error.value)

@@ -72,7 +72,8 @@ def test_rooms_in_batches_earn_what_each_earns_alone_goal_by_seed(monkeypatch, m
     for room in range(6):
         policy = CompressedPolicy(agent, METHODS[REWARDED.name], REWARDED.n_keep)
         alone, noise = environment.make(np.array([room % 3])), np.random.default_rng((5, room))
-        expected = rollout(alone, policy, 8 * HORIZON, [noise]).reshape(8, HORIZON).sum(axis=1)
+        rewards, _ = rollout(alone, policy, 8 * HORIZON, [noise])
+        expected = rewards.reshape(8, HORIZON).sum(axis=1)
         np.testing.assert_array_equal(result.returns[room % 3, room // 3], expected)
         n_tokens += policy.cost.tokens_read
     assert (result.cost.decisions, result.cost.tokens_read) == (3 * 2 * 8 * HORIZON, n_tokens)

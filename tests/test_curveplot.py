@@ -1,11 +1,14 @@
 """The picture of deletion curves: what it draws is what it is given."""
 
+from unittest import mock
+
 import numpy as np
 import pytest
 from PIL import Image
 from test_pictures import axes_of
 
 from historylens.pictures.curveplot import deletion_curves, in_order
+from historylens.pictures.page import Page
 
 SIZES, WORST = (1, 5, 20), "least-attended"
 OPTIONS = {"n_context": 40, "worst": WORST, "dpi": 100}
@@ -31,6 +34,16 @@ def made():
         WORST: entry((1.0, 0.9, 0.8)),
         "threshold": {"rule": "Keep " + "a lot of " * 20, "advised_by": ["sparse"], "sizes": [own]},
     }
+
+
+def test_without_random_draws_there_is_no_band_and_none_is_named(tmp_path):
+    strategies = {name: one for name, one in made().items() if name != "random"}
+    for axes in axes_of(deletion_curves, strategies, NO_HISTORY, **OPTIONS):
+        assert not axes.collections
+    with mock.patch.object(Page, "heading") as heading:
+        draw(tmp_path / "a.png", strategies)
+        draw(tmp_path / "b.png", made())
+    assert ["band" in call.args[2] for call in heading.call_args_list] == [False, True]
 
 
 def draw(path, strategies, empty=None, **options):

@@ -123,7 +123,8 @@ def test_an_analysis_has_decisions_and_says_what_was_loaded(path):
     assert "Model: 2 layers x 2 heads, width 16, " in facts
     assert "Context length: 11 transitions, then the query token (12 tokens)" in facts
     assert "(3 histories of 30 steps, 3 goals) Samples: 4 decisions of 3 goals" in facts
-    assert list(agent.meta) == ["checkpoint", "step", "histories", "n_transit", "n_heads"]
+    names = ["checkpoint", "step", "histories", "n_transit", "n_heads", "rewarded_above"]
+    assert list(agent.meta) == names
     assert tuple(agent.decisions[0].labels) == agent.label_columns
 
 

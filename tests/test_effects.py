@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from historylens.common.errors import UserError
 from historylens.compression import METHODS
 from historylens.effects import STANDARD, measure_effects
-from historylens.effects.measure import UNMOVED, Effect, budgets, enough, has_own_size, spread
-from historylens.effects.report import MeasuredEffects
+from historylens.effects.measure import ENOUGH, Effect, budgets, enough, has_own_size, spread
+from historylens.effects.report import UNMOVED, MeasuredEffects
 from historylens.insights.patterns import PATTERNS
 
 CONTROLS = ["empty", "other-task", "shuffled-rewards"]
@@ -182,7 +182,7 @@ def test_a_model_that_reads_its_history_somehow_is_judged(logits, unmoved_by):
     assert list(found.controls) == CONTROLS
     assert [name for name, one in found.controls.items() if one.kl_mean == 0] == unmoved_by
     assert not found.ignores_history
-    assert not found.not_run
+    assert found.not_run == {"twins": "it has no weight matrices"}
     for one in (one for name in STANDARD for one in found.curves[name] if logits is counting):
         assert one.kl_mean == pytest.approx(one.random.kl_mean)  # no choice is better than another
 
@@ -200,7 +200,8 @@ def test_a_model_that_ignores_its_history_is_not_judged():
 
 def moved(*draws, n_keep=5, random=None):
     """An effect with these mean divergences, one a draw."""
-    values = (n_keep, n_keep, n_keep, n_keep, 1, 0.0, float(np.mean(draws)), 0.0, None, None)
+    mean = float(np.mean(draws))
+    values = (n_keep, n_keep, n_keep, n_keep, 1, 0.0, mean, 0.0, None, None, mean, mean)
     return Effect(*values, draws=np.array(draws), random=random)
 
 
@@ -238,6 +239,7 @@ def test_controls_that_cannot_be_run_say_why_and_the_empty_history_stands_in():
 
 def test_a_model_that_cannot_act_without_history_is_measured_all_the_same():
     found = effects(["sparse"], n=40, logits=at_least(1))  # no weight is above 0.1
+    assert found.not_run.pop("twins") == "it has no weight matrices"
     assert found.not_run == dict.fromkeys(("empty", "threshold"), "act() wants 1 transitions")
     assert "threshold: could not be run, act() wants 1 transitions." in found.text
     assert found.curves["recent"]
@@ -283,7 +285,7 @@ def test_better_than_random_is_better_than_every_draw(kl, draws, against_random,
 
 
 def test_enough_is_the_size_from_which_on_all_is_well():
-    ladder = [moved(x, n_keep=i) for i, x in enumerate((9, 0, 9, UNMOVED, 0))]
+    ladder = [moved(x, n_keep=i) for i, x in enumerate((9, 0, 9, ENOUGH, 0))]
     assert [enough(part) for part in (ladder, ladder[:3], ladder[1:2])] == [3, None, 1]
 
 
@@ -336,7 +338,7 @@ def test_the_table_fits_the_console_and_starts_with_the_least_harmful(whole):
     curves = {n: curve for n, curve in whole.curves.items() if not has_own_size(n)}
     rows = {line.split()[0]: line for line in lines[2 : 2 + len(curves)]}
     assert set(rows) == set(curves)
-    harm = [np.mean([one.kl_mean for one in curves[name]]) for name in rows]
+    harm = [np.mean([one.kl_reference for one in curves[name]]) for name in rows]
     assert harm == sorted(harm)
     cells = [cell.rstrip("+-") for cell in rows["recent"].split() if "%" in cell]
     assert cells == [f"{one.flips:.0%}" for one in curves["recent"]]

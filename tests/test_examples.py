@@ -17,9 +17,11 @@ from historylens.adapter.agent import load
 from historylens.capture import capture
 
 ROOT = Path(__file__).resolve().parents[1]
-ADAPTERS = {p.stem: p for p in (ROOT / "examples").glob("*.py") if p.stem != "corridor"}
+OTHERS = ("corridor", "flash_attn", "dicp")  # no adapters, or one of code that is not here
+ADAPTERS = {p.stem: p for p in (ROOT / "examples").glob("*.py") if p.stem not in OTHERS}
 SIZES = {  # layers and heads
-    "sar_mha": (2, 4), "gpt2_query_first": (3, 4), "rotary_sdpa": (3, 6), "explicit_softmax": (2, 2)
+    "sar_mha": (2, 4), "gpt2_query_first": (3, 4), "rotary_sdpa": (3, 6),
+    "explicit_softmax": (2, 2), "previous_action": (2, 4),
 }  # fmt: skip
 
 
@@ -79,6 +81,20 @@ def test_metrics_are_those_of_transitions_whatever_tokens_they_are_cut_into(jobs
         np.testing.assert_allclose(each["mean_context_attention"], whole.mean(-1), rtol=1e-5)
         np.testing.assert_allclose(each["recent_distant_ratio"], ratio, rtol=1e-5)
     assert content["uniform"]["mean_context_attention"] == pytest.approx(3 / 91)
+
+
+def test_an_action_that_stands_in_the_next_step_counts_for_its_own_transition(jobs):
+    content, *_ = jobs("previous_action")
+    agent = agent_of("previous_action")
+    with torch.inference_mode(), capture(agent.model) as record:
+        agent.act(agent.history([0, 1, 2]))
+    for layer, found in zip(record, content["layers"], strict=True):
+        rows = layer.query_rows.double().numpy()  # (3, H, 63)
+        own = rows[..., 2::3][..., :20] + rows[..., 3::3] + rows[..., 4::3]  # s_t, a_t, r_t
+        context = found["per_sample"]["mean_context_attention"]
+        np.testing.assert_allclose(context, own.mean((1, 2)), rtol=1e-5)
+        outside = rows[..., 0] + rows[..., 1] + rows[..., -1]  # the start, and the query state
+        np.testing.assert_allclose(found["per_sample"]["mass_self"], outside.mean(1), rtol=1e-5)
 
 
 def test_samples_of_several_lengths_are_measured_in_the_row_of_the_token_that_decides(jobs):

@@ -66,6 +66,9 @@ def test_effects_and_correlations_equal_a_plain_twin(trial, max_tokens, monkeypa
         logits = [agent.act(history.take(torch.tensor(kept))) for kept in others]
         effects = [kl_divergence(full, other).item() for other in logits]
         np.testing.assert_allclose(found["leave_one_out"]["kl"][b], effects, atol=1e-5)
+        effects = [kl_divergence(full, other, trial.beta).item() for other in logits]
+        reference = found["leave_one_out"]["kl_reference"][b]
+        np.testing.assert_allclose(reference, effects, rtol=1e-3, atol=1e-4)
         flips = [x.argmax().item() != full.argmax().item() for x in logits]
         assert found["leave_one_out"]["flips"][b] == np.mean(flips)
         rows = np.array([layer.query_rows[0, :, :-1].double().numpy() for layer in record])

@@ -152,6 +152,8 @@ def test_a_history_is_a_view_that_later_transitions_leave_as_it_is():
 class Reused:
     """An environment with float states and rewards that uses its arrays again and again."""
 
+    horizon = 2
+
     def __init__(self, n_rooms):
         self.states, self.rewards = np.zeros((n_rooms, 3)), np.zeros(n_rooms)
 
@@ -162,7 +164,7 @@ class Reused:
     def step(self, actions):
         self.states += 1
         self.rewards[:] = 0.5 * actions
-        return self.states, self.rewards, self.states[0, 0] > 2
+        return self.states, self.rewards, False
 
 
 def test_any_environment_is_acted_in_as_it_is():
@@ -173,7 +175,8 @@ def test_any_environment_is_acted_in_as_it_is():
         return torch.zeros(len(query_states), 3)
 
     policy = SimpleNamespace(device="cpu", act=act)
-    rewards = rollout(Reused(2), policy, 5, noises, tasks=np.array([3, 8]))
+    rewards, ends = rollout(Reused(2), policy, 5, noises, tasks=np.array([3, 8]))
+    assert ends.tolist() == [[False, True, False, True, False]] * 2
     last = histories[-1]
     assert last.states[0, :, 0].tolist() == [0.25, 1.25, 0.25, 1.25]
     assert last.next_states[0, :, 0].tolist() == [1.25, 2.25, 1.25, 2.25]
@@ -184,4 +187,4 @@ def test_any_environment_is_acted_in_as_it_is():
     assert np.array_equal(rewards[:, :4], last.rewards.numpy())
     expected = [np.random.default_rng(room).gumbel(size=(5, 3)).argmax(axis=1) for room in range(2)]
     assert np.array_equal(last.actions, np.stack(expected)[:, :4])
-    assert rollout(Reused(2), policy, 0, []).shape == (2, 0)
+    assert [part.shape for part in rollout(Reused(2), policy, 0, [])] == [(2, 0)] * 2

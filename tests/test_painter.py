@@ -7,7 +7,6 @@ import time
 import numpy as np
 import pytest
 
-from historylens.common.errors import UserError
 from historylens.metrics import SUMMARY_METRICS
 from historylens.pictures import painter as module
 from historylens.pictures.metricplot import summary
@@ -32,7 +31,7 @@ def draw_many(function, folder, n_pictures, n_processes, then=lambda: None):
     """How many pictures were said to be drawn, and the files."""
     folder.mkdir(exist_ok=True)
     said = []
-    with Painter(n_processes, lambda: said.append("drawn")) as painter:
+    with Painter(n_processes, drawn=lambda: said.append("drawn")) as painter:
         for number in range(n_pictures):
             painter.draw(function, folder / str(number))
         then()
@@ -54,16 +53,30 @@ def test_one_process_draws_here_at_once_and_several_elsewhere_more_than_may_wait
     assert str(os.getpid()).encode() not in files.values()
 
 
-@pytest.mark.parametrize("n_pictures", [1, 20])  # noticed at the end, or while drawing
-def test_a_killed_drawing_process_is_one_clear_line(tmp_path, n_pictures):
-    with pytest.raises(UserError, match=r"was killed.*--num-figures"):
-        draw_many(die, tmp_path, n_pictures, 2)
+@pytest.mark.parametrize("places", [{0}, {5}, {19}, {2, 3, 9}])  # at the end, or while drawing
+def test_a_killed_drawing_process_costs_the_picture_that_killed_it(tmp_path, capsys, places):
+    with Painter(2, "the numbers are there") as painter:
+        for i in range(20):
+            painter.draw(die if i in places else write_process, tmp_path / "made" / str(i))
+    assert painter.n_drawn == 20 - len(places)
+    drawn = {int(path.name) for path in (tmp_path / "made").iterdir()}
+    assert drawn == set(range(20)) - places
+    notes = capsys.readouterr().err.splitlines()
+    assert len(notes) == len(places)
+    assert all("was killed" in one and "--num-figures" in one for one in notes)
 
 
-def test_an_error_comes_through_and_one_elsewhere_does_not_wait(tmp_path, monkeypatch):
+def test_an_error_is_a_note_and_one_elsewhere_does_not_wait(tmp_path, monkeypatch, capsys):
     for n_processes in (1, 2):
-        with pytest.raises(FileNotFoundError, match="No such file"):
-            draw_many(os.rmdir, tmp_path, 1, n_processes)
+        with Painter(n_processes, "the numbers are there") as painter:
+            (tmp_path / "gone").write_text("of an earlier run")
+            painter.draw(os.rmdir, tmp_path / "gone")
+        assert painter.n_drawn == 0
+        assert not (tmp_path / "gone").exists()
+        note = f"note: {tmp_path / 'gone'} could not be drawn (FileNotFoundError: [Errno 2] No"
+        said = capsys.readouterr().err
+        assert said.startswith(note)
+        assert said.endswith("; the numbers are there\n")
     monkeypatch.setattr(module, "IN_FLIGHT", 50)
     with pytest.raises(ZeroDivisionError):
         draw_many(write_process, tmp_path, 80, 2, then=lambda: 1 / 0)

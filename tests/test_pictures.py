@@ -17,7 +17,7 @@ from historylens.pictures.heatmap import Sheet, color_range, heatmap, pool, to_c
 from historylens.pictures.lineplot import HEIGHT, LEFT, RIGHT, TOP, WIDTH, line_plot
 from historylens.pictures.metricplot import METRICS, course, summary
 from historylens.pictures.order import history_strip, subtitle
-from historylens.pictures.returns import spread
+from historylens.pictures.returns import episode_ticks, spread
 from historylens.tokens import Tokens
 
 RED, WHITE = [0xE4, 0x57, 0x2E], [255, 255, 255]
@@ -161,6 +161,53 @@ def test_every_shape_of_heatmap_and_line_plot_fits_its_page(tmp_path, n_heads, n
     draw(line_plot, path, sample, dpi)
     assert Image.open(path).size == (round(12.5 * dpi), round(5.1 * dpi))
     assert Image.open(path).info["dpi"] == pytest.approx((dpi, dpi), abs=0.1)
+
+
+LONG = "rollout of the agent in the eleventh warehouse with shuffled shelves, seed 1234 of 5000"
+
+
+@pytest.mark.parametrize("title", [LONG, LONG.replace(" ", "")[:60], "仓库" * 30])
+def test_words_of_any_length_fit_the_page(tmp_path, title):
+    sample = sample_of(1, 20, parts=("return to go", "state seen", "action taken"))
+    sample = replace(sample, decision=replace(sample.decision, title=title))
+    for picture in (heatmap, line_plot):
+        pixels = draw(picture, tmp_path / "x.png", sample)
+        assert (pixels[:, -3:] == 255).all()
+        assert (pixels[-3:] == 255).all()
+
+
+@given(st.text("ab \u4ed3", max_size=60).map(lambda text: " ".join(text.split())))
+def test_lines_hold_the_text_and_are_no_wider_than_they_may(text):
+    lines = page.in_lines(text, 60, 9)
+    assert "".join(lines).replace(" ", "") == text.replace(" ", "")
+    assert all(page.text_width(line, 9) <= 60 for line in lines)
+    wide = page.in_lines(text, 1e4, 9)
+    assert wide == [text]
+
+
+@pytest.mark.parametrize(("n_heads", "n"), [(1, 239), (4, 239), (9, 239), (16, 199)])
+def test_the_line_where_an_episode_begins_hides_no_token(tmp_path, n_heads, n):
+    sample = sample_of(n_heads, n, episode=20)
+    drawn = draw(heatmap, tmp_path / "a.png", sample).astype(int)
+    plain = draw(heatmap, tmp_path / "b.png", sample_of(n_heads, n, episode=500)).astype(int)
+    sheet = sheet_of(sample)
+    left, top = (round(place) for place in sheet.corners[0])
+    size = sheet.zoom * n
+    off = np.abs(drawn - plain)[top : top + size, left : left + size].max(-1)
+    assert off.max() > 5  # there is a line
+    tokens = off.reshape(n, sheet.zoom, n, sheet.zoom).min(axis=(1, 3))
+    assert tokens.max() <= (0 if sheet.zoom > 1 else 60)  # of 255
+
+
+@pytest.mark.parametrize("n", range(1, 61))
+def test_episodes_are_named_evenly_from_the_first_and_none_is_skipped_where_all_fit(n):
+    ticks = episode_ticks(n)
+    assert ticks[0] == 1
+    assert all(isinstance(tick, int) and 1 <= tick <= n for tick in ticks)
+    assert len(ticks) <= 9
+    if n <= 5:
+        assert ticks == list(range(1, n + 1))
+    assert len(set(np.diff(ticks[1:]))) <= 1
 
 
 def colour_near(pixels, x, y):

@@ -10,7 +10,6 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,7 +20,7 @@ from hypothesis import strategies as st
 from test_train import flags, numbers_of, run_of
 
 from historylens import analysis
-from historylens.analysis import AnalysisConfig, Job, draw_samples, measure
+from historylens.analysis import AnalysisConfig, Job, measure, measure_drawn
 from historylens.common.batches import even_parts, is_out_of_memory
 from historylens.common.errors import UserError
 from historylens.common.processes import ALONE, Group, join
@@ -52,10 +51,9 @@ def analysed(agent):
     def run(n_drawn, ranks=(ALONE,), **settings):
         job = Job.of(agent, AnalysisConfig(num_figures=n_drawn, **settings), ALONE)
         metrics, drawn = Metrics(N_SAMPLES, job.layers, job.heads), []
-        blank = SimpleNamespace(draw=lambda *args, **kwargs: None)
         for rank in ranks:
             measure(replace(job, group=rank), metrics)
-            drawn += draw_samples(replace(job, group=rank), metrics, blank)[0][1]
+            drawn += measure_drawn(replace(job, group=rank), metrics).layers[1]
         return metrics.gather(ALONE).values, drawn
 
     return run

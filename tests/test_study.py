@@ -3,16 +3,19 @@
 import csv
 import json
 from dataclasses import replace
+from unittest import mock
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from historylens.comparison import report
 from historylens.comparison.intervals import late_scores
 from historylens.comparison.policy import Cost
 from historylens.comparison.study import Arm, Result, confirm, judge
+from historylens.pictures import returns
 from historylens.pictures.returns import Picture, draw_by_budget, draw_by_episode, finding, spread
 
 SHAPE = N_GOALS, N_SEEDS, N_EPISODES = 4, 6, 8
@@ -239,6 +242,55 @@ def test_pictures_are_the_same_bytes_for_the_same_study_and_change_with_it(study
     for other in (few_budgets, judged(), one_seed, many_budgets, losses):
         changed = drawn(other, best=None if other is losses else 12.0)
         assert all(before != after for before, after in zip(one, changed, strict=True))
+
+
+def test_intervals_of_returns_end_where_no_return_can_be():
+    few = {"shape": (2, 2, 4), "noise": 0.0}
+
+    def made(key, *runs):
+        arm = result(key, 0.0, **few)
+        return replace(arm, returns=arm.returns + np.array(runs, dtype=float).reshape(2, 2, 1))
+
+    arms = [made("full", 0, 3, 4, 4), made("empty", 0, 1, 0, 0), made("recent@3", 4, 3, 0, 1)]
+    study = judge(arms, 0.05, best=[4.0, 4.0])
+    estimates = [row.mean for row in study.rows] + [row.iqm for row in study.rows]
+    estimates += [*study.full_by_episode]
+    for one in estimates:
+        assert 0 <= one.low <= one.value <= one.high <= 4
+    for row in study.rows:
+        assert 0 <= row.part_of_best.low <= row.part_of_best.high <= 1
+    assert study.full.mean.high == 4
+    assert study.empty.mean.low == 0
+    unknown = judge(arms, 0.05)
+    assert unknown.full.mean.high > 4
+    assert unknown.empty.mean.low == 0  # nothing below was ever earned
+    costs = [replace(arm, returns=-arm.returns) for arm in arms]
+    assert judge(costs, 0.05).empty.mean.high == 0
+    below = [replace(arm, returns=arm.returns - 1) for arm in arms]
+    assert judge(below, 0.05).empty.mean.low < -1
+
+
+def test_the_legend_names_what_is_there_and_the_heading_fits(study, tmp_path):
+    def said(study, subtitle="4 goals x 6 seeds", title="a model in a room"):
+        figures = []
+        with mock.patch.object(returns, "_save", lambda figure, path: figures.append(figure)):
+            for draw in (draw_by_budget, draw_by_episode):
+                draw(tmp_path / "x.png", study, Picture(title, subtitle, None, n_max=99))
+        for figure in figures:
+            renderer = FigureCanvasAgg(figure).get_renderer()
+            for text in figure.texts:
+                assert text.get_window_extent(renderer).x1 <= figure.bbox.x1
+            assert figure.axes[0].get_window_extent().y1 <= min(
+                text.get_window_extent(renderer).y0 for text in figure.texts
+            )
+        return [text.get_text() for text in figures[0].axes[-1].texts]
+
+    texts = ["95 % interval over seeds", "95 % interval of random choice"]
+    one_seed = judged(result("random@1", 3.0, shape=(4, 1, 1)), shape=(4, 1, 1))
+    no_random = judged(result("recent@10", 9.0))
+    for other, there in ((study, texts), (no_random, texts[:1]), (one_seed, [])):
+        assert said(other)[3:] == there
+    said(no_random, "a task that is told in more words than one line takes " * 4, "a name " * 30)
 
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=30).map(sorted), st.floats(0.001, 0.1))

@@ -55,7 +55,23 @@ def test_pictures_show_all_but_padding_in_time_and_what_decides_last(tokens):
     shown = tokens.take(order)
     assert order[-1] == tokens.decides == order[shown.decides]
     assert set(order) == {i for i, name in enumerate(tokens.part) if name != "padding"}
-    assert (np.diff(shown.transition[:-1]) >= 0).all()
+    last = max(i for i, t in enumerate(tokens.transition) if t >= 0)
+    first, rest = [], []  # the plain twin
+    for i in range(len(tokens)):
+        if tokens.part[i] != "padding" and i != tokens.decides and tokens.transition[i] < 0:
+            (first if i < last else rest).append(i)
+    owned = [i for i in range(len(tokens)) if tokens.transition[i] >= 0 and i != tokens.decides]
+    owned.sort(key=lambda i: (tokens.transition[i], i))
+    assert order.tolist() == [*first, *owned, *rest, tokens.decides]
+
+
+def test_a_return_before_the_query_stands_beside_it_and_not_before_the_oldest():
+    names = ("return", "state", "action")
+    past = np.repeat(np.arange(2), 3)
+    tokens = Tokens(np.r_[-1, past, -1, -1], ("start", *names, *names, "return", "query"))
+    assert order_of_time(tokens).tolist() == list(range(9))
+    behind = Tokens(np.r_[past, -1, -1], (*names, *names, "query", "action"), 6)
+    assert order_of_time(behind).tolist() == [0, 1, 2, 3, 4, 5, 7, 6]
 
 
 @given(maps_of_tokens(), st.integers(0, 99))

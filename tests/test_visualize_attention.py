@@ -23,7 +23,7 @@ import ad.agent
 import visualize_attention as module
 from historylens.analysis import job
 from historylens.common.errors import run_command
-from historylens.pictures import curveplot
+from historylens.effects.report import MeasuredEffects
 from historylens.pictures.painter import Painter
 from visualize_attention import main
 
@@ -54,6 +54,14 @@ def pictures(samples, layers):
         kinds = [f"{kind}_sample{i}" for kind in ("heatmap", "lines") for i in samples]
         names |= {f"layer_{n}/attention_{kind}_layer{n}.png" for kind in ["summary", *kinds]}
     return names
+
+
+@pytest.fixture(scope="module", autouse=True)
+def reads_its_history():
+    """Random weights, which move no more than their twins, count as a model that reads."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MeasuredEffects, "ignores_history", False)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -89,8 +97,12 @@ def home(tmp_path, tiny_config, monkeypatch):
     """A folder with a run in it, to work in, with pictures that take no time to draw."""
     make_run(tmp_path / "checkpoints" / "tiny", tiny_config)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(Painter, "draw", lambda _, draw, path, *a, **k: path.write_bytes(b"png"))
-    monkeypatch.setattr(curveplot, "deletion_curves", lambda path, **_: path.write_bytes(b"png"))
+
+    def draw(self, function, path, *args, **kwargs):
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"png")
+
+    monkeypatch.setattr(Painter, "draw", draw)
     return tmp_path
 
 
@@ -148,11 +160,11 @@ def test_json_and_csv_agree(shown):
             assert layer["over_samples"][name]["std"] == pytest.approx(np.std(per_sample))
 
 
-def test_each_layer_runs_once_to_be_shown_and_once_to_be_judged_and_no_hook_is_left(shown):
+def test_each_layer_runs_once_to_be_measured_drawn_and_judged_and_no_hook_is_left(shown):
     (model,) = shown.models
     layers = list(model.transformer_encoder.layers)
-    assert [shown.runs[layer] for layer in layers] == [2, 2]
-    assert sum(shown.runs.values()) == 4
+    assert [shown.runs[layer] for layer in layers] == [3, 3]
+    assert sum(shown.runs.values()) == 6
     assert n_hooks(model) == 0
 
 

@@ -8,6 +8,7 @@ in one line before anything is written.
 """
 
 import hashlib
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from historylens.adapter.decisions import read_decisions
+from historylens.adapter.checks import check_tokens, unseen_modules
+from historylens.adapter.decisions import read_decisions, read_rewarded
 from historylens.adapter.environment import GymRooms, read_tasks
 from historylens.adapter.file import Adapter, kind
 from historylens.agent import Agent, Environment, where_of
 from historylens.capture import CaptureError, capture
-from historylens.common.errors import UserError
+from historylens.common.errors import UserError, note
 from historylens.history import History
 from historylens.tokens import Tokens
 
@@ -29,9 +31,18 @@ CAPTURE = ("softmax", "heads")  # arguments of capture that an adapter may give
 N_TRIED = 4  # samples that are read to see what the model takes
 
 
-def load(path: str | Path, n: int, seed: int, device: torch.device) -> "AdapterAgent":
-    """The model of an adapter, with up to `n` decisions; UserError if something does not fit."""
-    agent = AdapterAgent(Adapter(path), n, seed, device)
+def load(
+    path: str | Path,
+    n: int,
+    seed: int,
+    device: torch.device,
+    rewarded_above: float | None = None,
+) -> "AdapterAgent":
+    """The model of an adapter, with up to `n` decisions; UserError if something does not fit.
+
+    Rewards `rewarded_above` count as rewarded; None: as the adapter or its samples say.
+    """
+    agent = AdapterAgent(Adapter(path), n, seed, device, rewarded_above)
     heads = " or ".join(map(str, sorted(set(agent.n_heads))))
     size = sum(p.numel() for p in agent.model.parameters())
     counts = sorted({one.n for one in agent.decisions})
@@ -43,32 +54,44 @@ def load(path: str | Path, n: int, seed: int, device: torch.device) -> "AdapterA
     agent.facts = {
         "Adapter": str(path),
         "Model": f"{type(agent.model).__name__}: {len(agent.layers)} layers x {heads} heads, "
-        f"{size:,} parameters",
+        f"{size:,} parameters{agent.beside}",
         "Context length": f"{lengths} transitions, {len(tokens)} tokens at most; a transition is "
         f"{each}; token {tokens.decides} decides; metrics are of whole transitions",
         "Device": str(device),
         "Samples": f"{n_decisions} decisions of the adapter{fewer}",
+        **agent.rewarded,
     }
     agent.meta = {"n_heads": list(agent.n_heads), "model": type(agent.model).__name__}
+    agent.meta |= {"rewarded_above": agent.rewarded_above}
     return agent
 
 
-def load_acting(path: str | Path, seed: int, device: torch.device) -> "AdapterAgent":
+def load_acting(
+    path: str | Path, seed: int, device: torch.device, rewarded_above: float | None = None
+) -> "AdapterAgent":
     """The model of an adapter in its own environments; UserError if it lacks or misfits one."""
     adapter = Adapter(path)
     goals, horizon = read_tasks(adapter)
-    agent = AdapterAgent(adapter, N_TRIED, seed, device)
+    agent = AdapterAgent(adapter, N_TRIED, seed, device, rewarded_above)
     make = partial(GymRooms, adapter, agent.decisions[0].query_state, horizon, seed)
     make(np.zeros(1, dtype=int)).reset()
     agent.environment = Environment(goals, horizon, make)
-    agent.facts, agent.meta = {"Adapter": str(path)}, {"adapter": str(path)}
+    agent.facts = {"Adapter": str(path), **agent.rewarded}
+    agent.meta = {"adapter": str(path), "rewarded_above": agent.rewarded_above}
     return agent
 
 
 class AdapterAgent(Agent):
     """A model that an adapter gives, and decisions of its samples: see `Agent`."""
 
-    def __init__(self, adapter: Adapter, n: int, seed: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        adapter: Adapter,
+        n: int,
+        seed: int,
+        device: torch.device,
+        rewarded_above: float | None = None,
+    ) -> None:
         self.adapter, self.device = adapter, device
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)  # an untrained model is the same in each process and run
@@ -76,7 +99,10 @@ class AdapterAgent(Agent):
         adapter.check(isinstance(model, nn.Module), "load()", "a torch.nn.Module", kind(model))
         with adapter.blamed(f"moving the model to {device}"):
             self.model = model.to(device).eval()
-        self.decisions = read_decisions(adapter, n, seed)
+        decisions = read_decisions(adapter, n, seed)
+        self.rewarded_above, told = read_rewarded(adapter, decisions, rewarded_above)
+        self.rewarded = {"Rewarded": told} if told else {}
+        self.decisions = [replace(one, rewarded_above=self.rewarded_above) for one in decisions]
         self.longest = max(range(len(self.decisions)), key=self.length)
         most = self.length(self.longest)
         self.n_max = n_max = adapter.get("N_MAX", most)
@@ -85,6 +111,17 @@ class AdapterAgent(Agent):
         adapter.check(is_count, "N_MAX", expected, repr(n_max))
         adapter.check(most <= n_max, name, f"at most N_MAX = {n_max} transitions", most)
         self.layers, self.n_heads = self._try()
+        check_tokens(self, self.layers)
+        unseen, self.beside = unseen_modules(self, self.layers), ""
+        if unseen:
+            self.beside = f"; beside them unseen: {', '.join(unseen)}"
+            name, kind_of = next(iter(unseen.items()))
+            more = f" and {len(unseen) - 1} more" if len(unseen) > 1 else ""
+            note(
+                f"{len(self.layers)} layers attend in sight; {name} (a {kind_of}){more} mixes "
+                "tokens by no attention that can be read, and is missing in the results. If it "
+                "attends, hand its weights in: historylens.record_attention(name, weights)"
+            )
         self.title = f"{type(self.model).__name__} of {adapter.path.name}"
         self.label_columns = tuple(dict.fromkeys(k for one in self.decisions for k in one.labels))
 
@@ -92,12 +129,13 @@ class AdapterAgent(Agent):
     def act(self, history: History, positions: Tensor | None = None) -> Tensor:
         """Action logits `(B, A)` on any history that the model can read."""
         check, size = self.adapter.check, history.size
-        with self.adapter.blamed("act()"):
+        name = "act()" if history.n else "act() on an empty history (n = 0)"
+        with self.adapter.blamed(name):
             logits = self.adapter.module.act(self.model, history)
             is_fit = isinstance(logits, Tensor) and logits.ndim == 2 and logits.shape[1] > 0
             expected = f"action logits of shape ({size}, A) for {size} histories"
-            check(is_fit and len(logits) == size, "act()", expected, kind(logits))
-            check(logits.isfinite().all(), "act()", "finite logits", "some that are not")
+            check(is_fit and len(logits) == size, name, expected, kind(logits))
+            check(logits.isfinite().all(), name, "finite logits", "some that are not")
         return logits
 
     def tokens(self, history: History) -> list[Tokens]:

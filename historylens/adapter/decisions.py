@@ -3,7 +3,7 @@
 decisions = read_decisions(Adapter("my_model.py"), n=10, seed=0)
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -37,6 +37,31 @@ def read_decisions(adapter: Adapter, n: int, seed: int) -> list[Decision]:
     is_whole = all(vars(one)[name].dtype == np.int64 for one in read for name in names)
     dtype = np.int64 if is_whole else np.float32
     return [replace(one, **{name: vars(one)[name].astype(dtype) for name in names}) for one in read]
+
+
+def read_rewarded(
+    adapter: Adapter, decisions: Sequence[Decision], flag: float | None
+) -> tuple[float, str]:
+    """Above which reward a transition counts as rewarded, and that in words where it is told.
+
+    What the flag says, else the adapter's REWARDED_ABOVE. Where neither does: 0 for rewards of at
+    most two values, else the top quarter. UserError: it is no number.
+    """
+    given = adapter.get("REWARDED_ABOVE") if flag is None else flag
+    name = "REWARDED_ABOVE" if flag is None else "--rewarded-above"
+    if given is not None:
+        is_number = isinstance(given, int | float) and np.isfinite(given)
+        adapter.check(is_number, name, "a finite number, a reward", repr(given))
+        return float(given), f"rewards above {given:g}, as {name} says"
+    rewards = np.concatenate([one.rewards for one in decisions])
+    values = np.unique(rewards)
+    if len(values) <= 2:
+        return 0.0, ""
+    above, what = float(np.quantile(rewards, 0.75)), "the top quarter"
+    if above >= values[-1]:  # more than a quarter are the highest
+        above, what = float(values[-2]), "the highest"
+    which = f"rewards above {above:.4g}, {what} of those in samples"
+    return above, f"{which}; REWARDED_ABOVE or --rewarded-above says otherwise"
 
 
 def as_array(values: object, whole: bool = False) -> np.ndarray:

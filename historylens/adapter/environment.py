@@ -1,9 +1,9 @@
-"""The environments of an adapter, whose episodes all are `HORIZON` steps.
+"""The environments of an adapter, in episodes of `HORIZON` steps or shorter ones.
 
     rooms = GymRooms(Adapter("my_model.py"), state, horizon=20, seed=0, goals=[0, 1, 1])
 
 They speak the vector API of Gymnasium (https://gymnasium.farama.org); nothing here imports it. One
-that ends early begins anew at once: its state is the new episode's, its return that of `HORIZON`.
+that ends early begins anew at once, in each of the three modes of AutoresetMode: no action is lost.
 """
 
 from collections.abc import Sequence
@@ -17,6 +17,7 @@ from historylens.common.errors import expect
 
 # What a method of an environment gives, and a dict.
 GIVEN = {"reset": ["states"], "step": ["states", "rewards", "terminated", "truncated"]}
+FINAL = ("final_obs", "final_observation")  # in infos, where an episode ended in the same step
 
 
 def read_tasks(adapter: Adapter) -> tuple[tuple[str, ...], int]:
@@ -42,44 +43,85 @@ class GymRooms:
     def __init__(
         self, adapter: Adapter, state: np.ndarray, horizon: int, seed: int, goals: np.ndarray
     ) -> None:
-        self._adapter, self._horizon, self._state = adapter, horizon, state
+        self._adapter, self.horizon, self._state = adapter, horizon, state
         goals = np.asarray(goals).tolist()
         self._env, self._n_envs = adapter.call("make_env", goals), len(goals)
         is_fit = all(callable(getattr(self._env, name, None)) for name in GIVEN)
         adapter.check(is_fit, "make_env()", "a gymnasium.vector.VectorEnv", kind(self._env))
         n_envs = getattr(self._env, "num_envs", len(goals))
         adapter.check(n_envs == len(goals), "make_env()", f"{len(goals)} environments", n_envs)
-        self._seeds: list[int] | None = [seed + i for i in range(len(goals))]
-        self._n_steps = 0
+        self._seed: int | None = seed  # environment i takes seed + i
+        self._begun = np.zeros(len(goals), dtype=bool)  # those that began anew in the last step
+        self._due = self._begun  # those that ended in it, and have not begun anew
+
+    @property
+    def states(self) -> np.ndarray:
+        """`(N, S)` to act in: those that ended have begun anew. UserError: one of them cannot."""
+        if self._due.any():
+            before, others = self._states, ~self._due
+            self._reset(self._due)
+            is_alone = not others.any() or self._mode != "NONE"
+            is_alone &= np.array_equal(self._states[others], before[others], True)
+            what = "an environment ended alone, and cannot be reset without the others: expected"
+            expect(
+                is_alone,
+                f"{self._adapter.path}: make_env(): {what} a SyncVectorEnv or an AsyncVectorEnv of "
+                "gymnasium.vector, or one made with autoreset_mode=AutoresetMode.SAME_STEP",
+            )
+        return self._states
 
     def reset(self) -> np.ndarray:
-        """Begin an episode in all of them: `(N, S)` states."""
-        seeds, self._seeds, self._n_steps = self._seeds, None, 0
-        states, _ = self._call("reset", seed=seeds)
-        return self._read_states(states)
+        """Begin an episode in all that have not just begun one: `(N, S)` states."""
+        if not self._begun.all():
+            self._reset(~self._begun)
+        return self._states
 
-    def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, bool]:
-        """Act once in all of them: next states `(N, S)`, rewards `(N,)`, end of the episode."""
-        states, rewards, terminated, truncated, _ = self._call("step", actions)
-        self._n_steps += 1
-        is_last = self._n_steps == self._horizon
-        ended = np.asarray(terminated) | np.asarray(truncated)
-        if ended.any() and not is_last:
-            mode = getattr(self._env, "metadata", {}).get("autoreset_mode")
-            mode = str(getattr(mode, "name", mode)).upper()
-            early = f"ended after {self._n_steps} of HORIZON = {self._horizon} steps"
-            expect(
-                mode in ("DISABLED", "SAME_STEP"),
-                f"{self._adapter.path}: make_env(): an environment {early}: expected all to last "
-                "that long, or the vector environment made with "
-                "autoreset_mode=gymnasium.vector.AutoresetMode.SAME_STEP",
-            )
-            if mode == "DISABLED":
-                states, _ = self._call("reset", options={"reset_mask": ended})
+    def _reset(self, which: np.ndarray) -> None:
+        """Begin an episode in some, `(N,)` bool."""
+        seed, self._seed = self._seed, None
+        options = {"seed": seed} if which.all() else {"options": {"reset_mask": which.copy()}}
+        self._states = self._read_states(self._call("reset", **options)[0])
+        self._due = np.zeros_like(which)
+
+    def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Act once in all of them: states reached `(N, S)`, rewards `(N,)`, whose episode ended.
+
+        Those begin anew in `states`, whatever the mode.
+        """
+        _ = self.states
+        states, rewards, terminated, truncated, infos = self._call("step", actions)
+        name = "step() of make_env()'s environment"
         rewards = np.asarray(rewards, dtype=np.float32)
         is_fit, expected = rewards.shape == (self._n_envs,), f"rewards of shape ({self._n_envs},)"
-        self._adapter.check(is_fit, "step() of make_env()'s environment", expected, kind(rewards))
-        return self._read_states(states), rewards, is_last
+        self._adapter.check(is_fit, name, expected, kind(rewards))
+        ended = np.asarray(terminated, dtype=bool) | np.asarray(truncated, dtype=bool)
+        is_fit, expected = ended.shape == (self._n_envs,), f"ends of shape ({self._n_envs},)"
+        self._adapter.check(is_fit, name, expected, kind(ended))
+        self._states = reached = self._read_states(states)
+        final = next((infos[key] for key in FINAL if key in infos), None)
+        is_anew = final is not None or self._mode == "SAME_STEP"
+        self._begun, self._due = ended & is_anew, ended & (not is_anew)
+        if self._begun.any():
+            reached = self._with_final(reached, final)
+        return reached, rewards, ended
+
+    @property
+    def _mode(self) -> str:
+        """How the environment begins anew, a name of `gymnasium.vector.AutoresetMode`, or NONE."""
+        mode = getattr(self._env, "metadata", {}).get("autoreset_mode")
+        return str(getattr(mode, "name", mode)).upper()
+
+    def _with_final(self, states: np.ndarray, final: Any) -> np.ndarray:
+        """The states, and of those that began anew the last before, which `final` holds."""
+        last = list(states)
+        for i in np.flatnonzero(self._begun):
+            is_fit = final is not None and len(final) == self._n_envs and final[i] is not None
+            expected = "infos['final_obs'] of every environment whose episode ended"
+            self._adapter.check(is_fit, "step() of make_env()'s environment", expected, kind(final))
+            last[i] = as_array(final[i]).reshape(-1)
+            is_fit, expected = last[i].shape == states[i].shape, f"{states[i].size} numbers"
+            self._adapter.check(is_fit, "infos['final_obs']", expected, kind(final[i]))
+        return self._read_states(np.stack(last))
 
     def _call(self, method: str, *args: Any, **options: Any) -> tuple:
         name, names = f"{method}() of make_env()'s environment", GIVEN[method]

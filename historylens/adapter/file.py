@@ -2,13 +2,14 @@
 
     python visualize_attention.py --adapter my_model.py
 
-It defines the functions of `SIGNATURES`; `examples/` has four. What goes wrong in it is told in one
+It defines the functions of `SIGNATURES`; `examples/` has more. What goes wrong in it is told in one
 line with the place in the file; with ADAPTER_TRACEBACK=1 set, the whole traceback as well.
 """
 
 import contextlib
 import functools
 import importlib.abc
+import importlib.metadata
 import importlib.util
 import os
 import sys
@@ -163,8 +164,16 @@ def _told(error: BaseException, path: Path) -> str:
         file, line = lines[-1]  # the innermost
         file = file.relative_to(Path.cwd()) if file.is_relative_to(Path.cwd()) else file
         place = f"{file}:{line}"
-    hint = ""
-    if isinstance(error, ModuleNotFoundError) and error.name:
-        hint = f"; `pip install {error.name.partition('.')[0]}`, or put it beside the file"
+    hint = _way_to(error.name) if isinstance(error, ModuleNotFoundError) and error.name else ""
     more = "" if os.environ.get(TRACEBACK) else f"; {TRACEBACK}=1 shows the traceback"
     return f"raised {said} ({place}){hint}{more}"
+
+
+def _way_to(name: str) -> str:
+    """What to do about a module that is missing; of a package that is there, installing is none."""
+    top = name.partition(".")[0]
+    if top == name or not (top in sys.modules or importlib.util.find_spec(top)):
+        return f"; `pip install {top}`, or put it beside the file"
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        top += f" {importlib.metadata.version(top)}"
+    return f"; {top} is there, but this version of it has no {name}: another one may have it"

@@ -4,15 +4,14 @@
     historylens compare --adapter my_model.py                # `historylens.comparison`
 
 From an agent and its decisions through one forward pass with capture to rows of attention, metrics,
-insights, effects, pictures and files: `layer_N/*.png`, `attention_layers.png`,
-`deletion_curves.png`, `metrics.json` and `metrics.csv` in the output folder.
+insights, effects and files: `metrics.json` and `metrics.csv` in the output folder. Then, whatever
+becomes of them, pictures: `layer_N/*.png`, `attention_layers.png`, `deletion_curves.png`.
 """
 
 import argparse
-import itertools
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -52,6 +51,10 @@ class AnalysisConfig(Settings):
     heads: list[int] | None = setting(
         None, "heads to analyse and to average over, from 0 (default: all)"
     )
+    rewarded_above: float | None = setting(
+        None, "rewards above it count as rewarded (default: 0, or the top quarter of those in an "
+        "adapter's samples where these are of more than two values)",
+    )  # fmt: skip
     out: str = setting("figs/attention", "folder for pictures and numbers", "DIR")
     device: str = setting("auto", "cpu, cuda, or auto: cuda where there is one", "NAME")
     precision: str = setting(
@@ -63,8 +66,17 @@ class AnalysisConfig(Settings):
 
 
 CHECKPOINT_FLAGS = ("checkpoint", "histories", "goal", "history", "steps", "stride")
-Drawn = dict[int, dict[int, Any]]  # layer -> sample -> the arrays in its pictures
+Pass = tuple[Sequence[int], Sequence[int]]  # numbers of decisions, places of those drawn
 Load = Callable[[Any, torch.device, Callable[[str], None]], Agent]
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What a process found of the samples that it draws."""
+
+    layers: dict[int, dict[int, Any]]  # layer -> sample -> the numbers in its pictures
+    tokens: dict[int, Tokens] = field(default_factory=dict)  # sample -> what its tokens are
+    passes: list[Pass] = field(default_factory=list)  # as they fitted memory
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -92,7 +104,8 @@ def load_adapter(config: Any, device: torch.device, tell: Callable[[str], None])
 
     what = "expected --adapter FILE, a Python file that says how to run your model"
     expect(config.adapter is not None, what)
-    return load(config.adapter, config.num_samples, config.seed, device)
+    wanted = config.num_samples, config.seed, device, config.rewarded_above
+    return load(config.adapter, *wanted)
 
 
 def run(argv: Sequence[str], parser: argparse.ArgumentParser, kind: type, load: Load) -> None:
@@ -122,38 +135,32 @@ def run(argv: Sequence[str], parser: argparse.ArgumentParser, kind: type, load: 
 
 
 def analyse(job: Job) -> None:
-    """Measure, draw, and write; rank 0 prints and writes the numbers."""
-    from historylens.pictures import CURVES, draw_summaries, n_pictures
-    from historylens.pictures.curveplot import deletion_curves
-    from historylens.pictures.painter import Painter, drawing_processes
+    """Measure, write the numbers, then draw; rank 0 prints and writes."""
+    from historylens.pictures import CURVES, clear_pictures
 
-    agent, config, group, n_heads = job.agent, job.config, job.group, [*map(len, job.heads)]
+    agent, config, group = job.agent, job.config, job.group
     metrics = Metrics(len(agent.decisions), job.layers, job.heads)
     measure(job, metrics)
-    n_own = n_pictures(len(group.share(job.n_drawn)), n_heads)
-    n_processes = drawing_processes(n_own) if group.size == 1 else 1
-    progress = job.progress("pictures", n_own, " pictures")
-    with progress as bar, Painter(n_processes, bar.update) as painter:
-        drawn = draw_samples(job, metrics, painter)
-        metrics, parts = metrics.gather(group), group.gather(drawn)
-        if metrics is None:
-            return
-        draw_summaries(job.out, metrics, painter, config.dpi)
+    shown = measure_drawn(job, metrics)
+    metrics, parts, curves = metrics.gather(group), group.gather(shown), None
+    if metrics is not None:
         insights = find_patterns(metrics)
         wanted, is_off = (config.num_effects, config.seed), not config.num_effects
         with tqdm(desc="effects", unit=" steps", file=sys.stderr, disable=is_off) as bar:
             effects = measure_effects(agent, job.layers, job.heads, insights, *wanted, bar)
-        if effects.picture is not None:
-            deletion_curves(job.out / CURVES, **effects.picture, dpi=config.dpi)
-        text = write_numbers(job, metrics, effects.attached(insights), effects, parts)
-    total, curves = n_pictures(job.n_drawn, n_heads), ""
-    if effects.picture is not None:
-        total, curves = total + 1, f",\n{CURVES} shows the effect of dropping history"
-    print(
-        f"\n{text}\n\n{total} pictures in {job.out}/: layer_N/ has a heatmap and a line plot a "
-        f"sample and a summary,\nattention_layers.png compares the layers{curves}.\nAll numbers: "
-        "metrics.json and metrics.csv there."
-    )
+        insights, curves = effects.attached(insights), effects.picture
+        print(f"\n{write_numbers(job, metrics, insights, effects, parts)}", flush=True)
+        clear_pictures(job.out)
+    group.barrier()  # from here on pictures are drawn, and may fail
+    n_drawn = group.gather(draw(job, metrics, shown.passes, curves))
+    if n_drawn is not None:
+        has_curves = curves is not None and (job.out / CURVES).exists()
+        more = f",\n{CURVES} shows the effect of dropping history" if has_curves else ""
+        print(
+            f"\n{sum(n_drawn)} pictures in {job.out}/: layer_N/ has a heatmap and a line plot a "
+            f"sample and a summary,\nattention_layers.png compares the layers{more}.\nAll numbers: "
+            "metrics.json and metrics.csv there."
+        )
 
 
 def measure(job: Job, metrics: Metrics) -> None:
@@ -170,33 +177,53 @@ def measure(job: Job, metrics: Metrics) -> None:
                 bar.update(len(batch.indices))
 
 
-def draw_samples(job: Job, metrics: Metrics, painter: Any) -> tuple[Drawn, dict[int, Tokens]]:
-    """Metrics of the samples that are drawn, and their pictures; an earlier run's go first.
+def measure_drawn(job: Job, metrics: Metrics) -> Shown:
+    """Metrics of the samples that are drawn, and the numbers that their pictures show.
 
-    Every process runs the passes of which it draws a part, and gives the numbers in the pictures
-    that it drew, and what the tokens in them are.
+    Every process runs the passes of which it draws a part.
     """
-    from historylens.pictures import clear_pictures, draw_batch
+    from historylens.pictures import samples
 
     agent, group = job.agent, job.group
     size = min(MAX_DRAWN, max(1, MAX_DRAWN_TOKENS // agent.n_tokens))
     same = alike((i, agent.length(i)) for i in range(job.n_drawn))
     parts = [g[i : i + size] for g in same for i in range(0, len(g), size)]
     own = [tuple(i for i, n in enumerate(part) if n in group.share(job.n_drawn)) for part in parts]
-    passes = batches(job, [pair for pair in zip(parts, own, strict=True) if pair[1]])
-    first = list(itertools.islice(passes, 1))  # what fails has failed before a file is removed
-    group.barrier()
-    with group.together():
-        if group.is_main:
-            clear_pictures(job.out)
-    drawn: Drawn = {layer: {} for layer in job.layers}
-    tokens = {}
-    for batch in itertools.chain(first, passes):
-        batch.measure(metrics)
-        for layer, arrays in draw_batch(job.out, batch, painter, job.config.dpi).items():
-            drawn[layer] |= arrays
-        tokens |= {batch.indices[i]: batch.tokens[i] for i in batch.drawn}
-    return drawn, tokens
+    shown = Shown({layer: {} for layer in job.layers})
+    passes = [pair for pair in zip(parts, own, strict=True) if pair[1]]
+    with job.progress("attention", sum(len(part) for part, _ in passes), " samples") as bar:
+        for batch in batches(job, passes):
+            batch.measure(metrics)
+            for layer, index, sample in samples(batch):
+                shown.layers[layer][index] = sample.numbers()
+                shown.tokens[index] = sample.tokens
+            shown.passes.append((batch.indices, batch.drawn))
+            bar.update(len(batch.indices))
+    return shown
+
+
+def draw(job: Job, metrics: Metrics | None, passes: Sequence[Pass], curves: Any) -> int:
+    """Draw this process's share, and with the metrics what compares samples; gives how many.
+
+    The passes are run once more: their maps, all at once, would not fit memory.
+    """
+    from historylens.pictures import CURVES, draw_batch, draw_summaries, n_pictures
+    from historylens.pictures.curveplot import deletion_curves
+    from historylens.pictures.painter import Painter, drawing_processes
+
+    out, dpi, n_heads = job.out, job.config.dpi, [*map(len, job.heads)]
+    n_own = n_pictures(len(job.group.share(job.n_drawn)), n_heads) + (curves is not None)
+    n_processes = drawing_processes(n_own) if job.group.size == 1 else 1
+    kept = f"all numbers are in {out / 'metrics.json'}"
+    progress = job.progress("pictures", n_own, " pictures")
+    with progress as bar, Painter(n_processes, kept, bar.update) as painter:
+        for batch in batches(job, passes):
+            draw_batch(out, batch, painter, dpi)
+        if metrics is not None:
+            draw_summaries(out, metrics, painter, dpi)
+        if curves is not None:
+            painter.draw(deletion_curves, out / CURVES, **curves, dpi=dpi)
+    return painter.n_drawn
 
 
 def write_numbers(
@@ -204,13 +231,13 @@ def write_numbers(
     metrics: Metrics,
     insights: Sequence[Insight],
     effects: MeasuredEffects,
-    parts: Sequence[tuple[Drawn, dict[int, Tokens]]],
+    parts: Sequence[Shown],
 ) -> str:
-    """Write the numbers, given what `draw_samples` gave each process; the same as console text."""
+    """Write the numbers, given what `measure_drawn` gave each process; the same as console text."""
     agent = job.agent
-    tokens = {index: one for _, told in parts for index, one in told.items()}
+    tokens = {index: one for part in parts for index, one in part.tokens.items()}
     drawn = {
-        layer: dict(sorted(item for arrays, _ in parts for item in arrays[layer].items()))
+        layer: dict(sorted(item for part in parts for item in part.layers[layer].items()))
         for layer in job.layers
     }
     meta = {**vars(job.config), **agent.meta}

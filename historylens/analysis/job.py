@@ -22,7 +22,7 @@ from tqdm import tqdm
 from historylens.agent import Agent, attend
 from historylens.capture import CaptureError, LayerAttention
 from historylens.common.batches import is_out_of_memory
-from historylens.common.errors import UserError, expect
+from historylens.common.errors import UserError
 from historylens.common.processes import Group
 from historylens.history import Decision, History
 from historylens.metrics import Metrics
@@ -45,7 +45,11 @@ class Job:
 
     @classmethod
     def of(cls, agent: Agent, config: Any, group: Group) -> "Job":
-        """Check layers, heads and the output folder; no file of an earlier run is touched."""
+        """Check everything; no file of an earlier run is touched.
+
+        Raises:
+            UserError: there is no such layer or head, or the output folder cannot be written.
+        """
         from historylens.pictures import prepare_output
 
         layers = _chosen("layer", config.layers, len(agent.layers))
@@ -67,8 +71,8 @@ class Job:
 def _chosen(what: str, wanted: list[int] | None, n: int) -> list[int]:
     """The layers or heads to analyse, ascending; all `n` of them unless some are asked for."""
     for number in wanted or []:
-        is_one = 0 <= number < n
-        expect(is_one, f"unknown {what} {number}: expected --{what}s in 0..{n - 1}")
+        if not 0 <= number < n:
+            raise UserError(f"unknown {what} {number}: expected --{what}s in 0..{n - 1}")
     return sorted(set(wanted)) if wanted else list(range(n))
 
 
@@ -88,6 +92,8 @@ class Batch:
     def measure(self, metrics: Metrics) -> None:
         """Put the metrics of the batch in their place."""
         rows = [sum_rows(layer.query_rows, self.tokens) for layer in self.attention.values()]
+        for row, layer in zip(rows, self.attention.values(), strict=True):
+            row[..., -1] += 0 if layer.extra is None else layer.extra.numpy()  # of no transition
         metrics.put(self.indices, rows, sum_rows(self.uniform_rows, self.tokens), self.history)
 
 
@@ -143,7 +149,9 @@ def _run(job: Job, indices: Sequence[int], drawn: Sequence[int]) -> Batch:
     attention = dict(zip(job.layers, layers, strict=True))
     for number, layer in attention.items():
         if len(heads[number]) < agent.n_heads[number]:
-            arrays = {name: vars(layer)[name] for name in ("query_rows", "received", "maps")}
+            arrays = {
+                name: vars(layer)[name] for name in ("query_rows", "received", "maps", "extra")
+            }
             chosen = {k: v[:, heads[number]] for k, v in arrays.items() if v is not None}
             attention[number] = replace(layer, **chosen)
     decisions = [agent.decisions[indices[i]] for i in drawn]

@@ -12,88 +12,28 @@ self-attention), `d` width of a head, `D` width of the model.
 import inspect
 import math
 from collections import namedtuple
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import cache, reduce
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache, cached_property
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from historylens.capture.masks import Mask, floor_of, pick
+
 WAY_OUT = (
     "Compute it with nn.functional.scaled_dot_product_attention or a softmax over (B, H, T, T) "
     '(Hugging Face: attn_implementation="sdpa" or "eager")'
 )
+WITH_SDPA = 'attend with scaled_dot_product_attention (Hugging Face: attn_implementation="sdpa")'
 LAYERS = "capture(model, layers=[...])"
 OTHER_LAYERS = f"choose the other layers: {LAYERS}"
 
 
 class CaptureError(RuntimeError):
     """Attention could not be captured; the message names the layer and the way out."""
-
-
-@dataclass(frozen=True)
-class Mask:
-    """Which keys a query may see: those that all of this allows.
-
-    A bias is `(B, H, Tq, Tk)`, where `B`, `H` and `Tq` may be 1. A float is added to the scores,
-    -inf forbids; a bool is True where attention is forbidden.
-    """
-
-    biases: tuple[Tensor, ...] = ()
-    allows: bool = False  # a bool bias is True where attention is allowed instead
-    causal: bool = False  # only the keys up to the query's own position
-
-    def of_rows(
-        self, sample: int, heads: slice, rows: slice | Tensor, like: Tensor
-    ) -> Tensor | None:
-        """What to add to scores `like` `(h, R, Tk)` of rows of a sample; None if all is seen."""
-        parts = []
-        for bias in self.biases:
-            n_samples, n_heads, n_rows, _ = bias.shape
-            which_heads = heads if n_heads > 1 else slice(None)
-            which_rows = rows if n_rows > 1 else slice(None)
-            parts.append(bias[sample % n_samples, which_heads, which_rows])
-        index = None
-        if self.causal:
-            index = torch.arange(rows.start, rows.stop) if isinstance(rows, slice) else rows
-        total = self._total(parts, index, like)
-        return None if total is None else total.expand(*total.shape[:-2], *like.shape[-2:])
-
-    def of_query(self, query: int | Tensor, like: Tensor) -> Tensor | None:
-        """What to add to scores `like` `(B, H, Tk)` of one query a sample; None if it sees all.
-
-        Its position holds for all samples or is `(B,)` int64.
-        """
-        index = None
-        if self.causal and (isinstance(query, Tensor) or query < like.shape[-1] - 1):
-            index = torch.as_tensor(query).reshape(-1, 1)  # the last one sees everything
-        return self._total([pick(bias, query) for bias in self.biases], index, like)
-
-    def _total(self, parts: Sequence[Tensor], index: Tensor | None, like: Tensor) -> Tensor | None:
-        """Sum of parts of the biases and of the causal mask of the queries at `index`."""
-        parts = [_additive(~bias if self.allows else bias, like) for bias in parts]
-        if index is not None:
-            keys = torch.arange(like.shape[-1], device=like.device)
-            parts.append(_additive(keys > index.to(like.device)[..., None], like))
-        return reduce(torch.add, parts) if parts else None
-
-
-def pick(values: Tensor, query: int | Tensor) -> Tensor:
-    """One query a sample of `(B, H, Tq, d)`: `(B, H, d)`; an only row serves every query."""
-    query = query % values.shape[2]
-    if isinstance(query, int):
-        return values.select(2, query)
-    samples = torch.arange(len(query), device=values.device)
-    return values.expand(len(query), -1, -1, -1)[samples, :, query.to(values.device)]
-
-
-def _additive(bias: Tensor, like: Tensor) -> Tensor:
-    """A bool that forbids, or a float, as a float to add."""
-    if bias.dtype == torch.bool:
-        return like.new_zeros(bias.shape).masked_fill_(bias, -torch.inf)
-    return bias.to(like.dtype)
 
 
 class Projection(NamedTuple):
@@ -131,6 +71,9 @@ class Call:
     scale: float = 1.0
     projection: Projection | None = None  # of q and k, which are inputs (B, 1, T, D) then
     padded: Tensor | None = None  # (B, Tq) bool, queries that are padding; None if nothing tells
+    given: bool = False  # the scores are logarithms of weights, and only `mask` forbids
+    extra: tuple[int, int] | None = None  # keys that are no tokens, before and behind the others
+    missing: int = 0  # the first tokens, whose keys a sliding cache has dropped
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -139,6 +82,56 @@ class Call:
         if self.projection is not None:
             n_heads = self.projection.n_heads
         return n_samples, n_heads, n_queries, n_keys if self.k is None else self.k.shape[2]
+
+    @property
+    def n_tokens(self) -> int:
+        """`T`, the tokens that the queries may look at."""
+        return self.shape[-1] - sum(self.extra or ()) + self.missing
+
+    def on_tokens(self, values: Tensor) -> Tensor:
+        """Of values `(..., Tk)` of keys those of tokens, `(..., T)`."""
+        before, behind = self.extra or (0, 0)
+        values = values[..., before : values.shape[-1] - behind]
+        return functional.pad(values, (self.missing, 0)) if self.missing else values
+
+    @cached_property
+    def floor(self) -> float:
+        """Scores below this are masked where their weight is 0; `-inf` where nothing tells."""
+        return floor_of(self.q)
+
+    def sees(self, query: int) -> Tensor:
+        """`(Tk,)` bool, whether some head of a query sees a key in some sample."""
+        if self.k is None and not self.given:
+            scores = pick(self.q, query)
+            seen = (scores > -torch.inf) & (scores >= self.floor)
+        else:
+            like = self.q.new_zeros(1, 1, self.shape[-1], dtype=torch.float32)
+            bias, low = self.mask.of_query(query, like)
+            seen = torch.ones_like(like, dtype=torch.bool) if bias is None else bias > -torch.inf
+            seen = seen if low is None else seen & ~low
+        return seen.flatten(0, -2).any(0)
+
+    def extra_keys(self) -> tuple[int, int]:
+        """How many keys before and behind the others are no tokens: memory, attention sinks.
+
+        They are what the first query sees beside itself, under a causal mask; without one nothing
+        tells them from the tokens of another sequence.
+        """
+        _, _, n_queries, n_keys = self.shape
+        n_extra = n_keys - n_queries
+        if self.extra is not None:
+            return self.extra
+        if n_extra <= 0 or n_queries < 2 or (self.k is not None and not self.mask.biases):
+            return 0, 0
+        seen = self.sees(0)
+        before = int(seen.int().cumprod(0).sum()) - 1
+        expected = torch.ones_like(seen)
+        expected[before + 1 : before + n_queries] = False
+        is_causal = 0 <= before <= n_extra and torch.equal(seen, expected)
+        for row in {1, n_queries - 1} if is_causal else ():
+            seen, own = self.sees(row), before + row
+            is_causal &= bool(seen[own] and not seen[own + 1 : before + n_queries].any())
+        return (before, n_extra - before) if is_causal else (0, 0)
 
     def row_scores(self, query: int | Tensor) -> Tensor:
         """Scores `(B, H, Tk)` of one query a sample, before the mask, up to a constant a row.
@@ -153,6 +146,14 @@ class Call:
         grouped = q.reshape(len(q), self.k.shape[1], -1, q.shape[-1])  # (B, Hk, H / Hk, d)
         return (grouped @ wide(self.k).mT).flatten(1, 2) * self.scale
 
+    def inputs(self) -> Tensor:
+        """What each token feeds in, `(B, T, F)`, in self-attention: query, key, or both by one."""
+        before, n_tokens = (self.extra or (0, 0))[0], self.q.shape[2]
+        if self.k is None:  # its score with itself
+            return self.q.diagonal(before, dim1=2, dim2=3).transpose(1, 2)
+        keys = self.k[:, :, before : before + n_tokens]
+        return torch.cat([x.transpose(1, 2).flatten(2) for x in (self.q, keys)], -1)
+
     def prepared(self) -> "Call":
         """The same call of heads, scaled, float32 or wider; scores stay as they are."""
         if self.k is None:
@@ -160,7 +161,7 @@ class Call:
         q, k = wide(self.q), wide(self.k)
         if self.projection is not None:
             q, k = self.projection.heads(q, 0), self.projection.heads(k, 1)
-        return Call(q * self.scale, k, self.mask, padded=self.padded)
+        return replace(self, q=q * self.scale, k=k, scale=1.0, projection=None)
 
 
 def wide(values: Tensor) -> Tensor:
@@ -215,7 +216,8 @@ def _multi_head_mask(given: _MultiHead, n_samples: int) -> tuple[Mask, Tensor | 
         biases.append(keys[:, None, None])
         q, k = given.query, given.key  # in self-attention one tensor, or two views of it
         if (q.data_ptr(), q.shape, q.stride()) == (k.data_ptr(), k.shape, k.stride()):
-            padded = keys if keys.dtype == torch.bool else keys == -torch.inf
+            is_bool = keys.dtype == torch.bool
+            padded = keys if is_bool else (keys == -torch.inf) | (keys < floor_of(biases[-1]))
     return Mask(tuple(biases)), padded
 
 
@@ -246,20 +248,41 @@ def read_sdpa(
         query, key = (x.expand(*leading, *x.shape[-2:]) for x in (query, key))
     q, k = (_with_heads(name, x, n_heads, "queries") for x in (query, key))
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
-    bias, n_keys = attn_mask, key.shape[-2]
+    bias, n_keys, extra = attn_mask, key.shape[-2], None
     if bias is None:
         return Call(q, k, Mask(causal=is_causal), scale)
     if hasattr(bias, "_materialize"):  # torch.nn.attention.bias.CausalBias, slow to import
-        bias = bias._materialize()
+        bias, extra = bias._materialize(), (0, 0)  # keys beyond the queries are of a cache
     if bias.dim() > 2 and query.dim() != 4:
         bias = _with_heads(name, bias.expand(*query.shape[:-1], n_keys), n_heads, "a mask")
     bias = bias[(None,) * (4 - bias.dim())].expand(-1, -1, -1, n_keys)
-    return Call(q, k, Mask((bias,), bias.dtype == torch.bool, is_causal), scale)
+    mask = Mask((bias,), bias.dtype == torch.bool, is_causal)
+    return Call(q, k, mask, scale, extra=extra)
 
 
 def read_softmax(name: str, n_heads: int | None, scores: Tensor) -> Call:
     """Attention whose weights are a softmax of scores `(B, H, Tq, Tk)`, their mask included."""
     return Call(_with_heads(name, scores, n_heads, "scores"), None)
+
+
+def read_weights(
+    name: str, n_heads: int | None, weights: Tensor, mask: Tensor | None = None
+) -> Call:
+    """Attention by its weights `(B, H, Tq, Tk)`, divided by their sum where that is not 1.
+
+    `mask` as for `scaled_dot_product_attention`; without it a query may see all, or all up to its
+    own position where no weight lies behind that.
+    """
+    weights = wide(_with_heads(name, weights.detach(), n_heads, "weights"))
+    if not (weights >= 0).all():
+        raise CaptureError(f"{name}: expected attention weights of 0 or more, got some below 0")
+    _, _, n_queries, n_keys = weights.shape
+    if mask is None:
+        ahead = torch.ones(n_queries, n_keys, dtype=torch.bool, device=weights.device)
+        mask = ahead.triu_(1 + n_keys - n_queries).logical_not_()
+        mask = mask if not weights.masked_fill(mask, 0).any() else torch.ones_like(mask)
+    mask = mask[(None,) * (4 - mask.dim())].expand(-1, -1, -1, n_keys)
+    return Call(weights.log(), None, Mask((mask,), mask.dtype == torch.bool), given=True)
 
 
 def scores_of(args: tuple, kwargs: dict[str, Any]) -> Tensor | None:

@@ -5,8 +5,7 @@ matches("decoder.layers.0.self_attn", "*.self_attn")             # True
 """
 
 import re
-import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
 from functools import cache
 
@@ -35,33 +34,26 @@ def names_of(roots: dict[str, nn.Module]) -> dict[nn.Module, str]:
     names = {}
     for prefix, root in roots.items():
         for path, module in root.named_modules():
-            name = ".".join(filter(None, (prefix, path))) or type(module).__name__
+            parts = (prefix, *path.split("."))  # the second is a wrapper's of torch.compile
+            name = ".".join(p for p in parts if p not in ("", "_orig_mod")) or type(module).__name__
             name = names.setdefault(module, name)
-            if _is_compiled(module):
-                raise compiled_error(name)
-            if type(module).forward is nn.TransformerEncoderLayer.forward:
+            if forward_of(module) is nn.TransformerEncoderLayer.forward:
                 names.setdefault(module.self_attn, name)
     return names
 
 
-def _is_compiled(module: nn.Module) -> bool:
-    dynamo = sys.modules.get("torch._dynamo.eval_frame")
-    if dynamo is None or dynamo._stance.stance == "force_eager":
-        return False
-    return (
-        isinstance(module, dynamo.OptimizedModule)
-        or module._compiled_call_impl is not None
-        or hasattr(module.forward, "_torchdynamo_orig_callable")
-    )
+def forward_of(module: nn.Module) -> Callable | None:
+    """The function behind a module's forward, None for a scripted one."""
+    return getattr(type(module), "forward", None)
 
 
 def compiled_error(name: str) -> CaptureError:
     """The error for compiled code, whose attention nobody sees."""
     return CaptureError(
-        f"{name} runs code compiled by torch.compile (flex_attention always does), which capture "
-        "cannot follow. Capture the model before it is compiled, run it inside "
-        'torch.compiler.set_stance("force_eager"), or attend with scaled_dot_product_attention '
-        '(Hugging Face: attn_implementation="sdpa")'
+        f"{name} runs code that torch.compile compiles while it is captured, which capture cannot "
+        'follow. Call torch.compiler.set_stance("force_eager") before: at the top of the adapter '
+        "file, before load() runs; or attend with scaled_dot_product_attention (Hugging Face: "
+        'attn_implementation="sdpa")'
     )
 
 

@@ -24,8 +24,6 @@ BLOCK_SCORES_CPU = 2**19
 BLOCK_SCORES_GPU = 2**26
 MIN_BLOCK_ROWS = 32
 N_EXACT_FIRST = 4  # leading tokens, where attention sinks sit, that keep a map column each
-# A score this low that a softmax turns into exactly 0 was masked by adding a large negative number.
-MASKED_SCORE = -1e4
 
 
 @dataclass(frozen=True)
@@ -67,31 +65,38 @@ class MapGrid:
         return torch.cat([values[..., : self.n_first], middle, values[..., -1:]], dim=-1)
 
 
-def weigh(scores: Tensor, bias: Tensor | None, is_masked: bool) -> tuple[Tensor, Tensor | None]:
+def weigh(
+    call: Call, scores: Tensor, bias: Tensor | None, low: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
     """Attention weights of rows of scores `(..., R, Tk)`, and which keys they may see.
 
     A row sums to 1, or is zeros where it may see nothing, as in the fused kernels. What it sees is
-    a bool that broadcasts to the weights, None for everything. `bias` is what the mask adds; the
-    scores may be masked already, by -inf, or by at most `MASKED_SCORE` where the weight is 0.
+    a bool that broadcasts to the weights, None for everything. `bias` and `low` are of the mask,
+    unless the scores hold it already.
     """
     weights = (scores if bias is None else scores + bias).softmax(-1)
-    if is_masked:
-        seen = ~((scores == -torch.inf) | ((scores <= MASKED_SCORE) & (weights == 0)))
-    elif bias is None:
+    if call.given:
+        weights = weights.nan_to_num(0.0)  # rows of zeros
+    elif call.k is None:
+        bias = scores
+        low = scores < call.floor if call.floor > -torch.inf else None
+    if bias is None:
         return weights, None
-    else:
-        seen = bias > -torch.inf
+    seen = bias > -torch.inf
+    if low is not None:
+        seen = seen & ~(low & (weights == 0))
     return weights.masked_fill_(~seen.any(-1, keepdim=True), 0.0), seen
 
 
-def received(call: Call, padded: Tensor | None = None) -> Tensor:
-    """Attention `(B, H, Tk)` that each key receives, averaged over the queries allowed to see it.
+def received(call: Call, padded: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Attention `(B, H, T)` that each token receives, averaged over the queries that may see it.
 
     Column means of the attention matrix of a prepared call over its allowed entries, `T - j` of
     them in column `j` under a causal mask; NaN where no query may see a key. Queries that are
-    `padded` `(B, Tq)` are left out.
+    `padded` `(B, Tq)` are left out. With it, how many queries those are, of the same shape.
     """
-    n_samples, n_heads, n_queries, n_keys = call.shape
+    n_samples, n_heads, n_queries, _ = call.shape
+    n_keys = call.n_tokens
     device, is_causal = call.q.device, call.mask.causal
     total = wide(call.q.new_zeros(n_samples, n_heads, n_keys))
     count = torch.zeros_like(total)
@@ -110,35 +115,48 @@ def received(call: Call, padded: Tensor | None = None) -> Tensor:
         total[b, heads, : weights.shape[-1]] += weights.sum(1)
         if not by_position:
             count[b, heads] += seen.sum(-2)
-    return total / count
+    return total / count, count
 
 
-def maps(call: Call, samples: Sequence[int], size: int) -> tuple[Tensor, Tensor, Tensor]:
+def maps(
+    call: Call, samples: Sequence[int], size: int, passes: Sequence[int] = ()
+) -> tuple[Tensor, Tensor, Tensor]:
     """Attention maps `(M, H, R, C)` of samples of a prepared call, on a `MapGrid` of that size.
 
     NaN where every token of the bin is forbidden to the row. With them the token of each row
-    `(R,)` and the first token of each column `(C,)`, int64 on the CPU.
+    `(R,)` and the first token of each column `(C,)`, int64 on the CPU. Where the tokens came in
+    several `passes`, of so many tokens each, there is a grid for each.
     """
     _, n_heads, n_queries, n_keys = call.shape
-    grid, rows = MapGrid.of(n_keys, size), MapGrid.of(n_queries, size).rows
-    out = wide(call.q.new_empty(len(samples), n_heads, len(rows), len(grid.cols)))
+    passes = list(passes) or [call.n_tokens]
+    grids = [MapGrid.of(n, size) for n in passes]
+    starts = torch.tensor(passes).cumsum(0) - torch.tensor(passes)
+    cols = torch.cat([grid.cols + start for grid, start in zip(grids, starts, strict=True)])
+
+    def pool(values: Tensor) -> Tensor:
+        parts = zip(grids, values.split(passes, -1), strict=True)
+        pooled = [grid.pool(part) for grid, part in parts]
+        return pooled[0] if len(pooled) == 1 else torch.cat(pooled, -1)
+
+    rows = MapGrid.of(n_queries, size).rows
+    out = wide(call.q.new_empty(len(samples), n_heads, len(rows), len(cols)))
     step = max(1, _block_scores(out.device) // (n_heads * n_keys))
     for m, b in enumerate(samples):
         for start in range(0, len(rows), step):
             chosen = rows[start : start + step].to(out.device)
-            weights, seen = _weights(call, b, slice(0, n_heads), chosen)  # (H, R, Tk)
-            n_seen = grid.pool(seen.to(weights.dtype))
-            out[m, :, start : start + step] = grid.pool(weights) / n_seen  # 0 / 0: forbidden
-    return out, rows, grid.cols
+            weights, seen = _weights(call, b, slice(0, n_heads), chosen)  # (H, R, T)
+            n_seen = pool(seen.to(weights.dtype))
+            out[m, :, start : start + step] = pool(weights) / n_seen  # 0 / 0: forbidden
+    return out, rows, cols
 
 
 def _weights(call: Call, b: int, heads: slice, rows: slice | Tensor) -> tuple[Tensor, Tensor]:
-    """Weights `(h, R, Tk)` of rows and which of them are allowed, which broadcasts to them."""
+    """Weights `(h, R, T)` of rows and which of them are allowed, which broadcasts to them."""
     scores = _scores(call, b, heads, rows)
-    weights, seen = weigh(scores, call.mask.of_rows(b, heads, rows, scores), call.k is None)
+    weights, seen = weigh(call, scores, *call.mask.of_rows(b, heads, rows, scores))
     if seen is None:
         seen = weights.new_ones(1, dtype=torch.bool).expand(weights.shape[-2:])
-    return weights, seen
+    return call.on_tokens(weights), call.on_tokens(seen)
 
 
 def _causal_weights(call: Call, b: int, heads: slice, rows: slice) -> Tensor:

@@ -6,6 +6,7 @@ config = from_flags(Config, parser.parse_args())  # after add_flags(parser, Conf
 
 import argparse
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Sequence
@@ -37,6 +38,8 @@ class Settings:
             if value is None is field.default:
                 continue
             for got in value if isinstance(value, list) else [value]:
+                is_number = not isinstance(got, float) or math.isfinite(got)
+                expect(is_number, f"{expected} as a finite number, got {got}")
                 expect(least is None or got >= least, f"{expected} of at least {least}, got {got}")
                 is_in = "fraction" not in field.metadata or 0 <= got <= 1
                 expect(is_in, f"{expected} between 0 and 1, got {got}")

@@ -13,10 +13,10 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from historylens.agent import Agent, pick_device
+from historylens.agent import Agent, Environment, pick_device
 from historylens.common.errors import UserError, expect
 from historylens.common.settings import Settings, add_flags, from_flags, setting
-from historylens.common.text import labelled
+from historylens.common.text import counted, labelled, wrap
 from historylens.comparison.playing import Plays, fingerprint, missing, plan, play_arms
 from historylens.comparison.policy import POSITIONS
 from historylens.comparison.report import advice, summary, table, write_csv
@@ -62,6 +62,10 @@ class CompareConfig(Settings):
     margin: float = setting(
         0.05, "loss that would not matter, as a part of full history's return", fraction=True
     )
+    rewarded_above: float | None = setting(
+        None, "rewards above it count as rewarded (default: 0, or the top quarter of those in an "
+        "adapter's samples where these are of more than two values)",
+    )  # fmt: skip
     out: str = setting("figs/compression", "folder for pictures and numbers", "DIR")
     device: str = setting("auto", "cpu, cuda, or auto: cuda where there is one", "NAME")
     seed: int = setting(0, "seed of action noise, random choices and bootstrap", at_least=0)
@@ -84,7 +88,8 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
     config = from_flags(CompareConfig, flags)
     if config.adapter is None:
         raise UserError("expected --adapter FILE, a Python file that says how to run your model")
-    compare(load_acting(config.adapter, config.seed, pick_device(config.device)), config)
+    device = pick_device(config.device)
+    compare(load_acting(config.adapter, config.seed, device, config.rewarded_above), config)
 
 
 def make_parser(*more: type) -> argparse.ArgumentParser:
@@ -125,9 +130,12 @@ def compare(agent: Agent, config: CompareConfig, positions: str = "reindexed") -
         print(f"\n{kept}: the same command goes on from there", file=sys.stderr)
         raise
     save(study, plays, results)
+    if early := counting(plays, results):
+        print(f"\n{wrap(early)}")
     print(f"\n{table(study)}\n\n{advice(study, POSITIONS[positions])}")
     more = () if study.confirmation is None else (CONFIRMATION,)
-    print(f"\nIn {results.path.parent}/: {', '.join((*FILES, *more))}.")
+    there = [name for name in (*FILES, *more) if results.path.with_name(name).exists()]
+    print(f"\nIn {results.path.parent}/: {', '.join(there)}.")
 
 
 def announced(config: CompareConfig, plays: Plays, arms: list[Arm], results: ResultsFile) -> str:
@@ -141,7 +149,7 @@ def announced(config: CompareConfig, plays: Plays, arms: list[Arm], results: Res
     too_long = f" (the usual {too_long} exceed that)" if too_long else ""
     text = {
         **agent.facts,
-        "Task": f"{agent.title}; {len(environment.goals)} test goals",
+        "Task": f"{agent.title}; {tasks(environment)}",
         "Arms": f"full, empty, controls, and {names}",
         "Budgets": f"{budgets} of up to {n_max} transitions{too_long}",
         "Runs": f"{plays.n_seeds} seeds a goal, {plays.n_episodes} episodes of "
@@ -157,26 +165,47 @@ def announced(config: CompareConfig, plays: Plays, arms: list[Arm], results: Res
         )
     if results.found:
         text["Found"] = results.found
+    if early := counting(plays, results):
+        text["Episodes"] = early
     return labelled(text)
 
 
+def counting(plays: Plays, results: ResultsFile) -> str:
+    """How returns are counted where environments ended early in an arm played; empty elsewhere."""
+    n_early = sum(one.n_early for one in results.by_key.values())
+    block = f"{plays.agent.environment.horizon} steps"
+    said = f"{n_early:,} episodes ended before {block} were over, and the next began at once: a "
+    said += f"return is the reward of {block} divided by the episodes in them, the last one cut."
+    return said if n_early else ""
+
+
+def tasks(environment: Environment) -> str:
+    """How many there are, and what is known of them."""
+    noun, which = environment.named
+    return f"{counted(len(environment.goals), noun)} {which}"
+
+
 def save(study: Study, plays: Plays, results: ResultsFile) -> None:
-    """Draw the pictures, and write the numbers."""
+    """Write the numbers, then draw the pictures."""
+    from historylens.pictures.painter import Painter
     from historylens.pictures.returns import Picture, draw_by_budget, draw_by_episode
 
     agent, environment = plays.agent, plays.agent.environment
-    goals, best = environment.goals, environment.best
+    goals, best, early = environment.goals, environment.best, counting(plays, results)
     subtitle = (
-        f"{len(goals)} goals never trained on x {plays.n_seeds} seeds, {plays.n_episodes} episodes "
-        f"of {environment.horizon} steps; {POSITIONS[plays.positions]}"
+        f"{tasks(environment)} x {counted(plays.n_seeds, 'seed')}, "
+        f"{counted(plays.n_episodes, 'block' if early else 'episode')} of "
+        f"{environment.horizon} steps; {POSITIONS[plays.positions]}"
     )
     mean_best = None if best is None else sum(best) / len(goals)
     picture = Picture(agent.title, subtitle, mean_best, agent.n_max)
     by_budget, by_episode, table_csv, _ = (results.path.with_name(name) for name in FILES)
-    draw_by_budget(by_budget, study, picture)
-    draw_by_episode(by_episode, study, picture)
     write_csv(table_csv, study)
     meta = {**agent.meta, "task": agent.title, "goals": list(goals), "best_by_goal": best}
     names = ("horizon", "n_max", "seeds", "episodes", "seed", "positions")
     meta |= {name: results.fingerprint[name] for name in names}
+    meta |= {"returns": early} if early else {}
     results.write(meta | summary(study))
+    with Painter(1, f"all numbers are in {results.path}") as painter:
+        painter.draw(draw_by_budget, by_budget, study, picture)
+        painter.draw(draw_by_episode, by_episode, study, picture)

@@ -44,6 +44,13 @@ class Estimate:
         """Whether there is no interval."""
         return self.low is None
 
+    def within(self, low: float, high: float) -> "Estimate":
+        """The same, its interval cut to what is possible: what it covers there it still covers."""
+        if self.is_open:
+            return self
+        low, high = max(self.low, min(low, self.value)), min(self.high, max(high, self.value))
+        return Estimate(self.value, low, high)
+
     def text(self, sign: str = "") -> str:
         """`12.34 [12.00, 12.70]`; the value alone where there is no interval."""
         value = fixed(self.value, 2, sign)

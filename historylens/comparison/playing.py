@@ -105,7 +105,11 @@ def play_arms(plays: Plays, arms: Sequence[Arm], results: ResultsFile) -> list[R
 
 
 def play(plays: Plays, arm: Arm, bar: tqdm | None = None) -> Result:
-    """Play one arm. Goals take turns among the environments: every batch of them holds several."""
+    """Play one arm. Goals take turns among the environments: every batch of them holds several.
+
+    Environments may end an episode before the horizon, and begin anew. The return of such a block
+    of `horizon` steps is its reward divided by the episodes in it, of which the last is cut.
+    """
     agent, environment = plays.agent, plays.agent.environment
     n_goals, n_steps = len(environment.goals), plays.n_episodes * environment.horizon
     # A seed of the arm's own: what it draws does not depend on which arms play beside it.
@@ -118,9 +122,12 @@ def play(plays: Plays, arm: Arm, bar: tqdm | None = None) -> Result:
         noises = [np.random.default_rng((plays.seed, number)) for number in part]
         parts.append(rollout(environment.make(goals), policy, n_steps, noises, bar, goals))
     shape = (plays.n_seeds, n_goals, plays.n_episodes, environment.horizon)
-    earned = np.concatenate(parts).reshape(shape).sum(axis=3).swapaxes(0, 1)
+    rewards, ends = (np.concatenate(part).reshape(shape) for part in zip(*parts, strict=True))
+    n_ended = ends.sum(axis=3)
+    earned = (rewards.sum(axis=3) / n_ended).swapaxes(0, 1)
     # In memory as when read from a file: sums over it then are the same to the last digit.
-    return Result(arm, np.array(earned, dtype=np.float64, order="C"), policy.cost)
+    returns, n_early = np.array(earned, dtype=np.float64, order="C"), int((n_ended - 1).sum())
+    return Result(arm, returns, policy.cost, n_early)
 
 
 def fingerprint(plays: Plays) -> dict[str, Any]:
@@ -139,6 +146,7 @@ def fingerprint(plays: Plays) -> dict[str, Any]:
         "goals": list(agent.environment.goals),
         "horizon": agent.environment.horizon,
         "n_max": agent.n_max,
+        "rewarded_above": agent.rewarded_above,
         "positions": plays.positions,
         "device": torch.device(agent.device).type,
         "seeds": plays.n_seeds,

@@ -6,7 +6,7 @@ policy.cost.tokens, policy.cost.kept_sum / policy.cost.over_budget
 """
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -90,6 +90,7 @@ class CompressedPolicy:
         started = _seconds(self.device)
         only_window = self._looks or self.method.keeps == "all"
         history = buffer.history(query_states, max(0, buffer.n - n_max) if only_window else 0)
+        history = replace(history, rewarded_above=agent.rewarded_above)
         if self._looks and 0 < self.n_keep < history.n:
             history = look(agent, history, self.method.needs)
             n_tokens = history.size * (history.n + 1)

@@ -54,6 +54,7 @@ class ResultsFile:
                 "returns": returns.astype(np.int64) if (returns % 1 == 0).all() else returns,
                 "cost": cost,
                 "seconds": seconds,
+                **({"ended_early": result.n_early} if result.n_early else {}),
             }
         head = {"schema_version": SCHEMA_VERSION, "fingerprint": self.fingerprint}
         write_json(self.path, {**head, "complete": bool(told), **told, "arms": arms})
@@ -71,7 +72,8 @@ class ResultsFile:
             for key, entry in content["arms"].items():
                 arm = Arm(entry["strategy"], entry["budget"])
                 returns = np.array(entry["returns"], dtype=np.float64)
-                by_key[key] = Result(arm, returns, Cost(**entry["cost"], **entry["seconds"]))
+                cost = Cost(**entry["cost"], **entry["seconds"])
+                by_key[key] = Result(arm, returns, cost, entry.get("ended_early", 0))
         except (ValueError, KeyError, TypeError, AttributeError):
             return "a damaged results.json"
         self.by_key = {} if differs else by_key

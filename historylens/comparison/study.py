@@ -18,7 +18,7 @@ from historylens.compression.method import METHODS, Method
 
 FULL, EMPTY, RECENT = "full", "empty", "recent"
 GOOD = ("better", "safe")  # verdicts: shown to lose less than the margin
-Best = Sequence[float] | None  # G best possible returns an episode; used where all are positive
+Best = Sequence[float] | None  # G best possible returns an episode; parts of them where positive
 
 
 @dataclass(frozen=True)
@@ -46,11 +46,16 @@ class Arm:
 
 @dataclass(frozen=True)
 class Result:
-    """What an arm earned, `returns` `(G, R, E)` reward of each episode, and what it cost."""
+    """What an arm earned, `returns` `(G, R, E)` reward of each episode, and what it cost.
+
+    Where environments ended early `n_early` times, an entry is the mean reward of the episodes of a
+    block of the horizon's steps.
+    """
 
     arm: Arm
     returns: np.ndarray
     cost: Cost = field(default_factory=Cost)
+    n_early: int = 0
 
 
 @dataclass(frozen=True)
@@ -146,7 +151,8 @@ def judge(results: list[Result], margin_share: float, best: Best = None, seed: i
     full, empty = returns[Arm(FULL)], returns[Arm(EMPTY)]
     rows, margin, bootstrap = _compared(results, full, margin_share, best, seed)
     rows.sort(key=lambda row: (-row.mean.value, row.kept, row.arm.key))
-    by_episode = tuple(map(bootstrap.mean, np.moveaxis(full, 2, 0)))
+    ends = earnable(results, best)
+    by_episode = tuple(bootstrap.mean(one).within(*ends) for one in np.moveaxis(full, 2, 0))
     doubts, gain = [], bootstrap.mean(late_scores(full) - late_scores(empty))
     if gain.is_open:
         doubts.append("One seed a goal gives no interval: run at least two (--seeds).")
@@ -187,6 +193,8 @@ def _compared(
     bootstrap, full_scores = Bootstrap(*full.shape[:2], seed), late_scores(full)
     margin = margin_share * abs(float(full_scores.mean()))
     has_best = best is not None and min(best) > 0
+    low, high = earnable(results, best)
+    of_best = low, 1.0  # 0 is 0 of any return
     rows = []
     for result in results:
         scores = late_scores(result.returns)
@@ -194,10 +202,10 @@ def _compared(
         difference = bootstrap.mean(scores - full_scores)
         row = Row(
             arm=result.arm,
-            mean=bootstrap.mean(scores),
-            iqm=bootstrap.iqm(scores),
-            part_of_best=bootstrap.mean(parts) if has_best else None,
-            iqm_of_best=bootstrap.iqm(parts) if has_best else None,
+            mean=bootstrap.mean(scores).within(low, high),
+            iqm=bootstrap.iqm(scores).within(low, np.inf if best is None else max(best)),
+            part_of_best=bootstrap.mean(parts).within(*of_best) if has_best else None,
+            iqm_of_best=bootstrap.iqm(parts).within(*of_best) if has_best else None,
             difference=difference,
             verdict=None if result.arm == Arm(FULL) else verdict(difference, margin),
             adaptation_loss=bootstrap.mean((full - result.returns).mean(axis=2)),
@@ -206,3 +214,15 @@ def _compared(
         )
         rows.append(row)
     return rows, margin, bootstrap
+
+
+def earnable(results: Sequence[Result], best: Best) -> tuple[float, float]:
+    """Ends between which a mean return can lie: no interval of one goes on beyond them.
+
+    The best possible return where it is known, and 0 where no episode of any arm went below it, as
+    where rewards are never negative, or above it.
+    """
+    least = min(float(result.returns.min()) for result in results)
+    most = max(float(result.returns.max()) for result in results)
+    known = np.inf if best is None else float(np.mean(best))
+    return 0.0 if least >= 0 else -np.inf, 0.0 if most <= 0 and best is None else known

@@ -153,5 +153,6 @@ def pool(history: History, labels: Tensor, n_tokens: int) -> History:
         history.query_states,
         None if history.episodes is None else history.episodes.gather(1, last),
         history.tasks,
+        rewarded_above=history.rewarded_above,
     )
     return replace(merged.take(times[..., 0].argsort(dim=1, stable=True)), kept=None)

@@ -118,7 +118,7 @@ def rewarded_recent(history: History, n_keep: int, generator: Generator | None) 
     """Keep the latest transitions for half of the budget, then older rewarded ones, the latest
     first, and fill up with the latest of the rest.
     """
-    return keep_best(n_keep, latest_half(history, n_keep), history.rewards > 0)
+    return keep_best(n_keep, latest_half(history, n_keep), history.rewarded)
 
 
 @enter("last-episodes", "Laskin et al. 2022, arXiv 2210.14215 (contexts of whole episodes)",

@@ -16,6 +16,7 @@ from historylens.common.errors import UserError
 from historylens.effects.faithfulness import affordable, measure_faithfulness
 from historylens.effects.measure import Trial, budgets, has_own_size
 from historylens.effects.report import WORST, MeasuredEffects
+from historylens.effects.twins import moved_twins
 from historylens.insights import Insight
 from historylens.insights.patterns import PATTERNS
 
@@ -50,7 +51,10 @@ def measure_effects(
         bar.total = 1 + n_sizes + len(affordable(len(samples), n))
         controls = trial.controls()
         bar.update()
-        measured = MeasuredEffects(None, samples, n, seed, patterns, controls, trial.not_run)
+        about = (None, samples, n, seed, patterns, controls, trial.not_run, trial.beta)
+        measured = MeasuredEffects(*about, n_actions=trial.full.shape[1])
+        if controls and not measured.unmoved:
+            measured = replace(measured, twins=_twins(trial, measured.main_control))
         if measured.ignores_history:
             return measured
         curves = trial.curves(names, bar)
@@ -62,3 +66,13 @@ def measure_effects(
         if not is_out_of_memory(error):
             raise
         return MeasuredEffects(f"not measured, {agent.device} ran out of memory.")
+
+
+def _twins(trial: Trial, control: str) -> list[float]:
+    """What a control does with the model's weights shuffled; nothing where that does not work."""
+    try:
+        rows, other = trial.exchanged(control)
+        return moved_twins(trial.agent, trial.history.rows(rows), other, trial.seed)
+    except Exception as error:  # a model may fail as it likes with weights that are not its own
+        trial.not_run["twins"] = next(iter(str(error).splitlines()), type(error).__name__)
+        return []

@@ -36,13 +36,16 @@ def measure_faithfulness(
     `bar` moves on by 1 after each of the `B` decisions on `n` transitions that are `affordable`.
     """
     places = affordable(len(trial.samples), trial.n)
-    kl, flips = np.zeros((len(places), trial.n)), np.zeros(len(places))
+    kl, flips = np.zeros((2, len(places), trial.n)), np.zeros(len(places))
     for i, place in enumerate(places):
-        kl[i], flips[i] = leave_one_out(trial.agent, trial.history.rows(slice(place, place + 1)))
+        history = trial.history.rows(slice(place, place + 1))
+        kl[:, i], flips[i] = leave_one_out(trial.agent, history, trial.beta)
         bar.update()
 
     def correlate(values: np.ndarray) -> np.ndarray:  # (B, n) -> (B,)
-        return np.array([spearman(*pair) for pair in zip(values, kl.round(DECIMALS), strict=True)])
+        return np.array(
+            [spearman(*pair) for pair in zip(values, kl[1].round(DECIMALS), strict=True)]
+        )
 
     by_layer, averages = [], []
     for layer, own in zip(layers, heads, strict=True):
@@ -63,15 +66,20 @@ def measure_faithfulness(
     overall = correlate(np.mean(averages, axis=0))
     recency = correlate(np.tile(np.arange(trial.n), (len(places), 1)))
     return {
-        "note": "Spearman correlation of the query's attention with the KL, in nats, that "
-        "leaving out each transition causes; over transitions, null where either is constant",
+        "note": "Spearman correlation of the query's attention with the KL, at the reference "
+        "temperature, that leaving out each transition causes; over transitions, null where "
+        "either is constant",
         "samples": [trial.samples[place] for place in places],
         "overall": mean_defined(overall),
         "recency": mean_defined(recency),
         "layers": by_layer,
         "overall_per_sample": _plain(overall),
         "recency_per_sample": _plain(recency),
-        "leave_one_out": {"kl": kl.tolist(), "flips": flips.tolist()},
+        "leave_one_out": {
+            "kl": kl[0].tolist(),
+            "kl_reference": kl[1].tolist(),
+            "flips": flips.tolist(),
+        },
     }
 
 
@@ -80,12 +88,12 @@ def affordable(n_samples: int, n: int) -> list[int]:
     return spread(n_samples, max(1, MAX_LEFT_OUT_TOKENS // (n * n)))
 
 
-def leave_one_out(agent: Agent, history: History) -> tuple[np.ndarray, float]:
+def leave_one_out(agent: Agent, history: History, beta: float) -> tuple[np.ndarray, float]:
     """What leaving out each of the `n` transitions before one decision does.
 
-    `(n,)` float64 nats, KL(full || without it), and the share of the transitions without which the
-    most likely action is another one. A transition is left out (Li et al. 2016, arXiv 1612.08220),
-    not masked: those after it move one position to the front, as in every compressed history.
+    `(2, n)` float64 nats, KL(full || without it), as it is and from logits times `beta`; the share
+    of the transitions without which the most likely action is another one. A transition is left out
+    (Li et al. 2016, arXiv 1612.08220), not masked: those after it move one position to the front.
     """
     n = history.n
     others = torch.arange(n - 1, device=history.device).expand(n, -1)
@@ -97,8 +105,8 @@ def leave_one_out(agent: Agent, history: History) -> tuple[np.ndarray, float]:
     ]
     without = torch.cat(parts)  # (n, A)
     flips = full.argmax(-1) != without.argmax(-1)
-    kl = kl_divergence(full.expand_as(without), without)
-    return kl.cpu().numpy(), float(flips.double().mean())
+    kl = [kl_divergence(full.expand_as(without), without, x) for x in (1.0, beta)]
+    return torch.stack(kl).cpu().numpy(), float(flips.double().mean())
 
 
 def spearman(x: ArrayLike, y: ArrayLike) -> float:
@@ -145,8 +153,8 @@ def faithfulness_text(guide: Mapping[str, Any]) -> str:
     legend = (
         "Spearman correlation of the query's attention with the KL that leaving out each of "
         f"{counted(len(guide['leave_one_out']['kl'][0]), 'transition')} alone causes, mean over "
-        f"{counted(len(guide['samples']), 'decision')}; 1: attention ranks transitions as their "
-        "effect does, 0: it says nothing"
+        f"{counted(len(guide['samples']), 'decision')}, at a reference temperature; 1: attention "
+        "ranks transitions as their effect does, 0: it says nothing"
     )
     return "\n".join(["HOW FAR ATTENTION IS A GUIDE", wrap(text), *aligned(table), wrap(legend)])
 

@@ -7,10 +7,10 @@
 Axes: `B` decisions, `n` transitions before each, `D` draws of what is random (else 1), `A` actions.
 """
 
+import math
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import takewhile
 from typing import Any, Self
 
 import numpy as np
@@ -30,8 +30,8 @@ from historylens.tokens import sum_rows
 N_DRAWS = 20  # of random transitions
 DRAWN = {"random": N_DRAWS, "decay": 5, "importance": 5}  # draws of what is drawn at random
 BAND = (5, 95)  # percentiles of the draws
-UNMOVED = 0.1  # nats: below, one who sees the actions needs some 30 to tell the histories apart
-UNMOVED_EMPTY = 0.5  # nats, without history; untrained models reach 0.1 to 0.4
+ENOUGH, ENOUGH_FLIPS = 0.09, 0.25  # nats at the reference temperature, share of decisions
+ROUNDING = 1e-6  # of the largest: logits that differ by less are equal
 NOTHING = 1e-3  # nats: below, an action is as it was
 LARGEST = 0.6  # of the context: beyond, little is saved
 
@@ -40,7 +40,8 @@ LARGEST = 0.6  # of the context: beyond, little is saved
 class Effect:
     """What one way of compressing did to the actions of `B` decisions, in each of `D` draws.
 
-    KL is KL(full || compressed) of the action distributions, in nats.
+    KL is KL(full || compressed) of the action distributions, in nats. What is measured at the
+    reference temperature (see `sharpness`) does not depend on the policy's own.
     """
 
     n_keep: int  # transitions asked for
@@ -53,35 +54,48 @@ class Effect:
     kl_p95: float  # 95th percentile
     flips_band: list[float] | None  # middle 90 % of the draws: low, high; None of a single draw
     kl_band: list[float] | None
-    draws: np.ndarray  # (D,) float64, mean KL of each
+    changed: float  # share of actions drawn that change, at the reference temperature
+    kl_reference: float  # mean KL there
+    draws: np.ndarray  # (D,) float64, mean KL of each draw there
     random: Self | None = None  # of as many drawn at random; None of these, and of controls
 
     @classmethod
     def of(
-        cls, agent: Agent, full: Tensor, shorter: History, n_keep: int, random: Self | None = None
+        cls,
+        agent: Agent,
+        full: Tensor,
+        shorter: History,
+        n_keep: int,
+        beta: float = 1.0,
+        random: Self | None = None,
     ) -> Self:
-        """What `D * B` compressed histories do, draw after draw, beside logits `(B, A)` on all."""
+        """What `D * B` compressed histories do, draw after draw, beside logits `(B, A)` on all.
+
+        `beta` takes them to the reference temperature.
+        """
         logits, kept, size = act_in_parts(agent, shorter), shorter.counts, len(full)
         full = full.repeat(len(logits) // size, 1)  # (D * B, A)
-        kl = kl_divergence(full, logits).cpu().numpy()
+        kl, reference = (kl_divergence(full, logits, x).cpu().numpy() for x in (1.0, beta))
         flips = (full.argmax(-1) != logits.argmax(-1)).cpu().numpy()
-        by_draw = [values.reshape(-1, size).mean(axis=1) for values in (flips, kl)]
-        bands = [np.percentile(x, BAND).tolist() if len(x) > 1 else None for x in by_draw]
+        changed = float(action_changes(full, logits, beta).mean())
+        by_draw = [x.reshape(-1, size).mean(axis=1) for x in (flips, kl, reference)]
+        bands = [np.percentile(x, BAND).tolist() if len(x) > 1 else None for x in by_draw[:2]]
         counts = float(kept.double().mean()), int(kept.min()), int(kept.max())
         means = float(flips.mean()), float(kl.mean()), float(np.percentile(kl, 95))
-        return cls(n_keep, *counts, size, *means, *bands, by_draw[1], random)
+        moved = changed, float(reference.mean()), by_draw[2]
+        return cls(n_keep, *counts, size, *means, *bands, *moved, random)
 
     @property
     def against_random(self) -> str | None:
-        """Whether the mean KL is "better" or "worse" than that of each random draw, or "alike".
+        """Whether `kl_reference` is "better" or "worse" than each random draw's, or "alike".
 
         Better (worse) than all of 20 draws happens to a random choice once in 21 times.
         """
         if self.random is None:
             return None
-        if self.kl_mean < self.random.draws.min():
+        if self.kl_reference < self.random.draws.min():
             return "better"
-        return "worse" if self.kl_mean > self.random.draws.max() else "alike"
+        return "worse" if self.kl_reference > self.random.draws.max() else "alike"
 
     @property
     def verdict(self) -> str:
@@ -92,9 +106,9 @@ class Effect:
             return f"Better than each of {n_draws} random draws."
         if self.against_random == "worse":
             return f"Worse than each of {n_draws} random draws: here the pattern misleads."
-        if max(self.kl_mean, draws.max()) <= NOTHING:
+        if max(self.kl_reference, draws.max()) <= NOTHING:
             return "A random choice changes nothing either: at this size nothing is lost."
-        n_less = int((draws <= self.kl_mean).sum())
+        n_less = int((draws <= self.kl_reference).sum())
         less = f"{n_less} of {n_draws} random draws moved the action distribution no more."
         if n_less < n_draws / 2:
             return f"Not clearly better than random: {less}"
@@ -121,16 +135,51 @@ def nats(value: float) -> str:
     return f"{value:.3f}" if value < 0.1 else f"{value:.2f}"
 
 
-def kl_divergence(full: Tensor, other: Tensor) -> Tensor:
-    """KL(full || other) of action distributions from logits `(..., A)`: `(...)` float64 nats."""
-    p, q = full.double().log_softmax(-1), other.double().log_softmax(-1)
+def kl_divergence(full: Tensor, other: Tensor, beta: float = 1.0) -> Tensor:
+    """KL(full || other) from `beta` times action logits `(..., A)`: `(...)` float64 nats."""
+    p, q = ((logits.double() * beta).log_softmax(-1) for logits in (full, other))
     return (p.exp() * (p - q)).sum(-1).clamp(min=0)
 
 
+def sharpness(full: Tensor) -> float:
+    """Factor that takes logits `(B, A)` to the reference temperature; 0: all actions are alike.
+
+    There the mean entropy is half of `ln A`: what is measured is the same for logits times any
+    number. Decisions without any preference, up to rounding, have no say.
+    """
+    z = full.double()
+    span = z.amax(-1) - z.amin(-1)
+    z, target = z[span > ROUNDING * z.abs().amax(-1)], 0.5 * math.log(z.shape[-1])
+    if not len(z):
+        return 0.0
+    low, high = -60.0, 60.0  # of the logarithm
+    for _ in range(60):
+        middle = (low + high) / 2
+        entropy = torch.special.entr((z * math.exp(middle)).softmax(-1)).sum(-1).mean()
+        low, high = (middle, high) if entropy > target else (low, middle)
+    return math.exp(low)
+
+
+def action_changes(full: Tensor, other: Tensor, beta: float) -> Tensor:
+    """Share of the actions drawn that have to change, from logits `(..., A)`: `(...)` float64.
+
+    The total variation of the two action distributions at the temperature that `beta` gives.
+    """
+    p, q = ((logits.double() * beta).softmax(-1) for logits in (full, other))
+    return (p - q).abs().sum(-1) / 2
+
+
 def enough(curve: Sequence[Effect]) -> int | None:
-    """Fewest transitions from which on the KL stays within `UNMOVED`; None: more than measured."""
-    unmoved = [*takewhile(lambda effect: effect.kl_mean <= UNMOVED, reversed(curve))]
-    return unmoved[-1].n_keep if unmoved else None
+    """Fewest transitions from which on actions stay as they are; None: more than measured.
+
+    Within `ENOUGH` nats at the reference temperature, with `ENOUGH_FLIPS` at most.
+    """
+    fewest = None
+    for one in reversed(curve):
+        if one.kl_reference > ENOUGH or one.flips > ENOUGH_FLIPS:
+            break
+        fewest = one.n_keep
+    return fewest
 
 
 def budgets(n: int) -> list[int]:
@@ -171,6 +220,7 @@ class Trial:
         self.not_run: dict[str, str] = {}  # control or method -> why it could not be run
         history = agent.history(self.samples).latest(agent.n_max)
         self.n, self.full = history.n, agent.act(history)  # (B, A) action logits
+        self.beta = sharpness(self.full)
         tokens, layers = agent.tokens(history), attend(agent, history)[1]
         # Of the query to transitions: (B, H, n) float64 a layer.
         self.attention = [sum_rows(layer.query_rows, tokens)[..., :-1] for layer in layers]
@@ -189,7 +239,14 @@ class Trial:
         return controls
 
     def _control(self, name: str) -> Effect:
-        """Of the decisions that it can show something of; UserError: there are none."""
+        rows, changed = self.exchanged(name)
+        return Effect.of(self.agent, self.full[rows], changed, changed.n, self.beta)
+
+    def exchanged(self, name: str) -> tuple[Tensor, History]:
+        """The decisions that a control can show something of, and their histories under it.
+
+        UserError: there are none.
+        """
         history = self.history
         rows = torch.arange(history.size, device=history.device)
         if name == "shuffled-rewards":  # says nothing where all rewards are equal
@@ -198,8 +255,7 @@ class Trial:
         elif name == "other-task":
             tasks = rows if history.tasks is None else history.tasks
             expect((tasks != tasks[0]).any(), "all decisions are of one task")
-        changed = METHODS[name].compress(history.rows(rows), 0, self._generator(name))
-        return Effect.of(self.agent, self.full[rows], changed, changed.n)
+        return rows, METHODS[name].compress(history.rows(rows), 0, self._generator(name))
 
     def curves(self, names: Sequence[str], bar: tqdm) -> dict[str, list[Effect]]:
         """What methods, and "random" before them, do at `budgets(n)`, or at their own size.
@@ -212,7 +268,7 @@ class Trial:
             for name, curve in curves.items():
                 history = self._drawn(DRAWN.get(name, 1))
                 shorter = METHODS[name].compress(history, n_keep, self._generator(name, n_keep))
-                curve.append(Effect.of(self.agent, self.full, shorter, n_keep, random))
+                curve.append(Effect.of(self.agent, self.full, shorter, n_keep, self.beta, random))
                 random = curves["random"][-1]
             bar.update()
         for name in filter(has_own_size, names if self.n > 1 else ()):
@@ -229,8 +285,8 @@ class Trial:
         history, generator = self._drawn(N_DRAWS), self._generator(f"random as {name}")
         ranks = uniform(generator, history.rewards.shape, history.device).argsort(1).argsort(1)
         as_many = history.take(keep_where(ranks < shorter.counts.repeat(N_DRAWS)[:, None]))
-        random = Effect.of(self.agent, self.full, as_many, n_keep)
-        return Effect.of(self.agent, self.full, shorter, n_keep, random)
+        random = Effect.of(self.agent, self.full, as_many, n_keep, self.beta)
+        return Effect.of(self.agent, self.full, shorter, n_keep, self.beta, random)
 
     def _generator(self, name: str, n_keep: int = 0) -> np.random.Generator:
         return np.random.default_rng((self.seed, zlib.crc32(name.encode()), n_keep))

@@ -15,10 +15,12 @@ from historylens.common.text import aligned, counted, wrap
 from historylens.compression import METHODS
 from historylens.effects import measure
 from historylens.effects.faithfulness import faithfulness_text
-from historylens.effects.measure import UNMOVED, UNMOVED_EMPTY, Effect, budgets, has_own_size, nats
+from historylens.effects.measure import ENOUGH, ENOUGH_FLIPS, Effect, budgets, has_own_size, nats
 from historylens.insights import Insight
 from historylens.insights.patterns import PATTERNS
 
+UNMOVED, UNMOVED_EMPTY = 0.05, 0.3  # share of actions that change; lack of tokens alone moves some
+AS_CHANCE = 0.9  # of the flips of decisions drawn anew: as many are not nothing, whatever twins do
 WORST = "least-attended"
 PHRASES = {
     "recent": "the latest {}",
@@ -30,6 +32,7 @@ CONTROL_WORDS = {
     "empty": "no history at all",
     "other-task": "another task's history",
     "shuffled-rewards": "shuffled rewards",
+    "twins": "the model with its weights shuffled",
 }
 MARKS = {"better": "+", "alike": " ", "worse": "-", None: " "}
 CHANCE = {"better": "", "alike": ", not clearly better than random", "worse": ", worse than random"}
@@ -46,23 +49,41 @@ class MeasuredEffects:
     patterns: Sequence[str] = ()  # whose advice was measured
     controls: Mapping[str, Effect] = field(default_factory=dict)  # of those that could be run
     not_run: Mapping[str, str] = field(default_factory=dict)  # control, method -> why it was not
+    beta: float = 1.0  # takes logits to the reference temperature
     # Method -> effects at `budgets(n)`, "random" among them; of one that keeps as many as it needs,
     # the one effect of that. Empty where the history is ignored.
     curves: Mapping[str, Sequence[Effect]] = field(default_factory=dict)
     faithfulness: Mapping[str, Any] | None = None  # as `measure_faithfulness` gives it
+    n_actions: int = 2
+    twins: Sequence[float] = ()  # `changed` by the main control in each; empty: none was run
 
     @property
-    def ignores_history(self) -> bool:
-        """Whether the history can be exchanged or left out and the actions stay as they are.
+    def main_control(self) -> str:
+        """Another task's history; where none is at hand, what comes closest."""
+        return next(name for name in ("other-task", *CONTROL_WORDS) if name in self.controls)
 
-        The divergence decides: an untrained model hardly prefers any action, and flips at a breath.
-        Without history it moves further than with another one, for want of tokens; where no other
-        task's history is at hand, the empty one has to stay as close.
+    @property
+    def unmoved(self) -> bool:
+        """Whether the history can be exchanged or left out and hardly any action changes.
+
+        Without history more do, for want of tokens, where those of another task change none.
         """
         limits = {"empty": UNMOVED_EMPTY if "other-task" in self.controls else UNMOVED}
         return bool(self.controls) and all(
-            one.kl_mean <= limits.get(name, UNMOVED) for name, one in self.controls.items()
+            max(one.changed, one.flips) <= limits.get(name, UNMOVED)
+            for name, one in self.controls.items()
         )
+
+    @property
+    def ignores_history(self) -> bool:
+        """Whether hardly any action changes, or no more than in a twin with shuffled weights.
+
+        Flips as frequent as among decisions drawn anew are no neglect, whatever twins do.
+        """
+        if not self.twins:
+            return self.unmoved
+        one, chance = self.controls[self.main_control], 1 - 1 / self.n_actions
+        return one.changed <= max(self.twins) and one.flips < AS_CHANCE * chance
 
     @property
     def strategies(self) -> dict[str, dict[str, Any]]:
@@ -95,17 +116,28 @@ class MeasuredEffects:
                 "n_random_draws": measure.N_DRAWS,
                 "band_percentiles": list(measure.BAND),
                 "seed": self.seed,
-                "unmoved_nats": UNMOVED,
-                "unmoved_empty_nats": UNMOVED_EMPTY,
+                "beta": self.beta,
+                "enough_nats": ENOUGH,
+                "enough_flips": ENOUGH_FLIPS,
+                "unmoved": UNMOVED,
+                "unmoved_empty": UNMOVED_EMPTY,
             },
             "definitions": {
                 "flips": "share of decisions whose most likely action changes",
                 "kl": "KL(full || compressed) of the action distributions, nats",
                 "band": "percentiles of the draws, each a mean over decisions",
-                "against_random": "mean KL below (better) or above (worse) that of every draw",
-                "enough": "fewest transitions from which on the mean KL stays within unmoved_nats",
+                "beta": "factor of the logits at which their mean entropy is half of ln A: the "
+                "reference temperature",
+                "kl_reference": "KL with all logits times beta, nats",
+                "changed": "share of actions drawn with logits times beta that change (total "
+                "variation)",
+                "twins": "changed by other-task, else by empty, in models with permuted weights",
+                "against_random": "kl_reference below (better) or above (worse) that of every draw",
+                "enough": "fewest transitions from which on kl_reference stays within enough_nats "
+                "and flips within enough_flips",
             },
             "ignores_history": self.ignores_history,
+            "twins": list(self.twins),
             "controls": {name: one.json() for name, one in self.controls.items()},
             "not_run": self.not_run,
             "strategies": self.strategies,
@@ -144,7 +176,7 @@ class MeasuredEffects:
             if other != name and one is not None:
                 kept = "" if one.n_keep == n_keep else f", keeping {one.kept},"
                 about = f"KL {nats(one.kl_mean)}{CHANCE[one.against_random]}"
-                others.append((one.kl_mean, f"{other}{kept} {one.flips:.0%} ({about})"))
+                others.append((one.kl_reference, f"{other}{kept} {one.flips:.0%} ({about})"))
         text = f"{self._beside_random(name, effect)}. {effect.verdict}"
         if others:
             listed = "; ".join(text for _, text in sorted(others))
@@ -184,6 +216,20 @@ class MeasuredEffects:
         return f"No compression can be judged: over {decisions} the model ignores its history"
 
     @property
+    def _proof(self) -> str:
+        """What each control does, and what the verdict rests on."""
+        text = "; ".join(f"{CONTROL_WORDS[name]} {one}" for name, one in self.controls.items())
+        words, changed = CONTROL_WORDS[self.main_control], self.controls[self.main_control].changed
+        text += f". Of actions drawn at a reference temperature {words} changes {changed:.0%}"
+        if self.unmoved:
+            return f"{text}: {UNMOVED:.0%} count as nothing, {UNMOVED_EMPTY:.0%} without history."
+        if self.twins:
+            low, high = min(self.twins), max(self.twins)
+            text += f", and {low:.0%} to {high:.0%} in {len(self.twins)} models with these weights "
+            text += "shuffled" + (": untrained ones move as much" if changed <= high else "")
+        return f"{text}."
+
+    @property
     def text(self) -> str:
         """Its tables on the console, empty where it was not asked for."""
         title = "EFFECT OF DROPPING HISTORY"
@@ -191,20 +237,12 @@ class MeasuredEffects:
             return "" if self.reason is None else wrap(f"{title}: {self.reason}")
         about = f"{counted(len(self.samples), 'decision')}, {counted(self.n, 'transition')} each"
         lines = [f"{title} ({about})"]
-        controls = {CONTROL_WORDS[name]: one for name, one in self.controls.items()}
         if self.ignores_history:
-            proof = "; ".join(
-                f"{words} KL {nats(one.kl_mean)} nats and {one.flips:.0%} flips"
-                for words, one in controls.items()
-            )
-            limits = f"KL {UNMOVED} nats, and {UNMOVED_EMPTY} with no history"
-            text = f"{self._ignored}: {proof} (the actions count as unmoved up to {limits})."
-            lines.append(wrap(text))
+            lines.append(wrap(f"{self._ignored}: {self._proof}"))
         else:
             lines += self._tables()
-            if controls:
-                text = "; ".join(f"{words} {one}" for words, one in controls.items())
-                lines.append(wrap(f"For comparison: {text}."))
+            if self.controls:
+                lines.append(wrap(f"For comparison: {self._proof}"))
         for name, reason in self.not_run.items():
             text = f"{CONTROL_WORDS.get(name, name)}: could not be run, {reason}."
             lines.append(wrap(text, "", "  "))
@@ -224,14 +262,15 @@ class MeasuredEffects:
             elif sizes:
                 cells = [f"{one.flips:.0%}{MARKS[one.against_random]}" for one in curve]
                 row = (name, *cells, str(measure.enough(curve) or f"> {sizes[-1]}"))
-                rows.append((np.mean([one.kl_mean for one in curve]), row))
+                rows.append((np.mean([one.kl_reference for one in curve]), row))
         if not sizes:
             return own_sizes
         rows = [row for _, row in sorted(rows, key=itemgetter(0))]
         legend = (
             "decisions whose most likely action changes; + (-): the action distribution moves "
             f"less (more), in KL, than with each of {measure.N_DRAWS} random draws; enough: fewest "
-            f"transitions from which on the KL stays within {UNMOVED} nats"
+            f"transitions from which on the KL stays within {ENOUGH} nats, and the changes within "
+            f"{ENOUGH_FLIPS:.0%}; both KL are at a reference temperature"
         )
         table = aligned([("kept", *map(str, sizes), "enough"), *rows], left=[0])
         return [*table, wrap(legend), *own_sizes]

@@ -8,7 +8,7 @@
 A run leaves no picture of an earlier run among its own, and touches no other file.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -62,34 +62,31 @@ def _pages(n_heads: int) -> list[slice]:
     return [slice(first, first + size) for first in range(0, n_heads, size)]
 
 
-def draw_batch(out: Path, batch: Any, painter: Painter, dpi: int) -> dict[int, dict[int, Any]]:
-    """A heatmap and a line plot for each layer and each sample of an `analysis.Batch` with a map.
-
-    Gives the numbers in the pictures: layer -> sample -> `SampleAttention.numbers()`.
-    """
-    numbers: dict[int, dict[int, Any]] = {}
+def samples(batch: Any) -> Iterator[tuple[int, int, SampleAttention]]:
+    """Layer, number and attention of each sample of an `analysis.Batch` that comes with a map."""
     for layer, attention in batch.attention.items():
-        folder = out / f"layer_{layer}"
-        folder.mkdir(exist_ok=True)
-        heads, style = batch.heads[layer], {"layer": layer, "dpi": dpi}
-        pages, numbers[layer] = _pages(len(heads)), {}
         for m, i in enumerate(batch.drawn):
             # states stay here: they may be images
             decision = replace(batch.decisions[m], states=None, next_states=None, query_state=None)
-            tokens, uniform_row = batch.tokens[i], batch.uniform_rows[i]
-            sample = SampleAttention.of(decision, tokens, attention, i, m, uniform_row)
-            numbers[layer][batch.indices[i]] = sample.numbers()
-            stem, scale = f"sample{batch.indices[i]}_layer{layer}", color_range(sample)
-            for page, chosen in enumerate(pages, start=1):
-                end = f"_page{page}" if page > 1 else ""
-                more = f" of {len(heads)} · page {page} of {len(pages)}" if len(pages) > 1 else ""
-                path = folder / f"attention_heatmap_{stem}{end}.png"
-                part = replace(sample, maps=sample.maps[chosen])
-                own = {"heads": heads[chosen], "scale": scale, "more": more}
-                painter.draw(heatmap, path, part, **own, **style)
-            path = folder / f"attention_lines_{stem}.png"
-            painter.draw(line_plot, path, replace(sample, maps=None), heads=heads, **style)
-    return numbers
+            own = attention, i, m, batch.uniform_rows[i]
+            yield layer, batch.indices[i], SampleAttention.of(decision, batch.tokens[i], *own)
+
+
+def draw_batch(out: Path, batch: Any, painter: Painter, dpi: int) -> None:
+    """A heatmap and a line plot for each layer and each of the `samples` of a batch."""
+    for layer, index, sample in samples(batch):
+        heads, style = batch.heads[layer], {"layer": layer, "dpi": dpi}
+        pages, scale = _pages(len(heads)), color_range(sample)
+        stem = f"sample{index}_layer{layer}"
+        for page, chosen in enumerate(pages, start=1):
+            end = f"_page{page}" if page > 1 else ""
+            more = f" of {len(heads)} · page {page} of {len(pages)}" if len(pages) > 1 else ""
+            path = out / f"layer_{layer}" / f"attention_heatmap_{stem}{end}.png"
+            part = replace(sample, maps=sample.maps[chosen])
+            own = {"heads": heads[chosen], "scale": scale, "more": more}
+            painter.draw(heatmap, path, part, **own, **style)
+        path = path.with_name(f"attention_lines_{stem}.png")
+        painter.draw(line_plot, path, replace(sample, maps=None), heads=heads, **style)
 
 
 def draw_summaries(out: Path, metrics: Metrics, painter: Painter, dpi: int) -> None:
@@ -98,7 +95,6 @@ def draw_summaries(out: Path, metrics: Metrics, painter: Painter, dpi: int) -> N
     uniform = metrics.uniform_mean()
     for i, layer in enumerate(metrics.layers):
         path = out / f"layer_{layer}" / f"attention_summary_layer{layer}.png"
-        path.parent.mkdir(exist_ok=True)
         own = {name: rows[i] for name, rows in values.items()}
         painter.draw(summary, path, own, uniform, layer=layer, dpi=dpi)
     path = out / "attention_layers.png"

@@ -73,7 +73,8 @@ def deletion_curves(
     about = (
         f"Decisions made again on part of their {n_context:,} transitions, against all of them. "
     )
-    about += "Lower is better; below the grey band: better than chance"
+    about += "Lower is better"
+    about += "; below the grey band: better than chance" if drawn[0].name == "random" else ""
     page.heading(LEFT, f"Effect of dropping history · {decisions}", about)
     for left, title, unit, quantity in PLOTS:
         page.text(left, TOP - 24, title, 11, weight="bold")
@@ -109,14 +110,15 @@ def in_order(strategies: Mapping[str, Mapping[str, Any]], worst: str) -> list[St
 def _draw_curves(
     axes: Axes, strategies: Sequence[Strategy], quantity: tuple, empty: Any, n_context: int
 ) -> None:
-    """One quantity: the band of random draws, then a line or a point a strategy, random first."""
+    """One quantity: the band of random draws, then a line or a point a strategy."""
     value, band, scale = quantity
     if empty is not None:
         axes.axhline(scale * empty[value], color=INK, lw=1.2, ls=":", zorder=2)
     chance = strategies[0].sizes
     kept = [*(size["n_keep"] for size in chance), n_context]
-    low, high = scale * np.array([*(size[band] for size in chance), (0.0, 0.0)]).T
-    axes.fill_between(kept, low, high, color=BAND, lw=0, zorder=1)
+    if strategies[0].name == "random":
+        low, high = scale * np.array([*(size[band] for size in chance), (0.0, 0.0)]).T
+        axes.fill_between(kept, low, high, color=BAND, lw=0, zorder=1)
     for strategy in strategies:
         x = [size["kept_mean"] for size in strategy.sizes]
         y = [scale * size[value] for size in strategy.sizes]

@@ -17,7 +17,7 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike
 
 from historylens.pictures.order import MAX_STARTS, SampleAttention, history_strip, subtitle
-from historylens.pictures.page import SOFT, UNIFORM, Page
+from historylens.pictures.page import MARGIN, SOFT, UNIFORM, Page, in_lines
 from historylens.tokens import NONE
 
 SHADES = matplotlib.colormaps["viridis"](np.arange(256), bytes=True)[:, :3]  # bright = strong
@@ -27,6 +27,7 @@ SMALL_SIDE = 200
 MIN_WIDTH = 740
 LEFT, RIGHT, HEADER, FOOTER = 88, 146, 92, 132
 HISTORY, QUERY, GAP, PANEL_GAP = 9, 24, 5, 30
+LINE_ALPHA = 0.65  # of the white line where an episode begins
 BAR_TOP, BAR, BAR_WIDTH = HEADER + 14, 300, 15
 Ints = tuple[int, ...]
 Words = tuple[tuple[tuple[int, int], ...], str, tuple[str, ...]]  # ticks, their unit, legend
@@ -52,7 +53,9 @@ def heatmap(
     sheet = Sheet(*shape, dpi, words(sample, has_lines))
     page, zoom = sheet.page, sheet.zoom
     page.restore()
-    history = history_strip(starts, rewarded, sheet.starts)[None].repeat(zoom, axis=1)
+    history = history_strip(starts, rewarded, sheet.starts)
+    history[sheet.starts > np.flatnonzero(sample.shown.transition != NONE)[-1]] = 255
+    history = history[None].repeat(zoom, axis=1)
     history = history.repeat(round(HISTORY * page.scale), axis=0)
     episodes = []  # white lines where one begins: down its column and along its row
     for (left, top), weights in zip(sheet.corners, sample.maps, strict=True):
@@ -64,7 +67,9 @@ def heatmap(
         for x, y in zip(sheet.x(starts) + left, sheet.y(starts) + top, strict=True):
             episodes += [[(x, y), (x, top + sheet.depth)], [(left, y), (x, y)]]
     if has_lines:
-        page.lines(episodes, colors="white", linewidths=0.5, alpha=0.45)
+        # Thinner than a token, half of it on either side: what a line crosses can still be read.
+        width = min(0.5, 0.25 * zoom / page.scale * 0.72)  # points
+        page.lines(episodes, colors="white", linewidths=width, alpha=LINE_ALPHA, snap=False)
     sheet.label_bar(*scale, len(sample.shown))
     counted = "1 head" if len(heads) == 1 else f"{len(heads)} heads"
     title = f"Attention heatmap · layer {layer} · {counted}{more}"
@@ -124,10 +129,24 @@ def words(sample: SampleAttention, has_lines: bool) -> Words:
         unit, order = "number of its transition", "Transition 0 is the oldest."
         if transition[0] == NONE:
             order = f"Those of no transition stand first. {order}"
+        if np.flatnonzero(transition[:-1] != NONE).max(initial=-1) < len(transition) - 2:
+            order = f"Those of the current step stand before the query. {order}"
         if len(tokens.parts) > 1:
             order = f"Tokens of a transition: {', '.join(tokens.parts)}. {order}"
         query = f"the token {answers}, shown last whatever its place in the model"
     return tuple(ticks), unit, (order, episodes, f"{query}; its row is enlarged.")
+
+
+def entries(width: int, order: str, episodes: str, query: str) -> tuple[str, ...]:
+    """The legend, for pixels that are the mean of up to `width` columns."""
+    pixel = "how strongly the token of its row attends to the token of its column"
+    pixel += f" (mean of up to {width} neighbours)" if width > 1 else ""
+    return (
+        f"A pixel: {pixel}. {order}",
+        f"Blank: not visible to the token of the row. {episodes}",
+        "Red in the history: rewarded transitions.",
+        f"Query: {query}",
+    )
 
 
 @lru_cache(maxsize=2)
@@ -152,14 +171,17 @@ class Sheet:
         bottom = max(HEADER + (places[-1][0] + 1) * down, BAR_TOP + BAR)
         self._bar_left = LEFT + across * right - 4
         width = max(self._bar_left - PANEL_GAP + RIGHT, MIN_WIDTH)
-        self.page = Page(width, bottom + FOOTER, dpi)
+        columns = int(np.diff(cols).max(initial=1)) * self.pooled
+        room = width - LEFT - MARGIN
+        lines = [line for entry in entries(columns, *legend) for line in in_lines(entry, room, 8.5)]
+        self.page = Page(width, bottom + FOOTER + 17 * max(0, len(lines) - 4), dpi)
         for i, (left, top) in enumerate(self.corners):
             self.page.text(left, top - 9, f"head {heads[i]}", 10, weight="bold")
             if i % across == 0:
                 self._label_rows(left, top, ticks, f"token that attends ({unit})")
             if i + across >= len(heads):
                 self._label_columns(left, self.strips(top)[1] + QUERY, ticks)
-        self._explain(bottom + 30, int(np.diff(cols).max(initial=1)) * self.pooled, *legend)
+        self._explain(bottom + 30, lines)
         self.page.keep()
 
     def strips(self, top: float) -> tuple[float, float]:
@@ -211,19 +233,11 @@ class Sheet:
             self.page.tick(x, bottom, f"{number}", 0.7, "below")
         self.page.text(left + self.side / 2, bottom + 28, "token attended to", 9, ha="center")
 
-    def _explain(self, top: float, width: int, order: str, episodes: str, query: str) -> None:
+    def _explain(self, top: float, legend: Sequence[str]) -> None:
         """The colour bar without its numbers, and the legend from `top` on."""
         self.page.text(self._bar_left, BAR_TOP - 20, "attention weight", 9)
         shades = SHADES[np.linspace(255, 0, round(BAR * self.page.scale)).astype(int)]
         shades = shades[:, None].repeat(round(BAR_WIDTH * self.page.scale), axis=1)
         self.page.paste(self._bar_left, BAR_TOP, shades)
-        pixel = "how strongly the token of its row attends to the token of its column"
-        pixel += f" (mean of up to {width} neighbours)" if width > 1 else ""
-        entries = (
-            f"A pixel: {pixel}. {order}",
-            f"Blank: not visible to the token of the row. {episodes}",
-            "Red in the history: rewarded transitions.",
-            f"Query: {query}",
-        )
-        for i, entry in enumerate(entries):
-            self.page.text(LEFT, top + 17 * i, entry, 8.5, color=SOFT)
+        for i, line in enumerate(legend):
+            self.page.text(LEFT, top + 17 * i, line, 8.5, color=SOFT)

@@ -18,6 +18,7 @@ from historylens.pictures.page import INK, SOFT, UNIFORM, UNIFORM_LINE, Page
 
 BLUE = "#3b7ea1"
 MAX_MARKED_SAMPLES = 200  # beyond, samples are not marked one by one
+ROUNDING = 1e-6  # of a number that was computed from float32 weights, relative to its size
 LOG_SPAN = 100.0  # an axis is logarithmic where the values of a ratio span more
 METRICS = {  # name -> place, title, meaning, unit
     "mean_context_attention": ((90, 136), "Mean context attention",
@@ -31,6 +32,11 @@ METRICS = {  # name -> place, title, meaning, unit
 }  # fmt: skip
 Values = Mapping[str, Any]  # by the names of METRICS
 Plots = dict[str, tuple[Axes, str, bool]]  # axes, their unit, whether they are to be logarithmic
+
+
+def is_one(values: np.ndarray, even: float = 0.0) -> bool:
+    """Whether values differ by rounding only, beside their size or that of their uniform value."""
+    return bool(np.ptp(values) <= ROUNDING * max(abs(even), np.abs(values).max()))
 
 
 def summary(path: str | Path, values: Values, uniform: Values, *, layer: int, dpi: int) -> None:
@@ -49,9 +55,9 @@ def summary(path: str | Path, values: Values, uniform: Values, *, layer: int, dp
         if log:
             drawn = np.maximum(drawn, drawn[drawn > 0].min())
             numbers += f", median {_short(median)}"
-        if not np.ptp(drawn):  # one bar of a width that suits the distance to uniform attention
-            half = 0.02 * (abs(drawn[0] - even) or 1.0)
-            bins = [drawn[0] - half, drawn[0] + half]
+        if is_one(drawn, even):  # one bar of a width that suits the distance to uniform attention
+            half = 0.02 * (1.0 if is_one(np.append(drawn, even)) else abs(mean - even))
+            drawn, bins = np.full(n_samples, mean), [mean - half, mean + half]
         style = {"log_scale": log, "color": BLUE, "edgecolor": "white"}
         seaborn.histplot(x=drawn, bins=bins, ax=axes, **style)
         if few:
@@ -92,7 +98,7 @@ def course(
             axes.minorticks_off()
         else:
             low, high = min(drawn.min(), even), max(drawn.max(), even)
-            margin = 0.06 * (high - low) or 0.5
+            margin = 0.5 if is_one(np.append(drawn, even)) else 0.06 * (high - low)
             axes.set_ylim(low - margin, high + margin)
         axes.set_xlim(-0.4, len(layers) - 0.6)
         axes.set_xticks(shown, [str(layers[i]) for i in shown])

@@ -12,6 +12,7 @@ common. The same content gives the same bytes: the file holds no date and no ver
 import struct
 import zlib
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
 from matplotlib.text import Text
 from matplotlib.transforms import Affine2D
 
@@ -29,6 +31,7 @@ from historylens.common.files import write_atomically
 INK, SOFT, FAINT = "#222222", "#444444", "#8a8a8a"
 REWARD, UNIFORM = "#e4572e", "#c4007a"
 HEAD_COLOURS = ("#0173b2", "#de8f05", "#029e73", "#cc78bc", "#ca9161", "#56b4e9")
+MARGIN = 14  # between text and the right edge, page units
 UNIFORM_LINE = {"colors": UNIFORM, "linewidths": 1.6, "linestyles": "--"}
 
 
@@ -61,9 +64,17 @@ class Page:
         self.pixels[row : row + n_rows, column : column + n_columns] = colours
 
     def heading(self, left: float, title: str, subtitle: str) -> None:
-        """Write the two lines at the top."""
-        self.text(left, 22, title, 14, weight="bold")
-        self.text(left, 46, subtitle, 10.5)
+        """Write the title and the subtitle at the top, made to fit: two lines for the latter."""
+        room = float(self._size[0]) - left - MARGIN
+        size = 14 * min(1.0, room / text_width(title, 14, "bold"))
+        self.text(left, 22, title, size, weight="bold")
+        for size in (10.5, 9, 7.5):
+            if len(lines := in_lines(subtitle, room, size)) <= 2:
+                break
+        else:
+            lines[1] = f"{lines[1][:-1]}…"
+        for i, line in enumerate(lines[:2]):
+            self.text(left, 46 + 16 * i, line, size)
 
     def tick(self, place: float, edge: float, label: str, width: float, side: str) -> None:
         """Name a place on the lower ("below") or left ("left") edge of a plot."""
@@ -104,6 +115,34 @@ class Page:
     def _draw(self, artist: Artist) -> None:
         artist.set_figure(self.figure)
         artist.draw(self._renderer)
+
+
+@lru_cache(maxsize=1)
+def _ruler() -> Any:
+    return FigureCanvasAgg(Figure(figsize=(0.1, 0.1), dpi=100)).get_renderer()
+
+
+def text_width(text: str, size: float, weight: str = "normal") -> float:
+    """Width of a text in page units, a little more than it takes at any resolution."""
+    font = FontProperties(size=size, weight=weight)
+    return 1.03 * _ruler().get_text_width_height_descent(text, font, False)[0]
+
+
+def in_lines(text: str, width: float, size: float, weight: str = "normal") -> list[str]:
+    """A text in lines of at most `width` page units; a word that is wider is cut."""
+    lines, line, words = [], "", text.split(" ")
+    while words:
+        longer = f"{line} {words[0]}" if line else words[0]
+        if text_width(longer, size, weight) <= width or len(longer) == 1:
+            line, words = longer, words[1:]
+        elif line:
+            lines, line = [*lines, line], ""
+        else:
+            cut = len(longer) - 1
+            while cut > 1 and text_width(longer[:cut], size, weight) > width:
+                cut -= 1
+            words[:1] = longer[:cut], longer[cut:]
+    return [*lines, line]
 
 
 def png(pixels: np.ndarray, dpi: float) -> bytes:

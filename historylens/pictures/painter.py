@@ -1,8 +1,8 @@
 """Draw pictures on all cores: several processes that only draw, fed while the model runs.
 
-    with Painter(n_processes=2) as painter:
+    with Painter(2, "all numbers are in metrics.json") as painter:
         painter.draw(line_plot, path, sample, layer=2, heads=range(4), dpi=100)
-    # every picture is on the disk here
+    # every picture is on the disk here, or a note on stderr says why it is not
 
 Pictures are the same bytes however many processes draw them. Processes are forked: they start at
 once and share what is imported. Where that cannot be, everything is drawn here.
@@ -11,19 +11,22 @@ once and share what is imported. Where that cannot be, everything is drawn here.
 import multiprocessing
 import os
 import signal
+import sys
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from functools import partial
+from pathlib import Path
 from typing import Any, Self
 
-from historylens.common.errors import UserError
+from tqdm import tqdm
 
 MAX_PROCESSES = 8
 MIN_PICTURES = 8  # for fewer, starting processes takes longer than it saves
 IN_FLIGHT = 3  # pictures waiting for each process: their numbers lie in memory
 KILLED = (
-    "a process that draws pictures was killed, probably for lack of memory: draw fewer samples "
+    "the process that drew it was killed, probably for lack of memory: draw fewer samples "
     "(--num-figures) or analyse fewer layers at once (--layers)"
 )
 
@@ -38,33 +41,54 @@ def drawing_processes(n_pictures: int) -> int:
 
 
 class Painter:
-    """Draws in order of arrival, with 1 process at once and here; `drawn` is called after each."""
+    """Draws in order of arrival, with 1 process at once and here; `drawn` is called after each.
 
-    def __init__(self, n_processes: int, drawn: Callable[[], object] = lambda: None) -> None:
-        self._drawn, self._room = drawn, IN_FLIGHT * n_processes
-        self._waiting: deque[Future] = deque()
-        self._pool = None
-        if n_processes > 1:
-            fork = multiprocessing.get_context("fork")
-            ignore_ctrl_c = signal.signal, (signal.SIGINT, signal.SIG_IGN)  # it is for this process
-            self._pool = ProcessPoolExecutor(n_processes, fork, *ignore_ctrl_c)
+    A picture that cannot be drawn costs no other: it is a note that ends in `kept`, what there is
+    all the same. `n_drawn` counts the others.
+    """
 
-    def draw(self, function: Callable[..., object], *args: Any, **kwargs: Any) -> None:
-        """Draw `function(*args, **kwargs)`, of a module; UserError where a process was killed."""
+    def __init__(
+        self, n_processes: int, kept: str = "", drawn: Callable[[], object] = lambda: None
+    ) -> None:
+        self.n_drawn, self._kept, self._drawn = 0, kept, drawn
+        self._n_processes = n_processes
+        self._waiting: deque[tuple[Path, Callable[[], object], Future]] = deque()
+        self._pool = _pool(n_processes) if n_processes > 1 else None
+
+    def draw(self, function: Callable[..., object], path: Path, *args: Any, **kwargs: Any) -> None:
+        """Draw `function(path, *args, **kwargs)`, of a module; the folder of `path` is made."""
+        task = partial(_draw, function, path, *args, **kwargs)
         if self._pool is None:
-            function(*args, **kwargs)
-            self._drawn()
+            self._finish(path, task)
             return
+        self._collect(IN_FLIGHT * self._n_processes)
         try:
-            self._collect(self._room)
-            self._waiting.append(self._pool.submit(function, *args, **kwargs))
-        except BrokenProcessPool as error:
-            raise UserError(KILLED) from error
+            future = self._pool.submit(task)
+        except BrokenProcessPool:
+            self._collect(0)  # what waits was lost with the processes
+            self._pool = _pool(self._n_processes)
+            future = self._pool.submit(task)
+        self._waiting.append((path, task, future))
 
     def _collect(self, at_most: int) -> None:
         while len(self._waiting) > at_most:
-            self._waiting.popleft().result()
-            self._drawn()
+            path, task, future = self._waiting.popleft()
+            if isinstance(future.exception(), BrokenProcessPool):
+                with _pool(1) as alone:  # perhaps another picture was to blame
+                    future = alone.submit(task)
+            self._finish(path, future.result)
+
+    def _finish(self, path: Path, result: Callable[[], object]) -> None:
+        """Count a picture, or say why there is none."""
+        try:
+            result()
+            self.n_drawn += 1
+        except Exception as error:  # whatever it is, the other pictures are drawn
+            said = f"{type(error).__name__}: {error}"
+            reason = KILLED if isinstance(error, BrokenProcessPool) else said.partition("\n")[0]
+            end = f"; {self._kept}" if self._kept else ""
+            tqdm.write(f"note: {path} could not be drawn ({reason}){end}", file=sys.stderr)
+        self._drawn()
 
     def __enter__(self) -> Self:
         return self
@@ -74,8 +98,18 @@ class Painter:
         try:
             if kind is None:
                 self._collect(0)
-        except BrokenProcessPool as error:
-            raise UserError(KILLED) from error
         finally:
             if self._pool is not None:
                 self._pool.shutdown(cancel_futures=True)
+
+
+def _pool(n_processes: int) -> ProcessPoolExecutor:
+    fork = multiprocessing.get_context("fork")
+    ignore_ctrl_c = signal.signal, (signal.SIGINT, signal.SIG_IGN)  # it is for this process
+    return ProcessPoolExecutor(n_processes, fork, *ignore_ctrl_c)
+
+
+def _draw(function: Callable[..., object], path: Path, *args: Any, **kwargs: Any) -> None:
+    path.unlink(missing_ok=True)  # a picture that fails leaves none of an earlier run
+    path.parent.mkdir(exist_ok=True)
+    function(path, *args, **kwargs)

@@ -20,7 +20,7 @@ from matplotlib.ticker import MaxNLocator, NullLocator
 
 from historylens.common.files import write_atomically
 from historylens.common.text import fixed
-from historylens.pictures.page import FAINT, HEAD_COLOURS, INK, SOFT, UNIFORM
+from historylens.pictures.page import FAINT, HEAD_COLOURS, INK, SOFT, UNIFORM, in_lines
 
 N_COLOURED = 4  # strategies with a colour of their own, beside recent and random
 GREY, FULL_COLOUR, EMPTY_COLOUR = "#c4c4c4", "#0b6e4f", "#8a8a8a"
@@ -42,7 +42,8 @@ class Picture:
 def draw_by_budget(path: str | Path, study: Any, picture: Picture) -> None:
     """Return over the second half of the episodes, against transitions kept; a line a strategy."""
     figure = _figure(11.5, 7.2, "What compressed history earns", picture, study)
-    axes = figure.add_axes((0.065, 0.115, 0.655, 0.735))
+    share = 7.2 / figure.get_figheight()
+    axes = figure.add_axes((0.065, 0.115 * share, 0.655, 0.735 * share))
     lines, colours = _strategies(study)
     _draw_levels(axes, study, picture)
     if study.recommended is not None:
@@ -62,7 +63,7 @@ def draw_by_budget(path: str | Path, study: Any, picture: Picture) -> None:
     axes.set_xlabel("transitions kept (of each decision's history)", fontsize=10.5)
     axes.set_ylabel("reward an episode, second half of the episodes", fontsize=10.5)
     _label_lines(axes, lines, colours)
-    _explain_markers(figure, study)
+    _explain_markers(figure, study, share, bool(chance))
     _save(figure, path)
 
 
@@ -73,10 +74,10 @@ def draw_by_episode(path: str | Path, study: Any, picture: Picture) -> None:
     n_columns = min(4, max(1, len(budgets)))
     n_rows = -(-max(1, len(budgets)) // n_columns)
     width, height = max(9.0, 0.8 + 3.6 * n_columns), 1.15 + PANEL * n_rows
-    figure = _figure(width, height, "How fast it adapts", picture, study)
     loss = "the reward an episode lost against full history over all episodes"
     note = f"In brackets: adaptation loss, {loss} (the area between the lines)"
-    figure.text(0.6 / width, 1 - 1.08 / height, note, size=10, color=INK, va="center")
+    figure = _figure(width, height, "How fast it adapts", picture, study, note)
+    height = figure.get_figheight()
     shared, step = None, (width - 0.7) / n_columns
     for i, budget in enumerate(budgets):
         row, column = divmod(i, n_columns)
@@ -93,12 +94,24 @@ def draw_by_episode(path: str | Path, study: Any, picture: Picture) -> None:
     _save(figure, path)
 
 
-def _figure(width: float, height: float, what: str, picture: Picture, study: Any) -> Figure:
-    figure = Figure(figsize=(width, height), dpi=100)  # inches
-    left, style, title = 0.6 / width, {"size": 10, "va": "center"}, f"{what} · {picture.title}"
-    figure.text(left, 1 - 0.3 / height, title, color=INK, weight="bold", **style | {"size": 14})
-    figure.text(left, 1 - 0.58 / height, picture.subtitle, color=INK, **style)
-    figure.text(left, 1 - 0.83 / height, finding(study), color=FULL_COLOUR, **style)
+def _figure(
+    width: float, height: float, what: str, picture: Picture, study: Any, *notes: str
+) -> Figure:
+    """A figure in inches, higher by what its heading takes beyond a line a text."""
+    small = {"size": 10, "weight": "normal"}
+    texts = [(f"{what} · {picture.title}", {"color": INK, "size": 14, "weight": "bold"})]
+    texts += [(picture.subtitle, {"color": INK, **small})]
+    texts += [(finding(study), {"color": FULL_COLOUR, **small})]
+    texts += [(note, {"color": INK, **small}) for note in notes]
+    lines, y = [], 0.3
+    for text, style in texts:
+        for line in in_lines(text, 100 * width - 80, style["size"], style["weight"]):
+            lines.append((y, line, style))
+            y += 0.28 if style["size"] > 10 else 0.25
+    height += 0.25 * (len(lines) - len(texts))
+    figure = Figure(figsize=(width, height), dpi=100)
+    for y, line, style in lines:
+        figure.text(0.6 / width, 1 - y / height, line, va="center", **style)
     return figure
 
 
@@ -221,21 +234,25 @@ def spread(places: Sequence[float], gap: float) -> list[float]:
     return [min(max(origin, 0.0), highest) + i * gap for i, origin in enumerate(origins)]
 
 
-def _explain_markers(figure: Figure, study: Any) -> None:
-    texts = (
+def _explain_markers(figure: Figure, study: Any, share: float, has_chance: bool) -> None:
+    """The legend of what is there, in boxes of `share` of the usual height."""
+    has_intervals = not study.full.mean.is_open
+    texts = [
         f"shown to lose less than {study.margin_share:.0%}",
         "of full history (safe or better)",
         "not shown: worse or inconclusive",
-        "95 % interval over seeds",
-        "95 % interval of random choice",
-    )
-    axes = figure.add_axes((0.735, 0.025, 0.26, 0.145))
-    axes.set(xlim=(0, 1), ylim=(len(texts), -1))
+    ]
+    texts += ["95 % interval over seeds"] if has_intervals else []
+    texts += ["95 % interval of random choice"] if has_chance else []
+    axes = figure.add_axes((0.735, 0.025 * share, 0.26, 0.145 * share))
+    axes.set(xlim=(0, 1), ylim=(5, -1))
     axes.axis("off")
     axes.plot(0.05, 0, "o", ms=6.5, mec=SOFT, mfc=SOFT, mew=1.4)
     axes.plot(0.05, 2, "o", ms=6.5, mec=SOFT, mfc="white", mew=1.4)
-    axes.plot([0.05, 0.05], [2.6, 3.4], color=SOFT, lw=1.2)
-    axes.fill_between([0.02, 0.08], 3.65, 4.35, color=UNIFORM, alpha=0.25, lw=0)
+    if has_intervals:
+        axes.plot([0.05, 0.05], [2.6, 3.4], color=SOFT, lw=1.2)
+    if has_chance:  # then there are intervals
+        axes.fill_between([0.02, 0.08], 3.65, 4.35, color=UNIFORM, alpha=0.25, lw=0)
     for i, text in enumerate(texts):
         axes.text(0.12, i, text, size=8.5, color=SOFT, va="center")
 
@@ -264,14 +281,25 @@ def _draw_panel(
     if best is not None:
         axes.axhline(best, color=FAINT, lw=1, ls=":")
         _name_level(axes, best, "best possible", SOFT, "right")
+    if n_episodes == 1:  # a line needs two ends
+        for line in axes.lines:
+            line.set_marker("o")
     axes.set_title(f"{budget} transitions kept", fontsize=10.5, loc="left", color=INK)
-    ticks = MaxNLocator(5, integer=True, steps=[1, 2, 4, 5, 10]).tick_values(1, n_episodes)
-    axes.set_xticks([1, *(tick for tick in ticks if 2 < tick <= n_episodes)])
+    axes.set_xticks(episode_ticks(n_episodes))
     axes.set_xlim(1, max(2, n_episodes))
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(labelsize=9)
     axes.legend(fontsize=8.5, frameon=False, loc="upper left", bbox_to_anchor=(-0.03, -0.17),
                 ncols=2, columnspacing=1.0, handlelength=1.4, borderpad=0)  # fmt: skip
+
+
+def episode_ticks(n_episodes: int) -> list[int]:
+    """Numbers of episodes to name: the first, and others evenly spaced."""
+    ticks = MaxNLocator(5, integer=True, steps=[1, 2, 4, 5, 10]).tick_values(1, n_episodes)
+    step = int(ticks[1] - ticks[0]) or 1
+    if step <= 2:
+        return list(range(1, n_episodes + 1, step))
+    return [1, *range(step, n_episodes + 1, step)]
 
 
 def _save(figure: Figure, path: str | Path) -> None:

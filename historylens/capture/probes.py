@@ -1,0 +1,111 @@
+"""What a model does when something in it is changed: passes beside the one that is recorded.
+
+mixing_modules(model, record.names, n_tokens, run)          # {"blocks.1.mix": "Mixer"}
+with disturbed(model, record.names[-1], row=20):            # that row of its output is another
+    model(*inputs)
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
+
+from historylens.capture.layers import matches, names_of, roots_of
+from historylens.capture.record import Options
+from historylens.capture.session import Session
+
+SMALLEST_CHANGE = 1e-4  # of the largest output, that counts as one
+
+
+def mixing_modules(
+    model: nn.Module, layers: Sequence[str], n_tokens: int, run: Callable[[], object]
+) -> dict[str, str]:
+    """Modules that mix tokens beside the captured `layers`, and their classes.
+
+    While `run()` runs the model, each module that reads `(B, T, D)`, and neither is, contains nor
+    lies in a layer, is called again with another token: it mixes if the output at the rest changes.
+    Of modules inside each other it is the innermost. What fails when called again is passed over.
+    """
+    names, found, busy = names_of(roots_of(model)), {}, []
+
+    def probe(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        name = names.get(module)
+        if busy or name is None or module is model:
+            return
+        if not any(matches(x, name) or matches(name, x) for x in (*layers, *found)):
+            busy.append(name)
+            with suppress(Exception):
+                if _mixes(module, args, kwargs, output, n_tokens):
+                    found[name] = type(module).__name__
+            busy.clear()
+
+    with register_module_forward_hook(probe, with_kwargs=True):
+        run()
+    return found
+
+
+def _mixes(module: nn.Module, args: tuple, kwargs: dict, output: Any, n_tokens: int) -> bool:
+    """Whether an output at a token depends on another token of the first input."""
+    given = {**dict(enumerate(args)), **kwargs}
+    place, x = next((key, x) for key, x in given.items() if isinstance(x, Tensor))
+
+    def again(x: Tensor) -> Tensor:
+        again = given | {place: x}
+        return _first(module(*[again.pop(i) for i in range(len(args))], **again))
+
+    output = _first(output)
+    axis = next((i for i in (1, 0) if x.shape[i] == n_tokens), None)
+    is_fit = x.dim() == output.dim() == 3 and axis is not None and x.is_floating_point()
+    if not is_fit or x.shape[2] == n_tokens or output.shape[axis] != n_tokens:
+        return False  # (B, D, T) cannot be told from (B, T, D) where D = T
+    limit = SMALLEST_CHANGE * output.abs().max()
+    if (again(x.clone()) - output).abs().max() > limit:
+        return False  # it is not the same twice
+    for token in {0, n_tokens // 2}:
+        other = x.clone()
+        other.select(axis, token).neg_().add_(1)
+        moved = (again(other) - output).abs().movedim(axis, 0).flatten(1).amax(1)  # (T,)
+        moved[token] = 0
+        if moved.max() > limit:
+            return True
+    return False
+
+
+def _first(output: Any) -> Tensor:
+    return output if isinstance(output, Tensor) else output[0]
+
+
+class _Disturbed(Session):
+    """Gives on another output of an attention than it has."""
+
+    target: str
+    row: int | None
+
+    def __torch_function__(
+        self, func: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        output = super().__torch_function__(func, types, args, kwargs)
+        if self.newest != self.target:
+            return output
+        is_pair = isinstance(output, tuple)  # of multi_head_attention_forward, (T, B, D) first
+        changed = _first(output).clone()
+        rows = changed if is_pair else changed.movedim(-2, 0)
+        if self.row is not None:
+            start = self.seen[self.target][1].n_queries - len(rows)  # of earlier passes
+            rows = rows[self.row - start : self.row - start + 1] if self.row >= start else rows[:0]
+        rows.neg_().add_(1)
+        return (changed, *output[1:]) if is_pair else changed
+
+
+@contextmanager
+def disturbed(model: nn.Module, layer: str, row: int | None, **options: Any) -> Iterator[None]:
+    """A block in which a row of what a layer's attention gives is another; all rows for None.
+
+    `options` are those of `capture` that say what is attention.
+    """
+    session = _Disturbed(roots_of(model), Options(received=False, **options))
+    session.target, session.row = layer, row
+    with session.attached():
+        yield

@@ -1,0 +1,300 @@
+"""Follows a model while it runs: forward hooks, and a mode that sees every call of torch.
+
+with Session(roots_of(model), options).attached() as session:
+    model(*inputs)
+session.record
+"""
+
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakIdKeyDictionary
+
+from historylens.capture.inputs import (
+    WAY_OUT,
+    WITH_SDPA,
+    Call,
+    CaptureError,
+    read_softmax,
+    read_weights,
+    reader_of,
+    scores_of,
+)
+from historylens.capture.layers import compiled_error, forward_of, matches, names_of, should_attend
+from historylens.capture.record import Options, Record, Seen
+
+# What weights go through on their way to the values, and come out as they are.
+_LEAVES = {
+    "to", "type", "type_as", "float", "half", "bfloat16", "double", "contiguous", "clone", "detach",
+    "view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "expand", "nan_to_num",
+}  # fmt: skip
+_PRODUCTS = {"matmul", "__matmul__", "bmm", "einsum", "baddbmm"}
+_TURNS = {"__get__", "transpose", "permute", "swapaxes", "swapdims", "movedim"}  # no weights then
+
+
+@dataclass(eq=False)
+class _Run:
+    """A running module: its attention calls so far, and whether any came from it or inside it."""
+
+    module: nn.Module
+    name: str
+    n_calls: int = 0
+    attended: bool = False
+
+
+class _Weights(NamedTuple):
+    """Weights that a softmax gave, on their way to the values."""
+
+    name: str  # of the layer
+    shape: torch.Size
+    changed: bool = False
+
+
+class Session(TorchFunctionMode):
+    """Follows the running modules of a model, and records the attention calls that they make."""
+
+    def __init__(self, roots: dict[str, nn.Module], options: Options) -> None:
+        super().__init__()
+        self._roots, self._options = roots, options
+        self._names = names_of(roots)
+        known = nn.TransformerEncoderLayer.forward, nn.MultiheadAttention.forward
+        attending = [name for module, name in self._names.items() if forward_of(module) in known]
+        self.record = Record(filter(options.chooses, attending), tuple(roots), self.take_weights)
+        self.running: list[_Run] = []  # the innermost last
+        self._calls: list[str] = []  # the layers that attended by name, in order
+        self.seen: dict[str, tuple[Seen | None, Seen]] = {}  # before its last pass, and after
+        self._weights = WeakIdKeyDictionary()  # tensors of weights -> _Weights
+        self.newest = ""  # the layer of the last call, if that attended
+        self._unread: dict[str, str] = {}  # what ran and should have attended, and its class
+        self._hint = ""  # what came nearest to attention
+
+    @contextmanager
+    def attached(self) -> Iterator["Session"]:
+        """A block in which the session sees what runs."""
+        with (
+            _uncompiled(),
+            register_module_forward_pre_hook(self.enter),
+            register_module_forward_hook(self.leave, always_call=True),
+            self,
+        ):
+            yield self
+
+    def enter(self, module: nn.Module, args: tuple) -> None:
+        """Note that a module starts."""
+        name = self._names.get(module)
+        if name is None:
+            return
+        self.running.append(_Run(module, name))
+        self.record.waiting.pop(name, None)
+        is_mha = isinstance(module, nn.MultiheadAttention)
+        if is_mha and any(isinstance(x, Tensor) and x.is_nested for x in args):  # needs a fast path
+            raise CaptureError(
+                f"{name} was called with nested tensors, which capture does not read; give it "
+                "padded tensors and a key padding mask"
+            )
+
+    def leave(self, module: nn.Module, _args: tuple, _output: object) -> None:
+        """Note that a module has ended, or failed."""
+        if not any(run.module is module for run in self.running):
+            return
+        while (run := self.running.pop()).module is not module:
+            pass  # what an interrupt left above it has ended too
+        if not run.attended and should_attend(type(module)):
+            self._unread[run.name] = type(module).__name__
+
+    def __torch_function__(
+        self, func: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        kwargs, self.newest = kwargs or {}, ""
+        reader = reader_of(func)
+        if reader is None or not self.running:
+            output = func(*args, **kwargs)
+            if self._weights:
+                self._follow(func.__name__, args, output)
+            return output
+        run = self.running[-1]
+        # The second: inside a compiled function that fell back to plain Python.
+        callback = torch._C._dynamo.eval_frame.get_eval_frame_callback()
+        if torch.compiler.is_compiling() or callback not in (None, False):
+            raise compiled_error(run.name)
+        if reader is read_softmax:  # before it may overwrite its input
+            scores = scores_of(args, kwargs)
+            self._take_softmax(run, scores)
+            output = func(*args, **kwargs)
+            if self.newest:
+                self._weights[output] = _Weights(self.newest, scores.shape)
+            return output
+        output = func(*args, **kwargs)  # PyTorch's own complaint about a wrong shape comes first
+        self._take(run, reader, *args, **kwargs)
+        return output
+
+    def _take_softmax(self, run: _Run, scores: Tensor | None) -> None:
+        """Record a softmax over the last axis if it is attention."""
+        if scores is None:
+            return
+        caller = run
+        if isinstance(run.module, nn.Softmax) and len(self.running) > 1:
+            caller = self.running[-2]  # an nn.Softmax is a part of the attention around it
+        chosen = self._options.softmax
+        is_named = any(matches(run.name, x) or matches(caller.name, x) for x in chosen)
+        if is_named or (scores.dim() == 4 and self._is_attention(caller, scores)):
+            self._take(caller, read_softmax, scores)
+        elif scores.dim() > 2:
+            self._hint = self._hint or (
+                f" (a softmax over {tuple(scores.shape)} in {run.name} is not taken for attention "
+                f'unless you say so: capture(model, softmax="{run.name}"), with heads=H if it has '
+                "3 axes)"
+            )
+
+    def _is_attention(self, caller: _Run, scores: Tensor) -> bool:
+        """Whether scores are square, read on, or have keys for all tokens and some of their own."""
+        n_queries, n_keys = scores.shape[2:]
+        reads_on = self._reads_on(caller.name, n_queries, n_keys)
+        return n_queries == n_keys or reads_on or any(Call(scores, None).extra_keys())
+
+    def _take(self, run: _Run, reader: Callable[..., Call], *args: Any, **kwargs: Any) -> None:
+        """Record an attention call of a running module, if it is wanted."""
+        run.n_calls += 1
+        name = run.name if run.n_calls == 1 else f"{run.name} #{run.n_calls}"
+        self._keep(name, reader, *args, **kwargs)
+
+    def take_weights(self, name: str, weights: Tensor, mask: Tensor | None) -> None:
+        """Record weights that the model's code hands in, and not the softmax that they are of."""
+        told = self._weights.get(weights)
+        if told is not None and told.name in self._calls:
+            self._calls.remove(told.name)
+            self.seen.pop(told.name, None)
+            self.record.drop(told.name)
+        for unread in [x for x in self._unread if matches(x, name) or matches(name, x)]:
+            del self._unread[unread]
+        number, own = 1, name  # a function that serves several layers gives one name for all
+        while own in self._calls and not self._reads_on(own, *weights.shape[-2:]):
+            number += 1
+            own = f"{name} #{number}"
+        self._keep(own, read_weights, weights, mask)
+
+    def _reads_on(self, name: str, n_queries: int, n_keys: int) -> bool:
+        """Whether a call goes on with a layer that has been recorded."""
+        return name in self.seen and self.seen[name][1].continues(n_queries, n_keys)
+
+    def _keep(self, name: str, reader: Callable[..., Call], *args: Any, **kwargs: Any) -> None:
+        """Record what is read of a call, by its layer's name, if it is wanted."""
+        for around in self.running:
+            around.attended = True
+        self.record.places.update(run.name for run in self.running[-1:])
+        self.newest, is_known = name, name in self._calls
+        number = self._calls.index(name) if is_known else len(self._calls)
+        if not is_known:
+            self._calls.append(name)
+        if not self._options.chooses(name, number):
+            return
+        with _plain_arithmetic():
+            call = reader(name, self._options.heads, *args, **kwargs)
+            if is_known and not self._reads_on(name, *call.shape[2:]):
+                raise CaptureError(
+                    f"{name} ran twice inside one capture. Run the model once per `with "
+                    "capture(...)`; a model that reuses a layer, or recomputes it in backward, "
+                    "cannot be captured"
+                )
+            self._put(name, call, self.seen[name][1] if is_known else None)
+
+    def _put(self, name: str, call: Call, before: Seen | None) -> None:
+        self.seen[name] = before, self._options.attention(name, call, before)
+        self.record.put(self.seen[name][1].layer)
+
+    def _follow(self, kernel: str, args: tuple, output: Any) -> None:
+        """Follow weights to the values: what they have become by then is the attention."""
+        held = next((x for x in args if isinstance(x, Tensor) and x in self._weights), None)
+        if held is None or kernel in _TURNS:
+            return
+        told = self._weights[held]
+        if kernel in _PRODUCTS:
+            if told.changed and told.name in self.seen:
+                with _plain_arithmetic():
+                    weights = held.reshape(told.shape)
+                    allowed = (weights != 0).any(-3, keepdim=True)
+                    call = read_weights(told.name, self._options.heads, weights, allowed)
+                    self._put(told.name, call, self.seen[told.name][0])
+        elif kernel == "__setitem__":
+            self._weights[held] = told._replace(changed=True)
+        elif isinstance(output, Tensor) and output.is_floating_point():
+            leaves = kernel in _LEAVES or "dropout" in kernel
+            if output.numel() == held.numel() and output.shape[-2:] == held.shape[-2:]:
+                self._weights[output] = told._replace(changed=told.changed or not leaves)
+
+    @property
+    def _way_out(self) -> str:
+        """What came nearest to attention, and what to do; of a softmax, not to write one."""
+        return f"{self._hint}. Do so, or {WITH_SDPA}" if self._hint else f". {WAY_OUT}"
+
+    def check_complete(self) -> None:
+        """Refuse a record that lacks a layer: it attended unseen, did not run, or is not there."""
+        self.record.check_all_ran()
+        for name in filter(self._options.chooses, self._unread):
+            raise CaptureError(
+                f"{name} is a {self._unread[name]} that ran, but its attention was not seen"
+                f"{self._way_out}, or choose the other layers: "
+                "capture(model, layers=[...])"
+            )
+        for _, seen in self.seen.values():
+            self._options.check_complete(seen)
+        calls = list(enumerate(self._calls))
+        missing = {
+            layer
+            for layer in self._options.layers or ()
+            if not any(matches(name, layer, number) for number, name in calls)
+        }
+        if missing:
+            missing = sorted(missing, key=str)
+            seen = ", ".join(dict.fromkeys(self._calls)) or "none"
+            raise CaptureError(f"found no attention for layers={missing}; layers that ran: {seen}")
+        for name, root in self._roots.items():
+            is_root = self._names[root] == name  # and no part of another
+            if is_root and not any(matches(found, name) for found in self.record.names):
+                raise CaptureError(
+                    f"{name} is a {type(root).__name__}, in which no attention was seen"
+                    f"{self._way_out}"
+                )
+        if not len(self.record):
+            raise CaptureError(
+                f"found no nn.TransformerEncoderLayer in {type(root).__name__}, no "
+                "nn.MultiheadAttention, no call of scaled_dot_product_attention and no softmax "
+                f"over (B, H, T, T) by a module of it that ran{self._way_out}"
+            )
+
+
+@contextmanager
+def _uncompiled() -> Iterator[None]:
+    """Compiled functions run as they were written, so that what they call is seen."""
+    # Loaded where something was compiled; it is slow to import.
+    if "torch._dynamo.eval_frame" not in sys.modules:
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"), warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", message=r"Using `torch\.compile\(module\)` when there are"
+        )
+        yield
+
+
+@contextmanager
+def _plain_arithmetic() -> Iterator[None]:
+    """Without gradients, autocast or inference mode, so that the record is of ordinary tensors."""
+    # Each costs time to enter, so only where one is on.
+    with ExitStack() as stack:
+        if torch.is_inference_mode_enabled():
+            stack.enter_context(torch.inference_mode(False))
+        if torch.is_grad_enabled():
+            stack.enter_context(torch.no_grad())
+        for device in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        yield

@@ -1,0 +1,255 @@
+"""Does an adapter describe its model: which token holds what, which decides, what is unseen."""
+
+import csv
+import json
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from historylens.adapter.agent import load
+from historylens.agent import attend
+from historylens.analysis import main
+from historylens.common.errors import UserError
+
+CPU = torch.device("cpu")
+ADAPTER = """
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.functional import one_hot, pad, scaled_dot_product_attention
+
+import historylens
+from historylens import Decision, Tokens
+
+N, A, D, H = 7, 3, 12, 2
+WAY, LAYOUT, DECIDES, MIX = "sdpa", "state first", -1, "none"
+
+
+def split(x):
+    return x.unflatten(-1, (H, -1)).transpose(1, 2)
+
+
+class Attend(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.project, self.out = nn.Linear(D, 2 * D), nn.Linear(D, D)
+        if WAY == "mha":
+            self.mha = nn.MultiheadAttention(D, H, batch_first=True)
+        self.memory = nn.Parameter(torch.randn(1, 2, D))
+        self.past = None
+
+    def forward(self, x):
+        if WAY == "mha":
+            hidden = torch.ones(x.shape[1], x.shape[1]).triu(1) > 0
+            return self.mha(x, x, x, attn_mask=hidden, need_weights=False)[0]
+        q, v = map(split, self.project(x).chunk(2, -1))
+        k, n_own = split(x), 0
+        if WAY == "memory":
+            k, v, n_own = (*(torch.cat([split(self.memory).expand(len(x), -1, -1, -1), y], 2)
+                             for y in (k, v)), 2)
+        if WAY == "cached":
+            past = self.past or [k[:, :, :0], v[:, :, :0]]
+            k, v = self.past = [torch.cat(y, 2) for y in zip(past, (k, v))]
+        n_new, n_all = q.shape[2], k.shape[2] - n_own
+        seen = torch.ones(n_new, n_all).tril(n_all - n_new) > 0
+        seen = pad(seen, (n_own, 0), value=True)
+        if WAY == "softmax":
+            y = (q @ k.mT).masked_fill(~seen, -1e9).softmax(-1) @ v
+        elif WAY == "handed in":
+            weights = (q @ k.mT).masked_fill(~seen, -1e9).exp()
+            historylens.record_attention("mine", weights, seen)
+            y = weights / weights.sum(-1, keepdim=True) @ v
+        else:
+            y = scaled_dot_product_attention(q, k, v, seen)
+        return self.out(y.transpose(1, 2).flatten(2))
+
+
+class Mix(nn.Module):
+    def forward(self, x):
+        return torch.cumsum(x, 1) / 9 if MIX == "sum" else x.tanh()
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.state, self.act, self.reward = nn.Linear(1, D), nn.Embedding(A + 1, D), nn.Linear(1, D)
+        self.attends = nn.ModuleList(Attend() for _ in range(2))
+        self.mix, self.head = Mix(), nn.Linear(D, A)
+
+    def embed(self, states, actions, rewards, query):
+        states = torch.cat([states, query[:, None]], 1)
+        if LAYOUT == "one previous":  # a token a step: the action and reward before it, the state
+            actions, rewards = pad(actions, (1, 0), value=A), pad(rewards, (1, 0))
+            return self.state(states) + self.act(actions) + self.reward(rewards[..., None])
+        s, a, r = self.state(states), self.act(actions), self.reward(rewards[..., None])
+        if LAYOUT == "one":
+            return torch.cat([s[:, :-1] + a + r, s[:, -1:]], 1)
+        return torch.cat([torch.stack([s[:, :-1], a, r], 2).flatten(1, 2), s[:, -1:]], 1)
+
+    def forward(self, *history):
+        x = self.embed(*history)
+        for attend in self.attends:
+            attend.past = None
+        chunks = x.split([x.shape[1] - 1, 1], 1) if WAY == "cached" else [x]
+        done = []
+        for x in chunks:
+            for attend in self.attends:
+                x = x + attend(x)
+            done.append(self.mix(x) + x)
+        return self.head(torch.cat(done, 1)[:, DECIDES])
+
+
+def load():
+    return Model()
+
+
+def samples(n, seed):
+    rng = np.random.default_rng(seed)
+    for _ in range(n):
+        yield Decision(rng.normal(size=(N, 1)), rng.integers(A, size=N), rng.random(N),
+                       rng.normal(size=1))
+
+
+def act(model, history):
+    return model(history.states, history.actions, history.rewards, history.query_states)
+"""
+THREE = """
+
+def tokens(history):
+    return Tokens.of(history.n, parts=("state", "action", "reward"), decides=MAPPED)
+"""
+ONE = """
+
+def tokens(history):
+    return Tokens.of(history.n, decides=MAPPED)
+"""
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+
+
+def written(way="sdpa", layout="one", decides=-1, mapped=None, mix="none", tokens=None):
+    told = f'"{way}", "{layout}", {decides}, "{mix}"'
+    text = ADAPTER.replace('"sdpa", "state first", -1, "none"', told)
+    tokens = (ONE if layout.startswith("one") else THREE) if tokens is None else tokens
+    Path("mine.py").write_text(text + tokens.replace("MAPPED", repr(mapped)))
+    return "mine.py"
+
+
+def loaded(**options):
+    return load(written(**options), 3, 0, CPU)
+
+
+WAYS = ["sdpa", "mha", "softmax", "memory", "cached"]
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("layout", ["one", "state first"])
+def test_a_map_that_fits_is_taken_without_a_word(way, layout, capsys):
+    agent = loaded(way=way, layout=layout)
+    assert len(agent.layers) == 2
+    assert not agent.beside
+    assert not capsys.readouterr().err
+
+
+PREVIOUS = (
+    r"Tokens\.of\(history\.n, parts=\(\"previous action\", \"previous reward\", \"state\"\)\)"
+)
+
+
+@pytest.mark.parametrize("way", WAYS[:4])
+@pytest.mark.parametrize("tokens", [ONE, ""])
+def test_actions_that_lie_in_the_token_behind_are_told(way, tokens):
+    given = "tokens()" if tokens else "no tokens(), so"
+    said = (
+        rf"mine\.py: {re.escape(given)} has token 3 of transition 3, whose action changes token 4"
+    )
+    with pytest.raises(UserError, match=rf"{said} instead; .*{PREVIOUS}"):
+        loaded(way=way, layout="one previous", tokens=tokens)
+
+
+SHIFTED = """
+
+def tokens(history):
+    places = [0] * 3 + [t for t in range(history.n) for _ in range(3)][:-2]
+    return Tokens(places, "x")
+"""
+
+
+def test_actions_of_a_map_with_parts_that_lie_elsewhere_are_told():
+    said = r"has token 12 of transition 3, whose action changes token 10 instead"
+    with pytest.raises(UserError, match=said):
+        loaded(layout="state first", tokens=SHIFTED)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(("decides", "mapped"), [(-2, None), (-1, 6), (2, 3)])
+def test_a_token_that_does_not_decide_is_told(way, decides, mapped):
+    wrong, right = (x % 8 for x in (-1 if mapped is None else mapped, decides))
+    said = (
+        rf"mine\.py: tokens\(\) has token {wrong} decide, but what .* gives it .*token {right} does"
+    )
+    if way == "cached" and right != 7:
+        said = "has token"
+    with pytest.raises(UserError, match=said):
+        loaded(way=way, decides=decides, mapped=mapped)
+    assert loaded(way=way, decides=decides, mapped=right).decisions
+
+
+def test_what_cannot_be_tried_is_passed_over():
+    path = Path(written())
+    one_action = path.read_text().replace("rng.integers(A, size=N)", "np.zeros(N, dtype=int)")
+    path.write_text(one_action)
+    assert len(load(path, 3, 0, CPU).layers) == 2
+
+
+def test_layers_that_hand_in_by_one_name_are_numbered(capsys):
+    assert loaded(way="handed in").layers == ("mine", "mine #2")
+    assert not capsys.readouterr().err
+
+
+def test_a_module_that_mixes_tokens_unseen_is_a_note_and_a_fact(capsys):
+    agent = loaded(mix="sum")
+    assert agent.facts["Model"].endswith("beside them unseen: mix")
+    said = capsys.readouterr().err
+    assert said.startswith("note: 2 layers attend in sight; mix (a Mix) mixes tokens by no")
+    assert "record_attention" in said
+    assert len(said.splitlines()) == 1
+
+
+def analysed(*argv):
+    flags = ["--num-samples=3", "--num-figures=1", "--num-effects=0", "--dpi=20", "--out=out"]
+    main(["--adapter", "mine.py", *flags, *argv])
+    rows = list(csv.DictReader(Path("out/metrics.csv").read_text().splitlines()))
+    return json.loads(Path("out/metrics.json").read_text()), rows
+
+
+@pytest.mark.parametrize("heads", [[], ["--heads", "1"]])
+def test_what_lies_on_memory_counts_as_of_no_transition(heads):
+    written(way="memory")
+    _, rows = analysed(*heads)
+    for row in rows:
+        mass = float(row["mean_context_attention"]) * int(row["n_context"])
+        assert mass + float(row["mass_self"]) == pytest.approx(1, abs=1e-5)
+    agent = load("mine.py", 3, 0, CPU)
+    _, (layer, _) = attend(agent, agent.history([0]))
+    own, extra = layer.query_rows[0, 1, -1].item(), layer.extra[0, 1].item()
+    found = next(r for r in rows if (r["sample"], r["layer"], r["head"]) == ("0", "0", "1"))
+    assert float(found["mass_self"]) == pytest.approx(own + extra, abs=1e-5)
+    assert extra > 0.01
+
+
+def test_a_model_that_keeps_its_keys_gives_what_it_gives_in_one_pass():
+    drawn = []
+    for way in ("sdpa", "cached"):
+        written(way=way)
+        layers = analysed()[0]["drawn"]["layers"]
+        drawn.append([layers[i]["0"][kind]["heads"] for i in "01" for kind in layers[i]["0"]])
+    np.testing.assert_allclose(*drawn, atol=1e-5)

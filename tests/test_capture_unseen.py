@@ -1,0 +1,336 @@
+"""Attention that cannot be read: handed in, changed after its softmax, compiled, or unseen."""
+
+import pytest
+import torch
+from eager import Given, causal, check, eager_weights, is_clean, refused, run_twice
+from eager import split_heads as split
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn import functional
+
+from historylens import record_attention
+from historylens.capture import CaptureError, capture
+from historylens.capture.probes import disturbed, mixing_modules
+
+attend = functional.scaled_dot_product_attention
+
+
+def kernel(q, k, v):
+    """Leaves PyTorch, as a kernel of one's own does: nothing of it is seen."""
+    q, k, v = (x.detach().numpy() for x in (q, k, v))
+    scores = torch.from_numpy(q @ k.swapaxes(-1, -2) / 2).masked_fill(causal(q.shape[2]), -1e9)
+    return torch.from_numpy(scores.exp().numpy() / scores.exp().sum(-1, keepdim=True).numpy() @ v)
+
+
+class FlashAttention(nn.Module):
+    def forward(self, x):
+        q = split(x)
+        record_attention("mine", eager_weights(q, q, causal(x.shape[1])))
+        return kernel(q, q, q).transpose(1, 2).flatten(2)
+
+
+def test_weights_are_handed_in_by_name():
+    model, x = nn.Sequential(FlashAttention(), nn.Linear(8, 8)), torch.randn(2, 5, 8)
+    model(x)  # without a capture nothing happens
+    record = run_twice(model, x)
+    assert record.names == ("mine",)
+    check(record[0], eager_weights(split(x), split(x), causal(5)), causal(5))
+    assert run_twice(model, x, layers=["mine"]).names == ("mine",)
+    refused(r"layers=\['0'\]; layers that ran: mine", model, x, layers=["0"])
+
+
+def test_weights_that_are_handed_in_stand_for_the_softmax_that_they_are_of():
+    def forward(x):
+        weights = (split(x) @ split(x).mT).softmax(-1)
+        record_attention("mine", weights)
+        return (weights * 1.5) @ split(x)
+
+    model, x = nn.Sequential(Given(forward)), torch.randn(1, 5, 8)
+    record = run_twice(model, x)
+    assert record.names == ("mine",)
+    check(record[0], (split(x) @ split(x).mT).double().softmax(-1))
+
+
+def test_other_models_and_layers_that_are_not_chosen_take_none():
+    model, x = (
+        nn.Sequential(Given(lambda x: attend(x, x, x)), FlashAttention()),
+        torch.randn(1, 3, 8),
+    )
+    with capture(model, layers=[0], heads=1) as record:
+        FlashAttention()(x)
+        model(x)
+    assert record.names == ("0",)
+
+
+@settings(max_examples=40)
+@given(
+    n_queries=st.integers(1, 8),
+    n_more=st.integers(0, 3),
+    kind=st.sampled_from(["relu", "sigmoid"]),
+    mask=st.sampled_from([None, "bool", "float", "large"]),
+    seed=st.integers(0, 50),
+)
+def test_weights_of_any_kind_are_divided_by_their_sum(n_queries, n_more, kind, mask, seed):
+    """A row of zeros stays one, and a weight of 0 is not forbidden by that."""
+    torch.manual_seed(seed)
+    scores = torch.randn(2, 3, n_queries, n_queries + n_more)
+    weights = scores.relu() if kind == "relu" else scores.sigmoid()
+    forbidden = torch.zeros(scores.shape[2:], dtype=torch.bool)
+    if mask is not None:
+        forbidden = torch.rand(scores.shape[2:]) < 0.3
+        forbidden[:, 0] = False
+    weights = weights * ~forbidden
+    hides = {"float": -torch.inf, "large": -1e9}.get(mask)
+    told = (
+        ~forbidden if hides is None else torch.zeros(forbidden.shape).masked_fill(forbidden, hides)
+    )
+    model = nn.Identity()
+    with capture(model, maps=[0]) as record:
+        record.add("mine", weights, told)
+    if record[0].extra is not None:
+        return  # by chance a mask of memory before the tokens
+    whole = weights / weights.sum(-1, keepdim=True)
+    check(record[0], whole.nan_to_num(), forbidden)
+
+
+def test_without_a_mask_all_is_seen_or_all_that_is_not_ahead():
+    for weights, forbidden in ((torch.rand(1, 2, 4, 4), None), (torch.rand(1, 2, 4, 4).tril(), 1)):
+        with capture(nn.Identity(), maps=[0]) as record:
+            record.add("mine", weights)
+        hidden = causal(4) if forbidden else torch.zeros(4, 4, dtype=torch.bool)
+        check(record[0], weights / weights.sum(-1, keepdim=True), hidden)
+
+
+def test_weights_below_zero_are_an_error():
+    said = "mine: expected attention weights of 0 or more"
+    with pytest.raises(CaptureError, match=said), capture(nn.Identity()) as record:
+        record.add("mine", torch.randn(1, 1, 4, 4))
+
+
+# Weights that are changed between their softmax and the values
+
+
+def by_mask(w):
+    return w * torch.ones(6, 6).tril()
+
+
+def in_place(w):
+    w *= torch.ones(6, 6).tril()
+    return w
+
+
+def filled(w):
+    return functional.dropout(w.to(torch.float64).float(), 0.0).masked_fill(causal(6), 0)
+
+
+def assigned(w):
+    w[..., causal(6)] = 0
+    return w
+
+
+def renormalised(w):
+    w = by_mask(w)
+    return w / w.sum(-1, keepdim=True)
+
+
+def beside(w):
+    (w * (w + 1e-9).log()).sum()  # an entropy, which the values never meet
+    w.mT @ torch.ones(6, 1)  # what each token receives
+    (w > 0.2).float() @ torch.ones(6, 1)  # how many are strong
+    return functional.dropout(w, 0.0).reshape(2, 2, 6, 6)
+
+
+class Changed(nn.Module):
+    def __init__(self, change, multiply):
+        super().__init__()
+        self.change, self.multiply = change, multiply
+
+    def weights(self, x):
+        return (split(x) @ split(x).mT).softmax(-1)
+
+    def forward(self, x):
+        w = self.change(self.weights(x))
+        return torch.einsum("bhij,bhjd->bhid", w, split(x)) if self.multiply else w @ split(x)
+
+
+@pytest.mark.parametrize("change", [by_mask, in_place, filled, assigned, renormalised, beside])
+@pytest.mark.parametrize("multiply", [0, 1])
+def test_weights_are_recorded_as_they_meet_the_values(change, multiply):
+    x, model = torch.randn(2, 6, 8), Changed(change, multiply)
+    found = run_twice(model, x)[0]
+    weights = model.weights(x)
+    forbidden = causal(6)
+    if change is beside:
+        forbidden = torch.zeros(6, 6, dtype=torch.bool)
+    weights = weights.masked_fill(forbidden, 0)
+    check(found, (weights / weights.sum(-1, keepdim=True)).double(), forbidden)
+
+
+def test_weights_that_fall_below_zero_are_refused():
+    refused("Changed: expected .*below 0", Changed(lambda w: w - 0.5, 0), torch.randn(1, 4, 8))
+
+
+# Compiled code
+
+
+@pytest.mark.parametrize("how", ["wrapped", "in place", "forward", "inside", "rotary"])
+@pytest.mark.filterwarnings("error:Using `torch.compile")
+def test_compiled_code_runs_as_it_was_written_and_is_read(how):
+    options, x = {"backend": "eager"}, torch.randn(1, 2, 3, 4)
+    model = Given(Given(lambda x: attend(x, x, x)))
+    if how == "wrapped":
+        model = torch.compile(model, **options)
+    elif how == "in place":
+        model.compile(**options)
+    elif how == "forward":
+        model.inner.forward = torch.compile(model.inner.forward, **options)
+    elif how == "inside":
+        model = nn.Sequential(Given(torch.compile(lambda x: attend(x, x, x), **options)))
+    else:
+        turn = torch.compile(lambda x: x + 1 - 1.0, **options)
+        model = nn.Sequential(Given(lambda x: attend(turn(x), turn(x), x)))
+    before = torch._dynamo.eval_frame._stance.stance
+    with torch.no_grad(), capture(model, maps=[0]) as record:
+        model(x)
+    assert torch._dynamo.eval_frame._stance.stance == before
+    assert record.names == (("0",) if how in ("inside", "rotary") else ("inner",))
+    check(record[0], eager_weights(x, x))
+    assert is_clean(model)
+
+
+def test_code_that_is_compiled_while_it_is_captured_is_an_error_with_a_way_out(monkeypatch):
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    refused("^0 runs code .*set_stance.*top of the adapter file, before load", nn.Sequential(
+        Given(lambda x: attend(x, x, x))), torch.randn(1, 1, 3, 4))  # fmt: skip
+
+
+# What mixes tokens beside the layers that are seen
+
+
+class Mix(nn.Module):
+    """Mixes tokens in a way of which nothing is seen."""
+
+    def __init__(self, way):
+        super().__init__()
+        self.way, self.inner = way, nn.Linear(8, 8)
+
+    def forward(self, x):
+        scores = x @ x.mT
+        if self.way == "log softmax":
+            return scores.log_softmax(-1).exp() @ x
+        if self.way == "exp":
+            return scores.exp() / scores.exp().sum(-1, keepdim=True) @ x
+        if self.way == "ahead":
+            return (scores.sigmoid() * torch.ones(scores.shape[1:]).tril()) @ x
+        return kernel(split(x), split(x), split(x)).transpose(1, 2).flatten(2)
+
+
+class Scripted(nn.Module):
+    def forward(self, x):
+        return torch.softmax(x @ x.transpose(1, 2), -1) @ x
+
+
+class Broken(nn.Module):
+    n_runs = 0
+
+    def forward(self, x):
+        self.n_runs += 1
+        assert self.n_runs < 2
+        return x + x.mean(1, keepdim=True)
+
+
+class Convolution(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Conv1d(8, 8, 1)
+
+    def forward(self, x):
+        return self.inner(x.mT).mT
+
+
+class Model(nn.Module):
+    def __init__(self, *parts, first=True):
+        super().__init__()
+        self.attend = Given(
+            lambda x: attend(split(x), split(x), split(x)).transpose(1, 2).flatten(2)
+        )
+        self.parts, self.first = nn.ModuleList(parts), first
+
+    def forward(self, x):
+        x = x + self.attend(x)
+        for part in self.parts:
+            out = part(x)
+            x = x + (out if isinstance(out, torch.Tensor) else out[0])
+        return x
+
+
+def found_in(*parts, n_tokens=5):
+    torch.manual_seed(0)
+    model = Model(*parts).eval()
+    with torch.no_grad():
+        return mixing_modules(
+            model, ["attend"], n_tokens, lambda: model(torch.randn(2, n_tokens, 8))
+        )
+
+
+@pytest.mark.parametrize("way", ["log softmax", "exp", "ahead", "kernel"])
+def test_a_module_that_mixes_tokens_unseen_is_found(way):
+    assert found_in(nn.Linear(8, 8), nn.Sequential(Mix(way), nn.ReLU())) == {"parts.1.0": "Mix"}
+
+
+def test_scripted_and_recurrent_modules_are_found():
+    scripted = torch.jit.script(Scripted())
+    assert list(found_in(scripted, nn.GRU(8, 8, batch_first=True))) == ["parts.0", "parts.1"]
+
+
+def test_what_works_on_each_token_or_fails_when_called_again_is_none():
+    parts = nn.LayerNorm(8), nn.Linear(8, 8), nn.ReLU(inplace=True), Convolution(), nn.Dropout(0.5)
+    block = nn.Sequential(nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 8))
+    assert found_in(*parts, block, Broken(), nn.BatchNorm1d(5)) == {}
+
+
+def test_what_differs_from_call_to_call_and_what_may_have_tokens_last_is_passed_over():
+    assert found_in(Given(lambda x: x + torch.rand_like(x))) == {}
+    assert found_in(Convolution(), n_tokens=8) == {}  # (B, D, T) or (B, T, D)?
+    assert list(found_in(Given(lambda x: x + x[:, 2:3]))) == ["parts.0"]  # of the middle alone
+
+
+# A row of the output that is another
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Model(),
+        lambda: nn.TransformerEncoderLayer(8, 2, batch_first=True),
+        lambda: nn.TransformerEncoderLayer(8, 2),
+        lambda: Given(lambda x: ((split(x) @ split(x).mT).softmax(-1) @ split(x)).transpose(1, 2)),
+    ],
+)
+def test_only_a_row_of_the_output_is_changed(make):
+    torch.manual_seed(0)
+    model = make().eval()
+    n_tokens, is_last_first = 5, getattr(getattr(model, "self_attn", None), "batch_first", True)
+    x = torch.randn(1, n_tokens, 8) if is_last_first else torch.randn(n_tokens, 1, 8)
+    axis = 1 if is_last_first else 0
+    with torch.no_grad():
+        with capture(model) as record:
+            plain = model(x)
+        for row in (0, 3, None):
+            with disturbed(model, record.names[-1], row):
+                moved = (model(x) - plain).abs().movedim(axis, 0).flatten(1).amax(1) > 1e-6
+            assert moved.tolist() == [row is None or i == row for i in range(n_tokens)]
+        torch.testing.assert_close(model(x), plain)
+    assert is_clean(model)
+
+
+def test_a_row_of_an_earlier_pass_is_changed_there_alone():
+    model = Given(lambda q, k: attend(q, k, k))
+    x = torch.randn(1, 1, 6, 4)
+    passes = [(x[:, :, :4], x[:, :, :4]), (x[:, :, 4:], x)]
+    plain = torch.cat([model(*one) for one in passes], 2)
+    for row in range(6):
+        with disturbed(model, "Given", row):
+            moved = torch.cat([model(*one) for one in passes], 2) != plain
+        assert moved[0, 0].any(-1).tolist() == [i == row for i in range(6)]

@@ -1,0 +1,199 @@
+"""Environments of Gymnasium that begin anew each in its way: what is stored, what is earned."""
+
+import csv
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from compare_compression import main
+from historylens.adapter.environment import GymRooms
+from historylens.adapter.file import Adapter
+from historylens.agent import rollout
+from historylens.common.errors import UserError
+
+gymnasium = pytest.importorskip("gymnasium")
+MODES = ["NEXT_STEP", "SAME_STEP", "DISABLED"]
+N_ROOMS, SEED = 3, 7
+ADAPTER = """
+import gymnasium, numpy as np, torch
+from torch import nn
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorWrapper
+from historylens import Decision
+
+GOALS, HORIZON = ("pole",), 25
+KIND, MODE, LIMIT = SyncVectorEnv, "SAME_STEP", 500
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+
+    def forward(self, history):  # balances as soon as it has some history, else pushes to the left
+        steps = torch.cat([history.states, history.actions[..., None] + 1.0,
+                           history.rewards[..., None], history.states[..., :2]], 2)
+        query = torch.cat([history.query_states, history.query_states], 1)
+        read = self.layer(torch.cat([steps, query[:, None]], 1))[:, -1, :2]
+        leans = history.query_states[:, 2] + 0.5 * history.query_states[:, 3] > 0
+        right = leans if history.n else torch.zeros_like(leans)
+        return 0 * read + 99.0 * torch.stack([~right, right], 1)
+
+
+def load():
+    return Model()
+
+
+def samples(n, seed):
+    rng = np.random.default_rng(seed)
+    for _ in range(n):
+        states = rng.normal(size=(31, 4)).astype(np.float32) / 20
+        yield Decision(states[:30], rng.integers(2, size=30), np.ones(30), states[30])
+
+
+def act(model, history):
+    return model(history)
+
+
+class OldNames(VectorWrapper):  # as before Gymnasium 1.0
+    metadata = {}
+
+    def step(self, actions):
+        *given, infos = self.env.step(actions)
+        names = {"final_obs": "final_observation", "_final_obs": "_final_observation"}
+        return *given, {names.get(name, name): value for name, value in infos.items()}
+
+
+def make_env(goals):
+    one = [lambda: gymnasium.make("CartPole-v1", max_episode_steps=LIMIT)] * len(goals)
+    if KIND == "alone":
+        return gymnasium.make_vec("CartPole-v1", len(goals), "vector_entry_point")
+    if KIND == "old":
+        return OldNames(SyncVectorEnv(one, autoreset_mode=AutoresetMode.SAME_STEP))
+    return KIND(one, autoreset_mode=AutoresetMode[MODE])
+"""
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+
+
+def written(kind="SyncVectorEnv", mode="SAME_STEP", limit=500):
+    told = f"KIND, MODE, LIMIT = {kind}, {mode!r}, {limit}\n"
+    Path("poles.py").write_text(
+        ADAPTER.replace('KIND, MODE, LIMIT = SyncVectorEnv, "SAME_STEP", 500\n', told)
+    )
+    return "poles.py"
+
+
+def played(horizon, n_steps, **kind):
+    """Rewards, ends, and the history of rooms in which actions are drawn, more often right."""
+    state = np.zeros(4, dtype=np.float32)
+    rooms = GymRooms(Adapter(written(**kind)), state, horizon, SEED, np.zeros(N_ROOMS, dtype=int))
+    stored, noises = [], [np.random.default_rng(room) for room in range(N_ROOMS)]
+
+    def act(buffer, query_states):
+        stored[:] = [buffer]
+        return torch.tensor([[0.0, 1.5]]).expand(N_ROOMS, 2)
+
+    policy = SimpleNamespace(device="cpu", act=act)
+    rewards, ends = rollout(rooms, policy, n_steps, noises)
+    return rewards, ends, stored[0].history(torch.zeros(N_ROOMS, 4))
+
+
+def plain_loop(history, horizon, limit, room):
+    """One environment alone, a reset where its episode ends or after the horizon's steps."""
+    env = gymnasium.make("CartPole-v1", max_episode_steps=limit)
+    (state, _), episode = env.reset(seed=SEED + room), 0
+    for t, action in enumerate(history.actions[room].tolist()):
+        reached, reward, terminated, truncated, _ = env.step(action)
+        is_over = terminated or truncated or (t + 1) % horizon == 0
+        yield state, reward, reached, episode, is_over
+        episode += is_over
+        state = env.reset()[0] if is_over else reached
+
+
+def check_stored(horizon, limit, **kind):
+    rewards, ends, history = played(horizon, 4 * horizon + 3, limit=limit, **kind)
+    for room in range(N_ROOMS):
+        plain = zip(*plain_loop(history, horizon, limit, room), strict=True)
+        states, earned, reached, episodes, is_over = map(np.array, plain)
+        np.testing.assert_array_equal(history.states[room], states)
+        np.testing.assert_array_equal(history.next_states[room], reached)
+        np.testing.assert_array_equal(history.rewards[room], earned)
+        np.testing.assert_array_equal(rewards[room], earned)
+        np.testing.assert_array_equal(history.episodes[room], episodes)
+        np.testing.assert_array_equal(ends[room], is_over)
+    return ends
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("horizon", "limit"), [(25, 500), (6, 6), (10, 7), (9, 500), (25, 11)])
+def test_what_is_stored_is_what_a_single_environment_goes_through(mode, horizon, limit):
+    ends = check_stored(horizon, limit, mode=mode)
+    assert ends.sum() > 4 * N_ROOMS or horizon < 10  # some end early
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_environments_in_processes_of_their_own_are_stored_alike(mode):
+    check_stored(25, 500, kind="AsyncVectorEnv", mode=mode)
+
+
+def test_the_older_name_of_the_last_state_is_read():
+    check_stored(25, 500, kind='"old"')
+
+
+def test_environments_that_only_begin_anew_together_may_not_end_alone():
+    with pytest.raises(UserError, match=r"poles\.py: make_env\(\): an environment ended alone"):
+        played(25, 100, kind='"alone"')
+    _, ends, _ = played(6, 12, kind='"alone"')
+    assert ends.sum() == 2 * N_ROOMS
+
+
+@pytest.mark.parametrize(("gives", "words"), [
+    ("*given, {}", r"expected infos\['final_obs'\] of every env.*got nothing"),
+    ("*given, {'final_obs': [[1.0]] * len(given[1])}", r"final_obs'\]: expected 4 numbers"),
+    ("*given[:2], [True], [True], infos", r"expected ends of shape \(3,\)"),
+])  # fmt: skip
+def test_a_last_state_that_is_not_given_is_one_line(gives, words):
+    written = ADAPTER.replace("metadata = {}", "metadata = {'autoreset_mode': 'Same_Step'}")
+    with pytest.MonkeyPatch.context() as patch:
+        old = "*given, {names.get(name, name): value for name, value in infos.items()}"
+        patch.setitem(globals(), "ADAPTER", written.replace(old, gives))
+        with pytest.raises(UserError, match=rf"\Apoles\.py: (?=.*{words})"):
+            played(25, 60, kind='"old"')
+
+
+def compared(capsys, *flags):
+    run = ["--seeds=2", "--episodes=3", "--budgets=5", "--strategies=recent", "--confirm=0"]
+    main(["--adapter", written(), *run, *flags])
+    with Path("figs/compression/results.csv").open() as file:
+        earned = {row["strategy"]: float(row["return"]) for row in csv.DictReader(file)}
+    return earned, " ".join(capsys.readouterr().out.split())
+
+
+def test_arms_are_told_apart_where_every_step_pays(capsys):
+    """Balancing pays 25 in 25 steps; pushing to the left falls after 8 to 10 of them, so twice."""
+    earned, said = compared(capsys)
+    assert earned["full"] == pytest.approx(25, abs=3)
+    assert earned["empty"] == pytest.approx(25 / 3)
+    counted = "a return is the reward of 25 steps divided by the episodes in them, the last one cut"
+    assert said.count(counted) == 1
+    assert "ended before 25 steps" in Path("figs/compression/results.json").read_text()
+    again, said = compared(capsys)  # taken up: known from the start
+    assert again == earned
+    assert said.index("Episodes: ") < said.index("COMPRESSED AGAINST")
+    assert said.count(counted) == 2
+
+
+def test_where_nothing_ends_early_nothing_is_said_of_it(capsys, monkeypatch):
+    short = ADAPTER.replace('HORIZON = ("pole",), 25', 'HORIZON = ("pole",), 6')
+    monkeypatch.setitem(globals(), "ADAPTER", short)
+    earned, said = compared(capsys)
+    assert set(earned.values()) == {6.0}
+    assert "ended before" not in said
+    assert "ended_early" not in Path("figs/compression/results.json").read_text()

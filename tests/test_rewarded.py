@@ -1,0 +1,157 @@
+"""Above which reward a transition counts as rewarded: one number, wherever it is used."""
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from agents import Recorder
+from conftest import refused
+from hypothesis import given
+from hypothesis import strategies as st
+
+from historylens.adapter.agent import load, load_acting
+from historylens.adapter.decisions import read_rewarded
+from historylens.common.errors import UserError
+from historylens.comparison.policy import CompressedPolicy
+from historylens.compression.method import METHODS
+from historylens.history import Decision, History, HistoryBuffer
+from visualize_attention import main
+
+SAR = Path(__file__).resolve().parents[1] / "examples" / "sar_mha.py"
+CORRIDOR = SAR.with_name("corridor.py").read_text()
+CPU = torch.device("cpu")
+PAYS = 'rewards=next_states == (0 if goal == "left end" else N_CELLS - 1)'
+GRADED = 'rewards=abs(next_states - (N_CELLS - 1 if goal == "left end" else 0)) / 10'
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    Path("corridor.py").write_text(CORRIDOR)
+
+
+def written(more="", graded=True):
+    text = SAR.read_text()
+    assert PAYS in text
+    text = text.replace(PAYS, GRADED) if graded else text
+    Path("mine.py").write_text(text + more)
+    return "mine.py"
+
+
+class Says:
+    """An adapter that says so much."""
+
+    def __init__(self, above=None):
+        self.above = above
+
+    def get(self, name):
+        return {"REWARDED_ABOVE": self.above}[name]
+
+    def check(self, is_fit, *_):
+        assert is_fit
+
+
+def decision(rewards):
+    zeros = np.zeros(len(rewards), dtype=int)
+    return Decision(zeros, zeros, np.array(rewards, dtype=np.float32), 0)
+
+
+@given(st.lists(st.lists(st.integers(-3, 3), min_size=1, max_size=9), min_size=1, max_size=3))
+def test_by_default_it_is_0_for_two_values_and_else_the_top_quarter(rewards):
+    above, told = read_rewarded(Says(), [decision(one) for one in rewards], None)
+    drawn = sorted(reward for one in rewards for reward in one)
+    if len(set(drawn)) <= 2:
+        assert (above, told) == (0, "")
+        return
+    place = 0.75 * (len(drawn) - 1)  # the plain twin, between two of the rewards
+    low, high = drawn[int(place)], drawn[min(int(place) + 1, len(drawn) - 1)]
+    expected = low + (place - int(place)) * (high - low)
+    if expected == drawn[-1]:
+        expected = max(reward for reward in drawn if reward < drawn[-1])
+        assert "the highest of those in samples" in told
+    assert above == pytest.approx(expected)
+    assert 0 < sum(reward > above for reward in drawn) < len(drawn)
+    assert told.startswith(f"rewards above {above:.4g}, the ")
+    assert told.endswith("; REWARDED_ABOVE or --rewarded-above says otherwise")
+
+
+def test_the_adapter_says_it_and_the_flag_before_it():
+    decisions = [decision([0, 1, 2, 3])]
+    told = "rewards above 0.5, as REWARDED_ABOVE says"
+    assert read_rewarded(Says(0.5), decisions, None) == (0.5, told)
+    assert read_rewarded(Says(0.5), decisions, 0) == (
+        0,
+        "rewards above 0, as --rewarded-above says",
+    )
+
+
+def test_one_number_travels_from_the_adapter_to_decisions_histories_and_facts():
+    agent = load(written("\nREWARDED_ABOVE = 0.35\n"), 3, 0, CPU)
+    assert agent.facts["Rewarded"] == "rewards above 0.35, as REWARDED_ABOVE says"
+    assert agent.rewarded_above == agent.meta["rewarded_above"] == 0.35
+    history = agent.history([0, 1])
+    shorter = history.take(torch.arange(4).expand(2, 4)).rows(torch.tensor([1]))
+    for one, n in ((history, 30), (shorter, 4)):
+        assert torch.equal(one.rewarded, one.rewards > 0.35)
+        assert one.rewarded.shape[1] == n
+    for one in agent.decisions:
+        np.testing.assert_array_equal(one.rewarded, one.rewards > np.float32(0.35))
+    assert "Rewarded" not in load(written(graded=False), 3, 0, CPU).facts
+    acting = load_acting(written(), 0, CPU, 0.2)
+    assert acting.facts["Rewarded"] == "rewards above 0.2, as --rewarded-above says"
+    assert acting.meta["rewarded_above"] == 0.2
+
+
+@pytest.mark.parametrize("value", ["'high'", "float('nan')", "[1]"])
+def test_what_is_no_reward_is_one_line(value):
+    with pytest.raises(UserError, match=r"mine\.py: REWARDED_ABOVE: expected a finite number"):
+        load(written(f"\nREWARDED_ABOVE = {value}\n"), 3, 0, CPU)
+
+
+def test_a_flag_that_is_no_number_is_one_line(capsys):
+    said = refused(main, ["--adapter", written(), "--rewarded-above", "nan"], capsys)
+    assert said == "error: expected --rewarded-above as a finite number, got nan"
+
+
+def mass_rewarded(*flags):
+    quick = ["--num-samples=4", "--num-figures=1", "--num-effects=0", "--dpi=20"]
+    main(["--adapter", written(), *quick, *flags])
+    meta = json.loads(Path("figs/attention/metrics.json").read_text())
+    with Path("figs/attention/metrics.csv").open() as file:
+        mass = np.mean([float(row["mass_rewarded"]) for row in csv.DictReader(file)])
+    return mass, meta
+
+
+def test_metrics_and_pictures_use_it(capsys):
+    every, all_json = mass_rewarded("--rewarded-above", "-1")
+    said = " ".join(capsys.readouterr().out.split())
+    assert "Rewarded: rewards above -1, as --rewarded-above says" in said
+    some, some_json = mass_rewarded()
+    said = " ".join(capsys.readouterr().out.split())
+    assert "the top quarter of those in samples; REWARDED_ABOVE or --rewarded-above says" in said
+    none, none_json = mass_rewarded("--rewarded-above", "9")
+    assert none == 0 < some < every
+    assert every > 0.9
+    counts = [len(one["samples"][0]["rewarded"]) for one in (all_json, some_json, none_json)]
+    assert counts[2] == 0 < counts[1] < counts[0] == 30
+    assert [one["meta"]["rewarded_above"] for one in (all_json, none_json)] == [-1, 9]
+
+
+def test_what_keeps_rewarded_transitions_keeps_those_above_it():
+    rewards = torch.tensor([[3.0, 1, 1, 1, 1, 1]])
+    zeros = torch.zeros(1, 6, dtype=torch.long)
+    history = History(zeros[..., None], zeros, rewards, zeros[..., None], rewarded_above=2.0)
+    keep = METHODS["rewarded-recent"].compress
+    assert keep(history, 2).kept.tolist() == [[0, 5]]
+    agent = Recorder(n_max=7)
+    agent.rewarded_above = 2.0
+    buffer = HistoryBuffer(torch.zeros(1, 1), 6)
+    for reward in rewards[0]:
+        step = torch.zeros(1, 1), torch.zeros(1), reward[None], torch.zeros(1, 1)
+        buffer.append(*step, done=False)
+    CompressedPolicy(agent, METHODS["rewarded-recent"], 2).act(buffer, torch.zeros(1, 1))
+    assert agent.histories[-1].rewards.tolist() == [[3, 1]]

@@ -1,0 +1,256 @@
+"""What a model does with its history is told from its actions, not from how sharp its policy is."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from agents import Recorder
+from compression_cases import decisions_of, make_history
+from hypothesis import given
+from hypothesis import strategies as st
+from test_effects import attention, moved, one_hot, reading
+from test_planted import analysed
+from test_planted_effects import early_rewards, model_of_rewards
+from torch import nn
+
+from ad.agent import load_for_analysis
+from config import ModelConfig, VisualizeConfig
+from historylens.effects import measure_effects
+from historylens.effects.measure import (
+    ENOUGH,
+    ENOUGH_FLIPS,
+    Trial,
+    action_changes,
+    enough,
+    kl_divergence,
+    sharpness,
+)
+from historylens.effects.report import MeasuredEffects
+from historylens.effects.twins import moved_twins
+from model import ADTransformer
+
+TEMPERATURES = (0.01, 0.1, 10, 100)
+N = 24
+
+
+def planted(logits, decisions=None):
+    agent = Recorder(N, logits, attention)
+    agent.decisions = decisions or decisions_of(make_history(6, N, seed=3))
+    return agent
+
+
+def reading_rewards(history):
+    """The action rewarded most, by a weak preference."""
+    return (one_hot(history.actions) * history.rewards.double()[..., None]).sum(1)
+
+
+def ignoring(history):
+    return one_hot(history.query_states[:, 0])
+
+
+def shipped():
+    return load_for_analysis(VisualizeConfig(num_samples=10), torch.device("cpu"))
+
+
+def untrained(seed, as_torch=False):
+    """The shipped run's decisions, made by a model that was never trained."""
+    agent = shipped()
+    torch.manual_seed(seed)
+    agent.model = ADTransformer(ModelConfig()).eval()
+    if as_torch:
+        for module in agent.model.modules():
+            getattr(module, "reset_parameters", getattr(module, "_reset_parameters", int))()
+        nn.init.normal_(agent.model.pos_embedding, std=0.02)
+    return agent
+
+
+def times(agent, factor):
+    """The same agent at another temperature."""
+    if hasattr(agent, "logits"):
+        own = agent.logits
+        agent.logits = lambda history: own(history) * factor
+    else:
+        with torch.no_grad():
+            for parameter in agent.model.pred_action.parameters():
+                parameter.mul_(factor)
+    return agent
+
+
+def found_of(agent):
+    return measure_effects(agent, [0], [[0]], [], 10, 0)
+
+
+def verdict(found):
+    """All that must not depend on the temperature."""
+    order = [line.split()[0] for line in found.text.splitlines()[2 : 2 + len(found.curves)]]
+    marks = {n: [one.against_random for one in curve] for n, curve in found.curves.items()}
+    column = {name: enough(curve) for name, curve in found.curves.items()}
+    guide = found.faithfulness or {"overall_per_sample": [], "recency_per_sample": []}
+    ranks = [x for name in ("overall", "recency") for x in guide[f"{name}_per_sample"]]
+    return found.ignores_history, order, marks, column, pytest.approx(ranks, abs=0.02)
+
+
+MODELS = {
+    "ignoring": (lambda: planted(ignoring), True),
+    "reading": (lambda: planted(reading), False),
+    "reading rewards": (lambda: planted(reading_rewards), False),
+    "shipped": (shipped, False),
+    "untrained": (lambda: untrained(0), True),
+    "untrained, initialised by PyTorch": (lambda: untrained(0, as_torch=True), True),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_verdict_order_marks_and_enough_are_the_same_at_every_temperature(name, monkeypatch):
+    monkeypatch.setattr("historylens.effects.faithfulness.MAX_LEFT_OUT_TOKENS", 1)  # costs most
+    make, ignores = MODELS[name]
+    *own, ranks = verdict(found_of(make()))
+    assert own[0] == ignores
+    for factor in TEMPERATURES:
+        *others, close = verdict(found_of(times(make(), factor)))
+        assert (others, ranks.expected) == (own, close), factor
+
+
+@pytest.mark.parametrize("factor", [0.01, 1, 100])
+def test_a_model_that_reads_rewards_alone_is_recognised_though_twins_were_run(factor, tmp_path):
+    model = model_of_rewards()
+    with torch.no_grad():
+        model.pred_action.weight.mul_(factor)
+    found = analysed(tmp_path, model, early_rewards())["effects"]
+    assert found["ignores_history"] is False
+    assert len(found["twins"]) == 19
+    assert found["strategies"]["top-k"]["enough"] == 1
+
+
+def test_enough_is_never_said_where_the_actions_change():
+    close = [moved(ENOUGH, n_keep=1), moved(0, n_keep=2)]
+    assert enough(close) == 1
+    flipping = replace(close[1], flips=2 * ENOUGH_FLIPS)
+    assert enough([close[0], flipping]) is None
+    assert enough([replace(close[0], flips=2 * ENOUGH_FLIPS), close[1]]) == 2
+    raw = replace(close[0], kl_mean=9.0)  # how sharp the policy is says nothing
+    assert enough([raw, close[1]]) == 1
+
+
+@given(st.integers(2, 6), st.integers(1, 5), st.integers(0, 99), st.floats(-4, 4))
+def test_at_the_reference_temperature_the_mean_entropy_is_half_of_the_largest(n, size, seed, log10):
+    logits = torch.randn(size, n, generator=torch.Generator().manual_seed(seed)).double()
+    beta = sharpness(logits)
+    p = torch.softmax(logits * beta, -1).numpy()
+    assert -(p * np.log(p + 1e-300)).sum(-1).mean() == pytest.approx(np.log(n) / 2, rel=1e-6)
+    assert sharpness(logits * 10**log10) == pytest.approx(beta / 10**log10, rel=1e-6)
+    alike = torch.full((3, n), 7.0, dtype=torch.float64) + 1e-7 * torch.rand(3, n)
+    assert sharpness(torch.cat([logits, alike])) == pytest.approx(beta)  # these have no say
+    assert sharpness(alike) == 0
+
+
+@given(st.integers(1, 5), st.integers(0, 99), st.sampled_from([0.0, 0.3, 2.0]))
+def test_what_changes_of_actions_drawn_is_the_least_that_has_to(n, seed, beta):
+    a, b = torch.randn(2, 4, n, generator=torch.Generator().manual_seed(seed)).double()
+    p, q = ((x * beta).softmax(-1).numpy() for x in (a, b))
+    overlap = [
+        sum(min(x, y) for x, y in zip(*pair, strict=True)) for pair in zip(p, q, strict=True)
+    ]
+    np.testing.assert_allclose(action_changes(a, b, beta), 1 - np.array(overlap), atol=1e-12)
+    plain = [(x * np.log(x / y)).sum() for x, y in zip(p, q, strict=True)]
+    np.testing.assert_allclose(kl_divergence(a, b, beta), plain, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("changed", "flips", "twins", "ignores"),  # of 5 actions, by another task's history
+    [
+        (0.5, 0.5, [0.1] * 18 + [0.4], False),
+        (0.5, 0.5, [0.1] * 18 + [0.5], True),
+        (0.5, 0.9, [0.1] * 18 + [0.6], False),  # as many as if decisions were drawn anew
+        (0.5, 0.5, [], False),
+        (0.05, 0.05, [], True),
+        (0.05, 0.1, [], False),
+        (0.1, 0.05, [], False),
+        (0.03, 0.0, [0.01] * 19, False),
+    ],
+)
+def test_the_history_is_used_where_it_moves_more_than_in_every_twin(changed, flips, twins, ignores):
+    one = replace(moved(0), changed=changed, flips=flips)
+    found = MeasuredEffects(controls={"other-task": one}, n_actions=5, twins=twins)
+    assert found.ignores_history is ignores
+
+
+def exchanged(agent):
+    trial = Trial(agent, 10, 0)
+    rows, other = trial.exchanged("other-task")
+    return trial.history.rows(rows), other
+
+
+def test_twins_have_the_same_numbers_in_other_places_and_the_weights_are_put_back():
+    agent, sets = shipped(), []
+    with torch.no_grad():
+        agent.model.embed_context.weight[0, 0] = -0.0  # other bits than 0
+    history, other = exchanged(shipped())
+    act = agent.act
+
+    def noted(history, positions=None):
+        sets.append({n: t.clone() for n, t in agent.model.state_dict().items()})
+        return act(history, positions)
+
+    agent.act = noted
+    assert len(moved_twins(agent, history, other, seed=0)) == 19
+    first, *others = sets  # its own, and two passes of each twin
+    for name, tensor in agent.model.state_dict().items():
+        mine = first[name]
+        assert torch.equal(tensor.view(torch.int32), mine.view(torch.int32))
+        for one, same, two in zip(others[:-2:2], others[1::2], others[2::2], strict=False):
+            assert torch.equal(one[name], same[name])
+            assert torch.equal(one[name], two[name]) == (tensor.dim() < 2)
+            assert torch.equal(one[name].flatten().sort()[0], mine.flatten().sort()[0])
+    again = shipped()
+    twice = [moved_twins(again, history, other, seed=seed) for seed in (0, 0, 1)]
+    assert twice[0] == twice[1] != twice[2]
+
+
+def test_weights_are_put_back_after_an_error_and_the_actions_alone_decide():
+    agent, calls = shipped(), []
+    own = {name: tensor.clone() for name, tensor in agent.model.state_dict().items()}
+    act, state = agent.act, agent.model.state_dict()
+
+    def failing(history, positions=None):
+        calls.append(history)
+        if not all(torch.equal(state[name], own[name]) for name in own):
+            raise RuntimeError("broken weights\nand more")
+        return act(history, positions)
+
+    agent.act = failing
+    found = found_of(agent)
+    assert all(torch.equal(state[name], own[name]) for name in own)
+    assert (found.twins, found.ignores_history) == ([], False)
+    assert found.not_run["twins"] == "broken weights"
+    assert "model with its weights shuffled: could not be run, broken weights." in found.text
+
+
+@pytest.mark.parametrize(
+    ("logits", "parameter", "reason"),
+    [
+        (reading, None, "it has no weight matrices"),
+        (reading, torch.zeros(3), "it has no weight matrices"),
+        (reading, torch.eye(3), "act() is the same whatever its model's weights"),
+        (reading, torch.zeros(1).expand(10_000, 6_000), "it has too many weights (60,000,000)"),
+    ],
+)
+def test_where_weights_cannot_be_shuffled_the_actions_alone_decide(logits, parameter, reason):
+    agent = planted(logits)
+    if parameter is not None:
+        agent.model.weight = nn.Parameter(parameter)
+    found = found_of(agent)
+    assert found.not_run["twins"] == reason
+    assert (found.twins, found.ignores_history) == ([], False)
+
+
+def test_the_console_says_what_the_verdict_rests_on():
+    texts = [" ".join(found_of(make()).text.split()) for make in (shipped, lambda: untrained(0))]
+    about = "Of actions drawn at a reference temperature another task's history changes"
+    for text in texts:
+        assert about in text
+        assert "in 19 models with these weights shuffled" in text
+    assert ["untrained ones move as much" in text for text in texts] == [False, True]
+    nothing = " ".join(found_of(planted(ignoring)).text.split())
+    assert f"{about} 0%: 5% count as nothing, 30% without history." in nothing
