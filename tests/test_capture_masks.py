@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from eager import CLOSE, causal, check, eager_weights, random_weights, weights_of
+from eager import CLOSE, causal, check, eager_weights, randomized, weights_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -33,7 +33,7 @@ class Attend(nn.Module):
         super().__init__()
         self.way = way
         if way in ("mha", "flat mask"):
-            self.attention = random_weights(nn.MultiheadAttention(WIDTH, N_HEADS, batch_first=True))
+            self.attention = randomized(nn.MultiheadAttention(WIDTH, N_HEADS, batch_first=True))
 
     def forward(self, x, mask):  # (B, T, D), (B, H, T, T)
         if self.way in ("mha", "flat mask"):
@@ -111,7 +111,7 @@ def test_the_lowest_number_of_a_narrow_type(dtype):
 @pytest.mark.parametrize("value", VALUES)
 @pytest.mark.parametrize("with_bool", [True, False])
 def test_a_float_key_padding_mask_tells_padded_queries_too(value, with_bool):
-    attention = random_weights(nn.MultiheadAttention(WIDTH, N_HEADS, batch_first=True))
+    attention = randomized(nn.MultiheadAttention(WIDTH, N_HEADS, batch_first=True))
     x, padded = torch.randn(2, 5, WIDTH), torch.arange(5) >= torch.tensor([5, 3])[:, None]
     keys = torch.zeros(2, 5).masked_fill(padded, max(number(value), -3e38))
     mask = torch.zeros(5, 5).masked_fill(causal(5), -torch.inf)

@@ -156,11 +156,13 @@ def analyse(job: Job) -> None:
     if n_drawn is not None:
         has_curves = curves is not None and (job.out / CURVES).exists()
         more = f",\n{CURVES} shows the effect of dropping history" if has_curves else ""
-        print(
-            f"\n{sum(n_drawn)} pictures in {job.out}/: layer_N/ has a heatmap and a line plot a "
-            f"sample and a summary,\nattention_layers.png compares the layers{more}.\nAll numbers: "
-            "metrics.json and metrics.csv there."
+        kinds = (
+            f"pictures in {job.out}/: layer_N/ has a heatmap and a line plot a sample and a "
+            f"summary,\nattention_layers.png compares the layers{more}."
         )
+        nothing = f"No picture could be drawn in {job.out}/."
+        drawn = f"{sum(n_drawn)} {kinds}" if sum(n_drawn) else nothing
+        print(f"\n{drawn}\nAll numbers: metrics.json and metrics.csv there.")
 
 
 def measure(job: Job, metrics: Metrics) -> None:
