@@ -98,11 +98,10 @@ def break_one(patch, broken, how):
     patch.setattr(Painter, "draw", draw)
 
 
-@pytest.mark.parametrize("n_processes", [1, 2])
 def test_any_kind_of_picture_may_fail_and_is_told_while_all_else_is_drawn(
-    home, monkeypatch, capsys, n_processes
+    home, monkeypatch, capsys
 ):
-    monkeypatch.setattr(painter, "drawing_processes", lambda n: n_processes)
+    monkeypatch.setattr(painter, "drawing_processes", lambda n: 2)  # one: see test_painter
     drew = kinds_of_pictures(monkeypatch)
     names = {function.__name__ for function in drew}
     assert names == {"heatmap", "line_plot", "summary", "course", "deletion_curves"}
@@ -146,8 +145,8 @@ def test_numbers_are_written_before_the_first_picture_and_after_its_effects(home
 
 
 def test_a_value_as_good_as_its_uniform_one_is_drawn(tmp_path):
-    for size in (0.0, 1e-300, 1e-12, 1.0, 1e12):
-        for n in (2, 40, 400):
+    for size in (0.0, 1e-300, 1.0, 1e12):
+        for n in (2, 400):
             rng = np.random.default_rng(n)
             values = {name: size * (1 + 1e-16 * rng.integers(-3, 4, n)) for name in METRICS}
             uniform = dict.fromkeys(METRICS, size * (1 + 2e-16))

@@ -30,7 +30,7 @@ from historylens.effects.report import MeasuredEffects
 from historylens.effects.twins import moved_twins
 from model import ADTransformer
 
-TEMPERATURES = (0.01, 0.1, 10, 100)
+TEMPERATURES = (0.01, 100)
 N = 24
 
 
