@@ -72,6 +72,7 @@ class Session(TorchFunctionMode):
         self._calls: list[str] = []  # the layers that attended by name, in order
         self.seen: dict[str, tuple[Seen | None, Seen]] = {}  # before its last pass, and after
         self._weights = WeakIdKeyDictionary()  # tensors of weights -> _Weights
+        self._follows = False  # whether there ever were any: the dictionary is slow to ask
         self.newest = ""  # the layer of the last call, if that attended
         self._unread: dict[str, str] = {}  # what ran and should have attended, and its class
         self._hint = ""  # what came nearest to attention
@@ -117,7 +118,7 @@ class Session(TorchFunctionMode):
         reader = reader_of(func)
         if reader is None or not self.running:
             output = func(*args, **kwargs)
-            if self._weights:
+            if self._follows:
                 self._follow(func.__name__, args, output)
             return output
         run = self.running[-1]
@@ -131,6 +132,7 @@ class Session(TorchFunctionMode):
             output = func(*args, **kwargs)
             if self.newest:
                 self._weights[output] = _Weights(self.newest, scores.shape)
+                self._follows = True
             return output
         output = func(*args, **kwargs)  # PyTorch's own complaint about a wrong shape comes first
         self._take(run, reader, *args, **kwargs)

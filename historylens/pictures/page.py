@@ -130,6 +130,8 @@ def text_width(text: str, size: float, weight: str = "normal") -> float:
 
 def in_lines(text: str, width: float, size: float, weight: str = "normal") -> list[str]:
     """A text in lines of at most `width` page units; a word that is wider is cut."""
+    if text_width(text, size, weight) <= width:
+        return [text]
     lines, line, words = [], "", text.split(" ")
     while words:
         longer = f"{line} {words[0]}" if line else words[0]
