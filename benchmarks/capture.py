@@ -1,20 +1,20 @@
 """Seconds and peak memory of a forward pass: plain, with capture, and with eager attention weights.
 
     python benchmarks/capture.py --tokens 256 4096 --threads 2    # without flags: minutes
+    python benchmarks/capture.py --device cuda --samples 32
 
-Every variant runs in a process of its own on the same input; memory is the process's peak beyond
-what it held before its first forward pass. The eager way is what the fused kernels save: each layer
+Every variant runs in a process of its own on the same input; memory is its peak beyond what
+it held before its first forward pass. The eager way is what the fused kernels save: each layer
 returns its whole attention through `need_weights`.
 """
 
 import argparse
-import resource
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 
 import torch
-from setting import eager_weights, print_table, read_flags, seconds_of
+from setting import eager_weights, peak_mib, print_table, read_flags, seconds_of
 from torch import nn
 
 from historylens.capture import capture
@@ -44,9 +44,10 @@ def measure(variant: str, n_tokens: int, options: argparse.Namespace) -> tuple[f
     torch.set_num_threads(options.threads)
     torch.backends.mha.set_fastpath_enabled(False)  # on a CPU it holds T x T and is slower
     torch.manual_seed(0)
+    torch.set_default_device(options.device)
     layer = nn.TransformerEncoderLayer(64, 4, 256, 0.0, activation="gelu", batch_first=True)
     encoder = nn.TransformerEncoder(layer, options.layers, enable_nested_tensor=False).eval()
-    x = torch.randn(1, n_tokens, 64)
+    x = torch.randn(options.samples, n_tokens, 64)
     mask = torch.full((n_tokens, n_tokens), -torch.inf).triu_(1)
 
     def run() -> object:
@@ -59,17 +60,17 @@ def measure(variant: str, n_tokens: int, options: argparse.Namespace) -> tuple[f
         with capture(encoder, **CAPTURED[variant]):
             return encoder(x, mask=mask, is_causal=True)
 
-    kib, seconds = [resource.getrusage(resource.RUSAGE_SELF).ru_maxrss], []
+    before, seconds = peak_mib(options.device), []
     with torch.no_grad():
         while not seconds or sum(seconds) < options.seconds:
             seconds += seconds_of(run)
-    kib.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
-    return min(seconds), (kib[1] - kib[0]) / 1024
+    return min(seconds), peak_mib(options.device) - before
 
 
 if __name__ == "__main__":
-    sizes = {"tokens": [256, 1024, 4096, 16384], "layers": 4, "threads": 1}
-    flags = read_flags(__doc__, **sizes, seconds=3.0, eager_tokens=8192)
-    print(f"1 sample, {flags.layers} layers, 4 heads, width 64, {flags.threads} thread(s), CPU")
+    sizes = {"tokens": [256, 1024, 4096, 16384], "samples": 1, "layers": 4, "threads": 1}
+    flags = read_flags(__doc__, **sizes, seconds=3.0, eager_tokens=8192, device="cpu")
+    print(f"{flags.samples} sample(s), {flags.layers} layers, 4 heads, width 64", end=", ")
+    print(f"{flags.threads} thread(s), {flags.device}")
     header = "| T | variant | seconds | / plain | extra peak MiB |"
     print_table(header, "| {} | {} | {:.4f} | {:.2f} | {:.0f} |", rows_of(flags))

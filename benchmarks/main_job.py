@@ -31,15 +31,17 @@ def random_run(folder: Path, n_transit: int) -> Path:
 
 
 if __name__ == "__main__":
-    flags = read_flags(__doc__, n_transit=240, repeats=3)
+    flags = read_flags(__doc__, n_transit=240, repeats=3, device="cpu", precision="float32")
     ours, plain = [], []
     with tempfile.TemporaryDirectory() as folder:
         run = random_run(Path(folder) / "run", flags.n_transit)
-        command = "visualize_attention.py", "--checkpoint", run, "--out", f"{folder}/ours"
+        command = ["visualize_attention.py", "--checkpoint", run, "--out", f"{folder}/ours"]
+        command += ["--device", flags.device, "--precision", flags.precision]
         for _ in range(flags.repeats):
             ours.append(run_process(*command)[0])
             plain.append(run_process("benchmarks/plain_main_job.py", run, f"{folder}/plain")[0])
-    print(f"main job, T = {flags.n_transit}, whole process, median of {flags.repeats}")
+    print(f"main job, T = {flags.n_transit}, whole process, median of {flags.repeats}", end=", ")
+    print(f"ours on {flags.device} in {flags.precision}, the plain way on cpu")
     rows = [(name, *np.median(took, axis=0)) for name, took in (("ours", ours), ("plain", plain))]
     header = "| way | wall seconds | CPU seconds | peak MiB |"
     print_table(header, "| {} | {:.1f} | {:.1f} | {:.0f} |", rows)

@@ -28,6 +28,7 @@ def rows_of(options: argparse.Namespace) -> Iterator[tuple]:
     os.environ["OMP_NUM_THREADS"] = "1"
     command = [__file__, "--child", "--checkpoint", options.checkpoint]
     command += ["--samples", options.samples, "--repeats", options.repeats]
+    command += ["--device", options.device]
     first = None
     for n in options.processes:
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n}"]
@@ -44,7 +45,7 @@ def measure(options: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as out, join() as group:
         wanted = {"checkpoint": options.checkpoint, "num_samples": options.samples}
         config = VisualizeConfig(**wanted, num_figures=0, out=out)
-        agent = load_for_analysis(config, torch.device("cpu"))
+        agent = load_for_analysis(config, group.device(torch.device(options.device)))
         job = analysis.Job.of(agent, config, group)
 
         def run() -> None:
@@ -64,7 +65,7 @@ def measure(options: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     defaults = {"checkpoint": str(ROOT / "checkpoints"), "samples": 2000, "processes": [1, 2]}
-    flags = read_flags(__doc__, **defaults, repeats=3, child=False)
+    flags = read_flags(__doc__, **defaults, device="cpu", repeats=3, child=False)
     if flags.child:
         measure(flags)
     else:

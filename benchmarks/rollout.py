@@ -24,12 +24,14 @@ def plain_rollout(model: ADTransformer, goals: np.ndarray, n_steps: int) -> None
     """Call the model on the whole context at each step."""
     room, n_max = DarkRoom(goals, model.config.grid_size, 20), model.n_context_max
     noise = np.random.default_rng(0)
-    past = torch.zeros(len(goals), n_steps, 6, dtype=torch.int64)
+    device = model.pos_embedding.device
+    past = torch.zeros(len(goals), n_steps, 6, dtype=torch.int64, device=device)
     states = room.reset()
     for t in range(n_steps):
         c = past[:, max(0, t - n_max) : t]
-        logits = model(c[..., :2], c[..., 2], c[..., 3], c[..., 4:], torch.from_numpy(states))
-        actions = (logits.numpy() + noise.gumbel(size=logits.shape)).argmax(axis=1)
+        query = torch.from_numpy(states).to(device)
+        logits = model(c[..., :2], c[..., 2], c[..., 3], c[..., 4:], query).cpu().numpy()
+        actions = (logits + noise.gumbel(size=logits.shape)).argmax(axis=1)
         next_states, rewards, done = room.step(actions)
         step = [states, actions[:, None], rewards[:, None], next_states]
         past[:, t] = torch.from_numpy(np.concatenate(step, axis=1))
@@ -39,7 +41,7 @@ def plain_rollout(model: ADTransformer, goals: np.ndarray, n_steps: int) -> None
 def rows_of(flags: argparse.Namespace) -> Iterator[tuple]:
     """A row for each mode, its seconds beside those of both plain ways."""
     torch.manual_seed(0)
-    model = ADTransformer(ModelConfig(n_transit=flags.n_transit)).eval()
+    model = ADTransformer(ModelConfig(n_transit=flags.n_transit)).eval().to(flags.device)
     goals = all_goals(9)[np.linspace(0, 80, flags.n_rooms).astype(int)]
 
     @cache  # the same for both ways of sliding
@@ -60,8 +62,8 @@ def rows_of(flags: argparse.Namespace) -> Iterator[tuple]:
 
 
 if __name__ == "__main__":
-    flags = read_flags(__doc__, n_rooms=32, n_steps=1000, n_transit=240)
-    print(f"{flags.n_rooms} rooms, context of {flags.n_transit} tokens")
+    flags = read_flags(__doc__, n_rooms=32, n_steps=1000, n_transit=240, device="cpu")
+    print(f"{flags.n_rooms} rooms, context of {flags.n_transit} tokens, {flags.device}")
     header = "| mode | steps | ours, s | plain, s | / ours | plain fused, s | / ours |"
     row = "| {} | {} | {:.1f} | {:.1f} | {:.1f}x | {:.1f} | {:.1f}x |"
     print_table(header, row, rows_of(flags))

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -10,6 +11,7 @@ import timeit
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,9 +30,23 @@ def read_flags(doc: str, **defaults: object) -> argparse.Namespace:
     return parser.parse_args()
 
 
-def seconds_of(run: Callable, repeats: int = 1, clock: Callable = time.perf_counter) -> list[float]:
+def clock() -> float:
+    """Seconds on the wall, once a GPU has done what it was given."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def seconds_of(run: Callable, repeats: int = 1, clock: Callable = clock) -> list[float]:
     """Seconds of each of several calls."""
     return timeit.repeat(run, "import gc; gc.enable()", clock, repeats, number=1)
+
+
+def peak_mib(device: str) -> float:
+    """Most memory held so far: on a GPU by tensors, else by this process."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def run_process(*arguments: object) -> tuple[tuple[float, float, float], str]:

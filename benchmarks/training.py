@@ -34,13 +34,13 @@ def train_step(objective: PackedLoss, optimizer: Optimizer, batch: dict[str, Ten
     optimizer.step()
 
 
-def rows_of(batch: dict[str, Tensor], repeats: int) -> Iterator[tuple]:
+def rows_of(batch: dict[str, Tensor], repeats: int, device: str) -> Iterator[tuple]:
     """Way, training steps and targets a second, by the median step, the first one not counted."""
     batch_size, n_context = batch["actions"].shape
     ways = ("packed queries", PackedLoss, n_context + 1), ("one target", SingleLoss, 1)
     for name, loss, n_targets in ways:
         torch.manual_seed(0)
-        objective = loss(ADTransformer(ModelConfig()))
+        objective = loss(ADTransformer(ModelConfig()).to(device))
         optimizer = make_optimizer(objective.model, TrainConfig())
         seconds = seconds_of(partial(train_step, objective, optimizer, batch), repeats + 1)
         rate = 1 / statistics.median(seconds[1:])
@@ -48,11 +48,12 @@ def rows_of(batch: dict[str, Tensor], repeats: int) -> Iterator[tuple]:
 
 
 if __name__ == "__main__":
-    flags = read_flags(__doc__, repeats=20)
+    flags = read_flags(__doc__, repeats=20, device="cpu")
     goals = split_goals(0)["train"][:4]
     histories = learning_histories(goals, EnvConfig(), SourceConfig(), 0, n_streams=2)
     n_context, batch_size = ModelConfig().n_transit - 1, TrainConfig().batch_size
     batch = ADDataset(histories, n_context, 4).sample(batch_size, np.random.default_rng(0))
-    print(f"batches of {batch_size} windows of {n_context} transitions")
+    batch = {name: values.to(flags.device) for name, values in batch.items()}
+    print(f"batches of {batch_size} windows of {n_context} transitions, {flags.device}")
     header = "| way | steps a second | targets a second |"
-    print_table(header, "| {} | {:.2f} | {:,.0f} |", rows_of(batch, flags.repeats))
+    print_table(header, "| {} | {:.2f} | {:,.0f} |", rows_of(batch, flags.repeats, flags.device))
