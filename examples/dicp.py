@@ -4,7 +4,7 @@
     python visualize_attention.py --adapter examples/dicp.py
 
 Without DICP: dicp/gridworld beside this file. DICP_HISTORIES: the folder of histories, if moved.
-On a CPU, of what the training needs only einops, lightning-utilities, h5py and PyYAML.
+Of what the training needs only einops, lightning-utilities, h5py and PyYAML are needed.
 """
 
 import os
@@ -35,13 +35,14 @@ def _rotate(x: Tensor, y: Tensor, cos: Tensor, sin: Tensor, *_: Tensor) -> None:
     x[:], y[:] = x * cos - y * sin, x * sin + y * cos  # in place, as that code asks for
 
 
-if not torch.cuda.is_available():  # stand-ins for what that code imports and a CPU cannot run
-    kernels = SimpleNamespace(apply_rotary=_rotate, SwiGLU=_SwiGLU)
-    kernels.dropout_add_ln_fwd = lambda x, _, w, *a: (F.rms_norm(x, w.shape, w, a[6]), *4 * [None])
-    sys.modules.update(dict.fromkeys(["rotary_emb", "dropout_layer_norm", "xformers.ops"], kernels))
+# Stand-ins for what that code imports and a CPU cannot run; these run everywhere.
+kernels = SimpleNamespace(apply_rotary=_rotate, SwiGLU=_SwiGLU)
+kernels.dropout_add_ln_fwd = lambda x, _, w, *a: (F.rms_norm(x, w.shape, w, a[6]), *4 * [None])
+sys.modules.update(dict.fromkeys(["rotary_emb", "dropout_layer_norm", "xformers.ops"], kernels))
 sys.path.insert(0, os.environ.get("DICP", str(Path(__file__).parent / "dicp" / "gridworld")))
 CONTENT = torch.load(os.environ["DICP_CHECKPOINT"], map_location="cpu", weights_only=True)
-CONFIG = CONTENT["config"] | {"device": "cuda" if torch.cuda.is_available() else "cpu"}
+CONFIG = CONTENT["config"] | {"device": "cpu"}  # where the model is built; it is moved later
+NAMES = ("states", "actions", "rewards", "query_states", "next_states")
 N_MAX, IS_AD = CONFIG["n_transit"] - 1, CONFIG["model"] == "AD"
 
 
@@ -62,13 +63,10 @@ def samples(n: int, seed: int) -> Iterator[Decision]:
     data = ADDataset(CONFIG, folder, "test", 1, CONFIG["train_source_timesteps"])
     for i in np.random.default_rng(seed).choice(len(data), size=n).tolist():
         task, start = divmod(i, len(data.states[0]) - N_MAX)
-        yield Decision(
-            *(data[i][name] for name in ("states", "actions", "rewards", "query_states")),
-            next_states=data[i]["next_states"],
-            episodes=(start + np.arange(N_MAX)) // CONFIG["horizon"],
-            title=f"held-out task {task}, step {start + N_MAX}",
-            task=task,
-        )
+        arrays = (data[i][name] for name in NAMES)
+        episodes = (start + np.arange(N_MAX)) // CONFIG["horizon"]
+        title = f"held-out task {task}, step {start + N_MAX}"
+        yield Decision(*arrays, episodes, title, task=task)
 
 
 def act(model: nn.Module, history: History) -> Tensor:
@@ -82,7 +80,9 @@ def act(model: nn.Module, history: History) -> Tensor:
     else:
         cell = F.pad(query[:, None].float(), (0, model.embed_context.in_features - query.shape[1]))
         x, head = torch.cat([model.embed_context(cell), x], dim=1), model.pred_actions
-    return head(model.transformer(x, N_MAX + 1, dtype="fp32")[:, -1])
+    llama = model.transformer  # its cache of rotations is no buffer, so it does not move along
+    llama.rope_cache_fp32 = llama.build_rope_cache(x.device, torch.float32)
+    return head(llama(x, N_MAX + 1, dtype="fp32")[:, -1])
 
 
 def tokens(history: History) -> Tokens:

@@ -47,13 +47,12 @@ class Model(nn.Module):
         self.attentions = nn.ModuleList(Attention() for _ in range(2))
         self.head = nn.Linear(WIDTH, N_ACTIONS)
 
-    def forward(
-        self, query: Tensor, states: Tensor, actions: Tensor, rewards: Tensor, is_padding: Tensor
-    ) -> Tensor:
+    def forward(self, query: Tensor, context: list[Tensor], is_padding: Tensor) -> Tensor:
         """Logits `(B, A)` from `query (B,)` and padded `states, actions, rewards (B, N_MAX)`."""
+        states, actions, rewards = context
         rest = torch.cat([one_hot(actions, N_ACTIONS), rewards[..., None]], dim=-1)
-        context = self.state(states) + self.rest(rest)
-        x = torch.cat([self.state(query)[:, None], context], dim=1) + self.position
+        x = self.state(states) + self.rest(rest)
+        x = torch.cat([self.state(query)[:, None], x], dim=1) + self.position
         for attention in self.attentions:
             x = x + attention(x, pad(is_padding, (1, 0)))
         return self.head(x[:, 0])
@@ -70,23 +69,17 @@ def samples(n: int, seed: int) -> Iterator[Decision]:
     for number in range(n):
         size = 8 * (1 + number % 3)
         states = rng.integers(N_CELLS, size=size + 1)
-        yield Decision(
-            states=states[:-1],
-            actions=rng.integers(N_ACTIONS, size=size),
-            rewards=states[1:] == 0,
-            query_state=states[-1],
-            episodes=np.arange(size) // 8,
-            title=f"decision {number}",
-            labels={"number": number},
-        )
+        actions, episodes = rng.integers(N_ACTIONS, size=size), np.arange(size) // 8
+        about = {"title": f"decision {number}", "labels": {"number": number}}
+        yield Decision(states[:-1], actions, states[1:] == 0, states[-1], None, episodes, **about)
 
 
 def act(model: nn.Module, history: History) -> Tensor:
     """Action logits `(B, A)`, the history padded to `N_MAX` transitions."""
     parts = history.states[..., 0], history.actions, history.rewards
-    padded = (pad(part, (0, N_MAX - history.n)) for part in parts)
+    padded = [pad(part, (0, N_MAX - history.n)) for part in parts]
     is_padding = torch.arange(N_MAX, device=history.device) >= history.n
-    return model(history.query_states[:, 0], *padded, is_padding.expand(history.size, -1))
+    return model(history.query_states[:, 0], padded, is_padding.expand(history.size, -1))
 
 
 def tokens(history: History) -> Tokens:

@@ -19,22 +19,14 @@ sys.modules[f"{__name__}.flash_attn_interface"] = sys.modules[__name__]  # impor
 
 
 def flash_attn_func(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    dropout_p: float = 0.0,
-    softmax_scale: float | None = None,
-    causal: bool = False,
-    window_size: tuple[int, int] = (-1, -1),
-    softcap: float = 0.0,
-    alibi_slopes: Tensor | None = None,
-    **unused: Any,
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0, softmax_scale: float | None = None,
+    causal: bool = False, window_size: tuple[int, int] = (-1, -1), softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None, **unused: Any,
+) -> Tensor:  # fmt: skip
     """Attention `(B, Tq, H, d)` of `q` `(B, Tq, H, d)` to `k` and `v` `(B, Tk, Hk, d)`."""
     if softcap or unused.get("return_attn_probs"):
-        raise NotImplementedError(
-            "this stand-in for flash_attn knows no softcap and gives no probs"
-        )
+        what = "no softcap and gives no probs"
+        raise NotImplementedError(f"this stand-in for flash_attn knows {what}")
     places = torch.arange(q.shape[1], device=q.device) + k.shape[1] - q.shape[1]
     seen = torch.ones(1, k.shape[1], dtype=torch.bool, device=q.device)
     bias = _bias(places[None], seen, causal, window_size, alibi_slopes)
@@ -52,29 +44,19 @@ def flash_attn_kvpacked_func(q: Tensor, kv: Tensor, *args: Any, **kwargs: Any) -
 
 
 def flash_attn_with_kvcache(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    k: Tensor | None = None,
-    v: Tensor | None = None,
-    rotary_cos: Tensor | None = None,
-    rotary_sin: Tensor | None = None,
-    cache_seqlens: int | Tensor | None = None,
-    softmax_scale: float | None = None,
-    causal: bool = False,
-    window_size: tuple[int, int] = (-1, -1),
-    rotary_interleaved: bool = True,
-    alibi_slopes: Tensor | None = None,
-    **unused: Any,
-) -> Tensor:
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, k: Tensor | None = None, v: Tensor | None = None,
+    rotary_cos: Tensor | None = None, rotary_sin: Tensor | None = None,
+    cache_seqlens: int | Tensor | None = None, softmax_scale: float | None = None,
+    causal: bool = False, window_size: tuple[int, int] = (-1, -1),
+    rotary_interleaved: bool = True, alibi_slopes: Tensor | None = None, **unused: Any,
+) -> Tensor:  # fmt: skip
     """Attention `(B, Tq, H, d)` to caches `(B, S, Hk, d)`, to which `k` and `v` are added in place.
 
     `cache_seqlens` are tokens in the caches before, one number or `(B,)`; None: they are full.
     `rotary_cos` and `rotary_sin` `(S, r / 2)` turn the first `r` columns of queries and new keys.
     """
-    if refused := [
-        name for name, value in unused.items() if value is not None and value is not False
-    ]:
+    asked = (name for name, value in unused.items() if value is not None and value is not False)
+    if refused := list(asked):
         raise NotImplementedError(f"this stand-in for flash_attn does not know {refused[0]}")
     n_before = k_cache.shape[1] if cache_seqlens is None else cache_seqlens
     n_before = torch.as_tensor(n_before, device=q.device).expand(len(q))
@@ -98,11 +80,9 @@ def _bias(
 ) -> Tensor:
     """What is added to the scores, broadcasts to `(B, H, Tq, Tk)`.
 
-    Args:
-        places: `(B or 1, Tq)`, where each query stands among the keys.
-        seen: `(B or 1, Tk)`, keys that there are.
-        causal, window: how far a query may look, before and behind; -1 for any distance.
-        slopes: of ALiBi, `(H,)` or `(B, H)`.
+    `places (B or 1, Tq)`: where each query stands among the keys; `seen (B or 1, Tk)`: keys that
+    there are; `causal`, `window`: how far a query may look, before and behind, -1 for any distance;
+    `slopes (H,)` or `(B, H)`: of ALiBi.
     """
     before, behind = window[0], 0 if causal else window[1]
     back = places[:, :, None] - torch.arange(seen.shape[1], device=seen.device)  # (B, Tq, Tk)
@@ -115,10 +95,8 @@ def _attend(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor, dropout_p: float, scale: float | None
 ) -> Tensor:
     heads = (x.transpose(1, 2) for x in (q, k, v))
-    grouped = q.shape[2] != k.shape[2]
-    mixed = scaled_dot_product_attention(
-        *heads, bias.to(q.dtype), dropout_p, scale=scale, enable_gqa=grouped
-    )
+    how = {"dropout_p": dropout_p, "scale": scale, "enable_gqa": q.shape[2] != k.shape[2]}
+    mixed = scaled_dot_product_attention(*heads, bias.to(q.dtype), **how)
     return mixed.nan_to_num().transpose(1, 2)  # who sees nothing gets zeros
 
 
@@ -127,8 +105,7 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, places: Tensor, interleaved: bo
     half = cos.shape[1]
     cos, sin = cos[places][:, :, None], sin[places][:, :, None]  # (B, T, 1, r / 2)
     turned, rest = x[..., : 2 * half], x[..., 2 * half :]
-    pairs = turned.unflatten(-1, (half, 2) if interleaved else (2, half))
-    first, second = pairs.unbind(-1 if interleaved else -2)
-    axis = -1 if interleaved else -2
+    sizes, axis = ((half, 2), -1) if interleaved else ((2, half), -2)
+    first, second = turned.unflatten(-1, sizes).unbind(axis)
     turned = torch.stack([first * cos - second * sin, second * cos + first * sin], axis).flatten(-2)
     return torch.cat([turned, rest], dim=-1)

@@ -27,8 +27,8 @@ class Model(nn.Module):
         super().__init__()
         config = GPT2Config(
             vocab_size=1, bos_token_id=None, eos_token_id=None, n_positions=N_MAX + 1,
-            n_embd=WIDTH, n_layer=3, n_head=4,
-            resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, initializer_range=0.3,
+            n_embd=WIDTH, n_layer=3, n_head=4, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+            initializer_range=0.3,
         )  # fmt: skip
         self.embed = nn.Linear(2 + N_ARMS + 1, WIDTH)
         self.gpt2 = GPT2Model(config)
@@ -55,14 +55,9 @@ def samples(n: int, seed: int) -> Iterator[Decision]:
         size = int(rng.choice([12, 25, N_MAX]))
         states, actions = rng.normal(size=(size, 2)), rng.integers(N_ARMS, size=size)
         means = (states @ rng.normal(size=(2, N_ARMS)))[np.arange(size), actions]
-        yield Decision(
-            states=states,
-            actions=actions,
-            rewards=means + 0.1 * rng.normal(size=size),
-            query_state=rng.normal(size=2),
-            title=f"bandit {bandit}",
-            labels={"bandit": bandit},
-        )
+        rewards, query = means + 0.1 * rng.normal(size=size), rng.normal(size=2)
+        about = {"title": f"bandit {bandit}", "labels": {"bandit": bandit}}
+        yield Decision(states, actions, rewards, query, **about)
 
 
 def act(model: nn.Module, history: History) -> Tensor:

@@ -74,15 +74,10 @@ def samples(n: int, seed: int) -> Iterator[Decision]:
     rng = np.random.default_rng(seed)
     for walk in range(n):
         states = rng.normal(size=(N_MAX + 1, STATE)).cumsum(axis=0) / 5
-        yield Decision(
-            states=states[:-1],
-            actions=rng.integers(N_ACTIONS, size=N_MAX),
-            rewards=states[1:, 0] > 0.5,
-            query_state=states[-1],
-            episodes=np.arange(N_MAX) // 25,
-            title=f"walk {walk}",
-            labels={"walk": walk},
-        )
+        actions, rewards = rng.integers(N_ACTIONS, size=N_MAX), states[1:, 0] > 0.5
+        episodes = np.arange(N_MAX) // 25
+        about = {"episodes": episodes, "title": f"walk {walk}", "labels": {"walk": walk}}
+        yield Decision(states[:-1], actions, rewards, states[-1], **about)
 
 
 def act(model: nn.Module, history: History) -> Tensor:

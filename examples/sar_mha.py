@@ -66,22 +66,14 @@ def samples(n: int, seed: int) -> Iterator[Decision]:
     """Decisions after three episodes of random play in a corridor of which one end pays."""
     rng = np.random.default_rng(seed)
     for i in range(n):
-        actions, goal = rng.integers(2, size=N_MAX), GOALS[i % len(GOALS)]
+        actions, task = rng.integers(2, size=N_MAX), i % len(GOALS)
         states, next_states = np.zeros((2, N_MAX), dtype=int)
         for t in range(N_MAX):
             states[t] = N_CELLS // 2 if t % HORIZON == 0 else next_states[t - 1]
             next_states[t] = np.clip(states[t] + 2 * actions[t] - 1, 0, N_CELLS - 1)
-        yield Decision(
-            states=states,
-            actions=actions,
-            rewards=next_states == (0 if goal == "left end" else N_CELLS - 1),
-            next_states=next_states,
-            query_state=N_CELLS // 2,
-            episodes=np.arange(N_MAX) // HORIZON,
-            title=f"{goal} pays",
-            labels={"goal": goal},
-            task=GOALS.index(goal),
-        )
+        rewards, episodes = next_states == task * (N_CELLS - 1), np.arange(N_MAX) // HORIZON
+        about = {"title": f"{GOALS[task]} pays", "labels": {"goal": GOALS[task]}, "task": task}
+        yield Decision(states, actions, rewards, N_CELLS // 2, next_states, episodes, **about)
 
 
 def act(model: nn.Module, history: History) -> Tensor:

@@ -1,6 +1,9 @@
 """What several test modules share: one thread, a tiny model, tiny histories."""
 
+import os
 from pathlib import Path
+
+os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start, too
 
 import hypothesis
 import numpy as np
@@ -105,6 +108,12 @@ def refused(main, argv, capsys) -> str:
     assert said.count("\n") == 1, said
     assert said.startswith("error: ")
     return said.strip()
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    """Names, from the folder on, and contents of all files in it."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 
 def write_checkpoint(path, model: ADTransformer, goals=None, step=5, **config) -> Path:

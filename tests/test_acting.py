@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import PlainRoom, random_window, sharp_model
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from ad import acting
@@ -37,6 +37,7 @@ def assert_read(found, model, history, *positions):
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
 
 
+@settings(max_examples=10)
 @example(shape=SHAPES[1], n_rooms=3, asked=[0, 0, 3, 3, 11, 12, 12, 13, 30], horizon=1)
 @example(shape=SHAPES[1], n_rooms=2, asked=[2, 5, 9, 10, 10, 14, 24, 25], horizon=5)
 @given(
@@ -61,9 +62,9 @@ def test_a_policy_reads_its_context_as_one_forward_pass_would(shape, n_rooms, as
         assert_read(policy.act(buffer, expected.query_states), model, expected)
 
 
-@pytest.mark.parametrize("at_once", [1, 25, 10_000])  # tokens: how a large batch is cut
-@given(shape=st.sampled_from(SHAPES), size=st.integers(1, 7), data=st.data())
+@given(st.sampled_from([1, 25, 10_000]), st.sampled_from(SHAPES), st.integers(1, 7), st.data())
 def test_fast_logits_are_those_of_the_own_forward_at_any_positions(at_once, shape, size, data):
+    """`at_once`: tokens, how a large batch is cut."""
     model = MODELS[shape]
     n = data.draw(st.integers(0, model.n_context_max))
     history = random_steps(model, size, n)(0, n)
@@ -99,7 +100,7 @@ def plain_rollout(model, goal, n_episodes, horizon, noise, sliding):
     return returns
 
 
-CASES = [("step", *case) for case in ((12, 5, 6), (12, 2, 4), (1, 4, 5), (2, 4, 5), (40, 6, 6))]
+CASES = [("step", *case) for case in ((12, 5, 6), (12, 2, 4), (1, 4, 5), (2, 4, 5), (40, 3, 6))]
 CASES += [("episode", *case) for case in ((12, 6, 5), (11, 6, 5), (13, 7, 4), (12, 20, 1))]
 
 

@@ -47,6 +47,20 @@ def with_layers(chosen):
     return "def load()", f"def layers(model):\n    return {chosen}\n\n\ndef load()"
 
 
+def with_samples(gives):
+    """Samples that go through a statement, one by one: `one` with number `i`."""
+    each = f"def samples(*args):\n    for i, one in enumerate(drawn(*args)):\n        {gives}"
+    return "def act(", f"drawn = samples\n\n\n{each}\n\n\ndef act("
+
+
+def with_n_max(value):  # known once the third sample is drawn
+    return with_samples(f"yield one if i < 2 else globals().update(N_MAX={value!r}) or one")
+
+
+def with_fields(fields):
+    return with_samples(f"yield Decision(**vars(one) | dict({fields}))")
+
+
 def test_what_is_loaded_is_said_in_words():
     agent = agent_of(("in range(n):", "in range(3):"), name="explicit_softmax")
     assert agent.facts == {
@@ -91,8 +105,7 @@ def test_a_softmax_of_its_own_shape_is_named_in_the_adapter():
 
 
 def test_next_states_episodes_and_titles_have_defaults():
-    names = ("next_states", "episodes", "title")
-    agent = agent_of(*((f"            {name}=", f"            # {name}=") for name in names))
+    agent = agent_of(with_fields("next_states=None, episodes=None, title=''"))
     history = agent.history([0])
     states = torch.cat([history.states[:, 1:], history.query_states[:, None]], dim=1)
     assert torch.equal(history.next_states, states)
@@ -101,8 +114,7 @@ def test_next_states_episodes_and_titles_have_defaults():
 
 
 def test_states_are_of_one_type_in_every_batch():
-    half = ("states=states,", 'states=states / 2 if goal == "left end" else states,')
-    agent = agent_of(half, *AS_INDICES)
+    agent = agent_of(with_fields("states=one.states if i % 2 else one.states / 2"), *AS_INDICES)
     for history in map(agent.history, ([0], [1], [0, 1])):
         assert history.states.dtype == history.query_states.dtype == torch.float32
 
@@ -167,7 +179,7 @@ def test_an_environment_that_ends_early_begins_anew(mode):
 def test_states_of_an_environment_are_of_the_type_of_samples():
     floats = ("spaces.Discrete(LENGTH)", "spaces.Box(0, LENGTH, (1,))")
     assert rooms_of(floats, ("return self.cell,", "return [self.cell],")).reset().dtype == np.int64
-    halves = rooms_of(("states=states,", "states=states / 2,"), *AS_INDICES)
+    halves = rooms_of(with_fields("states=one.states / 2"), *AS_INDICES)
     assert halves.reset().dtype == np.float32
 
 
@@ -208,11 +220,6 @@ def test_an_environment_that_does_not_fit_is_one_line(old, new, words):
         played(rooms_of((old, new)), [0, 0], 2)
 
 
-def with_n_max(value):
-    late = f"    yield from drawn(*args)\n    globals().update(N_MAX={value!r})"
-    return "def samples(", f"def samples(*args):\n{late}\n\n\ndef drawn("
-
-
 WRONG = [  # what is changed in the adapter, and what is said
     ("def act(", "def act((", r"importing it raised SyntaxError.*mine\.py:\d+"),
     ("class Model(", "1 / 0\nclass Model(", r"ZeroDivisionError: .*mine\.py:37"),
@@ -220,7 +227,7 @@ WRONG = [  # what is changed in the adapter, and what is said
     ("import torch\n", "import torchy.a\n", r"No module.*pip install torchy"),
     ("import torch\n", "import torch.nowhere\n",
      r"torch \d\S+ is there, but this version of it has no torch\.nowhere(?!.*pip install)"),
-    ("import torch\n", "import corridor.a\n", r"corridor is there, but this version of it has no"),
+    ("import torch\n", "import csv.a\n", r"csv is there, but this version of it has no csv\.a"),
     ("def load()", "def loader()", r"no load\(\).*def load\(\) -> nn.Module"),
     ("def act(", "def action(", r"no act\(\).*it defines load\(\), samples\(\)"),
     ("def act(", "act = 3\ndef a(", r"act: expected a function act\(model, history\).*got a int"),
@@ -229,23 +236,26 @@ WRONG = [  # what is changed in the adapter, and what is said
     ("return Model()", "raise SystemExit(3)", r"load\(\) raised SystemExit: 3"),
     ("samples(n: int, seed: int)", "samples(n)", r"samples\(\) raised TypeError.*2 were given"),
     ("in range(n):", "in range(0):", r"up to 3 decisions, got none"),
-    ("yield Decision(", "return Decision(", r"samples\(\): expected a list.* got a Decision"),
-    ("yield Decision(", "yield dict(", r"samples\(\)\[0\]: expected a Decision, got a dict"),
-    ("rewards=next_states == (", "rewards=[] == (", r"samples\(\)\[0\]\.rewards.*got \(\)"),
-    ("actions=actions", "actions=actions[1:]", r"0\]\.actions: expected .*\(30,\), got \(29,\)"),
-    ("actions=actions", "actions=actions / 2", r"actions: expected whole numbers, got float32"),
-    ("query_state=N_CELLS", "query_state=[1, 2] or N_CELLS", r"query_state: expected 1 .*\(2,\)"),
-    ("episodes=np", "episodes=-np", r"episodes: expected numbers that never fall"),
-    ("states=states", "states=['a'] * 30", r"states: expected numbers"),
-    ("states=states", "states=None", r"states: expected an array, got nothing"),
-    ("states=states", "states=states[1:]", r"states: expected shape \(30,\) or \(30, S\), as rew"),
-    ("yield Decision(", "yield Decision([[0, 0]], [0], [0], [0, 0])\n        yield Decision(",
+    (*with_samples("return one"), r"samples\(\): expected a list.* got a Decision"),
+    (*with_samples("yield {}"), r"samples\(\)\[0\]: expected a Decision, got a dict"),
+    (*with_samples("yield one if i else Decision([[0, 0]], [0], [0], [0, 0])"),
      r"samples\(\): expected states of one size, got sizes \[1, 2\]"),
-    ("next_states=next_", "next_states=3 or next_", r"next_states: expected the shape of states"),
-    ("task=GOALS.index(goal)", "task=goal", r"task: expected a whole number, got a str"),
-    ('{"goal": goal}', "goal", r"labels: expected a dict, got a str"),
-    ('"goal": goal}', '"goal": None}', r"labels\['goal'\]: expected a finite number or a string"),
-    ('"goal": goal}', '"layer": goal}', r"labels: .*got 'layer'"),
+    (*with_n_max(29), r"\[0\]: expected at most N_MAX = 29.* got 30"),
+    (*with_n_max("30"), r"N_MAX: .*got '30'"),
+    (*with_fields("rewards=[]"), r"samples\(\)\[0\]\.rewards.*got \(0,\)"),
+    (*with_fields("rewards=1"), r"samples\(\)\[0\]\.rewards.*got \(\)"),
+    (*with_fields("actions=one.actions[1:]"), r"0\]\.actions: expected .*\(30,\), got \(29,\)"),
+    (*with_fields("actions=one.actions / 2"), r"actions: expected whole numbers, got float32"),
+    (*with_fields("query_state=[1, 2]"), r"query_state: expected 1 .*\(2,\)"),
+    (*with_fields("episodes=-one.episodes"), r"episodes: expected numbers that never fall"),
+    (*with_fields("states=['a'] * 30"), r"states: expected numbers"),
+    (*with_fields("states=None"), r"states: expected an array, got nothing"),
+    (*with_fields("states=one.states[1:]"), r"states: expected shape \(30,\) or \(30, S\), as rew"),
+    (*with_fields("next_states=3"), r"next_states: expected the shape of states"),
+    (*with_fields("task='left'"), r"task: expected a whole number, got a str"),
+    (*with_fields("labels='left'"), r"labels: expected a dict, got a str"),
+    (*with_fields("labels={'a': None}"), r"labels\['a'\]: expected a finite number or a string"),
+    (*with_fields("labels={'layer': 1}"), r"labels: .*got 'layer'"),
     ("return model(", "model(", r"act\(\): expected action logits of shape \(2, A\).*got nothing"),
     ("rewards, query)", "rewards, query)[:, 0]", r"got Tensor \(2,\) of torch.float32"),
     ("rewards, query)", "rewards, query) / 0 * 0", r"act\(\): expected finite logits"),
@@ -255,8 +265,6 @@ WRONG = [  # what is changed in the adapter, and what is said
     ("Tokens.of(history.n", "Tokens.of(history.n - 1", r"tokens\(\): expected a map of 30 trans"),
     ("return Tokens.of(", "Tokens.of(", r"tokens\(\): expected a Tokens.*got nothing"),
     ("def tokens(", "def token_map(", r"no tokens\(\), so: .*91 tokens.*one of 31"),
-    (*with_n_max(29), r"\[0\]: expected at most N_MAX = 29.* got 30"),
-    (*with_n_max("30"), r"N_MAX: .*got '30'"),
     ("def load()", "CAPTURE = {'mask': 1}\ndef load()", r"CAPTURE: expected a dict with softmax"),
     (*with_layers("None"), r"layers\(\): expected a list of modules or their names, got nothing"),
     (*with_layers("[nn.Linear(1, 1)]"), r"layers\(\): expected modules of the model"),

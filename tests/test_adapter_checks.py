@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
+from historylens import analysis
 from historylens.adapter.agent import load
 from historylens.agent import attend
-from historylens.analysis import main
 from historylens.common.errors import UserError
 
 CPU = torch.device("cpu")
@@ -82,9 +82,10 @@ class Model(nn.Module):
 
     def embed(self, states, actions, rewards, query):
         states = torch.cat([states, query[:, None]], 1)
-        if LAYOUT == "one previous":  # a token a step: the action and reward before it, the state
+        if LAYOUT.endswith("previous"):  # of a step: the action and reward before it, the state
             actions, rewards = pad(actions, (1, 0), value=A), pad(rewards, (1, 0))
-            return self.state(states) + self.act(actions) + self.reward(rewards[..., None])
+            parts = self.act(actions), self.reward(rewards[..., None]), self.state(states)
+            return sum(parts) if LAYOUT[:3] == "one" else torch.stack(parts, 2).flatten(1, 2)
         s, a, r = self.state(states), self.act(actions), self.reward(rewards[..., None])
         if LAYOUT == "one":
             return torch.cat([s[:, :-1] + a + r, s[:, -1:]], 1)
@@ -155,7 +156,7 @@ WAYS = ["sdpa", "mha", "softmax", "memory", "cached"]
 def test_a_map_that_fits_is_taken_without_a_word(way, layout, capsys):
     agent = loaded(way=way, layout=layout)
     assert len(agent.layers) == 2
-    assert not agent.beside
+    assert not agent.unseen
     assert not capsys.readouterr().err
 
 
@@ -173,6 +174,13 @@ def test_actions_that_lie_in_the_token_behind_are_told(way, tokens):
     )
     with pytest.raises(UserError, match=rf"{said} instead; .*{PREVIOUS}"):
         loaded(way=way, layout="one previous", tokens=tokens)
+
+
+def test_parts_are_told_in_the_order_of_the_model():
+    parts = '"previous action", "previous reward", "state"'
+    tokens = THREE.replace('"state", "action", "reward"', parts)
+    said = loaded(layout="three previous", tokens=tokens).facts["Context length"]
+    assert "a transition is previous action, previous reward, state; " in said
 
 
 SHIFTED = """
@@ -216,23 +224,31 @@ def test_layers_that_hand_in_by_one_name_are_numbered(capsys):
 
 
 def test_a_module_that_mixes_tokens_unseen_is_a_note_and_a_fact(capsys):
-    agent = loaded(mix="sum")
+    agent, told = loaded(mix="sum"), []
     assert agent.facts["Model"].endswith("beside them unseen: mix")
     said = capsys.readouterr().err
     assert said.startswith("note: 2 layers attend in sight; mix (a Mix) mixes tokens by no")
     assert "record_attention" in said
     assert len(said.splitlines()) == 1
+    load("mine.py", 3, 0, CPU, None, told.append)  # as where another process tells it
+    assert [f"note: {line}\n" for line in told] == [said]
+    assert not capsys.readouterr().err
+
+
+@pytest.fixture
+def no_pictures(monkeypatch):
+    monkeypatch.setattr(analysis, "draw", lambda *_: 0)
 
 
 def analysed(*argv):
-    flags = ["--num-samples=3", "--num-figures=1", "--num-effects=0", "--dpi=20", "--out=out"]
-    main(["--adapter", "mine.py", *flags, *argv])
+    flags = ["--num-samples=3", "--num-figures=1", "--num-effects=0", "--device=cpu", "--out=out"]
+    analysis.main(["--adapter", "mine.py", *flags, *argv])
     rows = list(csv.DictReader(Path("out/metrics.csv").read_text().splitlines()))
     return json.loads(Path("out/metrics.json").read_text()), rows
 
 
 @pytest.mark.parametrize("heads", [[], ["--heads", "1"]])
-def test_what_lies_on_memory_counts_as_of_no_transition(heads):
+def test_what_lies_on_memory_counts_as_of_no_transition(no_pictures, heads):
     written(way="memory")
     _, rows = analysed(*heads)
     for row in rows:
@@ -246,7 +262,7 @@ def test_what_lies_on_memory_counts_as_of_no_transition(heads):
     assert extra > 0.01
 
 
-def test_a_model_that_keeps_its_keys_gives_what_it_gives_in_one_pass():
+def test_a_model_that_keeps_its_keys_gives_what_it_gives_in_one_pass(no_pictures):
     drawn = []
     for way in ("sdpa", "cached"):
         written(way=way)

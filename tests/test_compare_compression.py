@@ -1,22 +1,22 @@
 """The command: its files, console text, flags, interruptions and errors."""
 
 import csv
+import io
 import json
+import multiprocessing
 import os
 import re
 import signal
-import subprocess
-import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from agents import ModelAgent
-from conftest import refused, sharp_model, write_checkpoint
+from conftest import files_of, refused, sharp_model, write_checkpoint
 from levers import LeversAgent
 
-import compare_compression
 from compare_compression import main
 from historylens import analysis, comparison
 from historylens.agent import Environment
@@ -26,7 +26,6 @@ from historylens.comparison.intervals import late_scores
 from historylens.comparison.results import CONFIRMATION, FILES
 from historylens.pictures import returns as pictures
 
-ROOT = Path(compare_compression.__file__).parent
 CHECKPOINT = Path("checkpoints/tiny/ckpt-30.pt")
 FIGS = Path("figs/compression")
 GOALS = [[0, 1], [2, 2], [4, 3]]
@@ -36,18 +35,28 @@ ARMS = ["full", "empty", "other-task", "shuffled-rewards", "recent@3", "recent@6
         "random@6", "top-k@3", "top-k@6"]  # fmt: skip
 
 
+def at_home(folder, config, patch):
+    """A folder with a run in it, to work in; pictures are not drawn."""
+    write_checkpoint(folder / CHECKPOINT, sharp_model(config), GOALS, step=30)
+    patch.chdir(folder)
+    for name in ("draw_by_budget", "draw_by_episode"):
+        patch.setattr(pictures, name, lambda path, *_: path.write_bytes(b"png"))
+    return folder
+
+
 @pytest.fixture
 def home(tmp_path, tiny_config, monkeypatch):
-    """A folder with a run in it, to work in; pictures are not drawn."""
-    write_checkpoint(tmp_path / CHECKPOINT, sharp_model(tiny_config), GOALS, step=30)
-    monkeypatch.chdir(tmp_path)
-    for name in ("draw_by_budget", "draw_by_episode"):
-        monkeypatch.setattr(pictures, name, lambda path, *_: path.write_bytes(b"png"))
-    return tmp_path
+    return at_home(tmp_path, tiny_config, monkeypatch)
 
 
-def files_of(folder):
-    return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+@pytest.fixture(scope="module")
+def done(tmp_path_factory, tiny_config):
+    """The folder of a small comparison, and what the command prints."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = at_home(tmp_path_factory.mktemp("done"), tiny_config, patch)
+        with redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as err:
+            main(SMALL)
+    return folder, out.getvalue(), err.getvalue()
 
 
 def results_of(folder):
@@ -62,23 +71,6 @@ def timeless(folder):
     """The files of a comparison without what clocks measured: two last columns of the table."""
     clocks = rb'"(ms|seconds)_\w+": [-.e\d]+|,[-.e\d]+,[-.e\d]+$'
     return {name: re.sub(clocks, b"", each, flags=re.M) for name, each in files_of(folder).items()}
-
-
-def python(*arguments, folder, ends_with=0):
-    """The console text and the errors of a process that a user starts."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    pipes = {"capture_output": True, "encoding": "utf-8", "timeout": 300}
-    process = subprocess.run([sys.executable, *arguments], env=environment, cwd=folder, **pipes)
-    assert process.returncode == ends_with, process.stderr
-    return process.stdout, process.stderr
-
-
-@pytest.fixture(scope="module")
-def done(tmp_path_factory, tiny_config):
-    """The folder of the command as a user runs it, but for size, and what it prints."""
-    folder = tmp_path_factory.mktemp("done")
-    write_checkpoint(folder / CHECKPOINT, sharp_model(tiny_config), GOALS, step=30)
-    return folder, *python(compare_compression.__file__, *SMALL, folder=folder)
 
 
 def test_the_console_ends_in_one_recommendation_and_files_hold_every_return(done):
@@ -109,32 +101,31 @@ def test_the_console_ends_in_one_recommendation_and_files_hold_every_return(done
     assert (result["summary"]["step"], result["summary"]["positions"]) == (30, "reindexed")
 
 
-STOPPED = """
-import os, compare_compression
-from historylens.common.errors import run_command
-from historylens.comparison import playing
-def stop(plays, arm, bar, play=playing.play):
-    result = play(plays, arm, bar)
-    return result if arm.key != {!r} else os.kill(os.getpid(), {})
-playing.play = stop
-run_command(lambda: compare_compression.main({!r}))
-"""
+def test_a_stopped_comparison_goes_on_to_the_same_files(done, home, monkeypatch, capsys):
+    argv, out = [*SMALL, "--out", "out"], Path("out")
 
+    def stop_at(n, sent, play=playing.play):
+        def stopping(plays, arm, bar):
+            return os.kill(os.getpid(), sent) if arm.key == ARMS[n] else play(plays, arm, bar)
 
-def test_a_stopped_comparison_goes_on_to_the_same_files(done, tmp_path, monkeypatch, capsys):
-    out = tmp_path / "out"
-    argv = [*SMALL, "--out", str(out)]
-    for n, sent, code in ((2, signal.SIGKILL, -signal.SIGKILL), (5, signal.SIGINT, 130)):
-        script = STOPPED.format(ARMS[n], int(sent), argv)
-        _, err = python("-c", script, folder=done[0], ends_with=code)
-        assert set(files_of(out)) == {"results.json"}
-        assert list(results_of(out)["arms"]) == ARMS[:n]
-    kept = f"5 of 10 arms are kept in {out}/results.json"
-    assert f"\n{kept}: the same command goes on from there\n" in err
-    monkeypatch.chdir(done[0])
+        monkeypatch.setattr(playing, "play", stopping)
+
+    stop_at(2, signal.SIGKILL)
+    killed = multiprocessing.get_context("fork").Process(target=main, args=(argv,))
+    killed.start()
+    killed.join()
+    assert killed.exitcode == -signal.SIGKILL
+    assert (set(files_of(out)), list(results_of(out)["arms"])) == ({"results.json"}, ARMS[:2])
+    stop_at(5, signal.SIGINT)
+    with pytest.raises(SystemExit, match="130"):
+        run_command(lambda: main(argv))
+    assert (set(files_of(out)), list(results_of(out)["arms"])) == ({"results.json"}, ARMS[:5])
+    kept = "5 of 10 arms are kept in out/results.json"
+    assert f"\n{kept}: the same command goes on from there\n" in capsys.readouterr().err
+    stop_at(0, 0)  # full history is kept
     main(argv)
     assert "5 arms x 90 decisions = 450" in capsys.readouterr().out
-    assert timeless(out) == timeless(FIGS)
+    assert timeless(out) == timeless(done[0] / FIGS)
     monkeypatch.setattr(playing, "play", None)
     before = files_of(out)
     main(argv)
@@ -181,16 +172,21 @@ def test_what_is_not_chosen_is_quick_or_all_with_full(home, tiny_model, monkeypa
     assert chosen[:2] == ({("recent", 3)}, (3, 9))
 
 
-@pytest.mark.parametrize("flag", ["--positions=original", "--seed=1"])
-def test_positions_and_seed_change_the_returns(home, capsys, flag):
+def test_positions_and_seed_change_the_returns_and_what_is_in_the_way_is_one_line(home, capsys):
     argv = ["--strategies", "even", "--budgets", "6", "--episodes", "4", "--seeds", "2"]
-    main([*argv, "--out", "usual"])
-    main([*argv, flag, "--out", "other"])
-    usual, other = (results_of(folder)["arms"] for folder in ("usual", "other"))
-    assert usual["even@6"]["returns"] != other["even@6"]["returns"]
-    is_placed = "old positions where they fit (original)" in capsys.readouterr().out
-    assert is_placed == ("original" in flag)
-    assert (usual["full"]["returns"] == other["full"]["returns"]) == is_placed
+    placed, full, even = "old positions where they fit (original)", [], []
+    for flag in ("--positions=reindexed", "--positions=original", "--seed=1"):
+        main([*argv, flag, f"--out={flag}"])
+        assert (placed in capsys.readouterr().out) == ("original" in flag)
+        arms = results_of(flag)["arms"]
+        full.append(arms["full"]["returns"])
+        even.append(arms["even@6"]["returns"])
+    assert full[0] == full[1] != full[2]
+    assert even[0] not in even[1:]
+    for name in (*FILES, CONFIRMATION):
+        Path("out", name).mkdir(parents=True)
+        assert f"{name} is in the way" in refused(main, [*SMALL, "--out", "out"], capsys)
+        Path("out", name).rmdir()
 
 
 def test_help_names_all_and_the_tools_own_command_needs_an_adapter_alone(home, capsys):
@@ -207,16 +203,6 @@ def test_help_names_all_and_the_tools_own_command_needs_an_adapter_alone(home, c
     for flag in (("--checkpoint", "here"), ("--pos", "original"), ("--positions", "reindexed")):
         said = refused(main, ["--adap", "my_model.py", *flag], capsys)
         assert "has no meaning beside --adapter: its load() chooses the model, and its act" in said
-
-
-def test_with_an_adapter_nothing_of_the_ad_half_is_imported(tmp_path):
-    pytest.importorskip("gymnasium")
-    argv = ["--adapter", str(ROOT / "examples/sar_mha.py"), "--strategies", "recent"]
-    argv += ["--budgets", "5", "--seeds", "1", "--episodes", "2", "--confirm", "0"]
-    code = f"import sys, compare_compression as c; c.main({argv!r})\n"
-    code += "assert not {'ad', 'config', 'model', 'dataset'} & sys.modules.keys()"
-    python("-c", code, folder=tmp_path)
-    assert set(files_of(tmp_path / FIGS)) == set(FILES)
 
 
 def rewrite(env="darkroom", **changed):
@@ -241,19 +227,13 @@ def rewrite(env="darkroom", **changed):
 ])  # fmt: skip
 def test_a_mistake_is_one_line_and_leaves_earlier_results(home, capsys, argv, message, prepare):
     Path("out").mkdir()
-    for file in FILES:
-        (Path("out") / file).write_text("earlier")
-    before = files_of("out")
+    for name in FILES:
+        Path("out", name).write_text("earlier")
+    before = files_of(Path("out"))
     if prepare is not None:
         prepare()
     assert message in refused(main, ["--out", "out", *argv.split()], capsys)
-    assert files_of("out") == before
-
-
-@pytest.mark.parametrize("name", [*FILES, CONFIRMATION])
-def test_what_stands_in_the_way_of_a_file_is_one_line(home, capsys, name):
-    (home / "out" / name).mkdir(parents=True)
-    assert f"{name} is in the way" in refused(main, [*SMALL, "--out", "out"], capsys)
+    assert files_of(Path("out")) == before
 
 
 @pytest.mark.parametrize("argv", [

@@ -84,24 +84,21 @@ def test_a_file_that_is_cut_damaged_of_another_kind_or_missing_is_one_clear_erro
         Histories.load(tmp_path / "nowhere.npz")
 
 
-@pytest.mark.parametrize(
-    ("changes", "expected"),
-    [
-        ({"actions": None}, "actions is not a file"),
-        ({"horizon": None}, "horizon is not a file"),
-        ({"horizon": np.array([5, 5])}, BROKEN),
-        ({"horizon": 4}, "expected whole episodes of 4 steps, got 30 steps a history"),
-        ({"horizon": 0}, "expected whole episodes of 0 steps"),
-        ({"actions": np.zeros(90, dtype=int)}, BROKEN),
-        ({"states": np.zeros((3, 30, 3), dtype=int)}, r"expected states of shape \(3, 30, 2\)"),
-        ({"rewards": np.zeros((3, 29), dtype=int)}, r"expected rewards of shape \(3, 30\)"),
-        ({"goals": np.zeros((2, 2), dtype=int)}, r"expected goals of shape \(3, 2\)"),
-        ({"next_states": np.zeros((3, 29, 2), dtype=int)}, "expected next_states of shape"),
-        ({"states": np.zeros((3, 30, 2))}, "expected states of an integer type, got float64"),
-        ({"actions": np.zeros((3, 30))}, "expected actions of an integer type, got float64"),
-        ({"rewards": np.array([[None]])}, BROKEN),
-    ],
-)
+@pytest.mark.parametrize(("changes", "expected"), [
+    ({"actions": None}, "actions is not a file"),
+    ({"horizon": None}, "horizon is not a file"),
+    ({"horizon": np.array([5, 5])}, BROKEN),
+    ({"horizon": 4}, "expected whole episodes of 4 steps, got 30 steps a history"),
+    ({"horizon": 0}, "expected whole episodes of 0 steps"),
+    ({"actions": np.zeros(90, dtype=int)}, BROKEN),
+    ({"states": np.zeros((3, 30, 3), dtype=int)}, r"expected states of shape \(3, 30, 2\)"),
+    ({"rewards": np.zeros((3, 29), dtype=int)}, r"expected rewards of shape \(3, 30\)"),
+    ({"goals": np.zeros((2, 2), dtype=int)}, r"expected goals of shape \(3, 2\)"),
+    ({"next_states": np.zeros((3, 29, 2), dtype=int)}, "expected next_states of shape"),
+    ({"states": np.zeros((3, 30, 2))}, "expected states of an integer type, got float64"),
+    ({"actions": np.zeros((3, 30))}, "expected actions of an integer type, got float64"),
+    ({"rewards": np.array([[None]])}, BROKEN),
+])  # fmt: skip
 def test_arrays_that_do_not_fit_each_other_are_one_clear_error(tmp_path, changes, expected):
     arrays = vars(make_histories()) | changes
     np.savez(tmp_path / "odd.npz", **{k: v for k, v in arrays.items() if v is not None})

@@ -1,14 +1,12 @@
 """Checkpoints of jaehyeon-son/dicp on its small Llama are named, and its example reads them."""
 
-import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import refused
+from test_examples import analysed
 
 import visualize_attention
 
@@ -79,10 +77,15 @@ class Llama(nn.Module):
     def __init__(self, width):
         super().__init__()
         self.attend = nn.MultiheadAttention(width, 2, batch_first=True)
+        self.rope_cache_fp32 = self.build_rope_cache("meta", torch.float32)  # elsewhere
+
+    def build_rope_cache(self, device, dtype):
+        return torch.ones(27, 2, dtype=dtype, device=device)
 
     def forward(self, x, max_seq_length, dtype):
         assert (max_seq_length, dtype) == (9, "fp32") and x.shape[1] <= 9
-        mask = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).triu(1)
+        assert self.rope_cache_fp32.device == x.device
+        mask = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).triu(1)
         return self.attend(x, x, x, attn_mask=mask, need_weights=False)[0]
 
 class AD(nn.Module):
@@ -121,22 +124,21 @@ class ADDataset:
 
 
 @pytest.mark.parametrize("kind", ["AD", "DPT"])
-def test_the_example_reads_a_checkout_and_its_checkpoint(tmp_path, kind):
+def test_the_example_reads_a_checkout_and_its_checkpoint(tmp_path, monkeypatch, capsys, kind):
     for name, text in CHECKOUT.items():
         (tmp_path / f"{name}.py").write_text(text)
-    make = f"from model import *; torch.save(MODEL['{kind}']({{}}).state_dict(), 'weights.pt')"
-    subprocess.run([sys.executable, "-c", make], cwd=tmp_path, check=True)
-    weights = torch.load(tmp_path / "weights.pt", weights_only=True)
+        monkeypatch.setitem(sys.modules, name, None)  # so that ours come back
+        del sys.modules[name]
+    for name in ("rotary_emb", "dropout_layer_norm", "xformers.ops"):
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    weights = __import__("model").MODEL[kind]({"device": "meta"}).state_dict()
     path, config = tmp_path / "ckpt-7.pt", CONFIG | {"model": kind, "traj_dir": "here"}
     torch.save({"step": 7, "config": config, "model": weights}, path)
-    flags = ["--num-samples=3", "--num-figures=1", "--num-effects=0", "--dpi=20"]
-    command = [sys.executable, "visualize_attention.py", "--adapter=examples/dicp.py", *flags]
-    command.append(f"--out={tmp_path}/out")
-    env = os.environ | {"DICP": str(tmp_path), "DICP_CHECKPOINT": str(path)}
-    said = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
-    assert said.returncode == 0, said.stderr
-    assert f"{kind}: 1 layers x 2 heads" in said.stdout
-    found = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    monkeypatch.setenv("DICP", str(tmp_path))
+    monkeypatch.setenv("DICP_CHECKPOINT", str(path))
+    found, _ = analysed(ROOT / "examples" / "dicp.py", tmp_path / "out")
+    assert f"{kind}: 1 layers x 2 heads" in capsys.readouterr().out
     tokens = found["samples"][0].get("tokens")  # None: one a transition, then the query
     assert tokens is None if kind == "AD" else tokens["part"][0] == "query"
     assert tokens is None or tokens["decides"] == 8

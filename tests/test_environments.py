@@ -13,6 +13,7 @@ from historylens.adapter.environment import GymRooms
 from historylens.adapter.file import Adapter
 from historylens.agent import rollout
 from historylens.common.errors import UserError
+from historylens.pictures import returns
 
 gymnasium = pytest.importorskip("gymnasium")
 MODES = ["NEXT_STEP", "SAME_STEP", "DISABLED"]
@@ -80,6 +81,8 @@ def make_env(goals):
 def home(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
+    for name in ("draw_by_budget", "draw_by_episode"):
+        monkeypatch.setattr(returns, name, lambda *_: None)
 
 
 def written(kind="SyncVectorEnv", mode="SAME_STEP", limit=500):
@@ -136,15 +139,9 @@ def check_stored(horizon, limit, **kind):
 def test_what_is_stored_is_what_a_single_environment_goes_through(mode, horizon, limit):
     ends = check_stored(horizon, limit, mode=mode)
     assert ends.sum() > 4 * N_ROOMS or horizon < 10  # some end early
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_environments_in_processes_of_their_own_are_stored_alike(mode):
-    check_stored(25, 500, kind="AsyncVectorEnv", mode=mode)
-
-
-def test_the_older_name_of_the_last_state_is_read():
-    check_stored(25, 500, kind='"old"')
+    if (horizon, limit) == (25, 500):
+        check_stored(horizon, limit, kind="AsyncVectorEnv", mode=mode)
+        check_stored(horizon, limit, kind='"old"')  # older names of the last state
 
 
 def test_environments_that_only_begin_anew_together_may_not_end_alone():

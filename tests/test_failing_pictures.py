@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import seaborn  # noqa: F401 - once, and not in each forked process
 from test_visualize_attention import files_of, make_run
 
 from historylens.analysis import main as historylens
@@ -48,22 +49,14 @@ def samples(n, seed):
 def act(model, history):
     return model(history.states.float())
 '''
-SMALL = ["--num-samples", "3", "--dpi", "40"]
-
-
-@pytest.fixture
-def home(tmp_path, tiny_config, monkeypatch):
-    make_run(tmp_path / "checkpoints" / "tiny", tiny_config)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(MeasuredEffects, "ignores_history", False)  # so that curves are drawn
-    return tmp_path
 
 
 @pytest.mark.parametrize("size", [7, 30, 99])
 def test_values_that_differ_by_rounding_only_are_drawn_as_one(size, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("one_hot.py").write_text(ONE_HOT.replace("SIZE", str(size)))
-    historylens(["--adapter", "one_hot.py", "--num-samples", "40", "--num-figures", "1"])
+    few = ["--num-figures", "0", "--num-effects", "0", "--dpi", "20", "--device", "cpu"]
+    historylens(["--adapter", "one_hot.py", "--num-samples", "40", *few])
     assert "could not be drawn" not in capsys.readouterr().err
     assert {"metrics.json", "layer_0/attention_summary_layer0.png"} <= set(
         files_of(Path("figs/attention"))
@@ -74,82 +67,46 @@ def fail(path, *args, **kwargs):
     raise ValueError("Too many bins\nfor data range")
 
 
-def kinds_of_pictures(monkeypatch):
-    """Every function that the command hands to the painter, by name, and what it drew."""
-    drew, real = {}, Painter.draw
-
-    def spied(self, function, path, *args, **kwargs):
-        drew.setdefault(function, []).append(path)
-        real(self, function, path, *args, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Painter, "draw", spied)
-        main([*SMALL, "--out", "whole"])
-    return drew
-
-
-def break_one(patch, broken, how):
-    real = Painter.draw
-
-    def draw(self, function, path, *args, **kwargs):
-        function = how if function is broken else function
-        real(self, function, path, *args, **kwargs)
-
-    patch.setattr(Painter, "draw", draw)
-
-
-def test_any_kind_of_picture_may_fail_and_is_told_while_all_else_is_drawn(
-    home, monkeypatch, capsys
+def test_any_kind_of_picture_may_fail_and_is_told_while_all_else_is_drawn_after_the_numbers(
+    tmp_path, tiny_config, monkeypatch, capsys
 ):
+    make_run(tmp_path / "checkpoints" / "tiny", tiny_config)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(MeasuredEffects, "ignores_history", False)  # so that curves are drawn
     monkeypatch.setattr(painter, "drawing_processes", lambda n: 2)  # one: see test_painter
-    drew = kinds_of_pictures(monkeypatch)
-    names = {function.__name__ for function in drew}
-    assert names == {"heatmap", "line_plot", "summary", "course", "deletion_curves"}
-    whole = files_of(Path("whole"))
-    capsys.readouterr()
-    for broken, paths in drew.items():
-        out = Path(broken.__name__)
-        lost = {path.relative_to("whole").as_posix() for path in paths}
-        with monkeypatch.context() as patch:
-            break_one(patch, broken, fail)
-            main([*SMALL, "--out", str(out)])
-        said = capsys.readouterr()
-        left = {name: content for name, content in whole.items() if name not in lost}
-        found = files_of(out)
-        assert set(found) == set(left)
-        same = ("metrics.json", *lost)
-        assert all(found[name] == left[name] for name in left if name not in same)
-        notes = [line for line in said.err.splitlines() if line.startswith("note:")]
-        reason = "(ValueError: Too many bins); all numbers are in"
-        assert sorted(notes) == sorted(
-            f"note: {out / name} could not be drawn {reason} {out / 'metrics.json'}"
-            for name in lost
-        )
-        n_pictures = sum(name.endswith(".png") for name in left)
-        assert f"\n{n_pictures} pictures in {out}/" in said.out
-        assert ("deletion_curves.png" in said.out) == ("deletion_curves.png" in left)
+    real, lost, there, found = Painter.draw, {}, [], {}
 
-
-def test_numbers_are_written_before_the_first_picture_and_after_its_effects(home, monkeypatch):
-    there = []
-
-    def look(self, function, path, *args, **kwargs):
-        content = json.loads(Path("figs/attention/metrics.json").read_text())
+    def draw(self, function, path, *args, **kwargs):  # the first picture of a kind fails
+        content = json.loads((out / "metrics.json").read_text())
         there.append((bool(content["effects"]["strategies"]), content["drawn"]["layers"].keys()))
-        assert Path("figs/attention/metrics.csv").exists()
+        assert (out / "metrics.csv").exists()
+        is_lost = lost.setdefault(function.__name__, path.name) == path.name and out.name == "some"
+        real(self, fail if is_lost else function, path, *args, **kwargs)
 
-    monkeypatch.setattr(Painter, "draw", look)
-    main(SMALL)
-    assert len(there) == 3 * 2 * 2 + 2 + 2
-    assert all(one == (True, {"0", "1"}) for one in there)
+    monkeypatch.setattr(Painter, "draw", draw)
+    for out in (Path("all"), Path("some")):
+        flags = ["--num-samples", "3", "--num-figures", "1", "--dpi", "20", "--device", "cpu"]
+        main([*flags, "--out", str(out)])
+        found[out.name], said = files_of(out), capsys.readouterr()
+        n_pictures = sum(name.endswith(".png") for name in found[out.name])
+        assert f"\n{n_pictures} pictures in {out}/" in said.out
+        assert ("deletion_curves.png" in said.out) == (out.name == "all")
+    assert there == [(True, {"0", "1"})] * 2 * (2 * 2 + 2 + 2)
+    assert lost.keys() == {"heatmap", "line_plot", "summary", "course", "deletion_curves"}
+    names = {name for name in found["all"] if Path(name).name in lost.values()}
+    left = {name: found["all"][name] for name in found["all"].keys() - names}
+    assert found["some"] | {"metrics.json": left["metrics.json"]} == left  # it names its folder
+    reason = "(ValueError: Too many bins); all numbers are in some/metrics.json"
+    notes = [line for line in said.err.splitlines() if line.startswith("note:")]
+    assert sorted(notes) == sorted(f"note: some/{n} could not be drawn {reason}" for n in names)
 
 
-def test_a_value_as_good_as_its_uniform_one_is_drawn(tmp_path):
-    for size in (0.0, 1e-300, 1.0, 1e12):
-        for n in (2, 400):
-            rng = np.random.default_rng(n)
-            values = {name: size * (1 + 1e-16 * rng.integers(-3, 4, n)) for name in METRICS}
-            uniform = dict.fromkeys(METRICS, size * (1 + 2e-16))
-            summary(tmp_path / "a.png", values, uniform, layer=0, dpi=30)
-            two = {name: np.stack([own, own]) for name, own in values.items()}
-            course(tmp_path / "b.png", two, uniform, layers=[0, 1], dpi=30)
+@pytest.mark.parametrize("n", [2, 400])
+def test_a_value_as_good_as_its_uniform_one_is_drawn(tmp_path, n):
+    sizes = dict(zip(METRICS, (1e-300, 1.0, 1e12, 0.0), strict=True))
+    near = np.random.default_rng(n).integers(-3, 4, n)
+    values = {name: size * (1 + 1e-16 * near) for name, size in sizes.items()}
+    uniform = {name: size * (1 + 2e-16) for name, size in sizes.items()}
+    summary(tmp_path / "a.png", values, uniform, layer=0, dpi=30)
+    two = {name: np.stack([own, own]) for name, own in values.items()}
+    course(tmp_path / "b.png", two, uniform, layers=[0, 1], dpi=30)

@@ -57,15 +57,12 @@ def test_planted_attention_is_recognised_and_nothing_else_fires(name, n):
     assert row.sum() == pytest.approx(1.0)
     for layers in ((row,), (row, row, row), (row.astype(np.float32),)):
         assert found(*layers) == expected
+    if (name, n) in (("uniform over the context", 100), ("five latest", 100)):  # no doubt
+        insights = find_patterns(measured(row))
+        assert {(i.caveat, i.by_rule_only) for i in insights} == {(None, False)}
     if "decay over ten" in name or "quarter" in name:  # part of a long context is read
         doubted = {i.pattern for i in find_patterns(measured(row)) if i.by_rule_only}
         assert doubted == expected & {"uniform"}
-
-
-@pytest.mark.parametrize("name", ["uniform over the context", "five latest"])
-def test_clear_cases_carry_no_doubt(name):
-    insights = find_patterns(measured(PLANTED[name][0](100)))
-    assert {(i.caveat, i.by_rule_only) for i in insights} == {(None, False)}
 
 
 def test_recency_goes_by_the_median_over_samples_strictly_above_the_threshold():
@@ -77,16 +74,13 @@ def test_recency_goes_by_the_median_over_samples_strictly_above_the_threshold():
     assert ["recency" in found(rows) for rows in (rare, often, at, above)] == [False, True] * 2
 
 
-def test_sparse_needs_the_majority_of_decisions_and_says_the_share():
+def test_sparse_needs_few_positions_their_mass_and_the_majority_of_decisions_and_says_the_share():
     even, five = uniform(100), middle(100, 5)
     assert "sparse" not in found(np.stack([even, five])[:, None])
     insights = find_patterns(measured(np.stack([even, five, five])[:, None]))
     sparse = next(insight for insight in insights if insight.pattern == "sparse")
     assert "In 67% of 3 attention rows (3 samples x 1 layer)" in sparse.evidence
     assert sparse.measured["share_of_rows"] == pytest.approx(2 / 3)
-
-
-def test_sparse_rule_counts_positions_and_their_mass():
     counts, shares = np.array([0, 1, 1, 5, 6]), np.array([0.0, 0.49, 0.5, 0.9, 0.9])
     rows = {"strong_positions": counts, "strong_share": shares}
     assert is_sparse(rows).tolist() == [False, False, True, True, False]
@@ -122,18 +116,15 @@ def test_a_caveat_says_what_the_length_makes_of_the_rule(row, pattern, by_rule_o
     assert insight.headline.endswith("(by the absolute rule only)") == by_rule_only
 
 
-@pytest.mark.parametrize(
-    ("row", "words"),
-    [
-        (uniform(1), "With one context token there is nothing to choose from"),
-        (uniform(2), "Uniform attention cannot be recognised"),
-        (uniform(8), "attention is broad: 1.00 of the maximum"),
-        (planted(5, [2]), "attention is narrow"),
-        (planted(100, range(100), 0.1), "spread broadly"),
-        (uniform(9), ""),
-        (planted(100, [50]), ""),
-    ],
-)
+@pytest.mark.parametrize(("row", "words"), [
+    (uniform(1), "With one context token there is nothing to choose from"),
+    (uniform(2), "Uniform attention cannot be recognised"),
+    (uniform(8), "attention is broad: 1.00 of the maximum"),
+    (planted(5, [2]), "attention is narrow"),
+    (planted(100, range(100), 0.1), "spread broadly"),
+    (uniform(9), ""),
+    (planted(100, [50]), ""),
+])  # fmt: skip
 def test_a_remark_says_what_the_rules_cannot(row, words):
     said = remarks(measured(row))
     assert words in said[0] if words else said == []

@@ -44,12 +44,9 @@ def test_statistics_equal_a_loop_over_the_drawn_runs(n_goals, n_seeds, seed):
         assert (estimate.low, estimate.high) == pytest.approx(tuple(expected), abs=1e-6)
 
 
-def test_student_quantiles_are_those_of_the_tables():
+def test_student_quantiles_are_those_of_the_tables_and_freedom_that_of_the_goals_that_vary():
     for freedom, expected in {1: 12.7062, 2: 4.3027, 3: 3.1824, 24: 2.0639, 10**6: 1.95996}.items():
         assert student_quantile(0.975, freedom) == pytest.approx(expected, abs=1e-4)
-
-
-def test_freedom_is_that_of_the_goals_that_vary():
     even = np.tile(np.arange(4.0), (8, 1))
     one = even * (np.arange(8) == 0)[:, None]
     assert degrees_of_freedom(np.stack([even, one, 0 * even])) == pytest.approx([24, 3, 24])
@@ -83,19 +80,16 @@ def test_intervals_hold_their_value_and_follow_the_unit(seed, scale, offset):
         assert other.high == pytest.approx(scale * one.high + offset, abs=1e-6)
 
 
-def test_late_scores_are_the_second_half_the_middle_one_included():
-    for n_episodes, expected in ((5, 11.0), (4, 6.5), (1, 1.0)):
+def test_late_scores_are_the_second_half_and_without_variance_have_a_point_never_negative_zero():
+    for n_episodes, expected in ((5, 11.0), (4, 6.5), (1, 1.0)):  # the middle one included
         returns = np.array([[[1.0, 2.0, 3.0, 10.0, 20.0][:n_episodes]]])
         assert late_scores(returns).tolist() == [[expected]]
-
-
-def test_scores_without_variance_have_a_point_and_no_negative_zero_is_written():
     assert Bootstrap(2, 3).mean(np.full((2, 3), 4.0)) == Estimate(4.0, 4.0, 4.0)
     assert Estimate(-0.001, -0.004, 0.123).text("+") == "+0.00 [+0.00, +0.12]"
     assert Estimate(1.0, None, None).text() == "1.00"
 
 
-JUDGED = [
+@pytest.mark.parametrize(("low", "high", "margin", "expected"), [
     (0.1, 0.9, 0.5, "better"),
     (0.0, 0.9, 0.5, "safe"),
     (-0.4, -0.1, 0.5, "safe"),  # a loss that is shown, and shown not to matter
@@ -106,10 +100,7 @@ JUDGED = [
     (-0.2, -0.1, 0.0, "worse"),
     (0.1, 0.2, 0.0, "better"),
     (None, None, 0.5, "inconclusive"),  # one seed
-]
-
-
-@pytest.mark.parametrize(("low", "high", "margin", "expected"), JUDGED)
+])  # fmt: skip
 def test_the_verdict_of_an_interval(low, high, margin, expected):
     assert verdict(Estimate(0.0, low, high), margin) == expected
 

@@ -1,13 +1,11 @@
 """Models that read (previous action, previous reward, state): which transition a token is of."""
 
-import csv
-from pathlib import Path
-
 import numpy as np
 import pytest
 from conftest import refused
 from hypothesis import given
 from hypothesis import strategies as st
+from test_examples import analysed
 
 from historylens.tokens import NONE, QUERY, Tokens, order_of_time, sum_rows
 from visualize_attention import main
@@ -110,14 +108,13 @@ def test_one_token_a_step_and_the_three_are_as_the_docs_have_them():
         Tokens.of(2, LAYOUT, query="first")
 
 
-def analysed(tmp_path, *changes):
+def adapter(tmp_path, *changes):
     text = ADAPTER
     for old, new in changes:
         assert old in text
         text = text.replace(old, new)
     (tmp_path / "mine.py").write_text(text)
-    return ["--adapter", str(tmp_path / "mine.py"), "--num-samples", "2", "--dpi", "30", "--out",
-            str(tmp_path / "figs")]  # fmt: skip
+    return tmp_path / "mine.py"
 
 
 MERGED = (
@@ -129,11 +126,9 @@ MERGED = (
 @pytest.mark.parametrize("changes", [(), (MERGED,)])
 def test_what_lies_on_a_reward_is_of_the_transition_that_earned_it(tmp_path, monkeypatch, changes):
     monkeypatch.syspath_prepend(tmp_path)
-    main(analysed(tmp_path, *changes))
-    with (tmp_path / "figs" / "metrics.csv").open() as file:
-        rewarded = [float(row["mass_rewarded"]) for row in csv.DictReader(file)]
-    assert min(rewarded) > 0.99
-    assert len(list(Path(tmp_path).glob("figs/layer_0/*.png"))) == 5
+    _, rows = analysed(adapter(tmp_path, *changes), tmp_path / "figs")
+    assert min(float(row["mass_rewarded"]) for row in rows) > 0.99
+    assert len(list(tmp_path.glob("figs/layer_0/*.png"))) == 2
 
 
 @pytest.mark.parametrize("changes", [(), (MERGED,)])
@@ -142,5 +137,6 @@ def test_the_layout_of_the_next_step_is_refused_with_its_name(
 ):
     monkeypatch.syspath_prepend(tmp_path)
     usual = "parts=PARTS", "parts=('action', 'reward', 'state')[-len(PARTS):]"
-    said = refused(main, analysed(tmp_path, *changes, usual), capsys)
+    flags = ["--adapter", adapter(tmp_path, *changes, usual), "--out", tmp_path / "figs"]
+    said = refused(main, flags, capsys)
     assert ("('previous transition',)" if changes else "got one of 37 tokens") in said

@@ -2,7 +2,7 @@
 
 import ast
 import importlib
-import os
+import json
 import re
 import shutil
 import subprocess
@@ -69,10 +69,35 @@ def test_what_is_packaged_is_the_tool():
 
 NAMES = ("model", "config", "dataset", "adapter", "attention")
 COMMANDS = {
-    "visualize_attention.py": ["--num-samples=1", "--num-figures=0", "--num-effects=0", "--dpi=20"],
-    "compare_compression.py": ["--seeds=2", "--episodes=2", "--budgets=5", "--strategies=recent"],
+    "visualize_attention.py": "--num-samples=1 --num-figures=0 --num-effects=0 --layers=0 --dpi=10",
+    "compare_compression.py": "--seeds=2 --episodes=2 --budgets=5 --strategies=recent",
 }
 VISUALIZE, COMPARE = COMMANDS
+# Runs each command as a python of its own would, but imports what is not ours once.
+RUN = f"""
+import json, os, runpy, sys
+import matplotlib.pyplot, seaborn, torch, tqdm
+
+def ours():
+    files = {{name: str(getattr(m, "__file__", None)) for name, m in sys.modules.items()}}
+    return [n for n, f in files.items() if f.startswith("{ROOT}") and "site-packages" not in f]
+
+assert not ours()
+for home, script, path, argv in json.load(sys.stdin):
+    if os.fork() == 0:
+        os.chdir(home)
+        for stream in (1, 2):
+            os.dup2(os.open(f"{{stream}}.txt", os.O_WRONLY | os.O_CREAT), stream)
+        sys.path[:1], sys.argv = [os.path.dirname(script), path], [script, *argv]
+        runpy.run_path(script, run_name="__main__")
+        print(*(f"ours: {{name}}" for name in ours()), sep="\\n", flush=True)
+        os._exit(0)
+    assert os.wait()[1] == 0, open(f"{{home}}/2.txt").read()
+"""
+SPAWN = (
+    "from concurrent.futures import ProcessPoolExecutor as P; import multiprocessing as m; "
+    "print('spawned', P(1, m.get_context('spawn')).submit(abs, -3).result())"
+)
 
 
 def example(early="", late="pass"):
@@ -80,33 +105,8 @@ def example(early="", late="pass"):
     return text.replace("    return Model()", f"    {late}\n    return Model()")
 
 
-def ran(script, adapter, path=""):
-    """Run a command on an adapter, with a folder on the module search path: stdout and stderr."""
-    command = [sys.executable, script, "--adapter", adapter.name, *COMMANDS[script.name]]
-    where = {"cwd": adapter.parent, "env": os.environ | {"PYTHONPATH": str(path)}}
-    done = subprocess.run(command, **where, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout, done.stderr
-
-
-# Says at the end of a command which modules of ours are loaded, one a line.
-OURS = f"""
-import atexit, sys
-
-@atexit.register
-def say():
-    for name, module in sys.modules.items():
-        file = str(getattr(module, "__file__", None))
-        if file.startswith("{ROOT}") and "site-packages" not in file:
-            print("ours:", name)
-"""
-
-
-@pytest.mark.parametrize(("turn", "command"), [(0, VISUALIZE), (1, VISUALIZE), (2, COMPARE)])
-def test_names_of_the_users_are_theirs_whatever_they_are(tmp_path, turn, command):
-    if command == COMPARE:
-        pytest.importorskip("gymnasium")
-    home, elsewhere = tmp_path / "home", tmp_path / "elsewhere"
+def of_many_names(home, elsewhere, turn):
+    """An adapter, and beside it or elsewhere modules of all `NAMES`, in forms that take turns."""
     lines = []
     for i, name in enumerate(NAMES, start=turn):
         form, imported = [(".py", ""), ("/__init__.py", ""), ("/part.py", ".part")][i % 3]
@@ -114,33 +114,54 @@ def test_names_of_the_users_are_theirs_whatever_they_are(tmp_path, turn, command
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(f"print('theirs: {name}')\n")
         lines.append(f"import {name}{imported}")
-    (home / "corridor.py").write_text((ROOT / "examples" / "corridor.py").read_text())
-    (home / "mine.py").write_text(example("\n".join([*lines[:3], OURS]), "; ".join(lines[3:])))
-    said, warned = ran(ROOT / command, home / "mine.py", elsewhere)
+    shutil.copy(ROOT / "examples" / "corridor.py", home)
+    (home / "mine.py").write_text(example("\n".join(lines[:3]), "; ".join(lines[3:])))
+
+
+@pytest.fixture(scope="module")
+def homes(tmp_path_factory):
+    """Folders of adapters, and in each what a command said on stdout and stderr: 1.txt, 2.txt."""
+    folder, jobs = tmp_path_factory.mktemp("namespace"), []
+
+    def job(home, script=ROOT / VISUALIZE, adapter="mine.py", path=""):
+        argv = ["--adapter", adapter, *COMMANDS[script.name].split()]
+        jobs.append([str(folder / home), str(script), str(path), argv])
+
+    for turn, script in enumerate((VISUALIZE, VISUALIZE, COMPARE)):
+        of_many_names(folder / str(turn), folder / f"elsewhere{turn}", turn)
+        job(str(turn), ROOT / script, path=folder / f"elsewhere{turn}")
+    shutil.copytree(TOOL, folder / "beside" / "historylens")
+    shutil.copy(ROOT / VISUALIZE, folder / "beside")
+    (folder / "beside" / "model.py").write_text("print('theirs: model')\n")
+    (folder / "beside" / "mine.py").write_text(example("import model", late=SPAWN))
+    job("beside", folder / "beside" / VISUALIZE)
+    for name in ("mine.py", "adapter.py"):
+        (folder / f"old {name}").mkdir()
+        text = example().replace("from historylens import Dec", "from adapter import Dec")
+        (folder / f"old {name}" / name).write_text(text)
+        job(f"old {name}", adapter=name)
+    options = {"input": json.dumps(jobs), "cwd": folder, "text": True, "capture_output": True}
+    done = subprocess.run([sys.executable, "-c", RUN], check=False, timeout=300, **options)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.mark.parametrize("home", ["0", "1", "2"])
+def test_names_of_the_users_are_theirs_whatever_they_are(homes, home):
+    said = (homes / home / "1.txt").read_text()
     assert {f"theirs: {name}" for name in NAMES} <= set(said.splitlines())
     assert set(re.findall(r"^ours: (\w+)", said, re.MULTILINE)) == {"historylens"}
-    assert "note: " not in warned
-    assert list(home.glob("figs/*/*.png"))
+    assert "note: " not in (homes / home / "2.txt").read_text()
+    assert list((homes / home).glob("figs/*/*.png"))
 
 
-def test_what_lies_beside_the_commands_is_beside_an_adapter_there(tmp_path):
-    shutil.copytree(TOOL, tmp_path / "historylens")
-    shutil.copy(ROOT / VISUALIZE, tmp_path)
-    (tmp_path / "model.py").write_text("print('theirs: model')\n")
-    spawn = (
-        "from concurrent.futures import ProcessPoolExecutor as P; import multiprocessing as m; "
-        "print('spawned', P(1, m.get_context('spawn')).submit(abs, -3).result())"
-    )
-    (tmp_path / "mine.py").write_text(example("import model", late=spawn))
-    said, _ = ran(tmp_path / VISUALIZE, tmp_path / "mine.py")
+def test_what_lies_beside_the_commands_is_beside_an_adapter_there(homes):
     for words in ("theirs: model\n", "spawned 3\n", "INSIGHT"):
-        assert words in said
+        assert words in (homes / "beside" / "1.txt").read_text()
 
 
 @pytest.mark.parametrize("name", ["mine.py", "adapter.py"])
-def test_the_old_import_goes_on_working_with_a_note(tmp_path, name):
-    text = example().replace("from historylens import Decision", "from adapter import Decision")
-    (tmp_path / name).write_text(text)
-    _, warned = ran(ROOT / VISUALIZE, tmp_path / name)
+def test_the_old_import_goes_on_working_with_a_note(homes, name):
+    warned = (homes / f"old {name}" / "2.txt").read_text()
     now = "`from adapter import Decision, Tokens` is now `from historylens import Decision, Tokens`"
     assert re.findall(r"^note: (.*)", warned, re.MULTILINE) == [now]

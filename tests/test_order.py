@@ -44,9 +44,10 @@ def test_forbidden_is_blank_in_the_query_row_and_episodes_and_rewards_are_marked
     found = of_matrix(weights, Tokens.of(2, query="first"), [True, True, False])
     np.testing.assert_allclose(found.maps[0, -1], [0.4, np.nan, 0.6], rtol=1e-6)
     even, marks = np.ones((1, 13, 13)), {"episodes": [0, 0, 0, 1], "rewarded": [1]}
-    starts, rewarded = of_matrix(even, Tokens.of(4, PARTS), np.ones(13), **marks).on_tokens
+    starts, owned, rewarded = of_matrix(even, Tokens.of(4, PARTS), np.ones(13), **marks).on_tokens
     assert starts.tolist() == [0, 9]
     assert np.flatnonzero(rewarded).tolist() == [3, 4, 5]
+    assert owned.all()
 
 
 def test_a_binned_map_keeps_its_bins_moves_a_token_with_its_own_and_gets_the_deciding_row():

@@ -4,31 +4,31 @@ import contextlib
 import itertools
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import ad_agent, make_histories, write_checkpoint
+from conftest import ad_agent, files_of, make_histories, sharp_model, write_checkpoint
 from hypothesis import given
 from hypothesis import strategies as st
 from test_train import flags, numbers_of, run_of
 
+import visualize_attention
 from historylens import analysis
 from historylens.analysis import AnalysisConfig, Job, measure, measure_drawn
 from historylens.common.batches import even_parts, is_out_of_memory
 from historylens.common.errors import UserError
 from historylens.common.processes import ALONE, Group, join
 from historylens.metrics import NAMES, Metrics
+from train import main
 
 ROOT = Path(__file__).parent.parent
-TIMEOUT = 400
-N_SAMPLES = 19
+N_SAMPLES = 12
 IS_MEMORY = [
     (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"), True),
     (MemoryError(), True),
@@ -77,7 +77,7 @@ def test_shares_and_even_parts_are_all_items_once_and_differ_by_one_at_most(star
     assert max(lengths) <= min(most, min(lengths) + 1)
 
 
-@pytest.mark.parametrize(("size", "n_drawn"), [(2, 0), (3, 5), (25, N_SAMPLES)])
+@pytest.mark.parametrize(("size", "n_drawn"), [(2, 0), (3, 5), (13, N_SAMPLES)])
 def test_ranks_measure_every_sample_to_the_bit_and_draw_once(analysed, monkeypatch, size, n_drawn):
     monkeypatch.setattr(analysis, "MAX_TOKENS", 4 * 12)
     monkeypatch.setattr(analysis, "MAX_DRAWN", 3)
@@ -103,22 +103,20 @@ def limit_batches(model, monkeypatch, most, error=IS_MEMORY[0][0]):
     return sizes
 
 
-@pytest.mark.parametrize("n_drawn", [0, 7, N_SAMPLES])
-def test_a_batch_beyond_memory_is_halved_with_a_note(analysed, agent, monkeypatch, capsys, n_drawn):
-    expected, _ = analysed(n_drawn)
+def test_a_batch_beyond_memory_is_halved_with_a_note(analysed, agent, monkeypatch, capsys):
+    expected, _ = analysed(7)
     sizes = limit_batches(agent.model, monkeypatch, 3)
     capsys.readouterr()
-    found, drawn = analysed(n_drawn)
+    found, drawn = analysed(7)
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
-    assert drawn == list(range(n_drawn))
-    assert sum(size for size in sizes if size <= 3) == N_SAMPLES
+    assert drawn == list(range(7))
+    assert sum(size for size in sizes if size <= 3) == N_SAMPLES  # each is measured once
     assert len([size for size in sizes if size > 3]) <= 6
-    said = capsys.readouterr().err
-    n_notes = (n_drawn > 3) + (N_SAMPLES - n_drawn > 3)
-    assert said.count("note: ") == said.count("does not fit the memory of cpu") == n_notes
+    said = capsys.readouterr().err  # one note of those drawn, one of the rest
+    assert said.count("note: ") == said.count("does not fit the memory of cpu") == 2
     limit_batches(agent.model, monkeypatch, 0)
     with pytest.raises(UserError, match="a single sample of 12 tokens does not fit"):
-        analysed(n_drawn)
+        analysed(0)
 
 
 @pytest.mark.parametrize(("error", "is_memory"), IS_MEMORY)
@@ -163,30 +161,17 @@ def test_one_process_is_no_group_and_half_a_torchrun_or_too_few_gpus_are_an_erro
     assert ALONE.device(torch.device("cuda:1")) == torch.device("cuda:1")
 
 
-def start(n_processes, *argv, cwd=None):
-    """A command as its own job: alone, or as `torchrun` starts it."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", n_processes]
-    command = [sys.executable, *(launcher if n_processes > 1 else []), *argv]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([str(part) for part in command], env=env, cwd=cwd, **pipes)
-
-
-def finish(process, code=0):
-    try:
-        out, err = process.communicate(timeout=TIMEOUT)
-    finally:
-        process.terminate()  # torchrun takes its processes along
-    assert process.returncode == code, err
-    return out, err
-
-
-PRIMITIVES = """
-import json, os
+JOB = """
+import contextlib, json, os, signal
 from pathlib import Path
+import train, visualize_attention
+from ad import training
+from historylens import analysis
 from historylens.common.errors import UserError, expect
 from historylens.common.processes import join
 
+commands = json.loads(Path("commands.json").read_text())
+analysis.MAX_TOKENS = 48
 with join() as group:
     seen = {"gathered": group.gather(group.rank * 10), "mean": group.mean(group.rank + 1.0)}
     seen["broadcast"] = group.broadcast({"from": group.rank})
@@ -199,53 +184,66 @@ with join() as group:
             seen[name] = str(error)
     with group.told_once():
         print("told")
-    Path(f"{group.rank}.json").write_text(json.dumps(seen))
+    Path(f"{group.rank}.json").write_text(json.dumps(seen | {"pid": os.getpid()}))
+    analysis.join = train.join = lambda: contextlib.nullcontext(group)  # one can join once
+    visualize_attention.main(commands["analysis"])
+    train.main(commands["training"])
     if group.rank == 1:
-        os._exit(7)
-    group.gather(None)
+        training.PackedLoss.forward = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+    train.main(commands["killed"])
 """
+ANALYSIS = "--device cpu --num-samples 12 --num-figures 2 --num-effects 2 --dpi 20 --out out"
+# Without averaging: an average over few updates would hide most of what they changed.
+TRAINING = {"ema_decay": 0.0, "tf_dropout": 0.0, "n_updates": 6, "eval_every": 3}
 
 
-def test_two_processes_exchange_values_stop_together_and_end_when_one_dies(tmp_path):
-    (tmp_path / "primitives.py").write_text(PRIMITIVES)
-    out, err = finish(start(2, "primitives.py", cwd=tmp_path), code=1)
-    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+@pytest.fixture(scope="module")
+def together(tmp_path_factory, tiny_config):
+    """Two processes that `torchrun` started: exchange, analyse, train, train until one dies."""
+    folder = tmp_path_factory.mktemp("together")
+    write_checkpoint(folder / "run" / "ckpt-30.pt", sharp_model(tiny_config))
+    make_histories(n_episodes=20).save(folder / "run" / "histories-test.npz")
+    commands = {"analysis": [*ANALYSIS.split(), "--checkpoint", str(folder / "run")]}
+    commands["training"] = flags(folder / "two", **TRAINING)
+    commands["killed"] = flags(folder / "killed", n_updates=300)
+    (folder / "commands.json").write_text(json.dumps(commands))
+    (folder / "job.py").write_text(JOB)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    options = {"capture_output": True, "text": True, "check": False, "timeout": 400}
+    options["env"] = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([*command, "--nproc-per-node=2", "job.py"], cwd=folder, **options)
+    assert done.stdout.count("TEST GOALS") == 1, done.stderr
+    seen = [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)]
+    pids = [one.pop("pid") for one in seen]
+    return SimpleNamespace(folder=folder, done=done, seen=seen, pids=pids)
+
+
+def test_two_processes_exchange_values_and_stop_together(together):
     both = {"mean": 1.5, "broadcast": {"from": 0}, "none": "went on"}
-    assert first == both | {"gathered": [0, 10], "both": "a mistake", "second": "2"}
-    assert second == both | {"gathered": None, "both": "2", "second": "a mistake"}
-    assert out.count("told") == 1
-    assert "exitcode  : 7" in err
+    first = both | {"gathered": [0, 10], "both": "a mistake", "second": "2"}
+    second = both | {"gathered": None, "both": "2", "second": "a mistake"}
+    assert together.seen == [first, second]
+    assert together.done.stdout.count("told") == 1
 
 
-def test_two_processes_write_what_one_writes(tmp_path, tiny_model):
-    run = tmp_path / "run"
-    write_checkpoint(run / "ckpt-30.pt", tiny_model)
-    make_histories(n_episodes=20).save(run / "histories-test.npz")
-    argv = [ROOT / "visualize_attention.py", "--checkpoint", run, "--dpi", 30, "--out", "out"]
-    argv += ["--num-samples", 60, "--num-figures", 3]
-    folders = [tmp_path / "1", tmp_path / "2"]
-    for folder in folders:
-        folder.mkdir()
-    jobs = [start(n, *argv, cwd=folder) for n, folder in enumerate(folders, 1)]
-    _, (said, _) = map(finish, jobs)
-    assert subprocess.run(["diff", "-r", *folders], check=False).returncode == 0
-    assert len(json.loads((folders[1] / "out/metrics.json").read_text())["samples"]) == 60
-    assert "cpu, 2 processes" in said
-    assert said.count("OVERALL ATTENTION STATISTICS") == 1
+def test_two_processes_write_what_one_writes(together, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(analysis, "MAX_TOKENS", 48)  # three passes to share
+    visualize_attention.main([*ANALYSIS.split(), "--checkpoint", str(together.folder / "run")])
+    one, two = (files_of(folder / "out") for folder in (tmp_path, together.folder))
+    assert one == two
+    assert len(json.loads(two["metrics.json"])["samples"]) == 12
+    assert "cpu, 2 processes" in together.done.stdout
+    assert together.done.stdout.count("OVERALL ATTENTION STATISTICS") == 1
 
 
-def test_two_processes_train_as_one_on_the_same_batches(tmp_path):
-    # Without averaging: an average over few updates would hide most of what they changed.
-    changed = {"ema_decay": 0.0, "tf_dropout": 0.0, "n_updates": 12, "eval_every": 6}
-    folders = [tmp_path / "1", tmp_path / "2"]
-    jobs = [start(n, ROOT / "train.py", *flags(x, **changed)) for n, x in enumerate(folders, 1)]
-    _, (said, _) = map(finish, jobs)
-    assert said.count("TEST GOALS") == 1
-    runs = [run_of(folder) for folder in folders]
+def test_two_processes_train_as_one_on_the_same_batches(together, tmp_path):
+    main(flags(tmp_path, **TRAINING))
+    runs = [run_of(folder) for folder in (tmp_path, together.folder / "two")]
     for one, two in zip(*(numbers_of(run)["log"] for run in runs), strict=True):
         assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)
         assert two["step"] == one["step"]
-    assert len({tuple(sorted(path.name for path in run.iterdir())) for run in runs}) == 1
+    assert files_of(runs[0]).keys() == files_of(runs[1]).keys()
     for name in (path.name for path in runs[0].glob("ckpt-*")):
         one, two = (torch.load(run / name)["model"] for run in runs)
         for key in (key for key in one if key.endswith("in_proj_bias")):
@@ -255,19 +253,11 @@ def test_two_processes_train_as_one_on_the_same_batches(tmp_path):
         torch.testing.assert_close(two, one, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="finds processes in /proc")
-def test_a_killed_process_ends_the_training_job_with_a_clear_error(tmp_path):
-    job = start(2, ROOT / "train.py", *flags(tmp_path, n_updates=10**6, eval_every=10**6))
-    deadline = time.monotonic() + TIMEOUT
-    while not (run_of(tmp_path) / "histories-test.npz").exists():
-        assert job.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-    ranks = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
-    assert len(ranks) == 2
-    os.kill(int(ranks[1]), signal.SIGKILL)
-    _, err = finish(job, code=1)
-    assert "rank      : 1" in err
-    assert "Signal 9 (SIGKILL) received" in err
-    assert not any(Path(f"/proc/{rank}").exists() for rank in ranks)
-    assert not (run_of(tmp_path) / "training.json").exists()
+def test_a_killed_process_ends_the_job_with_a_clear_error(together):
+    assert together.done.returncode == 1
+    for words in ("rank      : 1", "Signal 9 (SIGKILL) received"):
+        assert words in together.done.stderr
+    for pid in together.pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+    assert [*files_of(run_of(together.folder / "killed"))] == ["histories-test.npz"]

@@ -12,19 +12,24 @@ from conftest import refused
 from hypothesis import given
 from hypothesis import strategies as st
 
+from historylens import analysis
 from historylens.adapter.agent import load, load_acting
 from historylens.adapter.decisions import read_rewarded
 from historylens.common.errors import UserError
 from historylens.comparison.policy import CompressedPolicy
-from historylens.compression.method import METHODS
+from historylens.compression import METHODS, compress_history
 from historylens.history import Decision, History, HistoryBuffer
 from visualize_attention import main
 
 SAR = Path(__file__).resolve().parents[1] / "examples" / "sar_mha.py"
 CORRIDOR = SAR.with_name("corridor.py").read_text()
 CPU = torch.device("cpu")
-PAYS = 'rewards=next_states == (0 if goal == "left end" else N_CELLS - 1)'
-GRADED = 'rewards=abs(next_states - (N_CELLS - 1 if goal == "left end" else 0)) / 10'
+GRADED = """
+
+def samples(*args, drawn=samples):
+    for i, one in enumerate(drawn(*args)):
+        yield Decision(**{**vars(one), "rewards": one.next_states / 10 + i // 10})
+"""
 
 
 @pytest.fixture(autouse=True)
@@ -35,10 +40,7 @@ def home(tmp_path, monkeypatch):
 
 
 def written(more="", graded=True):
-    text = SAR.read_text()
-    assert PAYS in text
-    text = text.replace(PAYS, GRADED) if graded else text
-    Path("mine.py").write_text(text + more)
+    Path("mine.py").write_text(SAR.read_text() + GRADED * graded + more)
     return "mine.py"
 
 
@@ -83,10 +85,8 @@ def test_the_adapter_says_it_and_the_flag_before_it():
     decisions = [decision([0, 1, 2, 3])]
     told = "rewards above 0.5, as REWARDED_ABOVE says"
     assert read_rewarded(Says(0.5), decisions, None) == (0.5, told)
-    assert read_rewarded(Says(0.5), decisions, 0) == (
-        0,
-        "rewards above 0, as --rewarded-above says",
-    )
+    told = "rewards above 0, as --rewarded-above says"
+    assert read_rewarded(Says(0.5), decisions, 0) == (0, told)
 
 
 def test_one_number_travels_from_the_adapter_to_decisions_histories_and_facts():
@@ -101,24 +101,24 @@ def test_one_number_travels_from_the_adapter_to_decisions_histories_and_facts():
     for one in agent.decisions:
         np.testing.assert_array_equal(one.rewarded, one.rewards > np.float32(0.35))
     assert "Rewarded" not in load(written(graded=False), 3, 0, CPU).facts
+    pytest.importorskip("gymnasium")
+    above = {load(written(), n, 0, CPU).rewarded_above for n in (10, 25)}
+    assert above == {load_acting(written(), 0, CPU).rewarded_above}  # by the same samples
     acting = load_acting(written(), 0, CPU, 0.2)
     assert acting.facts["Rewarded"] == "rewards above 0.2, as --rewarded-above says"
     assert acting.meta["rewarded_above"] == 0.2
 
 
 @pytest.mark.parametrize("value", ["'high'", "float('nan')", "[1]"])
-def test_what_is_no_reward_is_one_line(value):
+def test_what_is_no_reward_is_one_line(value, capsys):
     with pytest.raises(UserError, match=r"mine\.py: REWARDED_ABOVE: expected a finite number"):
         load(written(f"\nREWARDED_ABOVE = {value}\n"), 3, 0, CPU)
-
-
-def test_a_flag_that_is_no_number_is_one_line(capsys):
     said = refused(main, ["--adapter", written(), "--rewarded-above", "nan"], capsys)
     assert said == "error: expected --rewarded-above as a finite number, got nan"
 
 
 def mass_rewarded(*flags):
-    quick = ["--num-samples=4", "--num-figures=1", "--num-effects=0", "--dpi=20"]
+    quick = ["--num-samples=4", "--num-figures=1", "--num-effects=0", "--device=cpu"]
     main(["--adapter", written(), *quick, *flags])
     meta = json.loads(Path("figs/attention/metrics.json").read_text())
     with Path("figs/attention/metrics.csv").open() as file:
@@ -126,7 +126,8 @@ def mass_rewarded(*flags):
     return mass, meta
 
 
-def test_metrics_and_pictures_use_it(capsys):
+def test_metrics_and_what_pictures_show_use_it(capsys, monkeypatch):
+    monkeypatch.setattr(analysis, "draw", lambda *_: 0)
     every, all_json = mass_rewarded("--rewarded-above", "-1")
     said = " ".join(capsys.readouterr().out.split())
     assert "Rewarded: rewards above -1, as --rewarded-above says" in said
@@ -147,6 +148,9 @@ def test_what_keeps_rewarded_transitions_keeps_those_above_it():
     history = History(zeros[..., None], zeros, rewards, zeros[..., None], rewarded_above=2.0)
     keep = METHODS["rewarded-recent"].compress
     assert keep(history, 2).kept.tolist() == [[0, 5]]
+    parts = (part[0] for part in history.inputs[:4])
+    kept = compress_history(*parts, None, 2, strategy="rewarded-recent", rewarded_above=2.0)
+    assert kept[2].tolist() == [3, 1]
     agent = Recorder(n_max=7)
     agent.rewarded_above = 2.0
     buffer = HistoryBuffer(torch.zeros(1, 1), 6)

@@ -22,28 +22,21 @@ def test_the_query_is_last_or_first_and_decides_unless_another_token_is_said_to(
     assert (first.decides, other.decides) == (0, 3)
     with pytest.raises(ValueError, match="'last' or 'first', got 'middle'"):
         Tokens.of(3, query="middle")
+    assert Tokens.of(3).is_plain  # a token a transition and the query last
+    assert not any(one.is_plain for one in (tokens, first, other, Tokens.of(3, decides=2)))
 
 
-def test_only_a_token_a_transition_and_the_query_last_is_plain():
-    assert Tokens.of(3).is_plain
-    others = [Tokens.of(3, PARTS), Tokens.of(3, query="first"), Tokens.of(3, decides=2)]
-    assert not any(tokens.is_plain for tokens in others)
-
-
-@pytest.mark.parametrize(
-    ("fields", "words"),
-    [
-        (([0, 2], "transition"), "no token is of transition 1"),
-        (([-1, -1], "query"), "no token is of transition 0"),
-        (([0, -2], "transition"), "got -2"),
-        (([0, -1], ("transition",)), "2 tokens, got 1"),
-        (([0, -1], ("transition", "query"), 2), "0..1, got 2"),
-        (([0.0, 1.0], "transition"), "whole numbers"),
-        (([[0], [1]], "transition"), "shape (2, 1)"),
-        (([0, 1], ("transition", "padding")), "token 1 is padding"),
-        (([0, -1], ("transition", "padding")), "expected it not to be padding"),
-    ],
-)
+@pytest.mark.parametrize(("fields", "words"), [
+    (([0, 2], "transition"), "no token is of transition 1"),
+    (([-1, -1], "query"), "no token is of transition 0"),
+    (([0, -2], "transition"), "got -2"),
+    (([0, -1], ("transition",)), "2 tokens, got 1"),
+    (([0, -1], ("transition", "query"), 2), "0..1, got 2"),
+    (([0.0, 1.0], "transition"), "whole numbers"),
+    (([[0], [1]], "transition"), "shape (2, 1)"),
+    (([0, 1], ("transition", "padding")), "token 1 is padding"),
+    (([0, -1], ("transition", "padding")), "expected it not to be padding"),
+])  # fmt: skip
 def test_a_map_that_cannot_be_is_refused(fields, words):
     with pytest.raises(ValueError, match=re.escape(words)):
         Tokens(*fields)

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 from collections import Counter
@@ -16,7 +17,7 @@ import numpy as np
 import plain_model
 import pytest
 import torch
-from conftest import make_histories, n_hooks, refused, sharp_model, write_checkpoint
+from conftest import files_of, make_histories, n_hooks, refused, sharp_model, write_checkpoint
 from torch import nn
 
 import ad.agent
@@ -28,6 +29,14 @@ from historylens.pictures.painter import Painter
 from visualize_attention import main
 
 GOALS = ((0, 1), (0, 1), (2, 2), (4, 3))
+FLAGS = ["--num-samples=3", "--dpi=20"]
+AGAIN = f"""
+import runpy, sys
+sys.argv, sys.path[0] = {[module.__file__, *FLAGS]}, "{Path(module.__file__).parent}"
+from historylens.effects.report import MeasuredEffects
+MeasuredEffects.ignores_history = False
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 COLUMNS = [
     "sample", "goal_row", "goal_col", "history", "step", "stride", "layer", "head", "n_context",
     "mean_context_attention", "concentration", "entropy", "recent_distant_ratio",
@@ -42,14 +51,9 @@ def make_run(folder, config, step=30):
     make_histories(GOALS, n_episodes=12).save(folder / "histories-test.npz")
 
 
-def files_of(folder):
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
-
-
-def pictures(samples, layers):
+def names_of(samples, layers, *more):
     """Names of all files of a run, as documented."""
-    names = {"attention_layers.png", "deletion_curves.png", "metrics.json", "metrics.csv"}
+    names = {"attention_layers.png", "metrics.json", "metrics.csv", *more}
     for n in layers:
         kinds = [f"{kind}_sample{i}" for kind in ("heatmap", "lines") for i in samples]
         names |= {f"layer_{n}/attention_{kind}_layer{n}.png" for kind in ["summary", *kinds]}
@@ -85,7 +89,7 @@ def shown(tmp_path_factory, tiny_config):
         patch.chdir(folder)
         patch.setattr(nn.TransformerEncoderLayer, "forward", counted)
         patch.setattr(ad.agent, "load_checkpoint", loaded)
-        main(["--num-samples", "3", "--dpi", "40"])
+        main(FLAGS)
     files = files_of(folder / "figs" / "attention")
     numbers = json.loads(files["metrics.json"])
     ran = {"stdout": out.getvalue(), "runs": runs, "models": models}
@@ -107,8 +111,8 @@ def home(tmp_path, tiny_config, monkeypatch):
 
 
 def analysed(*argv):
-    """Run the command and read `metrics.json`."""
-    main([*argv, "--out", "out"])
+    """Run the command, without effects where no flag asks for them, and read `metrics.json`."""
+    main(["--num-effects", "0", *argv, "--out", "out"])
     return json.loads(Path("out/metrics.json").read_text())
 
 
@@ -116,15 +120,17 @@ def samples_of(*argv):
     return [(s["history"], s["step"]) for s in analysed(*argv)["samples"]]
 
 
-def test_files_are_named_as_documented_and_the_same_command_writes_the_same_bytes(
-    shown, monkeypatch
-):
-    assert set(shown.files) == pictures(range(3), range(2))
+def test_the_real_command_writes_the_documented_files_and_the_same_bytes_again(shown):
+    assert set(shown.files) == names_of(range(3), range(2), "deletion_curves.png")
     drawn = [content for name, content in shown.files.items() if name.endswith(".png")]
     assert len(drawn) == 2 * 3 * 2 + 2 + 2
     assert all(content.startswith(b"\x89PNG") for content in drawn)
-    monkeypatch.chdir(shown.folder)
-    main(["--num-samples", "3", "--dpi", "40"])
+    options = {"cwd": shown.folder, "capture_output": True, "encoding": "utf-8", "timeout": 300}
+    done = subprocess.run([sys.executable, "-c", AGAIN], check=False, **options)
+    assert done.returncode == 0, done.stderr
+    assert "💡 INSIGHT: " in done.stdout
+    assert "Traceback" not in done.stderr
+    assert "Warning" not in done.stderr
     assert files_of(shown.folder / "figs" / "attention") == shown.files
 
 
@@ -169,14 +175,14 @@ def test_each_layer_runs_once_to_be_measured_drawn_and_judged_and_no_hook_is_lef
 
 
 def test_a_run_clears_what_an_earlier_one_drew_and_nothing_else(home):
-    analysed("--num-samples", "3")
-    assert set(files_of(home / "out")) == pictures(range(3), range(2))
+    analysed("--num-samples", "3", "--num-effects", "1")
+    assert set(files_of(home / "out")) == names_of(range(3), range(2), "deletion_curves.png")
     foreign = ("notes.txt", "layer_0/mine.png", "layer_7/readme", "other/attention_lines_x.png")
     for name in foreign:
         (home / "out" / name).parent.mkdir(exist_ok=True)
         (home / "out" / name).write_text("keep")
     analysed("--num-samples", "2", "--layers", "1")
-    assert set(files_of(home / "out")) == pictures(range(2), [1]) | set(foreign)
+    assert set(files_of(home / "out")) == names_of(range(2), [1], *foreign)
     (home / "out" / "layer_0" / "mine.png").unlink()
     analysed("--num-samples", "1", "--layers", "1")
     assert not (home / "out" / "layer_0").exists()
@@ -235,13 +241,12 @@ def test_num_effects_bounds_the_decisions_that_effects_are_measured_on(home, cap
 
 
 def test_the_seed_decides_what_is_drawn_at_random(home):
-    flags = ("--history", "2", "--steps", "30:32", "--num-figures", "0")
-    one, same, other = (analysed(*flags, "--seed", seed)["effects"] for seed in "001")
-    assert one == same
-    random = [found["strategies"]["random"]["sizes"] for found in (one, other)]
-    assert random[0] != random[1]
-    recent = [[s["kl_mean"] for s in e["strategies"]["recent"]["sizes"]] for e in (one, other)]
+    flags = ("--history", "2", "--steps", "30:31", "--num-figures", "0", "--num-effects", "2")
+    one, other = (analysed(*flags, "--seed", seed)["effects"]["strategies"] for seed in "01")
+    assert one["random"]["sizes"] != other["random"]["sizes"]
+    recent = [[size["kl_mean"] for size in found["recent"]["sizes"]] for found in (one, other)]
     assert recent[0] == recent[1]
+    assert samples_of("--seed", "0") != samples_of("--seed", "1")
 
 
 def test_the_latest_checkpoint_is_of_the_run_last_written_and_the_highest_number(
@@ -260,60 +265,47 @@ def test_the_latest_checkpoint_is_of_the_run_last_written_and_the_highest_number
     assert meta["step"] == 100_000
 
 
-def test_layers_chooses_layers_in_ascending_order_once(home):
+def test_layers_goals_histories_steps_and_stride_choose(home):
     found = analysed("--num-samples", "2", "--layers", "1", "0", "1")
     assert [layer["layer"] for layer in found["layers"]] == [0, 1]
     only = analysed("--num-samples", "2", "--layers", "1")
     assert only["layers"][0]["per_sample"] == found["layers"][1]["per_sample"]
-
-
-def test_goal_history_and_steps_filter_the_decisions(home):
     flags = {"--goal 0,1": {0, 1}, "--goal 0,1 4,3": {0, 1, 3}, "--history 2 3": {2, 3}}
     for words, histories in flags.items():
         assert {h for h, _ in samples_of("--num-samples", "6", *words.split())} == histories
     found = samples_of("--goal", "0,1", "--history", "1", "2", "--steps", "20:22")
     assert sorted(found) == [(1, 20), (1, 21), (1, 22)]
-
-
-def test_stride_reaches_further_back_and_the_seed_chooses(home):
-    near = analysed("--history", "2", "--steps", "59:59")
-    far = analysed("--history", "2", "--steps", "59:59", "--stride", "3")
+    near, far = (analysed("--history=2", "--steps=59:59", "--stride", n) for n in "13")
     assert (near["samples"][0]["stride"], far["samples"][0]["stride"]) == (1, 3)
     assert near["layers"][0]["per_sample"] != far["layers"][0]["per_sample"]
-    one, same, other = (samples_of("--seed", seed, "--num-samples", "5") for seed in "001")
-    assert one == same != other
+    make_histories(((3, 3),), n_episodes=4).save(home / "mine.npz")
+    found = analysed("--histories", "mine.npz", "--num-samples", "2")
+    assert {(s["goal_row"], s["goal_col"]) for s in found["samples"]} == {(3, 3)}
+    assert found["meta"]["histories"] == "mine.npz"
 
 
 def test_num_figures_bounds_what_is_drawn_not_what_is_measured(home, monkeypatch):
     found = analysed("--num-samples", "5", "--num-figures", "2")
-    assert set(files_of(home / "out")) == pictures(range(2), range(2))
+    assert set(files_of(home / "out")) == names_of(range(2), range(2))
     assert len(found["samples"]) == 5
     assert set(found["drawn"]["layers"]["0"]) == {"0", "1"}
     none = analysed("--num-samples", "5", "--num-figures", "0")
-    assert set(files_of(home / "out")) == pictures([], range(2))
+    assert set(files_of(home / "out")) == names_of([], range(2))
     for few, no in zip(found["layers"], none["layers"], strict=True):
         assert few["per_sample"].keys() == no["per_sample"].keys()
         for name, values in few["per_sample"].items():
             assert values == pytest.approx(no["per_sample"][name], rel=1e-5)
     monkeypatch.setattr(job, "MAX_FIGURES", 1)  # where the flag does not say
     analysed("--num-samples", "5")
-    assert set(files_of(home / "out")) == pictures(range(1), range(2))
+    assert set(files_of(home / "out")) == names_of(range(1), range(2))
 
 
 def test_dpi_scales_the_pictures(shown, tmp_path, monkeypatch):
     monkeypatch.chdir(shown.folder)
-    argv = ["--num-samples", "1", "--num-figures", "0", "--layers", "0", "--out", str(tmp_path)]
-    main([*argv, "--dpi", "20"])
-    pngs = (tmp_path / "attention_layers.png").read_bytes(), shown.files["attention_layers.png"]
+    main([*FLAGS, "--num-figures=0", "--num-effects=0", "--dpi=40", "--out", str(tmp_path)])
+    pngs = shown.files["attention_layers.png"], (tmp_path / "attention_layers.png").read_bytes()
     small, large = (int.from_bytes(png[16:20], "big") for png in pngs)  # their widths
     assert large == pytest.approx(2 * small, abs=2)
-
-
-def test_histories_may_lie_elsewhere(home):
-    make_histories(((3, 3),), n_episodes=4).save(home / "mine.npz")
-    found = analysed("--histories", "mine.npz", "--num-samples", "2")
-    assert {(s["goal_row"], s["goal_col"]) for s in found["samples"]} == {(3, 3)}
-    assert found["meta"]["histories"] == "mine.npz"
 
 
 def truncate(path):
@@ -360,7 +352,7 @@ MISTAKES = {
 def earlier_result(home):
     """An output folder as an earlier run left it."""
     (home / "out" / "layer_0").mkdir(parents=True)
-    for name in pictures([0], [0]):
+    for name in names_of([0], [0]):
         (home / "out" / name).write_text(name)
     return files_of(home / "out")
 
@@ -418,19 +410,11 @@ def test_what_stands_in_the_way_of_a_file_is_one_line(home, capsys, name):
     assert path.read_text() == "in the way"
 
 
-def test_the_real_command_works_wherever_it_is_called_and_says_to_train(shown, tmp_path):
-    command = [sys.executable, module.__file__]
-    options = {"cwd": tmp_path, "capture_output": True, "encoding": "utf-8", "timeout": 300}
-    options["env"] = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, **options)
-    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
-    assert re.match("error: No checkpoint found.*python train.py", done.stderr)
-    assert list(tmp_path.iterdir()) == []
-    flags = ["--num-samples=1", "--layers=1", "--dpi=20"]
-    flags += ["--checkpoint", shown.folder / "checkpoints"]
-    done = subprocess.run(command + flags, **options)
-    assert done.returncode == 0, done.stderr
-    assert "💡 INSIGHT: " in done.stdout
-    assert "Traceback" not in done.stderr
-    assert "Warning" not in done.stderr
-    assert set(files_of(tmp_path / "figs" / "attention")) == pictures([0], [1])
+def test_without_a_checkpoint_the_command_says_to_train_in_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [module.__file__])
+    with pytest.raises(SystemExit, match="2"):
+        runpy.run_path(module.__file__, run_name="__main__")
+    out, err = capsys.readouterr()
+    assert re.fullmatch("error: No checkpoint found.*python train.py.*\n", err)
+    assert (out, list(tmp_path.iterdir())) == ("", [])

@@ -8,6 +8,7 @@ in one line before anything is written.
 """
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -17,18 +18,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from historylens.adapter.checks import check_tokens, unseen_modules
+from historylens.adapter.checks import tried
 from historylens.adapter.decisions import read_decisions, read_rewarded
 from historylens.adapter.environment import GymRooms, read_tasks
 from historylens.adapter.file import Adapter, kind
-from historylens.agent import Agent, Environment, where_of
-from historylens.capture import CaptureError, capture
-from historylens.common.errors import UserError, note
+from historylens.agent import Agent, Environment
+from historylens.common.errors import note
 from historylens.history import History
 from historylens.tokens import Tokens
 
 CAPTURE = ("softmax", "heads")  # arguments of capture that an adapter may give
-N_TRIED = 4  # samples that are read to see what the model takes
+N_TRIED = 10  # samples by which rewarded transitions are told; a comparison reads no more
 
 
 def load(
@@ -37,32 +37,34 @@ def load(
     seed: int,
     device: torch.device,
     rewarded_above: float | None = None,
+    tell: Callable[[str], None] = note,
 ) -> "AdapterAgent":
     """The model of an adapter, with up to `n` decisions; UserError if something does not fit.
 
-    Rewards `rewarded_above` count as rewarded; None: as the adapter or its samples say.
+    `tell` gets lines for the user.
     """
-    agent = AdapterAgent(Adapter(path), n, seed, device, rewarded_above)
+    agent = AdapterAgent(Adapter(path), n, seed, device, rewarded_above, tell)
     heads = " or ".join(map(str, sorted(set(agent.n_heads))))
     size = sum(p.numel() for p in agent.model.parameters())
-    counts = sorted({one.n for one in agent.decisions})
-    lengths = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else f"{counts[0]}"
-    tokens = agent.tokens(agent.history([agent.longest]))[0]
-    each = ", ".join(tokens.parts) if len(tokens.parts) > 1 else "one token"
-    n_decisions = len(agent.decisions)
+    first, *_, last = sorted(one.n for one in agent.decisions) * 2
+    lengths = f"{first} to {last}" if first < last else f"{last}"
+    tokens, n_decisions = agent.tokens(agent.history([agent.longest]))[0], len(agent.decisions)
+    parts = [name for name in dict.fromkeys(tokens.part) if name in tokens.parts]
+    each = ", ".join(parts) if len(parts) > 1 else "one token"
     fewer = f", which has no more of the {n} asked for" if n_decisions < n else ""
+    beside = f"; beside them unseen: {', '.join(agent.unseen)}" if agent.unseen else ""
     agent.facts = {
         "Adapter": str(path),
         "Model": f"{type(agent.model).__name__}: {len(agent.layers)} layers x {heads} heads, "
-        f"{size:,} parameters{agent.beside}",
+        f"{size:,} parameters{beside}",
         "Context length": f"{lengths} transitions, {len(tokens)} tokens at most; a transition is "
         f"{each}; token {tokens.decides} decides; metrics are of whole transitions",
-        "Device": str(device),
+        "Device": str(agent.device),
         "Samples": f"{n_decisions} decisions of the adapter{fewer}",
         **agent.rewarded,
     }
-    agent.meta = {"n_heads": list(agent.n_heads), "model": type(agent.model).__name__}
-    agent.meta |= {"rewarded_above": agent.rewarded_above}
+    model = {"n_heads": list(agent.n_heads), "model": type(agent.model).__name__}
+    agent.meta = {**model, "rewarded_above": agent.rewarded_above}
     return agent
 
 
@@ -82,7 +84,11 @@ def load_acting(
 
 
 class AdapterAgent(Agent):
-    """A model that an adapter gives, and decisions of its samples: see `Agent`."""
+    """A model that an adapter gives, and decisions of its samples: see `Agent`.
+
+    Rewards `rewarded_above` count as rewarded; None: as the adapter or its samples say. `tell` gets
+    a line where modules mix tokens unseen.
+    """
 
     def __init__(
         self,
@@ -91,6 +97,7 @@ class AdapterAgent(Agent):
         seed: int,
         device: torch.device,
         rewarded_above: float | None = None,
+        tell: Callable[[str], None] = note,
     ) -> None:
         self.adapter, self.device = adapter, device
         with torch.random.fork_rng(devices=[]):
@@ -100,24 +107,25 @@ class AdapterAgent(Agent):
         with adapter.blamed(f"moving the model to {device}"):
             self.model = model.to(device).eval()
         decisions = read_decisions(adapter, n, seed)
-        self.rewarded_above, told = read_rewarded(adapter, decisions, rewarded_above)
+        self.rewarded_above, told = read_rewarded(adapter, decisions[:N_TRIED], rewarded_above)
         self.rewarded = {"Rewarded": told} if told else {}
         self.decisions = [replace(one, rewarded_above=self.rewarded_above) for one in decisions]
-        self.longest = max(range(len(self.decisions)), key=self.length)
-        most = self.length(self.longest)
-        self.n_max = n_max = adapter.get("N_MAX", most)
-        name, is_count = f"samples()[{self.longest}]", isinstance(n_max, int) and n_max > 0
+        self.longest = longest = max(range(len(decisions)), key=self.length)
+        self.n_max = n_max = adapter.get("N_MAX", most := self.length(longest))
+        is_count, what = (
+            isinstance(n_max, int) and n_max > 0,
+            f"at most N_MAX = {n_max} transitions",
+        )
         expected = "a whole number, the transitions that the model can read"
         adapter.check(is_count, "N_MAX", expected, repr(n_max))
-        adapter.check(most <= n_max, name, f"at most N_MAX = {n_max} transitions", most)
-        self.layers, self.n_heads = self._try()
-        check_tokens(self, self.layers)
-        unseen, self.beside = unseen_modules(self, self.layers), ""
-        if unseen:
-            self.beside = f"; beside them unseen: {', '.join(unseen)}"
-            name, kind_of = next(iter(unseen.items()))
-            more = f" and {len(unseen) - 1} more" if len(unseen) > 1 else ""
-            note(
+        adapter.check(most <= n_max, f"samples()[{longest}]", what, most)
+        self.capture_options = self._read_capture_options()
+        record, self.unseen = tried(self)
+        self.layers, self.n_heads = record.names, tuple(x.query_rows.shape[1] for x in record)
+        if self.unseen:
+            (name, kind_of), *others = self.unseen.items()
+            more = f" and {len(others)} more" if others else ""
+            tell(
                 f"{len(self.layers)} layers attend in sight; {name} (a {kind_of}){more} mixes "
                 "tokens by no attention that can be read, and is missing in the results. If it "
                 "attends, hand its weights in: historylens.record_attention(name, weights)"
@@ -130,10 +138,10 @@ class AdapterAgent(Agent):
         """Action logits `(B, A)` on any history that the model can read."""
         check, size = self.adapter.check, history.size
         name = "act()" if history.n else "act() on an empty history (n = 0)"
+        expected = f"action logits of shape ({size}, A) for {size} histories"
         with self.adapter.blamed(name):
             logits = self.adapter.module.act(self.model, history)
             is_fit = isinstance(logits, Tensor) and logits.ndim == 2 and logits.shape[1] > 0
-            expected = f"action logits of shape ({size}, A) for {size} histories"
             check(is_fit and len(logits) == size, name, expected, kind(logits))
             check(logits.isfinite().all(), name, "finite logits", "some that are not")
         return logits
@@ -145,8 +153,8 @@ class AdapterAgent(Agent):
         check, (n, size) = self.adapter.check, (history.n, history.size)
         maps = self.adapter.call("tokens", history)
         maps = [maps] * size if isinstance(maps, Tokens) else maps
-        is_list = isinstance(maps, list | tuple) and len(maps) == size
-        is_fit = is_list and all(isinstance(one, Tokens) for one in maps)
+        is_fit = isinstance(maps, list | tuple) and len(maps) == size
+        is_fit = is_fit and all(isinstance(one, Tokens) for one in maps)
         check(is_fit, "tokens()", f"a Tokens, or a list of one for each of {size}", kind(maps))
         expected = f"a map of {n} transitions, equally long for the whole batch"
         for one in maps:
@@ -165,33 +173,6 @@ class AdapterAgent(Agent):
                 weights.update(flat.view(torch.uint8).numpy())
         adapter = hashlib.sha256(self.adapter.path.read_bytes())
         return {"adapter": adapter.hexdigest(), "weights": weights.hexdigest()}
-
-    def _try(self) -> tuple[tuple[str, ...], tuple[int, ...]]:
-        """Layers and their heads, from a pass that shows whether adapter and model fit."""
-        same = [i for i, one in enumerate(self.decisions) if one.n == self.decisions[0].n][:2]
-        history = self.history(same)
-        maps = self.tokens(history)
-        self.capture_options = self._read_capture_options()
-        misled = None
-        for where in (where_of(maps), {}):  # a pass without the map shows whether the map is wrong
-            options = {"received": False, **where, **self.capture_options}
-            try:
-                with self.adapter.blamed("act()"), capture(self.model, **options) as record:
-                    self.act(history)
-                break
-            except UserError as error:
-                if not where or not isinstance(error.__cause__, CaptureError):
-                    raise
-                misled = error
-        given = "tokens()" if self.adapter.get("tokens") is not None else "no tokens(), so"
-        before = f"{history.n} transitions before the decision"
-        for layer in record:
-            size, own = layer.query_rows.shape[-1], len(maps[0])
-            expected = f"a map of the {size} tokens that {layer.name} attends over (with {before})"
-            self.adapter.check(size == own, given, expected, f"one of {own} tokens")
-        if misled is not None:
-            raise misled
-        return tuple(x.name for x in record), tuple(x.query_rows.shape[1] for x in record)
 
     def _read_capture_options(self) -> dict[str, Any]:
         """The adapter's CAPTURE, and its layers() by name."""

@@ -1,23 +1,19 @@
-"""Does an adapter describe its model? A few more passes show it, before anything is written.
+"""Does an adapter describe its model? A few passes show it, before anything is written.
 
-    check_tokens(agent, layers)               # UserError: the map of tokens is not the model's
-    unseen = unseen_modules(agent, layers)    # what mixes tokens, but is no attention that is seen
-
-What cannot be tried, because it raises or its numbers do not fit, is passed over.
+record, unseen = tried(agent)      # layers that attend, what else mixes tokens; or UserError
 """
 
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from historylens.agent import where_of
-from historylens.capture import capture
+from historylens.capture import CaptureError, Record, capture
 from historylens.capture.probes import disturbed, mixing_modules
-from historylens.common.errors import expect
+from historylens.common.errors import UserError, expect
 from historylens.history import History
 
 if TYPE_CHECKING:
@@ -26,40 +22,63 @@ if TYPE_CHECKING:
 PREVIOUS = '("previous action", "previous reward", "state")'
 
 
-def check_tokens(agent: "AdapterAgent", layers: Sequence[str]) -> None:
-    """Check what an adapter says of tokens by changing one action, and the last layer's output."""
-    history, said = agent.history([0]), None
+def tried(agent: "AdapterAgent") -> tuple[Record, dict[str, str]]:
+    """A captured pass, and modules beside its layers that mix tokens, with their classes.
+
+    UserError: act() fails, or the map of tokens is not the model's. It is, unless changing one
+    action or the last layer's output shows otherwise; what cannot be tried, because it raises or
+    its numbers do not fit, is passed over.
+    """
+    path, history, said, unseen = agent.adapter.path, agent.history([0]), None, {}
+    given = "tokens()" if agent.adapter.get("tokens") is not None else "no tokens(), so"
+    same = [i for i, one in enumerate(agent.decisions) if one.n == history.n][:2]
+    record = _first_pass(agent, agent.history(same), given)
     for wrong in (_fed_elsewhere, _decided_elsewhere):
         with suppress(Exception):
-            said = wrong(agent, history, layers)
-        given = "tokens()" if agent.adapter.get("tokens") is not None else "no tokens(), so"
-        expect(said is None, f"{agent.adapter.path}: {given} {said}")
-
-
-def unseen_modules(agent: "AdapterAgent", layers: Sequence[str]) -> dict[str, str]:
-    """Modules beside the `layers` that mix tokens, and their classes."""
+            said = wrong(agent, history, record.names[-1])
+        expect(said is None, f"{path}: {given} {said}")
     with suppress(Exception):
-        history = agent.history([0])
-        tokens = agent.tokens(history)
-        options = {"received": False, **where_of(tokens), **agent.capture_options}
-        with capture(agent.model, **options) as record:
-            agent.act(history)
-        known, run = [*layers, *record.places], lambda: agent.act(history)
-        return mixing_modules(agent.model, known, len(tokens[0]), run)
-    return {}
+        known, run = [*record.names, *record.places], lambda: agent.act(history)
+        unseen = mixing_modules(agent.model, known, len(agent.tokens(history)[0]), run)
+    return record, unseen
 
 
-def _fed_elsewhere(agent: "AdapterAgent", history: History, _layers: Sequence[str]) -> str | None:
+def _first_pass(agent: "AdapterAgent", history: History, given: str) -> Record:
+    """A pass that shows whether adapter and model fit; where it fails, one without the map tells
+    whether that is what is wrong.
+    """
+    where, misled = where_of(maps := agent.tokens(history)), None
+    try:
+        record = _passed(agent, history, **where)
+    except UserError as error:
+        if not where or not isinstance(error.__cause__, CaptureError):
+            raise
+        record, misled = _passed(agent, history), error
+    before = f"{history.n} transitions before the decision"
+    for layer in record:
+        size, own = layer.query_rows.shape[-1], len(maps[0])
+        expected = f"a map of the {size} tokens that {layer.name} attends over (with {before})"
+        agent.adapter.check(size == own, given, expected, f"one of {own} tokens")
+    if misled is not None:
+        raise misled
+    return record
+
+
+def _passed(agent: "AdapterAgent", history: History, **options: Any) -> Record:
+    options |= {"received": False, **agent.capture_options}
+    with agent.adapter.blamed("act()"), capture(agent.model, **options) as record:
+        agent.act(history)
+    return record
+
+
+def _fed_elsewhere(agent: "AdapterAgent", history: History, _last: str) -> str | None:
     """What is wrong where another action does not change the tokens of its transition."""
-    number = history.n // 2
+    number, tokens = history.n // 2, agent.tokens(history)
     known = {int(action) for one in agent.decisions for action in one.actions}
     pair = history.rows(torch.zeros(2, dtype=torch.long, device=history.device))
     actions = pair.actions.clone()
     actions[1, number] = min(known - {int(actions[0, number])})
-    tokens = agent.tokens(pair)
-    options = {"received": False, "inputs": True, **where_of(tokens), **agent.capture_options}
-    with capture(agent.model, **options) as record:
-        agent.act(replace(pair, actions=actions))
+    record = _passed(agent, replace(pair, actions=actions), inputs=True, **where_of(tokens * 2))
     fed = record[0].inputs.double()  # (2, T, F)
     moved = (fed[0] - fed[1]).abs().amax(1) > 1e-5 * fed.abs().max()
     own = torch.from_numpy(tokens[0].transition == number)
@@ -74,14 +93,12 @@ def _fed_elsewhere(agent: "AdapterAgent", history: History, _layers: Sequence[st
     )
 
 
-def _decided_elsewhere(
-    agent: "AdapterAgent", history: History, layers: Sequence[str]
-) -> str | None:
+def _decided_elsewhere(agent: "AdapterAgent", history: History, last: str) -> str | None:
     """What is wrong where the output of the token that decides does not reach the logits."""
     tokens, logits = agent.tokens(history)[0], agent.act(history)
 
     def matters(row: int | None) -> Tensor:
-        with disturbed(agent.model, layers[-1], row, **agent.capture_options):
+        with disturbed(agent.model, last, row, **agent.capture_options):
             changed = agent.act(history)
         return (changed - logits).abs().max() > 1e-6 * logits.abs().max()
 
@@ -89,6 +106,6 @@ def _decided_elsewhere(
         return None
     found = next((i for i in reversed(range(len(tokens))) if matters(i)), "another")
     return (
-        f"has token {tokens.decides} decide, but what {layers[-1]} gives it does not change the "
-        f"logits; token {found} does: expected Tokens.of(..., decides={found})"
+        f"has token {tokens.decides} decide, but what {last} gives it does not change the logits; "
+        f"token {found} does: expected Tokens.of(..., decides={found})"
     )

@@ -16,7 +16,7 @@ from historylens.metrics import NAMES
 MAX_TITLE = 80  # characters that fit a picture's width
 TAKEN = ("sample", "title", "layer", "head", "n_context", *NAMES)
 Check = Callable[[bool, str, str, object], None]  # whether an array fits, its name, expected, got
-NEEDED = ("states", "actions", "rewards", "query_state")
+NEEDED, WHOLE = ("states", "actions", "rewards", "query_state"), ("actions", "episodes")
 
 
 def read_decisions(adapter: Adapter, n: int, seed: int) -> list[Decision]:
@@ -47,8 +47,9 @@ def read_rewarded(
     What the flag says, else the adapter's REWARDED_ABOVE. Where neither does: 0 for rewards of at
     most two values, else the top quarter. UserError: it is no number.
     """
-    given = adapter.get("REWARDED_ABOVE") if flag is None else flag
-    name = "REWARDED_ABOVE" if flag is None else "--rewarded-above"
+    name, given = "--rewarded-above", flag
+    if flag is None:
+        name, given = "REWARDED_ABOVE", adapter.get("REWARDED_ABOVE")
     if given is not None:
         is_number = isinstance(given, int | float) and np.isfinite(given)
         adapter.check(is_number, name, "a finite number, a reward", repr(given))
@@ -80,26 +81,25 @@ def as_array(values: object, whole: bool = False) -> np.ndarray:
 
 
 def _read(adapter: Adapter, index: int, given: Decision) -> Decision:
-    where = f"samples()[{index}]"
+    where, arrays = f"samples()[{index}]", {}
     adapter.check(isinstance(given, Decision), where, "a Decision", kind(given))
 
     def check(is_fit: bool, name: str, expected: str, got: object) -> None:
         adapter.check(is_fit, f"{where}.{name}", expected, got)
 
-    arrays = {}
     for name in (*NEEDED, "next_states", "episodes"):
         values = vars(given)[name]
         check(values is not None or name not in NEEDED, name, "an array", kind(values))
         if values is not None:
             with adapter.blamed(f"{where}.{name}"):
-                arrays[name] = as_array(values, whole=name in ("actions", "episodes"))
+                arrays[name] = as_array(values, whole=name in WHOLE)
             check(arrays[name].dtype != object, name, "numbers", kind(values))
-    rewards = arrays["rewards"].astype(np.float32)
+    arrays["rewards"] = rewards = arrays["rewards"].astype(np.float32)
     is_fit = rewards.ndim == 1 and len(rewards) > 0
     check(is_fit, "rewards", "shape (n,) with at least one transition", rewards.shape)
-    arrays |= {"rewards": rewards} | _read_states(check, arrays, n=len(rewards))
+    _shape_states(check, arrays, n=len(rewards))
     arrays.setdefault("episodes", np.zeros(len(rewards), dtype=np.int64))
-    for name in ("actions", "episodes"):
+    for name in WHOLE:
         shape, dtype = arrays[name].shape, arrays[name].dtype
         check(shape == rewards.shape, name, f"shape {rewards.shape}", shape)
         check(dtype == np.int64, name, "whole numbers", dtype)
@@ -107,14 +107,15 @@ def _read(adapter: Adapter, index: int, given: Decision) -> Decision:
     check(never_fall, "episodes", "numbers that never fall", "some that do")
     is_whole = isinstance(given.task, int | np.integer | None)
     check(is_whole, "task", "a whole number", kind(given.task))
-    labels = _read_labels(check, given.labels)
     title = " ".join(str(given.title).split()) or f"sample {index}"
     title = title if len(title) <= MAX_TITLE else f"{title[: MAX_TITLE - 1]}…"
-    return Decision(**arrays, title=title, labels=labels, task=given.task)
+    return Decision(
+        **arrays, title=title, labels=_read_labels(check, given.labels), task=given.task
+    )
 
 
-def _read_states(check: Check, arrays: dict[str, np.ndarray], n: int) -> dict[str, np.ndarray]:
-    """States and next states `(n, S)`, and the query state `(S,)`."""
+def _shape_states(check: Check, arrays: dict[str, np.ndarray], n: int) -> None:
+    """Bring states and next states to `(n, S)`, the query state to `(S,)`."""
     states, query = arrays["states"], arrays["query_state"]
     is_fit = states.ndim in (1, 2) and len(states) == n
     check(is_fit, "states", f"shape ({n},) or ({n}, S), as rewards say", states.shape)
@@ -124,7 +125,7 @@ def _read_states(check: Check, arrays: dict[str, np.ndarray], n: int) -> dict[st
     after = arrays.get("next_states", np.concatenate([states[1:], query[None]]))
     is_fit = after.size == states.size and after.shape[:1] == (n,)
     check(is_fit, "next_states", "the shape of states", after.shape)
-    return {"states": states, "next_states": after.reshape(n, size), "query_state": query}
+    arrays |= {"states": states, "next_states": after.reshape(n, size), "query_state": query}
 
 
 def _read_labels(check: Check, labels: object) -> dict[str, int | float | str]:

@@ -18,6 +18,12 @@ from historylens.common.errors import expect
 # What a method of an environment gives, and a dict.
 GIVEN = {"reset": ["states"], "step": ["states", "rewards", "terminated", "truncated"]}
 FINAL = ("final_obs", "final_observation")  # in infos, where an episode ended in the same step
+OURS = "of make_env()'s environment"
+TOGETHER = (
+    "an environment ended alone, and cannot be reset without the others: expected a SyncVectorEnv "
+    "or an AsyncVectorEnv of gymnasium.vector, or one made with "
+    "autoreset_mode=AutoresetMode.SAME_STEP"
+)
 
 
 def read_tasks(adapter: Adapter) -> tuple[tuple[str, ...], int]:
@@ -43,15 +49,15 @@ class GymRooms:
     def __init__(
         self, adapter: Adapter, state: np.ndarray, horizon: int, seed: int, goals: np.ndarray
     ) -> None:
-        self._adapter, self.horizon, self._state = adapter, horizon, state
-        goals = np.asarray(goals).tolist()
-        self._env, self._n_envs = adapter.call("make_env", goals), len(goals)
+        self._check, self._blamed, self._where = adapter.check, adapter.blamed, adapter.path
+        self.horizon, self._state, self._n = horizon, state, len(goals)
+        self._env = adapter.call("make_env", np.asarray(goals).tolist())
         is_fit = all(callable(getattr(self._env, name, None)) for name in GIVEN)
-        adapter.check(is_fit, "make_env()", "a gymnasium.vector.VectorEnv", kind(self._env))
-        n_envs = getattr(self._env, "num_envs", len(goals))
-        adapter.check(n_envs == len(goals), "make_env()", f"{len(goals)} environments", n_envs)
+        self._check(is_fit, "make_env()", "a gymnasium.vector.VectorEnv", kind(self._env))
+        n_envs = getattr(self._env, "num_envs", self._n)
+        self._check(n_envs == self._n, "make_env()", f"{self._n} environments", n_envs)
         self._seed: int | None = seed  # environment i takes seed + i
-        self._begun = np.zeros(len(goals), dtype=bool)  # those that began anew in the last step
+        self._begun = np.zeros(self._n, dtype=bool)  # those that began anew in the last step
         self._due = self._begun  # those that ended in it, and have not begun anew
 
     @property
@@ -62,12 +68,7 @@ class GymRooms:
             self._reset(self._due)
             is_alone = not others.any() or self._mode != "NONE"
             is_alone &= np.array_equal(self._states[others], before[others], True)
-            what = "an environment ended alone, and cannot be reset without the others: expected"
-            expect(
-                is_alone,
-                f"{self._adapter.path}: make_env(): {what} a SyncVectorEnv or an AsyncVectorEnv of "
-                "gymnasium.vector, or one made with autoreset_mode=AutoresetMode.SAME_STEP",
-            )
+            expect(is_alone, f"{self._where}: make_env(): {TOGETHER}")
         return self._states
 
     def reset(self) -> np.ndarray:
@@ -90,13 +91,10 @@ class GymRooms:
         """
         _ = self.states
         states, rewards, terminated, truncated, infos = self._call("step", actions)
-        name = "step() of make_env()'s environment"
-        rewards = np.asarray(rewards, dtype=np.float32)
-        is_fit, expected = rewards.shape == (self._n_envs,), f"rewards of shape ({self._n_envs},)"
-        self._adapter.check(is_fit, name, expected, kind(rewards))
-        ended = np.asarray(terminated, dtype=bool) | np.asarray(truncated, dtype=bool)
-        is_fit, expected = ended.shape == (self._n_envs,), f"ends of shape ({self._n_envs},)"
-        self._adapter.check(is_fit, name, expected, kind(ended))
+        rewards, ended = np.asarray(rewards, np.float32), np.logical_or(terminated, truncated)
+        for what, values in (("rewards", rewards), ("ends", ended)):
+            is_fit, expected = values.shape == (self._n,), f"{what} of shape ({self._n},)"
+            self._check(is_fit, f"step() {OURS}", expected, kind(values))
         self._states = reached = self._read_states(states)
         final = next((infos[key] for key in FINAL if key in infos), None)
         is_anew = final is not None or self._mode == "SAME_STEP"
@@ -115,28 +113,27 @@ class GymRooms:
         """The states, and of those that began anew the last before, which `final` holds."""
         last = list(states)
         for i in np.flatnonzero(self._begun):
-            is_fit = final is not None and len(final) == self._n_envs and final[i] is not None
+            is_fit = final is not None and len(final) == self._n and final[i] is not None
             expected = "infos['final_obs'] of every environment whose episode ended"
-            self._adapter.check(is_fit, "step() of make_env()'s environment", expected, kind(final))
+            self._check(is_fit, f"step() {OURS}", expected, kind(final))
             last[i] = as_array(final[i]).reshape(-1)
             is_fit, expected = last[i].shape == states[i].shape, f"{states[i].size} numbers"
-            self._adapter.check(is_fit, "infos['final_obs']", expected, kind(final[i]))
+            self._check(is_fit, "infos['final_obs']", expected, kind(final[i]))
         return self._read_states(np.stack(last))
 
     def _call(self, method: str, *args: Any, **options: Any) -> tuple:
-        name, names = f"{method}() of make_env()'s environment", GIVEN[method]
-        with self._adapter.blamed(name):
+        with self._blamed(name := f"{method}() {OURS}"):
             given = getattr(self._env, method)(*args, **options)
-        is_fit = isinstance(given, tuple) and len(given) == len(names) + 1
-        self._adapter.check(is_fit, name, f"{', '.join(names)} and a dict", kind(given))
+        is_fit = isinstance(given, tuple) and len(given) == len(GIVEN[method]) + 1
+        self._check(is_fit, name, f"{', '.join(GIVEN[method])} and a dict", kind(given))
         return given
 
     def _read_states(self, given: Any) -> np.ndarray:
-        n, size, dtype = self._n_envs, self._state.size, self._state.dtype
+        n, size, dtype = self._n, self._state.size, self._state.dtype
         states = as_array(given, whole=dtype == np.int64)
         is_fit = states.dtype != object and states.size == n * size and states.shape[:1] == (n,)
         is_whole = np.can_cast(states.dtype, dtype, "same_kind")
         expected = "states of {} numbers, as samples() has them"
-        self._adapter.check(is_fit, "make_env()", expected.format(size), kind(given))
-        self._adapter.check(is_whole, "make_env()", expected.format("whole"), kind(given))
+        self._check(is_fit, "make_env()", expected.format(size), kind(given))
+        self._check(is_whole, "make_env()", expected.format("whole"), kind(given))
         return states.reshape(n, size).astype(dtype)

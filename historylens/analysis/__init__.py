@@ -105,7 +105,7 @@ def load_adapter(config: Any, device: torch.device, tell: Callable[[str], None])
     what = "expected --adapter FILE, a Python file that says how to run your model"
     expect(config.adapter is not None, what)
     wanted = config.num_samples, config.seed, device, config.rewarded_above
-    return load(config.adapter, *wanted)
+    return load(config.adapter, *wanted, tell)
 
 
 def run(argv: Sequence[str], parser: argparse.ArgumentParser, kind: type, load: Load) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from historylens.agent import Agent, Environment, pick_device
-from historylens.common.errors import UserError, expect
+from historylens.common.errors import expect
 from historylens.common.settings import Settings, add_flags, from_flags, setting
 from historylens.common.text import counted, labelled, wrap
 from historylens.comparison.playing import Plays, fingerprint, missing, plan, play_arms
@@ -83,12 +83,11 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
     flags = parser.parse_args(argv)
     why = "its load() chooses the model, and its act() where a kept transition stands"
     for name in of_checkpoints:
-        is_given = vars(flags)[name] is not None
-        expect(not is_given, f"--{name} has no meaning beside --adapter: {why}")
-    config = from_flags(CompareConfig, flags)
-    if config.adapter is None:
-        raise UserError("expected --adapter FILE, a Python file that says how to run your model")
-    device = pick_device(config.device)
+        is_own = vars(flags)[name] is None
+        expect(is_own, f"--{name} has no meaning beside --adapter: {why}")
+    config, device = from_flags(CompareConfig, flags), pick_device(flags.device)
+    what = "expected --adapter FILE, a Python file that says how to run your model"
+    expect(config.adapter is not None, what)
     compare(load_acting(config.adapter, config.seed, device, config.rewarded_above), config)
 
 
@@ -145,8 +144,10 @@ def announced(config: CompareConfig, plays: Plays, arms: list[Arm], results: Res
     with_budget = [arm for arm in arms if arm.n_keep is not None]
     names = ", ".join(dict.fromkeys(arm.name for arm in with_budget))
     budgets = ", ".join(map(str, sorted({arm.n_keep for arm in with_budget})))
-    too_long = "" if config.budgets else ", ".join(str(n) for n in BUDGETS if n > n_max)
-    too_long = f" (the usual {too_long} exceed that)" if too_long else ""
+    usual = "" if config.budgets else ", ".join(str(n) for n in BUDGETS if n > n_max)
+    too_long = f" (the usual {usual} exceed that)" if usual else ""
+    then = "where nothing shorter is shown to be safe, the most promising arm and full history "
+    then += f"again, on {config.confirm} new seeds a goal"
     text = {
         **agent.facts,
         "Task": f"{agent.title}; {tasks(environment)}",
@@ -157,17 +158,11 @@ def announced(config: CompareConfig, plays: Plays, arms: list[Arm], results: Res
         "Positions": POSITIONS[plays.positions],
         "Margin": f"{config.margin:.0%} of full history's return",
         "Work": f"{n_missing} arms x {each:,} decisions = {n_missing * each:,}",
+        "Then": then if config.confirm else "",
+        "Found": results.found,
+        "Episodes": counting(plays, results),
     }
-    if config.confirm:
-        text["Then"] = (
-            "where nothing shorter is shown to be safe, the most promising arm and full "
-            f"history again, on {config.confirm} new seeds a goal"
-        )
-    if results.found:
-        text["Found"] = results.found
-    if early := counting(plays, results):
-        text["Episodes"] = early
-    return labelled(text)
+    return labelled({name: told for name, told in text.items() if told})
 
 
 def counting(plays: Plays, results: ResultsFile) -> str:
@@ -192,11 +187,9 @@ def save(study: Study, plays: Plays, results: ResultsFile) -> None:
 
     agent, environment = plays.agent, plays.agent.environment
     goals, best, early = environment.goals, environment.best, counting(plays, results)
-    subtitle = (
-        f"{tasks(environment)} x {counted(plays.n_seeds, 'seed')}, "
-        f"{counted(plays.n_episodes, 'block' if early else 'episode')} of "
-        f"{environment.horizon} steps; {POSITIONS[plays.positions]}"
-    )
+    blocks = counted(plays.n_episodes, "block" if early else "episode")
+    subtitle = f"{tasks(environment)} x {counted(plays.n_seeds, 'seed')}, {blocks} of "
+    subtitle += f"{environment.horizon} steps; {POSITIONS[plays.positions]}"
     mean_best = None if best is None else sum(best) / len(goals)
     picture = Picture(agent.title, subtitle, mean_best, agent.n_max)
     by_budget, by_episode, table_csv, _ = (results.path.with_name(name) for name in FILES)
@@ -204,8 +197,7 @@ def save(study: Study, plays: Plays, results: ResultsFile) -> None:
     meta = {**agent.meta, "task": agent.title, "goals": list(goals), "best_by_goal": best}
     names = ("horizon", "n_max", "seeds", "episodes", "seed", "positions")
     meta |= {name: results.fingerprint[name] for name in names}
-    meta |= {"returns": early} if early else {}
-    results.write(meta | summary(study))
+    results.write(meta | ({"returns": early} if early else {}) | summary(study))
     with Painter(1, f"all numbers are in {results.path}") as painter:
         painter.draw(draw_by_budget, by_budget, study, picture)
         painter.draw(draw_by_episode, by_episode, study, picture)

@@ -77,8 +77,8 @@ def plan(plays: Plays, names: Sequence[str], budgets: Sequence[int]) -> list[Arm
     if len(environment.goals) == 1:
         controls.remove("other-task")
     arms = [Arm(name) for name in (FULL, EMPTY, *controls)]
-    with_budget = [method.name for method in chosen if method.keeps not in ("all", "none")]
-    return arms + [Arm(name, budget) for name in with_budget for budget in sorted(set(budgets))]
+    names = [method.name for method in chosen if method.keeps not in ("all", "none")]
+    return arms + [Arm(name, budget) for name in names for budget in sorted(set(budgets))]
 
 
 def played_as(plays: Plays, arm: Arm) -> Arm:

@@ -66,9 +66,8 @@ def advice(study: Study, positions: str) -> str:
         "with full history, each at this level. Intervals hold for these goals and new seeds."
     )
     parts = [wrap(verdicts), wrap(recommendation(study), "=> ", "   ")]
-    uncompressed = [row.arm.key for row in study.candidates if row.cost.identical_to_full]
-    if uncompressed:
-        parts.insert(0, wrap(f"NOT COMPRESSED in some decisions: {', '.join(uncompressed)}."))
+    if whole := [row.arm.key for row in study.candidates if row.cost.identical_to_full]:
+        parts.insert(0, wrap(f"NOT COMPRESSED in some decisions: {', '.join(whole)}."))
     return "\n\n".join(parts)
 
 
@@ -95,18 +94,15 @@ def recommendation(study: Study) -> str:
         said += f" Played again on {again.n_seeds} new seeds a goal it is {again.row.verdict}: "
         said += f"{again.row.difference.text('+')}."
     if again is None or again.row.verdict == "inconclusive":
-        said += (
-            f" More runs may settle it: --strategies {row.arm.name} --budgets {row.arm.n_keep} "
-            f"--seeds {4 * (again.n_seeds if again else 8)}, or --full."
-        )
+        said += f" More runs may settle it: --strategies {row.arm.name} --budgets {row.arm.n_keep} "
+        said += f"--seeds {4 * (again.n_seeds if again else 8)}, or --full."
     return said
 
 
 def _one_recommended(study: Study) -> str:
-    again = study.confirmation
-    best, full, margin = study.recommended, study.full, study.margin
-    if again is not None:  # the recommendation rests on runs of its own
-        best, full, margin = again.row, again.full, again.margin
+    again = study.confirmation  # if any, the recommendation rests on it
+    best, full = (again.row, again.full) if again else (study.recommended, study.full)
+    margin = again.margin if again else study.margin
     budget = "" if best.arm.n_keep is None else f" with {best.arm.n_keep} transitions"
     said = f"Recommended for this checkpoint: {best.arm.name}{budget} ({best.verdict}). "
     said += best.arm.method.rule
@@ -147,17 +143,14 @@ def _record(row: Row) -> dict[str, Any]:
     for name, estimate in estimates.items():
         value = estimate or Estimate(None)
         record |= {name: value.value, f"{name}_low": value.low, f"{name}_high": value.high}
-    ms = 1000 / max(1, row.cost.decisions)  # seconds of all -> milliseconds a decision
-    record["tokens_per_decision"] = row.cost.tokens
-    record["ms_selecting"] = row.cost.seconds_selecting * ms
-    record["ms_model"] = row.cost.seconds_model * ms
-    return record
+    cost, ms = row.cost, 1000 / max(1, row.cost.decisions)  # of seconds: milliseconds a decision
+    record |= {"tokens_per_decision": cost.tokens, "ms_selecting": cost.seconds_selecting * ms}
+    return record | {"ms_model": cost.seconds_model * ms}
 
 
 def write_csv(path: str | Path, study: Study) -> None:
     """Write one row an arm, whole or not at all."""
-    rows = [_record(row) for row in study.rows]
-    text = io.StringIO()
+    rows, text = [_record(row) for row in study.rows], io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
@@ -166,10 +159,12 @@ def write_csv(path: str | Path, study: Study) -> None:
 
 def summary(study: Study) -> dict[str, Any]:
     """Everything in the pictures and in the table, as plain values."""
-    best, again, confirmed = study.recommended, study.confirmation, None
-    if again is not None:
-        rows = [_record(again.full), _record(again.row)]
-        confirmed = {"seeds": again.n_seeds, "margin": again.margin, "rows": rows}
+    best, again = study.recommended, study.confirmation
+    confirmed = again and {
+        "seeds": again.n_seeds,
+        "margin": again.margin,
+        "rows": [_record(again.full), _record(again.row)],
+    }
     return {
         "level": LEVEL,
         "margin_share": study.margin_share,

@@ -57,7 +57,7 @@ class ResultsFile:
                 **({"ended_early": result.n_early} if result.n_early else {}),
             }
         head = {"schema_version": SCHEMA_VERSION, "fingerprint": self.fingerprint}
-        write_json(self.path, {**head, "complete": bool(told), **told, "arms": arms})
+        write_json(self.path, head | {"complete": bool(told), **told, "arms": arms})
 
     def _read(self) -> str:
         if not self.path.is_file():

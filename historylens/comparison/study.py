@@ -163,7 +163,7 @@ def judge(results: list[Result], margin_share: float, best: Best = None, seed: i
         if row.arm.method.kind == "control" and row.is_good:
             said = f"With the control {row.arm.name} it earns as much as with its own history"
             doubts.append(f"{said}: difference {row.difference.text('+')}.")
-    baselines = [row for name in (FULL, EMPTY) for row in rows if row.arm == Arm(name)]
+    baselines = (next(row for row in rows if row.arm == Arm(name)) for name in (FULL, EMPTY))
     study = Study(tuple(rows), *baselines, by_episode, margin_share, margin, tuple(doubts))
     able = [row for row in rows if row.arm.is_candidate and row.is_good and study.saves(row)]
     if doubts or not able:
@@ -193,9 +193,8 @@ def _compared(
     bootstrap, full_scores = Bootstrap(*full.shape[:2], seed), late_scores(full)
     margin = margin_share * abs(float(full_scores.mean()))
     has_best = best is not None and min(best) > 0
-    low, high = earnable(results, best)
+    (low, high), rows = earnable(results, best), []
     of_best = low, 1.0  # 0 is 0 of any return
-    rows = []
     for result in results:
         scores = late_scores(result.returns)
         parts = scores / np.asarray(best, dtype=np.float64)[:, None] if has_best else None

@@ -50,6 +50,7 @@ def compress_history(
     *,
     strategy: str | None = None,
     generator: Generator | None = None,
+    rewarded_above: float = 0.0,
     **known: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Compress one history, by default in the way that its attention suggests.
@@ -64,6 +65,7 @@ def compress_history(
             `(n + 1,)` with the query's own last; None where `strategy` does not look at it.
         k: transitions to keep.
         strategy, generator: a strategy or a merge, whatever the attention; for one that draws.
+        rewarded_above: rewards above it count as rewarded.
         known: further fields of `History` without their batch axis, for example `episodes (n,)`.
 
     Returns:
@@ -86,7 +88,8 @@ def compress_history(
     elif strategy is None:
         raise ValueError("expected attention_weights, or the name of a strategy to use without")
     known = {name: torch.as_tensor(value)[None] for name, value in known.items()}
-    history = History(*(torch.as_tensor(part)[None] for part in context), **known).checked()
+    parts = (torch.as_tensor(part)[None] for part in context)
+    history = History(*parts, **known, rewarded_above=rewarded_above).checked()
     if strategy is None:
         strategy = PATTERNS[attention_pattern(weights[:n]) if n else "uniform"].strategy
     shorter = get_method(strategy).compress(history, k, generator)

@@ -49,14 +49,9 @@ class Strategy:
 
 
 def deletion_curves(
-    path: str | Path,
-    strategies: Mapping[str, Mapping[str, Any]],
-    empty: Mapping[str, float] | None,
-    *,
-    n_context: int,
-    worst: str,
-    dpi: int,
-) -> None:
+    path: str | Path, strategies: Mapping[str, Mapping[str, Any]],
+    empty: Mapping[str, float] | None, *, n_context: int, worst: str, dpi: int,
+) -> None:  # fmt: skip
     """Draw effect against transitions kept.
 
     `strategies`: name -> `{"rule", "advised_by", "sizes"}`; a size has `n_keep`, `kept_mean`,
@@ -70,12 +65,10 @@ def deletion_curves(
     page = Page(1180, LEGEND + height + ROW + 14, dpi)
     n_decisions = drawn[0].sizes[0]["n_decisions"]
     decisions = "1 decision" if n_decisions == 1 else f"{n_decisions:,} decisions"
-    about = (
-        f"Decisions made again on part of their {n_context:,} transitions, against all of them. "
-    )
-    about += "Lower is better"
-    about += "; below the grey band: better than chance" if drawn[0].name == "random" else ""
-    page.heading(LEFT, f"Effect of dropping history · {decisions}", about)
+    about = f"Decisions made again on part of their {n_context:,} transitions, against all of them"
+    chance = "; below the grey band: better than chance" if drawn[0].name == "random" else ""
+    title = f"Effect of dropping history · {decisions}"
+    page.heading(LEFT, title, f"{about}. Lower is better{chance}")
     for left, title, unit, quantity in PLOTS:
         page.text(left, TOP - 24, title, 11, weight="bold")
         axes = page.plot(left, TOP, WIDTH, HEIGHT)
@@ -122,10 +115,9 @@ def _draw_curves(
     for strategy in strategies:
         x = [size["kept_mean"] for size in strategy.sizes]
         y = [scale * size[value] for size in strategy.sizes]
-        if strategy.is_point:
-            axes.plot(np.maximum(x, kept[0]), y, zorder=5, clip_on=False, **strategy.style)
-        else:
-            axes.plot([*x, n_context], [*y, 0.0], zorder=3, clip_on=False, **strategy.style)
+        order = 5 if strategy.is_point else 3
+        x, y = (np.maximum(x, kept[0]), y) if strategy.is_point else ([*x, n_context], [*y, 0.0])
+        axes.plot(x, y, zorder=order, clip_on=False, **strategy.style)
     axes.set_xscale("log")
     axes.set_xlim(kept[0] * 0.93, n_context)
     ticks = kept[:: -(-len(kept) // 9)]  # at most 9

@@ -34,29 +34,22 @@ Words = tuple[tuple[tuple[int, int], ...], str, tuple[str, ...]]  # ticks, their
 
 
 def heatmap(
-    path: str | Path,
-    sample: SampleAttention,
-    *,
-    layer: int,
-    heads: Sequence[int],
-    scale: tuple[float, float],
-    dpi: int,
-    more: str = "",
-) -> None:
+    path: str | Path, sample: SampleAttention, *, layer: int, heads: Sequence[int],
+    scale: tuple[float, float], dpi: int, more: str = "",
+) -> None:  # fmt: skip
     """Draw the attention maps of one sample and layer, whose heads are numbered `heads`.
 
     `scale`: weights at the ends of the colour scale (`color_range`); `more`: ends the heading.
     """
-    starts, rewarded = sample.on_tokens
+    starts, owned, rewarded = sample.on_tokens
     has_lines = len(starts) <= MAX_STARTS
     shape = tuple(heads), tuple(sample.rows), tuple(sample.cols)
     sheet = Sheet(*shape, dpi, words(sample, has_lines))
     page, zoom = sheet.page, sheet.zoom
     page.restore()
-    history = history_strip(starts, rewarded, sheet.starts)
-    history[sheet.starts > np.flatnonzero(sample.shown.transition != NONE)[-1]] = 255
-    history = history[None].repeat(zoom, axis=1)
+    history = history_strip(starts, owned, rewarded, sheet.starts)[None].repeat(zoom, axis=1)
     history = history.repeat(round(HISTORY * page.scale), axis=0)
+    starts = starts[(starts == 0) | owned[starts - 1]]  # nothing ends before the first
     episodes = []  # white lines where one begins: down its column and along its row
     for (left, top), weights in zip(sheet.corners, sample.maps, strict=True):
         below, query = sheet.strips(top)
@@ -117,14 +110,12 @@ def words(sample: SampleAttention, has_lines: bool) -> Words:
     tokens, transition = sample.tokens, sample.shown.transition
     locator = MaxNLocator(5, integer=True, steps=[1, 2, 5, 10])
     numbers = [int(t) for t in locator.tick_values(0, tokens.n) if 0 <= t <= tokens.n]
+    marked = "White lines, and the two greys of the history: an episode begins."
+    episodes = marked if has_lines else "The episodes are too many to mark."
     answers = "whose output is the model's answer"
-    episodes = "The episodes are too many to mark."
-    if has_lines:
-        episodes = "White lines, and the two greys of the history: an episode begins."
-    if tokens.is_plain:
-        ticks, unit, order = [(t, t) for t in numbers], "transition", "Token 0 is the oldest."
-        query = f"the last token, {answers}"
-    else:
+    ticks, unit, order = [(t, t) for t in numbers], "transition", "Token 0 is the oldest."
+    query = f"the last token, {answers}"
+    if not tokens.is_plain:
         ticks = [(int(np.argmax(transition == t)), t) for t in numbers if t < tokens.n]
         unit, order = "number of its transition", "Transition 0 is the oldest."
         if transition[0] == NONE:
@@ -181,7 +172,12 @@ class Sheet:
                 self._label_rows(left, top, ticks, f"token that attends ({unit})")
             if i + across >= len(heads):
                 self._label_columns(left, self.strips(top)[1] + QUERY, ticks)
-        self._explain(bottom + 30, lines)
+        self.page.text(self._bar_left, BAR_TOP - 20, "attention weight", 9)
+        shades = SHADES[np.linspace(255, 0, round(BAR * self.page.scale)).astype(int)]
+        shades = shades[:, None].repeat(round(BAR_WIDTH * self.page.scale), axis=1)
+        self.page.paste(self._bar_left, BAR_TOP, shades)
+        for i, line in enumerate(lines):
+            self.page.text(LEFT, bottom + 30 + 17 * i, line, 8.5, color=SOFT)
         self.page.keep()
 
     def strips(self, top: float) -> tuple[float, float]:
@@ -232,12 +228,3 @@ class Sheet:
             x = left + float(self.x(token) + self.x(token + 1)) / 2
             self.page.tick(x, bottom, f"{number}", 0.7, "below")
         self.page.text(left + self.side / 2, bottom + 28, "token attended to", 9, ha="center")
-
-    def _explain(self, top: float, legend: Sequence[str]) -> None:
-        """The colour bar without its numbers, and the legend from `top` on."""
-        self.page.text(self._bar_left, BAR_TOP - 20, "attention weight", 9)
-        shades = SHADES[np.linspace(255, 0, round(BAR * self.page.scale)).astype(int)]
-        shades = shades[:, None].repeat(round(BAR_WIDTH * self.page.scale), axis=1)
-        self.page.paste(self._bar_left, BAR_TOP, shades)
-        for i, line in enumerate(legend):
-            self.page.text(LEFT, top + 17 * i, line, 8.5, color=SOFT)

@@ -16,15 +16,16 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike
 
 from historylens.pictures.order import MAX_STARTS, Curves, SampleAttention, history_strip, subtitle
-from historylens.pictures.page import FAINT, HEAD_COLOURS, INK, SOFT, UNIFORM, UNIFORM_LINE, Page
+from historylens.pictures.page import FAINT, HEAD_COLOURS, INK, SOFT, UNIFORM_LINE, Page, text_width
 
+RANGE = "#dcdcdc"
 MANY_HEADS = "#7f9db9"  # one colour for all where there are more lines than colours
 MAX_POINTS = 500  # longer histories are averaged in bins
 LOG_SPAN = 30.0  # the scale is logarithmic where the peak exceeds uniform attention by more
 LOG_FLOOR = 0.03  # lower end of a logarithmic scale, of uniform attention
 LEFT, RIGHT, TOP, WIDTH, HEIGHT = 80, 700, 104, 520, 268  # places of the two plots
 STRIP_TOP, STRIP = TOP + HEIGHT + 5, 9
-LEGEND = 452
+LEGEND, PAGE_WIDTH = 452, 1250
 
 
 def line_plot(
@@ -42,7 +43,7 @@ def line_plot(
     n_columns, n_rows = round(WIDTH * page.scale), round(STRIP * page.scale)
     n_cells = min(n, n_columns)
     cells = np.append(np.arange(n_cells) * n // n_cells, n)  # the last is the query's
-    strip = history_strip(starts, sample.decision.rewarded, cells)
+    strip = history_strip(starts, np.ones(n, bool), sample.decision.rewarded, cells)
     strip = strip[np.arange(n_columns) * n_cells // n_columns]
     for left, curves in ((LEFT, query), (RIGHT, received)):
         if has_episodes:
@@ -99,14 +100,14 @@ def _draw_plot(page: Page, left: float, curves: Curves) -> None:
     if len(starts) < n:
         low, high = (y(f.reduceat(curves.whole, starts)) for f in (np.minimum, np.maximum))
         outline = np.stack([np.append(x, x[::-1]), np.append(low, high[::-1])], 1)
-        page.lines([outline], facecolors="#dcdcdc", colors="none")
+        page.lines([outline], facecolors=RANGE, colors="none")
     if n == 1:  # a line needs two ends
         x, binned = np.array([left, left + WIDTH]), binned.repeat(2, axis=1)
     *thin, whole, uniform = (np.stack([x, y(line)], 1) for line in binned)
     colours = list(HEAD_COLOURS[:n_lines]) if n_lines <= len(HEAD_COLOURS) else MANY_HEADS
     page.lines(thin, colors=colours, linewidths=1.1 if curves.names else 0.8, alpha=0.8)
     page.lines([whole], colors=INK, linewidths=1.6)
-    page.lines([uniform], colors=UNIFORM, linewidths=1.5, linestyles="--")
+    page.lines([uniform], **UNIFORM_LINE | {"linewidths": 1.5})
     for weight in ticks:
         page.tick(float(y(weight)), left, f"{weight:.4g}", 0.8, "left")
     name = "attention weight (log scale)" if is_log else "attention weight"
@@ -116,7 +117,9 @@ def _draw_plot(page: Page, left: float, curves: Curves) -> None:
 @lru_cache(maxsize=2)
 def _sheet(names: tuple[str, ...], of_parts: bool, n: int, dpi: int, has_episodes: bool) -> Page:
     """What all line plots of one shape have in common, drawn once."""
-    page, bottom = Page(1250, 510, dpi), STRIP_TOP + STRIP
+    entries = _legend(names, of_parts)
+    below = entries[-1][1] - LEGEND  # what the legend takes beyond a row
+    page, bottom = Page(PAGE_WIDTH, 510 + below, dpi), STRIP_TOP + STRIP
     unit = "transition" if of_parts else "position"
     locator = MaxNLocator(8, integer=True, steps=[1, 2, 5, 10])
     ticks = sorted({int(t) for t in locator.tick_values(0, n - 1) if 0 <= t < n})
@@ -130,24 +133,23 @@ def _sheet(names: tuple[str, ...], of_parts: bool, n: int, dpi: int, has_episode
             page.tick(float(_x(left, tick, n)), bottom, f"{tick}", 0.8, "below")
         name = "position in the history (0 = oldest transition)"
         page.text(left + WIDTH / 2, bottom + 31, name, 9, ha="center")
-    x = LEFT
-    for label, style in _legend(names, of_parts):
-        page.swatch(x, LEGEND, label, **style)
-        x += 56 + 7 * len(label)
+    for x, y, label, style in entries:
+        page.swatch(x, y, label, **style)
     strip = "History strip: episodes in two greys, " if has_episodes else "History strip: "
     means = " Means over heads." if of_parts else ""
-    page.text(LEFT, LEGEND + 22, f"{strip}rewarded transitions in red.{means}", 8.5, color=SOFT)
+    page.text(LEFT, y + 22, f"{strip}rewarded transitions in red.{means}", 8.5, color=SOFT)
     average = f"Average over the queries that may see the {'token' if of_parts else unit}."
-    page.text(RIGHT, LEGEND + 22, average, 8.5, color=SOFT)
+    page.text(RIGHT, y + 22, average, 8.5, color=SOFT)
     width = -(-n // MAX_POINTS)
     if width > 1:
         bins = f"A point is the mean of {width} positions; the grey band is their range."
-        page.text(LEFT, LEGEND + 40, bins, 8.5, color=SOFT)
+        page.swatch(LEFT, y + 42, bins, colors=RANGE, linewidths=9)
     page.keep()
     return page
 
 
-def _legend(names: tuple[str, ...], of_parts: bool) -> list[tuple[str, dict]]:
+def _legend(names: tuple[str, ...], of_parts: bool) -> list[tuple[float, float, str, dict]]:
+    """Place, label and style of each entry, in as many rows as they need."""
     whole, part = "mean over heads", "head"
     if of_parts:
         whole, part = "whole transition (left: sum, right: mean of its tokens)", "part"
@@ -155,5 +157,11 @@ def _legend(names: tuple[str, ...], of_parts: bool) -> list[tuple[str, dict]]:
     if len(names) <= len(HEAD_COLOURS):
         styles = ({"colors": colour, "linewidths": 1.2} for colour in HEAD_COLOURS)
         each = zip(names, styles, strict=False)
-    bold = {"colors": INK, "linewidths": 2}
-    return [(whole, bold), *each, ("uniform attention", UNIFORM_LINE)]
+    entries, x, y = [], LEFT, LEGEND
+    bold = whole, {"colors": INK, "linewidths": 2}
+    for label, style in (bold, *each, ("uniform attention", UNIFORM_LINE)):
+        if x + 46 + text_width(label, 9) > PAGE_WIDTH:
+            x, y = LEFT, y + 20
+        entries.append((x, y, label, style))
+        x += 56 + 7 * len(label)
+    return entries

@@ -14,9 +14,12 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from historylens.pictures.page import INK, SOFT, UNIFORM, UNIFORM_LINE, Page
+from historylens.pictures.page import INK, SOFT, UNIFORM, UNIFORM_LINE, Page, make_room
 
 BLUE = "#3b7ea1"
+BAND = {"colors": BLUE, "alpha": 0.2, "linewidths": 9}  # swatches of the legends
+DOTS = {"colors": BLUE, "linewidths": 3, "capstyle": "round", "linestyles": (0, (0.01, 2.5))}
+TICKS = {"colors": INK, "linewidths": 9, "linestyles": (0, (0.15, 0.5))}
 MAX_MARKED_SAMPLES = 200  # beyond, samples are not marked one by one
 ROUNDING = 1e-6  # of a number that was computed from float32 weights, relative to its size
 LOG_SPAN = 100.0  # an axis is logarithmic where the values of a ratio span more
@@ -45,8 +48,8 @@ def summary(path: str | Path, values: Values, uniform: Values, *, layer: int, dp
 
     n_samples = len(values["entropy"])
     few = n_samples <= MAX_MARKED_SAMPLES
-    note = "short ticks: single samples" if few else ""
-    page, plots = _page(f"Attention summary · layer {layer}", values, note, dpi)
+    more = [("single samples", TICKS)] if few else []
+    page, plots = _page(f"Attention summary · layer {layer}", values, more, dpi)
     for name, (axes, unit, log) in plots.items():
         drawn, even = values[name], uniform[name]
         mean, spread, median = drawn.mean(), drawn.std(), np.median(drawn)
@@ -80,8 +83,8 @@ def course(
 ) -> None:
     """Draw each metric `(L, S)` across layers: mean, middle 80 %, samples where they are few."""
     few = values["entropy"].shape[1] <= MAX_MARKED_SAMPLES
-    note = "band: the middle 80 % of samples" + ("; dots: single samples" if few else "")
-    page, plots = _page("Attention across layers", values, note, dpi)
+    more = [("the middle 80 % of samples", BAND), *([("single samples", DOTS)] if few else [])]
+    page, plots = _page("Attention across layers", values, more, dpi)
     x = np.arange(len(layers))
     shown = x[:: max(1, len(x) // 12)]
     for name, (axes, unit, log) in plots.items():
@@ -104,24 +107,27 @@ def course(
         axes.set_xticks(shown, [str(layers[i]) for i in shown])
         axes.set_xlabel("layer", fontsize=9)
         axes.set_ylabel(unit, fontsize=9)
+        make_room(axes, METRICS[name][0][0] - 84)
     page.save(path)
 
 
-def _page(title: str, values: Values, note: str, dpi: int) -> tuple[Page, Plots]:
+def _page(title: str, values: Values, more: Sequence, dpi: int) -> tuple[Page, Plots]:
     page = Page(1020, 780, dpi)
     n_samples = values["entropy"].shape[-1]
     samples = "1 sample" if n_samples == 1 else f"{n_samples:,} samples"
     about = "Attention of the query token to its history, averaged over heads"
     page.heading(90, f"{title} · {samples}", about)
-    page.swatch(90, 752, "mean over samples", colors=INK, linewidths=2)
-    page.swatch(270, 752, "uniform attention", **UNIFORM_LINE)
-    page.text(450, 752, note, 9)
+    mean = "mean over samples", {"colors": INK, "linewidths": 2}
+    legend = [mean, ("uniform attention", UNIFORM_LINE), *more]
+    for x, (label, style) in zip((90, 270, 450, 700), legend, strict=False):
+        page.swatch(x, 752, label, **style)
     plots = {}
     for name, ((left, top), title, meaning, unit) in METRICS.items():
         page.text(left, top - 50, title, 11, weight="bold")
         page.text(left, top - 32, meaning, 8.5, color=SOFT)
         axes = page.plot(left, top, 400, 200)
         axes.minorticks_off()
+        axes.ticklabel_format(useOffset=False)
         positive = values[name][values[name] > 0]
         log = name == "recent_distant_ratio" and positive.size > 0
         log = log and bool(positive.max() > LOG_SPAN * positive.min())

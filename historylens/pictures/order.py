@@ -77,14 +77,9 @@ class SampleAttention:
 
     @classmethod
     def of(
-        cls,
-        decision: Decision,
-        tokens: Tokens,
-        layer: LayerAttention,
-        place: int,
-        map_place: int,
-        uniform_row: np.ndarray,
-    ) -> "SampleAttention":
+        cls, decision: Decision, tokens: Tokens, layer: LayerAttention,
+        place: int, map_place: int, uniform_row: np.ndarray,
+    ) -> "SampleAttention":  # fmt: skip
         """Pick the sample at `place` of a batch, `map_place` of its maps, and order its map."""
         query_rows, maps = layer.query_rows[place].numpy(), layer.maps[map_place].numpy()
         received = np.nan_to_num(layer.received[place].numpy())
@@ -119,12 +114,15 @@ class SampleAttention:
         return self.tokens.take(order_of_time(self.tokens))
 
     @property
-    def on_tokens(self) -> tuple[np.ndarray, np.ndarray]:
-        """Of the tokens shown but the last: `(E,)` that begin an episode, `(P - 1,)` rewarded."""
+    def on_tokens(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Of the tokens shown but the last: `(E,)` that begin an episode, `(P - 1,)` bool twice.
+
+        They say which tokens are of a transition, and which of a rewarded one.
+        """
         transition = self.shown.transition[:-1]
         starts = np.searchsorted(np.maximum.accumulate(transition), self.decision.episode_starts)
         starts = np.unique(starts[starts < len(transition)])
-        return starts, np.append(self.decision.rewarded, False)[transition]
+        return starts, transition != NONE, np.append(self.decision.rewarded, False)[transition]
 
     def curves(self) -> tuple[Curves, Curves]:
         """What the deciding token attends to, and what each transition receives."""
@@ -157,20 +155,22 @@ def subtitle(decision: Decision, tokens: Tokens) -> str:
     return f"{decision.title} · {transitions}{query}T = {n_tokens:,} tokens"
 
 
-def history_strip(starts: np.ndarray, rewarded: np.ndarray, cells: np.ndarray) -> np.ndarray:
+def history_strip(
+    starts: np.ndarray, owned: np.ndarray, rewarded: np.ndarray, cells: np.ndarray
+) -> np.ndarray:
     """Colours of a strip that shows the history: episodes in two greys, rewards in red.
 
     `starts (E,)`: first token of each episode, `cells (C,)`: of each cell of the strip, both
-    ascending; `rewarded (N,)` bool, the query being token `N`. Gives `(C, 3)` uint8 RGB: a cell is
-    as red as the share of its tokens that was rewarded, the query is white; one grey where episodes
-    are too many to tell apart.
+    ascending; `owned` and `rewarded (N,)` bool: of a transition, and of a rewarded one, the query
+    being token `N`. Gives `(C, 3)` uint8 RGB: a cell is as red as the share of its tokens that was
+    rewarded, white without any of a transition; one grey where episodes are too many to tell apart.
     """
-    if len(starts) > MAX_STARTS:
-        starts = starts[:1]
-    grey = np.take(EPISODE_GREYS, np.searchsorted(starts, cells, side="right") % 2)
-    n_rewarded = np.add.reduceat(np.append(rewarded, False).astype(float), cells)
+    number = np.searchsorted(starts[: 1 if len(starts) > MAX_STARTS else None], cells, "right")
+    grey = np.take(EPISODE_GREYS, np.maximum(number, 1) % 2)[:, None]
+    marks = np.pad([rewarded, owned], ((0, 0), (0, 1))).astype(float)
+    n_rewarded, n_owned = np.add.reduceat(marks, cells, axis=1)
     share = n_rewarded / np.diff(np.append(cells, len(rewarded) + 1))
     red = np.array(list(bytes.fromhex(REWARD[1:])))
-    colours = grey[:, None] + share[:, None] * (red - grey[:, None])
-    colours[cells >= len(rewarded)] = 255
+    colours = grey + share[:, None] * (red - grey)
+    colours[n_owned == 0] = 255
     return np.rint(colours).astype(np.uint8)

@@ -147,6 +147,16 @@ def in_lines(text: str, width: float, size: float, weight: str = "normal") -> li
     return [*lines, line]
 
 
+def make_room(axes: Axes, limit: float) -> None:
+    """Move the left edge of a plot in where its names reach beyond `limit`, in page units."""
+    figure = axes.get_figure()
+    missing = limit * figure.dpi / 100 - axes.yaxis.get_tightbbox().x0  # pixels
+    if missing > 0:
+        left, bottom, width, height = axes.get_position().bounds
+        missing /= figure.bbox.width
+        axes.set_position((left + missing, bottom, width - missing, height))
+
+
 def png(pixels: np.ndarray, dpi: float) -> bytes:
     """`pixels (rows, columns, 3)` uint8 RGB as a PNG file.
 

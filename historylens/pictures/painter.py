@@ -35,9 +35,8 @@ def drawing_processes(n_pictures: int) -> int:
     """How many processes should draw: a process a core, 1 where it does not pay or cannot be."""
     if n_pictures < MIN_PICTURES or "fork" not in multiprocessing.get_all_start_methods():
         return 1
-    has_affinity = hasattr(os, "sched_getaffinity")
-    n_cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
-    return min(MAX_PROCESSES, n_cores)
+    cores = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))
+    return min(MAX_PROCESSES, len(cores(0)))
 
 
 class Painter:

@@ -20,13 +20,14 @@ from matplotlib.ticker import MaxNLocator, NullLocator
 
 from historylens.common.files import write_atomically
 from historylens.common.text import fixed
-from historylens.pictures.page import FAINT, HEAD_COLOURS, INK, SOFT, UNIFORM, in_lines
+from historylens.pictures.page import FAINT, HEAD_COLOURS, INK, SOFT, UNIFORM, in_lines, make_room
 
 N_COLOURED = 4  # strategies with a colour of their own, beside recent and random
 GREY, FULL_COLOUR, EMPTY_COLOUR = "#c4c4c4", "#0b6e4f", "#8a8a8a"
 PANEL = 4.75  # inches from one row of panels to the next, names below them included
 ASIDE = 0.045  # between intervals of strategies at one budget, in roots of transitions
 LABEL_GAP = 0.036  # between labels, of the height of the plot
+ABOVE_LEGEND = 0.07  # lowest place of a label, of the height of the plot
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,7 @@ def draw_by_budget(path: str | Path, study: Any, picture: Picture) -> None:
     _set_scales(axes, study, picture)
     axes.set_xlabel("transitions kept (of each decision's history)", fontsize=10.5)
     axes.set_ylabel("reward an episode, second half of the episodes", fontsize=10.5)
+    make_room(axes, 2)
     _label_lines(axes, lines, colours)
     _explain_markers(figure, study, share, bool(chance))
     _save(figure, path)
@@ -89,6 +91,7 @@ def draw_by_episode(path: str | Path, study: Any, picture: Picture) -> None:
         axes.set_xlabel("episode in context", fontsize=9.5)
         if column == 0:
             axes.set_ylabel("reward an episode", fontsize=9.5)
+            make_room(axes, 2)
         else:
             axes.tick_params(labelleft=False)
     _save(figure, path)
@@ -150,11 +153,11 @@ def _strategies(study: Any) -> tuple[dict[str, list[Any]], dict[str, str]]:
 
 
 def _draw_levels(axes: Axes, study: Any, picture: Picture) -> None:
-    full, empty = study.full.mean, study.empty.mean
-    name = f"full history (up to {picture.n_max} transitions): {full.value:.2f}"
-    _name_level(axes, full.value, name, FULL_COLOUR, "left")
-    _name_level(axes, empty.value, f"empty history: {empty.value:.2f}", EMPTY_COLOUR, "right")
-    for mean, colour in ((full, FULL_COLOUR), (empty, EMPTY_COLOUR)):
+    full = f"full history (up to {picture.n_max} transitions)", FULL_COLOUR, "left"
+    empty = "empty history", EMPTY_COLOUR, "right"
+    for row, (name, colour, side) in ((study.full, full), (study.empty, empty)):
+        mean = row.mean
+        _name_level(axes, mean.value, f"{name}: {mean.value:.2f}", colour, side)
         axes.axhline(mean.value, color=colour, lw=1.6, ls="--", zorder=1.5)
         if not mean.is_open:
             axes.axhspan(mean.low, mean.high, color=colour, alpha=0.16, lw=0, zorder=1)
@@ -208,7 +211,8 @@ def _label_lines(axes: Axes, lines: dict[str, list[Any]], colours: dict[str, str
     bottom, top = axes.get_ylim()
     ends = {name: (rows[-1].mean.value - bottom) / (top - bottom) for name, rows in lines.items()}
     names = sorted(ends, key=lambda name: (ends[name], name))
-    for name, height in zip(names, spread([ends[name] for name in names], LABEL_GAP), strict=True):
+    heights = spread([ends[name] for name in names], LABEL_GAP, ABOVE_LEGEND)
+    for name, height in zip(names, heights, strict=True):
         colour, last = colours.get(name), lines[name][-1]
         leader = {"arrowstyle": "-", "color": colour or GREY, "lw": 0.7, "shrinkA": 1, "shrinkB": 4}
         axes.annotate(
@@ -218,30 +222,27 @@ def _label_lines(axes: Axes, lines: dict[str, list[Any]], colours: dict[str, str
         )  # fmt: skip
 
 
-def spread(places: Sequence[float], gap: float) -> list[float]:
-    """Move ascending `places` in 0..1 apart to at least `gap` with least moves, evenly at worst."""
-    if (len(places) - 1) * gap >= 1:
-        return list(np.linspace(0, 1, len(places)))
-    groups: list[list[float]] = []  # of places that touch: number of them, sum of their origins
-    for i, place in enumerate(places):
-        groups.append([1, place - i * gap])
-        while len(groups) > 1 and groups[-2][1] / groups[-2][0] > groups[-1][1] / groups[-1][0]:
-            n, total = groups.pop()
-            groups[-1][0] += n
-            groups[-1][1] += total
-    origins = [total / n for n, total in groups for _ in range(int(n))]
-    highest = 1 - (len(places) - 1) * gap
-    return [min(max(origin, 0.0), highest) + i * gap for i, origin in enumerate(origins)]
+def spread(places: Sequence[float], gap: float, low: float = 0.0) -> list[float]:
+    """Move ascending `places` to `low`..1, at least `gap` apart, with least moves; evenly at worst.
+
+    Isotonic regression of the places less their gaps, by its formula of minima and maxima of means.
+    """
+    n, highest = len(places), 1 - (len(places) - 1) * gap
+    if highest <= low:
+        return list(np.linspace(low, 1, n))
+    less = np.array(places) - gap * np.arange(n)
+    moved = []
+    for i in range(n):
+        means = (min(less[j:k].mean() for k in range(i + 1, n + 1)) for j in range(i + 1))
+        moved.append(float(min(max(low, *means), highest)) + i * gap)
+    return moved
 
 
 def _explain_markers(figure: Figure, study: Any, share: float, has_chance: bool) -> None:
     """The legend of what is there, in boxes of `share` of the usual height."""
     has_intervals = not study.full.mean.is_open
-    texts = [
-        f"shown to lose less than {study.margin_share:.0%}",
-        "of full history (safe or better)",
-        "not shown: worse or inconclusive",
-    ]
+    texts = [f"shown to lose less than {study.margin_share:.0%}"]
+    texts += ["of full history (safe or better)", "not shown: worse or inconclusive"]
     texts += ["95 % interval over seeds"] if has_intervals else []
     texts += ["95 % interval of random choice"] if has_chance else []
     axes = figure.add_axes((0.735, 0.025 * share, 0.26, 0.145 * share))
