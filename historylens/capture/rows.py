@@ -11,7 +11,7 @@ Axes as in `inputs.py`; `R`, `C` rows and columns of a map.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -95,8 +95,11 @@ def received(call: Call, padded: Tensor | None = None) -> tuple[Tensor, Tensor]:
     them in column `j` under a causal mask; NaN where no query may see a key. Queries that are
     `padded` `(B, Tq)` are left out. With it, how many queries those are, of the same shape.
     """
+    shape, n_keys = call.shape[:2], call.n_tokens
+    if padded is None and all(bias.shape[:2] == (1, 1) for bias in call.mask.biases):
+        q, k = (x if x is None else x.flatten(0, 1)[None] for x in (call.q, call.k))
+        call = replace(call, q=q, k=k)  # one mask for all: samples are as further heads
     n_samples, n_heads, n_queries, _ = call.shape
-    n_keys = call.n_tokens
     device, is_causal = call.q.device, call.mask.causal
     total = wide(call.q.new_zeros(n_samples, n_heads, n_keys))
     count = torch.zeros_like(total)
@@ -115,6 +118,7 @@ def received(call: Call, padded: Tensor | None = None) -> tuple[Tensor, Tensor]:
         total[b, heads, : weights.shape[-1]] += weights.sum(1)
         if not by_position:
             count[b, heads] += seen.sum(-2)
+    total, count = (x.view(*shape, n_keys) for x in (total, count))
     return total / count, count
 
 
