@@ -61,7 +61,7 @@ def run_process(*arguments: object) -> tuple[tuple[float, float, float], str]:
             errors.seek(0)
             sys.exit(errors.read())
     wall, cpu = time.perf_counter() - started, usage.ru_utime + usage.ru_stime
-    return (wall, cpu, usage.ru_maxrss / 1024), said[-1]
+    return (wall, cpu, usage.ru_maxrss / 1024), said[-1] if said else ""
 
 
 def print_table(header: str, row: str, rows: Iterable[Iterable[object]]) -> None:

@@ -222,7 +222,7 @@ def test_gpt_oss_and_generation_with_a_cache():
         with capture(model, maps=[0]) as record:
             kept = transformers.DynamicCache(config=config)  # some layers drop old keys
             for part in ids.split([2, 6, 1], 1):
-                model(part, cache=kept, use_cache=True)
+                model(part, past_key_values=kept, use_cache=True)
         eager = model(ids, output_attentions=True).attentions
     assert len(record) == 2
     for found, weights in zip(record, eager, strict=True):

@@ -102,7 +102,7 @@ def test_the_console_ends_in_one_recommendation_and_files_hold_every_return(done
 
 
 def test_a_stopped_comparison_goes_on_to_the_same_files(done, home, monkeypatch, capsys):
-    argv, out = [*SMALL, "--out", "out"], Path("out")
+    argv, out = [*SMALL, "--out", "out", "--device=cpu"], Path("out")
 
     def stop_at(n, sent, play=playing.play):
         def stopping(plays, arm, bar):

@@ -138,5 +138,6 @@ def test_the_layout_of_the_next_step_is_refused_with_its_name(
     monkeypatch.syspath_prepend(tmp_path)
     usual = "parts=PARTS", "parts=('action', 'reward', 'state')[-len(PARTS):]"
     flags = ["--adapter", adapter(tmp_path, *changes, usual), "--out", tmp_path / "figs"]
+    flags.append("--device=cpu")
     said = refused(main, flags, capsys)
     assert ("('previous transition',)" if changes else "got one of 37 tokens") in said
