@@ -43,12 +43,17 @@ class Projection(NamedTuple):
     weights: tuple[Tensor, Tensor]  # of queries (D, D), of keys (D, kdim)
     biases: tuple[Tensor | None, Tensor | None]  # the same, (D,)
 
+    def of(self, x: Tensor, which: int) -> Tensor:
+        """Queries (which = 0) or keys (1) `(B, T, D)` of all heads, of inputs `(B, T, D)`."""
+        weight, bias = self.weights[which], self.biases[which]
+        if weight.dtype != x.dtype:
+            weight, bias = weight.to(x.dtype), bias if bias is None else bias.to(x.dtype)
+        return functional.linear(x, weight, bias)
+
     def heads(self, x: Tensor, which: int) -> Tensor:
-        """Queries (which = 0) or keys (1) `(B, H, T, d)` of inputs `(B, 1, T, D)`."""
-        weight, bias = self.weights[which].to(x.dtype), self.biases[which]
-        bias = None if bias is None else bias.to(x.dtype)
-        values = functional.linear(x.squeeze(1), weight, bias)  # (B, T, D)
-        return values.unflatten(-1, (self.n_heads, -1)).transpose(1, 2).contiguous()
+        """The same `(B, H, T, d)` of inputs `(B, 1, T, D)`."""
+        values = self.of(x.squeeze(1), which).unflatten(-1, (self.n_heads, -1))
+        return values.transpose(1, 2).contiguous()
 
     def folded_query(self, x: Tensor) -> Tensor:
         """A query `(B, H, kdim)` of an input `(B, 1, D)`, to score the inputs of the keys with.
@@ -56,12 +61,12 @@ class Projection(NamedTuple):
         `q (W x + b) = (q W) x + q b`: it saves projecting every key, and the constant `q b` does
         not change the softmax.
         """
-        q = self.heads(x[:, None], 0)  # (B, H, 1, d)
-        weight = self.weights[1].to(q.dtype).unflatten(0, (self.n_heads, -1))  # (H, d, kdim)
-        return (q @ weight).squeeze(2)
+        q, weight = self.of(x, 0), self.weights[1].to(x.dtype)
+        q = q.view(len(x), self.n_heads, -1).transpose(0, 1)  # (H, B, d)
+        return q.bmm(weight.view(self.n_heads, -1, weight.shape[-1])).transpose(0, 1)
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Call:
     """One attention call. Where a model holds its scores these are `q`, and `k` is None."""
 
@@ -75,12 +80,11 @@ class Call:
     extra: tuple[int, int] | None = None  # keys that are no tokens, before and behind the others
     missing: int = 0  # the first tokens, whose keys a sliding cache has dropped
 
-    @property
+    @cached_property
     def shape(self) -> tuple[int, int, int, int]:
         """`(B, H, Tq, Tk)`."""
         n_samples, n_heads, n_queries, n_keys = self.q.shape
-        if self.projection is not None:
-            n_heads = self.projection.n_heads
+        n_heads = n_heads if self.projection is None else self.projection.n_heads
         return n_samples, n_heads, n_queries, n_keys if self.k is None else self.k.shape[2]
 
     @property
@@ -90,8 +94,8 @@ class Call:
 
     def on_tokens(self, values: Tensor) -> Tensor:
         """Of values `(..., Tk)` of keys those of tokens, `(..., T)`."""
-        before, behind = self.extra or (0, 0)
-        values = values[..., before : values.shape[-1] - behind]
+        if any(self.extra or ()):
+            values = values[..., self.extra[0] : values.shape[-1] - self.extra[1]]
         return functional.pad(values, (self.missing, 0)) if self.missing else values
 
     @cached_property
@@ -141,10 +145,12 @@ class Call:
         q = wide(pick(self.q, query))  # (B, H, d)
         if self.k is None:
             return q
+        k = wide(self.k).flatten(0, 1)  # (B Hk, Tk, d)
         if self.projection is not None:  # the inputs of the keys are one head then
             q = self.projection.folded_query(q)  # (B, H, kdim)
-        grouped = q.reshape(len(q), self.k.shape[1], -1, q.shape[-1])  # (B, Hk, H / Hk, d)
-        return (grouped @ wide(self.k).mT).flatten(1, 2) * self.scale
+        grouped = q.reshape(len(k), -1, k.shape[-1])  # (B Hk, H / Hk, d)
+        scores = torch.baddbmm(k.new_empty(()), grouped, k.mT, beta=0, alpha=self.scale)
+        return scores.view(*q.shape[:2], -1)
 
     def inputs(self) -> Tensor:
         """What each token feeds in, `(B, T, F)`, in self-attention: query, key, or both by one."""
@@ -193,13 +199,17 @@ def read_multi_head(name: str, _n_heads: int | None, *args: Any, **kwargs: Any) 
         weights = given.in_proj_weight.chunk(3)[:2]
     biases = (None, None) if given.in_proj_bias is None else given.in_proj_bias.chunk(3)[:2]
     projection = Projection(given.num_heads, weights, biases)
-    q, k = (
-        x[None, None] if x.dim() == 2 else x.transpose(0, 1)[:, None]  # (B, 1, T, D)
-        for x in (given.query, given.key)
-    )
+    q = k = _inputs(given.query)
+    if given.key is not given.query:
+        k = _inputs(given.key)
     mask, padded = _multi_head_mask(given, len(q))
     scale = 1.0 / math.sqrt(q.shape[-1] // given.num_heads)
     return Call(q, k, mask, scale, projection, padded)
+
+
+def _inputs(x: Tensor) -> Tensor:
+    """Inputs `(B, 1, T, D)` of `(T, B, D)` or `(T, D)`."""
+    return x[None, None] if x.dim() == 2 else x.transpose(0, 1).unsqueeze(1)
 
 
 def _multi_head_mask(given: _MultiHead, n_samples: int) -> tuple[Mask, Tensor | None]:

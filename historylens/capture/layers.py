@@ -9,11 +9,13 @@ from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
 from functools import cache
 
+import torch
 from torch import nn
 
 from historylens.capture.inputs import CaptureError
 
 # Class names that end so are expected to attend: LlamaAttention, CausalSelfAttention, FlashAttn2.
+_PASS_ON = nn.ModuleList, nn.TransformerEncoder, nn.TransformerDecoder  # they only call their parts
 _ATTENTION_NAME = re.compile(r"(attention|attn|mha)\d*d?$", re.IGNORECASE)
 
 
@@ -31,20 +33,39 @@ def roots_of(model_or_layers: nn.Module | Sequence[nn.Module]) -> dict[str, nn.M
 
 def names_of(roots: dict[str, nn.Module]) -> dict[nn.Module, str]:
     """The name of every module. The attention of PyTorch's encoder layer goes by the layer's."""
-    names = {}
+    names, done = {}, set()
+
+    def visit(module: nn.Module, path: str) -> None:
+        if module in done:
+            return
+        done.add(module)
+        name = names.setdefault(module, path or type(module).__name__)
+        if forward_of(module) is nn.TransformerEncoderLayer.forward:
+            names.setdefault(module.self_attn, name)
+        for part, child in module._modules.items():
+            if child is not None:  # "_orig_mod" is in a wrapper of torch.compile
+                visit(child, path if part == "_orig_mod" else f"{path}.{part}".lstrip("."))
+
     for prefix, root in roots.items():
-        for path, module in root.named_modules():
-            parts = (prefix, *path.split("."))  # the second is a wrapper's of torch.compile
-            name = ".".join(p for p in parts if p not in ("", "_orig_mod")) or type(module).__name__
-            name = names.setdefault(module, name)
-            if forward_of(module) is nn.TransformerEncoderLayer.forward:
-                names.setdefault(module.self_attn, name)
+        visit(root, prefix)
     return names
 
 
 def forward_of(module: nn.Module) -> Callable | None:
     """The function behind a module's forward, None for a scripted one."""
     return getattr(type(module), "forward", None)
+
+
+def may_attend(module: nn.Module) -> bool:
+    """Whether a module is worth a hook: PyTorch's own without parts, or around theirs, are not."""
+    if isinstance(module, torch.jit.ScriptModule):  # takes no hooks, and nothing in it is seen
+        return False
+    if isinstance(module, nn.Softmax) or "forward" in vars(module):
+        return True
+    if type(module) is nn.TransformerEncoderLayer:
+        return type(module.self_attn) is not nn.MultiheadAttention
+    is_own = type(module).__module__.startswith("torch.nn.modules.")
+    return not is_own or (bool(module._modules) and type(module) not in _PASS_ON)
 
 
 def compiled_error(name: str) -> CaptureError:

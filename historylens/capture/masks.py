@@ -63,6 +63,15 @@ class Mask:
         """`floor_of` each bias."""
         return tuple(-torch.inf if x.dtype == torch.bool else floor_of(x) for x in self.biases)
 
+    @cached_property
+    def key(self) -> tuple:
+        """Equal for masks of the same tensors, unchanged, as long as one of them is kept."""
+        biases = [
+            (x.data_ptr(), x.shape, x.stride(), object() if x.is_inference() else x._version)
+            for x in self.biases
+        ]
+        return self.allows, self.causal, biases
+
     def of_rows(self, sample: int, heads: slice, rows: slice | Tensor, like: Tensor) -> Added:
         """What to add to scores `like` `(h, R, Tk)` of rows of a sample; None if all is seen.
 
@@ -89,6 +98,8 @@ class Mask:
         index = None
         if self.causal and (isinstance(query, Tensor) or query < like.shape[-1] - 1):
             index = torch.as_tensor(query).reshape(-1, 1)  # the last one sees everything
+        elif not self.biases:
+            return None, None
         return self._total([pick(bias, query) for bias in self.biases], index, like)
 
     def _total(self, parts: Sequence[Tensor], index: Tensor | None, like: Tensor) -> Added:

@@ -86,6 +86,7 @@ class _Disturbed(Session):
     def __torch_function__(
         self, func: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
+        self.newest = ""
         output = super().__torch_function__(func, types, args, kwargs)
         if self.newest != self.target:
             return output
@@ -93,7 +94,7 @@ class _Disturbed(Session):
         changed = _first(output).clone()
         rows = changed if is_pair else changed.movedim(-2, 0)
         if self.row is not None:
-            start = self.seen[self.target][1].n_queries - len(rows)  # of earlier passes
+            start = self.seen(self.target).n_queries - len(rows)  # of earlier passes
             rows = rows[self.row - start : self.row - start + 1] if self.row >= start else rows[:0]
         rows.neg_().add_(1)
         return (changed, *output[1:]) if is_pair else changed

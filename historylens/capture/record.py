@@ -61,7 +61,7 @@ class Seen:
     n_queries: int  # of all passes
     passes: tuple[int, ...]  # tokens of each part of the columns of maps
     extra: tuple[int, int]  # keys that are no tokens, before and behind the others
-    reached: Tensor  # (B,) bool, whether the query token was among the queries
+    reached: list[bool]  # of each sample, or all: whether the query token was among the queries
     counts: Tensor | None = None  # (B, H, T), queries over which received attention is averaged
 
     @property
@@ -76,27 +76,28 @@ class Seen:
 
     def after(self, before: "Seen") -> "Seen":
         """The same with what earlier passes showed."""
-        old, new = before.layer, self.layer
-        n_more, own = self.n_queries - before.n_queries, self.reached[:, None]
-        rows = functional.pad(old.query_rows, (0, n_more))
+        old, new, counts = before.layer, self.layer, self.counts
+        n_more, own = self.n_queries - before.n_queries, torch.tensor(self.reached)[:, None]
+
+        def longer(values: Tensor, n: int = n_more, fill: float = 0) -> Tensor:
+            return functional.pad(values, (0, n), value=fill)
+
         found = {
-            "query_rows": torch.where(own[..., None], new.query_rows, rows),
-            "visible": torch.where(own, new.visible, functional.pad(old.visible, (0, n_more))),
+            "query_rows": torch.where(own[..., None], new.query_rows, longer(old.query_rows)),
+            "visible": torch.where(own, new.visible, longer(old.visible)),
         }
-        counts = self.counts
         if new.extra is not None:
             found["extra"] = torch.where(own, new.extra, old.extra)
-        if new.received is not None:
-            earlier = functional.pad(before.counts, (0, n_more))
-            total = functional.pad(old.received.nan_to_num(), (0, n_more)) * earlier
-            counts = earlier + self.counts
-            found["received"] = (total + new.received.nan_to_num() * self.counts) / counts
+        if counts is not None:
+            earlier = longer(before.counts)
+            total = longer(old.received.nan_to_num()) * earlier
+            found["received"] = (total + new.received.nan_to_num() * counts) / (earlier + counts)
+            counts = earlier + counts
         if new.maps is not None:
-            wider = (0, len(new.map_cols) - len(old.map_cols))
-            maps = [functional.pad(old.maps, wider, value=torch.nan), new.maps]
-            found["maps"] = torch.cat(maps, 2)
+            wider = longer(old.maps, len(new.map_cols) - len(old.map_cols), torch.nan)
+            found["maps"] = torch.cat([wider, new.maps], 2)
             found["map_rows"] = torch.cat([old.map_rows, new.map_rows + before.n_queries])
-        reached = self.reached | before.reached
+        reached = [a or b for a, b in zip(self.reached, before.reached, strict=True)]
         return replace(self, layer=replace(new, **found), counts=counts, reached=reached)
 
 
@@ -108,13 +109,22 @@ class Record(Sequence[LayerAttention]):
     Attributes:
         waiting: names of the layers that have to run and have not yet.
         places: names of the modules that attended in sight, or handed weights in.
+        calls: by name, in order, what is seen before a layer's last pass and after; None for what
+            is not kept.
     """
 
     def __init__(self, waiting: Iterable[str], roots: Sequence[str], take: Callable) -> None:
-        self.waiting, self.places = dict.fromkeys(waiting), set()
-        self._take = take
-        self._roots = roots  # "" for a model
-        self._layers: list[LayerAttention] = []
+        self.waiting, self.places, self._take = dict.fromkeys(waiting), set(), take
+        self.calls: dict[str, tuple[Seen | None, Seen] | None] = {}
+        self._order = {root: i for i, root in enumerate(roots)}
+
+    @property
+    def _layers(self) -> list[LayerAttention]:
+        """In order; "layer 3", "layer 3.attn" and "layer 3 #2" are of the root "layer 3"."""
+        layers, n = [call[1].layer for call in self.calls.values() if call], len(self._order)
+        if "" in self._order:  # a model
+            return layers
+        return sorted(layers, key=lambda x: self._order.get(re.split(r"\.| #", x.name)[0], n))
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -124,20 +134,6 @@ class Record(Sequence[LayerAttention]):
     def add(self, name: str, weights: Tensor, mask: Tensor | None = None) -> None:
         """Take in attention that cannot be read: see `record_attention`."""
         self._take(name, weights, mask)
-
-    def put(self, layer: LayerAttention) -> None:
-        """Take in a layer that has just run, or run on."""
-        if layer.name in self.names:
-            self._layers[self.names.index(layer.name)] = layer
-            return
-        self._layers.append(layer)
-        if "" not in self._roots:  # "layer 3", "layer 3.attn" and "layer 3 #2" are of "layer 3"
-            order = {root: i for i, root in enumerate(self._roots)}
-            self._layers.sort(key=lambda x: order.get(re.split(r"\.| #", x.name)[0], len(order)))
-
-    def drop(self, name: str) -> None:
-        """Take a layer out again."""
-        self._layers = [layer for layer in self._layers if layer.name != name]
 
     def check_all_ran(self) -> None:
         """Raise `CaptureError` if a layer has not run yet."""
@@ -149,16 +145,15 @@ class Record(Sequence[LayerAttention]):
             )
 
     def __len__(self) -> int:
-        return len(self._layers)
+        return sum(call is not None for call in self.calls.values())
 
     def __getitem__(self, index: int | slice) -> LayerAttention | list[LayerAttention]:
         self.check_all_ran()
-        if not self._layers:
-            raise CaptureError(
-                "nothing is captured yet: no attention of the model has run inside `with "
-                "capture(...)`"
-            )
-        return self._layers[index]
+        if layers := self._layers:
+            return layers[index]
+        raise CaptureError(
+            "nothing is captured yet: no attention of the model has run inside `with capture(...)`"
+        )
 
 
 _WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -188,6 +183,7 @@ class Options:
             is_whole = query.dim() == 1 and query.dtype in _WHOLE
             found = f"{query.dtype} {tuple(query.shape)}"
             _expect(is_whole, "a query of whole numbers (B,), one position a sample", found)
+        vars(self)["_places"] = query.tolist() if isinstance(query, Tensor) else [query]
         if padding is not None:
             is_bool = padding.dtype == torch.bool
             _expect(is_bool, "a bool padding (B, T), True for padding", padding.dtype)
@@ -208,19 +204,18 @@ class Options:
                 f"{name}: maps were asked for samples {list(self.maps)}, "
                 f"expected numbers in 0..{n_samples - 1}, the samples of the batch"
             )
-        extra = before.extra if before is not None else call.extra_keys()
-        start, n_tokens = 0, n_keys - sum(extra)
-        if before is not None:
-            start, n_tokens = before.n_queries, before.n_queries + n_queries
-        call = replace(call, extra=extra, missing=n_tokens + sum(extra) - n_keys)
+        start = before.n_queries if before else 0
+        call.extra = before.extra if before else call.extra_keys()
+        n_tokens = start + n_queries if before else n_keys - sum(call.extra)
+        call.missing = n_tokens + sum(call.extra) - n_keys
         found, reached = self._query_rows(name, call, start)
-        passes, counts = (n_tokens,), None
-        if before is not None:
-            fixed = torch.as_tensor(self.query) >= 0  # from the end: it is another one now
-            before = replace(before, reached=before.reached & fixed)
+        passes, counts = [n_tokens], None
+        if before:
             *passes, last = before.passes
             is_whole = last + n_queries <= self.map_size  # then a column each
             passes += [last + n_queries] if is_whole else [last, n_queries]
+            known = zip(before.reached, self._places, strict=True)  # from the end: another one now
+            before = replace(before, reached=[found and place >= 0 for found, place in known])
         if self.inputs and n_queries == n_tokens:
             found["inputs"] = call.inputs().cpu()
         if self.received or self.maps:
@@ -232,29 +227,28 @@ class Options:
             images, map_rows, map_cols = rows.maps(call, self.maps, self.map_size, passes)
             images = images.to("cpu", torch.float32)
             found |= {"maps": images, "map_rows": map_rows, "map_cols": map_cols}
-        layer, n_all = LayerAttention(name, **found), start + n_queries
-        seen = Seen(layer, n_all, tuple(passes), extra, reached, counts)
-        return seen if before is None else seen.after(before)
+        layer = LayerAttention(name, **found)
+        seen = Seen(layer, start + n_queries, tuple(passes), call.extra, reached, counts)
+        return seen.after(before) if before else seen
 
-    def _query_rows(self, name: str, call: Call, start: int) -> tuple[dict[str, Tensor], Tensor]:
-        """Fields of the query's rows, and in which samples it is among the queries `(B,)`.
+    def _query_rows(self, name: str, call: Call, start: int) -> tuple[dict[str, Tensor], list]:
+        """Fields of the query's rows, and whether it is among the queries, of each sample or all.
 
         `start` queries came in earlier passes.
         """
         n_samples, _, n_queries, _ = call.shape
-        places = [self.query]
-        if isinstance(self.query, Tensor):
-            places, wanted = self.query.tolist(), f"one query a sample ({n_samples})"
-            _expect(len(places) == n_samples, wanted, len(places), name)
+        is_each, places = isinstance(self.query, Tensor), self._places
+        fits = len(places) == n_samples or not is_each
+        _expect(fits, f"one query a sample ({n_samples})", len(places), name)
         places = [place + n_queries if place < 0 else place - start for place in places]
-        reached = torch.tensor([0 <= place < n_queries for place in places]).expand(n_samples)
-        places = [min(max(place, 0), n_queries - 1) for place in places]
-        query = torch.tensor(places) if isinstance(self.query, Tensor) else places[0]
+        inside = [min(max(place, 0), n_queries - 1) for place in places]
+        reached = [place == kept for place, kept in zip(places, inside, strict=True)]
+        query = torch.tensor(inside) if is_each else inside[0]
         scores = call.row_scores(query)
         weights, seen = rows.weigh(call, scores, *call.mask.of_query(query, scores))
         if seen is None:
-            visible = weights.new_ones(len(weights), weights.shape[-1], dtype=torch.bool)
-        elif (seen.any(-1).all(-1).cpu() | ~reached).all():
+            visible = weights.new_ones(n_samples, weights.shape[-1], dtype=torch.bool)
+        elif (seen.any(-1).all(-1).cpu() | ~torch.tensor(reached)).all():
             visible = seen.expand(weights.shape).any(1)
         else:
             raise CaptureError(
@@ -283,10 +277,10 @@ class Options:
 
     def check_complete(self, seen: Seen) -> None:
         """Raise `CaptureError` if a layer has run without the query token, or padding is left."""
-        name, size = seen.layer.name, (len(seen.reached), seen.n_queries)
-        if not seen.reached.all():
+        name, size = seen.layer.name, (len(seen.layer.visible), seen.n_queries)
+        if not all(seen.reached):
             is_each = isinstance(self.query, Tensor)
-            what = f"positions {self.query.tolist()}" if is_each else f"position {self.query}"
+            what = f"positions {self._places}" if is_each else f"position {self.query}"
             where = f"{name} has {seen.n_queries} queries, none at {what}"
             raise CaptureError(f"{where}; choose the layers that have: {LAYERS}")
         if self.padding is not None and seen.is_of_self and self.received:

@@ -6,15 +6,13 @@ session.record
 """
 
 import sys
-import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -28,7 +26,15 @@ from historylens.capture.inputs import (
     reader_of,
     scores_of,
 )
-from historylens.capture.layers import compiled_error, forward_of, matches, names_of, should_attend
+from historylens.capture.layers import (
+    compiled_error,
+    forward_of,
+    matches,
+    may_attend,
+    names_of,
+    should_attend,
+)
+from historylens.capture.masks import Mask
 from historylens.capture.record import Options, Record, Seen
 
 # What weights go through on their way to the values, and come out as they are.
@@ -66,27 +72,29 @@ class Session(TorchFunctionMode):
         self._roots, self._options = roots, options
         self._names = names_of(roots)
         known = nn.TransformerEncoderLayer.forward, nn.MultiheadAttention.forward
-        attending = [name for module, name in self._names.items() if forward_of(module) in known]
+        attending = [x for module, x in self._names.items() if forward_of(module) in known]
         self.record = Record(filter(options.chooses, attending), tuple(roots), self.take_weights)
         self.running: list[_Run] = []  # the innermost last
-        self._calls: list[str] = []  # the layers that attended by name, in order
-        self.seen: dict[str, tuple[Seen | None, Seen]] = {}  # before its last pass, and after
         self._weights = WeakIdKeyDictionary()  # tensors of weights -> _Weights
-        self._follows = False  # whether there ever were any: the dictionary is slow to ask
         self.newest = ""  # the layer of the last call, if that attended
         self._unread: dict[str, str] = {}  # what ran and should have attended, and its class
+        self._mask = Mask()  # of the last call
         self._hint = ""  # what came nearest to attention
 
     @contextmanager
     def attached(self) -> Iterator["Session"]:
         """A block in which the session sees what runs."""
-        with (
-            _uncompiled(),
-            register_module_forward_pre_hook(self.enter),
-            register_module_forward_hook(self.leave, always_call=True),
-            self,
-        ):
-            yield self
+        hooks = []
+        try:
+            for module in filter(may_attend, self._names):
+                hooks.append(module.register_forward_pre_hook(self.enter))
+                hooks.append(module.register_forward_hook(self.leave, always_call=True))
+            with _uncompiled(), self:
+                yield self
+        finally:
+            for hook in hooks:
+                hook.remove()
+            self._mask = Mask()  # the record lives on, the model's mask need not
 
     def enter(self, module: nn.Module, args: tuple) -> None:
         """Note that a module starts."""
@@ -114,28 +122,26 @@ class Session(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
-        kwargs, self.newest = kwargs or {}, ""
-        reader = reader_of(func)
+        kwargs, reader = kwargs or {}, reader_of(func)
         if reader is None or not self.running:
             output = func(*args, **kwargs)
-            if self._follows:
+            if self._weights.data:
                 self._follow(func.__name__, args, output)
             return output
-        run = self.running[-1]
+        run, self.newest = self.running[-1], ""
         # The second: inside a compiled function that fell back to plain Python.
         callback = torch._C._dynamo.eval_frame.get_eval_frame_callback()
         if torch.compiler.is_compiling() or callback not in (None, False):
             raise compiled_error(run.name)
-        if reader is read_softmax:  # before it may overwrite its input
-            scores = scores_of(args, kwargs)
-            self._take_softmax(run, scores)
-            output = func(*args, **kwargs)
-            if self.newest:
-                self._weights[output] = _Weights(self.newest, scores.shape)
-                self._follows = True
+        if reader is not read_softmax:
+            output = func(*args, **kwargs)  # PyTorch's own complaint about a shape comes first
+            self._take(run, reader, args, kwargs)
             return output
-        output = func(*args, **kwargs)  # PyTorch's own complaint about a wrong shape comes first
-        self._take(run, reader, *args, **kwargs)
+        scores = scores_of(args, kwargs)
+        self._take_softmax(run, scores)  # before it may overwrite its input
+        output = func(*args, **kwargs)
+        if self.newest:
+            self._weights[output] = _Weights(self.newest, scores.shape)
         return output
 
     def _take_softmax(self, run: _Run, scores: Tensor | None) -> None:
@@ -148,7 +154,7 @@ class Session(TorchFunctionMode):
         chosen = self._options.softmax
         is_named = any(matches(run.name, x) or matches(caller.name, x) for x in chosen)
         if is_named or (scores.dim() == 4 and self._is_attention(caller, scores)):
-            self._take(caller, read_softmax, scores)
+            self._take(caller, read_softmax, (scores,), {})
         elif scores.dim() > 2:
             self._hint = self._hint or (
                 f" (a softmax over {tuple(scores.shape)} in {run.name} is not taken for attention "
@@ -162,55 +168,56 @@ class Session(TorchFunctionMode):
         reads_on = self._reads_on(caller.name, n_queries, n_keys)
         return n_queries == n_keys or reads_on or any(Call(scores, None).extra_keys())
 
-    def _take(self, run: _Run, reader: Callable[..., Call], *args: Any, **kwargs: Any) -> None:
+    def _take(self, run: _Run, reader: Callable[..., Call], args: tuple, kwargs: dict) -> None:
         """Record an attention call of a running module, if it is wanted."""
         run.n_calls += 1
         name = run.name if run.n_calls == 1 else f"{run.name} #{run.n_calls}"
-        self._keep(name, reader, *args, **kwargs)
+        self._keep(name, reader, args, kwargs)
 
     def take_weights(self, name: str, weights: Tensor, mask: Tensor | None) -> None:
         """Record weights that the model's code hands in, and not the softmax that they are of."""
         told = self._weights.get(weights)
-        if told is not None and told.name in self._calls:
-            self._calls.remove(told.name)
-            self.seen.pop(told.name, None)
-            self.record.drop(told.name)
+        if told is not None:
+            self.record.calls.pop(told.name, None)
         for unread in [x for x in self._unread if matches(x, name) or matches(name, x)]:
             del self._unread[unread]
         number, own = 1, name  # a function that serves several layers gives one name for all
-        while own in self._calls and not self._reads_on(own, *weights.shape[-2:]):
+        while own in self.record.calls and not self._reads_on(own, *weights.shape[-2:]):
             number += 1
             own = f"{name} #{number}"
-        self._keep(own, read_weights, weights, mask)
+        self._keep(own, read_weights, (weights, mask), {})
 
     def _reads_on(self, name: str, n_queries: int, n_keys: int) -> bool:
         """Whether a call goes on with a layer that has been recorded."""
-        return name in self.seen and self.seen[name][1].continues(n_queries, n_keys)
+        seen = self.seen(name)
+        return seen is not None and seen.continues(n_queries, n_keys)
 
-    def _keep(self, name: str, reader: Callable[..., Call], *args: Any, **kwargs: Any) -> None:
+    def seen(self, name: str) -> Seen | None:
+        """A layer as far as it is recorded."""
+        return (self.record.calls.get(name) or (None, None))[1]
+
+    def _keep(self, name: str, reader: Callable[..., Call], args: tuple, kwargs: dict) -> None:
         """Record what is read of a call, by its layer's name, if it is wanted."""
         for around in self.running:
             around.attended = True
-        self.record.places.update(run.name for run in self.running[-1:])
-        self.newest, is_known = name, name in self._calls
-        number = self._calls.index(name) if is_known else len(self._calls)
-        if not is_known:
-            self._calls.append(name)
-        if not self._options.chooses(name, number):
+        self.record.places |= {run.name for run in self.running[-1:]}
+        calls, self.newest = self.record.calls, name
+        is_known, before = name in calls, self.seen(name)
+        calls.setdefault(name, None)
+        if not self._options.chooses(name, list(calls).index(name)):
             return
         with _plain_arithmetic():
             call = reader(name, self._options.heads, *args, **kwargs)
-            if is_known and not self._reads_on(name, *call.shape[2:]):
+            if is_known and not (before and before.continues(*call.shape[2:])):
                 raise CaptureError(
                     f"{name} ran twice inside one capture. Run the model once per `with "
                     "capture(...)`; a model that reuses a layer, or recomputes it in backward, "
                     "cannot be captured"
                 )
-            self._put(name, call, self.seen[name][1] if is_known else None)
-
-    def _put(self, name: str, call: Call, before: Seen | None) -> None:
-        self.seen[name] = before, self._options.attention(name, call, before)
-        self.record.put(self.seen[name][1].layer)
+            if call.mask.key == self._mask.key:  # what is known of it counts for all layers
+                call.mask = self._mask
+            self._mask = call.mask
+            calls[name] = before, self._options.attention(name, call, before)
 
     def _follow(self, kernel: str, args: tuple, output: Any) -> None:
         """Follow weights to the values: what they have become by then is the attention."""
@@ -219,12 +226,13 @@ class Session(TorchFunctionMode):
             return
         told = self._weights[held]
         if kernel in _PRODUCTS:
-            if told.changed and told.name in self.seen:
+            if told.changed and (call := self.record.calls.get(told.name)):
                 with _plain_arithmetic():
                     weights = held.reshape(told.shape)
                     allowed = (weights != 0).any(-3, keepdim=True)
-                    call = read_weights(told.name, self._options.heads, weights, allowed)
-                    self._put(told.name, call, self.seen[told.name][0])
+                    read = read_weights(told.name, self._options.heads, weights, allowed)
+                    seen = self._options.attention(told.name, read, call[0])
+                    self.record.calls[told.name] = call[0], seen
         elif kernel == "__setitem__":
             self._weights[held] = told._replace(changed=True)
         elif isinstance(output, Tensor) and output.is_floating_point():
@@ -246,9 +254,9 @@ class Session(TorchFunctionMode):
                 f"{self._way_out}, or choose the other layers: "
                 "capture(model, layers=[...])"
             )
-        for _, seen in self.seen.values():
-            self._options.check_complete(seen)
-        calls = list(enumerate(self._calls))
+        for call in filter(None, self.record.calls.values()):
+            self._options.check_complete(call[1])
+        calls = list(enumerate(self.record.calls))
         missing = {
             layer
             for layer in self._options.layers or ()
@@ -256,7 +264,7 @@ class Session(TorchFunctionMode):
         }
         if missing:
             missing = sorted(missing, key=str)
-            seen = ", ".join(dict.fromkeys(self._calls)) or "none"
+            seen = ", ".join(self.record.calls) or "none"
             raise CaptureError(f"found no attention for layers={missing}; layers that ran: {seen}")
         for name, root in self._roots.items():
             is_root = self._names[root] == name  # and no part of another
@@ -273,30 +281,21 @@ class Session(TorchFunctionMode):
             )
 
 
-@contextmanager
-def _uncompiled() -> Iterator[None]:
+def _uncompiled() -> AbstractContextManager:
     """Compiled functions run as they were written, so that what they call is seen."""
     # Loaded where something was compiled; it is slow to import.
-    if "torch._dynamo.eval_frame" not in sys.modules:
-        yield
-        return
-    with torch.compiler.set_stance("force_eager"), warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", message=r"Using `torch\.compile\(module\)` when there are"
-        )
-        yield
+    is_loaded = "torch._dynamo.eval_frame" in sys.modules
+    return torch.compiler.set_stance("force_eager") if is_loaded else nullcontext()
+
+
+def _plain_arithmetic() -> AbstractContextManager:
+    """Without gradients, autocast or inference mode, so that the record is of ordinary tensors."""
+    are_on = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
+    is_plain = not any(are_on) and not torch._C._is_any_autocast_enabled()
+    return nullcontext() if is_plain else _switched_off()  # which costs time
 
 
 @contextmanager
-def _plain_arithmetic() -> Iterator[None]:
-    """Without gradients, autocast or inference mode, so that the record is of ordinary tensors."""
-    # Each costs time to enter, so only where one is on.
-    with ExitStack() as stack:
-        if torch.is_inference_mode_enabled():
-            stack.enter_context(torch.inference_mode(False))
-        if torch.is_grad_enabled():
-            stack.enter_context(torch.no_grad())
-        for device in ("cpu", "cuda"):
-            if torch.is_autocast_enabled(device):
-                stack.enter_context(torch.autocast(device, enabled=False))
+def _switched_off() -> Iterator[None]:
+    with torch._C._DisableAutocast(), torch.inference_mode(False), torch.no_grad():
         yield
