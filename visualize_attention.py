@@ -1,6 +1,6 @@
 """Show which history an AD model uses, and say how much of it can go.
 
-    python visualize_attention.py                       # the latest checkpoint, ten decisions
+    python visualize_attention.py                       # the latest checkpoint, 64 decisions
     python visualize_attention.py --num-samples 30 --layers 2 3 --goal 0,5 --steps 1000:2999
     python visualize_attention.py --adapter my_model.py # a model of your own
     torchrun --nproc-per-node 4 visualize_attention.py --num-samples 5000 --num-figures 10
@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description="Show which history an Algorithm Distillation model attends to, in pictures "
         "and numbers, and say how the history may be compressed.",
-        epilog="Without flags: the latest checkpoint under checkpoints/, ten decisions from the "
+        epilog="Without flags: the latest checkpoint under checkpoints/, 64 decisions from the "
         "learning histories of its test goals, pictures under figs/attention/.",
     )
     add_flags(parser, VisualizeConfig)

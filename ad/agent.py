@@ -25,6 +25,7 @@ class ADAgent(Agent):
     """A checkpoint's model, with or without decisions, each with a full context."""
 
     label_columns = ("goal_row", "goal_col", "history", "step", "stride")
+    can_place = True
 
     def __init__(
         self,
@@ -120,7 +121,7 @@ def load_for_analysis(
         f"{sum(p.numel() for p in checkpoint.model.parameters()):,} parameters",
         "Context length": f"{n_context} transitions, then the query token ({n_context + 1} tokens)",
         "Device": str(device),
-        "Histories": f"{path} ({histories.n_histories} histories of {histories.n_steps:,} steps, "
+        "Histories": f"{path} ({histories.n_histories} of {histories.n_steps:,} steps, "
         f"{n_goals} goals)",
         "Samples": f"{len(places)} decisions of {n_goals_used} goals and {len(used)} histories, "
         f"steps {min(steps):,} to {max(steps):,}",

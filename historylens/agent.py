@@ -14,16 +14,21 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from tqdm import tqdm
 
 from historylens.capture import LayerAttention, capture
+from historylens.capture.heads import Change, HeadOutput, heads
 from historylens.common.batches import MAX_TOKENS_ACTING, MAX_WEIGHTS
 from historylens.common.errors import UserError
-from historylens.history import Decision, History, HistoryBuffer
+from historylens.history import LOOKS, Decision, History, HistoryBuffer
 from historylens.tokens import NONE, PADDING, Tokens, sum_rows
 
-LOOKS = ("query_attention", "received", "last_rows")  # fields of a History that a look gives
 N_LAST_ROWS = 8  # transitions whose attention rows are in last_rows
+
+
+class Unreadable(UserError):
+    """A model does not show what a strategy looks at."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,7 @@ class Agent(ABC):
     n_heads: Sequence[int]  # heads of each layer
     capture_options: Mapping[str, Any] = {}  # further arguments of capture
     environment: Environment | None = None  # where it can act
+    can_place: bool = False  # whether act() follows the positions that it is given
     rewarded_above: float = 0.0  # rewards above it count as rewarded, as in its decisions
     title: str  # the model, and the environment, in a few words
     identity: Mapping[str, Any]  # plain values on which results depend, such as a digest
@@ -66,8 +72,8 @@ class Agent(ABC):
     def act(self, history: History, positions: Tensor | None = None) -> Tensor:
         """Action logits `(B, A)` on up to `n_max` transitions, without padding.
 
-        `positions` `(B, n + 1)` int64 say where each transition and, last, the query stands, for
-        agents that can place them; None: one behind the other.
+        `positions` `(B, n + 1)` int64 say where each transition and, last, the query stands, to an
+        agent that `can_place` them; None: one behind the other.
         """
 
     def forward(self, history: History) -> Tensor:
@@ -129,39 +135,85 @@ def where_of(tokens: Sequence[Tokens]) -> dict[str, Any]:
     return told
 
 
-def look(agent: Agent, history: History, wanted: Collection[str]) -> History:
-    """The history with its attention, averaged over layers and heads, from one pass over it.
+@torch.inference_mode()
+def run_heads(
+    agent: Agent,
+    history: History,
+    change: Mapping[int, Change] | None = None,
+    hide: Mapping[int, Tensor] | None = None,
+) -> tuple[Tensor, dict[int, HeadOutput]]:
+    """One forward pass with heads told apart: action logits `(B, A)`, and layers by their number.
 
-    Rows and columns of a transition's tokens count as one: columns are summed, rows averaged. Of
-    `wanted`, fields of `History` that are none of `LOOKS` are left as they are.
+    `change` and `hide` as for `historylens.capture.heads`, by the number of a layer. A layer whose
+    heads cannot be told apart, or that reads its tokens in several passes, is missing.
     """
-    wanted = [name for name in wanted if name in LOOKS]
+    named = [
+        {agent.layers[i]: value for i, value in (given or {}).items()} for given in (change, hide)
+    ]
+    tokens = agent.tokens(history)
+    options = {**agent.capture_options, **where_of(tokens)}
+    with heads(agent.model, change=named[0], hide=named[1], **options) as seen:
+        logits = agent.forward(history)
+    layers = {i: seen[name] for i, name in enumerate(agent.layers) if name in seen}
+    return logits, {i: x for i, x in layers.items() if x.output.shape[2] == len(tokens[0])}
+
+
+def look(agent: Agent, history: History, wanted: Collection[str]) -> History:
+    """The history with its attention, averaged over layers and heads, from passes over it.
+
+    Columns of a transition's tokens are summed, rows averaged. Of `wanted`, fields of `History`
+    that are none of `LOOKS` are left as they are. Unreadable: the model does not show a field.
+    """
+    wanted = [name for name in LOOKS if name in wanted]
     if not wanted:
         return history
-    size, whole = history.size, wanted != ["query_attention"]
-    if whole:
+    size, is_whole = history.size, bool({*wanted} & {"received", "last_rows"})
+    if is_whole:
         n_tokens = len(agent.tokens(history.rows(slice(0, 1)))[0])
         size = max(1, MAX_WEIGHTS // (n_tokens**2 * sum(agent.n_heads)))
     starts = range(0, history.size, size)
-    parts = [_look(agent, history.rows(slice(i, i + size)), whole) for i in starts]
-    return replace(history, **{name: torch.cat([p[name] for p in parts]) for name in wanted})
+    parts = [_look(agent, history.rows(slice(i, i + size)), wanted) for i in starts]
+    found = {name: torch.cat([part[name] for part in parts]) for name in wanted}
+    return replace(history, **{k: x.float().to(history.device) for k, x in found.items()})
 
 
-def _look(agent: Agent, history: History, whole: bool) -> dict[str, Tensor]:
-    """The query's attention, and what a whole map shows where it is asked for."""
-    tokens = agent.tokens(history)
-    options = {"maps": range(history.size), "map_size": max(8, len(tokens[0]))} if whole else {}
+def _look(agent: Agent, history: History, wanted: Sequence[str]) -> dict[str, Tensor]:
+    """What one pass shows of attention, and another with heads told apart, where they are asked."""
+    tokens, known = agent.tokens(history), {}
+    if {*wanted} & {"norm", "contribution"}:
+        known = _shares(agent, history, tokens)
+    is_whole = bool({*wanted} & {"received", "last_rows"})
+    if not is_whole and not {*wanted} & {"query_attention", "head_attention"}:
+        return known
+    options = {"maps": range(history.size), "map_size": max(8, len(tokens[0]))} if is_whole else {}
     _, layers = attend(agent, history, **options)
-    rows = sum(layer.query_rows.double().mean(1) for layer in layers) / len(layers)
-    known = {"query_attention": sum_rows(rows.numpy(), tokens)[..., :-1]}
-    if whole:
+    by_head = [
+        torch.from_numpy(sum_rows(layer.query_rows, tokens)[..., :-1]) for layer in layers
+    ]  # (B, H, n) float64
+    most = max(agent.n_heads)
+    padded = [functional.pad(x, (0, 0, 0, most - x.shape[1])) for x in by_head]
+    known["head_attention"] = torch.stack(padded, 1)
+    known["query_attention"] = torch.stack([x.mean(1) for x in by_head]).mean(0)
+    if is_whole:
         weights = sum(layer.maps.nan_to_num().double().mean(1) for layer in layers)
         columns = sum_rows(weights.numpy() / len(layers), tokens)[..., :-1]  # (B, T, n)
         among = sum_rows(columns.swapaxes(1, 2), tokens)[..., :-1].swapaxes(1, 2)  # (B, n, n)
         counts = [np.bincount(one.transition[one.transition != NONE]) for one in tokens]
-        among = among / np.stack(counts)[:, :, None]
+        among = torch.from_numpy(among / np.stack(counts)[:, :, None])
         known |= {"received": among.sum(1), "last_rows": among[:, -N_LAST_ROWS:]}
-    return {name: torch.from_numpy(x).float().to(history.device) for name, x in known.items()}
+    return known
+
+
+def _shares(agent: Agent, history: History, tokens: Sequence[Tokens]) -> dict[str, Tensor]:
+    """Norms and contributions `(B, n)`, mean over the layers that show them."""
+    _, layers = run_heads(agent, history)
+    shown = [layer.shares() for layer in layers.values() if layer.projection is not None]
+    if not shown:
+        what = "expected heads side by side before a linear projection, as contributions take"
+        raise Unreadable(f"{agent.title}: {what}, got none")
+    means = [torch.stack(values).mean(0).cpu().numpy() for values in zip(*shown, strict=True)]
+    summed = [sum_rows(values[:, None], tokens)[:, 0, :-1] for values in means]
+    return dict(zip(("norm", "contribution"), map(torch.from_numpy, summed), strict=True))
 
 
 @torch.inference_mode()

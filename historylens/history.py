@@ -18,8 +18,10 @@ PADDING = -1  # in front of the indices of a decision that keeps fewer than anot
 AXES = {  # of the fields of a History; W transitions have their attention rows known
     "actions": "Bn", "rewards": "Bn", "episodes": "Bn", "received": "Bn", "query_attention": "Bn",
     "states": "BnS", "next_states": "BnS", "query_states": "BS", "tasks": "B", "last_rows": "BWn",
-    "kept": "Bn",
+    "kept": "Bn", "head_attention": "BLHn", "norm": "Bn", "contribution": "Bn",
 }  # fmt: skip
+# What a look at the model's attention gives; see `historylens.agent.look`.
+LOOKS = "query_attention", "head_attention", "norm", "contribution", "received", "last_rows"
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,8 @@ class History:
             query not included, summed over them.
         last_rows: `(B, W, n)`, attention rows of the last `W` transitions.
         query_attention: `(B, n)`, the query's attention to each transition, after the softmax.
+        head_attention: `(B, L, H, n)`, the same of each head; 0 where a layer has fewer than `H`.
+        norm, contribution: `(B, n)`, the same weighed by what is read, see `HeadOutput`.
         kept: `(B, n)` int64, which transitions of the raw history these are, ascending; a decision
             that keeps fewer than another has `PADDING` in front, and any transition there
             (`by_count` splits such a batch). None: nothing was left out, or these are new tokens.
@@ -103,6 +107,9 @@ class History:
     received: Tensor | None = None
     last_rows: Tensor | None = None
     query_attention: Tensor | None = None
+    head_attention: Tensor | None = None
+    norm: Tensor | None = None
+    contribution: Tensor | None = None
     kept: Tensor | None = None
     rewarded_above: float = 0.0
 
@@ -130,13 +137,14 @@ class History:
             expected = "actions of shape (B, n) and states of shape (B, n, S)"
             raise ValueError(f"expected {expected}, got {actions} and {states}")
         window = shapes.get("last_rows", (0, 0))[1]
-        sizes = dict(zip("BnSW", (*actions, states[2], window), strict=True))
+        layers = shapes.get("head_attention", (0, 0, 0))[1:3]
+        sizes = dict(zip("BnSWLH", (*actions, states[2], window, *layers), strict=True))
         for name, shape in shapes.items():
             expected = tuple(sizes[axis] for axis in AXES[name])
             if shape != expected:
                 got = f"beside actions of shape {actions}, got {shape}"
                 raise ValueError(f"expected {name} of shape {expected} {got}")
-        for name in ("received", "last_rows", "query_attention"):
+        for name in {*LOOKS} - {"contribution"}:
             if name in known and not ((known[name] >= 0) & known[name].isfinite()).all():
                 raise ValueError(f"expected {name} after the softmax: finite and not negative")
         return replace(self, **known)
@@ -199,10 +207,15 @@ class History:
 
     def _transitions(self, choose: Callable[[Tensor], Tensor]) -> "History":
         """Some of the transitions: `choose` is given every field as `(B, n, ...)`."""
-        chosen = {name: choose(v) for name, v in self._known().items() if AXES[name][1:2] == "n"}
-        if self.last_rows is not None:
-            chosen["last_rows"] = choose(self.last_rows.mT).mT
+        chosen = {}
+        for name, value in self._known().items():
+            if (axis := AXES[name].find("n")) > 0:
+                chosen[name] = choose(value.movedim(axis, 1)).movedim(1, axis)
         return replace(self, **chosen)
+
+    def unlooked(self) -> "History":
+        """The same, with nothing known of the attention to it."""
+        return replace(self, **dict.fromkeys(LOOKS))
 
 
 class HistoryBuffer:

@@ -47,9 +47,8 @@ def layer_table(metrics: Metrics) -> str:
     evenness, tokens = f"{even['normalised_entropy']:.2f}", f"{even['effective_tokens']:.1f}"
     table.append(("uniform", *first, evenness, tokens, ratio, ""))
     legend = (
-        "entropy in nats; / ln n: entropy of the context part over its maximum; tokens: read in "
-        "effect, exp(entropy); recent/distant: last quarter of the context over the first, and the "
-        "median where it differs; uniform: what reading every token equally would show"
+        "/ ln n: entropy over its maximum; tokens: read in effect; recent/distant: last quarter "
+        "over first"
     )
     return "\n".join([title, *aligned(table), wrap(legend)])
 
@@ -76,23 +75,6 @@ def _ratio(summaries: Mapping[str, Summary]) -> tuple[str, str]:
     parted = abs(ratio.mean - ratio.median) > PARTED * min(ratio.mean, ratio.median)
     parted = parted and cap(ratio.mean) != cap(ratio.median)
     return f"{cap(ratio.mean)} ± {cap(ratio.std)}", cap(ratio.median) if parted else ""
-
-
-def pattern_table(metrics: Metrics) -> str:
-    """Which pattern holds in which layer, each with the figure that its rule looks at."""
-    table = [
-        ("", *PATTERNS),
-        ("figure", *(pattern.figure_name for pattern in PATTERNS.values())),
-        ("rule", *(pattern.rule_text for pattern in PATTERNS.values())),
-    ]
-    overall, *per_layer = scopes(metrics)
-    for scope in [*per_layer, overall] if len(per_layer) > 1 else per_layer:
-        cells = [
-            f"{'yes' if holds else 'no':>3} {f'{x:.0%}' if name == 'sparse' else cap(x):>7}"
-            for name, (x, holds) in verdicts(scope).items()
-        ]
-        table.append(("all" if scope.layer is None else f"layer {scope.layer}", *cells))
-    return "\n".join(["PATTERNS PER LAYER", *aligned(table)])
 
 
 def insight_blocks(insights: Sequence[Insight], metrics: Metrics) -> str:
@@ -122,16 +104,18 @@ def _insight_block(insights: Sequence[Insight]) -> str:
         if doubted := [i.layer for i in insights if i.by_rule_only]:
             where = "" if len(doubted) == len(insights) else f"in {listed(doubted)} "
             headline += f" ({where}by the absolute rule only)"
-    lines = [headline, f"   {first.advice}", wrap(first.meaning, "   ")]
+    lines = [headline, f"   {first.advice}"]
     for insight in insights:
         where = f"Layer {insight.layer}: " if len(insights) > 1 else ""
-        lines.append(wrap(f"{where}{insight.evidence}", "   📊 ", "      "))
-        if insight.caveat:
-            lines.append(wrap(insight.caveat, "   ⚠️  ", "      "))
-        if insight.effect:
-            lines.append(wrap(insight.effect, "   🧪 ", "      "))
-    ways = [*first.strategies, f"Example: {first.example}"]
-    lines += ["   Strategies:", *(wrap(way, "   - ", "     ") for way in ways)]
+        evidence = None if insight.by_rule_only else insight.evidence  # the caveat has the figures
+        said = {"📊": evidence, "⚠️ ": insight.caveat, "🧪": insight.effect}
+        for mark, text in said.items():
+            if text:
+                lines.append(wrap(f"{where}{text}", f"   {mark} ", "      "))
+                where = ""
+    if not all(insight.by_rule_only for insight in insights):
+        ways = f"Strategies: {'; '.join(first.strategies)}. Example: {first.example}"
+        lines.append(wrap(ways, "   ", "      "))
     return "\n".join(lines)
 
 

@@ -2,22 +2,10 @@
 
 from collections import OrderedDict
 
-import numpy as np
 import torch
-from plain_model import encoder_layer
 from torch import nn
 
 from historylens.agent import Agent
-
-
-def mean_map(model, history, sample):
-    """Attention `(T, T)` of one sample, mean over layers and heads, token by token in float64."""
-    tensors = {name: t.double().numpy() for name, t in model.state_dict().items()}
-    x, maps = model.embed(*history.inputs)[sample].detach().double().numpy(), []
-    for number in range(model.config.tf_n_layer):
-        x, weights = encoder_layer(tensors, number, x, model.config.tf_n_head)
-        maps.append(weights.mean(axis=0))
-    return np.mean(maps, axis=0)
 
 
 class ModelAgent(Agent):

@@ -16,6 +16,8 @@ def make_history(size=2, n=12, seed=0, horizon=4, window=3):
     rand = lambda *shape: torch.rand(*shape, generator=g)  # noqa: E731
     states = torch.randint(3, (size, n + 1, 2), generator=g)
     weights = (rand(size, n) * 4).round() / 4
+    more = generator(seed + 1)  # of what came later
+    heads = torch.rand(size, 2, 3, n, generator=more)
     return History(
         states=states[:, :-1],
         actions=torch.randint(3, (size, n), generator=g),
@@ -26,6 +28,9 @@ def make_history(size=2, n=12, seed=0, horizon=4, window=3):
         received=(rand(size, n) * 4).round(),
         last_rows=rand(size, min(window, n), n),
         query_attention=weights / weights.sum(1, keepdim=True).clamp(min=1),
+        head_attention=heads / heads.sum(-1, keepdim=True),
+        norm=torch.rand(size, n, generator=more),
+        contribution=torch.randn(size, n, generator=more),
         tasks=torch.arange(size) // 2,
     )
 

@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from agents import ModelAgent
+from agents import ModelAgent, Recorder
 from conftest import files_of, refused, sharp_model, write_checkpoint
-from levers import LeversAgent
+from levers import N_MAX, Levers, LeversAgent, rewarded_only
 
 from compare_compression import main
 from historylens import analysis, comparison
@@ -30,7 +30,7 @@ CHECKPOINT = Path("checkpoints/tiny/ckpt-30.pt")
 FIGS = Path("figs/compression")
 GOALS = [[0, 1], [2, 2], [4, 3]]
 SMALL = ["--strategies", "recent", "random", "top-k", "--budgets", "3", "6",
-         "--seeds", "2", "--episodes", "3"]  # fmt: skip
+         "--seeds", "2", "--episodes", "3", "--confirm", "0", "--device", "cpu"]  # fmt: skip
 ARMS = ["full", "empty", "other-task", "shuffled-rewards", "recent@3", "recent@6", "random@3",
         "random@6", "top-k@3", "top-k@6"]  # fmt: skip
 
@@ -102,7 +102,7 @@ def test_the_console_ends_in_one_recommendation_and_files_hold_every_return(done
 
 
 def test_a_stopped_comparison_goes_on_to_the_same_files(done, home, monkeypatch, capsys):
-    argv, out = [*SMALL, "--out", "out", "--device=cpu"], Path("out")
+    argv, out = [*SMALL, "--out", "out"], Path("out")
 
     def stop_at(n, sent, play=playing.play):
         def stopping(plays, arm, bar):
@@ -158,7 +158,7 @@ def test_what_is_not_chosen_is_quick_or_all_with_full(home, tiny_model, monkeypa
         return *stopped.value.args, capsys.readouterr().out
 
     monkeypatch.setattr(comparison, "play_arms", stop)
-    agent = ModelAgent(tiny_model, Environment(("a", "b"), 5, lambda numbers: None))
+    agent = ModelAgent(tiny_model, Environment(("a", "b"), 5, Levers))
     arms, _, said = planned()
     assert {n_keep for _, n_keep in arms} == {10, 11}
     assert "10, 11 of up to 11 transitions (the usual 20, 40 exceed" in said
@@ -219,6 +219,7 @@ def rewrite(env="darkroom", **changed):
     ("", "its test goals do not fit its room", lambda: rewrite(goals={"test": [[7, 7]]})),
     ("", "'darkroompermuted'", lambda: rewrite("darkroompermuted")),
     ("--strategies recent rewarded", "unknown strategy 'rewarded': did you mean", None),
+    ("--strategies head-0-9 --budgets 3", "a head in 0..1, got 'head-0-9'", None),
     ("--budgets 3 12", "expected --budgets in 1..11", None),
     ("--episodes 2 --budgets 10", "history shorter than the budget", None),
     ("--out file", "--out", Path("file").touch),
@@ -246,6 +247,33 @@ def test_a_flag_without_sense_is_an_error_that_names_it(capsys, argv):
     out, err = capsys.readouterr()
     assert out == ""
     assert argv.split()[0] in err.splitlines()[-1]
+
+
+def test_what_looks_at_what_the_model_does_not_show_is_left_out_and_alone_ends_in_a_line(
+    home, capsys
+):
+    agent = Recorder(N_MAX, rewarded_only)  # heads without a projection
+    agent.environment = LeversAgent().environment
+
+    def compared(*names, full=False):
+        sizes = {"budgets": [3, N_MAX], "seeds": 1, "episodes": 6, "confirm": 0}
+        compare(agent, CompareConfig(strategies=[*names] or None, full=full, **sizes))
+
+    reason = "tiny: expected heads side by side before a linear projection, as contributions take"
+    said = refused(lambda names: compared(*names), ["norm", "contribution"], capsys)
+    assert f"nothing is left to compare without norm, contribution: {reason}" in said
+    assert not FIGS.exists()
+    for _ in range(2):  # the second time all others are finished
+        compared(full=True)
+        out, err = capsys.readouterr()
+        assert err.count(f"note: without norm, contribution: {reason}") == err.count("note: ") == 1
+        assert out.count("\n=> ") == 1
+        played = {name.split("@")[0] for name in results_of(FIGS)["arms"]}
+        assert played >= {*WITH_BUDGET} - {"norm", "contribution"}
+        assert not played & {"norm", "contribution"}
+    compared("recent", "head-0-0")
+    assert "note" not in capsys.readouterr().err
+    assert "head-0-0" in {row["strategy"] for row in table_of(FIGS)}
 
 
 def test_the_most_promising_of_unsettled_arms_is_played_again_once(home, monkeypatch, capsys):

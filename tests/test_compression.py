@@ -10,19 +10,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from historylens.compression import METHODS, attention_pattern, compress_history, get_method
-from historylens.history import History
+from historylens.history import LOOKS, History
 
-STRATEGIES = [name for name, method in METHODS.items() if method.kind == "strategy"]
-COMPRESSING = [name for name, method in METHODS.items() if method.kind != "control"]
+EVERY = [*METHODS, "head-1-2"]
+STRATEGIES = [name for name in EVERY if METHODS[name].kind == "strategy"]
+COMPRESSING = [name for name in EVERY if METHODS[name].kind != "control"]
 DRAWN = ["random", "random-recent", "decay", "importance"]
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", EVERY)
 def test_each_says_what_it_does_and_looks_at_and_refuses_a_wrong_budget_and_what_lacks_it(name):
     method, history = METHODS[name], make_history(size=2, n=6)
     assert (method.name, method.source != "") == (name, True)
     assert f"{method.rule} ".find(". ") == len(method.rule) - 1
-    assert ("query_attention" in method.needs) == (method.looks_at == "query attention")
+    of_query = {"query_attention", "head_attention", "norm", "contribution"}
+    assert bool(of_query & {*method.needs}) == (method.looks_at == "query attention")
     for wrong in (-1, 2.5, "3", None):
         with pytest.raises(ValueError, match="n_keep as a whole number"):
             method.compress(history, wrong)
@@ -57,7 +59,7 @@ def test_strategies_keep_real_transitions_in_order_as_many_as_asked(name, data):
             assert torch.equal(part[b, shorter.n - count :], whole[b, kept])
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", EVERY)
 @pytest.mark.parametrize("make", [generator, np.random.default_rng])
 @settings(max_examples=4)
 @given(n=st.integers(0, 20), seed=st.integers(0, 2**31))
@@ -105,6 +107,25 @@ def test_an_unknown_method_is_named_with_the_nearest_known():
         get_method("recnt")
     with pytest.raises(ValueError, match="'other-task': There are: full, empty"):
         get_method("other-task")  # a control compresses nothing
+    for name in ("head-1", "head-1-", "head-1-3-4", "head--1-3", "head-a-b", "head-1.0-3"):
+        with pytest.raises(ValueError, match=f"unknown strategy '{name}'.*, and head-LAYER-HEAD$"):
+            get_method(name)
+        assert name not in METHODS
+
+
+def test_any_head_is_a_strategy_and_one_that_the_model_lacks_is_refused_in_a_line():
+    history = make_history(size=2, n=9)  # two layers of three heads
+    for layer, head in ((0, 2), (1, 0)):
+        method = get_method(f"head-{layer}-{head}")
+        assert (
+            method.rule == f"Keep the transitions that head {head} of layer {layer} attends most."
+        )
+        best = history.head_attention[:, layer, head].sort(descending=True).indices[:, :4]
+        assert torch.equal(method.compress(history, 4).kept, best.sort().values)
+    for name in ("head-2-0", "head-0-3", "head-10-10"):
+        words = rf"^expected a layer in 0\.\.1 and a head in 0\.\.2, got '{name}'$"
+        with pytest.raises(ValueError, match=words):
+            get_method(name).compress(history, 4)
 
 
 @pytest.mark.parametrize("n", [2, 3, 8, 500])
@@ -141,7 +162,7 @@ def test_compress_history_takes_any_method_by_name_for_any_k_and_n(history, k, n
     context = tuple(part[0] for part in history.inputs[:4])
     is_needed = name is None or "query_attention" in METHODS[name].needs  # else it may be unknown
     attention = history.query_attention[0] if is_needed else None
-    more = ("query_states", "episodes", "received", "last_rows")
+    more = ("query_states", "episodes", *{*LOOKS} - {"query_attention"})
     options = {field: getattr(history, field)[0] for field in more}
     options |= {"strategy": name, "generator": generator()}
     shorter = compress_history(*context, attention, k, **options)

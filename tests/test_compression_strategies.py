@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from historylens.compression import METHODS, clusters
 from historylens.compression.clusters import farthest_points, features, k_means, k_medoids
-from historylens.history import History
+from historylens.history import LOOKS, History
 
 STEPS = line(range(10))
 ATTENDED = line(range(10), query_attention=[0.02, 0.2, 0.1, 0.0, 0.15, 0.01, 0.2, 0.1, 0.0, 0.1])
@@ -102,14 +102,18 @@ def test_what_is_drawn_has_its_chance(name, n_keep, expected):
 def plain_keys(history, b, n_keep):
     """What each ranking strategy ranks by: a function of the index, for one decision."""
     n, n_recent = history.n, (n_keep + 1) // 2
-    attention, received, rewards, episodes, states, actions = (
+    attention, received, rewards, episodes, states, actions, norm, contribution = (
         getattr(history, name)[b].tolist()
-        for name in ("query_attention", "received", "rewards", "episodes", "states", "actions")
-    )
+        for name in ("query_attention", "received", "rewards", "episodes", "states", "actions",
+                     "norm", "contribution")
+    )  # fmt: skip
     query = history.query_states[b].tolist()
     visits = list(zip(states, actions, strict=True))
     return {
         "top-k": lambda i: attention[i],
+        "norm": lambda i: norm[i],
+        "contribution": lambda i: contribution[i],
+        "head-1-2": lambda i: float(history.head_attention[b, 1, 2, i]),
         "least-attended": lambda i: -attention[i],
         "rewarded-recent": lambda i: (i >= n - n_recent, rewards[i] > 0),
         "accumulated-recent": lambda i: (i >= n - n_recent, received[i]),
@@ -217,8 +221,7 @@ def test_merges_beside_a_plain_twin(name, history, data):
     assume(history.n > 1)
     n_keep = data.draw(st.integers(1, history.n - 1))
     short = METHODS[name].compress(history, n_keep)
-    unknown = {"query_attention", "received", "last_rows"}
-    assert known(short).keys() == known(history).keys() - unknown
+    assert known(short).keys() == known(history).keys() - LOOKS
     assert torch.equal(short.query_states, history.query_states)
     assert torch.equal(short.tasks, history.tasks)
     assert short.states.shape == (history.size, n_keep, 2)
@@ -254,7 +257,8 @@ def test_the_seed_decides_and_whatever_the_budget_the_shape_stays(name):
     )
     assert same(changed, again)
     assert not same(changed, other)
-    assert (changed.n, other.n, changed.kept, changed.query_attention) == (9, 9, None, None)
+    assert (changed.n, other.n, changed.kept) == (9, 9, None)
+    assert not known(changed).keys() & LOOKS
     with pytest.raises(ValueError, match="Generator"):
         METHODS[name].compress(history, 4)
 

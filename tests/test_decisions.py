@@ -119,7 +119,7 @@ def test_an_analysis_has_decisions_and_says_what_was_loaded(path):
     assert f"Checkpoint: {path} (the file asked for) Step: 5 gradient updates" in facts
     assert "Model: 2 layers x 2 heads, width 16, " in facts
     assert "Context length: 11 transitions, then the query token (12 tokens)" in facts
-    assert "(3 histories of 30 steps, 3 goals) Samples: 4 decisions of 3 goals" in facts
+    assert "(3 of 30 steps, 3 goals) Samples: 4 decisions of 3 goals" in facts
     names = ["checkpoint", "step", "histories", "n_transit", "n_heads", "rewarded_above"]
     assert list(agent.meta) == names
     assert tuple(agent.decisions[0].labels) == agent.label_columns

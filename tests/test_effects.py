@@ -10,7 +10,9 @@ from agents import Recorder
 from compression_cases import decisions_of, make_history
 from hypothesis import given
 from hypothesis import strategies as st
+from wired import copied
 
+from historylens.agent import run_heads
 from historylens.common.errors import UserError
 from historylens.compression import METHODS
 from historylens.effects import STANDARD, measure_effects
@@ -68,9 +70,18 @@ def whole():
     return effects()
 
 
+NOT_SHOWN = {"norm", "contribution"}  # by a model without a projection
+NO_SHARES = "tiny: expected heads side by side before a linear projection, as contributions take"
+NO_SHARES = {"norm and contribution": f"{NO_SHARES}, got none"}
+
+
 def test_effects_equal_decisions_made_one_by_one(whole):
     bare = [agent().history([b]) for b in range(6)]
-    histories = [replace(one, query_attention=attention(one).float()) for one in bare]
+    own = [attention(one).float() for one in bare]
+    histories = [
+        replace(one, query_attention=rows, head_attention=rows[:, None, None])
+        for one, rows in zip(bare, own, strict=True)
+    ]
     for name in set(whole.curves) - set(DRAWN):
         for effect in whole.curves[name]:
             shifts, flips, kept = [], [], []
@@ -120,9 +131,11 @@ def test_what_is_measured_besides_and_the_size_of_batches_change_no_number(whole
     part, other = (effects(patterns, seed=seed) for seed in (0, 1))
     for found, advised in ((part, patterns), (whole, PATTERNS), (effects([]), [])):
         measured = {name for pattern in advised for name in PATTERNS[pattern].measured}
-        assert set(found.curves) == {*STANDARD, *measured, "random"}
-    assert part.json["controls"] == whole.json["controls"]
-    assert part.faithfulness == whole.faithfulness
+        measured |= {*STANDARD, "random", "head-0-0"}
+        assert set(found.curves) == measured - NOT_SHOWN
+    for name in ("controls", "guide", "heads", "knockout"):
+        assert part.json[name] == whole.json[name] is not None
+    assert part.guide != other.guide
     for name, curve in part.curves.items():
         for a, b, c in zip(curve, whole.curves[name], other.curves[name], strict=True):
             assert (a.json(), *a.draws) == (b.json(), *b.draws)
@@ -182,8 +195,9 @@ def test_a_model_that_reads_its_history_somehow_is_judged(logits, unmoved_by):
     assert list(found.controls) == CONTROLS
     assert [name for name, one in found.controls.items() if one.kl_mean == 0] == unmoved_by
     assert not found.ignores_history
-    assert found.not_run == {"twins": "it has no weight matrices"}
-    for one in (one for name in STANDARD for one in found.curves[name] if logits is counting):
+    assert found.not_run == NO_SHARES | {"twins": "it has no weight matrices"}
+    curves = [found.curves[name] for name in STANDARD if name not in NOT_SHOWN]
+    for one in (one for curve in curves for one in curve if logits is counting):
         assert one.kl_mean == pytest.approx(one.random.kl_mean)  # no choice is better than another
 
 
@@ -191,7 +205,9 @@ def test_a_model_that_ignores_its_history_is_not_judged():
     found = effects(["recency"], logits=lambda history: one_hot(history.query_states[:, 0]))
     assert found.json["ignores_history"] is found.ignores_history is True
     assert found.json["strategies"] == {}
-    assert found.picture is found.faithfulness is found.json["faithfulness"] is None
+    assert found.curves_picture is found.heads_picture is None
+    for name in ("guide", "heads", "knockout"):
+        assert getattr(found, name) is found.json[name] is None
     words = "No compression can be judged: over 6 decisions the model ignores its history"
     for text in (found.line("recency"), found.text):
         assert words in " ".join(text.split())
@@ -240,10 +256,11 @@ def test_controls_that_cannot_be_run_say_why_and_the_empty_history_stands_in():
 def test_a_model_that_cannot_act_without_history_is_measured_all_the_same():
     found = effects(["sparse"], n=40, logits=at_least(1))  # no weight is above 0.1
     assert found.not_run.pop("twins") == "it has no weight matrices"
-    assert found.not_run == dict.fromkeys(("empty", "threshold"), "act() wants 1 transitions")
+    without = dict.fromkeys(("empty", "threshold"), "act() wants 1 transitions")
+    assert found.not_run == without | NO_SHARES
     assert "threshold: could not be run, act() wants 1 transitions." in found.text
     assert found.curves["recent"]
-    assert found.picture["empty"] is None
+    assert found.curves_picture["empty"] is None
 
 
 @pytest.mark.parametrize(
@@ -259,12 +276,27 @@ def test_why_nothing_could_be_measured_is_told_and_nothing_where_it_was_not_aske
     found = effects(["recency"], logits=at_least(20, error))
     assert " ".join(found.text.split()) == f"EFFECT OF DROPPING HISTORY: not measured, {reason}"
     assert found.json == {"not_measured": f"not measured, {reason}"}
-    assert found.picture is None
+    assert found.curves_picture is found.heads_picture is None
     assert found.attached([Told("recency")]) == [Told("recency")]
     unasked = effects(n_samples=0)
-    assert (unasked.text, unasked.json, unasked.picture) == ("", None, None)
+    assert (unasked.text, unasked.json, unasked.curves_picture) == ("", None, None)
     with pytest.raises(RuntimeError, match="act"):  # another error is none of the model's limits
         effects(logits=at_least(20, RuntimeError))
+
+
+def test_of_layers_whose_heads_cannot_be_told_apart_nothing_is_said(monkeypatch):
+    def first_alone(*args):
+        logits, seen = run_heads(*args)
+        return logits, {0: seen[0]}
+
+    monkeypatch.setattr("historylens.effects.heads.run_heads", first_alone)
+    both = measure_effects(copied(), [0, 1], [[0], [0]], [], 6, 0)
+    assert {one["layer"] for one in both.heads["heads"]} == {0}
+    assert "The heads of layer 1 cannot be told apart: left out." in both.text
+    second = measure_effects(copied(), [1], [[0]], [], 6, 0)
+    assert (second.heads, second.heads_picture) == (None, None)
+    assert "heads side by side" in second.not_run["heads"]
+    assert second.guide
 
 
 @pytest.mark.parametrize(
@@ -296,20 +328,24 @@ def test_the_line_of_an_insight_has_the_numbers_of_the_json(whole, pattern):
         next(s for s in whole.json["strategies"][one]["sizes"] if s["n_keep"] == n_keep)
         for one in (name, "random", "least-attended")
     )
-    low, high = random["flips_band"]
     text = whole.line(pattern)
     assert f"{n_keep}" in text.split(" of 24 transitions")[0]
     assert f"action in {own['flips']:.0%} of 6 decisions (KL {own['kl_mean']:.2f}" in text
-    assert f"{random['flips']:.0%} ({low:.0%} to {high:.0%} over 20 draws" in text
+    assert f"{n_keep} random ones: {random['flips']:.0%} (KL {random['kl_mean']:.2f})" in text
     assert f"the {n_keep} least attended: {worst['flips']:.0%}" in text
     assert whole.at(name, n_keep).verdict in text
 
 
-def test_the_line_names_all_that_is_advised_and_stands_at_the_last_insight_of_a_pattern(whole):
+def test_the_line_stands_at_the_last_insight_of_a_pattern_and_warns_of_what_was_copied(whole):
     assert "the 8 most attended of 24" in whole.line("focused")
-    for pattern, about in PATTERNS.items():
-        words = whole.line(pattern).replace(",", "").split()
-        assert {*about.measured} - {about.headline[0]} <= {*words}
+    for verdict in ("read by the query itself", "not needed", "read through other tokens"):
+        one = {"verdict": verdict, "all": {"kl": 0.5}, "query": {"kl": 0.25}}
+        told = replace(whole, knockout={"sets": {"older than 10": one}})
+        warning = (
+            "acts through newer tokens that have read it (KL 0.50 when no token can see it, 0.25"
+        )
+        assert (warning in told.line("recency")) == (verdict == "read through other tokens")
+        assert told.line("sparse") == whole.line("sparse")
     attached = whole.attached([Told("recency"), Told("sparse"), Told("recency")])
     assert attached[0].effect is None
     assert [one.effect for one in attached[1:]] == [whole.line("sparse"), whole.line("recency")]
@@ -329,17 +365,36 @@ def test_the_json_holds_all_that_the_picture_shows(whole):
             assert size.get("random") == (one.random.json() if has_own_size(name) else None)
         assert ("enough" in strategy) != has_own_size(name)
     picture = {"strategies": values["strategies"], "empty": values["controls"]["empty"]}
-    assert whole.picture == picture | {"n_context": 24, "worst": "least-attended"}
+    assert whole.curves_picture == picture | {"n_context": 24, "worst": "least-attended"}
+    assert whole.heads_picture == {"heads": values["heads"]["heads"], "n_decisions": 6}
 
 
 def test_the_table_fits_the_console_and_starts_with_the_least_harmful(whole):
     lines = whole.text.splitlines()
     assert max(map(len, lines)) <= 100
     curves = {n: curve for n, curve in whole.curves.items() if not has_own_size(n)}
-    rows = {line.split()[0]: line for line in lines[2 : 2 + len(curves)]}
-    assert set(rows) == set(curves)
-    harm = [np.mean([one.kl_reference for one in curves[name]]) for name in rows]
-    assert harm == sorted(harm)
-    cells = [cell.rstrip("+-") for cell in rows["recent"].split() if "%" in cell]
-    assert cells == [f"{one.flips:.0%}" for one in curves["recent"]]
+    harm = {n: np.mean([one.kl_reference for one in curve]) for n, curve in curves.items()}
+    least = sorted(harm, key=harm.get)  # of equal ones the first measured
+    best = [name for name in least if name not in ("random", "least-attended")][:5]
+    rows = {line.split()[0]: line for line in lines[2:9]}
+    assert [*rows] == [name for name in least if name in (*best, "random", "least-attended")]
+    assert lines[9].startswith(f"decisions whose action changes; 5 of {len(curves) - 2} methods; ")
+    for name, row in rows.items():
+        cells = [cell.rstrip("+-") for cell in row.split() if "%" in cell]
+        assert cells == [f"{one.flips:.0%}" for one in curves[name]]
     assert any(line.startswith("prune-low keeps ") for line in lines)
+    titles = [part.split()[0] for part in whole.text.split("\n\n")]
+    assert titles == ["EFFECT", "HOW", "WHICH", "READ"]
+
+
+def test_a_model_of_whole_numbers_is_measured_without_what_averages_states():
+    def whole(history):
+        if history.states.is_floating_point():
+            raise UserError("act() wants whole numbers")
+        return reading(history)
+
+    found = measure_effects(agent(logits=whole), [0], [[0]], [Told("uniform")], 6, 0)
+    assert found.not_run["centroids"] == "act() wants whole numbers"
+    assert "centroids" not in found.curves
+    assert {"even", "k-medoids", "random"} <= found.curves.keys()
+    assert "centroids: could not be run, act() wants whole numbers." in found.text

@@ -91,8 +91,9 @@ def test_any_kind_of_picture_may_fail_and_is_told_while_all_else_is_drawn_after_
         n_pictures = sum(name.endswith(".png") for name in found[out.name])
         assert f"\n{n_pictures} pictures in {out}/" in said.out
         assert ("deletion_curves.png" in said.out) == (out.name == "all")
-    assert there == [(True, {"0", "1"})] * 2 * (2 * 2 + 2 + 2)
-    assert lost.keys() == {"heatmap", "line_plot", "summary", "course", "deletion_curves"}
+    assert there == [(True, {"0", "1"})] * 2 * (2 * 2 + 2 + 3)
+    effects = {"deletion_curves", "head_effects"}
+    assert lost.keys() == {"heatmap", "line_plot", "summary", "course", *effects}
     names = {name for name in found["all"] if Path(name).name in lost.values()}
     left = {name: found["all"][name] for name in found["all"].keys() - names}
     assert found["some"] | {"metrics.json": left["metrics.json"]} == left  # it names its folder

@@ -323,7 +323,7 @@ def test_the_commands_run_as_a_user_of_that_code_runs_them(tiny_run, tmp_path, m
     goals = {(sample["goal_row"], sample["goal_col"]) for sample in found["samples"]}
     assert goals == {divmod(cell, 5) for cell in held_out(0, 0.9, 25)}
     assert [layer["layer"] for layer in found["layers"]] == [1]
-    assert "6 histories of 40 steps, 3 goals" in " ".join(capsys.readouterr().out.split())
+    assert "(6 of 40 steps, 3 goals)" in " ".join(capsys.readouterr().out.split())
     argv = ["--checkpoint", run, "--strategies", "recent", "--budgets", "4", "--seeds", "1"]
     compare_compression.main([*argv, "--episodes", "2"])
     results = (tmp_path / "figs/compression/results.json").read_text()

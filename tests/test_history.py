@@ -12,7 +12,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from historylens.agent import act_in_parts, rollout
-from historylens.history import Decision, History, HistoryBuffer, episode_ids
+from historylens.history import LOOKS, Decision, History, HistoryBuffer, episode_ids
 
 INDICES = torch.tensor([[-1, 2], [0, 5], [-1, -1], [-1, 4]])
 
@@ -46,12 +46,13 @@ def test_take_and_rows_choose_from_every_field():
     indices = torch.tensor([[0, 3], [2, 4]])
     shorter = history.take(indices)
     assert shorter.kept is indices
-    fields = known(history).keys() - ("last_rows", "query_states", "tasks")
-    assert len(fields) == 7  # of transitions
+    fields = known(history).keys() - ("last_rows", "head_attention", "query_states", "tasks")
+    assert len(fields) == 9  # of transitions
     for b, kept in enumerate(indices.tolist()):
         for name in fields:
             assert torch.equal(getattr(shorter, name)[b], getattr(history, name)[b, kept])
         assert torch.equal(shorter.last_rows[b], history.last_rows[b][:, kept])
+        assert torch.equal(shorter.head_attention[b], history.head_attention[b][..., kept])
     assert torch.equal(shorter.query_states, history.query_states)
     assert torch.equal(shorter.tasks, history.tasks)
     chosen = known(shorter.rows(torch.tensor([1, 0, 1])))
@@ -65,6 +66,10 @@ def test_the_latest_are_the_end_and_nothing_counts_as_left_out(history, n):
     else:
         taken = history.take(torch.arange(history.n - n, history.n).expand(history.size, -1))
         assert same(history.latest(n), replace(taken, kept=None))
+        heads = history.head_attention
+        assert torch.equal(history.latest(n).head_attention, heads[..., history.n - n :])
+        unlooked = known(history.unlooked()).keys()
+        assert unlooked == known(history).keys() - LOOKS
 
 
 def test_histories_that_keep_unequal_counts_are_split_fewest_first():
@@ -106,6 +111,8 @@ def test_acting_in_parts_reads_no_padding_and_keeps_the_order(max_tokens, monkey
     ("query_attention", torch.tensor([[-0.1] * 12] * 2), "query_attention after the softmax"),
     ("received", torch.tensor([[torch.nan] * 12] * 2), "received after the softmax"),
     ("last_rows", torch.tensor([[[torch.inf] * 12]] * 2), "last_rows after the softmax"),
+    ("head_attention", torch.full((2, 1, 1, 12), -0.1), "head_attention after the softmax"),
+    ("head_attention", torch.ones(2, 3, 12), r"of shape \(2, 3, 12, 12\)"),
 ])  # fmt: skip
 def test_what_does_not_fit_is_refused(field, value, words):
     with pytest.raises(ValueError, match=words):

@@ -60,9 +60,10 @@ def planted(tmp_path_factory):
 
 def test_keeping_rewards_loses_nothing_and_recency_loses_all(planted):
     strategies = planted["effects"]["strategies"]
-    assert (strategies["top-k"]["enough"], strategies["rewarded-recent"]["enough"]) == (1, 2)
+    found = ("top-k", "norm", "contribution", "head-0-0")
+    assert [strategies[name]["enough"] for name in (*found, "rewarded-recent")] == [1, 1, 1, 1, 2]
     sizes = {name: one["sizes"] for name, one in strategies.items()}
-    for size in sizes["top-k"] + sizes["rewarded-recent"][1:]:  # 1: the latest alone
+    for size in sum(map(sizes.get, found), sizes["rewarded-recent"][1:]):  # 1: the latest alone
         assert size["flips"] == 0
         assert size["kl_mean"] < 1e-4
     reaches = N - max(REWARDED)
@@ -93,15 +94,24 @@ def test_the_insight_says_that_its_advice_is_better_than_chance(planted):
     assert "Better than each of 20 random draws." in effect
 
 
-def test_attention_ranks_transitions_as_leaving_them_out_does(tmp_path):
+def test_the_guide_says_that_attention_leads_all_the_way_and_recency_nowhere(tmp_path, capsys):
     """With one rewarded transition, and it alone matters; attention falls on it alone."""
     metrics = analysed(tmp_path, model_of_rewards(), early_rewards(at=8))
-    found = metrics["effects"]["faithfulness"]
-    kl = np.array(found["leave_one_out"]["kl"])
-    assert (kl[:, 8] > 1).all()
-    assert (np.delete(kl, 8, axis=1) < 1e-4).all()
-    assert found["overall"] > 0.2
-    assert abs(found["recency"]) < 0.35
+    for question, least in (("keep", 0.999), ("drop", 0.85)):  # beside it four that nobody reads
+        places = [one for name, one in metrics["effects"]["guide"][question].items()
+                  if name != "budgets"]  # fmt: skip
+        assert len(places) == 2  # renumbered, and in place
+        for one in places:
+            share = {name: x["overall"]["share"] for name, x in one["readings"].items()}
+            for name in share.keys() - {"recency"}:
+                assert least <= share[name] <= 1
+            assert share["recency"] < 0  # the latest never hold it, random ones now and then
+    assert metrics["effects"]["heads"]["heads"][0]["role"]["name"] == "rewarded"
+    hidden = metrics["effects"]["knockout"]["sets"]["rewarded"]
+    assert (hidden["query"]["flips"], hidden["verdict"]) == (1, "read by the query itself")
+    said = " ".join(capsys.readouterr().out.split())
+    assert "Keeping the most attended transitions goes 100% of the way from random ones" in said
+    assert "attention knows more than recency." in said
 
 
 @pytest.mark.parametrize("seed", [None, 0, 1])

@@ -5,19 +5,20 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from agents import ModelAgent, Recorder, mean_map
+from agents import ModelAgent, Recorder
 from conftest import PlainRoom, sharp_model
 from hypothesis import given
 from hypothesis import strategies as st
+from test_look import plain_look
 
 from ad.acting import SlidingPolicy
 from ad.darkroom import DarkRoom
 from config import ModelConfig
-from historylens.agent import LOOKS, rollout
+from historylens.agent import rollout
 from historylens.common.errors import UserError
 from historylens.comparison.policy import POSITIONS, CompressedPolicy, original_positions
 from historylens.compression.method import METHODS
-from historylens.history import PADDING, History, HistoryBuffer
+from historylens.history import LOOKS, PADDING, History, HistoryBuffer
 
 HORIZON = 4
 GOALS = np.array([[1, 1], [0, 1]])
@@ -84,9 +85,8 @@ def plain_policy(model, goal, n_steps, noise, method, n_keep):
         parts = s.view(1, n, 2), a, r, s_next.view(1, n, 2)
         known = {"query_states": query, "episodes": episode}
         if looks:
-            maps = torch.from_numpy(mean_map(model, History(*parts, query), 0))[None]
-            known["query_attention"], known["received"] = maps[:, n, :n], maps[:, :n, :n].sum(1)
-            known["last_rows"] = maps[:, max(0, n - 8) : n, :n]
+            shown = plain_look(model, History(*parts, query), 0)
+            known |= {name: torch.from_numpy(values)[None] for name, values in shown.items()}
         shorter = method.compress(History(*parts, **known), n_keep)
         with torch.no_grad():
             all_logits.append(model(*shorter.inputs)[0])
@@ -100,7 +100,7 @@ def plain_policy(model, goal, n_steps, noise, method, n_keep):
 @pytest.mark.parametrize("name", [
     "full", "recent", "rewarded-recent", "even", "one-visit", "last-episodes", "best-episodes",
     "nearest", "diverse", "top-k", "threshold", "prune-low", "accumulated-recent", "pooled-votes",
-    "empty",
+    "norm", "contribution", "head-1-0", "empty",
 ])  # fmt: skip
 def test_rooms_together_act_as_each_alone_with_its_list_of_transitions(model, name):
     rewards, logits = play(policy_of(ModelAgent(model), name, 4), n_steps=11)
@@ -179,7 +179,7 @@ def test_a_control_changes_the_full_sliding_window_and_a_merge_makes_as_many_tok
         assert cost.tokens == np.mean([min(t, 2) + 1 for t in range(10)])
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", [*METHODS, "head-0-1"])
 def test_every_method_plays(model, name):
     for n_keep, positions in ((0, "reindexed"), (3, "original"), (3, "reindexed"), (7, "original")):
         policy = policy_of(ModelAgent(model), name, n_keep, np.random.default_rng(0), positions)

@@ -88,7 +88,7 @@ def test_console_output_fits_100_columns(n, slope):
     metrics = some_metrics(n, slope)
     effect = "dropping it changed the action in 3% of decisions; " * 3
     insights = [replace(insight, effect=effect) for insight in find_patterns(metrics)]
-    blocks = [f(metrics) for f in (report.layer_table, report.overall_block, report.pattern_table)]
+    blocks = [report.layer_table(metrics), report.overall_block(metrics)]
     blocks += [report.insight_blocks(insights, metrics), labelled({"Checkpoint": "long/run " * 22})]
     for line in "\n".join(blocks).splitlines():
         assert len(line) + len(re.findall("[💡📊🧪]", line)) <= 100, line  # emoji take two
@@ -104,14 +104,6 @@ def test_lines_are_aligned_and_numbers_and_layers_read_as_words():
     assert named == ["layer 2", "layers 0 and 1", "layers 0, 1 and 3"]
 
 
-def test_pattern_table_says_yes_exactly_where_the_rule_holds():
-    lines = report.pattern_table(measured(uniform(100), planted(100, [50]))).splitlines()
-    assert lines[3].split() == ["rule", ">", "2.0", ">", "2.0", "<", "1.5", ">", "50%"]
-    answers = {line[:7].strip(): re.findall("yes|no", line) for line in lines[4:]}
-    even, focused = ["no", "yes", "no", "no"], ["no", "no", "yes", "yes"]
-    assert answers == {"layer 0": even, "layer 1": focused, "all": even}
-
-
 def test_insight_block_has_headline_advice_and_caveat_and_no_pattern_is_said_and_explained():
     metrics = of_samples(planted(100, [99]))
     first, *others = find_patterns(metrics)
@@ -122,23 +114,32 @@ def test_insight_block_has_headline_advice_and_caveat_and_no_pattern_is_said_and
     assert advice == "   Consider compressing or removing distant history."
     assert "   🧪 Dropped: 2% of actions." in text
     assert text.count("💡 INSIGHT:") == 3
+    words = " ".join(text.split())
     for insight in (first, *others):
-        for strategy in insight.strategies:
-            assert f"   - {strategy}" in text
-        assert f"   - Example: {insight.example}" in text
-    text = blocks_of(of_samples(planted(100, range(40, 49))))
-    assert "⚠️  Entropy > 2.0 nats calls this uniform" in text
+        ways = "; ".join(insight.strategies)
+        assert f"📊 {insight.evidence} " in words
+        assert f" Strategies: {ways}. Example: {insight.example}" in words
     text = blocks_of(of_samples(uniform(8)))
     assert text.startswith("💡 INSIGHT: No single pattern")
     assert "ℹ️  Uniform attention cannot be recognised" in text
 
 
+def test_a_pattern_by_the_absolute_rule_only_has_its_caveat_and_no_evidence_and_no_strategies():
+    text = blocks_of(of_samples(planted(100, range(40, 49))))
+    assert "detected! (by the absolute rule only)\n" in text
+    assert "⚠️  Entropy > 2.0 nats calls this uniform" in text
+    assert "📊" not in text
+    assert "Strategies" not in text
+
+
 EVEN, ONE, ITSELF = uniform(100), planted(100, [50]), planted(100, [0], 0.0)
+DOUBTED, CERTAIN = "⚠️  Layer {}: The query keeps", "📊 Layer {}: The mean entropy"
 
 
 @pytest.mark.parametrize(("fourth", "sixth", "doubt"), [
     (ONE, ONE, ""),
     (ONE, ITSELF, " (in layer 6 by the absolute rule only)"),
+    (ITSELF, ONE, " (in layer 4 by the absolute rule only)"),
     (ITSELF, ITSELF, " (by the absolute rule only)"),
 ])  # fmt: skip
 def test_layers_with_the_same_difference_share_one_block(fourth, sixth, doubt):
@@ -146,7 +147,11 @@ def test_layers_with_the_same_difference_share_one_block(fourth, sixth, doubt):
     assert "WHERE LAYERS DIFFER FROM THE WHOLE" in text
     headline = f"💡 INSIGHT: Focused attention detected in layers 4 and 6!{doubt}\n"
     assert text.count(headline) == 1
-    assert text.count("Layer 4: The mean entropy") == text.count("Layer 6: The mean entropy") == 1
+    block = text.partition(headline)[2].partition("💡")[0]
+    for layer, rows in ((4, fourth), (6, sixth)):
+        said = [words.format(layer) in block for words in (DOUBTED, CERTAIN)]
+        assert said == [rows is ITSELF, rows is ONE]
+    assert ("Strategies: " in block) == (fourth is ONE or sixth is ONE)
 
 
 def written(path, **more):

@@ -83,12 +83,17 @@ def found_of(agent):
 
 def verdict(found):
     """All that must not depend on the temperature."""
-    order = [line.split()[0] for line in found.text.splitlines()[2 : 2 + len(found.curves)]]
+    order = [line.split()[0] for line in found.text.splitlines()[2:9] if found.curves]
     marks = {n: [one.against_random for one in curve] for n, curve in found.curves.items()}
     column = {name: enough(curve) for name, curve in found.curves.items()}
-    guide = found.faithfulness or {"overall_per_sample": [], "recency_per_sample": []}
-    ranks = [x for name in ("overall", "recency") for x in guide[f"{name}_per_sample"]]
-    return found.ignores_history, order, marks, column, pytest.approx(ranks, abs=0.02)
+    if found.ignores_history:
+        return True, found.guide, found.heads, found.knockout, []
+    heads, sets = found.heads["heads"], found.knockout["sets"]
+    guide = [found.guide[q]["renumbered"]["readings"] for q in ("keep", "drop")]
+    ranks = [x["overall"]["share"] for readings in guide for x in readings.values()]
+    ranks += [one[kind]["changed"] for one in heads for kind in ("mean", "other-task")]
+    said = [one["verdict"] for one in sets.values()], [one.get("role") for one in heads]
+    return False, order, marks, column, said, ranks
 
 
 MODELS = {
@@ -103,13 +108,17 @@ MODELS = {
 
 @pytest.mark.parametrize("name", MODELS)
 def test_verdict_order_marks_and_enough_are_the_same_at_every_temperature(name, monkeypatch):
-    monkeypatch.setattr("historylens.effects.faithfulness.MAX_LEFT_OUT_TOKENS", 1)  # costs most
+    monkeypatch.setattr("historylens.effects.guide.MAX_TOKENS_SETS", 5_000)  # costs most
+    monkeypatch.setattr("historylens.effects.heads.N_DECISIONS", 4)
+    for limit, n in (("N_DECISIONS", 4), ("N_DECISIONS_BY_LAYER", 2)):
+        monkeypatch.setattr(f"historylens.effects.knockout.{limit}", n)
     make, ignores = MODELS[name]
     *own, ranks = verdict(found_of(make()))
     assert own[0] == ignores
     for factor in TEMPERATURES:
         *others, close = verdict(found_of(times(make(), factor)))
-        assert (others, ranks.expected) == (own, close), factor
+        assert others == own, factor
+        assert close == pytest.approx(ranks, abs=0.02)
 
 
 @pytest.mark.parametrize("factor", [0.01, 1, 100])
@@ -248,9 +257,8 @@ def test_where_weights_cannot_be_shuffled_the_actions_alone_decide(logits, param
 def test_the_console_says_what_the_verdict_rests_on():
     texts = [" ".join(found_of(make()).text.split()) for make in (shipped, lambda: untrained(0))]
     about = "Of actions drawn at a reference temperature another task's history changes"
-    for text in texts:
-        assert about in text
-        assert "in 19 models with these weights shuffled" in text
-    assert ["untrained ones move as much" in text for text in texts] == [False, True]
+    for words in (about, "in 19 models with these weights shuffled", "untrained ones move as much"):
+        assert [words in text for text in texts] == [False, True]
+    assert "For comparison: no history at all" in texts[0]
     nothing = " ".join(found_of(planted(ignoring)).text.split())
     assert f"{about} 0%: 5% count as nothing, 30% without history." in nothing

@@ -22,8 +22,8 @@ from torch import nn
 
 import ad.agent
 import visualize_attention as module
-from historylens.analysis import job
 from historylens.common.errors import run_command
+from historylens.common.text import columns
 from historylens.effects.report import MeasuredEffects
 from historylens.pictures.painter import Painter
 from visualize_attention import main
@@ -37,6 +37,8 @@ from historylens.effects.report import MeasuredEffects
 MeasuredEffects.ignores_history = False
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
+EFFECTS = "deletion_curves.png", "head_effects.png"
+BLOCKS = "HOW FAR ATTENTION IS A GUIDE", "WHICH HEADS ACT", "READ DIRECTLY, OR COPIED BEFORE?"
 COLUMNS = [
     "sample", "goal_row", "goal_col", "history", "step", "stride", "layer", "head", "n_context",
     "mean_context_attention", "concentration", "entropy", "recent_distant_ratio",
@@ -70,15 +72,10 @@ def reads_its_history():
 
 @pytest.fixture(scope="module")
 def shown(tmp_path_factory, tiny_config):
-    """`visualize_attention.py` as a user runs it, but for size: what it left, printed and ran."""
+    """`visualize_attention.py` as a user runs it, but for size: what it left and printed."""
     folder = tmp_path_factory.mktemp("shown")
     make_run(folder / "checkpoints" / "tiny", tiny_config)
-    forward, load = nn.TransformerEncoderLayer.forward, ad.agent.load_checkpoint
-    runs, models = Counter(), []
-
-    def counted(layer, *args, **kwargs):
-        runs[layer] += 1
-        return forward(layer, *args, **kwargs)
+    load, models = ad.agent.load_checkpoint, []
 
     def loaded(*args):
         checkpoint = load(*args)
@@ -87,13 +84,11 @@ def shown(tmp_path_factory, tiny_config):
 
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as out:
         patch.chdir(folder)
-        patch.setattr(nn.TransformerEncoderLayer, "forward", counted)
         patch.setattr(ad.agent, "load_checkpoint", loaded)
         main(FLAGS)
     files = files_of(folder / "figs" / "attention")
-    numbers = json.loads(files["metrics.json"])
-    ran = {"stdout": out.getvalue(), "runs": runs, "models": models}
-    return SimpleNamespace(folder=folder, files=files, json=numbers, **ran)
+    ran = {"stdout": out.getvalue(), "model": models[0], "json": json.loads(files["metrics.json"])}
+    return SimpleNamespace(folder=folder, files=files, **ran)
 
 
 @pytest.fixture
@@ -121,9 +116,9 @@ def samples_of(*argv):
 
 
 def test_the_real_command_writes_the_documented_files_and_the_same_bytes_again(shown):
-    assert set(shown.files) == names_of(range(3), range(2), "deletion_curves.png")
+    assert set(shown.files) == names_of(range(3), range(2), *EFFECTS)
     drawn = [content for name, content in shown.files.items() if name.endswith(".png")]
-    assert len(drawn) == 2 * 3 * 2 + 2 + 2
+    assert len(drawn) == 2 * 3 * 2 + 2 + 3
     assert all(content.startswith(b"\x89PNG") for content in drawn)
     options = {"cwd": shown.folder, "capture_output": True, "encoding": "utf-8", "timeout": 300}
     done = subprocess.run([sys.executable, "-c", AGAIN], check=False, **options)
@@ -166,17 +161,25 @@ def test_json_and_csv_agree(shown):
             assert layer["over_samples"][name]["std"] == pytest.approx(np.std(per_sample))
 
 
-def test_each_layer_runs_once_to_be_measured_drawn_and_judged_and_no_hook_is_left(shown):
-    (model,) = shown.models
-    layers = list(model.transformer_encoder.layers)
-    assert [shown.runs[layer] for layer in layers] == [3, 3]
-    assert sum(shown.runs.values()) == 6
-    assert n_hooks(model) == 0
+def test_each_layer_runs_once_to_be_measured_and_once_to_be_drawn(home, monkeypatch):
+    forward, runs = nn.TransformerEncoderLayer.forward, Counter()
+
+    def counted(layer, *args, **kwargs):
+        runs[layer] += 1
+        return forward(layer, *args, **kwargs)
+
+    monkeypatch.setattr(nn.TransformerEncoderLayer, "forward", counted)
+    analysed("--num-samples", "3")
+    assert list(runs.values()) == [2, 2]
+
+
+def test_no_hook_is_left(shown):
+    assert n_hooks(shown.model) == 0
 
 
 def test_a_run_clears_what_an_earlier_one_drew_and_nothing_else(home):
     analysed("--num-samples", "3", "--num-effects", "1")
-    assert set(files_of(home / "out")) == names_of(range(3), range(2), "deletion_curves.png")
+    assert set(files_of(home / "out")) == names_of(range(3), range(2), *EFFECTS)
     foreign = ("notes.txt", "layer_0/mine.png", "layer_7/readme", "other/attention_lines_x.png")
     for name in foreign:
         (home / "out" / name).parent.mkdir(exist_ok=True)
@@ -191,7 +194,7 @@ def test_a_run_clears_what_an_earlier_one_drew_and_nothing_else(home):
 def test_console_and_json_say_what_was_analysed(shown):
     (line,) = [line for line in shown.stdout.splitlines() if line.startswith("Checkpoint:")]
     assert "checkpoints/tiny/ckpt-30.pt (the only run, highest step of 1)" in line
-    pictures = "16 pictures in figs/attention/"
+    pictures = "17 pictures in figs/attention/"
     for words in ("2 layers x 2 heads", "11 transitions", "3 decisions of 3 goals", pictures):
         assert words in shown.stdout
     meta = shown.json["meta"]
@@ -221,11 +224,25 @@ def test_every_pattern_is_printed_with_what_its_advice_does_and_effects_are_in_t
     assert {"recent", "even", "top-k", "random", "least-attended"} <= set(effects["strategies"])
     for pattern in patterns:
         assert any(pattern in effect["advised_by"] for effect in effects["strategies"].values())
-    assert [layer["layer"] for layer in effects["faithfulness"]["layers"]] == [0, 1]
     assert "EFFECT OF DROPPING HISTORY (3 decisions, 11 transitions each)" in shown.stdout
-    assert "HOW FAR ATTENTION IS A GUIDE" in shown.stdout
-    assert "deletion_curves.png shows the effect of dropping history" in shown.stdout
-    assert max(map(len, shown.stdout.splitlines())) <= 100
+    readings = effects["guide"]["keep"]["in place"]["readings"]
+    assert {"attention", "contribution", "recency"} <= readings.keys()
+    heads = [(one["layer"], one["head"]) for one in effects["heads"]["heads"]]
+    assert heads == [(layer, head) for layer in (0, 1) for head in (0, 1, "all")]
+    assert "older than 10" in effects["knockout"]["sets"]
+    assert ", ".join(["attention_layers.png", *EFFECTS]) in words
+
+
+def test_the_console_text_of_the_shipped_run_fits_a_screen_or_two(tmp_path, monkeypatch, capsys):
+    (tmp_path / "checkpoints").symlink_to(Path(module.__file__).parent / "checkpoints")
+    monkeypatch.chdir(tmp_path)
+    main(["--num-figures=0", "--device=cpu", "--num-samples=12", "--num-effects=12"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) <= 90
+    assert max(map(columns, lines)) <= 100
+    starts = "EFFECT OF DROPPING", *BLOCKS, "7 pictures in figs/attention/: "
+    places = [next(i for i, line in enumerate(lines) if line.startswith(s)) for s in starts]
+    assert places == sorted(places)
 
 
 def test_num_effects_bounds_the_decisions_that_effects_are_measured_on(home, capsys):
@@ -284,7 +301,7 @@ def test_layers_goals_histories_steps_and_stride_choose(home):
     assert found["meta"]["histories"] == "mine.npz"
 
 
-def test_num_figures_bounds_what_is_drawn_not_what_is_measured(home, monkeypatch):
+def test_num_figures_bounds_what_is_drawn_not_what_is_measured(home):
     found = analysed("--num-samples", "5", "--num-figures", "2")
     assert set(files_of(home / "out")) == names_of(range(2), range(2))
     assert len(found["samples"]) == 5
@@ -295,9 +312,8 @@ def test_num_figures_bounds_what_is_drawn_not_what_is_measured(home, monkeypatch
         assert few["per_sample"].keys() == no["per_sample"].keys()
         for name, values in few["per_sample"].items():
             assert values == pytest.approx(no["per_sample"][name], rel=1e-5)
-    monkeypatch.setattr(job, "MAX_FIGURES", 1)  # where the flag does not say
-    analysed("--num-samples", "5")
-    assert set(files_of(home / "out")) == names_of(range(1), range(2))
+    analysed("--num-samples", "12")  # ten where the flag does not say
+    assert set(files_of(home / "out")) == names_of(range(10), range(2))
 
 
 def test_dpi_scales_the_pictures(shown, tmp_path, monkeypatch):

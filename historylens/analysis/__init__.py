@@ -5,12 +5,13 @@
 
 From an agent and its decisions through one forward pass with capture to rows of attention, metrics,
 insights, effects and files: `metrics.json` and `metrics.csv` in the output folder. Then, whatever
-becomes of them, pictures: `layer_N/*.png`, `attention_layers.png`, `deletion_curves.png`.
+becomes of them, pictures: `layer_N/*.png`, `attention_layers.png`, `deletion_curves.png`,
+`head_effects.png`.
 """
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -26,7 +27,7 @@ from historylens.common.errors import expect, note, run_command
 from historylens.common.files import write_json
 from historylens.common.processes import join
 from historylens.common.settings import Settings, add_flags, from_flags, setting
-from historylens.common.text import labelled
+from historylens.common.text import labelled, wrap
 from historylens.effects import MeasuredEffects, measure_effects
 from historylens.insights import Insight, find_patterns
 from historylens.metrics import Metrics
@@ -40,12 +41,10 @@ class AnalysisConfig(Settings):
     adapter: str | None = setting(
         None, "Python file that says how to run a model of your own, see examples/", "FILE"
     )
-    num_samples: int = setting(10, "decisions to analyse", at_least=1)
-    num_figures: int | None = setting(
-        None, "decisions to draw (default: all, 50 at most)", at_least=0
-    )
+    num_samples: int = setting(64, "decisions to analyse", at_least=1)
+    num_figures: int = setting(10, "decisions to draw, the first of them", at_least=0)
     num_effects: int = setting(
-        10, "decisions on which the effect of dropping history is measured; 0: none", at_least=0
+        64, "decisions on which the effect of dropping history is measured; 0: none", at_least=0
     )
     layers: list[int] | None = setting(None, "layers to analyse, from 0 (default: all)")
     heads: list[int] | None = setting(
@@ -136,33 +135,32 @@ def run(argv: Sequence[str], parser: argparse.ArgumentParser, kind: type, load: 
 
 def analyse(job: Job) -> None:
     """Measure, write the numbers, then draw; rank 0 prints and writes."""
-    from historylens.pictures import CURVES, clear_pictures
+    from historylens.pictures import CURVES, HEADS, clear_pictures
 
     agent, config, group = job.agent, job.config, job.group
     metrics = Metrics(len(agent.decisions), job.layers, job.heads)
     measure(job, metrics)
     shown = measure_drawn(job, metrics)
-    metrics, parts, curves = metrics.gather(group), group.gather(shown), None
+    metrics, parts, extra = metrics.gather(group), group.gather(shown), {}
     if metrics is not None:
         insights = find_patterns(metrics)
         wanted, is_off = (config.num_effects, config.seed), not config.num_effects
         with tqdm(desc="effects", unit=" steps", file=sys.stderr, disable=is_off) as bar:
             effects = measure_effects(agent, job.layers, job.heads, insights, *wanted, bar)
-        insights, curves = effects.attached(insights), effects.picture
+        insights = effects.attached(insights)
+        extra = {CURVES: effects.curves_picture, HEADS: effects.heads_picture}
+        extra = {name: content for name, content in extra.items() if content is not None}
         print(f"\n{write_numbers(job, metrics, insights, effects, parts)}", flush=True)
         clear_pictures(job.out)
     group.barrier()  # from here on pictures are drawn, and may fail
-    n_drawn = group.gather(draw(job, metrics, shown.passes, curves))
+    n_drawn = group.gather(draw(job, metrics, shown.passes, extra))
     if n_drawn is not None:
-        has_curves = curves is not None and (job.out / CURVES).exists()
-        more = f",\n{CURVES} shows the effect of dropping history" if has_curves else ""
-        kinds = (
-            f"pictures in {job.out}/: layer_N/ has a heatmap and a line plot a sample and a "
-            f"summary,\nattention_layers.png compares the layers{more}."
-        )
-        nothing = f"No picture could be drawn in {job.out}/."
-        drawn = f"{sum(n_drawn)} {kinds}" if sum(n_drawn) else nothing
-        print(f"\n{drawn}\nAll numbers: metrics.json and metrics.csv there.")
+        more = [name for name in (CURVES, HEADS) if (job.out / name).exists()]
+        kinds = "a heatmap and a line plot a sample, a summary a layer"
+        kinds = ", ".join([kinds, "attention_layers.png", *more])
+        nothing = f"No picture could be drawn in {job.out}/"
+        drawn = f"{sum(n_drawn)} pictures in {job.out}/: {kinds}" if sum(n_drawn) else nothing
+        print("", wrap(f"{drawn}. All numbers: metrics.json, metrics.csv."), sep="\n")
 
 
 def measure(job: Job, metrics: Metrics) -> None:
@@ -204,17 +202,22 @@ def measure_drawn(job: Job, metrics: Metrics) -> Shown:
     return shown
 
 
-def draw(job: Job, metrics: Metrics | None, passes: Sequence[Pass], curves: Any) -> int:
+def draw(
+    job: Job, metrics: Metrics | None, passes: Sequence[Pass], extra: Mapping[str, Any]
+) -> int:
     """Draw this process's share, and with the metrics what compares samples; gives how many.
+
+    `extra` are contents of further pictures, by name.
 
     The passes are run once more: their maps, all at once, would not fit memory.
     """
-    from historylens.pictures import CURVES, draw_batch, draw_summaries, n_pictures
+    from historylens.pictures import CURVES, HEADS, draw_batch, draw_summaries, n_pictures
     from historylens.pictures.curveplot import deletion_curves
+    from historylens.pictures.headplot import head_effects
     from historylens.pictures.painter import Painter, drawing_processes
 
     out, dpi, n_heads = job.out, job.config.dpi, [*map(len, job.heads)]
-    n_own = n_pictures(len(job.group.share(job.n_drawn)), n_heads) + (curves is not None)
+    n_own = n_pictures(len(job.group.share(job.n_drawn)), n_heads) + len(extra)
     n_processes = drawing_processes(n_own) if job.group.size == 1 else 1
     kept = f"all numbers are in {out / 'metrics.json'}"
     progress = job.progress("pictures", n_own, " pictures")
@@ -223,8 +226,9 @@ def draw(job: Job, metrics: Metrics | None, passes: Sequence[Pass], curves: Any)
             draw_batch(out, batch, painter, dpi)
         if metrics is not None:
             draw_summaries(out, metrics, painter, dpi)
-        if curves is not None:
-            painter.draw(deletion_curves, out / CURVES, **curves, dpi=dpi)
+        for name, content in extra.items():
+            function = {CURVES: deletion_curves, HEADS: head_effects}[name]
+            painter.draw(function, out / name, **content, dpi=dpi)
     return painter.n_drawn
 
 
@@ -248,7 +252,6 @@ def write_numbers(
     write_json(job.out / "metrics.json", content | {"effects": effects.json})
     report.write_csv(job.out / "metrics.csv", metrics, agent.decisions, agent.label_columns)
     blocks = [report.layer_table(metrics), report.overall_block(metrics)]
-    blocks += [report.pattern_table(metrics)] if len(metrics.layers) > 1 else []
     blocks += [report.insight_blocks(insights, metrics), effects.text]
     return "\n\n".join(filter(None, blocks))
 

@@ -28,8 +28,6 @@ from historylens.history import Decision, History
 from historylens.metrics import Metrics
 from historylens.tokens import Tokens, sum_rows, uniform_rows
 
-MAX_FIGURES = 50  # samples drawn where --num-figures does not say
-
 
 @dataclass(frozen=True)
 class Job:
@@ -56,8 +54,7 @@ class Job:
         n_heads = [agent.n_heads[layer] for layer in layers]
         shared = _chosen("head", config.heads, min(n_heads))
         heads = [shared if config.heads else list(range(n)) for n in n_heads]
-        wanted = MAX_FIGURES if config.num_figures is None else config.num_figures
-        n_drawn = min(len(agent.decisions), wanted)
+        n_drawn = min(len(agent.decisions), config.num_figures)
         out = prepare_output(Path(config.out), layers)
         return cls(agent, config, group, layers, heads, n_drawn, out)
 

@@ -178,12 +178,12 @@ def wide(values: Tensor) -> Tensor:
 # The arguments of nn.functional.multi_head_attention_forward by name.
 _PARAMETERS = inspect.signature(functional.multi_head_attention_forward).parameters
 _DEFAULTS = [p.default for p in _PARAMETERS.values() if p.default is not p.empty]
-_MultiHead = namedtuple("_MultiHead", _PARAMETERS, defaults=_DEFAULTS)
+MultiHead = namedtuple("MultiHead", _PARAMETERS, defaults=_DEFAULTS)
 
 
 def read_multi_head(name: str, _n_heads: int | None, *args: Any, **kwargs: Any) -> Call:
     """What a call of `nn.functional.multi_head_attention_forward` attends with."""
-    given = _MultiHead(*args, **kwargs)
+    given = MultiHead(*args, **kwargs)
     if given.static_k is not None:
         raise CaptureError(
             f"{name} passes static_k to multi_head_attention_forward, which capture does not read; "
@@ -212,7 +212,7 @@ def _inputs(x: Tensor) -> Tensor:
     return x[None, None] if x.dim() == 2 else x.transpose(0, 1).unsqueeze(1)
 
 
-def _multi_head_mask(given: _MultiHead, n_samples: int) -> tuple[Mask, Tensor | None]:
+def _multi_head_mask(given: MultiHead, n_samples: int) -> tuple[Mask, Tensor | None]:
     """The mask that the function follows, not always the one it is given, and padded queries."""
     bias, keys, padded = given.attn_mask, given.key_padding_mask, None
     if given.is_causal and keys is None and not given.need_weights:
@@ -256,7 +256,7 @@ def read_sdpa(
     if query.shape[:-2] != key.shape[:-2] and not enable_gqa:
         leading = torch.broadcast_shapes(query.shape[:-2], key.shape[:-2])
         query, key = (x.expand(*leading, *x.shape[-2:]) for x in (query, key))
-    q, k = (_with_heads(name, x, n_heads, "queries") for x in (query, key))
+    q, k = (with_heads(name, x, n_heads, "queries") for x in (query, key))
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
     bias, n_keys, extra = attn_mask, key.shape[-2], None
     if bias is None:
@@ -264,7 +264,7 @@ def read_sdpa(
     if hasattr(bias, "_materialize"):  # torch.nn.attention.bias.CausalBias, slow to import
         bias, extra = bias._materialize(), (0, 0)  # keys beyond the queries are of a cache
     if bias.dim() > 2 and query.dim() != 4:
-        bias = _with_heads(name, bias.expand(*query.shape[:-1], n_keys), n_heads, "a mask")
+        bias = with_heads(name, bias.expand(*query.shape[:-1], n_keys), n_heads, "a mask")
     bias = bias[(None,) * (4 - bias.dim())].expand(-1, -1, -1, n_keys)
     mask = Mask((bias,), bias.dtype == torch.bool, is_causal)
     return Call(q, k, mask, scale, extra=extra)
@@ -272,7 +272,7 @@ def read_sdpa(
 
 def read_softmax(name: str, n_heads: int | None, scores: Tensor) -> Call:
     """Attention whose weights are a softmax of scores `(B, H, Tq, Tk)`, their mask included."""
-    return Call(_with_heads(name, scores, n_heads, "scores"), None)
+    return Call(with_heads(name, scores, n_heads, "scores"), None)
 
 
 def read_weights(
@@ -283,7 +283,7 @@ def read_weights(
     `mask` as for `scaled_dot_product_attention`; without it a query may see all, or all up to its
     own position where no weight lies behind that.
     """
-    weights = wide(_with_heads(name, weights.detach(), n_heads, "weights"))
+    weights = wide(with_heads(name, weights.detach(), n_heads, "weights"))
     if not (weights >= 0).all():
         raise CaptureError(f"{name}: expected attention weights of 0 or more, got some below 0")
     _, _, n_queries, n_keys = weights.shape
@@ -302,7 +302,7 @@ def scores_of(args: tuple, kwargs: dict[str, Any]) -> Tensor | None:
     return scores if isinstance(dim, int) and dim in (-1, scores.dim() - 1) else None
 
 
-def _with_heads(name: str, values: Tensor, n_heads: int | None, what: str) -> Tensor:
+def with_heads(name: str, values: Tensor, n_heads: int | None, what: str) -> Tensor:
     """`values` `(..., H, T, d)` with exactly 4 axes; further leading axes count as samples."""
     if values.dim() == 2:
         return values[None, None]

@@ -6,6 +6,7 @@ session.record
 """
 
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -42,7 +43,7 @@ _LEAVES = {
     "to", "type", "type_as", "float", "half", "bfloat16", "double", "contiguous", "clone", "detach",
     "view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "expand", "nan_to_num",
 }  # fmt: skip
-_PRODUCTS = {"matmul", "__matmul__", "bmm", "einsum", "baddbmm"}
+PRODUCTS = {"matmul", "__matmul__", "bmm", "einsum", "baddbmm"}
 _TURNS = {"__get__", "transpose", "permute", "swapaxes", "swapdims", "movedim"}  # no weights then
 
 
@@ -69,7 +70,7 @@ class Session(TorchFunctionMode):
 
     def __init__(self, roots: dict[str, nn.Module], options: Options) -> None:
         super().__init__()
-        self._roots, self._options = roots, options
+        self._roots, self.options = roots, options
         self._names = names_of(roots)
         known = nn.TransformerEncoderLayer.forward, nn.MultiheadAttention.forward
         attending = [x for module, x in self._names.items() if forward_of(module) in known]
@@ -151,7 +152,7 @@ class Session(TorchFunctionMode):
         caller = run
         if isinstance(run.module, nn.Softmax) and len(self.running) > 1:
             caller = self.running[-2]  # an nn.Softmax is a part of the attention around it
-        chosen = self._options.softmax
+        chosen = self.options.softmax
         is_named = any(matches(run.name, x) or matches(caller.name, x) for x in chosen)
         if is_named or (scores.dim() == 4 and self._is_attention(caller, scores)):
             self._take(caller, read_softmax, (scores,), {})
@@ -204,10 +205,10 @@ class Session(TorchFunctionMode):
         calls, self.newest = self.record.calls, name
         is_known, before = name in calls, self.seen(name)
         calls.setdefault(name, None)
-        if not self._options.chooses(name, list(calls).index(name)):
+        if not self.options.chooses(name, list(calls).index(name)):
             return
         with _plain_arithmetic():
-            call = reader(name, self._options.heads, *args, **kwargs)
+            call = reader(name, self.options.heads, *args, **kwargs)
             if is_known and not (before and before.continues(*call.shape[2:])):
                 raise CaptureError(
                     f"{name} ran twice inside one capture. Run the model once per `with "
@@ -217,7 +218,18 @@ class Session(TorchFunctionMode):
             if call.mask.key == self._mask.key:  # what is known of it counts for all layers
                 call.mask = self._mask
             self._mask = call.mask
-            calls[name] = before, self._options.attention(name, call, before)
+            calls[name] = before, self.options.attention(name, call, before)
+
+    def weights_in(self, args: tuple) -> tuple[str, torch.Size] | None:
+        """Layer and shape `(B, H, Tq, Tk)` of weights from a softmax that are among arguments."""
+        if not self._weights.data:
+            return None
+        held = [x for x in args if isinstance(x, Tensor) and x in self._weights]
+        return self._weights[held[0]][:2] if held else None
+
+    def replace_weights(self, old: Tensor, new: Tensor) -> None:
+        """Follow these weights from now on instead of those."""
+        self._weights[new] = self._weights[old]
 
     def _follow(self, kernel: str, args: tuple, output: Any) -> None:
         """Follow weights to the values: what they have become by then is the attention."""
@@ -225,13 +237,13 @@ class Session(TorchFunctionMode):
         if held is None or kernel in _TURNS:
             return
         told = self._weights[held]
-        if kernel in _PRODUCTS:
+        if kernel in PRODUCTS:
             if told.changed and (call := self.record.calls.get(told.name)):
                 with _plain_arithmetic():
                     weights = held.reshape(told.shape)
                     allowed = (weights != 0).any(-3, keepdim=True)
-                    read = read_weights(told.name, self._options.heads, weights, allowed)
-                    seen = self._options.attention(told.name, read, call[0])
+                    read = read_weights(told.name, self.options.heads, weights, allowed)
+                    seen = self.options.attention(told.name, read, call[0])
                     self.record.calls[told.name] = call[0], seen
         elif kernel == "__setitem__":
             self._weights[held] = told._replace(changed=True)
@@ -248,18 +260,18 @@ class Session(TorchFunctionMode):
     def check_complete(self) -> None:
         """Refuse a record that lacks a layer: it attended unseen, did not run, or is not there."""
         self.record.check_all_ran()
-        for name in filter(self._options.chooses, self._unread):
+        for name in filter(self.options.chooses, self._unread):
             raise CaptureError(
                 f"{name} is a {self._unread[name]} that ran, but its attention was not seen"
                 f"{self._way_out}, or choose the other layers: "
                 "capture(model, layers=[...])"
             )
         for call in filter(None, self.record.calls.values()):
-            self._options.check_complete(call[1])
+            self.options.check_complete(call[1])
         calls = list(enumerate(self.record.calls))
         missing = {
             layer
-            for layer in self._options.layers or ()
+            for layer in self.options.layers or ()
             if not any(matches(name, layer, number) for number, name in calls)
         }
         if missing:
@@ -281,11 +293,16 @@ class Session(TorchFunctionMode):
             )
 
 
-def _uncompiled() -> AbstractContextManager:
+@contextmanager
+def _uncompiled() -> Iterator[None]:
     """Compiled functions run as they were written, so that what they call is seen."""
     # Loaded where something was compiled; it is slow to import.
-    is_loaded = "torch._dynamo.eval_frame" in sys.modules
-    return torch.compiler.set_stance("force_eager") if is_loaded else nullcontext()
+    if "torch._dynamo.eval_frame" not in sys.modules:
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r"Using `torch\.compile\(module\)` when there")
+        yield
 
 
 def _plain_arithmetic() -> AbstractContextManager:

@@ -96,7 +96,7 @@ def make_parser(*more: type) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description="Run an Algorithm Distillation model on compressed history, in the "
         "environment, and say which strategy and budget lose nothing against full history.",
-        epilog=f"Strategies: {', '.join(WITH_BUDGET)}.",
+        epilog=f"Strategies: {', '.join(WITH_BUDGET)}, and head-LAYER-HEAD.",
     )
     add_flags(parser, *more, CompareConfig)
     return parser

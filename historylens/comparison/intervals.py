@@ -5,16 +5,21 @@ mean (IQM) over runs, with stratified bootstrap intervals. A goal is a stratum; 
 within each. Scores are `(G, R)`: `G` goals, `R` seeds (runs) of each.
 
     difference = Bootstrap(n_goals=8, n_seeds=16).mean(arm - full)      # Estimate(value, low, high)
-    verdict(difference, margin=0.05 * full.mean())                      # "safe"
+    at_risk = Collapses.of(arm, full).bound() * full.mean()             # reward an episode
+    verdict(difference, 0.05 * full.mean(), at_risk)                    # "safe"
 
 The plain bootstrap is too narrow for few seeds. Its deviations are therefore scaled by
 `sqrt(R / (R - 1))`, as a sample's variance is, and by Student's quantile over the normal one, with
 Satterthwaite's degrees of freedom: where one goal has all the noise, its seeds alone count. The
 interval of a mean also moves towards the longer tail, as Johnson 1978 moves the t interval.
 The intervals speak of the goals at hand and of new seeds, not of goals never tried.
+
+An arm that collapses in one run of ten may not have done so yet, and no resample shows it: how
+often it may has a bound of its own, `1 - 0.05 ** (1 / N)` without a collapse in `N` runs.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from statistics import NormalDist
@@ -29,6 +34,7 @@ N_RESAMPLES_IQM = 2_000  # these cost more
 TRIM = 0.25  # share of the runs that the IQM leaves out at either end
 MANY = 1000  # degrees of freedom from which Student's t counts as normal
 MAX_SKEWNESS = 0.5  # of a mean over runs: what is estimated beyond it is noise of few seeds
+COLLAPSE = 0.5  # a run has collapsed that loses more than this share of full history's return
 
 
 @dataclass(frozen=True)
@@ -143,14 +149,19 @@ def skew_shift(scores: np.ndarray, z: float) -> np.ndarray:
 
 @lru_cache(maxsize=4096)
 def student_quantile(p: float, freedom: int) -> float:
-    """Quantile of Student's t for `0.5 < p < 1`."""
+    """Quantile of Student's t, which is `sqrt(freedom) tan(angle)`, for `0.5 < p < 1`."""
     if freedom >= MANY:
         return NormalDist().inv_cdf(p)
-    low, high = 0.0, math.pi / 2  # t = sqrt(freedom) tan(angle)
+    angle = bisected(lambda angle: _student_cdf(angle, freedom) < p, 0.0, math.pi / 2)
+    return math.sqrt(freedom) * math.tan(angle)
+
+
+def bisected(is_below: Callable[[float], bool], low: float, high: float) -> float:
+    """Where, between `low` and `high`, what holds for smaller numbers ceases to hold."""
     for _ in range(60):
         middle = (low + high) / 2
-        low, high = (middle, high) if _student_cdf(middle, freedom) < p else (low, middle)
-    return math.sqrt(freedom) * math.tan(low)
+        low, high = (middle, high) if is_below(middle) else (low, middle)
+    return low
 
 
 def _student_cdf(angle: float, freedom: int) -> float:
@@ -166,20 +177,80 @@ def _student_cdf(angle: float, freedom: int) -> float:
     return 0.5 + inside / 2
 
 
-def verdict(difference: Estimate, margin: float) -> str:
+@dataclass(frozen=True)
+class Collapses:
+    """Runs in which one of a pair collapsed and the other did not, of `n_runs`."""
+
+    arm: int
+    full: int
+    n_runs: int
+
+    @classmethod
+    def of(cls, arm: np.ndarray, full: np.ndarray) -> "Collapses":
+        """Those of paired scores `(G, R)`: below half of what full history earns on the goal."""
+        usual = full.mean(axis=1, keepdims=True)
+        least = usual - COLLAPSE * np.abs(usual)
+        fails, full_fails = arm < least, full < least
+        return cls(int((fails > full_fails).sum()), int((full_fails > fails).sum()), arm.size)
+
+    def bound(self, n_compared: int = 1) -> float:
+        """The rate of collapses above which is ruled out, for one of `n_compared` arms.
+
+        Net of full history's own: the difference of the rates, and the root of the summed squares
+        of their errors (Newcombe 1998; Zou and Donner 2008); at least that of no collapse at all.
+        """
+        n, tail = self.n_runs, (1 - LEVEL) / n_compared
+        arm, full = self.arm / n, self.full / n
+        above = largest_rate(self.arm, n, tail) - arm
+        below = full - (1 - largest_rate(n - self.full, n, tail))
+        return max(arm - full + math.hypot(above, below), largest_rate(0, n, tail))
+
+    @property
+    def percent(self) -> str:
+        """The bound, rounded up."""
+        return f"{math.ceil(1000 * self.bound() - 1e-9) / 10:.3g}"
+
+    def text(self) -> str:
+        """`0, < 1.2%`; `13-12, < 4.5%` where full history alone collapsed in 12."""
+        return f"{self.arm}{f'-{self.full}' if self.full else ''}, < {self.percent}%"
+
+    def sentence(self) -> str:
+        """`no collapse in 256 runs: more than 1.2 % is ruled out (95 %)`."""
+        also = f", and {self.full} others of full history: net" if self.full else ":"
+        said = f"{self.arm} of {self.n_runs} runs collapsed{also}"
+        said = said if self.arm else f"no collapse in {self.n_runs} runs:"
+        return f"{said} more than {self.percent} % is ruled out ({100 * LEVEL:.0f} %)"
+
+
+@lru_cache(maxsize=4096)
+def largest_rate(n: int, n_runs: int, tail: float) -> float:
+    """Clopper and Pearson 1934: at a higher rate `n` or fewer of `n_runs` are rarer than `tail`."""
+
+    def is_likely(rate: float) -> bool:
+        log, total = n_runs * math.log1p(-rate), 0.0  # of P(none)
+        for k in range(n + 1):
+            total += math.exp(log)
+            log += math.log((n_runs - k) / (k + 1) * rate / (1 - rate))
+        return total > tail
+
+    return 1.0 if n == n_runs else bisected(is_likely, n / n_runs, 1.0)
+
+
+def verdict(difference: Estimate, margin: float, at_risk: float) -> str:
     """Judge an arm by its paired difference to full history, arm minus full.
 
     `better`: the interval lies above 0. `safe`: not better, and above `-margin`: whatever is lost
-    is less than the margin. `worse`: below `-margin`. Otherwise, and without an interval (one
-    seed), `inconclusive`. The lower end of a 95 % interval is passed by chance in 2.5 %. With a
-    margin of 0 (full history earns nothing) nothing is `safe`.
+    is less than the margin. `safe so far`: so, but `at_risk`, the reward that collapses not ruled
+    out may cost, exceeds margin and gain. `worse`: below `-margin`. Otherwise, and without an
+    interval (one seed), `inconclusive`. The lower end of a 95 % interval is passed by chance in
+    2.5 %. With a margin of 0 (full history earns nothing) nothing is `safe`.
     """
     if difference.is_open:
         return "inconclusive"
-    if difference.low > 0:
-        return "better"
     if difference.low > -margin:
-        return "safe"
+        if at_risk > max(margin, difference.low):
+            return "safe so far"
+        return "better" if difference.low > 0 else "safe"
     return "worse" if difference.high < -margin else "inconclusive"
 
 

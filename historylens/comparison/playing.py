@@ -20,18 +20,19 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from historylens.agent import Agent, rollout
+from historylens.agent import Agent, Unreadable, rollout
 from historylens.common.batches import MAX_ROOMS, even_parts
-from historylens.common.errors import UserError, expect
+from historylens.common.errors import UserError, expect, note
 from historylens.comparison.policy import CompressedPolicy
 from historylens.comparison.results import ResultsFile
 from historylens.comparison.study import EMPTY, FULL, RECENT, Arm, Result
-from historylens.compression.method import METHODS, get_method
+from historylens.compression.method import METHODS, Method, get_method
 
 CODE = (  # files here, beside the agent's, that returns depend on
     "agent.py", "history.py", "tokens.py", "capture/*.py", "compression/*.py",
     "comparison/playing.py", "comparison/policy.py",
 )  # fmt: skip
+MAY_LACK = {"norm", "contribution", "head_attention"}  # what not every model shows, or of each head
 
 
 @dataclass(frozen=True)
@@ -54,8 +55,9 @@ class Plays:
 def plan(plays: Plays, names: Sequence[str], budgets: Sequence[int]) -> list[Arm]:
     """The arms to play: full, empty and the controls, then each strategy at each budget.
 
-    With a single goal there is no other task, and that control is left out. UserError: an unknown
-    strategy, or a budget that the model or the history cannot serve.
+    With a single goal there is no other task, and that control is left out; so are strategies that
+    look at what the model does not show, and a note says so. UserError: an unknown strategy, none
+    that is left, or a budget that the model or the history cannot serve.
     """
     agent, environment = plays.agent, plays.agent.environment
     n_steps = plays.n_episodes * environment.horizon
@@ -77,8 +79,28 @@ def plan(plays: Plays, names: Sequence[str], budgets: Sequence[int]) -> list[Arm
     if len(environment.goals) == 1:
         controls.remove("other-task")
     arms = [Arm(name) for name in (FULL, EMPTY, *controls)]
-    names = [method.name for method in chosen if method.keeps not in ("all", "none")]
+    chosen = [method for method in chosen if method.keeps not in ("all", "none")]
+    hidden = unreadable(plays, chosen)
+    names = [method.name for method in chosen if method.name not in hidden]
+    if hidden:
+        said = f"without {', '.join(hidden)}: {next(iter(hidden.values()))}"
+        expect(names, f"nothing is left to compare {said}")
+        note(said)
     return arms + [Arm(name, budget) for name in names for budget in sorted(set(budgets))]
+
+
+def unreadable(plays: Plays, methods: Sequence[Method]) -> dict[str, str]:
+    """Those that look at what the model does not show, and why; UserError: a head it lacks."""
+    reasons, agent = {}, plays.agent
+    for method in methods:
+        if MAY_LACK & {*method.needs}:
+            policy = CompressedPolicy(agent, method, 1, torch.Generator().manual_seed(0))
+            room = agent.environment.make(np.zeros(1, dtype=np.int64))
+            try:
+                rollout(room, policy, 3, [np.random.default_rng(0)])
+            except Unreadable as error:
+                reasons[method.name] = str(error)
+    return reasons
 
 
 def played_as(plays: Plays, arm: Arm) -> Arm:

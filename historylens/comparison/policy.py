@@ -11,10 +11,10 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from historylens.agent import LOOKS, Agent, act_in_parts, look
+from historylens.agent import Agent, act_in_parts, look
 from historylens.common.errors import expect
 from historylens.compression.method import Generator, Method
-from historylens.history import PADDING, HistoryBuffer
+from historylens.history import LOOKS, PADDING, HistoryBuffer
 
 POSITIONS = {
     "reindexed": "kept transitions are numbered anew (reindexed)",

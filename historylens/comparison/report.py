@@ -13,7 +13,7 @@ from typing import Any
 from historylens.common.files import write_atomically
 from historylens.common.text import aligned, wrap
 from historylens.comparison.intervals import LEVEL, Estimate
-from historylens.comparison.study import Row, Study
+from historylens.comparison.study import OPEN, Row, Study
 
 UNITS = {
     "return": "reward an episode, mean over runs, second half of the episodes",
@@ -21,6 +21,9 @@ UNITS = {
     "part_of_best": "mean over runs of return / best possible return of the goal",
     "iqm_of_best": "the same, mean of the middle half of the runs",
     "difference": "reward an episode, arm minus full history, paired",
+    "collapsed": "of `runs`: the arm alone earned less than half of full history's mean there",
+    "full_collapsed": "of `runs`: full history alone did",
+    "collapse_bound": "share of runs above which collapses, net of full history's, are ruled out",
     "adaptation_loss": "reward an episode, full history minus arm, all episodes: the area between",
     "by_episode": "reward, mean over runs, of each in-context episode",
     "kept": "transitions kept, mean over decisions with more history than the budget",
@@ -32,28 +35,26 @@ UNITS = {
 
 def table(study: Study) -> str:
     """All arms, the highest return first, and what the columns mean."""
-    lines = [("strategy", "kept", "return [95 % CI]", "IQM", "difference to full", "verdict",
-              "area", "tokens", "ms")]  # fmt: skip
+    lines = [("strategy", "kept", "return", "difference to full", "verdict", "collapsed", "area",
+              "tokens")]  # fmt: skip
     for row in study.rows:
         difference, area = row.difference.text("+"), f"{row.adaptation_loss.value:+.2f}"
-        record = _record(row)
         lines.append((
             row.arm.key,
             "all" if row.arm.method.keeps == "all" else f"{row.kept:.1f}".removesuffix(".0"),
-            row.mean.text(),
-            f"{row.iqm.value:.2f}",
-            *((difference, row.verdict, area) if row.verdict else ("", "", "")),
+            f"{row.mean.value:.2f}",
+            *((difference, row.verdict, row.collapses.text(), area) if row.verdict else [""] * 4),
             f"{row.cost.tokens:.1f}",
-            f"{record['ms_selecting'] + record['ms_model']:.2f}",
         ))  # fmt: skip
     legend = (
-        "return, IQM: reward an episode over the second half of the episodes, mean and "
-        "interquartile mean over runs; difference: paired, with its 95 % interval; area: reward "
-        "an episode between full history and the arm over all episodes, positive where adapting "
-        "is slower; kept: mean, once there is more; tokens: read a decision, looking at attention "
-        "included; ms: a decision, selecting included, in batches"
+        "return: reward an episode over the second half of the episodes (intervals, interquartile "
+        "means, times: results.csv); difference: paired, with its 95 % interval; collapsed: of "
+        f"{study.full.collapses.n_runs} runs, those in which the arm alone earned less than half "
+        "of what full history earns on the goal, minus those of full history alone, and the rate "
+        "above which is ruled out; area: reward an episode lost on the way, over all episodes; "
+        "kept: mean, once there is more; tokens: read a decision, looking at attention included"
     )
-    return "\n".join(["COMPRESSED AGAINST FULL HISTORY", *aligned(lines, (0, 5)), wrap(legend)])
+    return "\n".join(["COMPRESSED AGAINST FULL HISTORY", *aligned(lines, (0, 4, 5)), wrap(legend)])
 
 
 def advice(study: Study, positions: str) -> str:
@@ -61,8 +62,9 @@ def advice(study: Study, positions: str) -> str:
     verdicts = (
         f"Margin, stated beforehand: {study.margin_share:.0%} of full history's return, "
         f"{study.margin:.2f} reward an episode. better: gains; safe: loses less than the margin; "
-        f"worse: loses more, each with its {LEVEL:.0%} interval; inconclusive: more seeds are "
-        f"needed. {positions[0].upper()}{positions[1:]}. {study.n_compared} arms are compared "
+        f"worse: loses more, each with its {LEVEL:.0%} interval; safe so far: better or safe, but "
+        "collapses that would cost the margin are not ruled out; inconclusive: neither. More seeds "
+        f"settle it. {positions[0].upper()}{positions[1:]}. {study.n_compared} arms are compared "
         "with full history, each at this level. Intervals hold for these goals and new seeds."
     )
     parts = [wrap(verdicts), wrap(recommendation(study), "=> ", "   ")]
@@ -88,15 +90,20 @@ def recommendation(study: Study) -> str:
     if not unsettled:
         return said
     row, n = unsettled[0], len(unsettled)
-    said += f" {n} {'is' if n == 1 else 'are'} inconclusive, the most promising {row.arm.key}: "
-    said += f"{row.difference.text('+')}."
+    said += f" {n} {'is' if n == 1 else 'are'} not settled, the most promising {row.arm.key}, "
+    said += f"{row.verdict}: {_evidence(row)}."
     if again is not None:
         said += f" Played again on {again.n_seeds} new seeds a goal it is {again.row.verdict}: "
-        said += f"{again.row.difference.text('+')}."
-    if again is None or again.row.verdict == "inconclusive":
+        said += f"{_evidence(again.row)}."
+    if again is None or again.row.verdict in OPEN:
         said += f" More runs may settle it: --strategies {row.arm.name} --budgets {row.arm.n_keep} "
         said += f"--seeds {4 * (again.n_seeds if again else 8)}, or --full."
     return said
+
+
+def _evidence(row: Row) -> str:
+    """What a verdict rests on."""
+    return f"{row.difference.text('+')}; {row.collapses.sentence()}"
 
 
 def _one_recommended(study: Study) -> str:
@@ -115,11 +122,11 @@ def _one_recommended(study: Study) -> str:
             f"{said} It was the most promising arm above, and was played again beside full "
             f"history, on {again.n_seeds} new seeds a goal: it earns {best.mean.text()} reward an "
             f"episode there, full history {full.mean.text()}; paired, {best.difference.text('+')}, "
-            f"with a margin of {margin:.2f}. It {reads}{slower}"
+            f"with a margin of {margin:.2f}; {best.collapses.sentence()}. It {reads}{slower}"
         )
     said += (
         f" It earns {best.mean.value:.2f} reward an episode, full history {full.mean.value:.2f}: "
-        f"{best.difference.text('+')}. It is the smallest budget with a verdict safe or better, "
+        f"{_evidence(best)}. It is the smallest budget with a verdict safe or better, "
         f"and {reads}"
     )
     rivals = [row for row in study.candidates if row.is_good and row is not best]
@@ -143,8 +150,11 @@ def _record(row: Row) -> dict[str, Any]:
     for name, estimate in estimates.items():
         value = estimate or Estimate(None)
         record |= {name: value.value, f"{name}_low": value.low, f"{name}_high": value.high}
-    cost, ms = row.cost, 1000 / max(1, row.cost.decisions)  # of seconds: milliseconds a decision
-    record |= {"tokens_per_decision": cost.tokens, "ms_selecting": cost.seconds_selecting * ms}
+    runs, cost = row.collapses, row.cost
+    record |= {"runs": runs.n_runs, "collapsed": runs.arm, "full_collapsed": runs.full}
+    ms = 1000 / max(1, cost.decisions)  # of seconds: milliseconds a decision
+    record |= {"collapse_bound": runs.bound(), "tokens_per_decision": cost.tokens}
+    record["ms_selecting"] = cost.seconds_selecting * ms
     return record | {"ms_model": cost.seconds_model * ms}
 
 

@@ -12,12 +12,14 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from historylens.comparison.intervals import Bootstrap, Estimate, late_scores, verdict
+from historylens.comparison.intervals import Bootstrap, Collapses, Estimate, late_scores, verdict
 from historylens.comparison.policy import Cost
 from historylens.compression.method import METHODS, Method
 
 FULL, EMPTY, RECENT = "full", "empty", "recent"
 GOOD = ("better", "safe")  # verdicts: shown to lose less than the margin
+SO_FAR = "safe so far"  # verdict: the same, but collapses that would cost it are not ruled out
+OPEN = (SO_FAR, "inconclusive")  # verdicts that more runs may settle
 Best = Sequence[float] | None  # G best possible returns an episode; parts of them where positive
 
 
@@ -68,7 +70,8 @@ class Row:
     part_of_best: Estimate | None  # mean of each run's part of its goal's best possible return
     iqm_of_best: Estimate | None  # None where that return is not known
     difference: Estimate  # paired, of the arm's return to full history's
-    verdict: str | None  # on that difference; None for full history itself
+    collapses: Collapses  # of the same runs
+    verdict: str | None  # on these two; None for full history itself
     adaptation_loss: Estimate  # full history minus arm, all episodes: the area between the curves
     by_episode: np.ndarray  # (E,), mean over runs
     cost: Cost
@@ -134,11 +137,12 @@ class Study:
 
     @property
     def unsettled(self) -> list[Row]:
-        """Where nothing is recommended, what saves tokens and is open, the most promising first."""
+        """Open arms that save tokens, with none recommended: safe so far by budget, then others."""
         if self.doubts or self.recommended is not None:
             return []
-        rows = [row for row in self.candidates if row.verdict == "inconclusive" and self.saves(row)]
-        return sorted(rows, key=lambda row: (-row.difference.value, row.cost.tokens, row.arm.key))
+        rows = [row for row in self.candidates if row.verdict in OPEN and self.saves(row)]
+        rows.sort(key=lambda row: (-row.difference.value, row.cost.tokens, row.arm.key))
+        return sorted(rows, key=lambda row: row.arm.n_keep if row.verdict == SO_FAR else np.inf)
 
 
 def judge(results: list[Result], margin_share: float, best: Best = None, seed: int = 0) -> Study:
@@ -160,7 +164,7 @@ def judge(results: list[Result], margin_share: float, best: Best = None, seed: i
         said = "Full history is not shown to earn more than an empty one"
         doubts.append(f"{said}: {gain.text('+')} reward an episode.")
     for row in rows:
-        if row.arm.method.kind == "control" and row.is_good:
+        if row.arm.method.kind == "control" and row.verdict in (*GOOD, SO_FAR):
             said = f"With the control {row.arm.name} it earns as much as with its own history"
             doubts.append(f"{said}: difference {row.difference.text('+')}.")
     baselines = (next(row for row in rows if row.arm == Arm(name)) for name in (FULL, EMPTY))
@@ -170,7 +174,8 @@ def judge(results: list[Result], margin_share: float, best: Best = None, seed: i
         return study
     chosen = min(able, key=lambda row: (row.arm.n_keep or 0, -row.mean.value, row.cost.tokens))
     difference = late_scores(returns[chosen.arm]) - late_scores(full)
-    corrected = verdict(bootstrap.mean(difference, study.n_compared), margin)
+    at_risk = chosen.collapses.bound(study.n_compared) * abs(study.full.mean.value)
+    corrected = verdict(bootstrap.mean(difference, study.n_compared), margin, at_risk)
     return replace(study, recommended=chosen, stands_corrected=corrected in GOOD)
 
 
@@ -191,7 +196,8 @@ def _compared(
 ) -> tuple[list[Row], float, Bootstrap]:
     """A row of each result, the margin, and the bootstrap that all intervals come from."""
     bootstrap, full_scores = Bootstrap(*full.shape[:2], seed), late_scores(full)
-    margin = margin_share * abs(float(full_scores.mean()))
+    level = abs(float(full_scores.mean()))
+    margin = margin_share * level
     has_best = best is not None and min(best) > 0
     (low, high), rows = earnable(results, best), []
     of_best = low, 1.0  # 0 is 0 of any return
@@ -199,6 +205,8 @@ def _compared(
         scores = late_scores(result.returns)
         parts = scores / np.asarray(best, dtype=np.float64)[:, None] if has_best else None
         difference = bootstrap.mean(scores - full_scores)
+        collapses = Collapses.of(scores, full_scores)
+        judged = verdict(difference, margin, collapses.bound() * level)
         row = Row(
             arm=result.arm,
             mean=bootstrap.mean(scores).within(low, high),
@@ -206,7 +214,8 @@ def _compared(
             part_of_best=bootstrap.mean(parts).within(*of_best) if has_best else None,
             iqm_of_best=bootstrap.iqm(parts).within(*of_best) if has_best else None,
             difference=difference,
-            verdict=None if result.arm == Arm(FULL) else verdict(difference, margin),
+            collapses=collapses,
+            verdict=None if result.arm == Arm(FULL) else judged,
             adaptation_loss=bootstrap.mean((full - result.returns).mean(axis=2)),
             by_episode=result.returns.mean(axis=(0, 1)),
             cost=result.cost,

@@ -10,6 +10,7 @@ history, never on one that was compressed before.
 
 import difflib
 import operator
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -18,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from historylens.common.errors import expect
 from historylens.history import PADDING, History
 
 Generator = torch.Generator | np.random.Generator
@@ -31,6 +33,9 @@ HOW_TO_KNOW = {
     "received": "what each transition receives from those after it, summed over them",
     "last_rows": "the attention rows of the last transitions",
     "query_attention": "the query's row of a forward pass over the whole history",
+    "head_attention": "the same of each layer and head",
+    "norm": "the same, weighed by what the heads add for each transition",
+    "contribution": "the same, weighed by how much of the layers' output is due to each transition",
     "query_states": "the states in which to act",
 }
 
@@ -79,13 +84,32 @@ class Method:
         return found if isinstance(found, History) else history.take(found)
 
 
-METHODS = {  # these two need no rule: compress() answers first
-    name: Method(name, "strategy", sentence, "baseline", "nothing", keeps)
+class Methods(dict[str, Method]):
+    """Methods by name. "head-1-3", for any numbers, keeps what head 3 of layer 1 attends most."""
+
+    def __missing__(self, name: str) -> Method:
+        if (numbers := re.fullmatch(r"head-(\d+)-(\d+)", name)) is None:
+            raise KeyError(name)
+        layer, head = map(int, numbers.groups())
+
+        def of_head(history: History, n_keep: int, generator: Generator | None) -> Tensor:
+            n_layers, n_heads = history.head_attention.shape[1:3]
+            expected = f"a layer in 0..{n_layers - 1} and a head in 0..{n_heads - 1}"
+            expect(layer < n_layers and head < n_heads, f"expected {expected}, got '{name}'")
+            return keep_best(n_keep, history.head_attention[:, layer, head])
+
+        rule = f"Keep the transitions that head {head} of layer {layer} attends most."
+        source, needs = "Gupta et al. 2021, arXiv 2106.06899, of one head", ("head_attention",)
+        return Method(name, "strategy", rule, source, "query attention", "n_keep", needs, of_head)
+
+
+METHODS = Methods(  # these two need no rule: compress() answers first
+    (name, Method(name, "strategy", sentence, "baseline", "nothing", keeps))
     for name, sentence, keeps in (
         ("full", "Keep the whole history, whatever is asked.", "all"),
         ("empty", "Keep nothing, whatever is asked.", "none"),
     )
-}
+)
 
 
 def enter(
@@ -93,7 +117,7 @@ def enter(
     keeps: Keeps = "n_keep", kind: Kind = "strategy",
 ) -> Callable[[Rule], Rule]:  # fmt: skip
     """Enter a rule in `METHODS`; the first paragraph of its docstring says what it does."""
-    needs = ("query_attention",) if looks_at == "query attention" else needs
+    needs = needs or (("query_attention",) if looks_at == "query attention" else ())
 
     def entered(rule: Rule) -> Rule:
         sentence = " ".join(rule.__doc__.split("\n\n")[0].split())
@@ -106,11 +130,13 @@ def enter(
 def get_method(name: str) -> Method:
     """Look up a strategy or a merge; the message of the ValueError has the names that there are."""
     known = {key: method for key, method in METHODS.items() if method.kind != "control"}
-    if name not in known:
+    try:
+        return known[name] if name in METHODS else METHODS[name]
+    except KeyError:
         close = difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean '{close[0]}'? " if close else ""
-        raise ValueError(f"unknown strategy '{name}': {hint}There are: {', '.join(known)}")
-    return known[name]
+        there = f"There are: {', '.join(known)}, and head-LAYER-HEAD"
+        raise ValueError(f"unknown strategy '{name}': {hint}{there}") from None
 
 
 def uniform(generator: Generator | None, shape: tuple[int, ...], device: torch.device) -> Tensor:

@@ -179,6 +179,20 @@ def top_k(history: History, n_keep: int, generator: Generator | None) -> Tensor:
     return keep_best(n_keep, history.query_attention)
 
 
+@enter("norm", "Kobayashi et al. 2020, arXiv 2004.10102 (norm of the weighted values)",
+       "query attention", "norm")  # fmt: skip
+def norm(history: History, n_keep: int, generator: Generator | None) -> Tensor:
+    """Keep the transitions for which the heads add the longest vectors to the query."""
+    return keep_best(n_keep, history.norm)
+
+
+@enter("contribution", "after Kobayashi et al. 2021, arXiv 2109.07152 (along the output)",
+       "query attention", "contribution")  # fmt: skip
+def contribution(history: History, n_keep: int, generator: Generator | None) -> Tensor:
+    """Keep the transitions to which most of what the heads add to the query is due."""
+    return keep_best(n_keep, history.contribution)
+
+
 @enter("top-30", "Goyal et al. 2020, arXiv 2001.08950 (PoWER-BERT)", "query attention",
        keeps="up to n_keep")  # fmt: skip
 def top_30(history: History, n_keep: int, generator: Generator | None) -> Tensor:
@@ -267,7 +281,7 @@ def other_task(history: History, n_keep: int, generator: Generator | None) -> Hi
     drawn = uniform(generator, (history.size, history.size), history.device)
     donors = history.rows(drawn.masked_fill(~differs, -1.0).argmax(dim=1))
     own = {"query_states": history.query_states, "tasks": history.tasks}
-    return replace(donors, **own, query_attention=None)
+    return replace(donors.unlooked(), **own)
 
 
 @enter("shuffled-rewards", "control; Min et al. 2022, arXiv 2202.12837", kind="control",
@@ -276,4 +290,4 @@ def shuffled_rewards(history: History, n_keep: int, generator: Generator | None)
     """Deal the rewards of each history out anew among its transitions."""
     drawn = uniform(generator, (history.size, history.n), history.device)
     shuffled = history.rewards.gather(1, drawn.argsort(dim=1))
-    return replace(history, rewards=shuffled, received=None, last_rows=None, query_attention=None)
+    return replace(history.unlooked(), rewards=shuffled)

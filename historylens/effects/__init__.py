@@ -1,4 +1,4 @@
-"""What dropping history does to the action, and how far attention foretells it.
+"""What dropping history does to the action, which heads act, and how far attention is a guide.
 
 effects = measure_effects(agent, [0, 1], [[0, 1], [0, 1]], insights, n_samples=10, seed=0)
 print(effects.text); content["effects"] = effects.json
@@ -11,16 +11,21 @@ import torch
 from tqdm import tqdm
 
 from historylens.agent import Agent
+from historylens.capture import CaptureError
 from historylens.common.batches import is_out_of_memory
 from historylens.common.errors import UserError
-from historylens.effects.faithfulness import affordable, measure_faithfulness
+from historylens.effects.guide import PLACES, QUESTIONS, best_head, measure_guide
+from historylens.effects.heads import measure_heads
+from historylens.effects.knockout import SETS, measure_knockout
 from historylens.effects.measure import Trial, budgets, has_own_size
 from historylens.effects.report import WORST, MeasuredEffects
 from historylens.effects.twins import moved_twins
 from historylens.insights import Insight
 from historylens.insights.patterns import PATTERNS
 
-STANDARD = ("recent", "even", "top-k", "rewarded-recent", WORST)  # whatever patterns advise
+N_TWIN_DECISIONS = 16  # at most
+# Whatever patterns advise.
+STANDARD = ("recent", "even", "top-k", "norm", "contribution", "rewarded-recent", WORST)
 
 
 @torch.inference_mode()
@@ -47,8 +52,10 @@ def measure_effects(
     try:
         trial = Trial(agent, n_samples, seed)
         n, samples = trial.n, trial.samples
+        if trial.history.norm is None:
+            names = [name for name in names if name not in ("norm", "contribution")]
         n_sizes = len(budgets(n)) + sum(map(has_own_size, names))
-        bar.total = 1 + n_sizes + len(affordable(len(samples), n))
+        bar.total = 1 + n_sizes + len(QUESTIONS) * len(PLACES) + len(layers) + len(SETS)
         controls = trial.controls()
         bar.update()
         about = (None, samples, n, seed, patterns, controls, trial.not_run, trial.beta)
@@ -57,9 +64,18 @@ def measure_effects(
             measured = replace(measured, twins=_twins(trial, measured.main_control))
         if measured.ignores_history:
             return measured
-        curves = trial.curves(names, bar)
-        guide = measure_faithfulness(trial, layers, heads, bar)
-        return replace(measured, curves=curves, faithfulness=guide)
+        guide = measure_guide(trial, layers, heads, bar)
+        names += [best_head(guide)] if best_head(guide) else []
+        found = {"guide": guide, "curves": trial.curves(names, bar)}
+        for name, measure in (
+            ("heads", lambda: measure_heads(trial, layers, heads, bar)),
+            ("knockout", lambda: measure_knockout(trial, layers, bar)),
+        ):
+            try:
+                found[name] = measure()
+            except (CaptureError, UserError) as error:  # heads that cannot be told apart
+                trial.not_run[name] = str(error)
+        return replace(measured, **found)
     except UserError as error:
         return MeasuredEffects(f"not measured, the model cannot be run on less history. {error}")
     except Exception as error:
@@ -71,8 +87,9 @@ def measure_effects(
 def _twins(trial: Trial, control: str) -> list[float]:
     """What a control does with the model's weights shuffled; nothing where that does not work."""
     try:
-        rows, other = trial.exchanged(control)
-        return moved_twins(trial.agent, trial.history.rows(rows), other, trial.seed)
+        some = trial.decisions(N_TWIN_DECISIONS)
+        rows, other = trial.exchanged(control, some)
+        return moved_twins(trial.agent, trial.history.rows(some[rows]), other, trial.seed)
     except Exception as error:  # a model may fail as it likes with weights that are not its own
         trial.not_run["twins"] = next(iter(str(error).splitlines()), type(error).__name__)
         return []

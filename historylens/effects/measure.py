@@ -10,7 +10,7 @@ Axes: `B` decisions, `n` transitions before each, `D` draws of what is random (e
 import math
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Self
 
 import numpy as np
@@ -18,14 +18,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from historylens.agent import Agent, act_in_parts, attend
+from historylens.agent import Agent, Unreadable, act_in_parts, look
 from historylens.common.batches import alike
 from historylens.common.errors import UserError, expect
 from historylens.compression import METHODS
 from historylens.compression.method import keep_where, uniform
 from historylens.compression.strategies import TOP_PERCENT
 from historylens.history import History
-from historylens.tokens import sum_rows
 
 N_DRAWS = 20  # of random transitions
 DRAWN = {"random": N_DRAWS, "decay": 5, "importance": 5}  # draws of what is drawn at random
@@ -33,6 +32,8 @@ BAND = (5, 95)  # percentiles of the draws
 ENOUGH, ENOUGH_FLIPS = 0.09, 0.25  # nats at the reference temperature, share of decisions
 ROUNDING = 1e-6  # of the largest: logits that differ by less are equal
 NOTHING = 1e-3  # nats: below, an action is as it was
+N_RESAMPLES = 2_000  # of the bootstrap over decisions
+UNMOVED = 0.05  # share of actions that change: as few count as none
 LARGEST = 0.6  # of the context: beyond, little is saved
 
 
@@ -128,6 +129,43 @@ class Effect:
         return {name: value for name, value in known.items() if value is not None}
 
 
+class Resampled:
+    """Bootstrap over `B` decisions, with the same draws for all that is measured on them."""
+
+    def __init__(self, n_decisions: int, generator: np.random.Generator) -> None:
+        even = np.full(n_decisions, 1 / n_decisions)
+        self._weights = generator.multinomial(n_decisions, even, N_RESAMPLES) / n_decisions
+
+    def interval(self, values: np.ndarray, per: np.ndarray | None = None) -> np.ndarray:
+        """Ends `(2, ...)` of the 95 % interval of the mean of `values (B, ...)`.
+
+        With `per` `(B, ...)`, of the ratio of both means; NaN where that is 0.
+        """
+        means = np.tensordot(self._weights, values, 1)
+        if per is not None:
+            per = np.tensordot(self._weights, per, 1)
+            means = np.divide(means, per, out=np.full_like(means, np.nan), where=per != 0)
+        return np.nanquantile(means, [0.025, 0.975], axis=0)
+
+
+def moved(full: Tensor, other: Tensor, resampled: Resampled, beta: float) -> dict[str, Any]:
+    """How far actions moved from logits `full` to `other` `(B, A)`, with intervals, plain values.
+
+    KL(full || other) in nats, flips, and the share of drawn actions that change at the reference
+    temperature, which `beta` gives.
+    """
+    measured = {
+        "kl": kl_divergence(full, other),
+        "flips": (full.argmax(-1) != other.argmax(-1)).double(),
+        "changed": action_changes(full, other, beta),
+    }
+    found = {}
+    for name, values in measured.items():
+        low, high = resampled.interval(values := values.cpu().numpy())
+        found |= {name: float(values.mean()), f"{name}_interval": [float(low), float(high)]}
+    return found
+
+
 def nats(value: float) -> str:
     """A divergence with the digits that matter."""
     if value < NOTHING:
@@ -221,12 +259,15 @@ class Trial:
         history = agent.history(self.samples).latest(agent.n_max)
         self.n, self.full = history.n, agent.act(history)  # (B, A) action logits
         self.beta = sharpness(self.full)
-        tokens, layers = agent.tokens(history), attend(agent, history)[1]
-        # Of the query to transitions: (B, H, n) float64 a layer.
-        self.attention = [sum_rows(layer.query_rows, tokens)[..., :-1] for layer in layers]
-        mean = np.mean([heads.mean(axis=1) for heads in self.attention], axis=0)  # (B, n)
-        known = torch.from_numpy(mean).float().to(history.device)
-        self.history = replace(history, query_attention=known)
+        self.history = look(agent, history, ("query_attention", "head_attention"))
+        try:
+            self.history = look(agent, self.history, ("norm", "contribution"))
+        except Unreadable as error:
+            self.not_run["norm and contribution"] = str(error)
+
+    def decisions(self, n_wanted: int) -> Tensor:
+        """Places `(R,)` of `n_wanted` of the decisions, evenly spaced; all where they are fewer."""
+        return torch.tensor(spread(len(self.samples), n_wanted), device=self.history.device)
 
     def controls(self) -> dict[str, Effect]:
         """What another history does to the actions, or none, where the model can run on it."""
@@ -242,12 +283,12 @@ class Trial:
         rows, changed = self.exchanged(name)
         return Effect.of(self.agent, self.full[rows], changed, changed.n, self.beta)
 
-    def exchanged(self, name: str) -> tuple[Tensor, History]:
+    def exchanged(self, name: str, some: Tensor | None = None) -> tuple[Tensor, History]:
         """The decisions that a control can show something of, and their histories under it.
 
-        UserError: there are none.
+        Of `some` of them (their places), by default all. UserError: there are none.
         """
-        history = self.history
+        history = self.history if some is None else self.history.rows(some)
         rows = torch.arange(history.size, device=history.device)
         if name == "shuffled-rewards":  # says nothing where all rewards are equal
             rows = rows[(history.rewards != history.rewards[:, :1]).any(dim=1)]
@@ -255,7 +296,7 @@ class Trial:
         elif name == "other-task":
             tasks = rows if history.tasks is None else history.tasks
             expect((tasks != tasks[0]).any(), "all decisions are of one task")
-        return rows, METHODS[name].compress(history.rows(rows), 0, self._generator(name))
+        return rows, METHODS[name].compress(history.rows(rows), 0, self.generator(name))
 
     def curves(self, names: Sequence[str], bar: tqdm) -> dict[str, list[Effect]]:
         """What methods, and "random" before them, do at `budgets(n)`, or at their own size.
@@ -265,10 +306,18 @@ class Trial:
         curves = {name: [] for name in ("random", *names) if not has_own_size(name)}
         for n_keep in budgets(self.n):
             random = None
-            for name, curve in curves.items():
+            for name in [*curves]:
                 history = self._drawn(DRAWN.get(name, 1))
-                shorter = METHODS[name].compress(history, n_keep, self._generator(name, n_keep))
-                curve.append(Effect.of(self.agent, self.full, shorter, n_keep, self.beta, random))
+                shorter = METHODS[name].compress(history, n_keep, self.generator(name, n_keep))
+                try:
+                    one = Effect.of(self.agent, self.full, shorter, n_keep, self.beta, random)
+                except UserError as error:  # means of states may be none that the model knows
+                    if METHODS[name].kind != "merge":
+                        raise
+                    self.not_run[name] = str(error)
+                    del curves[name]
+                else:
+                    curves[name].append(one)
                 random = curves["random"][-1]
             bar.update()
         for name in filter(has_own_size, names if self.n > 1 else ()):
@@ -282,13 +331,14 @@ class Trial:
     def _at_own_size(self, name: str) -> Effect:
         n_keep = self.n - 1
         shorter = METHODS[name].compress(self.history, n_keep)
-        history, generator = self._drawn(N_DRAWS), self._generator(f"random as {name}")
+        history, generator = self._drawn(N_DRAWS), self.generator(f"random as {name}")
         ranks = uniform(generator, history.rewards.shape, history.device).argsort(1).argsort(1)
         as_many = history.take(keep_where(ranks < shorter.counts.repeat(N_DRAWS)[:, None]))
         random = Effect.of(self.agent, self.full, as_many, n_keep, self.beta)
         return Effect.of(self.agent, self.full, shorter, n_keep, self.beta, random)
 
-    def _generator(self, name: str, n_keep: int = 0) -> np.random.Generator:
+    def generator(self, name: str, n_keep: int = 0) -> np.random.Generator:
+        """The random stream of something that is measured."""
         return np.random.default_rng((self.seed, zlib.crc32(name.encode()), n_keep))
 
     def _drawn(self, n_draws: int) -> History:

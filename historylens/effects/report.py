@@ -14,12 +14,22 @@ import numpy as np
 from historylens.common.text import aligned, counted, wrap
 from historylens.compression import METHODS
 from historylens.effects import measure
-from historylens.effects.faithfulness import faithfulness_text
-from historylens.effects.measure import ENOUGH, ENOUGH_FLIPS, Effect, budgets, has_own_size, nats
+from historylens.effects.guide import guide_text
+from historylens.effects.heads import heads_text
+from historylens.effects.knockout import copied, knockout_text
+from historylens.effects.measure import (
+    ENOUGH,
+    ENOUGH_FLIPS,
+    UNMOVED,
+    Effect,
+    budgets,
+    has_own_size,
+    nats,
+)
 from historylens.insights import Insight
 from historylens.insights.patterns import PATTERNS
 
-UNMOVED, UNMOVED_EMPTY = 0.05, 0.3  # share of actions that change; lack of tokens alone moves some
+UNMOVED_EMPTY = 0.3  # as UNMOVED, without history: lack of tokens alone moves some
 AS_CHANCE = 0.9  # of the flips of decisions drawn anew: as many are not nothing, whatever twins do
 WORST = "least-attended"
 PHRASES = {
@@ -35,7 +45,7 @@ CONTROL_WORDS = {
     "twins": "the model with its weights shuffled",
 }
 MARKS = {"better": "+", "alike": " ", "worse": "-", None: " "}
-CHANCE = {"better": "", "alike": ", not clearly better than random", "worse": ", worse than random"}
+N_SHOWN = 5  # methods on the console, beside random and the worst
 
 
 @dataclass(frozen=True)
@@ -53,7 +63,9 @@ class MeasuredEffects:
     # Method -> effects at `budgets(n)`, "random" among them; of one that keeps as many as it needs,
     # the one effect of that. Empty where the history is ignored.
     curves: Mapping[str, Sequence[Effect]] = field(default_factory=dict)
-    faithfulness: Mapping[str, Any] | None = None  # as `measure_faithfulness` gives it
+    guide: Mapping[str, Any] | None = None  # as `measure_guide` gives it
+    heads: Mapping[str, Any] | None = None  # as `measure_heads` gives it
+    knockout: Mapping[str, Any] | None = None  # as `measure_knockout` gives it
     n_actions: int = 2
     twins: Sequence[float] = ()  # `changed` by the main control in each; empty: none was run
 
@@ -141,16 +153,25 @@ class MeasuredEffects:
             "controls": {name: one.json() for name, one in self.controls.items()},
             "not_run": self.not_run,
             "strategies": self.strategies,
-            "faithfulness": self.faithfulness,
+            "guide": self.guide,
+            "heads": self.heads,
+            "knockout": self.knockout,
         }
 
     @property
-    def picture(self) -> dict[str, Any] | None:
+    def curves_picture(self) -> dict[str, Any] | None:
         """Arguments of `curveplot.deletion_curves`; None where there is nothing to draw."""
         if not self.curves.get("random"):
             return None
         empty = self.controls["empty"].json() if "empty" in self.controls else None
         return {"strategies": self.strategies, "empty": empty, "n_context": self.n, "worst": WORST}
+
+    @property
+    def heads_picture(self) -> dict[str, Any] | None:
+        """Arguments of `headplot.head_effects`; None where there is nothing to draw."""
+        if not self.heads or not self.heads["heads"]:
+            return None
+        return {"heads": self.heads["heads"], "n_decisions": len(self.heads["samples"])}
 
     def attached(self, insights: Sequence[Insight]) -> list[Insight]:
         """Insights with what their advice did: on the last one of each pattern, for all of it."""
@@ -170,18 +191,9 @@ class MeasuredEffects:
         effect = self.at(name, n_keep)
         if effect is None:
             return self._nothing(name)
-        others = []  # what else is advised, least harmful first
-        for other in PATTERNS[pattern].measured:
-            one = self.at(other, n_keep)
-            if other != name and one is not None:
-                kept = "" if one.n_keep == n_keep else f", keeping {one.kept},"
-                about = f"KL {nats(one.kl_mean)}{CHANCE[one.against_random]}"
-                others.append((one.kl_reference, f"{other}{kept} {one.flips:.0%} ({about})"))
         text = f"{self._beside_random(name, effect)}. {effect.verdict}"
-        if others:
-            listed = "; ".join(text for _, text in sorted(others))
-            text += f" Also advised, at {effect.kept}: {listed}."
-        return text
+        warning = copied(self.knockout) if pattern == "recency" else None
+        return text if warning is None else f"{text} {warning}"
 
     def at(self, name: str, n_keep: int) -> Effect | None:
         """A method's effect at a size, or at its own; None where it was not measured."""
@@ -190,13 +202,11 @@ class MeasuredEffects:
 
     def _beside_random(self, name: str, effect: Effect) -> str:
         random, kept, worst = effect.random, effect.kept, self.at(WORST, round(effect.kept_mean))
-        low, high = random.flips_band
         text = (
             f"Keeping {PHRASES[name].format(kept)} of {self.n} transitions changes the most "
             f"likely action in {effect.flips:.0%} of {counted(len(self.samples), 'decision')} "
             f"(KL {nats(effect.kl_mean)} nats, 95th percentile {nats(effect.kl_p95)}); {kept} "
-            f"random ones: {random.flips:.0%} ({low:.0%} to {high:.0%} over {len(random.draws)} "
-            f"draws, KL {nats(random.kl_mean)})"
+            f"random ones: {random}"
         )
         return text if worst is None else f"{text}; the {kept} least attended: {worst}"
 
@@ -242,13 +252,16 @@ class MeasuredEffects:
         else:
             lines += self._tables()
             if self.controls:
-                lines.append(wrap(f"For comparison: {self._proof}"))
+                said = "; ".join(f"{CONTROL_WORDS[k]} {one}" for k, one in self.controls.items())
+                lines.append(wrap(f"For comparison: {said}."))
         for name, reason in self.not_run.items():
             text = f"{CONTROL_WORDS.get(name, name)}: could not be run, {reason}."
             lines.append(wrap(text, "", "  "))
-        if self.faithfulness is not None:
-            lines += ["", faithfulness_text(self.faithfulness)]
-        return "\n".join(lines)
+        blocks = ["\n".join(lines)]
+        blocks += [guide_text(self.guide)] if self.guide else []
+        blocks += [heads_text(self.heads)] if self.heads else []
+        blocks += [knockout_text(self.knockout, self.n)] if self.knockout else []
+        return "\n\n".join(blocks)
 
     def _tables(self) -> list[str]:
         """Flips by transitions kept, a line a method, least harmful first; then own sizes."""
@@ -266,11 +279,13 @@ class MeasuredEffects:
         if not sizes:
             return own_sizes
         rows = [row for _, row in sorted(rows, key=itemgetter(0))]
+        others = [row for row in rows if row[0] not in ("random", WORST)]
+        shown = {row[0] for row in others[:N_SHOWN]} | {"random", WORST}
+        rows = [row for row in rows if row[0] in shown]
         legend = (
-            "decisions whose most likely action changes; + (-): the action distribution moves "
-            f"less (more), in KL, than with each of {measure.N_DRAWS} random draws; enough: fewest "
-            f"transitions from which on the KL stays within {ENOUGH} nats, and the changes within "
-            f"{ENOUGH_FLIPS:.0%}; both KL are at a reference temperature"
+            f"decisions whose action changes; {len(others[:N_SHOWN])} of {len(others)} methods; "
+            f"+ (-): KL below (above) {measure.N_DRAWS} random draws; enough: fewest from which on "
+            f"KL < {ENOUGH}, at a reference temperature, and changes < {ENOUGH_FLIPS:.0%}"
         )
         table = aligned([("kept", *map(str, sizes), "enough"), *rows], left=[0])
         return [*table, wrap(legend), *own_sizes]

@@ -82,7 +82,7 @@ def _recency(scope: Scope) -> Reading:
     evidence = (
         f"The median recent/distant ratio is {cap(median)} (mean {cap(mean)}), above "
         f"{RECENCY_RATIO}: the last quarter of the context holds {held:.0%} of the attention on "
-        f"history, where even reading would give it {even:.0%}."
+        f"history, evenly {even:.0%}."
     )
     measured = {"median_ratio": median, "mean_ratio": mean, "last_quarter_share": held}
     measured["threshold"] = RECENCY_RATIO

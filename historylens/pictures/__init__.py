@@ -3,7 +3,7 @@
     figs/attention/layer_N/attention_{heatmap,lines}_sampleI_layerN.png     (many heads: _page2 ...)
     figs/attention/layer_N/attention_summary_layerN.png
     figs/attention/attention_layers.png
-    figs/attention/deletion_curves.png
+    figs/attention/deletion_curves.png, head_effects.png
 
 A run leaves no picture of an earlier run among its own, and touches no other file.
 """
@@ -22,7 +22,7 @@ from historylens.pictures.order import SampleAttention
 from historylens.pictures.painter import Painter
 
 HEADS_A_PAGE = 16  # a heatmap has so many panels at most
-CURVES = "deletion_curves.png"
+CURVES, HEADS = "deletion_curves.png", "head_effects.png"
 
 
 def prepare_output(out: Path, layers: Sequence[int]) -> Path:
@@ -46,7 +46,7 @@ def clear_pictures(out: Path) -> None:
 
 
 def _stale_pictures(out: Path) -> list[Path]:
-    names = ("layer_*/attention_*.png", "attention_layers.png", CURVES)
+    names = ("layer_*/attention_*.png", "attention_layers.png", CURVES, HEADS)
     return [path for name in names for path in out.glob(name)]
 
 

@@ -134,7 +134,7 @@ def finding(study: Any) -> str:
     return (
         f"Recommended: {row.arm.name}{budget}: {row.mean.value:.2f} against "
         f"{full.mean.value:.2f}{where}, difference {row.difference.value:+.2f} "
-        f"[{low:+.2f}, {high:+.2f}] ({row.verdict})"
+        f"[{low:+.2f}, {high:+.2f}] ({row.verdict}); {row.collapses.sentence()}"
     )
 
 
@@ -242,7 +242,7 @@ def _explain_markers(figure: Figure, study: Any, share: float, has_chance: bool)
     """The legend of what is there, in boxes of `share` of the usual height."""
     has_intervals = not study.full.mean.is_open
     texts = [f"shown to lose less than {study.margin_share:.0%}"]
-    texts += ["of full history (safe or better)", "not shown: worse or inconclusive"]
+    texts += ["of full history (safe or better)", "not shown: all other verdicts"]
     texts += ["95 % interval over seeds"] if has_intervals else []
     texts += ["95 % interval of random choice"] if has_chance else []
     axes = figure.add_axes((0.735, 0.025 * share, 0.26, 0.145 * share))

@@ -1,0 +1,240 @@
+"""Heads told apart: what each gives, and what a model does when that, or what it reads, is another.
+
+    with heads(model) as seen:
+        model(*inputs)
+    seen["layers.0"].output                                           # (B, H, T, d)
+    with heads(model, change={"layers.0": torch.zeros_like}):         # without that layer's
+        model(*inputs)
+    with heads(model, hide={"layers.0": hidden}):                     # unseen keys, (B, Tq, Tk)
+        model(*inputs)
+
+It works where the heads' outputs lie side by side before a projection: in `nn.MultiheadAttention`,
+with `scaled_dot_product_attention`, and where weights from a softmax are multiplied with values.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from historylens.capture.inputs import (
+    MultiHead,
+    read_multi_head,
+    read_sdpa,
+    reader_of,
+    with_heads,
+)
+from historylens.capture.layers import roots_of
+from historylens.capture.record import Options
+from historylens.capture.session import PRODUCTS, Session
+
+_PROJECTIONS = {"linear": (0, 1, False), "addmm": (1, 2, True)}  # places of x and W; whether x @ W
+Change = Callable[[Tensor], Tensor]  # of what the heads of a layer give, (B, H, Tq, d)
+
+
+@dataclass(eq=False)
+class HeadOutput:
+    """What the heads of a layer read and gave. The layer's output is `projection` of all of them.
+
+    Attributes:
+        values: `(B, H, Tk, d)`, of which each head's output is the mean by its weights.
+        output: `(B, H, Tq, d)`, after any change.
+        query_rows: `(B, H, Tk)`, the query token's attention, before any change.
+        projection: `(D, H * d)`, the weight that heads side by side are multiplied with; None
+            where no linear map followed directly.
+    """
+
+    values: Tensor
+    output: Tensor
+    query_rows: Tensor
+    projection: Tensor | None = None
+
+    def added(self) -> Tensor:
+        """What the heads together add to the query token for each key: `(B, Tk, D)`.
+
+        `sum_h a_hj f_h(v_j)`, with the weights `a` of the query and `f` the projection; over all
+        keys it sums to the layer's output, its bias apart (Kobayashi et al. 2020, equation 3).
+        """
+        weighted = self.query_rows[..., None].to(self.values) * self.values  # (B, H, Tk, d)
+        return functional.linear(weighted.transpose(1, 2).flatten(2), self.projection)
+
+    def shares(self) -> tuple[Tensor, Tensor]:
+        """How much of what the heads add to the query token is due to each key, `(B, Tk)` each.
+
+        The norm of what is added for it (Kobayashi et al. 2020, arXiv 2004.10102), as a share of
+        the sum of these; and its part along the sum `y` of all, `<x_j, y> / <y, y>`, which adds up
+        to 1 and is negative where a key works against the rest (after Kobayashi et al. 2021, arXiv
+        2109.07152, without the residual stream and the normalisation behind it).
+        """
+        added = self.added().double()
+        whole, norms = added.sum(1, keepdim=True), added.norm(dim=-1)
+        along = (added * whole).sum(-1) / whole.square().sum(-1).clamp(min=1e-300)
+        return norms / norms.sum(-1, keepdim=True).clamp(min=1e-300), along
+
+
+class _Heads(Session):
+    """Follows attention on to the outputs of its heads, changes them, and hides keys."""
+
+    change: Mapping[str, Change]
+    hide: Mapping[str, Tensor]
+    heads: dict[str, HeadOutput]
+    follows_all: bool  # or only what is changed or hidden
+
+    def __torch_function__(
+        self, func: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        mixed = self.weights_in(args) if func.__name__ in PRODUCTS else None
+        if mixed is not None and not (self.follows_all or mixed[0] in self.change):
+            mixed = None
+        self.newest = ""
+        output = super().__torch_function__(func, types, args, kwargs)
+        if mixed is not None:
+            return self._of_product(*mixed, output, args)
+        name, reader = self.newest, reader_of(func)
+        if not name:
+            self._find_projection(func.__name__, args)
+        elif not (self.follows_all or name in self.change or name in self.hide):
+            return output
+        elif reader is read_sdpa:
+            return self._of_sdpa(name, output, *args, **(kwargs or {}))
+        elif reader is read_multi_head:
+            return self._of_multi_head(name, output, MultiHead(*args, **(kwargs or {})))
+        elif name in self.hide:  # a softmax: without them, the others share what they held
+            weights = output.masked_fill(self.hide[name][:, None], 0)
+            hidden = weights / weights.sum(-1, keepdim=True)
+            self.replace_weights(output, hidden)
+            return hidden
+        return output
+
+    def _of_product(self, name: str, shape: Sequence[int], output: Tensor, args: tuple) -> Tensor:
+        """Of weights that a softmax gave `(B, H, Tq, Tk)`, with values."""
+        values = args[-1]
+        fits = isinstance(values, Tensor) and output.dim() > 2
+        if not fits or output.shape[:-1].numel() != torch.Size(shape[:3]).numel():
+            return output
+        if output.shape[-2] != shape[2] or values.shape[-2] != shape[3]:
+            return output  # of other axes than (B, H, T, d)
+        values = values.reshape(shape[0], -1, *values.shape[-2:])
+        heads = self._follow_heads(name, values, output.reshape(*shape[:3], -1))
+        return heads.reshape(output.shape)
+
+    def _of_sdpa(self, name: str, output: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+        given = dict(zip(names, args, strict=False)) | kwargs
+        if name in self.hide:
+            hidden, n_axes = self.hide[name], given["query"].dim()
+            if n_axes == 3:
+                hidden = hidden.repeat_interleave(len(output) // len(hidden), 0)
+            hidden = hidden[:, None] if n_axes == 4 else hidden
+            mask = _added(given.get("attn_mask"), hidden, output.dtype, allows=True)
+            if given.get("is_causal"):
+                mask = mask.masked_fill(_ahead(hidden), -torch.inf)
+            given |= {"attn_mask": mask, "is_causal": False}
+            output = functional.scaled_dot_product_attention(**given)
+        n_heads = self.options.heads
+        heads = with_heads(name, output, n_heads, "outputs")
+        values = with_heads(name, given["value"], n_heads, "values")
+        return self._follow_heads(name, values, heads).reshape(output.shape)
+
+    def _of_multi_head(self, name: str, output: tuple, given: MultiHead) -> tuple:
+        attend, n_heads = functional.multi_head_attention_forward, given.num_heads
+        is_batch = given.query.dim() == 3  # (T, B, D)
+        if name in self.hide:
+            hidden = self.hide[name].repeat_interleave(n_heads, 0)  # (B * H, Tq, Tk)
+            is_bare = given.is_causal and given.key_padding_mask is None and not given.need_weights
+            added = None if is_bare else given.attn_mask
+            mask = _added(added, hidden, given.query.dtype, allows=False)
+            mask = mask.masked_fill(_ahead(hidden), -torch.inf) if is_bare else mask
+            given = given._replace(attn_mask=mask, is_causal=False)
+            output = attend(**given._asdict())
+        whole = torch.eye(given.embed_dim_to_check, dtype=output[0].dtype, device=output[0].device)
+        bare = given._replace(out_proj_weight=whole, out_proj_bias=None, need_weights=False)
+        inner = attend(**bare._asdict())[0]
+        inner = inner.reshape(len(given.query), -1, n_heads, len(whole) // n_heads)
+        weight, bias = given.v_proj_weight, given.in_proj_bias
+        weight = weight if given.use_separate_proj_weight else given.in_proj_weight.chunk(3)[2]
+        values = functional.linear(given.value, weight, None if bias is None else bias.chunk(3)[2])
+        values = values.reshape(len(values), -1, *inner.shape[2:]).permute(1, 2, 0, 3)
+        heads = self._follow_heads(name, values, inner.permute(1, 2, 0, 3), given.out_proj_weight)
+        if name not in self.change:
+            return output
+        joined = heads.permute(2, 0, 1, 3).flatten(2)  # (T, B, D)
+        joined = functional.linear(joined, given.out_proj_weight, given.out_proj_bias)
+        return (joined if is_batch else joined[:, 0], *output[1:])
+
+    def _follow_heads(
+        self, name: str, values: Tensor, output: Tensor, projection: Tensor | None = None
+    ) -> Tensor:
+        if name in self.change:
+            output = self.change[name](output).to(output.dtype)
+        values = values.repeat_interleave(output.shape[1] // values.shape[1], 1)
+        seen = self.seen(name)
+        values = values[:, :, seen.extra[0] : values.shape[2] - seen.extra[1]]  # those of tokens
+        parts = (values, output, seen.layer.query_rows, projection)
+        self.heads[name] = HeadOutput(*(x if x is None else x.detach() for x in parts))
+        return output
+
+    def _find_projection(self, kernel: str, args: tuple) -> None:
+        """Whether this multiplies the heads of the latest layer, side by side, with a weight."""
+        latest = next(reversed(self.heads.values()), None)
+        if kernel not in _PROJECTIONS or latest is None or latest.projection is not None:
+            return
+        at_x, at_weight, is_turned = _PROJECTIONS[kernel]
+        joined = latest.output.transpose(1, 2).flatten(2)  # (B, T, H * d)
+        x = args[at_x] if len(args) > at_weight else None
+        if x is None or x.numel() != joined.numel() or x.shape[-1] != joined.shape[-1]:
+            return
+        if torch.equal(x.reshape(joined.shape), joined):
+            weight = args[at_weight].detach()
+            latest.projection = weight.T if is_turned else weight
+
+
+def _ahead(hidden: Tensor) -> Tensor:
+    """`(Tq, Tk)` bool, keys that a causal mask forbids."""
+    return torch.ones(hidden.shape[-2:], dtype=torch.bool, device=hidden.device).triu(1)
+
+
+def _added(mask: Tensor | None, hidden: Tensor, dtype: torch.dtype, allows: bool) -> Tensor:
+    """A mask, of which a bool `allows` or forbids, and what is hidden, as a float to add."""
+    added = torch.zeros((), dtype=dtype, device=hidden.device)
+    if mask is not None and mask.dtype == torch.bool:
+        added = added.masked_fill(~mask if allows else mask, -torch.inf)
+    elif mask is not None:
+        added = mask.to(dtype)
+    shape = torch.broadcast_shapes(added.shape, hidden.shape)
+    return added.expand(shape).masked_fill(hidden, -torch.inf)
+
+
+@contextmanager
+def heads(
+    model: nn.Module,
+    *,
+    change: Mapping[str, Change] | None = None,
+    hide: Mapping[str, Tensor] | None = None,
+    **options: Any,
+) -> Iterator[dict[str, HeadOutput]]:
+    """A block in which the heads of a model are told apart; filled, by layer, as they run.
+
+    Args:
+        model: what runs inside.
+        change: by the name of a layer, what its heads are to give instead of `(B, H, Tq, d)`.
+        hide: by the name of a layer, keys that queries are not to see, `(B, Tq, Tk)` bool, beside
+            those that its own mask forbids. Each query has to see one.
+        options: those of `capture` that say what is attention, and which token is the query.
+
+    Yields:
+        Name of a layer -> `HeadOutput`: of all where nothing is changed or hidden, else of these.
+        A layer whose heads cannot be told apart is missing, and nothing is changed there.
+    """
+    changed = {**(change or {}), **(hide or {})}
+    if changed and not any("#" in name for name in changed):
+        options = options | {"layers": [*changed]}  # nothing need be read of the others
+    session = _Heads(roots_of(model), Options(received=False, **options))
+    session.change, session.hide, session.heads = change or {}, hide or {}, {}
+    session.follows_all = not session.change and not session.hide
+    with session.attached():
+        yield session.heads

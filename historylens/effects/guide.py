@@ -1,0 +1,233 @@
+"""How far attention is a guide to what matters: keep, or drop, what a reading of it ranks highest.
+
+    guide = measure_guide(trial, layers=[0, 1], heads=[[0, 1, 2, 3]] * 2, bar=tqdm())
+    print(guide_text(guide)); guide["keep"]["renumbered"]["readings"]["attention"]["overall"]
+
+*Sufficiency*: how little the action distribution moves when only the `k` highest are kept.
+*Comprehensiveness*: how far it moves when they are dropped (DeYoung et al. 2020, arXiv 1911.03429).
+Both as a share of the way from random sets (0) to the best set found (1). Of one of many equal
+transitions, leaving it out alone shows nothing: that is why sets are kept or dropped.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from tqdm import tqdm
+
+from historylens.agent import Agent, act_in_parts, attend
+from historylens.common.batches import MAX_WEIGHTS
+from historylens.common.text import aligned, counted, wrap
+from historylens.compression.method import keep_best, keep_where, uniform
+from historylens.effects.measure import NOTHING, Resampled, Trial, budgets, kl_divergence
+from historylens.history import History
+from historylens.tokens import sum_rows
+
+N_SETS = {"keep": 15, "drop": 10}  # random sets a decision and budget
+MAX_TOKENS_SETS = 75_000  # tokens run for one question: as many decisions as that allows
+PLACES = {"renumbered": False, "in place": True}
+LARGEST_SHARE = 5  # budgets go up to one transition in so many
+QUESTIONS = {"keep": "keep highest", "drop": "drop them"}
+
+
+def readings(trial: Trial, layers: Sequence[int], heads: Sequence[Sequence[int]]) -> dict:
+    """Scores `(B, n)` float64 by name, of what a look at attention ranks transitions by."""
+    history = trial.history
+    main = {"attention": history.query_attention, "norm": history.norm}
+    main |= {"contribution": history.contribution, "rollout": rollout(trial.agent, history)}
+    main |= {"recency": torch.arange(history.n, device=history.device).expand(history.size, -1)}
+    for layer, own in zip(layers, heads, strict=True):
+        by_head = history.head_attention[:, layer, list(own)]
+        main[f"layer {layer}"] = by_head.mean(1)
+        main |= {f"layer {layer} head {h}": by_head[:, i] for i, h in enumerate(own)}
+    return {name: scores.double() for name, scores in main.items() if scores is not None}
+
+
+def rollout(agent: Agent, history: History) -> Tensor | None:
+    """Attention rollout of the query `(B, n)` (Abnar and Zuidema 2020, arXiv 2005.00928).
+
+    Row of the query in the product of all layers' `(A + I) / 2`, `A` the mean over heads. None:
+    whole maps are too large, or of other tokens than the model's.
+    """
+    tokens = agent.tokens(history)
+    size, n_tokens = history.size, len(tokens[0])
+    if n_tokens**2 * sum(agent.n_heads) * size > MAX_WEIGHTS:
+        return None
+    _, attention = attend(agent, history, maps=range(size), map_size=max(8, n_tokens))
+    rows = torch.zeros(size, n_tokens, dtype=torch.float64)
+    rows[torch.arange(size), torch.tensor([one.decides for one in tokens])] = 1
+    for layer in reversed(attention):
+        weights = layer.maps.nan_to_num().double().mean(1)  # (B, T, T)
+        rows = (rows + (rows[:, None] @ weights)[:, 0]) / 2
+    return torch.from_numpy(sum_rows(rows[:, None].numpy(), tokens)[:, 0, :-1]).to(history.device)
+
+
+def measure_guide(
+    trial: Trial, layers: Sequence[int], heads: Sequence[Sequence[int]], bar: tqdm
+) -> dict[str, Any] | None:
+    """Both questions for each reading, as plain values; `bar` moves on by 1 a question and place.
+
+    With positions renumbered, and where the model can be told positions also with each transition
+    left in its place. Of single layers and heads only the first, kept and renumbered; dropping
+    reads long contexts, so that it is measured at every other budget, on fewer decisions.
+    """
+    scores, n = readings(trial, layers, heads), trial.n
+    sizes = [k for k in budgets(n) if k <= -(-n // LARGEST_SHARE)]
+    if not sizes:  # nothing to choose from
+        return None
+    result: dict[str, Any] = {"n_sets": N_SETS}
+    for question, n_sets in N_SETS.items():
+        result[question] = {}
+        for place, is_in_place in PLACES.items():
+            if is_in_place and not trial.agent.can_place:
+                continue
+            is_first = question == "keep" and not is_in_place
+            some = {k: x for k, x in scores.items() if is_first or "layer" not in k}
+            own = sizes if question == "keep" else sizes[::-2][::-1]
+            per_set = [1 + (k if question == "keep" else n - k) for k in own]
+            per_decision = sum(per_set) * (len(some) + n_sets)
+            rows = trial.decisions(max(1, MAX_TOKENS_SETS // per_decision))
+            kl = np.stack(
+                [_moved(trial, rows, [*some.values()], k, question, is_in_place) for k in own], 3
+            )  # (2, R + n_sets, B, K)
+            result[question]["budgets"] = own
+            result[question][place] = _shares(trial, kl, [*some], rows, question)
+            bar.update()
+    return result
+
+
+def _moved(
+    trial: Trial, rows: Tensor, scores: Sequence[Tensor], k: int, question: str, in_place: bool
+) -> np.ndarray:
+    """KL(full || changed) `(2, R + n_sets, B)` of what readings rank highest, then of random sets.
+
+    As it is, and at the reference temperature.
+    """
+    history, n, n_sets = trial.history.rows(rows), trial.n, N_SETS[question]
+    drawn = uniform(trial.generator(f"sets to {question}", k), (n_sets, *history.rewards.shape),
+                    history.device)  # fmt: skip
+    ranked = torch.cat([torch.stack([x[rows] for x in scores]), drawn]).flatten(0, 1)
+    indices = keep_best(k, ranked)
+    if question == "drop":
+        is_in = torch.zeros_like(ranked, dtype=torch.bool).scatter_(1, indices, True)
+        indices = keep_where(~is_in)
+    many = history.rows(torch.arange(len(rows), device=rows.device).repeat(len(scores) + n_sets))
+    positions = pad(indices, (0, 1), value=n) if in_place else None
+    logits = act_in_parts(trial.agent, many.take(indices), positions)
+    full = trial.full[rows].repeat(len(scores) + n_sets, 1)
+    kl = torch.stack([kl_divergence(full, logits, beta) for beta in (1.0, trial.beta)])
+    return kl.view(2, -1, len(rows)).cpu().numpy()
+
+
+def _shares(
+    trial: Trial, both: np.ndarray, names: Sequence[str], rows: Tensor, question: str
+) -> dict[str, Any]:
+    """Readings between random sets and the best one, from KL `(2, R + n_sets, B, K)`.
+
+    Shares are of KL at the reference temperature: what guides a model does not depend on how sharp
+    its policy is.
+    """
+    best = both.min(axis=1) if question == "keep" else both.max(axis=1)  # (2, B, K)
+    random = both[:, len(names) :].mean(axis=1)
+    resampled = Resampled(len(rows), trial.generator("guide"))
+    per, shown = (best - random)[1], {}
+
+    def share(gained: np.ndarray, per: np.ndarray) -> dict[str, Any]:
+        """A ratio of means over decisions, None where the best set does what random ones do."""
+        if abs(per.mean()) <= NOTHING:
+            return {"share": None, "interval": None}
+        return {
+            "share": float(gained.mean() / per.mean()),
+            "interval": resampled.interval(gained, per).tolist(),
+        }
+
+    def means(values: np.ndarray) -> dict[str, list[float]]:  # (2, B, K)
+        return dict(zip(("kl", "kl_reference"), values.mean(axis=1).tolist(), strict=True))
+
+    gains = dict(zip(names, both[1, : len(names)] - random[1], strict=True))
+    for i, (name, gained) in enumerate(gains.items()):
+        by_budget = [share(x, y) for x, y in zip(gained.T, per.T, strict=True)]
+        overall = share(gained.sum(1), per.sum(1))
+        shown[name] = means(both[:, i]) | {"by_budget": by_budget, "overall": overall}
+    ranked = [k for k in names if k != "recency" and shown[k]["overall"]["share"] is not None]
+    leading = max(ranked, key=lambda k: shown[k]["overall"]["share"], default=None)
+    beside = {}
+    if leading is not None:
+        for one, other in ((leading, "attention"), ("attention", "recency")):
+            beside[f"{one} - {other}"] = share((gains[one] - gains[other]).sum(1), per.sum(1))
+    return {
+        "samples": [trial.samples[i] for i in rows.tolist()],
+        "random": means(random),
+        "best": means(best),
+        "readings": shown,
+        "best_reading": leading,
+        "differences": beside,
+    }
+
+
+def best_head(guide: Mapping[str, Any] | None) -> str | None:
+    """The method that keeps what the best single head ranks highest."""
+    if guide is None:
+        return None
+    shown = guide["keep"]["renumbered"]["readings"]
+    shares = {k: x["overall"]["share"] for k, x in shown.items() if " head " in k}
+    name = max(shares, key=lambda k: shares[k] or 0.0, default=None)
+    if name is None or shares[name] is None:
+        return None
+    return "head-{1}-{3}".format(*name.split())
+
+
+def guide_text(guide: Mapping[str, Any]) -> str:
+    """The best reading, attention and recency, a line each, and what that means."""
+    shown = [(q, p) for q in QUESTIONS for p in PLACES if p in guide[q]]
+    first = guide["keep"]["renumbered"]
+    title, leading = "HOW FAR ATTENTION IS A GUIDE", first["best_reading"]
+    if leading is None:
+        return (
+            f"{title}\nNot defined: random transitions do as well as the best ones that were found."
+        )
+    header = ["ranked by"]
+    header += [QUESTIONS[q] + (", in place" if p == "in place" else "") for q, p in shown]
+    table = [header]
+    for name in dict.fromkeys((leading, "attention", "recency")):
+        own = [guide[q][p]["readings"].get(name) for q, p in shown]
+        table.append([name, *(_cell(x and x["overall"]) for x in own)])
+    n, sizes = len(first["samples"]), ", ".join(map(str, guide["keep"]["budgets"]))
+    n_drop = len(guide["drop"]["renumbered"]["samples"])
+    legend = (
+        f"share of the way from random sets (0%) to the best one found (100%), in KL at the "
+        f"reference temperature, over k = {sizes} [95% interval over {counted(n, 'decision')}, "
+        f"{n_drop} for dropping]; in place: not numbered anew"
+    )
+    return "\n".join([title, wrap(_meaning(first, leading)), *aligned(table, [0]), wrap(legend)])
+
+
+def _meaning(first: Mapping[str, Any], leading: str) -> str:
+    """What to make of attention for this model."""
+    over_attention, over_recency = first["differences"].values()
+    share = {k: x["overall"]["share"] for k, x in first["readings"].items()}
+    text = f"Keeping the most attended transitions goes {share['attention']:.0%} of the way from "
+    text += "random ones to the best that were found"
+    low, high = over_recency["interval"]
+    latest = f"the latest ones go {share['recency']:.0%}"
+    if low > 0:
+        text += f"; {latest}: attention knows more than recency."
+    elif high < 0:
+        text += f", but {latest}: recency is the better guide here, whatever attention says."
+    else:
+        text += f"; {latest}, which is not clearly different: recency does as well."
+    if leading != "attention":
+        is_clear = over_attention["interval"][0] > 0
+        text += f" Ranking by {leading} goes {share[leading]:.0%}"
+        text += ", clearly more." if is_clear else ", not clearly more."
+    return text
+
+
+def _cell(overall: Mapping[str, Any] | None) -> str:
+    if overall is None or overall["share"] is None:
+        return "-"
+    low, high = overall["interval"]
+    return f"{overall['share']:.0%} [{low:.0%}, {high:.0%}]"

@@ -1,0 +1,179 @@
+"""Heads told apart, changed and kept from keys, whichever way a model attends."""
+
+import math
+
+import pytest
+import torch
+from conftest import n_hooks
+from torch import nn
+from torch.nn import functional
+
+from historylens.capture.heads import heads
+
+B, H, T, D = 3, 4, 9, 16
+CLOSE = {"atol": 1e-5, "rtol": 0}
+
+
+class Own(nn.Module):
+    """Queries, keys and values by one projection, and one behind; `attend` differs."""
+
+    def __init__(self, attend, n_kv=H):
+        super().__init__()
+        self.attend, self.n_kv = attend, n_kv
+        self.make = nn.Linear(D, D + 2 * n_kv * D // H)
+        self.project = nn.Linear(D, D)
+
+    def forward(self, x):
+        q, k, v = self.make(x).split([D, *[self.n_kv * D // H] * 2], -1)
+        parts = (y.unflatten(-1, (-1, D // H)).transpose(1, 2) for y in (q, k, v))
+        return x + self.project(self.attend(*parts).transpose(1, 2).reshape(x.shape))
+
+
+def causal(q):
+    return torch.ones(q.shape[-2], q.shape[-2], dtype=torch.bool).tril()
+
+
+def eager(product):
+    def attend(q, k, v):
+        scores = (q @ k.mT / math.sqrt(q.shape[-1])).masked_fill(~causal(q), -1e9)
+        return product(scores.softmax(-1), v)
+
+    return attend
+
+
+def bmm(weights, v):
+    return torch.bmm(weights.flatten(0, 1), v.flatten(0, 1)).unflatten(0, weights.shape[:2])
+
+
+def three_axes(q, k, v):
+    parts = (x.flatten(0, 1) for x in (q, k, v))
+    return functional.scaled_dot_product_attention(*parts, is_causal=True).unflatten(0, (-1, H))
+
+
+sdpa = functional.scaled_dot_product_attention
+WAYS = {
+    "causal": lambda: Own(lambda q, k, v: sdpa(q, k, v, is_causal=True)),
+    "bool mask": lambda: Own(lambda q, k, v: sdpa(q, k, v, causal(q))),
+    "float mask": lambda: Own(lambda q, k, v: sdpa(q, k, v, (~causal(q)).float() * -1e9)),
+    "grouped": lambda: Own(lambda q, k, v: sdpa(q, k, v, is_causal=True, enable_gqa=True), 2),
+    "matmul": lambda: Own(eager(torch.matmul)),
+    "bmm": lambda: Own(eager(bmm)),
+    "einsum": lambda: Own(eager(lambda w, v: torch.einsum("bhij,bhjd->bhid", w, v))),
+    "3 axes": lambda: Own(three_axes),
+}
+
+
+class Encoder(nn.Module):
+    """PyTorch's own layer, two of them."""
+
+    def __init__(self, **options):
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(D, H, 32, 0.0, batch_first=True, **options)
+        self.inner = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+
+    def forward(self, x):
+        mask = torch.full((T, T), -torch.inf).triu(1)
+        return self.inner(x, mask=mask, is_causal=True)
+
+
+def made(way):
+    torch.manual_seed(0)
+    model = WAYS[way]() if way in WAYS else Encoder(norm_first=way == "norm first")
+    return model.eval(), torch.randn(B, T, D), {"heads": H} if way == "3 axes" else {}
+
+
+def plain(model, x, hidden=None):
+    """Queries, keys, values and weights of `Own`, in float64."""
+    q, k, v = model.make(x).double().split([D, *[model.n_kv * D // H] * 2], -1)
+    q, k, v = (y.unflatten(-1, (-1, D // H)).transpose(1, 2) for y in (q, k, v))
+    k, v = (y.repeat_interleave(H // model.n_kv, 1) for y in (k, v))
+    forbidden = ~causal(q) if hidden is None else ~causal(q) | hidden[:, None]
+    weights = (q @ k.mT / math.sqrt(D // H)).masked_fill(forbidden, -torch.inf).softmax(-1)
+    output = (weights @ v).transpose(1, 2).reshape(x.shape).float()
+    return v, weights, x + model.project(output)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@torch.no_grad()
+def test_values_outputs_rows_and_the_projection_are_those_of_a_plain_computation(way):
+    model, x, options = made(way)
+    with heads(model, **options) as seen:
+        output = model(x)
+    (layer,) = seen.values()
+    v, weights, expected = plain(model, x)
+    torch.testing.assert_close(output, expected, **CLOSE)
+    torch.testing.assert_close(layer.values.double(), v, **CLOSE)
+    torch.testing.assert_close(layer.output.double(), weights @ v, **CLOSE)
+    torch.testing.assert_close(layer.query_rows.double(), weights[:, :, -1], **CLOSE)
+    assert torch.equal(layer.projection, model.project.weight)
+    added = (output - x - model.project.bias)[:, -1]
+    torch.testing.assert_close(layer.added().sum(1), added, **CLOSE)
+    norms, along = layer.shares()
+    torch.testing.assert_close(norms.sum(1), torch.ones(B).double())
+    torch.testing.assert_close(along.sum(1), torch.ones(B).double())
+    hidden = torch.zeros(B, T, T, dtype=torch.bool)
+    hidden[1, 5:, 2], hidden[2, -1, :4] = True, True
+    (name,) = seen
+    with heads(model, hide={name: hidden}, **options):
+        output = model(x)
+    torch.testing.assert_close(output, plain(model, x, hidden)[2], **CLOSE)
+
+
+@pytest.mark.parametrize("way", [*WAYS, "norm last", "norm first"])
+@torch.no_grad()
+def test_a_change_of_a_head_changes_what_it_adds_and_nothing_is_left_behind(way):
+    model, x, options = made(way)
+    before = n_hooks(model)
+    with heads(model, **options) as seen:
+        full = model(x)
+    first, *more = seen
+    with heads(model, change={first: torch.clone}, **options) as again:
+        assert torch.equal(model(x), full)
+    assert [*again] == [first]
+    only = lambda output: output * torch.tensor([0.0, 1, 1, 1])[:, None, None]  # noqa: E731
+    with heads(model, change={first: only}, **options) as again:
+        changed = model(x)
+    assert (again[first].output[:, 0] == 0).all()
+    assert torch.equal(again[first].output[:, 1:], seen[first].output[:, 1:])
+    if way in WAYS:
+        lost = seen[first].output.clone()
+        lost[:, 1:] = 0
+        lost = lost.transpose(1, 2).flatten(2) @ seen[first].projection.T
+        torch.testing.assert_close(full - changed, lost, **CLOSE)
+    else:  # as with a projection that leaves the head out
+        own = dict(model.named_modules())[f"{first}.self_attn"].out_proj.weight
+        own[:, : D // H] = 0
+        torch.testing.assert_close(changed, model(x), **CLOSE)
+        assert len(more) == 1
+    assert n_hooks(model) == before
+
+
+@pytest.mark.parametrize("way", ["norm last", "norm first"])
+@torch.no_grad()
+def test_keys_are_hidden_in_pytorchs_own_layers_beside_padding_and_any_mask(way):
+    model, x, _ = made(way)
+    hidden = torch.zeros(B, T, T, dtype=torch.bool)
+    hidden[0, 4:, 1] = True
+    names = [f"inner.layers.{i}" for i in range(2)]
+    with heads(model, hide=dict.fromkeys(names, hidden)):
+        output = model(x)
+    mask = (hidden | torch.ones(T, T).triu(1).bool()).repeat_interleave(H, 0)
+    torch.testing.assert_close(output, model.inner(x, mask=mask), **CLOSE)
+    attention = model.inner.layers[0].self_attn
+    padding = torch.zeros(B, T, dtype=torch.bool)
+    padding[2, 6:] = True
+    call = lambda m: attention(x, x, x, key_padding_mask=padding, attn_mask=m)[0]  # noqa: E731
+    with heads(attention, hide={"MultiheadAttention": hidden}):
+        output = call(None)
+    torch.testing.assert_close(output, call(hidden.repeat_interleave(H, 0)), **CLOSE)
+
+
+def test_a_layer_whose_heads_are_not_told_apart_is_missing():
+    class Axes(nn.Module):
+        def forward(self, x):
+            weights = (x @ x.mT)[:, None].expand(-1, 2, -1, -1).softmax(-1)
+            return torch.einsum("bhij,bjd->bid", weights, x)
+
+    with heads(model := Axes()) as seen:
+        model(torch.randn(B, T, D))
+    assert seen == {}

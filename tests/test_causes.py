@@ -1,0 +1,289 @@
+"""Heads, knockout and the guide on models wired by hand, and beside plain loops."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from agents import ModelAgent
+from compression_cases import decisions_of
+from conftest import random_window, sharp_model
+from torch.nn import functional
+from tqdm import tqdm
+from wired import (
+    BROUGHT,
+    OWN,
+    REWARDED,
+    Layer,
+    WiredAgent,
+    backed_up,
+    copied,
+    one_decides,
+    rewarded,
+)
+
+from historylens.agent import look
+from historylens.common.errors import UserError
+from historylens.effects.guide import best_head, guide_text, measure_guide, readings, rollout
+from historylens.effects.heads import heads_text, measure_heads
+from historylens.effects.knockout import copied as warning
+from historylens.effects.knockout import hidden_from, knockout_text, measure_knockout
+from historylens.effects.measure import Resampled, Trial, kl_divergence
+from historylens.history import History
+from historylens.tokens import Tokens
+
+BAR = tqdm(disable=True)
+
+
+def heads_of(agent):
+    trial = Trial(agent, 99, seed=0)
+    trial.controls()
+    every = range(len(agent.layers))
+    measured = measure_heads(trial, every, [range(n) for n in agent.n_heads], BAR)
+    json.dumps(measured, allow_nan=False)
+    return measured, {(one["layer"], one["head"]): one for one in measured["heads"]}
+
+
+def test_the_head_that_decides_is_told_from_one_that_is_read_without_effect():
+    measured, heads = heads_of(one_decides())
+    assert heads[0, 0]["role"]["name"] == "rewarded"
+    assert heads[0, 1]["role"]["name"] == "recency"
+    for kind in ("mean", "other-task"):
+        assert heads[0, 0][kind]["kl"] > 1
+        assert heads[0, 1][kind]["kl"] == heads[0, 1][kind]["flips"] == 0
+        assert heads[0, "all"][kind]["kl"] == pytest.approx(heads[0, 0][kind]["kl"])
+    assert heads[0, 0]["other-task"]["flips"] == 1
+    # Its mean over the decisions is a third of each action: KL from one action to an even choice.
+    p = torch.tensor([8.0, 0, 0]).double().softmax(0)
+    even = (p * (3 * p).log()).sum().item()
+    assert heads[0, 0]["mean"]["kl"] == pytest.approx(even, rel=1e-4)
+    assert "layer 0 head 0" in heads_text(measured).splitlines()[2]
+
+
+def test_heads_that_back_each_other_up_show_together():
+    _, heads = heads_of(backed_up())
+    for head in (0, 1):
+        assert heads[0, head]["role"]["name"] == "rewarded"
+        assert heads[0, head]["mean"]["flips"] == 0
+    assert heads[0, "all"]["other-task"]["flips"] == 1
+    assert heads[0, "all"]["mean"]["kl"] > 1
+
+
+@pytest.mark.parametrize(
+    ("agent", "verdict", "by_layer"),
+    [(one_decides, "read by the query itself", ["query", "all"]),
+     (copied, "read through other tokens", ["all"])],
+)  # fmt: skip
+def test_what_is_read_directly_is_told_from_what_was_copied_before(agent, verdict, by_layer):
+    trial = Trial(agent(), 99, seed=0)
+    layers = range(len(trial.agent.layers))
+    sets = measure_knockout(trial, layers, BAR)["sets"]
+    assert sets["rewarded"]["verdict"] == sets["older than 10"]["verdict"] == verdict
+    for key in ("query", "all"):
+        expected = key in by_layer
+        assert (sets["rewarded"][key]["flips"] > 0.5) == expected
+        assert (sets["rewarded"][key]["layers"][0]["flips"] > 0.5) == expected
+    assert sets["rewarded"]["n_mean"] == len(REWARDED)
+    assert "last episode" not in sets  # it is not known
+    text = knockout_text({"sets": sets}, trial.n)
+    assert verdict in text
+    assert max(map(len, text.splitlines())) <= 100
+    assert (warning({"sets": sets}) is None) == (agent is one_decides)
+    assert warning(None) is None
+
+
+def test_what_is_hidden_is_hidden_from_all_tokens_or_from_those_of_no_transition():
+    tokens = [Tokens.of(2, ("state", "action")), Tokens.of(2, ("state", "action"))]
+    chosen = np.array([[True, False], [False, False]])
+    every, query = (hidden_from(tokens, chosen, x, "cpu").int() for x in (True, False))
+    assert every[1].sum() == query[1].sum() == 0
+    assert every[0].tolist() == [[0] * 5] * 2 + [[1, 1, 0, 0, 0]] * 3
+    assert query[0].tolist() == [[0] * 5] * 4 + [[1, 1, 0, 0, 0]]
+    first = Tokens(np.array([-1, 0, 1]), ("query", "transition", "transition"), decides=2)
+    assert hidden_from([first], chosen[:1], False, "cpu").int().tolist() == [
+        [[0, 1, 0], [0, 0, 0], [0, 1, 0]]
+    ]
+
+
+class OneHead(WiredAgent):
+    """One whose heads nobody can tell apart: another axis comes before the product."""
+
+    def __init__(self):
+        super().__init__(Layer((rewarded, [0, 1, 2], slice(3, 6))))
+        self.model.forward = self.attends
+
+    def attends(self, history):
+        read = rewarded(history, history.n + 1)[:, None].float() + 1e-9
+        weights = read.log().softmax(-1)
+        own = functional.pad(functional.one_hot(history.actions, 3), (0, 0, 0, 1)).float()
+        return 8 * (weights[:, 0, -1:] * own.mT).sum(-1)
+
+
+def test_heads_that_cannot_be_told_apart_are_said_to_be_so():
+    agent = OneHead()
+    agent.layers = ["Wired"]
+    trial = Trial(agent, 99, seed=0)
+    assert "expected heads side by side" in trial.not_run["norm and contribution"]
+    for measure in (lambda: measure_heads(trial, [0], [[0]], BAR),
+                    lambda: measure_knockout(trial, [0], BAR)):  # fmt: skip
+        with pytest.raises(UserError, match="heads"):
+            measure()
+
+
+@pytest.fixture(scope="module")
+def trial(tiny_config):
+    agent = ModelAgent(sharp_model(tiny_config))
+    agent.can_place = True
+    context, queries = random_window(tiny_config, n_samples=5, n=11)
+    agent.decisions = decisions_of(History(*context, query_states=queries[:, -1]))
+    return Trial(agent, 5, seed=0)
+
+
+def test_the_guide_equals_sets_kept_and_dropped_one_by_one(trial):
+    found = measure_guide(trial, [0, 1], [[0, 1], [1]], BAR)
+    json.dumps(found, allow_nan=False)
+    assert found["keep"]["budgets"] == [1, 2]
+    assert found["drop"]["budgets"] == [2]
+    scores = readings(trial, [0, 1], [[0, 1], [1]])
+    names = ["attention", "norm", "contribution", "rollout", "recency"]
+    assert [*scores] == [*names, "layer 0", "layer 0 head 0", "layer 0 head 1", "layer 1",
+                         "layer 1 head 1"]  # fmt: skip
+    for question in ("keep", "drop"):
+        for place in ("renumbered", "in place"):
+            one = found[question][place]
+            is_first = (question, place) == ("keep", "renumbered")
+            expected = [name for name in scores if is_first or "layer" not in name]
+            assert [*one["readings"]] == expected
+            for name, shown in one["readings"].items():
+                for i, k in enumerate(found[question]["budgets"]):
+                    plain = [plain_kl(trial, b, scores[name][b], k, question, place)
+                             for b in range(5)]  # fmt: skip
+                    own = [shown["kl"][i], shown["kl_reference"][i]]
+                    assert own == pytest.approx(np.mean(plain, axis=0), abs=1e-5)
+            best, random = (np.array(one[name]["kl_reference"]) for name in ("best", "random"))
+            sign = 1 if question == "keep" else -1
+            assert (sign * best <= sign * random).all()
+            kl = np.array([x["kl_reference"] for x in one["readings"].values()])
+            assert (sign * best <= sign * kl + 1e-9).all()
+            shares = [x["overall"]["share"] for x in one["readings"].values()]
+            expected = (kl - random).sum(1) / (best - random).sum()
+            np.testing.assert_allclose(shares, expected)
+            assert max(shares) <= 1
+    assert best_head(found) in ("head-0-0", "head-0-1", "head-1-1")
+    assert max(map(len, guide_text(found).splitlines())) <= 100
+
+
+def plain_kl(trial, b, scores, k, question, place):
+    """Of one decision and one reading; among equals the latest."""
+    best = sorted(range(trial.n), key=lambda j: (-float(scores[j]), -j))[:k]
+    kept = sorted(best) if question == "keep" else [j for j in range(trial.n) if j not in best]
+    history = trial.agent.history([trial.samples[b]])
+    positions = torch.tensor([[*kept, trial.n]]) if place == "in place" else None
+    logits = trial.agent.act(history.take(torch.tensor([kept])), positions)
+    full = trial.full[b : b + 1]
+    return [float(kl_divergence(full, logits, beta)) for beta in (1.0, trial.beta)]
+
+
+def test_attention_is_a_guide_to_a_model_that_reads_rewards_and_recency_is_not():
+    trial = Trial(one_decides(n_decisions=12), 99, seed=0)
+    found = measure_guide(trial, [0], [[0, 1]], BAR)
+    shares = {k: x["overall"]["share"] for k, x in found["keep"]["renumbered"]["readings"].items()}
+    assert shares["layer 0 head 0"] == pytest.approx(1, abs=1e-6)
+    assert shares["recency"] < 0.3
+    assert best_head(found) == "head-0-0"
+    assert "attention knows more than recency" in " ".join(guide_text(found).split())
+
+
+def walk(model, x, hidden=None, exchange=None):
+    """Logits, and by layer values times projection (B, H, T, D) and weights (B, H, T, T)."""
+    seen, width, n_heads = [], x.shape[-1], model.config.tf_n_head
+    size, n_tokens = width // n_heads, x.shape[1]
+    for number, layer in enumerate(model.transformer_encoder.layers):
+        w, b = layer.self_attn.in_proj_weight.double(), layer.self_attn.in_proj_bias.double()
+        q, k, v = ((x @ w.T + b)[..., i * width : (i + 1) * width] for i in range(3))
+        out, added, weights, values = layer.self_attn.out_proj, 0, [], []
+        for h in range(n_heads):
+            part = slice(h * size, (h + 1) * size)
+            scores = q[..., part] @ k[..., part].mT / size**0.5
+            scores = scores.masked_fill(torch.ones(n_tokens, n_tokens).triu(1) > 0, -torch.inf)
+            scores = scores if hidden is None else scores.masked_fill(hidden, -torch.inf)
+            weights.append(scores.softmax(-1))
+            values.append(v[..., part] @ out.weight[:, part].T.double())
+            given = weights[-1] @ values[-1]
+            if exchange is not None and (number, h) == exchange[:2]:
+                given = exchange[2]
+            added = added + given
+        seen.append((torch.stack(values, 1), torch.stack(weights, 1)))
+        x = norm(layer.norm1, x + added + out.bias.double())
+        inner = functional.gelu(linear(layer.linear1, x))
+        x = norm(layer.norm2, x + linear(layer.linear2, inner))
+    return linear(model.pred_action, x[:, -1]), seen
+
+
+def linear(module, x):
+    return x @ module.weight.double().T + module.bias.double()
+
+
+def norm(module, x):
+    parts = module.weight.double(), module.bias.double()
+    return functional.layer_norm(x, x.shape[-1:], *parts, module.eps)
+
+
+@torch.no_grad()
+def test_contributions_and_rollout_equal_plain_sums(trial):
+    agent, history = trial.agent, trial.history
+    rows, norms, along = torch.eye(12).double().expand(5, -1, -1), [], []
+    for values, weights in walk(agent.model, agent.model.embed(*history.inputs).double())[1]:
+        added = (weights[:, :, -1, :, None] * values).sum(1)  # (B, T, D)
+        lengths, y = added.norm(dim=-1), added.sum(1, keepdim=True)
+        norms.append(lengths / lengths.sum(1, keepdim=True))
+        along.append((added * y).sum(-1) / y.square().sum(-1))
+        rows = (weights.mean(1) + torch.eye(12)) / 2 @ rows
+    found = look(agent, history, ("norm", "contribution"))
+    for own, expected in ((found.norm, norms), (found.contribution, along)):
+        np.testing.assert_allclose(own, torch.stack(expected).mean(0)[:, :-1], atol=1e-5)
+    np.testing.assert_allclose(rollout(agent, history), rows[:, -1, :-1], atol=1e-5)
+
+
+@torch.no_grad()
+def test_heads_and_knockout_equal_a_plain_walk_of_the_encoder(trial):
+    trial.controls()
+    model, history = trial.agent.model, trial.history
+    x = model.embed(*history.inputs).double()
+    full, seen = walk(model, x)
+    for one in measure_heads(trial, [0, 1], [[0, 1], [0, 1]], BAR)["heads"]:
+        if one["head"] != "all":
+            values, weights = (part[:, one["head"]] for part in seen[one["layer"]])
+            mean = (weights @ values).mean(0, keepdim=True).expand_as(x)
+            other = walk(model, x, None, (one["layer"], one["head"], mean))[0]
+            assert one["mean"]["kl"] == pytest.approx(
+                float(kl_divergence(full, other).mean()), abs=1e-5
+            )
+    found = measure_knockout(trial, [0, 1], BAR)["sets"]["rewarded"]
+    for key in ("query", "all"):
+        hidden = functional.pad(history.rewarded, (0, 1))[:, None].expand(-1, 12, -1).clone()
+        hidden &= ~torch.eye(12, dtype=torch.bool)
+        if key == "query":
+            hidden[:, :-1] = False
+        kl = kl_divergence(full, walk(model, x, hidden)[0])[history.rewarded.any(1)]
+        assert found[key]["kl"] == pytest.approx(float(kl.mean()), abs=1e-5)
+
+
+def test_where_no_transition_matters_there_is_no_guide():
+    flat = WiredAgent(Layer((rewarded, OWN, BROUGHT)), decide=lambda x: 0 * x[:, BROUGHT])
+    found = measure_guide(Trial(flat, 99, seed=0), [0], [[0]], BAR)
+    assert found["keep"]["renumbered"]["best_reading"] is None
+    assert "Not defined" in guide_text(found)
+    assert best_head(found) is None
+
+
+def test_intervals_hold_means_and_ratios_of_means():
+    rng = np.random.default_rng(0)
+    values, per = rng.normal(1, 1, (400, 3)), rng.uniform(1, 3, (400, 3))
+    resampled = Resampled(400, np.random.default_rng(1))
+    low, high = resampled.interval(values)
+    assert ((low < values.mean(0)) & (values.mean(0) < high)).all()
+    np.testing.assert_allclose(high - low, 2 * 1.96 * values.std(0) / 20, rtol=0.1)
+    low, high = resampled.interval(values, per)
+    ratio = values.mean(0) / per.mean(0)
+    assert ((low < ratio) & (ratio < high) & (high - low < 0.2)).all()
