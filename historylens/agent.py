@@ -191,7 +191,7 @@ def _look(agent: Agent, history: History, wanted: Sequence[str]) -> dict[str, Te
         torch.from_numpy(sum_rows(layer.query_rows, tokens)[..., :-1]) for layer in layers
     ]  # (B, H, n) float64
     most = max(agent.n_heads)
-    padded = [functional.pad(x, (0, 0, 0, most - x.shape[1])) for x in by_head]
+    padded = [functional.pad(x, (0, 0, 0, most - x.shape[1]), value=np.nan) for x in by_head]
     known["head_attention"] = torch.stack(padded, 1)
     known["query_attention"] = torch.stack([x.mean(1) for x in by_head]).mean(0)
     if is_whole:

@@ -89,7 +89,7 @@ class History:
             query not included, summed over them.
         last_rows: `(B, W, n)`, attention rows of the last `W` transitions.
         query_attention: `(B, n)`, the query's attention to each transition, after the softmax.
-        head_attention: `(B, L, H, n)`, the same of each head; 0 where a layer has fewer than `H`.
+        head_attention: `(B, L, H, n)`, the same of each head; NaN where a layer has fewer.
         norm, contribution: `(B, n)`, the same weighed by what is read, see `HeadOutput`.
         kept: `(B, n)` int64, which transitions of the raw history these are, ascending; a decision
             that keeps fewer than another has `PADDING` in front, and any transition there

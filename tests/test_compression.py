@@ -126,6 +126,10 @@ def test_any_head_is_a_strategy_and_one_that_the_model_lacks_is_refused_in_a_lin
         words = rf"^expected a layer in 0\.\.1 and a head in 0\.\.2, got '{name}'$"
         with pytest.raises(ValueError, match=words):
             get_method(name).compress(history, 4)
+    history.head_attention[:, 1, 2] = torch.nan  # layer 1 has two
+    assert get_method("head-1-1").compress(history, 2).n == 2
+    with pytest.raises(ValueError, match="layer 1 has fewer heads: got 'head-1-2'"):
+        get_method("head-1-2").compress(history, 2)
 
 
 @pytest.mark.parametrize("n", [2, 3, 8, 500])

@@ -96,7 +96,9 @@ class Methods(dict[str, Method]):
             n_layers, n_heads = history.head_attention.shape[1:3]
             expected = f"a layer in 0..{n_layers - 1} and a head in 0..{n_heads - 1}"
             expect(layer < n_layers and head < n_heads, f"expected {expected}, got '{name}'")
-            return keep_best(n_keep, history.head_attention[:, layer, head])
+            rows = history.head_attention[:, layer, head]
+            expect(not rows.isnan().any(), f"layer {layer} has fewer heads: got '{name}'")
+            return keep_best(n_keep, rows)
 
         rule = f"Keep the transitions that head {head} of layer {layer} attends most."
         source, needs = "Gupta et al. 2021, arXiv 2106.06899, of one head", ("head_attention",)
