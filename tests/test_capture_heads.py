@@ -45,6 +45,10 @@ def bmm(weights, v):
     return torch.bmm(weights.flatten(0, 1), v.flatten(0, 1)).unflatten(0, weights.shape[:2])
 
 
+def tokens_first(weights, v):
+    return torch.einsum("bhij,bjhd->bihd", weights, v.transpose(1, 2)).transpose(1, 2)
+
+
 def three_axes(q, k, v):
     parts = (x.flatten(0, 1) for x in (q, k, v))
     return functional.scaled_dot_product_attention(*parts, is_causal=True).unflatten(0, (-1, H))
@@ -59,6 +63,7 @@ WAYS = {
     "matmul": lambda: Own(eager(torch.matmul)),
     "bmm": lambda: Own(eager(bmm)),
     "einsum": lambda: Own(eager(lambda w, v: torch.einsum("bhij,bhjd->bhid", w, v))),
+    "tokens first": lambda: Own(eager(tokens_first)),
     "3 axes": lambda: Own(three_axes),
 }
 
@@ -177,3 +182,30 @@ def test_a_layer_whose_heads_are_not_told_apart_is_missing():
     with heads(model := Axes()) as seen:
         model(torch.randn(B, T, D))
     assert seen == {}
+
+
+@pytest.mark.parametrize("is_eager", [False, True])
+@torch.no_grad()
+def test_keys_of_no_token_stay_in_sight(is_eager):
+    """Two memory keys before the tokens, as x-transformers has them."""
+    memory = torch.randn(1, H, 2, D // H)
+
+    def attend(q, k, v):
+        k, v = (torch.cat([memory.expand(B, -1, -1, -1), x], 2) for x in (k, v))
+        seen = torch.cat([torch.ones(T, 2, dtype=torch.bool), causal(q)], 1)
+        if not is_eager:
+            return sdpa(q, k, v, seen)
+        return (q @ k.mT / math.sqrt(D // H)).masked_fill(~seen, -torch.inf).softmax(-1) @ v
+
+    torch.manual_seed(0)
+    model, x = Own(attend).eval(), torch.randn(B, T, D)
+    with heads(model) as seen:
+        full = model(x)
+    (layer,) = seen.values()
+    assert layer.values.shape[2] == layer.query_rows.shape[2] == T
+    hidden = torch.zeros(B, T, T, dtype=torch.bool)
+    hidden[:, 1:, 0] = True
+    with heads(model, hide=dict.fromkeys(seen, hidden)):
+        changed = model(x)
+    moved = (changed - full).abs().amax((0, 2)) > 1e-6
+    assert moved.tolist() == [False] + [True] * (T - 1)

@@ -104,29 +104,37 @@ class _Heads(Session):
         elif reader is read_multi_head:
             return self._of_multi_head(name, output, MultiHead(*args, **(kwargs or {})))
         elif name in self.hide:  # a softmax: without them, the others share what they held
-            weights = output.masked_fill(self.hide[name][:, None], 0)
+            weights = output.masked_fill(self._hidden(name)[:, None], 0)
             hidden = weights / weights.sum(-1, keepdim=True)
             self.replace_weights(output, hidden)
             return hidden
         return output
 
     def _of_product(self, name: str, shape: Sequence[int], output: Tensor, args: tuple) -> Tensor:
-        """Of weights that a softmax gave `(B, H, Tq, Tk)`, with values."""
-        values = args[-1]
-        fits = isinstance(values, Tensor) and output.dim() > 2
-        if not fits or output.shape[:-1].numel() != torch.Size(shape[:3]).numel():
+        """Of weights that a softmax gave `(B, H, Tq, Tk)`, with values; heads or tokens first."""
+        values, (size, n_heads, n_queries, n_keys) = args[-1], shape
+        if not isinstance(values, Tensor):
             return output
-        if output.shape[-2] != shape[2] or values.shape[-2] != shape[3]:
-            return output  # of other axes than (B, H, T, d)
-        values = values.reshape(shape[0], -1, *values.shape[-2:])
-        heads = self._follow_heads(name, values, output.reshape(*shape[:3], -1))
-        return heads.reshape(output.shape)
+        if output.shape[:-1] == (size, n_queries, n_heads) and n_heads not in (n_queries, n_keys):
+            heads = (x.transpose(1, 2) for x in (values, output))
+            return self._follow_heads(name, *heads).transpose(1, 2)
+        is_whole = output.shape[:-1].numel() == size * n_heads * n_queries
+        if not is_whole or output.shape[-2] != n_queries or values.shape[-2] != n_keys:
+            return output  # of other axes
+        values = values.reshape(size, -1, *values.shape[-2:])
+        return self._follow_heads(name, values, output.reshape(*shape[:3], -1)).reshape(
+            output.shape
+        )
+
+    def _hidden(self, name: str) -> Tensor:
+        """What is hidden `(B, Tq, Tk)` among all keys of a layer, those of no token too."""
+        return functional.pad(self.hide[name], self.seen(name).extra)
 
     def _of_sdpa(self, name: str, output: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
         given = dict(zip(names, args, strict=False)) | kwargs
         if name in self.hide:
-            hidden, n_axes = self.hide[name], given["query"].dim()
+            hidden, n_axes = self._hidden(name), given["query"].dim()
             if n_axes == 3:
                 hidden = hidden.repeat_interleave(len(output) // len(hidden), 0)
             hidden = hidden[:, None] if n_axes == 4 else hidden
