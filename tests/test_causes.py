@@ -287,3 +287,12 @@ def test_intervals_hold_means_and_ratios_of_means():
     low, high = resampled.interval(values, per)
     ratio = values.mean(0) / per.mean(0)
     assert ((low < ratio) & (ratio < high) & (high - low < 0.2)).all()
+
+
+def test_one_decision_gives_no_interval_and_no_verdict_on_attention():
+    found = measure_guide(Trial(one_decides(n_decisions=1), 1, seed=0), [0], [[0, 1]], BAR)
+    shown = found["keep"]["renumbered"]["readings"]["layer 0 head 0"]["overall"]
+    assert (shown["share"], shown["interval"]) == (pytest.approx(1, abs=1e-6), None)
+    said = " ".join(guide_text(found).split())
+    assert "One decision says nothing of others" in said
+    assert "attention knows more" not in said

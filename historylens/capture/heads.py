@@ -122,9 +122,8 @@ class _Heads(Session):
         if not is_whole or output.shape[-2] != n_queries or values.shape[-2] != n_keys:
             return output  # of other axes
         values = values.reshape(size, -1, *values.shape[-2:])
-        return self._follow_heads(name, values, output.reshape(*shape[:3], -1)).reshape(
-            output.shape
-        )
+        heads = self._follow_heads(name, values, output.reshape(*shape[:3], -1))
+        return heads.reshape(output.shape)
 
     def _hidden(self, name: str) -> Tensor:
         """What is hidden `(B, Tq, Tk)` among all keys of a layer, those of no token too."""

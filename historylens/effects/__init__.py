@@ -6,6 +6,7 @@ print(effects.text); content["effects"] = effects.json
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -67,21 +68,29 @@ def measure_effects(
         guide = measure_guide(trial, layers, heads, bar)
         names += [best_head(guide)] if best_head(guide) else []
         found = {"guide": guide, "curves": trial.curves(names, bar)}
-        for name, measure in (
-            ("heads", lambda: measure_heads(trial, layers, heads, bar)),
-            ("knockout", lambda: measure_knockout(trial, layers, bar)),
-        ):
-            try:
-                found[name] = measure()
-            except (CaptureError, UserError) as error:  # heads that cannot be told apart
-                trial.not_run[name] = str(error)
-        return replace(measured, **found)
+        return replace(measured, **found, **_of_heads(trial, layers, heads, bar))
     except UserError as error:
         return MeasuredEffects(f"not measured, the model cannot be run on less history. {error}")
     except Exception as error:
         if not is_out_of_memory(error):
             raise
         return MeasuredEffects(f"not measured, {agent.device} ran out of memory.")
+
+
+def _of_heads(
+    trial: Trial, layers: Sequence[int], heads: Sequence[Sequence[int]], bar: tqdm
+) -> dict[str, Any]:
+    """What exchanging heads and hiding keys does, where heads can be told apart."""
+    found: dict[str, Any] = {}
+    for name, measure in (
+        ("heads", lambda: measure_heads(trial, layers, heads, bar)),
+        ("knockout", lambda: measure_knockout(trial, layers, bar)),
+    ):
+        try:
+            found[name] = measure()
+        except (CaptureError, UserError) as error:
+            trial.not_run[name] = str(error)
+    return found
 
 
 def _twins(trial: Trial, control: str) -> list[float]:

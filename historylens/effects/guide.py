@@ -139,10 +139,8 @@ def _shares(
         """A ratio of means over decisions, None where the best set does what random ones do."""
         if abs(per.mean()) <= NOTHING:
             return {"share": None, "interval": None}
-        return {
-            "share": float(gained.mean() / per.mean()),
-            "interval": resampled.interval(gained, per).tolist(),
-        }
+        interval = resampled.interval(gained, per).tolist() if len(gained) > 1 else None
+        return {"share": float(gained.mean() / per.mean()), "interval": interval}
 
     def means(values: np.ndarray) -> dict[str, list[float]]:  # (2, B, K)
         return dict(zip(("kl", "kl_reference"), values.mean(axis=1).tolist(), strict=True))
@@ -211,8 +209,10 @@ def _meaning(first: Mapping[str, Any], leading: str) -> str:
     share = {k: x["overall"]["share"] for k, x in first["readings"].items()}
     text = f"Keeping the most attended transitions goes {share['attention']:.0%} of the way from "
     text += "random ones to the best that were found"
-    low, high = over_recency["interval"]
     latest = f"the latest ones go {share['recency']:.0%}"
+    if over_recency["interval"] is None:
+        return f"{text}; {latest}. One decision says nothing of others: --num-effects 64."
+    low, high = over_recency["interval"]
     if low > 0:
         text += f"; {latest}: attention knows more than recency."
     elif high < 0:
@@ -229,5 +229,5 @@ def _meaning(first: Mapping[str, Any], leading: str) -> str:
 def _cell(overall: Mapping[str, Any] | None) -> str:
     if overall is None or overall["share"] is None:
         return "-"
-    low, high = overall["interval"]
-    return f"{overall['share']:.0%} [{low:.0%}, {high:.0%}]"
+    ends = "" if overall["interval"] is None else " [{:.0%}, {:.0%}]".format(*overall["interval"])
+    return f"{overall['share']:.0%}{ends}"

@@ -107,9 +107,10 @@ def heads_text(measured: Mapping[str, Any]) -> str:
         reads = "{name}: {share:.0%}, evenly {even:.0%}".format(**role)
         reads = role["name"] if role["name"] == "mixed" else reads
         table.append((where, reads, *numbers, f"{one[kinds[-1]]['flips']:.0%}"))
+    other = ", or for that under another task's history" if "other-task" in kinds else ""
     legend = (
         f"{min(N_SHOWN, n_all)} of {counted(n_all, 'head')}, by what happens when their output is "
-        "exchanged for its mean, or for that under another task's history; KL in nats [95%]"
+        f"exchanged for its mean{other}; KL in nats [95%]"
     )
     lines = [title, *aligned(table, [0, 1]), wrap(legend)]
     if measured["not_told_apart"]:
