@@ -17,6 +17,7 @@ from torch import Tensor
 
 from historylens.common.errors import UserError, expect
 from historylens.common.files import write_atomically
+from historylens.history import distinct
 
 CONTEXT = ("states", "actions", "rewards", "next_states")  # what a model reads of a transition
 
@@ -178,10 +179,3 @@ class ADDataset:
         window["query_states"] = self.tensors["states"][rows, decisions]
         window["target_actions"] = self.tensors["actions"][rows, decisions]
         return {k: v.float() if v.is_floating_point() else v.long() for k, v in window.items()}
-
-
-def distinct(indices: np.ndarray, size: int) -> np.ndarray:
-    """Ascending indices `(..., n)` below `size`, moved as little as it takes to be distinct."""
-    n = indices.shape[-1]
-    forward = np.maximum.accumulate(indices - np.arange(n), axis=-1)
-    return np.minimum(forward, size - n) + np.arange(n)

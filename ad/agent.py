@@ -20,6 +20,8 @@ from historylens.common.errors import UserError, expect, note
 from historylens.common.settings import from_dict
 from historylens.history import Decision, History
 
+OF_HISTORIES = ("histories", "goal", "history", "steps", "stride")  # settings of these alone
+
 
 class ADAgent(Agent):
     """A checkpoint's model, with or without decisions, each with a full context."""
@@ -38,7 +40,7 @@ class ADAgent(Agent):
         self.checkpoint, self.model, self.device = checkpoint, checkpoint.model, device
         config = self.model.config
         self.decisions, self.facts, self.meta = decisions, facts or {}, meta or {}
-        self.n_max = self.model.n_context_max
+        self.n_max, self.room = self.model.n_context_max, (config.grid_size, config.grid_size)
         self.layers = [f"transformer_encoder.layers.{i}" for i in range(config.tf_n_layer)]
         self.n_heads = [config.tf_n_head] * config.tf_n_layer
         self.title = f"AD in Dark Room, {config.tf_n_layer} layers, {config.n_transit} tokens"
@@ -50,10 +52,6 @@ class ADAgent(Agent):
     def forward(self, history: History) -> Tensor:
         """Action logits `(B, A)` by the model's own forward pass."""
         return self.model(*history.inputs)
-
-    def length(self, index: int) -> int:
-        """Transitions before a decision: as many as the model reads."""
-        return self.n_max
 
     @cached_property
     def identity(self) -> dict[str, Any]:
@@ -92,28 +90,25 @@ class ADAgent(Agent):
             make=lambda numbers: DarkRoom(cells[numbers], **room),
             best=tuple(optimal_return(cells, **room).tolist()),
             named=("goal", "never trained on"),
+            goal_states=cells,
         )
 
 
 def load_for_analysis(
     config: Any, device: torch.device, tell: Callable[[str], None] = note
 ) -> ADAgent:
-    """Load the checkpoint and the histories of a `VisualizeConfig`, and choose decisions.
+    """Load the checkpoint of a `VisualizeConfig`, and choose decisions from its histories.
 
-    UserError: something is missing, damaged, or does not fit. `tell` gets lines for the user.
+    For own play there are none yet. UserError: something is missing, damaged, or does not fit.
+    `tell` gets lines for the user.
     """
+    given = {f"--{name}": vars(config)[name] for name in OF_HISTORIES}
+    given = [flag for flag, value in given.items() if value not in (None, 1)]
+    what = "has no meaning beside --play: its decisions come from no histories"
+    expect(not (config.plays and given), f"{' '.join(given[:1])} {what}")
     choice = find_checkpoint(config.checkpoint)
     checkpoint = load_checkpoint(choice.path, device)
-    path = histories_path(config.histories, checkpoint)
-    histories = read_histories(path, checkpoint, tell)
-    n_context = checkpoint.model.n_context_max
-    only = Filter(config.goal, config.history, config.steps)
-    which = config.num_samples, config.seed, config.stride, only
-    places = choose_decisions(histories, n_context, *which)
-    used, steps = list({place.history for place in places}), [place.step for place in places]
-    goals = histories.goals
-    n_goals, n_goals_used = (len(np.unique(part, axis=0)) for part in (goals, goals[used]))
-    model = checkpoint.model.config
+    model, n_context = checkpoint.model.config, checkpoint.model.n_context_max
     facts = {
         "Checkpoint": f"{choice.path} ({choice.reason})",
         "Step": f"{checkpoint.step:,} gradient updates",
@@ -121,17 +116,30 @@ def load_for_analysis(
         f"{sum(p.numel() for p in checkpoint.model.parameters()):,} parameters",
         "Context length": f"{n_context} transitions, then the query token ({n_context + 1} tokens)",
         "Device": str(device),
-        "Histories": f"{path} ({histories.n_histories} of {histories.n_steps:,} steps, "
-        f"{n_goals} goals)",
-        "Samples": f"{len(places)} decisions of {n_goals_used} goals and {len(used)} histories, "
-        f"steps {min(steps):,} to {max(steps):,}",
     }
-    meta = {"checkpoint": str(choice.path), "step": checkpoint.step, "histories": str(path)}
+    meta = {"checkpoint": str(choice.path), "step": checkpoint.step}
     above = config.rewarded_above or 0.0
+    more = {"n_transit": model.n_transit, "n_heads": model.tf_n_head, "rewarded_above": above}
+    decisions: Sequence[Decision] = ()
+    if not config.plays:
+        path = histories_path(config.histories, checkpoint)
+        histories = read_histories(path, checkpoint, tell)
+        only = Filter(config.goal, config.history, config.steps)
+        which = config.num_samples, config.seed, config.stride, only
+        places = choose_decisions(histories, n_context, *which)
+        decisions = HistoryDecisions(histories, places, n_context, above)
+        used, steps = list({place.history for place in places}), [place.step for place in places]
+        goals = histories.goals
+        n_goals, n_goals_used = (len(np.unique(part, axis=0)) for part in (goals, goals[used]))
+        facts["Histories"] = f"{path} ({histories.n_histories} of {histories.n_steps:,} steps, "
+        facts["Histories"] += f"{n_goals} goals)"
+        facts["Samples"] = f"{len(places)} decisions of {n_goals_used} goals and {len(used)} "
+        facts["Samples"] += f"histories, steps {min(steps):,} to {max(steps):,}"
+        meta["histories"] = str(path)
     facts |= {"Rewarded": f"rewards above {above:g}"} if above else {}
-    meta |= {"n_transit": model.n_transit, "n_heads": model.tf_n_head, "rewarded_above": above}
-    decisions = HistoryDecisions(histories, places, n_context, above)
-    return ADAgent(checkpoint, device, decisions, facts, meta)
+    agent = ADAgent(checkpoint, device, decisions, facts, meta | more)
+    agent.rewarded_above = above
+    return agent
 
 
 def load_for_acting(config: Any, device: torch.device) -> ADAgent:

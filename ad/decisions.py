@@ -10,14 +10,13 @@ transitions before it.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import islice, zip_longest
 from typing import NamedTuple
 
 import numpy as np
 
-from dataset import CONTEXT, Histories, context_steps, distinct, max_stride_of
+from dataset import CONTEXT, Histories, context_steps, max_stride_of
 from historylens.common.errors import UserError, expect
-from historylens.history import Decision
+from historylens.history import Decision, spread_decisions
 
 
 class Place(NamedTuple):
@@ -54,6 +53,8 @@ class HistoryDecisions(Sequence[Decision]):
             f"{histories.n_steps // horizon}, step {step}{joined}",
             labels={"goal_row": row, "goal_col": col, **place._asdict()},
             task=int(self._tasks[history]),
+            query_episode=step // horizon,
+            goal=histories.goals[history],
             rewarded_above=self.rewarded_above,
         )
 
@@ -89,19 +90,8 @@ def choose_decisions(
     rng, only = np.random.default_rng(seed), only or Filter()
     by_goal = _eligible_histories(histories, only, rng)
     steps = _eligible_steps(histories, n_context, stride, only.steps)
-    n_eligible = len(steps) * sum(map(len, by_goal))
-    if n_samples >= n_eligible:
-        return [Place(int(h), int(t), stride) for rows in by_goal for h in rows for t in steps]
-    rounds = zip_longest(*(list(rows) * len(steps) for rows in by_goal))
-    in_turn = (row for each in rounds for row in each if row is not None)
-    turns = np.fromiter(islice(in_turn, n_samples), dtype=int)  # (n_samples,) histories
-    stages = (rng.permutation(n_samples) + rng.random(n_samples)) / n_samples
-    chosen = np.empty(n_samples, dtype=int)
-    for history in np.unique(turns):
-        own = np.flatnonzero(turns == history)
-        own = own[np.argsort(stages[own])]
-        chosen[own] = steps[distinct((stages[own] * len(steps)).astype(int), len(steps))]
-    return [Place(int(h), int(t), stride) for h, t in zip(turns, chosen, strict=True)]
+    chosen = spread_decisions(by_goal, steps, n_samples, rng)
+    return [Place(history, step, stride) for history, step in chosen]
 
 
 def _eligible_histories(

@@ -87,6 +87,11 @@ def tokens(history: History) -> Tokens:
     return Tokens.of(history.n, parts=("state", "action", "reward"))
 
 
+def position(state: np.ndarray) -> tuple[int, int]:
+    """The corridor is a room of one row: for a map of where in it the attention lies."""
+    return 0, int(state[0])
+
+
 # For compare_compression.py: the tasks, the steps of an episode, and environments for tasks.
 GOALS = ("left end", "right end")
 HORIZON = 10

@@ -21,6 +21,7 @@ from historylens.capture import LayerAttention, capture
 from historylens.capture.heads import Change, HeadOutput, heads
 from historylens.common.batches import MAX_TOKENS_ACTING, MAX_WEIGHTS
 from historylens.common.errors import UserError
+from historylens.common.text import counted
 from historylens.history import LOOKS, Decision, History, HistoryBuffer
 from historylens.tokens import NONE, PADDING, Tokens, sum_rows
 
@@ -47,6 +48,12 @@ class Environment:
     make: Callable[[np.ndarray], Any]
     best: tuple[float, ...] | None = None  # best possible return an episode of each task
     named: tuple[str, str] = ("task", "of make_env()")  # what one is called, and which they are
+    goal_states: np.ndarray | None = None  # of each task the state that is its goal, if known
+
+    def __str__(self) -> str:
+        """How many tasks there are, and what is known of them."""
+        noun, which = self.named
+        return f"{counted(len(self.goals), noun)} {which}"
 
 
 class Agent(ABC):
@@ -62,6 +69,7 @@ class Agent(ABC):
     environment: Environment | None = None  # where it can act
     can_place: bool = False  # whether act() follows the positions that it is given
     rewarded_above: float = 0.0  # rewards above it count as rewarded, as in its decisions
+    room: tuple[int, int] | None = None  # rows and columns, where states are cells of a grid
     title: str  # the model, and the environment, in a few words
     identity: Mapping[str, Any]  # plain values on which results depend, such as a digest
     facts: Mapping[str, str]  # name -> what was loaded, in words
@@ -84,9 +92,17 @@ class Agent(ABC):
         """What each token is that the model reads, a map each of the `B` histories."""
         return [Tokens.of(history.n)] * history.size
 
+    def position(self, states: np.ndarray) -> np.ndarray:
+        """Row and column `(..., 2)` int of the cell that states `(..., S)` are, in a `room`."""
+        return states[..., :2]
+
     def length(self, index: int) -> int:
         """Transitions before a decision; equally long ones can share a pass."""
         return self.decisions[index].n
+
+    def look_at(self, decisions: Sequence[Decision], label_columns: Sequence[str]) -> None:
+        """Have other decisions, such as those of own play."""
+        self.decisions, self.label_columns = decisions, label_columns
 
     def history(self, indices: Sequence[int]) -> History:
         """What lies before some equally long decisions, on the model's device."""

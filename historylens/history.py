@@ -7,6 +7,7 @@ logits = model(*shorter.inputs)                    # (B, A)
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice, zip_longest
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ PADDING = -1  # in front of the indices of a decision that keeps fewer than anot
 AXES = {  # of the fields of a History; W transitions have their attention rows known
     "actions": "Bn", "rewards": "Bn", "episodes": "Bn", "received": "Bn", "query_attention": "Bn",
     "states": "BnS", "next_states": "BnS", "query_states": "BS", "tasks": "B", "last_rows": "BWn",
+    "query_episodes": "B",
     "kept": "Bn", "head_attention": "BLHn", "norm": "Bn", "contribution": "Bn",
 }  # fmt: skip
 # What a look at the model's attention gives; see `historylens.agent.look`.
@@ -40,6 +42,9 @@ class Decision:
         title: says which decision this is, in the titles of pictures.
         labels: columns of metrics.csv that name it.
         task: number of the task, for comparisons between decisions of different tasks.
+        query_episode: number of the episode in which the decision is made; None: that of the latest
+            transition.
+        goal: a state `(S,)` that is the goal, to be marked in maps of a room; None: not known.
         rewarded_above: rewards above it count as rewarded. Of an adapter's samples it is not read:
             REWARDED_ABOVE says it for all of them.
     """
@@ -53,6 +58,8 @@ class Decision:
     title: str = ""
     labels: dict[str, int | float | str] = field(default_factory=dict)
     task: int | None = None
+    query_episode: int | None = None
+    goal: Any = None
     rewarded_above: float = 0.0
 
     @property
@@ -84,6 +91,7 @@ class History:
         rewards: `(B, n)`.
         query_states: `(B, S)`, the state in which to act.
         episodes: `(B, n)` int, number of the episode of each transition, never falling.
+        query_episodes: `(B,)` int, numbers of the episodes in which to act.
         tasks: `(B,)` int, equal where two histories are of the same task.
         received: `(B, n)`, attention that each transition received from the tokens after it, the
             query not included, summed over them.
@@ -103,6 +111,7 @@ class History:
     next_states: Tensor
     query_states: Tensor | None = None
     episodes: Tensor | None = None
+    query_episodes: Tensor | None = None
     tasks: Tensor | None = None
     received: Tensor | None = None
     last_rows: Tensor | None = None
@@ -124,9 +133,9 @@ class History:
             values = torch.from_numpy(np.stack(parts)).to(device)  # int64 or float32
             return values.float() if values.is_floating_point() else values.long()
 
-        names = ("states", "actions", "rewards", "next_states", "query_state", "episodes", "task")
-        above = decisions[0].rewarded_above
-        return cls(*map(stacked, names), rewarded_above=above)
+        names = ("states", "actions", "rewards", "next_states", "query_state", "episodes")
+        more = map(stacked, (*names, "query_episode", "task"))
+        return cls(*more, rewarded_above=decisions[0].rewarded_above)
 
     def checked(self) -> "History":
         """The same, of tensors; ValueError: shapes that do not fit, or attention below 0 or NaN."""
@@ -173,6 +182,11 @@ class History:
     def rewarded(self) -> Tensor:
         """`(B, n)` bool, transitions that were rewarded."""
         return self.rewards > self.rewarded_above
+
+    @property
+    def same_state(self) -> Tensor:
+        """`(B, n)` bool, transitions that began in the very state in which to act."""
+        return (self.states == self.query_states[:, None]).all(dim=2)
 
     @property
     def counts(self) -> Tensor:
@@ -260,7 +274,37 @@ class HistoryBuffer:
         """Views of transitions `first .. n - 1`, which stay as they are, and queries `(B, S)`."""
         transitions = (store[:, first : self.n] for store in self._stores)
         episodes = self._episodes[:, first : self.n]
-        return History(*transitions, query_states, episodes, self._tasks)
+        return History(*transitions, query_states, episodes, self._episodes[:, self.n], self._tasks)
+
+
+def spread_decisions(
+    by_task: Sequence[np.ndarray], steps: np.ndarray, n_samples: int, rng: np.random.Generator
+) -> list[tuple[int, int]]:
+    """Spread `n_samples` decisions, (history, step), over tasks, histories and stages of learning.
+
+    Tasks take turns, and so do the histories of each, whose numbers `by_task` holds. The stages
+    divide the eligible `steps`, ascending, into `n_samples` equal parts, one decision from each,
+    dealt out to the tasks in random order. Where fewer are eligible, all of them are taken.
+    """
+    if n_samples >= len(steps) * sum(map(len, by_task)):
+        return [(int(h), int(t)) for histories in by_task for h in histories for t in steps]
+    rounds = zip_longest(*(list(histories) * len(steps) for histories in by_task))
+    in_turn = (history for each in rounds for history in each if history is not None)
+    turns = np.fromiter(islice(in_turn, n_samples), dtype=int)  # (n_samples,) histories
+    stages = (rng.permutation(n_samples) + rng.random(n_samples)) / n_samples
+    chosen = np.empty(n_samples, dtype=int)
+    for history in np.unique(turns):
+        own = np.flatnonzero(turns == history)
+        own = own[np.argsort(stages[own])]
+        chosen[own] = steps[distinct((stages[own] * len(steps)).astype(int), len(steps))]
+    return [(int(h), int(t)) for h, t in zip(turns, chosen, strict=True)]
+
+
+def distinct(indices: np.ndarray, size: int) -> np.ndarray:
+    """Ascending indices `(..., n)` below `size`, moved as little as it takes to be distinct."""
+    n = indices.shape[-1]
+    forward = np.maximum.accumulate(indices - np.arange(n), axis=-1)
+    return np.minimum(forward, size - n) + np.arange(n)
 
 
 def episode_ids(n: int, horizon: int, steps_taken: int | Tensor | np.ndarray) -> Tensor:

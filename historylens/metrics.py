@@ -55,15 +55,12 @@ def measure(rows: ArrayLike, last_episode: ArrayLike, rewarded: ArrayLike) -> np
 
     `last_episode` and `rewarded` `(..., n)` bool say which context tokens are so; broadcast against
     rows. A quarter is one token where `n < 4`: with `n = 1` both are the same one and the ratio is
-    1; a context without mass has ratio 0. ValueError: fewer than two tokens, or weights that cannot
-    come from a softmax.
+    1; a context without mass has ratio 0. With no context (`T = 1`) all is 0 but `mass_self`.
+    ValueError: no token, or weights that cannot come from a softmax.
     """
     rows = np.asarray(rows, dtype=np.float64)
-    if rows.ndim < 1 or rows.shape[-1] < 2:
-        raise ValueError(
-            "expected rows (..., T) with at least one context token and the query (T >= 2), "
-            f"got shape {rows.shape}"
-        )
+    if rows.ndim < 1 or rows.shape[-1] < 1:
+        raise ValueError(f"expected rows (..., T), the query last (T >= 1), got shape {rows.shape}")
     if not np.isfinite(rows).all() or (rows < 0).any() or (rows.sum(-1) > 1.05).any():
         raise ValueError(
             "expected attention weights after the softmax: finite, not negative, each row with "
@@ -71,6 +68,8 @@ def measure(rows: ArrayLike, last_episode: ArrayLike, rewarded: ArrayLike) -> np
         )
     context = rows[..., :-1]  # (..., n)
     n = context.shape[-1]
+    if n == 0:
+        return np.where([name == "mass_self" for name in NAMES], rows, 0.0)  # (..., M)
     first, last = context[..., : max(1, n // 4)], context[..., -max(1, n // 4) :]
     mass = context.sum(-1)
     reads = mass > 0
@@ -139,7 +138,7 @@ class Metrics:
         self.values = np.full(shape, np.nan)
         # (S, M), of the row that weighs all that the query may see equally.
         self.uniform = np.full((n_samples, len(NAMES)), np.nan)
-        self.n_context = np.zeros(n_samples, dtype=np.int64)  # (S,), 0 until it is measured
+        self.n_context = np.full(n_samples, -1)  # (S,), -1 until it is measured
 
     def put(
         self,
@@ -168,14 +167,14 @@ class Metrics:
     def gather(self, group: Group) -> "Metrics | None":
         """The metrics of all processes, on rank 0; None on others. ValueError: one is missing."""
         arrays = (self.values, self.uniform, self.n_context)
-        own = np.flatnonzero(self.n_context)
+        own = np.flatnonzero(self.n_context >= 0)
         parts = group.gather(None if group.is_main else (own, [array[own] for array in arrays]))
         if parts is None:
             return None
         for indices, theirs in parts[1:]:
             for array, values in zip(arrays, theirs, strict=True):
                 array[indices] = values
-        if not self.n_context.all():
+        if (self.n_context < 0).any():
             missing = int(self.n_context.argmin())
             raise ValueError(f"expected every sample to be measured, {missing} is missing")
         return self

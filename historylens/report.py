@@ -79,22 +79,34 @@ def _ratio(summaries: Mapping[str, Summary]) -> tuple[str, str]:
 
 def insight_blocks(insights: Sequence[Insight], metrics: Metrics) -> str:
     """Insights with evidence, caveat and strategies: the whole model, then layers that differ."""
-    blocks = [_insight_block([insight]) for insight in insights if insight.layer is None]
-    nothing = (
-        "💡 INSIGHT: No single pattern over all layers together.\n"
-        "   Measure before compressing: neither place nor weight says what can go."
-    )
-    blocks = blocks or [nothing]
-    blocks += [wrap(text, "   ℹ️  ", "      ") for text in remarks(metrics)]
-    in_layers = [insight for insight in insights if insight.layer is not None]
-    if in_layers:
-        blocks.append("WHERE LAYERS DIFFER FROM THE WHOLE")
-    for _, same in itertools.groupby(in_layers, key=lambda insight: insight.pattern):
-        blocks.append(_insight_block(list(same)))
+    blocks = []
+    for told in insight_parts(insights, metrics):
+        lines = [told["headline"], f"   {told['advice']}" if told["advice"] else None]
+        lines += [
+            wrap(text, f"   {mark} " if mark else "   ", "      ") for mark, text in told["lines"]
+        ]
+        blocks.append("\n".join(filter(None, lines)))
     return "\n\n".join(blocks)
 
 
-def _insight_block(insights: Sequence[Insight]) -> str:
+def insight_parts(insights: Sequence[Insight], metrics: Metrics) -> list[dict[str, Any]]:
+    """The same in parts: `headline`, `advice` and `lines`, each a mark and a text; some empty."""
+    nothing = {
+        "headline": "💡 INSIGHT: No single pattern over all layers together.",
+        "advice": "Measure before compressing: neither place nor weight says what can go.",
+        "lines": [],
+    }
+    parts = [_parts([insight]) for insight in insights if insight.layer is None] or [nothing]
+    noted = [("ℹ️ ", text) for text in remarks(metrics)]
+    parts += [{"headline": "", "advice": "", "lines": [line]} for line in noted]
+    in_layers = [insight for insight in insights if insight.layer is not None]
+    if in_layers:
+        parts.append({"headline": "WHERE LAYERS DIFFER FROM THE WHOLE", "advice": "", "lines": []})
+    groups = itertools.groupby(in_layers, key=lambda insight: insight.pattern)
+    return parts + [_parts(list(same)) for _, same in groups]
+
+
+def _parts(insights: Sequence[Insight]) -> dict[str, Any]:
     """One pattern: of the whole model, or of one or more layers, whose advice is the same."""
     first = insights[0]
     headline = first.headline
@@ -104,19 +116,18 @@ def _insight_block(insights: Sequence[Insight]) -> str:
         if doubted := [i.layer for i in insights if i.by_rule_only]:
             where = "" if len(doubted) == len(insights) else f"in {listed(doubted)} "
             headline += f" ({where}by the absolute rule only)"
-    lines = [headline, f"   {first.advice}"]
+    lines = []
     for insight in insights:
         where = f"Layer {insight.layer}: " if len(insights) > 1 else ""
         evidence = None if insight.by_rule_only else insight.evidence  # the caveat has the figures
         said = {"📊": evidence, "⚠️ ": insight.caveat, "🧪": insight.effect}
         for mark, text in said.items():
             if text:
-                lines.append(wrap(f"{where}{text}", f"   {mark} ", "      "))
+                lines.append((mark, f"{where}{text}"))
                 where = ""
     if not all(insight.by_rule_only for insight in insights):
-        ways = f"Strategies: {'; '.join(first.strategies)}. Example: {first.example}"
-        lines.append(wrap(ways, "   ", "      "))
-    return "\n".join(lines)
+        lines.append(("", f"Strategies: {'; '.join(first.strategies)}. Example: {first.example}"))
+    return {"headline": headline, "advice": first.advice, "lines": lines}
 
 
 def metrics_json(

@@ -39,9 +39,9 @@ class Tokens:
 
     def __post_init__(self) -> None:
         numbers = np.asarray(self.transition)
-        if numbers.ndim != 1 or not np.issubdtype(numbers.dtype, np.integer) or len(numbers) < 2:
+        if numbers.ndim != 1 or not np.issubdtype(numbers.dtype, np.integer) or not numbers.size:
             raise ValueError(
-                "expected the transition of each token as whole numbers (T,) with T of at least 2, "
+                "expected the transition of each token as whole numbers (T,) with T of at least 1, "
                 f"got shape {numbers.shape} of {numbers.dtype}"
             )
         size, lowest, decides = len(numbers), int(numbers.min()), int(self.decides)
@@ -52,7 +52,7 @@ class Tokens:
             raise ValueError(f"expected the token that decides in 0..{size - 1}, got {decides}")
         if lowest < NONE:
             raise ValueError(f"expected transitions from 0, or -1 for none, got {lowest}")
-        missing = set(range(max(1, int(numbers.max()) + 1))) - set(numbers.tolist())
+        missing = set(range(int(numbers.max()) + 1)) - set(numbers.tolist())
         if missing:
             raise ValueError(f"no token is of transition {min(missing)}")
         decides %= size
@@ -99,7 +99,7 @@ class Tokens:
 
     @property
     def n(self) -> int:
-        """Transitions."""
+        """Transitions; 0 where there is no history yet."""
         return int(self.transition.max()) + 1
 
     @cached_property
@@ -127,7 +127,7 @@ def order_of_time(tokens: Tokens) -> np.ndarray:
     current step and stand behind these, beside what decides.
     """
     shown = np.array([i for i, name in enumerate(tokens.part) if name != PADDING])
-    is_now = shown > np.flatnonzero(tokens.transition != NONE)[-1]
+    is_now = shown > np.flatnonzero(tokens.transition != NONE).max(initial=-1)
     order = np.lexsort((shown, tokens.transition[shown], is_now, shown == tokens.decides))
     return shown[order]
 

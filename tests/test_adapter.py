@@ -200,7 +200,7 @@ def stepping(gives):
 
 
 NO_ROOMS = [  # what is changed in the adapter, and what is said
-    ("def make_env(", "def make(", r"no make_env\(\): a comparison plays in an environment"),
+    ("def make_env(", "def make(", r"no make_env\(\): to play takes an environment"),
     ("GOALS = (", "NAMES = GOALS = lambda: (", "GOALS: expected a list of names"),
     ("def make_env(", "HORIZON = None\ndef make_env(", "HORIZON: expected a whole number"),
     ("for goal in goals])", "for goal in goals * 2])", r"1 environments, got 2"),

@@ -237,7 +237,7 @@ def test_a_module_that_mixes_tokens_unseen_is_a_note_and_a_fact(capsys):
 
 @pytest.fixture
 def no_pictures(monkeypatch):
-    monkeypatch.setattr(analysis, "draw", lambda *_: 0)
+    monkeypatch.setattr("historylens.analysis.drawing.draw", lambda *_: 0)
 
 
 def analysed(*argv):

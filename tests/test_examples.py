@@ -40,7 +40,7 @@ def analysed(name, out, *argv):
     """
     flags = ["--num-samples", "3", "--num-figures", "1", "--num-effects", "0", "--dpi", "20"]
     argv = [*flags, "--device", "cpu", "--out", str(out), *argv]
-    with mock.patch("historylens.pictures.draw_summaries"):
+    with mock.patch("historylens.analysis.drawing.draw_summaries"):
         visualize_attention.main(["--adapter", str(ADAPTERS.get(name, name)), *argv])
     rows = list(csv.DictReader((out / "metrics.csv").read_text().splitlines()))
     return json.loads((out / "metrics.json").read_text()), rows

@@ -91,12 +91,15 @@ def test_any_kind_of_picture_may_fail_and_is_told_while_all_else_is_drawn_after_
         n_pictures = sum(name.endswith(".png") for name in found[out.name])
         assert f"\n{n_pictures} pictures in {out}/" in said.out
         assert ("deletion_curves.png" in said.out) == (out.name == "all")
-    assert there == [(True, {"0", "1"})] * 2 * (2 * 2 + 2 + 3)
+    assert there == [(True, {"0", "1"})] * 2 * (2 * 2 + 1 + 2 + 3)
     effects = {"deletion_curves", "head_effects"}
-    assert lost.keys() == {"heatmap", "line_plot", "summary", "course", *effects}
+    assert lost.keys() == {"heatmap", "line_plot", "room_map", "summary", "course", *effects}
     names = {name for name in found["all"] if Path(name).name in lost.values()}
     left = {name: found["all"][name] for name in found["all"].keys() - names}
-    assert found["some"] | {"metrics.json": left["metrics.json"]} == left  # it names its folder
+    own = {
+        name: left[name] for name in ("metrics.json", "index.html")
+    }  # of the folder and pictures
+    assert found["some"] | own == left
     reason = "(ValueError: Too many bins); all numbers are in some/metrics.json"
     notes = [line for line in said.err.splitlines() if line.startswith("note:")]
     assert sorted(notes) == sorted(f"note: some/{n} could not be drawn {reason}" for n in names)

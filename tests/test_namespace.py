@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 TOOL = ROOT / "historylens"
 FILES = sorted(TOOL.rglob("*.py"))
-OUTSIDE = {"torch", "numpy", "matplotlib", "seaborn", "tqdm", "PIL"}
+OUTSIDE = {"torch", "numpy", "matplotlib", "seaborn", "tqdm", "PIL", "jinja2"}
 FLOORS = (  # a room imports from floors below its own
     "common < history capture < tokens < metrics < insights < compression < agent < "
     "adapter pictures report < effects comparison < analysis"

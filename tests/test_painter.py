@@ -22,7 +22,7 @@ def die(path):
 
 def draw_line(path):
     page = Page(300, 200, dpi=50)
-    page.plot(40, 20, 200, 150).plot([0, int(path.name), 1])
+    page.plot(40, 20, 200, 150).plot([0, int(path.stem), 1])
     page.save(path)
 
 
@@ -32,7 +32,7 @@ def draw_many(function, folder, n_pictures, n_processes, then=lambda: None):
     said = []
     with Painter(n_processes, drawn=lambda: said.append("drawn")) as painter:
         for number in range(n_pictures):
-            painter.draw(function, folder / str(number))
+            painter.draw(function, folder / f"{number}.png")
         then()
     return len(said), {path.name: path.read_bytes() for path in folder.iterdir()}
 
@@ -45,8 +45,8 @@ def test_pictures_are_the_same_bytes_however_many_processes_draw(tmp_path):
 
 def test_one_process_draws_here_at_once_and_several_elsewhere_more_than_may_wait(tmp_path):
     with Painter(1) as painter:
-        painter.draw(write_process, tmp_path / "0")
-        assert (tmp_path / "0").read_text() == str(os.getpid())
+        painter.draw(write_process, tmp_path / "0.png")
+        assert (tmp_path / "0.png").read_text() == str(os.getpid())
     n_drawn, files = draw_many(write_process, tmp_path, 4 * module.IN_FLIGHT, 2)
     assert n_drawn == len(files) == 4 * module.IN_FLIGHT
     assert str(os.getpid()).encode() not in files.values()
@@ -56,9 +56,9 @@ def test_one_process_draws_here_at_once_and_several_elsewhere_more_than_may_wait
 def test_a_killed_drawing_process_costs_the_picture_that_killed_it(tmp_path, capsys, places):
     with Painter(2, "the numbers are there") as painter:
         for i in range(10):
-            painter.draw(die if i in places else write_process, tmp_path / "made" / str(i))
+            painter.draw(die if i in places else write_process, tmp_path / "made" / f"{i}.png")
     assert painter.n_drawn == 10 - len(places)
-    drawn = {int(path.name) for path in (tmp_path / "made").iterdir()}
+    drawn = {int(path.stem) for path in (tmp_path / "made").iterdir()}
     assert drawn == set(range(10)) - places
     notes = capsys.readouterr().err.splitlines()
     assert len(notes) == len(places)
@@ -68,11 +68,11 @@ def test_a_killed_drawing_process_costs_the_picture_that_killed_it(tmp_path, cap
 def test_an_error_is_a_note_and_one_elsewhere_does_not_wait(tmp_path, monkeypatch, capsys):
     for n_processes in (1, 2):
         with Painter(n_processes, "the numbers are there") as painter:
-            (tmp_path / "gone").write_text("of an earlier run")
-            painter.draw(os.rmdir, tmp_path / "gone")
+            (tmp_path / "gone.png").write_text("of an earlier run")
+            painter.draw(os.rmdir, tmp_path / "gone.png")
         assert painter.n_drawn == 0
-        assert not (tmp_path / "gone").exists()
-        note = f"note: {tmp_path / 'gone'} could not be drawn (FileNotFoundError: [Errno 2] No"
+        assert not (tmp_path / "gone.png").exists()
+        note = f"note: {tmp_path / 'gone.png'} could not be drawn (FileNotFoundError: [Errno 2] No"
         said = capsys.readouterr().err
         assert said.startswith(note)
         assert said.endswith("; the numbers are there\n")

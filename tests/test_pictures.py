@@ -341,7 +341,7 @@ def test_names_of_returns_stay_in_the_page_beside_long_numbers_and_clear_of_the_
     names, level = ("recent", "random", "even", "decay", "diverse", "nearest"), -40000.0
     arms = [result(f"{name}@5", level - i) for i, name in enumerate(names)]
     study = judged(*arms, full=-10000.0, empty=level, control=level)
-    with mock.patch.object(returns, "_save") as save:
+    with mock.patch.object(returns, "save_figure") as save:
         for picture in (returns.draw_by_budget, returns.draw_by_episode):
             picture("x.png", study, returns.Picture("a model", "a task", None, 99))
     (plot, legend), panels = (call.args[0].axes for call in save.call_args_list)

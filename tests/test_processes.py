@@ -80,7 +80,7 @@ def test_shares_and_even_parts_are_all_items_once_and_differ_by_one_at_most(star
 @pytest.mark.parametrize(("size", "n_drawn"), [(2, 0), (3, 5), (13, N_SAMPLES)])
 def test_ranks_measure_every_sample_to_the_bit_and_draw_once(analysed, monkeypatch, size, n_drawn):
     monkeypatch.setattr(analysis, "MAX_TOKENS", 4 * 12)
-    monkeypatch.setattr(analysis, "MAX_DRAWN", 3)
+    monkeypatch.setattr(analysis.job, "MAX_DRAWN", 3)
     for name in ("barrier", "together"):  # ranks run in turn, none waits for another
         monkeypatch.setattr(Group, name, contextlib.nullcontext)
     together, drawn = analysed(n_drawn, [Group(rank, size) for rank in range(size)])

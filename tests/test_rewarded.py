@@ -12,7 +12,6 @@ from conftest import refused
 from hypothesis import given
 from hypothesis import strategies as st
 
-from historylens import analysis
 from historylens.adapter.agent import load, load_acting
 from historylens.adapter.decisions import read_rewarded
 from historylens.common.errors import UserError
@@ -127,7 +126,7 @@ def mass_rewarded(*flags):
 
 
 def test_metrics_and_what_pictures_show_use_it(capsys, monkeypatch):
-    monkeypatch.setattr(analysis, "draw", lambda *_: 0)
+    monkeypatch.setattr("historylens.analysis.drawing.draw", lambda *_: 0)
     every, all_json = mass_rewarded("--rewarded-above", "-1")
     said = " ".join(capsys.readouterr().out.split())
     assert "Rewarded: rewards above -1, as --rewarded-above says" in said

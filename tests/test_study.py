@@ -319,7 +319,7 @@ def test_intervals_of_returns_end_where_no_return_can_be():
 def test_the_legend_names_what_is_there_and_the_heading_fits(study, tmp_path):
     def said(study, subtitle="4 goals x 6 seeds", title="a model in a room"):
         figures = []
-        with mock.patch.object(returns, "_save", lambda figure, path: figures.append(figure)):
+        with mock.patch.object(returns, "save_figure", lambda figure, path: figures.append(figure)):
             for draw in (draw_by_budget, draw_by_episode):
                 draw(tmp_path / "x.png", study, Picture(title, subtitle, None, n_max=99))
         for figure in figures:

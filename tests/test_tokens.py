@@ -28,7 +28,7 @@ def test_the_query_is_last_or_first_and_decides_unless_another_token_is_said_to(
 
 @pytest.mark.parametrize(("fields", "words"), [
     (([0, 2], "transition"), "no token is of transition 1"),
-    (([-1, -1], "query"), "no token is of transition 0"),
+    ((np.array([], dtype=int), "query"), "T of at least 1"),
     (([0, -2], "transition"), "got -2"),
     (([0, -1], ("transition",)), "2 tokens, got 1"),
     (([0, -1], ("transition", "query"), 2), "0..1, got 2"),

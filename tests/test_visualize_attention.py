@@ -55,11 +55,11 @@ def make_run(folder, config, step=30):
 
 def names_of(samples, layers, *more):
     """Names of all files of a run, as documented."""
-    names = {"attention_layers.png", "metrics.json", "metrics.csv", *more}
+    names = {"attention_layers.png", "metrics.json", "metrics.csv", "index.html", *more}
     for n in layers:
         kinds = [f"{kind}_sample{i}" for kind in ("heatmap", "lines") for i in samples]
         names |= {f"layer_{n}/attention_{kind}_layer{n}.png" for kind in ["summary", *kinds]}
-    return names
+    return names | {f"attention_map_sample{i}.png" for i in samples}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -118,7 +118,7 @@ def samples_of(*argv):
 def test_the_real_command_writes_the_documented_files_and_the_same_bytes_again(shown):
     assert set(shown.files) == names_of(range(3), range(2), *EFFECTS)
     drawn = [content for name, content in shown.files.items() if name.endswith(".png")]
-    assert len(drawn) == 2 * 3 * 2 + 2 + 3
+    assert len(drawn) == 2 * 3 * 2 + 3 + 2 + 3
     assert all(content.startswith(b"\x89PNG") for content in drawn)
     options = {"cwd": shown.folder, "capture_output": True, "encoding": "utf-8", "timeout": 300}
     done = subprocess.run([sys.executable, "-c", AGAIN], check=False, **options)
@@ -180,13 +180,13 @@ def test_no_hook_is_left(shown):
 def test_a_run_clears_what_an_earlier_one_drew_and_nothing_else(home):
     analysed("--num-samples", "3", "--num-effects", "1")
     assert set(files_of(home / "out")) == names_of(range(3), range(2), *EFFECTS)
-    foreign = ("notes.txt", "layer_0/mine.png", "layer_7/readme", "other/attention_lines_x.png")
+    foreign = ("notes.txt", "layer_0/attention_mine.png", "layer_7/readme", "other/a.png")
     for name in foreign:
         (home / "out" / name).parent.mkdir(exist_ok=True)
         (home / "out" / name).write_text("keep")
     analysed("--num-samples", "2", "--layers", "1")
     assert set(files_of(home / "out")) == names_of(range(2), [1], *foreign)
-    (home / "out" / "layer_0" / "mine.png").unlink()
+    (home / "out" / "layer_0" / "attention_mine.png").unlink()
     analysed("--num-samples", "1", "--layers", "1")
     assert not (home / "out" / "layer_0").exists()
 
@@ -194,7 +194,7 @@ def test_a_run_clears_what_an_earlier_one_drew_and_nothing_else(home):
 def test_console_and_json_say_what_was_analysed(shown):
     (line,) = [line for line in shown.stdout.splitlines() if line.startswith("Checkpoint:")]
     assert "checkpoints/tiny/ckpt-30.pt (the only run, highest step of 1)" in line
-    pictures = "17 pictures in figs/attention/"
+    pictures = "20 pictures in figs/attention/"
     for words in ("2 layers x 2 heads", "11 transitions", "3 decisions of 3 goals", pictures):
         assert words in shown.stdout
     meta = shown.json["meta"]
@@ -416,7 +416,9 @@ def test_a_failure_before_the_first_picture_leaves_earlier_results(home, monkeyp
     assert files_of(home / "out") == before
 
 
-@pytest.mark.parametrize("name", ["layer_0", "metrics.json/x", "layer_0/attention_x.png/x"])
+@pytest.mark.parametrize(
+    "name", ["layer_0", "metrics.json/x", "layer_0/attention_lines_sample7_layer0.svg/x"]
+)
 def test_what_stands_in_the_way_of_a_file_is_one_line(home, capsys, name):
     path = home / "out" / name
     path.parent.mkdir(parents=True)

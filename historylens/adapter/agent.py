@@ -8,7 +8,7 @@ in one line before anything is written.
 """
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -19,15 +19,16 @@ import torch
 from torch import Tensor, nn
 
 from historylens.adapter.checks import tried
-from historylens.adapter.decisions import read_decisions, read_rewarded
+from historylens.adapter.decisions import as_array, read_decisions, read_rewarded
 from historylens.adapter.environment import GymRooms, read_tasks
 from historylens.adapter.file import Adapter, kind
 from historylens.agent import Agent, Environment
 from historylens.common.errors import note
-from historylens.history import History
+from historylens.history import Decision, History
 from historylens.tokens import Tokens
 
 CAPTURE = ("softmax", "heads")  # arguments of capture that an adapter may give
+MAX_SIDE = 200  # rows, and columns, of a room
 N_TRIED = 10  # samples by which rewarded transitions are told; a comparison reads no more
 
 
@@ -38,12 +39,16 @@ def load(
     device: torch.device,
     rewarded_above: float | None = None,
     tell: Callable[[str], None] = note,
+    plays: bool = False,
 ) -> "AdapterAgent":
     """The model of an adapter, with up to `n` decisions; UserError if something does not fit.
 
-    `tell` gets lines for the user.
+    `tell` gets lines for the user. One that `plays` has its environment, and few decisions.
     """
-    agent = AdapterAgent(Adapter(path), n, seed, device, rewarded_above, tell)
+    if plays:
+        agent = load_acting(path, seed, device, rewarded_above, tell)
+    else:
+        agent = AdapterAgent(Adapter(path), n, seed, device, rewarded_above, tell)
     heads = " or ".join(map(str, sorted(set(agent.n_heads))))
     size = sum(p.numel() for p in agent.model.parameters())
     first, *_, last = sorted(one.n for one in agent.decisions) * 2
@@ -69,12 +74,16 @@ def load(
 
 
 def load_acting(
-    path: str | Path, seed: int, device: torch.device, rewarded_above: float | None = None
+    path: str | Path,
+    seed: int,
+    device: torch.device,
+    rewarded_above: float | None = None,
+    tell: Callable[[str], None] = note,
 ) -> "AdapterAgent":
     """The model of an adapter in its own environments; UserError if it lacks or misfits one."""
     adapter = Adapter(path)
     goals, horizon = read_tasks(adapter)
-    agent = AdapterAgent(adapter, N_TRIED, seed, device, rewarded_above)
+    agent = AdapterAgent(adapter, N_TRIED, seed, device, rewarded_above, tell)
     make = partial(GymRooms, adapter, agent.decisions[0].query_state, horizon, seed)
     make(np.zeros(1, dtype=int)).reset()
     agent.environment = Environment(goals, horizon, make)
@@ -110,12 +119,11 @@ class AdapterAgent(Agent):
         self.rewarded_above, told = read_rewarded(adapter, decisions[:N_TRIED], rewarded_above)
         self.rewarded = {"Rewarded": told} if told else {}
         self.decisions = [replace(one, rewarded_above=self.rewarded_above) for one in decisions]
+        self.room = self._read_room()
         self.longest = longest = max(range(len(decisions)), key=self.length)
         self.n_max = n_max = adapter.get("N_MAX", most := self.length(longest))
-        is_count, what = (
-            isinstance(n_max, int) and n_max > 0,
-            f"at most N_MAX = {n_max} transitions",
-        )
+        is_count = isinstance(n_max, int) and n_max > 0
+        what = f"at most N_MAX = {n_max} transitions"
         expected = "a whole number, the transitions that the model can read"
         adapter.check(is_count, "N_MAX", expected, repr(n_max))
         adapter.check(most <= n_max, f"samples()[{longest}]", what, most)
@@ -162,6 +170,26 @@ class AdapterAgent(Agent):
             check(one.n == n and len(one) == len(maps[0]), "tokens()", expected, got)
         return list(maps)
 
+    def look_at(self, decisions: Sequence[Decision], label_columns: Sequence[str]) -> None:
+        """Have other decisions; what they reach is of the room."""
+        super().look_at(decisions, label_columns)
+        self.room = self._read_room()
+
+    def position(self, states: np.ndarray) -> np.ndarray:
+        """Cells `(..., 2)` int of states `(..., S)`; UserError: the adapter gives none for one."""
+        flat, check = states.reshape(-1, states.shape[-1]), self.adapter.check
+        distinct, places = np.unique(flat, axis=0, return_inverse=True)
+        cells = np.empty((len(distinct), 2), dtype=np.int64)
+        for i, state in enumerate(distinct):
+            with self.adapter.blamed("position()"):
+                cell = as_array(self.adapter.module.position(state), whole=True)
+            is_fit = cell.dtype == np.int64 and cell.shape == (2,)
+            is_fit = is_fit and cell.min() >= 0 and cell.max() < MAX_SIDE
+            expected = f"a row and a column, whole numbers in 0..{MAX_SIDE - 1}"
+            check(is_fit, "position()", expected, f"{cell.tolist()} for {state.tolist()}")
+            cells[i] = cell
+        return cells[places].reshape(*states.shape[:-1], 2)
+
     @cached_property
     def identity(self) -> dict[str, str]:
         """Digests of the file, and of all parameters and buffers of the model."""
@@ -173,6 +201,23 @@ class AdapterAgent(Agent):
                 weights.update(flat.view(torch.uint8).numpy())
         adapter = hashlib.sha256(self.adapter.path.read_bytes())
         return {"adapter": adapter.hexdigest(), "weights": weights.hexdigest()}
+
+    def _read_room(self) -> tuple[int, int] | None:
+        """Rows and columns: ROOM, or as many as samples reach; None without position()."""
+        check, room = self.adapter.check, self.adapter.get("ROOM")
+        if self.adapter.get("position") is None:
+            check(room is None, "ROOM", "position(state) beside it", "none")
+            return None
+        names = ("states", "next_states", "query_state", "goal")
+        known = (vars(one)[name] for one in self.decisions for name in names)
+        there = (x for x in known if x is not None and np.size(x))
+        sizes = [self.position(x).reshape(-1, 2).max(0) + 1 for x in there]
+        least = tuple(np.max(sizes, axis=0).tolist())
+        room = least if room is None else room
+        is_fit = isinstance(room, tuple | list) and [type(x) for x in room] == [int, int]
+        is_fit = is_fit and all(a <= b <= MAX_SIDE for a, b in zip(least, room, strict=True))
+        check(is_fit, "ROOM", f"(rows, columns) of at least {least}, as samples reach", repr(room))
+        return tuple(room)
 
     def _read_capture_options(self) -> dict[str, Any]:
         """The adapter's CAPTURE, and its layers() by name."""

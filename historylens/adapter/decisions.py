@@ -87,7 +87,7 @@ def _read(adapter: Adapter, index: int, given: Decision) -> Decision:
     def check(is_fit: bool, name: str, expected: str, got: object) -> None:
         adapter.check(is_fit, f"{where}.{name}", expected, got)
 
-    for name in (*NEEDED, "next_states", "episodes"):
+    for name in (*NEEDED, "next_states", "episodes", "goal"):
         values = vars(given)[name]
         check(values is not None or name not in NEEDED, name, "an array", kind(values))
         if values is not None:
@@ -105,23 +105,28 @@ def _read(adapter: Adapter, index: int, given: Decision) -> Decision:
         check(dtype == np.int64, name, "whole numbers", dtype)
     never_fall = (np.diff(arrays["episodes"]) >= 0).all()
     check(never_fall, "episodes", "numbers that never fall", "some that do")
+    latest, now = int(arrays["episodes"][-1]), given.query_episode
+    is_fit = now is None or (isinstance(now, int | np.integer) and now >= latest)
+    check(is_fit, "query_episode", f"a whole number from {latest} on, the latest episode", now)
     is_whole = isinstance(given.task, int | np.integer | None)
     check(is_whole, "task", "a whole number", kind(given.task))
     title = " ".join(str(given.title).split()) or f"sample {index}"
     title = title if len(title) <= MAX_TITLE else f"{title[: MAX_TITLE - 1]}…"
-    return Decision(
-        **arrays, title=title, labels=_read_labels(check, given.labels), task=given.task
-    )
+    about = {"title": title, "task": given.task, "query_episode": now}
+    return Decision(**arrays, labels=_read_labels(check, given.labels), **about)
 
 
 def _shape_states(check: Check, arrays: dict[str, np.ndarray], n: int) -> None:
-    """Bring states and next states to `(n, S)`, the query state to `(S,)`."""
+    """Bring states and next states to `(n, S)`, the query state and the goal to `(S,)`."""
     states, query = arrays["states"], arrays["query_state"]
     is_fit = states.ndim in (1, 2) and len(states) == n
     check(is_fit, "states", f"shape ({n},) or ({n}, S), as rewards say", states.shape)
     states, size = states.reshape(n, -1), states[0].size
     check(query.size == size, "query_state", f"{size} numbers, as states", query.shape)
     query = query.reshape(size)
+    if (goal := arrays.get("goal")) is not None:
+        check(goal.size == size, "goal", f"{size} numbers, as states", goal.shape)
+        arrays["goal"] = goal.reshape(size)
     after = arrays.get("next_states", np.concatenate([states[1:], query[None]]))
     is_fit = after.size == states.size and after.shape[:1] == (n,)
     check(is_fit, "next_states", "the shape of states", after.shape)

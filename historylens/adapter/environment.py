@@ -29,7 +29,7 @@ TOGETHER = (
 def read_tasks(adapter: Adapter) -> tuple[tuple[str, ...], int]:
     """Names of the tasks, and steps an episode; UserError where an environment is not complete."""
     needed = f"`def {SIGNATURES['make_env']}`, GOALS and HORIZON"
-    missing = f"no make_env(): a comparison plays in an environment: expected {needed}"
+    missing = f"no make_env(): to play takes an environment: expected {needed}"
     expect(adapter.get("make_env"), f"{adapter.path}: {missing}")
     goals, horizon = adapter.get("GOALS"), adapter.get("HORIZON")
     is_list = isinstance(goals, Sequence) and not isinstance(goals, str) and len(goals) > 0

@@ -33,6 +33,7 @@ SIGNATURES = {
     "act": "act(model, history) -> action logits (B, A)",
     "tokens": "tokens(history) -> Tokens",  # else a token a transition, and the query last
     "layers": "layers(model) -> list of modules or their names",  # else all that attend
+    "position": "position(state) -> (row, column)",  # for a map of the room
     "make_env": "make_env(goals) -> gymnasium.vector.VectorEnv",  # for a comparison
 }
 TRACEBACK = "ADAPTER_TRACEBACK"

@@ -12,26 +12,24 @@ becomes of them, pictures: `layer_N/*.png`, `attention_layers.png`, `deletion_cu
 import argparse
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from historylens import report
 from historylens.agent import Agent, pick_device
-from historylens.analysis.job import Job, batches
-from historylens.common.batches import MAX_DRAWN, MAX_DRAWN_TOKENS, MAX_TOKENS, alike, even_parts
+from historylens.analysis.job import Job, batches, drawn_passes
+from historylens.analysis.play import LABELS, record
+from historylens.analysis.results import Shown, find_out, tables, write_numbers
+from historylens.common.batches import MAX_TOKENS, alike, even_parts
 from historylens.common.errors import expect, note, run_command
-from historylens.common.files import write_json
+from historylens.common.files import FORMATS
 from historylens.common.processes import join
 from historylens.common.settings import Settings, add_flags, from_flags, setting
-from historylens.common.text import labelled, wrap
-from historylens.effects import MeasuredEffects, measure_effects
-from historylens.insights import Insight, find_patterns
+from historylens.common.text import counted, labelled, wrap
 from historylens.metrics import Metrics
-from historylens.tokens import Tokens
 
 
 @dataclass(frozen=True)
@@ -54,7 +52,23 @@ class AnalysisConfig(Settings):
         None, "rewards above it count as rewarded (default: 0, or the top quarter of those in an "
         "adapter's samples where these are of more than two values)",
     )  # fmt: skip
+    play: bool = setting(
+        False, "analyse the model's own play on its tasks instead: weights fixed, actions sampled",
+        action="store_true",
+    )  # fmt: skip
+    episodes: int = setting(40, "episodes of own play a rollout", at_least=1)
+    rollouts: int = setting(2, "rollouts of own play a task", at_least=1)
+    trajectory: int | None = setting(
+        None, "draw this rollout of own play, from 0, step by step as well", "I", at_least=0
+    )
+    every: int = setting(10, "steps between pictures of --trajectory", at_least=1)
     out: str = setting("figs/attention", "folder for pictures and numbers", "DIR")
+    format: list[str] | None = setting(
+        None, "png, pdf, svg, or several of them (default: png)", choices=FORMATS
+    )
+    single_file: bool = setting(
+        False, "put the pictures into index.html, to be sent as one file", action="store_true"
+    )
     device: str = setting("auto", "cpu, cuda, or auto: cuda where there is one", "NAME")
     precision: str = setting(
         "float32", "of the model's forward pass; metrics are float64 whatever it is",
@@ -63,19 +77,14 @@ class AnalysisConfig(Settings):
     seed: int = setting(0, "seed of the choice of decisions", at_least=0)
     dpi: int = setting(100, "pixels an inch of the pictures", at_least=1)
 
+    @property
+    def plays(self) -> bool:
+        """Whether decisions are those of own play."""
+        return self.play or self.trajectory is not None
+
 
 CHECKPOINT_FLAGS = ("checkpoint", "histories", "goal", "history", "steps", "stride")
-Pass = tuple[Sequence[int], Sequence[int]]  # numbers of decisions, places of those drawn
 Load = Callable[[Any, torch.device, Callable[[str], None]], Agent]
-
-
-@dataclass(frozen=True)
-class Shown:
-    """What a process found of the samples that it draws."""
-
-    layers: dict[int, dict[int, Any]]  # layer -> sample -> the numbers in its pictures
-    tokens: dict[int, Tokens] = field(default_factory=dict)  # sample -> what its tokens are
-    passes: list[Pass] = field(default_factory=list)  # as they fitted memory
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -104,7 +113,7 @@ def load_adapter(config: Any, device: torch.device, tell: Callable[[str], None])
     what = "expected --adapter FILE, a Python file that says how to run your model"
     expect(config.adapter is not None, what)
     wanted = config.num_samples, config.seed, device, config.rewarded_above
-    return load(config.adapter, *wanted, tell)
+    return load(config.adapter, *wanted, tell, config.plays)
 
 
 def run(argv: Sequence[str], parser: argparse.ArgumentParser, kind: type, load: Load) -> None:
@@ -125,42 +134,52 @@ def run(argv: Sequence[str], parser: argparse.ArgumentParser, kind: type, load: 
             device = group.device(pick_device(config.device))
             agent = load(config, device, note if group.is_main else lambda text: None)
             job = Job.of(agent, config, group)
-        if group.is_main:
-            facts = dict(agent.facts)
-            facts["Device"] += f", {group.size} processes" if group.size > 1 else ""
+        facts = {**agent.facts, **(of_play(job) if config.plays else {})}
+        if not config.plays:
             facts["Samples"] += f"; {job.n_drawn} drawn"
-            print(labelled(facts), flush=True)
-        analyse(job)
+        if group.is_main:
+            told = f", {group.size} processes" if group.size > 1 else ""
+            print(labelled(facts | {"Device": facts["Device"] + told}), flush=True)
+        analyse(job, facts)
 
 
-def analyse(job: Job) -> None:
-    """Measure, write the numbers, then draw; rank 0 prints and writes."""
-    from historylens.pictures import CURVES, HEADS, clear_pictures
+def of_play(job: Job) -> dict[str, str]:
+    """What is going to be played, in words."""
+    config, environment = job.config, job.agent.environment
+    n = len(environment.goals) * config.rollouts * config.episodes * environment.horizon
+    n_samples = min(n, config.num_samples)
+    return {
+        "Own play": f"{environment} x {counted(config.rollouts, 'rollout')}, "
+        f"{counted(config.episodes, 'episode')} of {environment.horizon} steps; actions are drawn "
+        f"from the policy, seed {config.seed}",
+        "Samples": f"{n_samples:,} of {n:,} decisions; {min(n_samples, config.num_figures)} drawn",
+    }
+
+
+def analyse(job: Job, facts: Mapping[str, str]) -> None:
+    """Play if asked, measure, write the numbers, then draw; rank 0 prints and writes."""
+    from historylens.analysis.drawing import draw, finish
+    from historylens.pictures import clear_pictures
 
     agent, config, group = job.agent, job.config, job.group
+    play = record(job) if config.plays else None
+    if play is not None:
+        agent.look_at(play.choose(config.num_samples, config.seed), LABELS)
     metrics = Metrics(len(agent.decisions), job.layers, job.heads)
     measure(job, metrics)
     shown = measure_drawn(job, metrics)
-    metrics, parts, extra = metrics.gather(group), group.gather(shown), {}
+    metrics, parts, results = metrics.gather(group), group.gather(shown), None
     if metrics is not None:
-        insights = find_patterns(metrics)
-        wanted, is_off = (config.num_effects, config.seed), not config.num_effects
-        with tqdm(desc="effects", unit=" steps", file=sys.stderr, disable=is_off) as bar:
-            effects = measure_effects(agent, job.layers, job.heads, insights, *wanted, bar)
-        insights = effects.attached(insights)
-        extra = {CURVES: effects.curves_picture, HEADS: effects.heads_picture}
-        extra = {name: content for name, content in extra.items() if content is not None}
-        print(f"\n{write_numbers(job, metrics, insights, effects, parts)}", flush=True)
+        results = find_out(job, metrics, play)
+        write_numbers(job, results, parts)
+        first, second, *others = tables(results)
+        told = report.insight_blocks(results.insights, results.metrics)
+        print("", "\n\n".join([first, second, told, *others]), sep="\n", flush=True)
         clear_pictures(job.out)
     group.barrier()  # from here on pictures are drawn, and may fail
-    n_drawn = group.gather(draw(job, metrics, shown.passes, extra))
+    n_drawn = group.gather(draw(job, shown.passes, results, play))
     if n_drawn is not None:
-        more = [name for name in (CURVES, HEADS) if (job.out / name).exists()]
-        kinds = "a heatmap and a line plot a sample, a summary a layer"
-        kinds = ", ".join([kinds, "attention_layers.png", *more])
-        nothing = f"No picture could be drawn in {job.out}/"
-        drawn = f"{sum(n_drawn)} pictures in {job.out}/: {kinds}" if sum(n_drawn) else nothing
-        print("", wrap(f"{drawn}. All numbers: metrics.json, metrics.csv."), sep="\n")
+        print("", wrap(finish(job, results, facts, sum(n_drawn))), sep="\n")
 
 
 def measure(job: Job, metrics: Metrics) -> None:
@@ -182,78 +201,21 @@ def measure_drawn(job: Job, metrics: Metrics) -> Shown:
 
     Every process runs the passes of which it draws a part.
     """
+    from historylens.analysis.room import room_maps
     from historylens.pictures import samples
 
-    agent, group = job.agent, job.group
-    size = min(MAX_DRAWN, max(1, MAX_DRAWN_TOKENS // agent.n_tokens))
-    same = alike((i, agent.length(i)) for i in range(job.n_drawn))
-    parts = [g[i : i + size] for g in same for i in range(0, len(g), size)]
-    own = [tuple(i for i, n in enumerate(part) if n in group.share(job.n_drawn)) for part in parts]
-    shown = Shown({layer: {} for layer in job.layers})
-    passes = [pair for pair in zip(parts, own, strict=True) if pair[1]]
+    shown, passes = Shown({layer: {} for layer in job.layers}), drawn_passes(job, job.n_drawn)
     with job.progress("attention", sum(len(part) for part, _ in passes), " samples") as bar:
         for batch in batches(job, passes):
             batch.measure(metrics)
             for layer, index, sample in samples(batch):
                 shown.layers[layer][index] = sample.numbers()
                 shown.tokens[index] = sample.tokens
+            for index, room, names in room_maps(job, batch):
+                shown.maps[index] = {"panels": names} | room.numbers()
             shown.passes.append((batch.indices, batch.drawn))
             bar.update(len(batch.indices))
     return shown
-
-
-def draw(
-    job: Job, metrics: Metrics | None, passes: Sequence[Pass], extra: Mapping[str, Any]
-) -> int:
-    """Draw this process's share, and with the metrics what compares samples; gives how many.
-
-    `extra` are contents of further pictures, by name.
-
-    The passes are run once more: their maps, all at once, would not fit memory.
-    """
-    from historylens.pictures import CURVES, HEADS, draw_batch, draw_summaries, n_pictures
-    from historylens.pictures.curveplot import deletion_curves
-    from historylens.pictures.headplot import head_effects
-    from historylens.pictures.painter import Painter, drawing_processes
-
-    out, dpi, n_heads = job.out, job.config.dpi, [*map(len, job.heads)]
-    n_own = n_pictures(len(job.group.share(job.n_drawn)), n_heads) + len(extra)
-    n_processes = drawing_processes(n_own) if job.group.size == 1 else 1
-    kept = f"all numbers are in {out / 'metrics.json'}"
-    progress = job.progress("pictures", n_own, " pictures")
-    with progress as bar, Painter(n_processes, kept, bar.update) as painter:
-        for batch in batches(job, passes):
-            draw_batch(out, batch, painter, dpi)
-        if metrics is not None:
-            draw_summaries(out, metrics, painter, dpi)
-        for name, content in extra.items():
-            function = {CURVES: deletion_curves, HEADS: head_effects}[name]
-            painter.draw(function, out / name, **content, dpi=dpi)
-    return painter.n_drawn
-
-
-def write_numbers(
-    job: Job,
-    metrics: Metrics,
-    insights: Sequence[Insight],
-    effects: MeasuredEffects,
-    parts: Sequence[Shown],
-) -> str:
-    """Write the numbers, given what `measure_drawn` gave each process; the same as console text."""
-    agent = job.agent
-    tokens = {index: one for part in parts for index, one in part.tokens.items()}
-    drawn = {
-        layer: dict(sorted(item for part in parts for item in part.layers[layer].items()))
-        for layer in job.layers
-    }
-    meta = {**vars(job.config), **agent.meta}
-    meta |= {"device": agent.device.type, "n_layers": len(agent.layers)}
-    content = report.metrics_json(metrics, agent.decisions, insights, meta, drawn, tokens)
-    write_json(job.out / "metrics.json", content | {"effects": effects.json})
-    report.write_csv(job.out / "metrics.csv", metrics, agent.decisions, agent.label_columns)
-    blocks = [report.layer_table(metrics), report.overall_block(metrics)]
-    blocks += [report.insight_blocks(insights, metrics), effects.text]
-    return "\n\n".join(filter(None, blocks))
 
 
 command = partial(run_command, main)  # `historylens`

@@ -17,16 +17,19 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from historylens.agent import Agent, attend
 from historylens.capture import CaptureError, LayerAttention
-from historylens.common.batches import is_out_of_memory
+from historylens.common.batches import MAX_DRAWN, MAX_DRAWN_TOKENS, alike, is_out_of_memory
 from historylens.common.errors import UserError
 from historylens.common.processes import Group
 from historylens.history import Decision, History
 from historylens.metrics import Metrics
 from historylens.tokens import Tokens, sum_rows, uniform_rows
+
+Pass = tuple[Sequence[int], Sequence[int]]  # numbers of decisions, places of those drawn
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,6 @@ class Job:
     group: Group
     layers: list[int]  # numbers of the layers to capture
     heads: list[list[int]]  # of each of these, numbers of the heads that are measured and drawn
-    n_drawn: int  # the first so many decisions are drawn
     out: Path
 
     @classmethod
@@ -54,9 +56,20 @@ class Job:
         n_heads = [agent.n_heads[layer] for layer in layers]
         shared = _chosen("head", config.heads, min(n_heads))
         heads = [shared if config.heads else list(range(n)) for n in n_heads]
-        n_drawn = min(len(agent.decisions), config.num_figures)
-        out = prepare_output(Path(config.out), layers)
-        return cls(agent, config, group, layers, heads, n_drawn, out)
+        job = cls(agent, config, group, layers, heads, Path(config.out))
+        prepare_output(job.out, layers, job.followed)
+        return job
+
+    @property
+    def n_drawn(self) -> int:
+        """The first so many decisions are drawn."""
+        return min(len(self.agent.decisions), self.config.num_figures)
+
+    @property
+    def followed(self) -> Path | None:
+        """Folder of the rollout that is drawn step by step."""
+        number = self.config.trajectory
+        return None if number is None else self.out / f"trajectory_{number}"
 
     def progress(self, what: str, total: int, unit: str) -> tqdm:
         """A progress bar of rank 0's share."""
@@ -88,13 +101,11 @@ class Batch:
 
     def measure(self, metrics: Metrics) -> None:
         """Put the metrics of the batch in their place."""
-        rows = [sum_rows(layer.query_rows, self.tokens) for layer in self.attention.values()]
-        for row, layer in zip(rows, self.attention.values(), strict=True):
-            row[..., -1] += 0 if layer.extra is None else layer.extra.numpy()  # of no transition
+        rows = transition_rows(self.attention, self.tokens)
         metrics.put(self.indices, rows, sum_rows(self.uniform_rows, self.tokens), self.history)
 
 
-def batches(job: Job, parts: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Iterator[Batch]:
+def batches(job: Job, parts: Sequence[Pass]) -> Iterator[Batch]:
     """Passes over decisions and which of them to draw; what does not fit memory is halved."""
     limit = max((len(indices) for indices, _ in parts), default=0)
     told = False
@@ -136,12 +147,18 @@ def _halve(job: Job, n_samples: int, told: bool) -> int:
     return half
 
 
-def _run(job: Job, indices: Sequence[int], drawn: Sequence[int]) -> Batch:
-    """One forward pass, each layer captured as it runs."""
+def attention_of(
+    job: Job, history: History, drawn: Sequence[int] = ()
+) -> tuple[Tensor, dict[int, LayerAttention], np.ndarray]:
+    """One forward pass, each layer captured as it runs; maps of those of the `B` that are drawn.
+
+    Action logits `(B, A)`, the attention of chosen heads by the number of their layer, and rows
+    `(B, T)` that weigh all that the query may see equally.
+    """
     agent, heads = job.agent, dict(zip(job.layers, job.heads, strict=True))
-    history, is_mixed = agent.history(indices), job.config.precision == "bfloat16"
+    is_mixed = job.config.precision == "bfloat16"
     with torch.autocast(agent.device.type, torch.bfloat16, enabled=is_mixed):
-        _, layers = attend(agent, history, job.layers, received=bool(drawn), maps=drawn)
+        logits, layers = attend(agent, history, job.layers, received=bool(drawn), maps=drawn)
     visible = np.logical_or.reduce([layer.visible.numpy() for layer in layers])
     attention = dict(zip(job.layers, layers, strict=True))
     for number, layer in attention.items():
@@ -151,6 +168,34 @@ def _run(job: Job, indices: Sequence[int], drawn: Sequence[int]) -> Batch:
             }
             chosen = {k: v[:, heads[number]] for k, v in arrays.items() if v is not None}
             attention[number] = replace(layer, **chosen)
+    return logits, attention, uniform_rows(visible)
+
+
+def transition_rows(
+    attention: Mapping[int, LayerAttention], tokens: Sequence[Tokens]
+) -> list[np.ndarray]:
+    """`(B, H, n + 1)` a layer: attention on each transition, last on what is of none."""
+    rows = [sum_rows(layer.query_rows, tokens) for layer in attention.values()]
+    for row, layer in zip(rows, attention.values(), strict=True):
+        row[..., -1] += 0 if layer.extra is None else layer.extra.numpy()
+    return rows
+
+
+def _run(job: Job, indices: Sequence[int], drawn: Sequence[int]) -> Batch:
+    """A pass over some decisions of the agent."""
+    agent = job.agent
+    history = agent.history(indices)
+    _, attention, even = attention_of(job, history, drawn)
     decisions = [agent.decisions[indices[i]] for i in drawn]
-    tokens, even = agent.tokens(history), uniform_rows(visible)
-    return Batch(indices, history, tokens, attention, drawn, even, decisions, heads)
+    heads = dict(zip(job.layers, job.heads, strict=True))
+    return Batch(indices, history, agent.tokens(history), attention, drawn, even, decisions, heads)
+
+
+def drawn_passes(job: Job, n_drawn: int) -> list[Pass]:
+    """Passes over the first `n_drawn` decisions, of which this process draws a share."""
+    agent, group = job.agent, job.group
+    size = min(MAX_DRAWN, max(1, MAX_DRAWN_TOKENS // agent.n_tokens))
+    same = alike((i, agent.length(i)) for i in range(n_drawn))
+    parts = [g[i : i + size] for g in same for i in range(0, len(g), size)]
+    own = [tuple(i for i, n in enumerate(part) if n in group.share(n_drawn)) for part in parts]
+    return [pair for pair in zip(parts, own, strict=True) if pair[1]]

@@ -16,6 +16,7 @@ import numpy as np
 
 from historylens.common.errors import UserError
 
+FORMATS, INDEX = ("png", "pdf", "svg"), "index.html"  # of pictures, and the page that shows them
 Content = str | bytes | Iterable[str] | Callable[[BinaryIO], object]
 
 

@@ -21,7 +21,8 @@ def setting(default: Any, help: str | None, metavar: str | None = None, **flag: 
     """Declare a dataclass field: its default, its help, and what else its flag needs.
 
     The type is that of the annotation, of its entries where that is a list. `at_least` and
-    `fraction` (between 0 and 1) are bounds that `Settings` checks. Without help it has no flag.
+    `fraction` (between 0 and 1) are bounds that `Settings` checks, as it does `choices`. Without
+    help it has no flag.
     """
     told = {"help": help, "metavar": metavar} | flag
     metadata = {name: value for name, value in told.items() if value is not None}
@@ -43,6 +44,8 @@ class Settings:
                 expect(least is None or got >= least, f"{expected} of at least {least}, got {got}")
                 is_in = "fraction" not in field.metadata or 0 <= got <= 1
                 expect(is_in, f"{expected} between 0 and 1, got {got}")
+                choices = field.metadata.get("choices", [got])
+                expect(got in choices, f"{expected} of {', '.join(map(str, choices))}, got {got}")
 
 
 def flag_of(name: str) -> str:

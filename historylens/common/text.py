@@ -50,8 +50,8 @@ def fixed(value: float, decimals: int, sign: str = "") -> str:
 
 
 def counted(number: int, noun: str) -> str:
-    """`1 layer`, `4 layers`."""
-    return f"{number} {noun}{'' if number == 1 else 's'}"
+    """`1 layer`, `4,000 layers`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def listed(layers: Sequence[int]) -> str:

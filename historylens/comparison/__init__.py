@@ -4,23 +4,34 @@
     compare(agent, CompareConfig(strategies=["recent"], budgets=[10, 20]))
 
 Each strategy at each budget acts beside full history, an empty one and two controls. Writes
-`return_by_budget.png`, `return_by_episode.png`, `results.csv` and `results.json`, and prints a
-table that ends in one recommendation. An interrupted comparison goes on with the same command.
+`return_by_budget.png`, `return_by_episode.png` (or .pdf, .svg), `results.csv` and `results.json`,
+and prints a table that ends in one recommendation. An interrupted comparison goes on with the same
+command.
 """
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from historylens.agent import Agent, Environment, pick_device
+from historylens.agent import Agent, pick_device
 from historylens.common.errors import expect
+from historylens.common.files import FORMATS
 from historylens.common.settings import Settings, add_flags, from_flags, setting
 from historylens.common.text import counted, labelled, wrap
 from historylens.comparison.playing import Plays, fingerprint, missing, plan, play_arms
 from historylens.comparison.policy import POSITIONS
-from historylens.comparison.report import advice, summary, table, write_csv
-from historylens.comparison.results import CONFIRMATION, FILES, ResultsFile, open_results
+from historylens.comparison.report import advice, recommendation, summary, table, write_csv
+from historylens.comparison.results import (
+    BY_BUDGET,
+    BY_EPISODE,
+    CONFIRMATION,
+    FILES,
+    PICTURES,
+    TABLE,
+    ResultsFile,
+    open_results,
+)
 from historylens.comparison.study import FULL, Arm, Study, confirm, judge
 from historylens.compression.method import METHODS
 
@@ -67,6 +78,9 @@ class CompareConfig(Settings):
         "adapter's samples where these are of more than two values)",
     )  # fmt: skip
     out: str = setting("figs/compression", "folder for pictures and numbers", "DIR")
+    format: list[str] | None = setting(
+        None, "png, pdf, svg, or several of them (default: png)", choices=FORMATS
+    )
     device: str = setting("auto", "cpu, cuda, or auto: cuda where there is one", "NAME")
     seed: int = setting(0, "seed of action noise, random choices and bootstrap", at_least=0)
 
@@ -113,7 +127,8 @@ def compare(agent: Agent, config: CompareConfig, positions: str = "reindexed") -
     budgets = config.budgets or [n for n in (*BUDGETS, agent.n_max) if n <= agent.n_max]
     arms = plan(plays, config.strategies or STRATEGIES[config.full], budgets)
     results = open_results(config.out, fingerprint(plays))
-    print(announced(config, plays, arms, results), flush=True)
+    facts = announced(config, plays, arms, results)
+    print(labelled(facts), flush=True)
     best = agent.environment.best
     try:
         study = judge(play_arms(plays, arms, results), config.margin, best, config.seed)
@@ -128,7 +143,8 @@ def compare(agent: Agent, config: CompareConfig, positions: str = "reindexed") -
         kept = f"{done} of {len(arms)} arms are kept in {results.path}"
         print(f"\n{kept}: the same command goes on from there", file=sys.stderr)
         raise
-    save(study, plays, results)
+    save(study, plays, results, tuple(dict.fromkeys(config.format or FORMATS[:1])))
+    write_index(study, plays, results, facts)
     if early := counting(plays, results):
         print(f"\n{wrap(early)}")
     print(f"\n{table(study)}\n\n{advice(study, POSITIONS[positions])}")
@@ -137,8 +153,10 @@ def compare(agent: Agent, config: CompareConfig, positions: str = "reindexed") -
     print(f"\nIn {results.path.parent}/: {', '.join(there)}.")
 
 
-def announced(config: CompareConfig, plays: Plays, arms: list[Arm], results: ResultsFile) -> str:
-    """What is going to be done, and what was found, as console text."""
+def announced(
+    config: CompareConfig, plays: Plays, arms: list[Arm], results: ResultsFile
+) -> dict[str, str]:
+    """What is going to be done, and what was found, in words."""
     agent, environment, n_max = plays.agent, plays.agent.environment, plays.agent.n_max
     n_missing, each = len(missing(plays, arms, results)), plays.n_decisions
     with_budget = [arm for arm in arms if arm.n_keep is not None]
@@ -150,7 +168,7 @@ def announced(config: CompareConfig, plays: Plays, arms: list[Arm], results: Res
     then += f"again, on {config.confirm} new seeds a goal"
     text = {
         **agent.facts,
-        "Task": f"{agent.title}; {tasks(environment)}",
+        "Task": f"{agent.title}; {environment}",
         "Arms": f"full, empty, controls, and {names}",
         "Budgets": f"{budgets} of up to {n_max} transitions{too_long}",
         "Runs": f"{plays.n_seeds} seeds a goal, {plays.n_episodes} episodes of "
@@ -162,7 +180,7 @@ def announced(config: CompareConfig, plays: Plays, arms: list[Arm], results: Res
         "Found": results.found,
         "Episodes": counting(plays, results),
     }
-    return labelled({name: told for name, told in text.items() if told})
+    return {name: told for name, told in text.items() if told}
 
 
 def counting(plays: Plays, results: ResultsFile) -> str:
@@ -174,30 +192,38 @@ def counting(plays: Plays, results: ResultsFile) -> str:
     return said if n_early else ""
 
 
-def tasks(environment: Environment) -> str:
-    """How many there are, and what is known of them."""
-    noun, which = environment.named
-    return f"{counted(len(environment.goals), noun)} {which}"
-
-
-def save(study: Study, plays: Plays, results: ResultsFile) -> None:
-    """Write the numbers, then draw the pictures."""
+def save(study: Study, plays: Plays, results: ResultsFile, formats: Sequence[str]) -> None:
+    """Write the numbers, then draw the pictures; those in other formats told of earlier numbers."""
     from historylens.pictures.painter import Painter
     from historylens.pictures.returns import Picture, draw_by_budget, draw_by_episode
 
     agent, environment = plays.agent, plays.agent.environment
     goals, best, early = environment.goals, environment.best, counting(plays, results)
     blocks = counted(plays.n_episodes, "block" if early else "episode")
-    subtitle = f"{tasks(environment)} x {counted(plays.n_seeds, 'seed')}, {blocks} of "
+    subtitle = f"{environment} x {counted(plays.n_seeds, 'seed')}, {blocks} of "
     subtitle += f"{environment.horizon} steps; {POSITIONS[plays.positions]}"
     mean_best = None if best is None else sum(best) / len(goals)
     picture = Picture(agent.title, subtitle, mean_best, agent.n_max)
-    by_budget, by_episode, table_csv, _ = (results.path.with_name(name) for name in FILES)
-    write_csv(table_csv, study)
+    results.remove(PICTURES)
+    write_csv(results.path.with_name(TABLE), study)
     meta = {**agent.meta, "task": agent.title, "goals": list(goals), "best_by_goal": best}
     names = ("horizon", "n_max", "seeds", "episodes", "seed", "positions")
     meta |= {name: results.fingerprint[name] for name in names}
     results.write(meta | ({"returns": early} if early else {}) | summary(study))
-    with Painter(1, f"all numbers are in {results.path}") as painter:
-        painter.draw(draw_by_budget, by_budget, study, picture)
-        painter.draw(draw_by_episode, by_episode, study, picture)
+    with Painter(1, f"all numbers are in {results.path}", formats=formats) as painter:
+        for name, function in ((BY_BUDGET, draw_by_budget), (BY_EPISODE, draw_by_episode)):
+            painter.draw(function, results.path.with_name(name), study, picture)
+
+
+def write_index(study: Study, plays: Plays, results: ResultsFile, facts: Mapping[str, str]) -> None:
+    """Write the page that shows both pictures, the table, and what it comes to."""
+    from historylens.pictures.browse import Figure, write_page
+
+    told = {"headline": "Recommendation", "advice": recommendation(study), "lines": []}
+    verdicts = advice(study, POSITIONS[plays.positions])
+    tables = [("Arms, the highest return first", table(study)), ("Verdicts", verdicts)]
+    names = (BY_BUDGET, BY_EPISODE)
+    figures = [Figure(results.path.with_name(f"{n}.png"), n, n.replace("_", " ")) for n in names]
+    title = f"Compressed history: {plays.agent.title}"
+    lasting = {name: text for name, text in facts.items() if name not in ("Work", "Found")}
+    write_page(results.path.parent, title, lasting, [told], tables, figures)

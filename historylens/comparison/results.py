@@ -10,20 +10,22 @@ it differs, the files of the earlier comparison are moved to a folder beside the
 import itertools
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from historylens.common.files import in_the_way, writable_folder, write_json
+from historylens.common.files import FORMATS, INDEX, in_the_way, writable_folder, write_json
 from historylens.comparison.policy import Cost
 from historylens.comparison.study import Arm, Result
 
 SCHEMA_VERSION = 1
-RESULTS, CONFIRMATION = "results.json", "confirmation.json"
-FILES = ("return_by_budget.png", "return_by_episode.png", "results.csv", RESULTS)
+RESULTS, TABLE, CONFIRMATION = "results.json", "results.csv", "confirmation.json"
+BY_BUDGET, BY_EPISODE = "return_by_budget", "return_by_episode"  # pictures, a file a format
+PICTURES = tuple(f"{name}.{form}" for form in FORMATS for name in (BY_BUDGET, BY_EPISODE))
+FILES = (INDEX, *PICTURES, TABLE, RESULTS)  # those that a comparison may have
 
 
 class ResultsFile:
@@ -37,10 +39,14 @@ class ResultsFile:
 
     def add(self, result: Result) -> None:
         """Keep a finished arm. What told of fewer arms goes."""
-        for name in FILES[:-1]:
-            (self.path.parent / name).unlink(missing_ok=True)
+        self.remove(FILES[:-1])
         self.by_key[result.arm.key] = result
         self.write()
+
+    def remove(self, names: Iterable[str]) -> None:
+        """Remove files beside it, where they are."""
+        for name in names:
+            self.path.with_name(name).unlink(missing_ok=True)
 
     def write(self, summary: Mapping[str, Any] | None = None) -> None:
         """Write all arms, whole rewards without a fraction; once complete, what returns say."""

@@ -152,6 +152,7 @@ def pool(history: History, labels: Tensor, n_tokens: int) -> History:
         next_states.float(),
         history.query_states,
         None if history.episodes is None else history.episodes.gather(1, last),
+        history.query_episodes,
         history.tasks,
         rewarded_above=history.rewarded_above,
     )

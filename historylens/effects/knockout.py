@@ -32,7 +32,7 @@ SETS = {
     f"older than {RECENT}": lambda history: (
         torch.arange(history.n, 0, -1, device=history.device).expand(history.size, -1) > RECENT
     ),
-    "same state": lambda history: (history.states == history.query_states[:, None]).all(2),
+    "same state": lambda history: history.same_state,
 }
 
 

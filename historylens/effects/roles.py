@@ -65,7 +65,7 @@ class Keys:
         self.transition = np.stack([one.transition for one in tokens])  # (B, T)
         self.history = visible & (self.transition != NONE)
         self.rewarded = history.rewarded.cpu().numpy()  # (B, n), as what follows
-        self.same = (history.states == history.query_states[:, None]).all(-1).cpu().numpy()
+        self.same = history.same_state.cpu().numpy()
         self.acted = history.actions.cpu().numpy() == np.asarray(actions)[:, None]
         known = history.episodes is not None
         self.episodes = history.episodes.cpu().numpy() if known else 0 * self.same

@@ -92,11 +92,11 @@ def _insight(name: str, scope: Scope, more: str = "") -> Insight:
 
 def _sharpest_head(metrics: Metrics) -> str:
     """A sentence where the head average hides a head that picks from the history."""
-    shares = []
+    shares, n = [], np.maximum(metrics.n_context, 1)
     for place, layer in enumerate(metrics.layers):
         values = metrics.of_heads("effective_tokens", place)
         for head, own in zip(metrics.heads[place], values.T, strict=True):
-            shares.append((float((own / metrics.n_context).mean()), layer, head, float(own.mean())))
+            shares.append((float((own / n).mean()), layer, head, float(own.mean())))
     share, layer, head, tokens = min(shares)
     if share >= BROAD_SHARE:
         return ""

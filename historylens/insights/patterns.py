@@ -45,7 +45,7 @@ class Scope:
     @property
     def is_broad(self) -> bool:
         """Whether the rows are even for their length, however long that is."""
-        return bool((self.values["effective_tokens"] / self.n).mean() >= BROAD_SHARE)
+        return bool((self.values["effective_tokens"] / np.maximum(self.n, 1)).mean() >= BROAD_SHARE)
 
     @property
     def length(self) -> str:
@@ -56,9 +56,9 @@ class Scope:
     @property
     def normalised(self) -> str:
         """The length-normalised entropy in words."""
-        if self.n.max() == 1:
+        if self.n.max() <= 1:
             return "with one token there is nothing to choose"
-        evenness, most = self.mean("normalised_entropy"), np.log(self.n).mean()
+        evenness, most = self.mean("normalised_entropy"), np.log(np.maximum(self.n, 1)).mean()
         return f"{evenness:.2f} of the maximum ln n = {most:.2f}"
 
 
@@ -78,7 +78,7 @@ def _recency(scope: Scope) -> Reading:
     median, mean = float(np.median(ratio)), float(ratio.mean())
     last = scope.values["mass_last_quarter"]
     held = float(np.divide(last, mass, out=np.zeros_like(mass), where=mass > 0).mean())
-    even = float((scope.uniform["mass_last_quarter"] * (scope.n + 1) / scope.n).mean())
+    even = float((scope.uniform["mass_last_quarter"] * (1 + 1 / np.maximum(scope.n, 1))).mean())
     evidence = (
         f"The median recent/distant ratio is {cap(median)} (mean {cap(mean)}), above "
         f"{RECENCY_RATIO}: the last quarter of the context holds {held:.0%} of the attention on "

@@ -2,57 +2,69 @@
 
     figs/attention/layer_N/attention_{heatmap,lines}_sampleI_layerN.png     (many heads: _page2 ...)
     figs/attention/layer_N/attention_summary_layerN.png
-    figs/attention/attention_layers.png
-    figs/attention/deletion_curves.png, head_effects.png
+    figs/attention/attention_layers.png, deletion_curves.png, head_effects.png
+    figs/attention/attention_map_sampleI.png                                (states are cells)
+    figs/attention/attention_over_learning.png                              (own play)
+    figs/attention/trajectory_I/attention_over_time.png, .npz
+    figs/attention/trajectory_I/layer_N/attention_{heatmap,lines}_timestepT_layerN.png
 
 A run leaves no picture of an earlier run among its own, and touches no other file.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from historylens.common.files import in_the_way, writable_folder
+import numpy as np
+
+from historylens.common.files import INDEX, in_the_way, writable_folder, write_atomically
 from historylens.metrics import SUMMARY_METRICS, Metrics
+from historylens.pictures.curveplot import deletion_curves
+from historylens.pictures.headplot import head_effects
 from historylens.pictures.heatmap import color_range, heatmap
+from historylens.pictures.learningplot import attention_over_learning
 from historylens.pictures.lineplot import line_plot
 from historylens.pictures.metricplot import course, summary
+from historylens.pictures.names import pictures_in
 from historylens.pictures.order import SampleAttention
 from historylens.pictures.painter import Painter
+from historylens.pictures.roommap import room_map
+from historylens.pictures.timestrip import attention_over_time
 
 HEADS_A_PAGE = 16  # a heatmap has so many panels at most
 CURVES, HEADS = "deletion_curves.png", "head_effects.png"
+LEARNING, OVER_TIME = "attention_over_learning.png", "attention_over_time.png"
+ROWS = "attention_over_time.npz"
 
 
-def prepare_output(out: Path, layers: Sequence[int]) -> Path:
+def prepare_output(out: Path, layers: Sequence[int], followed: Path | None = None) -> Path:
     """Make the output folder; UserError where files cannot be written to where they will lie."""
     with writable_folder(out):
-        folders = [out / f"layer_{layer}" for layer in layers]
-        files = [out / "metrics.json", out / "metrics.csv", *_stale_pictures(out)]
-        for path in [*folders, *files]:
+        inside = [out, *filter(None, [followed])]
+        folders = [*inside[1:], *(one / f"layer_{layer}" for one in inside for layer in layers)]
+        files = [out / name for name in ("metrics.json", "metrics.csv", INDEX)]
+        for path in [*folders, *files, *(one.path for one in pictures_in(out))]:
             if path.exists() and path.is_dir() != (path in folders):
                 raise in_the_way(out, path)
     return out
 
 
 def clear_pictures(out: Path) -> None:
-    """Remove the pictures of an earlier run, and nothing else."""
-    for stale in _stale_pictures(out):
-        stale.unlink()
-    for folder in out.glob("layer_*"):
-        if folder.is_dir() and not any(folder.iterdir()):
-            folder.rmdir()
-
-
-def _stale_pictures(out: Path) -> list[Path]:
-    names = ("layer_*/attention_*.png", "attention_layers.png", CURVES, HEADS)
-    return [path for name in names for path in out.glob(name)]
+    """Remove the pictures of an earlier run and its page, and nothing else."""
+    stale = [one.path for one in pictures_in(out)]
+    stale += [out / INDEX, *out.glob(f"trajectory_*/{ROWS}")]
+    for path in stale:
+        path.unlink(missing_ok=True)
+    for pattern in ("trajectory_*/layer_*", "trajectory_*", "layer_*"):
+        for folder in out.glob(pattern):
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
 
 
 def n_pictures(n_drawn: int, n_heads: Sequence[int]) -> int:
-    """Pictures of an analysis that draws so many samples of layers with so many heads."""
-    return sum(n_drawn * (len(_pages(n)) + 1) + 1 for n in n_heads) + 1
+    """Heatmaps and line plots of so many decisions in layers with so many heads."""
+    return n_drawn * sum(len(_pages(n)) + 1 for n in n_heads)
 
 
 def _pages(n_heads: int) -> list[slice]:
@@ -72,12 +84,19 @@ def samples(batch: Any) -> Iterator[tuple[int, int, SampleAttention]]:
             yield layer, batch.indices[i], SampleAttention.of(decision, batch.tokens[i], *own)
 
 
-def draw_batch(out: Path, batch: Any, painter: Painter, dpi: int) -> None:
-    """A heatmap and a line plot for each layer and each of the `samples` of a batch."""
+def draw_batch(
+    out: Path, batch: Any, painter: Painter, rooms: Iterable[Any] = (), *,
+    name: str = "sample", every: int = 1, dpi: int,
+) -> None:  # fmt: skip
+    """A heatmap and a line plot for each layer and each of the `samples` of a batch, and their map.
+
+    `rooms` are those of `analysis.room.room_maps`; pictures of decision i are called by `name` and
+    the number `i * every`.
+    """
     for layer, index, sample in samples(batch):
         heads, style = batch.heads[layer], {"layer": layer, "dpi": dpi}
         pages, scale = _pages(len(heads)), color_range(sample)
-        stem = f"sample{index}_layer{layer}"
+        stem = f"{name}{index * every}_layer{layer}"
         for page, chosen in enumerate(pages, start=1):
             end = f"_page{page}" if page > 1 else ""
             more = f" of {len(heads)} · page {page} of {len(pages)}" if len(pages) > 1 else ""
@@ -87,6 +106,11 @@ def draw_batch(out: Path, batch: Any, painter: Painter, dpi: int) -> None:
             painter.draw(heatmap, path, part, **own, **style)
         path = path.with_name(f"attention_lines_{stem}.png")
         painter.draw(line_plot, path, replace(sample, maps=None), heads=heads, **style)
+    for (index, room, names), decision in zip(rooms, batch.decisions, strict=False):
+        about = "Attention in the room", decision.title
+        across = None if len(names) == len(batch.attention) else len(names) // len(batch.attention)
+        path = out / f"attention_map_{name}{index}.png"
+        painter.draw(room_map, path, room, names, *about, across=across, dpi=dpi)
 
 
 def draw_summaries(out: Path, metrics: Metrics, painter: Painter, dpi: int) -> None:
@@ -99,3 +123,30 @@ def draw_summaries(out: Path, metrics: Metrics, painter: Painter, dpi: int) -> N
         painter.draw(summary, path, own, uniform, layer=layer, dpi=dpi)
     path = out / "attention_layers.png"
     painter.draw(course, path, values, uniform, layers=metrics.layers, dpi=dpi)
+
+
+def alone(effects: Any, learning: Mapping[str, Any] | None, title: str) -> dict[str, Any]:
+    """Name -> what draws a picture that there is once, and its arguments, if it was measured."""
+    own = {"learning": learning, "title": f"Attention over learning · {title}"}
+    pictures = {
+        LEARNING: (attention_over_learning, learning and own),
+        CURVES: (deletion_curves, effects.curves_picture),
+        HEADS: (head_effects, effects.heads_picture),
+    }
+    return {name: one for name, one in pictures.items() if one[1]}
+
+
+def draw_play(
+    out: Path, play: Any, number: int, layers: Sequence[int], painter: Painter, dpi: int
+) -> None:
+    """The rollout of a play that is followed, in one look, and its numbers."""
+    out.mkdir(exist_ok=True)
+    rows, rewarded = play.rows.swapaxes(0, 1), play.rewards[number] > play.rewarded_above
+    starts = np.flatnonzero(np.diff(play.episodes[number], prepend=-1))
+    numbers = {"rows": play.rows, "layers": layers, "rewarded": rewarded, "episode_starts": starts}
+    write_atomically(out / ROWS, lambda file: np.savez_compressed(file, **numbers))
+    task = play.environment.goals[play.tasks[number]]
+    about = f"own play: {play.environment.named[0]} {task}, rollout {number}"
+    own = {"episode_starts": starts, "rewards": rewarded, "title": "Attention over time"}
+    by_layer = dict(zip(layers, rows, strict=True))
+    painter.draw(attention_over_time, out / OVER_TIME, by_layer, **own, subtitle=about, dpi=dpi)

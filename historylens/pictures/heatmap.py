@@ -11,24 +11,22 @@ from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike
 
 from historylens.pictures.order import MAX_STARTS, SampleAttention, history_strip, subtitle
-from historylens.pictures.page import MARGIN, SOFT, UNIFORM, Page, in_lines
+from historylens.pictures.page import MARGIN, SOFT, Page, in_lines
+from historylens.pictures.shades import color_bar, last_rows, pool, scale_of, to_colours
 from historylens.tokens import NONE
 
-SHADES = matplotlib.colormaps["viridis"](np.arange(256), bytes=True)[:, :3]  # bright = strong
-COLOURS = np.vstack([SHADES, np.full((1, 3), 255, np.uint8)])  # white: what may not be seen
 SIDES = {1: 560, 2: 440, 3: 320, 4: 280}  # wanted side of a map by panels in a row, page units
-SMALL_SIDE = 200
+SMALL_SIDE, MAX_CELL = 200, 120  # the latter of a weight, at most
 MIN_WIDTH = 740
 LEFT, RIGHT, HEADER, FOOTER = 88, 146, 92, 132
 HISTORY, QUERY, GAP, PANEL_GAP = 9, 24, 5, 30
 LINE_ALPHA = 0.65  # of the white line where an episode begins
-BAR_TOP, BAR, BAR_WIDTH = HEADER + 14, 300, 15
+BAR_TOP, BAR = HEADER + 14, 300
 Ints = tuple[int, ...]
 Words = tuple[tuple[tuple[int, int], ...], str, tuple[str, ...]]  # ticks, their unit, legend
 
@@ -41,6 +39,10 @@ def heatmap(
 
     `scale`: weights at the ends of the colour scale (`color_range`); `more`: ends the heading.
     """
+    counted = "1 head" if len(heads) == 1 else f"{len(heads)} heads"
+    title = f"Attention heatmap · layer {layer} · {counted}{more}"
+    if sample.tokens.n == 0:
+        return draw_no_history(path, title, sample, dpi)
     starts, owned, rewarded = sample.on_tokens
     has_lines = len(starts) <= MAX_STARTS
     shape = tuple(heads), tuple(sample.rows), tuple(sample.cols)
@@ -63,46 +65,22 @@ def heatmap(
         # Thinner than a token, half of it on either side: what a line crosses can still be read.
         width = min(0.5, 0.25 * zoom / page.scale * 0.72)  # points
         page.lines(episodes, colors="white", linewidths=width, alpha=LINE_ALPHA, snap=False)
-    sheet.label_bar(*scale, len(sample.shown))
-    counted = "1 head" if len(heads) == 1 else f"{len(heads)} heads"
-    title = f"Attention heatmap · layer {layer} · {counted}{more}"
+    color_bar(page, (sheet.bar_left, BAR_TOP), BAR, scale, len(sample.shown))
     page.heading(LEFT, title, subtitle(sample.decision, sample.shown))
     page.save(path)
 
 
+def draw_no_history(path: str | Path, title: str, sample: SampleAttention, dpi: int) -> None:
+    """The picture of a decision before which there is no transition: it says so in words."""
+    page = Page(760, 130, dpi)
+    page.heading(30, title, subtitle(sample.decision, sample.tokens))
+    page.text(30, 94, "No history yet: the query token has nothing to attend to but itself.", 11)
+    page.save(path)
+
+
 def color_range(sample: SampleAttention) -> tuple[float, float]:
-    """Weights at the two ends of the logarithmic colour scale, the same for all heads.
-
-    The dark end is a tenth of uniform attention `1 / T`. The bright end is the weight that one
-    entry in 200 exceeds, at least ten times `1 / T` and at most 1.
-    """
-    maps, n_tokens = sample.maps, len(sample.shown)
-    some_rows = maps[:, :: max(1, maps.shape[1] // 64)]
-    high = np.quantile(some_rows[~np.isnan(some_rows)], 0.995)
-    return 0.1 / n_tokens, float(min(1.0, max(high, 10 / n_tokens)))
-
-
-def to_colours(weights: np.ndarray, low: float, high: float) -> np.ndarray:
-    """Weights `(...)` as RGB `(..., 3)` uint8 on the logarithmic scale; NaN is blank."""
-    place = np.log(np.clip(weights, low, high) / low) * (255 / math.log(high / low))
-    index = np.where(np.isnan(place), 256, np.nan_to_num(place) + 0.5).astype(np.int16)
-    return COLOURS[index]
-
-
-def last_rows(n_rows: int, factor: int) -> np.ndarray:
-    """Index of the last row of each group of `factor` rows."""
-    return np.minimum(np.arange(factor - 1, n_rows - 1 + factor, factor), n_rows - 1)
-
-
-def pool(weights: np.ndarray, factor: int) -> np.ndarray:
-    """Mean of `factor` neighbouring columns, in the last of `factor` neighbouring rows."""
-    if factor == 1:
-        return weights
-    rows = weights[last_rows(len(weights), factor)]
-    starts = np.arange(0, rows.shape[1], factor)
-    n_seen = np.add.reduceat(~np.isnan(rows), starts, axis=1, dtype=float)
-    total = np.add.reduceat(np.nan_to_num(rows), starts, axis=1)
-    return np.where(n_seen > 0, total / np.maximum(n_seen, 1), np.nan)
+    """Weights at the two ends of the colour scale, the same for all heads."""
+    return scale_of(sample.maps, len(sample.shown))
 
 
 def words(sample: SampleAttention, has_lines: bool) -> Words:
@@ -152,6 +130,7 @@ class Sheet:
         self.starts = np.array(cols[:: self.pooled])  # (C,) first token of each column drawn
         ends = np.array(rows)[last_rows(len(rows), self.pooled)] + 1
         self._edges = np.append(self.starts, ends[-1]), np.append(0, ends[:-1])
+        wanted = min(wanted, MAX_CELL * dpi / 100 * len(self.starts))
         self.zoom = max(1, round(wanted / len(self.starts)))  # pixels a weight
         self.side = len(self.starts) * self.zoom * 100 / dpi  # width of a map, page units
         self.depth = self.side - self.zoom * 100 / dpi  # its height: the query row stands below
@@ -160,8 +139,8 @@ class Sheet:
         places = [divmod(i, across) for i in range(len(heads))]
         self.corners = [(LEFT + column * right, HEADER + row * down) for row, column in places]
         bottom = max(HEADER + (places[-1][0] + 1) * down, BAR_TOP + BAR)
-        self._bar_left = LEFT + across * right - 4
-        width = max(self._bar_left - PANEL_GAP + RIGHT, MIN_WIDTH)
+        self.bar_left = LEFT + across * right - 4
+        width = max(self.bar_left - PANEL_GAP + RIGHT, MIN_WIDTH)
         columns = int(np.diff(cols).max(initial=1)) * self.pooled
         room = width - LEFT - MARGIN
         lines = [line for entry in entries(columns, *legend) for line in in_lines(entry, room, 8.5)]
@@ -172,10 +151,6 @@ class Sheet:
                 self._label_rows(left, top, ticks, f"token that attends ({unit})")
             if i + across >= len(heads):
                 self._label_columns(left, self.strips(top)[1] + QUERY, ticks)
-        self.page.text(self._bar_left, BAR_TOP - 20, "attention weight", 9)
-        shades = SHADES[np.linspace(255, 0, round(BAR * self.page.scale)).astype(int)]
-        shades = shades[:, None].repeat(round(BAR_WIDTH * self.page.scale), axis=1)
-        self.page.paste(self._bar_left, BAR_TOP, shades)
         for i, line in enumerate(lines):
             self.page.text(LEFT, bottom + 30 + 17 * i, line, 8.5, color=SOFT)
         self.page.keep()
@@ -192,25 +167,6 @@ class Sheet:
     def y(self, token: ArrayLike) -> np.ndarray:
         """Where a token's row begins, page units from the upper edge of a map."""
         return np.interp(token, self._edges[1], np.linspace(0, self.depth, len(self._edges[1])))
-
-    def label_bar(self, low: float, high: float, n_tokens: int) -> None:
-        """Decades of the colour bar, its two ends, and the weight of uniform attention."""
-
-        def y(weight: float) -> float:
-            return BAR_TOP + BAR * (1 - math.log(weight / low) / math.log(high / low))
-
-        page, left, even = self.page, self._bar_left + BAR_WIDTH, 1 / n_tokens
-        page.lines([[(left - 19, y(even)), (left + 4, y(even))]], colors=UNIFORM, linewidths=1.6)
-        page.text(left + 7, y(even), f"{even:.2g} = 1/T", 8.5, color=UNIFORM, weight="bold")
-        page.text(left + 7, y(even) + 13, "uniform attention", 7.5, color=UNIFORM)
-        labels = {high: f"{high:.2g} or more" if high < 1 else "1", low: f"{low:.2g} or less"}
-        first, last = math.ceil(math.log10(low)), math.floor(math.log10(high))
-        labels |= {10.0**e: f"{10.0**e:g}" for e in range(first, last + 1) if 10.0**e not in labels}
-        taken = [y(even), y(even) + 13]
-        for weight, label in labels.items():
-            if min(abs(y(weight) - other) for other in taken) > 12:
-                taken.append(y(weight))
-                page.text(left + 6, y(weight), label, 8)
 
     def _label_rows(self, left: float, top: float, ticks: Sequence, name: str) -> None:
         for token, number in ticks:

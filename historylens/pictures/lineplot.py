@@ -15,6 +15,7 @@ import numpy as np
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike
 
+from historylens.pictures.heatmap import draw_no_history
 from historylens.pictures.order import MAX_STARTS, Curves, SampleAttention, history_strip, subtitle
 from historylens.pictures.page import FAINT, HEAD_COLOURS, INK, SOFT, UNIFORM_LINE, Page, text_width
 
@@ -32,13 +33,15 @@ def line_plot(
     path: str | Path, sample: SampleAttention, *, layer: int, heads: Sequence[int], dpi: int
 ) -> None:
     """Draw a sample, whose maps are not needed and whose heads are numbered `heads`."""
+    title = f"Attention lines · layer {layer}"
+    if sample.tokens.n == 0:
+        return draw_no_history(path, title, sample, dpi)
     query, received = sample.curves()
     n, starts = sample.decision.n, sample.decision.episode_starts
     names = query.names or tuple(f"head {number}" for number in heads)
     has_episodes = len(starts) <= MAX_STARTS
     page = _sheet(names, bool(query.names), n, dpi, has_episodes)
     page.restore()
-    title = f"Attention lines · layer {layer}"
     page.heading(LEFT, title, subtitle(sample.decision, sample.tokens))
     n_columns, n_rows = round(WIDTH * page.scale), round(STRIP * page.scale)
     n_cells = min(n, n_columns)

@@ -54,7 +54,7 @@ def curves(
 
     owned = tokens.transition != NONE
     per_head, uniform = over(owned, heads), over(owned, uniform)
-    if len(tokens.parts) == 1:
+    if len(tokens.parts) < 2:
         return Curves((), per_head, per_head.astype(heads.dtype).mean(0), uniform)
     part, mean = np.array(tokens.part), heads.mean(0)
     values = np.stack([over(owned & (part == name), mean) for name in tokens.parts])
@@ -152,20 +152,21 @@ def subtitle(decision: Decision, tokens: Tokens) -> str:
     n_tokens = len(tokens) - tokens.part.count(PADDING)
     query = " and the query: " if tokens.is_plain else ", "
     transitions = "1 transition" if tokens.n == 1 else f"{tokens.n:,} transitions"
-    return f"{decision.title} · {transitions}{query}T = {n_tokens:,} tokens"
+    return f"{decision.title} · {transitions}{query}T = {n_tokens:,} token{'s' * (n_tokens > 1)}"
 
 
 def history_strip(
-    starts: np.ndarray, owned: np.ndarray, rewarded: np.ndarray, cells: np.ndarray
-) -> np.ndarray:
+    starts: np.ndarray, owned: np.ndarray, rewarded: np.ndarray, cells: np.ndarray,
+    most: int = MAX_STARTS,
+) -> np.ndarray:  # fmt: skip
     """Colours of a strip that shows the history: episodes in two greys, rewards in red.
 
     `starts (E,)`: first token of each episode, `cells (C,)`: of each cell of the strip, both
     ascending; `owned` and `rewarded (N,)` bool: of a transition, and of a rewarded one, the query
     being token `N`. Gives `(C, 3)` uint8 RGB: a cell is as red as the share of its tokens that was
-    rewarded, white without any of a transition; one grey where episodes are too many to tell apart.
+    rewarded, white without any of a transition; one grey where episodes are more than `most`.
     """
-    number = np.searchsorted(starts[: 1 if len(starts) > MAX_STARTS else None], cells, "right")
+    number = np.searchsorted(starts[: 1 if len(starts) > most else None], cells, "right")
     grey = np.take(EPISODE_GREYS, np.maximum(number, 1) % 2)[:, None]
     marks = np.pad([rewarded, owned], ((0, 0), (0, 1))).astype(float)
     n_rewarded, n_owned = np.add.reduceat(marks, cells, axis=1)

@@ -1,12 +1,13 @@
-"""A picture as a page of fixed places, drawn at once and written as a small PNG quickly.
+"""A picture as a page of fixed places: a small PNG, drawn at once, or a PDF or SVG of vectors.
 
     page = Page(900, 400, dpi=100)                          # 9 x 4 inches
     axes = page.plot(60, 60, 380, 280)                      # ordinary matplotlib axes
-    page.save("picture.png")
+    page.save("picture.png")                                # or .pdf, .svg
 
 Places are in page units of 1/100 inch from the top left corner. Nothing is measured or moved while
 drawing (no tight layout), and `keep` and `restore` let pictures of one kind share what they have in
-common. The same content gives the same bytes: the file holds no date and no version.
+common. A page also knows what it shows, and for a vector file draws that again: lines and text are
+vectors, what is pasted is an image. The same content gives the same bytes: no file holds a date.
 """
 
 import struct
@@ -17,15 +18,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib import rc_context
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
+from matplotlib.patches import Rectangle
 from matplotlib.text import Text
 from matplotlib.transforms import Affine2D
 
+from historylens.common.errors import expect
 from historylens.common.files import write_atomically
 
 INK, SOFT, FAINT = "#222222", "#444444", "#8a8a8a"
@@ -33,6 +37,56 @@ REWARD, UNIFORM = "#e4572e", "#c4007a"
 HEAD_COLOURS = ("#0173b2", "#de8f05", "#029e73", "#cc78bc", "#ca9161", "#56b4e9")
 MARGIN = 14  # between text and the right edge, page units
 UNIFORM_LINE = {"colors": UNIFORM, "linewidths": 1.6, "linestyles": "--"}
+VECTORS = {
+    "pdf.fonttype": 42,  # TrueType: journals refuse type 3, and text can be searched and edited
+    "svg.fonttype": "path",  # looks the same where the font is missing: nothing leaves its place
+    "svg.hashsalt": "historylens",  # ids that are the same each time
+}
+UNSAID = {  # by format: what would say when and by which version a file was written
+    "png": {"Software": None},
+    "pdf": {"Creator": None, "Producer": None, "CreationDate": None},
+    "svg": {"Creator": None, "Date": None},
+}
+
+
+def save_figure(figure: Figure, path: str | Path) -> None:
+    """Write a figure in the format of the suffix, .png, .pdf or .svg, whole or not at all."""
+    form = Path(path).suffix[1:]
+    expect(form in UNSAID, f"expected a picture to end in .{', .'.join(UNSAID)}, got {path}")
+    options = {"format": form, "metadata": UNSAID[form]}
+    with rc_context(VECTORS):
+        write_atomically(path, lambda file: figure.savefig(file, **options))
+
+
+class _Pasted(Artist):
+    """Colours `(rows, columns, 3)` as an image of so many pixels a page unit, its pixels sharp."""
+
+    def __init__(self, left: float, top: float, colours: np.ndarray, scale: float) -> None:
+        super().__init__()
+        size = np.array(colours.shape[1::-1]) / scale
+        self._box, self._colours = Affine2D().scale(*size).translate(left, top), colours
+
+    def draw(self, renderer: Any) -> None:
+        opaque = np.full_like(self._colours[..., :1], 255)
+        gc, rgba = renderer.new_gc(), np.dstack([self._colours, opaque])
+        renderer.draw_image(gc, 0, 0, rgba, self._box + self.get_transform())
+        gc.restore()
+
+
+class _Shown(Figure):
+    """A figure that draws all that its page shows, in that order, and then its axes."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.shown: list[Artist] = []
+
+    def draw(self, renderer: Any) -> None:
+        height = self.get_figheight()  # inches, which are of other pixels than the page's
+        places = Affine2D().scale(0.01, -0.01).translate(0, height) + self.dpi_scale_trans
+        for artist in self.shown:
+            artist.set_transform(places)
+            artist.draw(renderer)
+        super().draw(renderer)
 
 
 class Page:
@@ -40,13 +94,15 @@ class Page:
 
     def __init__(self, width: float, height: float, dpi: int) -> None:
         self.scale = dpi / 100  # pixels a page unit
-        self.figure = Figure(figsize=(width / 100, height / 100), dpi=dpi, frameon=False)
+        self.figure = _Shown(figsize=(width / 100, height / 100), dpi=dpi, frameon=False)
+        self._shown = self.figure.shown
         self._size = np.array([width, height, width, height])
         self._renderer = FigureCanvasAgg(self.figure).get_renderer()
         self._canvas = np.asarray(self._renderer.buffer_rgba())
         self._canvas[:] = 255  # white and opaque
         self.pixels = self._canvas[..., :3]  # RGB, a view of what is drawn
         self._places = Affine2D().scale(self.scale, -self.scale).translate(0, len(self.pixels))
+        self._draw(Rectangle((0, 0), width, height, color="white", transform=self._places))
 
     def text(self, x: float, y: float, text: str, size: float = 9, **style: Any) -> None:
         """Write `text` at a place; `style` as for `matplotlib.text.Text`."""
@@ -62,6 +118,7 @@ class Page:
         row, column = round(top * self.scale), round(left * self.scale)
         n_rows, n_columns, _ = colours.shape
         self.pixels[row : row + n_rows, column : column + n_columns] = colours
+        self._shown.append(_Pasted(left, top, colours, self.scale))
 
     def heading(self, left: float, title: str, subtitle: str) -> None:
         """Write the title and the subtitle at the top, made to fit: two lines for the latter."""
@@ -100,21 +157,26 @@ class Page:
 
     def keep(self) -> None:
         """Remember the page as it is, for `restore`."""
-        self._kept = self._canvas.copy()
+        self._kept = self._canvas.copy(), len(self._shown)
 
     def restore(self) -> None:
         """Go back to the page that was kept."""
-        np.copyto(self._canvas, self._kept)  # whole pixels: a row is one block of memory
+        canvas, n_shown = self._kept
+        np.copyto(self._canvas, canvas)  # whole pixels: a row is one block of memory
+        del self._shown[n_shown:]
 
     def save(self, path: str | Path) -> None:
-        """Draw the axes of `plot` and write the page as PNG, whole or not at all."""
+        """Draw the axes of `plot` and write the page, whole or not at all: see `save_figure`."""
+        if Path(path).suffix != ".png":
+            return save_figure(self.figure, path)
         if self.figure.axes:
-            self.figure.draw(self._renderer)
+            Figure.draw(self.figure, self._renderer)  # all else is there
         write_atomically(path, png(self.pixels, self.figure.dpi))
 
     def _draw(self, artist: Artist) -> None:
         artist.set_figure(self.figure)
         artist.draw(self._renderer)
+        self._shown.append(artist)
 
 
 @lru_cache(maxsize=1)

@@ -13,7 +13,7 @@ import os
 import signal
 import sys
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
@@ -42,21 +42,31 @@ def drawing_processes(n_pictures: int) -> int:
 class Painter:
     """Draws in order of arrival, with 1 process at once and here; `drawn` is called after each.
 
+    Each is drawn in all `formats`, of `FORMATS`, and is a picture in each of them.
+
     A picture that cannot be drawn costs no other: it is a note that ends in `kept`, what there is
     all the same. `n_drawn` counts the others.
     """
 
     def __init__(
-        self, n_processes: int, kept: str = "", drawn: Callable[[], object] = lambda: None
-    ) -> None:
+        self, n_processes: int, kept: str = "", drawn: Callable[[], object] = lambda: None,
+        formats: Sequence[str] = ("png",),
+    ) -> None:  # fmt: skip
         self.n_drawn, self._kept, self._drawn = 0, kept, drawn
-        self._n_processes = n_processes
+        self._n_processes, self._formats = n_processes, formats
         self._waiting: deque[tuple[Path, Callable[[], object], Future]] = deque()
         self._pool = _pool(n_processes) if n_processes > 1 else None
 
     def draw(self, function: Callable[..., object], path: Path, *args: Any, **kwargs: Any) -> None:
-        """Draw `function(path, *args, **kwargs)`, of a module; the folder of `path` is made."""
-        task = partial(_draw, function, path, *args, **kwargs)
+        """Draw `function(path, *args, **kwargs)`, of a module; the folder of `path` is made.
+
+        `path` gets the suffix of each format.
+        """
+        for form in self._formats:
+            own = path.with_suffix(f".{form}")
+            self._start(own, partial(_draw, function, own, *args, **kwargs))
+
+    def _start(self, path: Path, task: Callable[[], object]) -> None:
         if self._pool is None:
             self._finish(path, task)
             return
@@ -110,5 +120,5 @@ def _pool(n_processes: int) -> ProcessPoolExecutor:
 
 def _draw(function: Callable[..., object], path: Path, *args: Any, **kwargs: Any) -> None:
     path.unlink(missing_ok=True)  # a picture that fails leaves none of an earlier run
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     function(path, *args, **kwargs)

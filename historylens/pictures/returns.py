@@ -18,9 +18,17 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator
 
-from historylens.common.files import write_atomically
 from historylens.common.text import fixed
-from historylens.pictures.page import FAINT, HEAD_COLOURS, INK, SOFT, UNIFORM, in_lines, make_room
+from historylens.pictures.page import (
+    FAINT,
+    HEAD_COLOURS,
+    INK,
+    SOFT,
+    UNIFORM,
+    in_lines,
+    make_room,
+    save_figure,
+)
 
 N_COLOURED = 4  # strategies with a colour of their own, beside recent and random
 GREY, FULL_COLOUR, EMPTY_COLOUR = "#c4c4c4", "#0b6e4f", "#8a8a8a"
@@ -66,7 +74,7 @@ def draw_by_budget(path: str | Path, study: Any, picture: Picture) -> None:
     make_room(axes, 2)
     _label_lines(axes, lines, colours)
     _explain_markers(figure, study, share, bool(chance))
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def draw_by_episode(path: str | Path, study: Any, picture: Picture) -> None:
@@ -94,7 +102,7 @@ def draw_by_episode(path: str | Path, study: Any, picture: Picture) -> None:
             make_room(axes, 2)
         else:
             axes.tick_params(labelleft=False)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _figure(
@@ -301,8 +309,3 @@ def episode_ticks(n_episodes: int) -> list[int]:
     if step <= 2:
         return list(range(1, n_episodes + 1, step))
     return [1, *range(step, n_episodes + 1, step)]
-
-
-def _save(figure: Figure, path: str | Path) -> None:
-    options = {"format": "png", "metadata": {"Software": None}}  # no version: the same bytes
-    write_atomically(path, lambda file: figure.savefig(file, **options))

@@ -1,0 +1,166 @@
+"""An agent's own play on its tasks, watched: what it went through, and what it attended to.
+
+    play = record(job)                     # weights fixed, actions drawn from the policy, seeded
+    agent.decisions = play.choose(64, seed=0)
+    play.shares                            # of every decision, not only of those chosen
+
+Axes: `R` rollouts, `N` steps of each, `L` layers, `K` kinds of transitions, `n` transitions before
+a decision, at most `n_max`.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from historylens.agent import Environment, rollout
+from historylens.analysis.job import Job, attention_of, transition_rows
+from historylens.capture import CaptureError
+from historylens.common.batches import MAX_ROOMS, MAX_TOKENS_ACTING, even_parts
+from historylens.common.errors import UserError, expect
+from historylens.history import Decision, History, HistoryBuffer, spread_decisions
+from historylens.tokens import sum_rows
+
+KINDS: dict[str, Callable[[History], Tensor]] = {  # which transitions `(B, n)` are of a kind
+    "current episode": lambda history: history.episodes == history.query_episodes[:, None],
+    "last episode": lambda history: history.episodes == history.query_episodes[:, None] - 1,
+    "older": lambda history: history.episodes < history.query_episodes[:, None] - 1,
+    "rewarded": lambda history: history.rewarded,
+    "same state": lambda history: history.same_state,
+}
+LABELS = ("task", "rollout", "episode", "step")
+
+
+@dataclass(frozen=True)
+class Play:
+    """What `R` rollouts went through, and the attention with which each step was decided."""
+
+    environment: Environment
+    n_max: int  # transitions that the agent can read
+    rewarded_above: float
+    tasks: np.ndarray  # (R,) int
+    states: np.ndarray  # (R, N, S), and what else a step has, as in a `Decision`
+    actions: np.ndarray
+    rewards: np.ndarray
+    next_states: np.ndarray
+    episodes: np.ndarray
+    shares: np.ndarray  # (R, N, L, K) float32, of the query's attention on each of KINDS
+    even: np.ndarray  # (R, N, K) float32, of uniform attention
+    rows: np.ndarray | None  # (N, L, n_max + 1) of one rollout, the latest last; NaN: none yet
+
+    def choose(self, n_samples: int, seed: int) -> "PlayDecisions":
+        """Spread decisions over tasks, rollouts and episodes; all of them where they are fewer."""
+        n_tasks = len(self.environment.goals)
+        by_task = [np.flatnonzero(self.tasks == task) for task in range(n_tasks)]
+        steps = np.arange(self.rewards.shape[1])
+        places = spread_decisions(by_task, steps, n_samples, np.random.default_rng(seed))
+        return PlayDecisions(self, places)
+
+
+@dataclass(frozen=True)
+class PlayDecisions(Sequence[Decision]):
+    """Decisions of a play at `places`, (rollout, step), made as they are asked for."""
+
+    play: Play
+    places: Sequence[tuple[int, int]]
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, index: int) -> Decision:
+        play, (rollout, step) = self.play, self.places[index]
+        environment, context = play.environment, slice(max(0, step - play.n_max), step)
+        names = ("states", "actions", "rewards", "next_states", "episodes")
+        task, episode = int(play.tasks[rollout]), int(play.episodes[rollout, step])
+        goals, goal = environment.goal_states, environment.goals[task]
+        return Decision(
+            **{name: getattr(play, name)[rollout, context] for name in names},
+            query_state=play.states[rollout, step],
+            title=f"own play: {environment.named[0]} {goal}, rollout {rollout}, "
+            f"episode {episode + 1} of {play.episodes[rollout, -1] + 1}, step {step}",
+            labels=dict(zip(LABELS, (goal, rollout, episode + 1, step), strict=True)),
+            task=task,
+            query_episode=episode,
+            goal=None if goals is None else goals[task],
+            rewarded_above=play.rewarded_above,
+        )
+
+
+def record(job: Job) -> Play:
+    """Let the agent play each of its tasks, and watch it; the same on all processes of the job.
+
+    Rollout i is of task `i % n_tasks`, and its action noise depends on the seed and on i alone.
+    UserError: the attention cannot be captured, or there is no such rollout to follow.
+    """
+    agent, config, environment = job.agent, job.config, job.agent.environment
+    expect(agent.n_max, f"{agent.title}: it reads no history: there is nothing to look at")
+    n_tasks, n_steps = len(environment.goals), config.episodes * environment.horizon
+    n_rollouts, followed = n_tasks * config.rollouts, config.trajectory
+    expected = f"expected --trajectory in 0..{n_rollouts - 1}, a rollout, got {followed}"
+    expect(followed is None or followed < n_rollouts, expected)
+    size = min(MAX_ROOMS, max(1, MAX_TOKENS_ACTING // (agent.n_max + 1)))
+    parts = even_parts(0, n_rollouts, size)
+    own = job.group.share(len(parts))
+    with job.progress("own play", sum(len(parts[i]) for i in own) * n_steps, " decisions") as bar:
+        watched = [(i, _watch(job, parts[i], n_steps, bar)) for i in own]
+    gathered = job.group.broadcast(job.group.gather(watched))
+    in_order = [part for _, part in sorted(pair for some in gathered for pair in some)]
+    rows = next(filter(lambda one: one is not None, [part.pop("rows") for part in in_order]), None)
+    arrays = {name: np.concatenate([part[name] for part in in_order]) for name in in_order[0]}
+    tasks = np.arange(n_rollouts) % n_tasks
+    about = environment, agent.n_max, agent.rewarded_above, tasks
+    return Play(*about, **arrays, rows=rows)
+
+
+def _watch(job: Job, rollouts: range, n_steps: int, bar: tqdm) -> dict[str, Any]:
+    """Play some of the rollouts: arrays of `Play` by name."""
+    environment = job.agent.environment
+    tasks = np.array(rollouts) % len(environment.goals)
+    noises = [np.random.default_rng((job.config.seed, number)) for number in rollouts]
+    watcher = _Watcher(job, rollouts, n_steps)
+    rollout(environment.make(tasks), watcher, n_steps, noises, bar, tasks)
+    return watcher.arrays()
+
+
+class _Watcher:
+    """A policy of `rollout` that keeps the attention with which it decides."""
+
+    def __init__(self, job: Job, rollouts: range, n_steps: int) -> None:
+        self.device, self._job = job.agent.device, job
+        shape = len(rollouts), n_steps
+        self._shares = np.empty((*shape, len(job.layers), len(KINDS)), dtype=np.float32)
+        self._even = np.empty((*shape, len(KINDS)), dtype=np.float32)
+        self._place = self._rows = None
+        if job.config.trajectory in rollouts:
+            self._place = rollouts.index(job.config.trajectory)
+            width = job.agent.n_max + 1
+            self._rows = np.full((n_steps, len(job.layers), width), np.nan, dtype=np.float32)
+
+    def act(self, buffer: HistoryBuffer, query_states: Tensor) -> Tensor:
+        """Action logits `(B, A)`, on the latest transitions, as many as the model reads."""
+        job, agent, self._buffer, t = self._job, self._job.agent, buffer, buffer.n
+        history = buffer.history(query_states, max(0, t - agent.n_max))
+        history = replace(history, rewarded_above=agent.rewarded_above)
+        try:
+            logits, attention, even = attention_of(job, history)
+        except CaptureError as error:
+            raise UserError(f"attention cannot be captured: {error}") from error
+        tokens = agent.tokens(history)
+        rows = np.stack([heads.mean(1) for heads in transition_rows(attention, tokens)], 1)
+        kinds = torch.stack([rule(history) for rule in KINDS.values()], 1).cpu().numpy()
+        self._shares[:, t] = np.einsum("bln,bkn->blk", rows[..., :-1], kinds)
+        self._even[:, t] = np.einsum("bn,bkn->bk", sum_rows(even, tokens)[:, :-1], kinds)
+        if self._place is not None:
+            self._rows[t, :, -rows.shape[2] :] = rows[self._place]
+        return logits
+
+    def arrays(self) -> dict[str, Any]:
+        """What was played and seen."""
+        history = self._buffer.history(None)
+        names = ("states", "actions", "rewards", "next_states", "episodes")
+        played = {name: getattr(history, name).cpu().numpy() for name in names}
+        return played | {"shares": self._shares, "even": self._even, "rows": self._rows}

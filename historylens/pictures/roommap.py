@@ -1,0 +1,164 @@
+"""The room as a map: where in it the query's attention lies, a panel a layer or a head.
+
+    room_map("map.png", room, ["layer 0"], "Attention in the room", "goal (2, 7)", dpi=100)
+
+A cell's colour is the attention on transitions that ended in it, over what is uniform.
+"""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib
+import numpy as np
+from matplotlib.patheffects import withStroke
+
+from historylens.common.text import counted
+from historylens.pictures.page import FAINT, INK, REWARD, SOFT, Page, text_width
+
+END = 16  # times what is uniform, at the bright end of the colours; a 16th at the dark one
+SHADES = matplotlib.colormaps["cividis"](np.arange(256), bytes=True)[:, :3]  # blue, grey, yellow
+COLOURS = np.vstack([SHADES, np.full((1, 3), 255, np.uint8)])  # white: nothing to attend to
+BOX = np.array([(-0.5, -0.5), (-0.5, 0.5), (0.5, 0.5), (0.5, -0.5), (-0.5, -0.5)])  # of a cell
+# Strokes across a cell, which go on in the next.
+HATCH = np.array([[(-0.5, 0), (0, -0.5)], [(0.5, -0.5), (-0.5, 0.5)], [(0.5, 0), (0, 0.5)]])
+DOT = np.array([(0, 0), (0.01, 0.01)])  # a line of no length is not drawn
+SIDES, SMALLEST, LARGEST = {1: 420, 2: 320, 3: 270}, 16, 56  # of maps by panels in a row; of cells
+LEFT, TOP, RIGHT, GAP, BETWEEN, BELOW = 66, 100, 164, 28, 40, 58
+BAR, BAR_WIDTH, ICON, LINE = 190, 15, 30, 16
+CAPTION = (  # lines
+    "A cell's colour: the query's attention on transitions that ended there (their next state),",
+    "divided by what uniform attention would put on them. Yellow: chosen; dark blue: ignored;",
+    "grey: as if uniform. A panel is the mean over a layer's heads, or a head where one is named.",
+)
+LEGEND = (  # in the order in which they are drawn
+    "no transition that the model reads ended here: nothing to attend to",
+    "a step of the current episode, as far back as the model reads",
+    "steps of the current episode that stayed in place: here 3",
+    "where the agent is now: the state in which it acts",
+    "the goal, where it is known",
+    "rewarded transitions ended here",
+)
+
+
+class Grid(NamedTuple):
+    """Cells on a page: places are (row, column), whole in the middle of a cell, row 0 on top."""
+
+    page: Page
+    left: float
+    top: float
+    cell: float  # page units
+
+    def at(self, places: Any) -> np.ndarray:
+        """The page's x and y `(..., 2)` of places `(..., 2)`."""
+        return (np.asarray(places)[..., ::-1] + 0.5) * self.cell + (self.left, self.top)
+
+    def lines(self, paths: Sequence, colour: str, width: float, edge: str = "") -> None:
+        """Draw paths `(points, 2)` so many cells wide, within an edge of another colour if any."""
+        for shade, wide in ((edge, width + 0.06), (colour, width)):
+            if shade and len(paths):
+                style = {"colors": shade, "linewidths": 0.72 * self.cell * wide}
+                self.page.lines([self.at(path) for path in paths], capstyle="round", **style)
+
+
+def room_map(
+    path: str | Path, room: Any, names: Sequence[str], title: str, subtitle: str, *,
+    across: int | None = None, dpi: int,
+) -> None:  # fmt: skip
+    """Draw an `analysis.room.RoomMap`, its panels called `names`, `across` of them in a row."""
+    (n_rows, n_columns), n = room.even.shape, int(room.visits.sum())
+    across = across or min(len(names), math.ceil(math.sqrt(len(names) * n_rows / n_columns)))
+    wanted, most = np.array([SIDES.get(across, 230), 500]) / max(n_rows, n_columns)
+    wanted = min(max(wanted, SMALLEST), most, LARGEST)
+    cell = math.ceil(wanted * dpi / 100) * 100 / dpi  # a whole number of pixels
+    if n:
+        masses = room.attention.sum(axis=(1, 2))
+        names = [f"{x} · {mass:.0%} on history" for x, mass in zip(names, masses, strict=True)]
+    right = max(n_columns * cell, *(text_width(name, 9, "bold") for name in names)) + GAP
+    down, n_down = n_rows * cell + BETWEEN, math.ceil(len(names) / across)
+    end = TOP + max(n_down * down - BETWEEN, BAR) + BELOW
+    width = max(LEFT + across * right + RIGHT, 740)
+    below = end + LINE * len(CAPTION) + 6
+    page = Page(width, below + ICON * len(LEGEND) + 20, dpi)
+    page.heading(LEFT, title, f"{subtitle} · {counted(n, 'transition') if n else 'no history yet'}")
+    goals = np.reshape([] if room.goal is None else room.goal, (-1, 2))
+    for i, ratio in enumerate(room.ratio):
+        grid = Grid(page, LEFT + i % across * right, TOP + i // across * down, cell)
+        page.text(grid.left, grid.top - 11, names[i], 9, weight="bold")
+        _draw_cells(grid, ratio)
+        steps = np.stack([room.path[:-1], room.path[1:]], axis=1)
+        _draw_marks(grid, steps, room.path[-1:], goals, np.argwhere(room.rewarded))
+        _number(grid, ratio.shape, i % across == 0, i + across >= len(names))
+    _draw_bar(page, LEFT + across * right)
+    for i, line in enumerate(CAPTION):
+        page.text(LEFT, end + LINE * i, line, 8.5, color=SOFT)
+    _draw_legend(Grid(page, LEFT, below, ICON))
+    page.save(path)
+
+
+def _draw_cells(grid: Grid, ratio: np.ndarray) -> None:
+    """Colours of ratios `(R, C)`; NaN is hatched."""
+    place = np.log(np.clip(ratio, 1 / END, END)) / math.log(END)  # -1 to 1
+    shades = np.nan_to_num(np.rint(place * 127.5 + 127.5), nan=256).astype(int)
+    zoom, shape, is_blank = round(grid.cell * grid.page.scale), np.array(ratio.shape), shades == 256
+    grid.page.paste(grid.left, grid.top, COLOURS[shades].repeat(zoom, 0).repeat(zoom, 1))
+    blank = np.argwhere(is_blank)[:, None, None]
+    grid.lines((blank + HATCH).reshape(-1, 2, 2), "#b4b4b4", 0.03)
+    grid.lines(np.argwhere(~is_blank)[:, None] + BOX, "white", 0.02)
+    grid.page.lines([grid.at(BOX * shape + (shape - 1) / 2)], colors=FAINT, linewidths=0.8)
+
+
+def _draw_marks(
+    grid: Grid, steps: np.ndarray, agent: np.ndarray, goals: np.ndarray, paid: np.ndarray
+) -> None:
+    """Draw steps `(K, 2, 2)`, from and to, and what is in cells `(N, 2)`."""
+    grid.lines(goals[:, None] + 0.88 * BOX, REWARD, 0.08, "white")
+    length = np.hypot(*(steps[:, 1] - steps[:, 0]).T)
+    moves, stays = steps[length > 0], steps[length == 0, 0]
+    along = (moves[:, 1] - moves[:, 0]) / length[length > 0, None]
+    side = 0.13 * along[:, ::-1] * (1, -1)  # to its right: the way back has a lane of its own
+    begin, tip = moves[:, 0] + 0.2 * along + side, moves[:, 1] - 0.2 * along + side
+    back = tip - 0.17 * along
+    heads = np.stack([back - side, tip, back + side], axis=1)
+    grid.lines([*np.stack([begin, tip], axis=1), *heads], "white", 0.07, INK)
+    for colour, width in (("white", 0.34), (INK, 0.12)):
+        grid.lines(agent[:, None] + DOT - 0.06, colour, width, INK)
+    grid.lines(paid[:, None] + DOT + (-0.28, 0.28), REWARD, 0.2, "white")
+    size = min(9, 0.28 * grid.cell)
+    edge = [withStroke(linewidth=size / 4, foreground=INK)]
+    style = {"ha": "center", "weight": "bold", "color": "white", "path_effects": edge}
+    for place, count in zip(*np.unique(stays, axis=0, return_counts=True), strict=True):
+        text = f"↻{count}" if count > 1 else "↻"
+        grid.page.text(*grid.at(place + (0.27, 0.14)), text, size, **style)
+
+
+def _number(grid: Grid, shape: tuple[int, int], has_rows: bool, has_columns: bool) -> None:
+    """Number the rows on the left and the columns below, as many as there is space for."""
+    page, step = grid.page, next(s for s in (1, 2, 5, 10, 20, 50) if s * grid.cell >= 18)
+    bottom, (x, y) = grid.top + shape[0] * grid.cell, grid.at(np.subtract(shape, 1) / 2)
+    for i in range(0, shape[0] * has_rows, step):
+        page.tick(grid.at((i, 0))[1], grid.left, f"{i}", 0.7, "left")
+    for i in range(0, shape[1] * has_columns, step):
+        page.tick(grid.at((0, i))[0], bottom, f"{i}", 0.7, "below")
+    page.text(grid.left - 38, y, "row" * has_rows, 9, rotation=90, ha="center")
+    page.text(x, bottom + 27, "column" * has_columns, 9, ha="center")
+
+
+def _draw_bar(page: Page, left: float) -> None:
+    """The colours, and what they stand for."""
+    shades = SHADES[np.linspace(255, 0, round(BAR * page.scale)).astype(int)]
+    page.paste(left, TOP, shades[:, None].repeat(round(BAR_WIDTH * page.scale), axis=1))
+    page.text(left, TOP - 20, "attention / uniform", 9)
+    labels = f"x{END} or more", "x4", "1, as if uniform", "1/4", f"1/{END} or less"
+    for i, label in enumerate(labels):
+        page.text(left + BAR_WIDTH + 8, TOP + BAR * i / 4, label, 8.5)
+
+
+def _draw_legend(grid: Grid) -> None:
+    """A line a mark, drawn as on the maps."""
+    _draw_cells(grid, np.array([[np.nan], *[[1]] * (len(LEGEND) - 1)]))
+    steps = np.array([[(1, -0.5), (1, 0.5)], *[[(2, 0), (2, 0)]] * 3])
+    _draw_marks(grid, steps, *(np.array([(row, 0)]) for row in (3, 4, 5)))
+    for i, text in enumerate(LEGEND):
+        grid.page.text(grid.left + ICON + 10, grid.at((i, 0))[1], text, 8.5, color=SOFT)

@@ -1,0 +1,166 @@
+"""An agent's own play: what it goes through, and what it attended to as it decided each step."""
+
+import numpy as np
+import plain_model
+import pytest
+import torch
+from agents import ModelAgent, Recorder
+from conftest import sharp_model
+
+from ad.acting import rollout_goals
+from ad.darkroom import DarkRoom
+from historylens.agent import Environment
+from historylens.analysis import AnalysisConfig, Job, measure
+from historylens.analysis import play as module
+from historylens.analysis.learning import over_learning
+from historylens.analysis.play import KINDS, record
+from historylens.common.processes import ALONE
+from historylens.metrics import Metrics
+
+GOALS, HORIZON, N_STEPS = ((2, 3), (1, 2), (3, 2)), 5, 20
+PLAYED = ("states", "actions", "rewards", "next_states", "episodes")
+
+
+class EndsEarly(DarkRoom):
+    """An episode ends on the goal: that room begins anew, and the others go on."""
+
+    def step(self, actions):
+        reached, rewards, is_over = super().step(actions)
+        self.states = np.where(rewards[:, None] > 0, self.grid_size // 2, reached)
+        return reached, rewards, is_over | (rewards > 0)
+
+
+def job_of(agent, room=DarkRoom, **settings):
+    """A job of own play, four episodes long, and without an output folder."""
+    cells, names, about = np.array(GOALS), tuple(map(str, GOALS)), {"named": ("goal", "of a test")}
+    make, about["goal_states"] = lambda tasks: room(cells[tasks], 5, HORIZON), cells
+    agent.environment = Environment(names, HORIZON, make, **about)
+    config = AnalysisConfig(**{"play": True, "episodes": 4} | settings)
+    layers = config.layers or [*range(len(agent.layers))]
+    heads = [config.heads or [*range(agent.n_heads[layer])] for layer in layers]
+    return Job(agent, config, ALONE, layers, heads, None)
+
+
+def is_of(play, i, t, j):
+    """At step `t` of rollout `i`: of which KINDS step `j` is, and whether it is the latest."""
+    ago, goal = play.episodes[i, t] - play.episodes[i, j], GOALS[i % len(GOALS)]
+    same = tuple(play.states[i, j]) == tuple(play.states[i, t])
+    return ago == 0, ago == 1, ago > 1, tuple(play.next_states[i, j]) == goal, same, j == t - 1
+
+
+def shares_of(play, i, t, weights):
+    """What of the weights, one a step of the context, lies on each of KINDS."""
+    steps = zip(range(t - len(weights), t), weights, strict=True)
+    return sum((w * np.array(is_of(play, i, t, j)[:5]) for j, w in steps), np.zeros(5))
+
+
+def evenly(read):
+    """Three quarters on those transitions, `(B, n)` bool, if any; hardly masked out: all others."""
+    return (0.75 * read / read.sum(1, keepdim=True).clamp(min=1)).clamp(min=1e-9)
+
+
+PLANTED = {  # which transitions a model reads, by their place in `is_of`
+    0: lambda h: h.episodes == h.query_episodes[:, None],
+    3: lambda h: h.rewards > 0.5,
+    5: lambda h: (torch.arange(h.n) == h.n - 1).expand(h.size, -1),
+}
+
+
+@pytest.mark.parametrize("room", [DarkRoom, EndsEarly])
+@pytest.mark.parametrize("kind", PLANTED)
+def test_what_a_planted_model_reads_is_found_at_every_step(kind, room):
+    agent = Recorder(7, lambda h: torch.zeros(h.size, 5), lambda h: evenly(PLANTED[kind](h)))
+    play = record(job_of(agent, room, rollouts=3, seed=1))
+    ends = (room is EndsEarly) & (play.rewards > 0)
+    ends |= np.arange(N_STEPS) % HORIZON == HORIZON - 1
+    np.testing.assert_array_equal(np.diff(play.episodes), ends[:, :-1])
+    shares = np.zeros((9, N_STEPS, len(KINDS)))
+    for i, t in np.ndindex(9, N_STEPS):
+        read = [is_of(play, i, t, j)[kind] for j in range(max(0, t - 7), t)]
+        shares[i, t] = shares_of(play, i, t, [0.75 * x / max(1, sum(read)) for x in read])
+        even = shares_of(play, i, t, [1 / (len(read) + 1)] * len(read))
+        assert play.even[i, t] == pytest.approx(even, abs=1e-6)
+    np.testing.assert_allclose(play.shares[:, :, 0], shares, atol=1e-6)
+    pairs = zip(play.episodes, play.rewards, strict=True)
+    first = [number[earned > 0][0] if earned.any() else np.nan for number, earned in pairs]
+    learning = over_learning(play, [0], 0)
+    for name, start in (("by_episode", [-1] * 9), ("since_first_reward", first)):
+        for place, episode in enumerate(learning[name]["episode"]):
+            own = [shares[i, play.episodes[i] == episode + n] for i, n in enumerate(start)]
+            mean = np.mean([x.mean(0) for x in own if len(x)], 0)
+            found = [one["mean"][place] for one in learning[name]["layers"][0]["shares"].values()]
+            assert found == pytest.approx(mean, abs=1e-5)
+
+
+@pytest.fixture(scope="module")
+def real(tiny_config):
+    """A tiny model's own play, and one of its rollouts followed."""
+    return record(job_of(ModelAgent(sharp_model(tiny_config)), trajectory=4))
+
+
+@pytest.mark.parametrize("settings", [{}, {"layers": [1], "heads": [1]}], ids=str)
+def test_attention_at_random_steps_is_that_of_the_plain_model(tiny_config, settings):
+    model = sharp_model(tiny_config)
+    play = record(job_of(ModelAgent(model), trajectory=4, **settings))
+    tensors = {name: w.numpy().astype(np.float64) for name, w in model.state_dict().items()}
+    layers, heads = settings.get("layers", [0, 1]), settings.get("heads", [0, 1])
+    some = np.random.default_rng(5).integers((6, N_STEPS), size=(8, 2)).tolist()
+    for i, t in [(4, 0), (4, 1), (4, 11), (4, 19), *some]:
+        steps, query = range(max(0, t - 11), t), play.states[i, t].tolist()
+        read = [[getattr(play, name)[i, j].tolist() for name in PLAYED[:4]] for j in steps]
+        rows = plain_model.run_model(tensors, vars(tiny_config), read, query)[1]
+        rows = rows[layers][:, heads].mean(1)  # (L, H, n + 1) -> (L, n + 1)
+        shares = [shares_of(play, i, t, row[:-1]) for row in rows]
+        np.testing.assert_allclose(play.shares[i, t], shares, atol=1e-6)
+        if i == 4:  # the latest transition beside the query; NaN where there is no history yet
+            wide = np.full((len(layers), 12), np.nan)
+            wide[:, 11 - len(read) :] = rows
+            np.testing.assert_allclose(play.rows[t], wide, atol=1e-6)
+
+
+@pytest.mark.parametrize("seed", [0, 3])
+def test_it_plays_what_acting_does_whatever_is_asked_beside(tiny_config, monkeypatch, seed):
+    model, settings = sharp_model(tiny_config), {"seed": seed, "trajectory": 4}
+    play = record(job_of(ModelAgent(model), **settings))
+    acted = rollout_goals(model, np.array(GOALS * 2), 4, seed, HORIZON)
+    assert acted.sum() > 0
+    np.testing.assert_array_equal(play.rewards.reshape(6, 4, HORIZON).sum(2), acted)
+    monkeypatch.setattr(module, "MAX_ROOMS", 2)  # that step together
+    settings |= {"rollouts": 3, "layers": [1], "num_samples": 3}
+    other = record(job_of(ModelAgent(model), **settings))
+    for name in PLAYED:
+        np.testing.assert_array_equal(getattr(other, name)[:6], getattr(play, name))
+    np.testing.assert_allclose(other.shares[:6, :, 0], play.shares[:, :, 1], atol=1e-6)
+    np.testing.assert_allclose(other.rows[:, 0], play.rows[:, 1], atol=1e-6)
+
+
+def test_decisions_are_spread_over_tasks_rollouts_and_stages(real):
+    assert sorted(real.choose(120, seed=0).places) == [*np.ndindex(6, N_STEPS)]
+    for seed in range(5):
+        rollouts, steps = zip(*real.choose(5, seed).places, strict=True)
+        assert len(set(rollouts)) == 5
+        assert max(np.bincount(np.array(rollouts) % 3)) == 2
+        assert sorted(step // 4 for step in steps) == [0, 1, 2, 3, 4]
+        assert {*np.bincount([i for i, _ in {*real.choose(60, seed).places}])} == {10}
+    assert real.choose(5, 1).places == real.choose(5, 1).places != real.choose(5, 2).places
+
+
+def test_a_decision_is_a_step_with_what_could_be_read_and_is_measured_so(real, tiny_config):
+    job = job_of(ModelAgent(sharp_model(tiny_config)), num_figures=0)
+    job.agent.decisions = decisions = real.choose(1000, seed=0)
+    metrics = Metrics(120, job.layers, job.heads)
+    measure(job, metrics)
+    assert np.isfinite(metrics.values).all()
+    mass = metrics.of("mass_rewarded")
+    for place, ((i, t), one) in enumerate(zip(decisions.places, decisions, strict=True)):
+        assert one.n == metrics.n_context[place] == min(t, 11)
+        assert mass[:, place] == pytest.approx(real.shares[i, t, :, 3], abs=1e-6)
+        for name in PLAYED:
+            expected = getattr(real, name)[i, max(0, t - 11) : t]
+            np.testing.assert_array_equal(getattr(one, name), expected)
+        goal, episode = GOALS[i % 3], t // HORIZON
+        assert (*one.query_state, *one.goal) == (*real.states[i, t], *goal)
+        assert (one.task, one.query_episode) == (i % 3, episode)
+        title = f"own play: goal {goal}, rollout {i}, episode {episode + 1} of 4, step {t}"
+        labels = {"task": str(goal), "rollout": i, "episode": episode + 1, "step": t}
+        assert (one.title, one.labels) == (title, labels)

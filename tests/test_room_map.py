@@ -1,0 +1,315 @@
+"""The room as a map: attention on the cells in which transitions ended, in numbers and as seen."""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from conftest import ad_agent
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from historylens.adapter.agent import load
+from historylens.analysis.room import RoomMap
+from historylens.common.errors import UserError
+from historylens.common.files import write_json
+from historylens.history import Decision
+from historylens.pictures import roommap
+from historylens.pictures.page import Page
+from historylens.pictures.roommap import room_map
+
+CPU = torch.device("cpu")
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+
+
+def agent_of(*room):
+    return SimpleNamespace(room=room, position=lambda states: states[..., :2])
+
+
+def walk(cells, episodes=None, rewards=None, **more):
+    """A decision in the last of some cells, after the steps between them."""
+    cells, n = np.array(cells), len(cells) - 1
+    rewards = np.zeros(n) if rewards is None else np.array(rewards)
+    path = {"states": cells[:-1], "next_states": cells[1:], "query_state": cells[-1]}
+    return Decision(
+        actions=np.zeros(n, dtype=int), rewards=rewards, episodes=episodes, **path, **more
+    )
+
+
+def uniform(n):
+    return np.full(n + 1, 1 / (n + 1))
+
+
+@given(
+    n=st.integers(0, 30), n_rows=st.integers(1, 6), n_columns=st.integers(1, 6),
+    n_panels=st.integers(1, 4), seed=st.integers(0, 99),
+)  # fmt: skip
+def test_numbers_are_those_of_a_plain_loop(n, n_rows, n_columns, n_panels, seed):
+    rng = np.random.default_rng(seed)
+    cells = rng.integers((n_rows, n_columns), size=(n + 1, 2)).astype(np.int8)
+    episodes = np.sort(rng.integers(3, size=n))
+    above, now = 0.5, int(episodes.max(initial=0)) + int(rng.integers(2))
+    decision = walk(cells, episodes, rng.random(n), query_episode=now, rewarded_above=above)
+    rows, even = rng.dirichlet(np.ones(n + 1), size=n_panels), rng.dirichlet(np.ones(n + 1))
+    room = RoomMap.of(agent_of(n_rows, n_columns), decision, rows, even)
+    numbers, seen = room.numbers(), {}
+    for t in range(n):
+        cell = seen.setdefault(tuple(cells[t + 1].tolist()), [0, 0, 0.0, [0.0] * n_panels])
+        cell[0] += 1
+        cell[1] += bool(decision.rewards[t] > above)
+        cell[2] += even[t]
+        cell[3] = [total + row[t] for total, row in zip(cell[3], rows, strict=True)]
+    assert numbers["cells"] == [list(cell) for cell in sorted(seen)]
+    for i, cell in enumerate(sorted(seen)):
+        visits, rewarded, uniformly, attention = seen[cell]
+        assert (numbers["visits"][i], numbers["rewarded"][i]) == (visits, rewarded)
+        assert numbers["even"][i] == pytest.approx(uniformly, rel=1e-5)
+        for panel, mass in enumerate(attention):
+            assert numbers["attention"][panel][i] == pytest.approx(mass, rel=1e-5)
+            assert numbers["ratio"][panel][i] == pytest.approx(mass / uniformly, rel=1e-5)
+    unseen = [(r, c) for r in range(n_rows) for c in range(n_columns) if (r, c) not in seen]
+    assert np.argwhere(np.isnan(room.ratio[0])).tolist() == [list(cell) for cell in unseen]
+    path = [cells[t].tolist() for t in range(n) if episodes[t] == now] + [cells[n].tolist()]
+    assert room.path.tolist() == numbers["path"] == path
+    assert numbers["room"] == [n_rows, n_columns]
+
+
+@pytest.mark.parametrize(("query", "episode", "path"), [
+    ((1, 2), None, [[0, 1], [1, 1], [1, 2]]),  # where the latest transition led
+    ((0, 0), None, [[0, 0]]),  # elsewhere: a new episode has begun
+    ((1, 2), 6, [[1, 2]]),  # said to have begun, where the other one ended
+    ((0, 0), 5, [[0, 1], [1, 1], [0, 0]]),
+])  # fmt: skip
+def test_the_path_is_that_of_the_episode_of_the_decision(query, episode, path):
+    decision = walk([(2, 2), (0, 1), (1, 1), (1, 2)], [4, 5, 5], goal=[2, 0])
+    decision = replace(decision, query_state=np.array(query), query_episode=episode)
+    room = RoomMap.of(agent_of(3, 3), decision, uniform(3)[None], uniform(3))
+    assert room.path.tolist() == path
+    assert room.goal.tolist() == [2, 0]
+
+
+def test_what_the_query_cannot_read_has_no_ratio_and_json_can_hold_that(tmp_path):
+    even = np.array([0, 0.5, 0.5])
+    room = RoomMap.of(agent_of(1, 3), walk([(0, 0), (0, 1), (0, 2)]), even[None], even)
+    assert room.numbers()["ratio"] == [[None, 1.0]]
+    write_json(tmp_path / "a.json", room.numbers())
+
+
+@pytest.mark.parametrize("cell", [(3, 0), (0, -1), (0.5, 0), (0, np.nan)])
+def test_a_position_outside_the_room_is_told(cell):
+    decision = walk([(0.0, 0.0), cell, (1.0, 1.0)])
+    words = r"position\(\): expected a row in 0\.\.2 and a column in 0\.\.1, whole numbers, got \["
+    with pytest.raises(UserError, match=words):
+        RoomMap.of(agent_of(3, 2), decision, uniform(2)[None], uniform(2))
+
+
+def drawn(path, room, n_panels=1, dpi=100, **more):
+    """The maps of a picture, `(rows, columns, 3)` pixels each, its texts, and the lines drawn."""
+    names = [f"panel {i}" for i in range(n_panels)]
+    with (
+        mock.patch.object(Page, "paste", autospec=True, side_effect=Page.paste) as paste,
+        mock.patch.object(Page, "text", autospec=True, side_effect=Page.text) as text,
+        mock.patch.object(Page, "lines", autospec=True, side_effect=Page.lines) as lines,
+    ):
+        room_map(path, room, names, "In the room", "one", dpi=dpi, **more)
+    pixels, maps = np.asarray(Image.open(path).convert("RGB")), []
+    for call in paste.call_args_list[:n_panels]:
+        _, left, top, colours = call.args
+        row, column = round(top * dpi / 100), round(left * dpi / 100)
+        maps.append(pixels[row : row + len(colours), column : column + colours.shape[1]])
+        assert maps[-1].shape == colours.shape  # it lies on the page
+    return maps, [call.args[3] for call in text.call_args_list], lines.call_args_list
+
+
+def colour(image, room, cell):
+    """Of a cell, near its lower left corner, where no mark is."""
+    side = len(image) // len(room.even)
+    row, column = (int((x + part) * side) for x, part in zip(cell, (0.86, 0.14), strict=True))
+    return image[row, column].astype(int)
+
+
+BRIGHT, GREY, DARK = (roommap.SHADES[i].astype(int) for i in (255, 128, 0))
+
+
+def test_attention_on_one_cell_makes_that_cell_bright_and_nothing_else(tmp_path):
+    cells = [(2, 2), (2, 3), (3, 3), (4, 3), (3, 3), (3, 4), (3, 3), (2, 3), (1, 3), (1, 2)]
+    cells += [
+        (0, 0),
+        (0, 1),
+        (0, 2),
+        (1, 1),
+        (2, 1),
+        (4, 4),
+        (4, 2),
+        (4, 1),
+        (4, 0),
+        (3, 1),
+        (3, 2),
+    ]
+    decision, n = walk(cells * 2), 2 * len(cells) - 1
+    planted = (decision.next_states == (0, 1)).all(axis=1) / 2
+    rows = np.stack([np.append(planted, 0), uniform(n)])
+    room = RoomMap.of(agent_of(5, 5), decision, rows, uniform(n))
+    numbers = room.numbers()
+    ratios = dict(zip(map(tuple, numbers["cells"]), numbers["ratio"][0], strict=True))
+    assert ratios.pop((0, 1)) == pytest.approx((n + 1) / 2, rel=1e-5)
+    assert set(ratios.values()) == {0}
+    (planted, even), *_ = drawn(tmp_path / "a.png", room, 2)
+    for cell in np.argwhere(room.visits):
+        is_planted = cell.tolist() == [0, 1]
+        assert np.abs(colour(planted, room, cell) - (BRIGHT if is_planted else DARK)).max() <= 2
+        assert np.abs(colour(even, room, cell) - GREY).max() <= 2
+    for row, column in np.argwhere(room.visits == 0):  # white, with strokes across
+        side = len(planted) // 5
+        part = planted[row * side + 3 : (row + 1) * side - 3, column * side + 3 :][:, : side - 6]
+        assert 0 < (part.min(axis=2) < 250).mean() < 0.4
+        assert part.min() > 160
+
+
+@pytest.mark.parametrize(("n", "room", "n_panels"), [
+    (0, (2, 2), 4), (0, (17, 17), 1), (1, (1, 9), 3), (1, (2, 2), 24), (2, (17, 17), 8),
+    (2, (9, 1), 2), (1, (60, 80), 1),
+])  # fmt: skip
+def test_any_room_any_number_of_panels_and_hardly_a_transition(tmp_path, n, room, n_panels):
+    decision = walk([(0, 0)] * (n + 1), goal=np.subtract(room, 1))  # who stays in place
+    own = RoomMap.of(agent_of(*room), decision, uniform(n)[None].repeat(n_panels, 0), uniform(n))
+    maps, texts, _ = drawn(tmp_path / "a.png", own, n_panels)
+    assert len(maps) == n_panels
+    assert max(Image.open(tmp_path / "a.png").size) < 3000
+    assert ("one · no history yet" in texts) == (n == 0)
+    assert texts.count("↻2") == (n_panels if n == 2 else 0)
+    assert texts.count("↻") == (n_panels if n == 1 else 0)
+
+
+def test_the_path_the_agent_the_goal_and_rewards_are_marked_where_they_are(tmp_path):
+    cells = [(0, 0), (0, 1), (0, 1), (1, 1), (2, 1)]
+    decision = walk(cells, rewards=[0, 0, 1, 0], goal=(2, 2))
+    room = RoomMap.of(agent_of(3, 3), decision, uniform(4)[None], uniform(4))
+    (image,), texts, lines = drawn(tmp_path / "a.png", room)
+    assert texts.count("↻") == 1
+    side = len(image) // 3
+
+    def has(cell, colour):
+        part = image[cell[0] * side : (cell[0] + 1) * side, cell[1] * side : (cell[1] + 1) * side]
+        return (np.abs(part.astype(int) - colour).max(axis=2) < 12).sum() > side
+
+    red = np.array(list(bytes.fromhex(roommap.REWARD[1:])))
+    inside = [(r, c) for r in range(3) for c in range(3)]
+    assert [cell for cell in inside if has(cell, red)] == [(1, 1), (2, 2)]  # reward and goal
+    middle = image[int(2.44 * side), int(1.44 * side)]  # of the agent's dot
+    assert np.abs(middle.astype(int) - 0x22).max() < 12
+    shafts = [path for call in lines for path in call.args[1] if len(path) == 2]
+    length = {round(float(np.hypot(*(b - a))) / side, 2) for a, b in map(np.asarray, shafts)}
+    assert 0.6 in length  # of a step to the next cell; none has no length
+    assert 0.0 not in length
+
+
+def test_the_same_numbers_give_the_same_bytes_and_twice_the_dpi_twice_the_size(tmp_path):
+    room = RoomMap.of(agent_of(2, 2), walk([(0, 0), (0, 1)]), uniform(1)[None], uniform(1))
+    path, files, sizes = tmp_path / "a.png", [], []
+    for dpi in (50, 50, 100):
+        room_map(path, room, ["layer 0"], "In the room", "one", dpi=dpi)
+        files.append(path.read_bytes())
+        sizes.append(Image.open(path).size)
+    assert files[0] == files[1]
+    assert sizes[2] == pytest.approx([2 * side for side in sizes[0]], abs=8)
+
+
+def test_heads_stand_in_rows_of_layers(tmp_path):
+    room = RoomMap.of(
+        agent_of(2, 2), walk([(0, 0), (0, 1)]), np.tile(uniform(1), (6, 1)), uniform(1)
+    )
+    with mock.patch.object(Page, "paste", autospec=True) as paste:
+        room_map(tmp_path / "a.png", room, list("abcdef"), "a", "b", across=3, dpi=50)
+    places = [call.args[1:3] for call in paste.call_args_list[:6]]
+    assert len({left for left, _ in places}) == 3
+    assert len({top for _, top in places[:3]}) == len({top for _, top in places[3:]}) == 1
+    assert places[0][1] < places[3][1]
+
+
+def test_decisions_of_the_ad_model_know_the_room_the_goal_and_their_episode(
+    tiny_model, tiny_histories
+):
+    agent = ad_agent(tiny_model, tiny_histories, [(2, 17), (0, 15)])  # five steps an episode
+    assert agent.room == (5, 5)
+    within, begun = agent.decisions
+    assert (within.query_episode, begun.query_episode) == (3, 3)
+    rooms = [
+        RoomMap.of(agent, one, uniform(one.n)[None], uniform(one.n)) for one in (within, begun)
+    ]
+    assert [len(room.path) for room in rooms] == [3, 1]
+    assert rooms[0].path.tolist() == tiny_histories.states[2, 15:18].tolist()
+    assert rooms[1].path.tolist() == [[2, 2]]
+    assert [room.goal.tolist() for room in rooms] == [[4, 3], [0, 1]]
+    assert rooms[0].rewarded.sum() == tiny_histories.rewards[2, 17 - within.n : 17].sum()
+
+
+@pytest.fixture
+def adapter(tmp_path, monkeypatch):
+    """The agent of `sar_mha.py` with a text of it changed."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+
+    def changed(old="", new=""):
+        text = (EXAMPLES / "sar_mha.py").read_text()
+        assert old in text
+        Path("mine.py").write_text(text.replace(old, new) if old else text)
+        return load("mine.py", 4, 0, CPU)
+
+    return changed
+
+
+POSITION, ABOUT = "return 0, int(state[0])", '"task": task}'
+SAMPLED = "def samples(", "ROOM = {}\n\n\ndef samples("
+
+
+def test_an_adapter_says_where_states_lie(adapter):
+    agent = adapter(ABOUT, '"task": task, "query_episode": 3, "goal": 8 * task}')
+    decision = agent.decisions[1]
+    assert agent.room == (1, 9)
+    assert (decision.query_episode, decision.goal.tolist()) == (3, [8])
+    cells = agent.position(decision.states)
+    assert np.array_equal(cells, np.pad(decision.states, ((0, 0), (1, 0))))
+    assert agent.position(decision.states[:0]).shape == (0, 2)
+    room = RoomMap.of(agent, decision, uniform(30)[None], uniform(30))
+    assert (room.path.tolist(), room.goal.tolist()) == ([[0, 4]], [0, 8])
+
+
+def test_a_room_is_as_large_as_samples_reach_unless_it_is_said(adapter):
+    assert adapter(POSITION, "return 3, state[0] // 3").room == (4, 3)
+    assert adapter("np.clip(states[t] + 2", "np.clip(0 * states[t] + 2").room == (1, 5)
+    assert adapter(SAMPLED[0], SAMPLED[1].format((2, 12))).room == (2, 12)
+    assert adapter("def position(", "def place(").room is None
+
+
+WRONG = [  # what is changed in the adapter, and what is said
+    (POSITION, "return state[0]", r"position\(\): expected a row and a column, whole.*got \d for"),
+    (POSITION, "return 0.5, 0", r"position\(\): expected .* got \[0\.5, 0\.0\] for \["),
+    (POSITION, "return 0, state[0] - 5", r"position\(\): .* got \[0, -\d\] for"),
+    (POSITION, "return 0, 200", r"whole numbers in 0\.\.199, got \[0, 200\] for"),
+    (POSITION, "return float('nan'), 0", r"position\(\): expected .* got \[nan, 0"),
+    (POSITION, "return None", r"position\(\): expected .* got None for"),
+    (POSITION, "return [0, [1]]", r"position\(\) raised ValueError"),
+    (POSITION, "return 0, state[1]", r"position\(\) raised IndexError.*mine\.py:\d+"),
+    ("def position(", "position = 3\ndef p(", "position: expected a function position.state"),
+    ("def position(", "ROOM = (1, 9)\ndef p(", r"ROOM: expected position\(state\) beside it"),
+    (SAMPLED[0], SAMPLED[1].format((1, 8)), r"ROOM: .*of at least \(1, 9\).* got \(1, 8\)"),
+    (SAMPLED[0], SAMPLED[1].format(9), r"ROOM: expected \(rows, columns\).*got 9"),
+    (SAMPLED[0], SAMPLED[1].format((1, 9, 9)), r"ROOM: .*got \(1, 9, 9\)"),
+    (ABOUT, ABOUT[:-1] + ', "query_episode": 1}', "query_episode: expected a whole number from 2"),
+    (ABOUT, ABOUT[:-1] + ', "query_episode": 2.5}', "query_episode: .*got 2.5"),
+    (ABOUT, ABOUT[:-1] + ', "goal": (0, 1)}', r"goal: expected 1 numbers, as states, got \(2,\)"),
+    (ABOUT, ABOUT[:-1] + ', "goal": "left"}', "goal: expected numbers, got a str"),
+    (ABOUT, ABOUT[:-1] + ', "goal": 200}', r"position\(\): .*got \[0, 200\] for \[200\]"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("old", "new", "words"), WRONG)
+def test_a_mistake_is_one_line(adapter, old, new, words):
+    with pytest.raises(UserError, match=rf"\Amine\.py: (?=.*{words}).*\Z"):
+        adapter(old, new)

@@ -1,0 +1,202 @@
+"""The picture of one play: weights read back from the pixels, steps down, positions across."""
+
+from unittest import mock
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from historylens.pictures import timestrip
+from historylens.pictures.page import Page
+from historylens.pictures.shades import pool, scale_of, to_colours
+from historylens.pictures.timestrip import GAP, LEFT, QUERY, STRIP, TOP, Axis, attention_over_time
+
+RED, WHITE, GREYS = [0xE4, 0x57, 0x2E], [255, 255, 255], ([200] * 3, [238] * 3)
+TEXTS = {"title": "Attention over time · rollout 0", "subtitle": "goal (2, 7) · 20 steps"}
+
+
+def play(n_steps, n_max, n_layers=1, seed=0):
+    """Random attention of a play that begins without any history."""
+    rng, layers = np.random.default_rng(seed), {}
+    for layer in range(n_layers):
+        rows = rng.gamma(0.5, size=(n_steps, n_max + 1)) + 1e-3
+        ages = np.arange(n_max, -1, -1)
+        rows[ages > np.arange(n_steps)[:, None]] = np.nan
+        layers[layer] = rows / np.nansum(rows, axis=1, keepdims=True)
+    return layers
+
+
+def parts(panel, dpi=100):
+    """Strip, map and query of the pixels of a panel."""
+    strip, gap, query = (round(width * dpi / 100) for width in (STRIP, GAP, QUERY))
+    end = panel.shape[1] - query
+    assert (panel[:, strip : strip + gap] == 255).all()
+    assert (panel[:, end - gap : end] == 255).all()
+    return panel[:, :strip], panel[:, strip + gap : end - gap], panel[:, end:]
+
+
+def drawn(layers, horizon=4, rewarded=(), dpi=100):
+    """What each call of a `Page` was given: pasted are the panels in their order, and the bar."""
+    n_steps = len(next(iter(layers.values())))
+    marks = np.arange(0, n_steps, horizon), np.isin(np.arange(n_steps), rewarded)
+    patched = dict.fromkeys(("save", "paste", "text", "lines", "tick"), mock.DEFAULT)
+    with mock.patch.multiple(Page, autospec=True, **patched) as calls:
+        attention_over_time("x.png", layers, *marks, **TEXTS, dpi=dpi)
+    return {name: [call.args[1:] for call in one.call_args_list] for name, one in calls.items()}
+
+
+@pytest.mark.parametrize("n_layers", [1, 3])
+def test_the_pixels_are_the_weights_blank_before_there_is_history_and_the_query_stands_aside(
+    tmp_path, n_layers
+):
+    layers, path = play(10, 6, n_layers), tmp_path / "a.png"
+    attention_over_time(path, layers, np.arange(1), np.zeros(10, bool), **TEXTS, dpi=100)
+    pixels, zoom = np.asarray(Image.open(path)), timestrip.MAX_CELL
+    scale = scale_of(np.stack(list(layers.values())), 7)  # one for all layers
+    right = max(timestrip.MIN_PITCH, STRIP + GAP + 6 * zoom + GAP + QUERY + timestrip.BESIDE)
+    for number, rows in layers.items():
+        left = LEFT + number * right + STRIP + GAP
+        x = [*(left + zoom * column + zoom // 2 for column in range(6)), left + 6 * zoom + GAP + 8]
+        y = TOP + zoom * np.arange(10) + zoom // 2
+        found = pixels[y[:, None], np.array(x)]
+        assert (found == to_colours(rows, *scale)).all()
+        assert (found[np.isnan(rows)] == WHITE).all()
+        assert (found[~np.isnan(rows)] != WHITE).any(-1).all()
+        assert pixels[TOP + 5, left + 6 * zoom + 1].tolist() == WHITE  # between map and query
+
+
+def test_columns_that_no_step_reaches_are_left_out_and_a_first_decision_alone_is_drawn():
+    calls, short = drawn(play(4, 50)), drawn({0: play(4, 50)[0][:, -4:]})
+    for one, other in zip(calls["paste"], short["paste"], strict=True):
+        np.testing.assert_array_equal(one[2], other[2])
+    (_, _, panel), _ = drawn(play(1, 1))["paste"]
+    _, weights, query = parts(panel)
+    assert (weights == 255).all()
+    assert (query != 255).any(-1).all()
+    assert any("T = 4 tokens" in text[2] for text in calls["text"])
+
+
+def test_a_column_is_named_by_how_far_back_it_is_and_a_row_by_its_step():
+    ticks = drawn(play(30, 10))["tick"]
+    below = {label: place for place, _, label, _, side in ticks if side == "below"}
+    left, zoom = LEFT + STRIP + GAP, timestrip.MAX_CELL
+    assert below["query"] == left + 10 * zoom + GAP + QUERY / 2
+    del below["query"]
+    assert {"10", "2"} <= set(below)
+    for label, place in below.items():
+        assert place == left + zoom * (10 - int(label) + 0.5)
+    steps = {label: place for place, _, label, _, side in ticks if side == "left"}
+    assert "0" in steps
+    for label, place in steps.items():
+        assert place == TOP + zoom * (int(label) + 0.5)
+
+
+@given(st.integers(1, 3000), st.integers(40, 900), st.sampled_from([0.5, 1.0, 1.7]))
+def test_places_fit_the_room_they_have_however_many_they_are(n, room, scale):
+    axis = Axis(n, room, scale)
+    n_cells = -(-n // axis.pooled)
+    assert axis.length == pytest.approx(n_cells * axis.zoom / scale)
+    assert axis.length <= room + 1e-9
+    assert axis.length > min(room, 24 * n) / 4  # and not much smaller than they could be
+    assert axis.at(0) == 0
+    assert axis.length - axis.zoom / scale < axis.at(n) <= axis.length + 1e-9
+    ticks = axis.ticks(0, n - 1)
+    assert ticks
+    assert len(ticks) <= 9
+    assert all(0 <= tick < n for tick in ticks)
+
+
+@pytest.mark.parametrize(("n_steps", "n_max", "n_layers", "dpi"), [
+    (2000, 1000, 1, 100), (1200, 300, 2, 60), (5, 1, 13, 100), (700, 400, 24, 50),
+])  # fmt: skip
+def test_large_plays_are_pooled_as_heatmaps_are_and_panels_stay_apart(
+    n_steps, n_max, n_layers, dpi
+):
+    layers = play(n_steps, n_max, n_layers)
+    with mock.patch.object(timestrip, "pool", side_effect=pool) as pooled:
+        calls = drawn(layers, dpi=dpi)
+    across, down = (call for call in pooled.call_args.args[1:])
+    assert (across > 1) == (n_max > 200)
+    assert (down > 1) == (n_steps > 500)
+    *pasted, bar = calls["paste"]
+    boxes = [
+        (left, top, left + image.shape[1] * 100 / dpi, top + image.shape[0] * 100 / dpi)
+        for left, top, image in pasted
+    ]
+    assert len(boxes) == n_layers
+    for left, top, right, bottom in boxes:
+        assert bottom - top <= 900
+        assert right - left <= 420 + STRIP + QUERY + 2 * GAP + 4  # rounded at dpi 50
+        assert right < bar[0]
+        for other in boxes:
+            is_same = other == (left, top, right, bottom)
+            assert is_same or other[0] >= right or other[2] <= left or other[1] >= bottom or (
+                other[3] <= top
+            )  # fmt: skip
+    page = np.array([text[1] for text in calls["text"]])
+    assert page.max() > max(bottom for *_, bottom in boxes)  # the legend stands below
+    said = " ".join(text[2] for text in calls["text"])
+    assert (f"of {down} steps the last is drawn" in said) == (down > 1)
+    assert (f"mean of {across} transitions" in said) == (across > 1)
+
+
+def test_pooled_rows_are_the_last_of_theirs_also_in_the_column_of_the_query():
+    layers, scale = play(2000, 30), 0.5
+    (_, _, panel), _ = drawn(layers, dpi=50)["paste"]
+    _, weights, query = parts(panel, dpi=50)
+    down = Axis(2000, 900, scale).pooled
+    zoom = Axis(30, timestrip.WIDTHS[1], scale).zoom
+    ends = scale_of(np.stack([layers[0][::31]]), 31)
+    last = np.minimum(np.arange(down - 1, 2000 + down - 1, down), 1999)
+    np.testing.assert_array_equal(weights[:, ::zoom], to_colours(layers[0][last, :-1], *ends))
+    np.testing.assert_array_equal(query[:, 0], to_colours(layers[0][last, -1], *ends))
+
+
+def test_the_strip_shows_episodes_in_two_greys_rewards_in_red_and_white_lines_where_one_begins():
+    calls, zoom = drawn(play(12, 3), horizon=5, rewarded=(3, 11)), timestrip.MAX_CELL
+    left, top, panel = calls["paste"][0]
+    strip, *_ = parts(panel)
+    assert (left, top, strip.shape) == (LEFT, TOP, (12 * zoom, STRIP, 3))
+    cells = strip[zoom // 2 :: zoom, 0].tolist()
+    assert cells[3] == cells[11] == RED  # the last step, too, wholly
+    episodes = [cells[0], cells[5], cells[10]]
+    assert episodes[0] == cells[4] == episodes[2] in GREYS
+    assert episodes[1] == cells[9] in GREYS
+    assert episodes[1] != episodes[0]
+    lines = [segment for (segments,) in calls["lines"] for segment in segments]
+    assert [line[0][1] for line in lines if line[0][0] == LEFT + STRIP + GAP] == [
+        TOP + 5 * zoom, TOP + 10 * zoom,
+    ]  # fmt: skip
+
+
+def test_more_than_forty_episodes_are_marked_while_they_can_be_told_apart():
+    for horizon, is_marked in ((18, True), (3, False)):  # 50 and 300 episodes on 900 units
+        calls = drawn(play(900, 5), horizon=horizon)
+        strip, *_ = parts(calls["paste"][0][2])
+        assert len(np.unique(strip)) == 1 + is_marked
+        lines = [segment for (segments,) in calls["lines"] for segment in segments]
+        assert len(lines) > 49 if is_marked else len(lines) < 3  # the bar has one
+
+
+def test_the_same_play_gives_the_same_bytes_in_a_page_with_a_white_border(tmp_path):
+    path, marks = tmp_path / "a.png", (np.array([0, 10]), np.arange(25) > 20)
+    attention_over_time(path, play(25, 8, 5), *marks, **TEXTS, dpi=60)
+    first, pixels = path.read_bytes(), np.asarray(Image.open(path))
+    for edge in (pixels[:3], pixels[-3:], pixels[:, :3], pixels[:, -3:]):
+        assert (edge == 255).all()
+    attention_over_time(path, play(25, 8, 5), *marks, **TEXTS, dpi=60)
+    assert path.read_bytes() == first
+    attention_over_time(path, play(25, 8, 5, seed=1), *marks, **TEXTS, dpi=60)
+    assert path.read_bytes() != first
+
+
+def test_one_scale_serves_all_layers_and_does_not_end_where_one_of_them_does():
+    even = {0: np.full((100, 101), 1 / 101), 1: np.full((100, 101), 0.5 / 100)}
+    even[1][:, 7] = even[1][:, 50] = 0.25  # more than ten times uniform attention
+    scale = 0.1 / 101, 0.25
+    panels = [parts(panel)[1] for _, _, panel in drawn(even)["paste"][:-1]]
+    for panel, rows in zip(panels, even.values(), strict=True):
+        zoom = panel.shape[1] // 100
+        np.testing.assert_array_equal(panel[5, ::zoom], to_colours(rows[0, :-1], *scale))
