@@ -69,6 +69,18 @@ class ModelConfig(Settings):
         expect(is_multiple, f"{what} {self.tf_n_embd} and {self.tf_n_head}")
 
 
+# What is read from the config of a checkpoint, whoever wrote it: its type, and the least and the
+# most that it may be, of a text its length. All else in a config is never looked at.
+READ_FROM_CHECKPOINTS = {
+    "n_transit": (int, 1, 2**14), "tf_n_layer": (int, 1, 2**8), "tf_n_head": (int, 1, 2**10),
+    "tf_n_embd": (int, 1, 2**14), "tf_n_inner": (int, 1, 2**16), "tf_dropout": (float, 0, 1),
+    "dim_states": (int, 2, 2), "num_actions": (int, 1, 2**10), "grid_size": (int, 2, 2**10),
+    "horizon": (int, 1, 2**14), "env": (str, 0, 100), "env_split_seed": (int, -(2**63), 2**63),
+    "train_env_ratio": (float, 0, 1),
+}  # fmt: skip
+NEEDED = ("n_transit", "tf_n_layer", "tf_n_head", "tf_n_embd", "grid_size")  # the rest may be None
+
+
 @dataclass(frozen=True)
 class TrainConfig(Settings):
     """How the model is trained, evaluated on the way, and where it is kept."""

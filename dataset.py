@@ -8,18 +8,23 @@ episode back, so that a few episodes span much of the learning.
     dataset.sample(32, np.random.default_rng(0))["states"]                    # (32, 99, 2)
 """
 
+import operator
 from dataclasses import dataclass
 from pathlib import Path
+from zipfile import ZIP_DEFLATED
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from historylens.common.errors import UserError, expect
+from historylens.common.errors import expect
 from historylens.common.files import write_atomically
+from historylens.common.reading import checked_zip, reading
 from historylens.history import distinct
 
 CONTEXT = ("states", "actions", "rewards", "next_states")  # what a model reads of a transition
+MAX_REWARD = 1e6  # of a transition: far larger ones overflow what a model makes of them
+MAX_STEPS = 2**24  # of a history
 
 
 @dataclass(frozen=True)
@@ -41,8 +46,15 @@ class Histories:
             array = getattr(self, name)
             beside = f"expected {name} of shape {shape} beside actions of shape {(n, steps)}"
             expect(array.shape == shape, f"{beside}, got {array.shape}")
-            is_whole = name == "rewards" or np.issubdtype(array.dtype, np.integer)
-            expect(is_whole, f"expected {name} of an integer type, got {array.dtype}")
+            kinds, kind = ("biuf", "a number") if name == "rewards" else ("iu", "an integer")
+            is_kind = array.dtype.kind in kinds and array.dtype.itemsize <= 8
+            expect(is_kind, f"expected {name} of {kind} type, got {array.dtype}")
+        low, high = self.rewards.min(initial=0), self.rewards.max(initial=0)
+        what = f"expected finite rewards up to {MAX_REWARD:,.0f}, got {low} to {high}"
+        expect(low >= -MAX_REWARD and high <= MAX_REWARD, what)
+        expect(
+            steps <= MAX_STEPS, f"expected histories of {MAX_STEPS:,} steps or fewer, got {steps:,}"
+        )
         expect(
             self.horizon >= 1 and steps % self.horizon == 0,
             f"expected whole episodes of {self.horizon} steps, got {steps} steps a history",
@@ -69,17 +81,14 @@ class Histories:
     @classmethod
     def load(cls, path: str | Path) -> "Histories":
         """Read what `save` wrote; UserError: no such file, not such an `.npz`, or damaged."""
-        try:
-            with np.load(path, allow_pickle=False) as file:
-                arrays = {name: file[name] for name in cls.__dataclass_fields__}
-            return cls(**arrays | {"horizon": int(arrays["horizon"])})
-        except FileNotFoundError as error:
-            raise UserError(f"No learning histories found: there is no file {path}") from error
-        except Exception as error:  # numpy raises a different type for each kind of damage
-            raise UserError(
-                f"{path} is not a whole file of learning histories "
-                f"(.npz with {', '.join(cls.__dataclass_fields__)}): {error}"
-            ) from error
+        names = list(cls.__dataclass_fields__)
+        kind = "learning histories", f"Expected an .npz file with {', '.join(names)}"
+        with reading(path, *kind) as file:
+            checked_zip(file, ZIP_DEFLATED)
+            with np.load(file, allow_pickle=False) as stored:
+                arrays = {name: stored[name] for name in names}
+            native = {k: v.astype(v.dtype.newbyteorder("="), copy=False) for k, v in arrays.items()}
+            return cls(**native | {"horizon": operator.index(native["horizon"][()])})
 
 
 def context_steps(step: int, n: int, stride: int, horizon: int) -> np.ndarray:

@@ -10,13 +10,16 @@ numbers, and until it is finished `resume.pt`. Draws `figs/training/RUN.png`.
 """
 
 import argparse
+import contextlib
 from pathlib import Path
 
+import historylens.common  # noqa: F401 - first: Ctrl-C while all else loads
 from ad.checkpoints import checkpoints_in
 from ad.evaluation import describe
-from ad.training import LOG_NAME, finish, prepare, train
+from ad.training import LOG_NAME, RESUME_NAME, finish, prepare, train
 from config import EnvConfig, ModelConfig, SourceConfig, TrainConfig
 from historylens.common.errors import run_command
+from historylens.common.files import writable_folder
 from historylens.common.processes import join
 from historylens.common.settings import add_flags
 
@@ -33,18 +36,22 @@ def main(argv: list[str] | None = None) -> None:
     flag("--checkpoints", metavar="DIR", default="checkpoints", help="where runs lie")
     flag("--figs", metavar="DIR", default="figs", help="where pictures go")
     add_flags(parser, TrainConfig, SourceConfig, EnvConfig, ModelConfig)
-    with join() as group:
+    with join() as group, contextlib.ExitStack() as held:
         with group.told_once():
             flags = parser.parse_args(argv)
         with group.together():
             settings, run, device = prepare(flags, group)
+            if group.is_main:
+                held.enter_context(writable_folder(run))
         trainer = train(settings, run, device, flags.resume, group)
         if group.is_main:
+            picture = Path(flags.figs) / "training" / f"{run.name}.png"
             result = finish(trainer, run)
             from ad.learning_curve import draw_learning_curve  # matplotlib takes a second to import
 
-            picture = Path(flags.figs) / "training" / f"{run.name}.png"
-            draw_learning_curve(result, picture)
+            with writable_folder(picture.parent, lock=False):
+                draw_learning_curve(result, picture)
+            (run / RESUME_NAME).unlink(missing_ok=True)  # last: until here a resume does the rest
             print(describe(result, checkpoints_in(run)[-1]))
             print(f"All numbers: {run / LOG_NAME}, learning curves: {picture}")
 

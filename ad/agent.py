@@ -10,14 +10,13 @@ import torch
 from torch import Tensor
 
 from ad.acting import fast_logits
-from ad.checkpoints import Checkpoint, find_checkpoint, is_dark_room, load_checkpoint
+from ad.checkpoints import MAX_WEIGHT, Checkpoint, find_checkpoint, is_dark_room, load_checkpoint
 from ad.darkroom import N_ACTIONS, DarkRoom, optimal_return
 from ad.decisions import Filter, HistoryDecisions, choose_decisions
 from ad.histories import histories_path, read_histories
 from config import EnvConfig
 from historylens.agent import Agent, Environment
-from historylens.common.errors import UserError, expect, note
-from historylens.common.settings import from_dict
+from historylens.common.errors import expect, note
 from historylens.history import Decision, History
 
 OF_HISTORIES = ("histories", "goal", "history", "steps", "stride")  # settings of these alone
@@ -47,11 +46,16 @@ class ADAgent(Agent):
 
     def act(self, history: History, positions: Tensor | None = None) -> Tensor:
         """Action logits `(B, A)`, by a walk of the encoder that spares what only others need."""
-        return fast_logits(self.model, history, positions)
+        return self._finite(fast_logits(self.model, history, positions))
 
     def forward(self, history: History) -> Tensor:
         """Action logits `(B, A)` by the model's own forward pass."""
-        return self.model(*history.inputs)
+        return self._finite(self.model(*history.inputs))
+
+    def _finite(self, logits: Tensor) -> Tensor:
+        what = f"{self.checkpoint.path}: its model has diverged: it gives actions no finite numbers"
+        expect(logits.isfinite().all(), what)
+        return logits
 
     @cached_property
     def identity(self) -> dict[str, Any]:
@@ -71,22 +75,17 @@ class ADAgent(Agent):
             f"{path}: expected a model of env 'darkroom' with {N_ACTIONS} actions to act, got "
             f"env {config.get('env')!r} with {n_actions}; its attention can be shown",
         )
-        goals = goals.get("test") if isinstance(goals, dict) else None
+        goals = goals.get("test")
         expect(
             goals,
             f"{path} holds no test goals: expected its goals to have a list 'test', goals that "
             "the model was not trained on; train again, or name another --checkpoint",
         )
-        env = from_dict(EnvConfig, config | {"grid_size": self.model.config.grid_size})
-        room = {"grid_size": env.grid_size, "horizon": env.horizon}
-        try:
-            cells = np.array(goals)
-            DarkRoom(cells, **room)
-        except ValueError as error:
-            raise UserError(f"{path}: its test goals do not fit its room: {error}") from None
+        horizon, cells = config.get("horizon") or EnvConfig.horizon, np.array(goals)
+        room = {"grid_size": self.model.config.grid_size, "horizon": horizon}
         return Environment(
             goals=tuple(f"({row}, {col})" for row, col in cells.tolist()),
-            horizon=env.horizon,
+            horizon=horizon,
             make=lambda numbers: DarkRoom(cells[numbers], **room),
             best=tuple(optimal_return(cells, **room).tolist()),
             named=("goal", "never trained on"),
@@ -107,7 +106,7 @@ def load_for_analysis(
     what = "has no meaning beside --play: its decisions come from no histories"
     expect(not (config.plays and given), f"{' '.join(given[:1])} {what}")
     choice = find_checkpoint(config.checkpoint)
-    checkpoint = load_checkpoint(choice.path, device)
+    checkpoint = load_checkpoint(choice.path, device, MAX_WEIGHT)
     model, n_context = checkpoint.model.config, checkpoint.model.n_context_max
     facts = {
         "Checkpoint": f"{choice.path} ({choice.reason})",
@@ -145,7 +144,7 @@ def load_for_analysis(
 def load_for_acting(config: Any, device: torch.device) -> ADAgent:
     """Load the checkpoint of an `ActingConfig`; UserError: its model cannot act on history."""
     choice = find_checkpoint(config.checkpoint)
-    checkpoint = load_checkpoint(choice.path, device)
+    checkpoint = load_checkpoint(choice.path, device, MAX_WEIGHT)
     facts = {"Checkpoint": f"{choice.path} ({choice.reason})"}
     meta = {"checkpoint": str(choice.path), "step": checkpoint.step}
     agent = ADAgent(checkpoint, device, facts=facts, meta=meta)

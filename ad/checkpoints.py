@@ -10,27 +10,25 @@ are. They hold no `goals`: which ones were held out follows from the config (`sp
 import random
 import re
 from dataclasses import dataclass
-from numbers import Integral
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
+from torch import Tensor
 
-from config import ModelConfig
+from ad.pickles import digest, load_plain
+from config import NEEDED, READ_FROM_CHECKPOINTS, ModelConfig
 from historylens.common.errors import UserError, expect
 from historylens.common.files import write_atomically
+from historylens.common.reading import printable, reading
 from historylens.common.settings import from_dict
 from model import ADTransformer
 
 HISTORIES_NAME = "histories-test.npz"
-_REFUSED = re.compile(r"GLOBAL (\S+) was not an allowed global|but got <class '([^']+)'>")
+KIND = "a checkpoint", "Choose another with --checkpoint, or train again"
+MAX_WEIGHT = 1e4  # of a model to look at: those of use are far smaller, larger ones overflow
 _SMALL_LLAMA = re.compile(r"(^|\.)transformer\.blocks\.\d+\.")
 _WRAPPERS = re.compile(r"(module\.|_orig_mod\.)*")  # of torch.compile and data-parallel training
-# What torch must know to read numbers of numpy 1 and 2, which can run nothing.
-_SCALAR = np.float64(0).__reduce__()[0]
-_NUMBERS = [np.dtype, *(type(np.dtype(kind)) for kind in "?bhilqBHILQefd")]
-_NUMBERS += [(_SCALAR, f"{module}.multiarray.scalar") for module in ("numpy.core", "numpy._core")]
 
 
 class Choice(NamedTuple):
@@ -90,103 +88,113 @@ def find_checkpoint(where: str | Path) -> Choice:
 
 
 def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
-    """Write a dict of plain types and tensors, whole or not at all."""
+    """Write a dict of plain types and tensors with its digest, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    content = content | {"digest": digest(content)}
     write_atomically(path, lambda file: torch.save(content, file))
 
 
 def read_file(path: str | Path) -> dict[str, Any]:
     """Read a checkpoint file as plain numbers and tensors; nothing in it is executed.
 
-    UserError where it is not there, not a checkpoint, or damaged.
+    UserError where it is not there, not a checkpoint, damaged, or its settings are none.
     """
-    path, what = Path(path), "cannot be read as a checkpoint: expected"
-    expect(path.is_file(), f"No checkpoint found: there is no file {path}")
-    try:
-        with torch.serialization.safe_globals(_NUMBERS):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises a different type for each kind of damage
-        if refused := _REFUSED.search(str(error)):
-            raise UserError(
-                f"{path} {what} tensors and plain values, got a {refused[1] or refused[2]}, which "
-                "is not loaded because it could run code; where you trust the file, save it again "
-                "without that"
-            ) from error
-        raise UserError(
-            f"{path} ({path.stat().st_size:,} bytes) {what} a whole file written by train.py, got "
-            f"one that is truncated or of another kind ({type(error).__name__}). Choose another "
-            "with --checkpoint or train again."
-        ) from error
-    keys = list(map(str, content)) if isinstance(content, dict) else []
-    expect(
-        {"step", "config", "model"} <= set(keys),
-        f"{path} is not a checkpoint of an AD model: expected a dict with step, config, model, got "
-        + (f"one with {', '.join(keys[:8])}" if keys else type(content).__name__),
-    )
-    if isinstance(config := content["config"], dict):
-        numpy = {name: v.item() for name, v in config.items() if isinstance(v, np.generic)}
-        content["config"] = config | numpy
+    with reading(path, *KIND) as file:
+        content = load_plain(file)
+        keys = list(map(str, content)) if isinstance(content, dict) else []
+        expect(
+            {"step", "config", "model"} <= set(keys),
+            f"{path} is not a checkpoint of an AD model: expected a dict with step, config, model, "
+            + (f"got one with {', '.join(keys[:8])}" if keys else f"got {type(content).__name__}"),
+        )
+        config, step = content["config"], content["step"]
+        are_dicts = isinstance(config, dict) and isinstance(content["model"], dict)
+        expect(are_dicts, "expected its config and model to be dicts")
+        content["config"] = config = dict(dict.items(config))  # a plain one, whatever it was
+        _check("its step", step, int, 0, 2**63)
+        for name, bounds in READ_FROM_CHECKPOINTS.items():
+            if config.get(name) is not None:
+                _check(f"{name} in its config", config[name], *bounds)
     return content
 
 
-def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> Checkpoint:
+def _check(what: str, value: object, kind: type, least: float, most: float) -> None:
+    is_kind = type(value) is kind or (kind is float and type(value) is int)
+    is_in = is_kind and least <= (len(value) if kind is str else value) <= most
+    expected = {int: "a whole number", float: "a number", str: "a text of a length"}[kind]
+    got = printable(repr(value))
+    expect(is_in, f"expected {what} to be {expected} in {least}..{most}, got {got}")
+
+
+def load_checkpoint(
+    path: str | Path, device: torch.device | str = "cpu", largest: float = 3e38
+) -> Checkpoint:
     """Read a checkpoint and build its model, in evaluation mode on `device`.
 
-    UserError where it cannot be read, or its tensors do not fit its config.
+    UserError where it cannot be read, its tensors do not fit its config, or a weight is beyond
+    `largest`.
     """
-    content = read_file(path)
-    step, config, weights = (content[key] for key in ("step", "config", "model"))
-    is_whole = isinstance(step, Integral)
-    expect(is_whole, f"{path}: expected a whole number as its step, got {type(step).__name__}")
-    are_dicts = isinstance(config, dict) and isinstance(weights, dict)
-    expect(are_dicts, f"{path}: expected its config and model to be dicts")
-    are_tensors = all(isinstance(tensor, torch.Tensor) for tensor in weights.values())
-    expect(are_tensors, f"{path}: expected its model to be a dict of tensors")
-    wrapper = min((_WRAPPERS.match(str(name))[0] for name in weights), key=len, default="")
-    weights = {str(name).removeprefix(wrapper): tensor for name, tensor in weights.items()}
-    kind = config.get("model")  # of the code that the existing format comes from
-    if kind in ("AD", "DPT", "IDT") and any(map(_SMALL_LLAMA.search, weights)):
-        is_read = kind != "IDT" and "grid_size" in config
-        how = "reads it" if is_read else "(AD and DPT in grid worlds) is a pattern for one"
-        raise UserError(
-            f"{path}: expected the AD model of train.py, got {kind} on a small Llama of "
-            f"jaehyeon-son/dicp: the adapter examples/dicp.py {how}, see docs/your-own-model.md"
-        )
-    model = ADTransformer(_model_config(path, config, weights))
+    with reading(path, *KIND):
+        content = read_file(path)
+        config, weights = content["config"], dict(dict.items(content["model"]))
+        are_tensors = all(isinstance(tensor, Tensor) for tensor in weights.values())
+        expect(are_tensors, "expected its model to be a dict of tensors")
+        wrapper = min((_WRAPPERS.match(str(name))[0] for name in weights), key=len, default="")
+        weights = {str(name).removeprefix(wrapper): tensor for name, tensor in weights.items()}
+        kind = config.get("model")  # of the code that the existing format comes from
+        if kind in ("AD", "DPT", "IDT") and any(map(_SMALL_LLAMA.search, weights)):
+            is_read = kind != "IDT" and "grid_size" in config
+            how = "reads it" if is_read else "(AD and DPT in grid worlds) is a pattern for one"
+            raise UserError(
+                f"expected the AD model of train.py, got {kind} on a small Llama of "
+                f"jaehyeon-son/dicp: the adapter examples/dicp.py {how}, see docs/your-own-model.md"
+            )
+        model = _model_of(config, weights, Path(path).stat().st_size)
+        how = "the training diverged. Choose an earlier checkpoint, or train with a lower --lr"
+        for name, tensor in model.state_dict().items():
+            is_sane = tensor.abs().max() <= largest  # NaN is not
+            expect(is_sane, f"{name} is not finite or beyond {largest:g}: {how}")
+        goals = _checked_goals(content.get("goals") or split_of(config), config["grid_size"])
+    return Checkpoint(Path(path), content["step"], config, model.to(device).eval(), goals)
+
+
+def _model_of(config: dict[str, Any], weights: dict[str, Tensor], size: int) -> ADTransformer:
+    """The model of a config, made where a file of `size` bytes can hold as much."""
+    missing = [name for name in NEEDED if config.get(name) is None]
+    expect(not missing, f"expected {', '.join(missing)} in its config, got none")
+    config = {name: value for name, value in config.items() if value is not None}
+    inner = weights.get("transformer_encoder.layers.0.linear1.weight")
+    if inner is not None and inner.dim():  # the feed-forward width is that of the tensors
+        config["tf_n_inner"] = len(inner)
+    made = from_dict(ModelConfig, {"tf_dropout": 0.0} | config)
+    rows = made.tf_n_layer * (4 * made.tf_n_embd + 2 * made.tf_n_inner)  # of tf_n_embd numbers
+    rows += made.n_transit + made.grid_size**2 + 2 * made.num_actions
+    what = f"that describes {rows * made.tf_n_embd:,} numbers, too many for {size:,} bytes"
+    expect(rows * made.tf_n_embd <= size, f"its tensors do not fit its config: {what}")
+    model = ADTransformer(made)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     if wrong := [name for name in expected | found if expected.get(name) != found.get(name)]:
         name, more = wrong[0], f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
         raise UserError(
-            f"{path}: its tensors do not fit its config: expected {name} of shape "
+            f"its tensors do not fit its config: expected {printable(name)} of shape "
             f"{expected.get(name, 'none')}, got {found.get(name, 'none')}{more}"
         )
-    if diverged := [name for name, tensor in weights.items() if not tensor.isfinite().all()]:
-        raise UserError(
-            f"{path}: {diverged[0]} is not finite: the training diverged. Choose an earlier "
-            "checkpoint with --checkpoint, or train with a lower --lr"
-        )
+    for name, tensor in weights.items():
+        is_float = tensor.is_floating_point()
+        expect(is_float, f"expected {name} of floating-point numbers, got {tensor.dtype}")
     model.load_state_dict(weights)
-    goals = content.get("goals") or split_of(config)
-    return Checkpoint(Path(path), int(step), config, model.to(device).eval(), goals)
+    return model
 
 
-def _model_config(path: str | Path, config: dict[str, Any], weights: dict[str, Any]) -> ModelConfig:
-    """The model's settings: from the config, the feed-forward width from the tensors."""
-    for name in ("n_transit", "tf_n_layer", "tf_n_head", "tf_n_embd", "grid_size"):
-        got = config.get(name)
-        is_size = isinstance(got, int) and got >= 1
-        expect(is_size, f"{path}: expected {name} of 1 or more in its config, got {got!r}")
-    n_heads, width = config["tf_n_head"], config["tf_n_embd"]
-    what = f"{path}: expected tf_n_head to divide tf_n_embd in its config"
-    expect(width % n_heads == 0, f"{what}, got {n_heads} heads and width {width}")
-    inner = weights.get("transformer_encoder.layers.0.linear1.weight")
-    if inner is not None and inner.dim():
-        config = config | {"tf_n_inner": len(inner)}
-    try:
-        return from_dict(ModelConfig, {"tf_dropout": 0.0} | config)
-    except (UserError, TypeError) as error:
-        raise UserError(f"{path}: its config does not describe a model: {error}") from error
+def _checked_goals(goals: dict[str, Any], size: int) -> dict[str, list[list[int]]]:
+    """The same in plain lists; UserError unless they are cells of a room of `size` x `size`."""
+    parts = {name: [[*cell] for cell in cells] for name, cells in dict.items(goals)}
+    cells = [cell for part in parts.values() for cell in part]
+    fit = all(type(x) is int and 0 <= x < size for cell in cells for x in cell)
+    fit &= {*map(len, cells)} <= {2} and len(cells) <= 3 * size**2
+    expect(fit, f"its goals do not fit its room: expected [row, col] with entries 0..{size - 1}")
+    return parts
 
 
 def split_of(config: dict[str, Any]) -> dict[str, list[list[int]]]:
@@ -197,7 +205,7 @@ def split_of(config: dict[str, Any]) -> dict[str, list[list[int]]]:
     "test". Empty where the config does not tell.
     """
     seed, ratio = config.get("env_split_seed"), config.get("train_env_ratio")
-    if not is_dark_room(config) or seed is None or not isinstance(ratio, int | float):
+    if not is_dark_room(config) or seed is None or ratio is None:
         return {}
     cells = list(range(config["grid_size"] ** 2))
     random.Random(seed).shuffle(cells)

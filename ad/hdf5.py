@@ -7,6 +7,7 @@ of 9 x 9. A group holds `states` and `next_states` `(T, streams, 2)` and `action
 that code were trained on it. Needs h5py (`pip install h5py`), which nothing else does.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import numpy as np
 
 from dataset import CONTEXT, Histories
 from historylens.common.errors import UserError, expect, note
+from historylens.common.reading import most_unpacked, printable, reading
 
 SUFFIXES = (".hdf5", ".h5")
 MAX_TRANSITIONS = 2**26  # held at once: 400 MB, as one transition takes 6 bytes
@@ -40,50 +42,60 @@ def read_hdf5(
     except ImportError as error:
         what = f"reading {path} needs h5py, which is not installed: pip install h5py"
         raise UserError(what) from error
-    what = "cannot be read as an HDF5 file of learning histories"
-    try:
-        with h5py.File(path, "r") as file:
-            what = "is damaged"
-            cells = _find_cells(path, file, grid_size, goals)
-            groups = {f"{path}, group {cell}": file[str(cell)] for cell in cells}
-            n_steps, n_streams, horizon = _extent(path, groups, horizon, tell)
-            parts = [_read_group(*item, n_steps, n_streams, horizon) for item in groups.items()]
-    except (OSError, RuntimeError) as error:  # what h5py raises where bytes are missing
-        raise UserError(f"{path} {what}: {' '.join(str(error).split())}") from error
-    arrays = [np.concatenate(arrays) for arrays in zip(*parts, strict=True)]
-    cells = np.repeat(cells, [len(part[0]) for part in parts])
-    histories = Histories(*arrays, np.stack(np.divmod(cells, grid_size), axis=1), horizon)
+    kind = "an HDF5 file of learning histories", "Name another with --histories"
+    with reading(path, *kind), h5py.File(path, "r") as file:
+        cells = _find_cells(path, file, grid_size, goals)
+        groups = {f"{path}, group {cell}": file[str(cell)] for cell in cells}
+        n_steps, n_streams, horizon = _extent(path, groups, horizon, tell)
+        parts = [_read_group(*item, n_steps, n_streams, horizon) for item in groups.items()]
+        arrays = [np.concatenate(arrays) for arrays in zip(*parts, strict=True)]
+        cells = np.repeat(cells, [len(part[0]) for part in parts])
+        histories = Histories(*arrays, np.stack(np.divmod(cells, grid_size), axis=1), horizon)
     _check_rewards(path, histories, tell)
     return histories
+
+
+def _own(where: str, group: Any, name: str) -> Any:
+    """What a group holds by a name, or None; UserError: a link to elsewhere."""
+    kind = type(group.get(name, getlink=True)).__name__
+    what = f"{where}: expected {name} in the file itself, got a {kind}"
+    expect(kind in ("HardLink", "NoneType"), what)
+    return group.get(name)
 
 
 def _find_cells(
     path: str | Path, file: Any, grid_size: int, goals: Sequence[Sequence[int]] | None
 ) -> list[int]:
     """Cells of the goals asked for, or of all in the file: each has a group of that name."""
+    names = {str(cell): cell for cell in range(grid_size**2)}
     expected = f"expected a group for each goal, named 0 to {grid_size**2 - 1} row by row"
     expect(len(file), f"{path} is empty: {expected}")
     if goals is None:
         for name in file:
-            is_cell = name.isdecimal() and int(name) < grid_size**2
-            expect(is_cell, f"{path}: {expected}, got {name!r}")
-        cells = sorted(map(int, file))
+            expect(name in names, f"{path}: {expected}, got {printable(repr(name))}")
+        cells = sorted(names[name] for name in file)
     else:
         cells = list(dict.fromkeys(int(row) * grid_size + int(col) for row, col in goals))
     there = ", ".join(list(file)[:4]) + (f", ... ({len(file)})" if len(file) > 4 else "")
     for cell in cells:
         row, col = divmod(cell, grid_size)
-        is_group = hasattr(file.get(str(cell)), "keys")
+        is_group = hasattr(_own(str(path), file, str(cell)), "keys")
         expect(is_group, f"{path}: {expected}, got none of goal {row},{col} ({cell}) in {there}")
     return cells
 
 
-def _shape_of(where: str, group: Any) -> tuple[int, int]:
-    """Steps and streams of a group whose arrays fit each other."""
+def _shape_of(where: str, group: Any) -> tuple[int, int, int]:
+    """Steps and streams of a group whose arrays fit each other, and the bytes that it declares."""
     names, there = [*CONTEXT, *({"dones"} & group.keys())], ", ".join(group) or "nothing"
+    n_bytes = 0
     for name in names:
-        what = f"{where}: expected a dataset {name}, got {there}"
-        expect(hasattr(group.get(name), "shape"), what)
+        array = _own(where, group, name)
+        expect(hasattr(array, "shape"), f"{where}: expected a dataset {name}, got {there}")
+        is_inside = not array.is_virtual and not array.external
+        expect(is_inside, f"{where}: expected {name} in the file itself, it lies in another")
+        is_number = array.dtype.kind in "buif" and array.dtype.itemsize <= 8
+        expect(is_number, f"{where}: {name}: expected numbers, got {array.dtype}")
+        n_bytes += max(array.size, math.prod(array.chunks or ())) * array.dtype.itemsize
     shape = group["actions"].shape
     expect(len(shape) == 2, f"{where}: expected actions (T, streams), got {shape}")
     expect(0 not in shape, f"{where}: expected learning histories, got {shape} actions")
@@ -91,7 +103,7 @@ def _shape_of(where: str, group: Any) -> tuple[int, int]:
         expected, got = (*shape, 2) if "states" in name else shape, group[name].shape
         what = f"{where}: expected {name} of shape {expected} beside actions of shape {shape}"
         expect(got == expected, f"{what} (time, streams), got {got}")
-    return shape
+    return *shape, n_bytes
 
 
 def _extent(
@@ -99,6 +111,9 @@ def _extent(
 ) -> tuple[int, int, int]:
     """Steps that every history has, streams of a goal that fit memory, and steps an episode."""
     shapes = [_shape_of(where, group) for where, group in groups.items()]
+    steps, streams, n_bytes = zip(*shapes, strict=True)
+    total, most = sum(n_bytes), most_unpacked(path)
+    expect(total <= most, f"its arrays are {total:,} bytes: expected at most {most:,}")
     ends = (np.flatnonzero(group["dones"][:, 0]) for group in groups.values() if "dones" in group)
     horizon = horizon or next((int(each[0]) + 1 for each in ends if each.size), None)
     expect(
@@ -106,7 +121,6 @@ def _extent(
         f"{path}: expected the steps of an episode in the checkpoint's config (horizon) or marked "
         "by dones, got neither",
     )
-    steps, streams = zip(*shapes, strict=True)
     n_steps = min(steps) // horizon * horizon
     expect(n_steps, f"{path}: expected episodes of {horizon} steps, got {min(steps)} steps")
     if max(steps) > n_steps:
@@ -145,7 +159,6 @@ def _read_group(
 
 def _numbers(what: str, values: np.ndarray, may_be_fractions: bool) -> np.ndarray:
     """Finite numbers in as few bytes as they need, whatever type they are stored as."""
-    expect(values.dtype.kind in "buif", f"{what}: expected numbers, got {values.dtype}")
     if (odd := values[~np.isfinite(values)]).size:
         raise UserError(f"{what}: expected finite numbers, got {odd[0]}")
     odd = values[values != np.round(values)] if values.dtype.kind == "f" else values[:0]

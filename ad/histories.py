@@ -11,6 +11,7 @@ from ad.checkpoints import HISTORIES_NAME, Checkpoint, is_dark_room
 from ad.hdf5 import SUFFIXES, read_hdf5
 from dataset import Histories
 from historylens.common.errors import expect, note
+from historylens.common.reading import printable
 
 
 def histories_path(given: str | Path | None, checkpoint: Checkpoint) -> Path:
@@ -36,6 +37,7 @@ def read_histories(
         ("rows and columns", histories.states, config.grid_size),
         ("rows and columns", histories.next_states, config.grid_size),
         ("actions", histories.actions, config.num_actions),
+        ("goals", histories.goals, config.grid_size),
     ):
         low, high = values.min(), values.max()
         what = f"{path} does not fit the checkpoint: expected {name} below {n}, got {high}"
@@ -51,11 +53,8 @@ def _read_hdf5(path: Path, checkpoint: Checkpoint, tell: Callable[[str], None]) 
     expect(is_dark_room(config), what)
     if not goals:
         tell(f"{checkpoint.path} does not say which goals it holds out: all of {path} are read")
-    horizon = config.get("horizon")
-    is_known = horizon is None or (isinstance(horizon, int) and horizon >= 1)
-    what = f"{checkpoint.path}: expected horizon of 1 or more in its config, got {horizon!r}"
-    expect(is_known, what)
-    return read_hdf5(path, checkpoint.model.config.grid_size, horizon, goals or None, tell)
+    size, horizon = checkpoint.model.config.grid_size, config.get("horizon")
+    return read_hdf5(path, size, horizon, goals or None, tell)
 
 
 def _none_there(path: Path, checkpoint: Checkpoint) -> str:
@@ -65,6 +64,7 @@ def _none_there(path: Path, checkpoint: Checkpoint) -> str:
         return f"{what} there is no file {path}"
     if "env_split_seed" in config:
         name = f"history_{config.get('env')}_{config.get('alg')}_alg-seed{config.get('alg_seed')}"
+        name = printable(name)
         return (
             f"{what} expected {path}; this run comes from code that keeps them apart from its "
             f"checkpoints: name its file, for example --histories datasets/{name}.hdf5"

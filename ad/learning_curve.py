@@ -17,7 +17,6 @@ from historylens.common.files import write_atomically
 def draw_learning_curve(result: dict[str, Any], path: str | Path) -> None:
     """Left: return against gradient updates. Right: return against episodes in context."""
     path, config = Path(path), result["config"]
-    path.parent.mkdir(parents=True, exist_ok=True)
     figure = Figure(figsize=(12, 4.8))
     left, right = figure.subplots(1, 2)
     figure.subplots_adjust(left=0.055, right=0.985, bottom=0.12, top=0.83, wspace=0.16)

@@ -25,15 +25,16 @@ from tqdm import tqdm
 
 from ad import checkpoints
 from ad.acting import Sliding, rollout_goals
-from ad.darkroom import split_goals
+from ad.darkroom import optimal_return, split_goals
 from ad.evaluation import progress_line, score
 from ad.source import learning_histories, relative_return
 from ad.thinning import draw_batch
 from config import EnvConfig, ModelConfig, SourceConfig, TrainConfig
 from dataset import CONTEXT, ADDataset
 from historylens.agent import pick_device
-from historylens.common.errors import expect
-from historylens.common.files import write_atomically
+from historylens.common.batches import expect_memory
+from historylens.common.errors import STOPS, expect, note, told
+from historylens.common.files import set_aside, write_atomically
 from historylens.common.processes import ALONE, Group
 from historylens.common.settings import flag_of, from_flags, to_dict
 from model import ADTransformer
@@ -58,6 +59,13 @@ def prepare(flags: argparse.Namespace, group: Group = ALONE) -> tuple[Settings, 
     group.equal_slice(settings.train.batch_size)
     thins = settings.train.history_dropout and settings.model.n_transit < 2
     expect(not thins, "expected --n-transit of at least 2 for --history-dropout to thin, got 1")
+    expect_memory(_n_bytes(settings), "the sizes")
+    (env, source, *_), what = settings, "expected --epsilon-start of at least --epsilon-end"
+    rates = source.epsilon_start, source.epsilon_end
+    expect(rates[0] >= rates[1], f"{what}, got {rates[0]} and {rates[1]}")
+    goals = split_goals(env.goal_seed, env.grid_size, env.n_test_goals, env.n_validation_goals)
+    is_near = optimal_return(goals["validation"], env.grid_size, env.horizon).any()
+    expect(is_near, f"no validation goal can be reached within --horizon {env.horizon}")
     device = group.device(pick_device(flags.device))
     run = Path(flags.checkpoints) / (flags.run or f"AD-{settings.env.env}-seed{flags.seed}")
     if group.is_main:
@@ -67,6 +75,18 @@ def prepare(flags: argparse.Namespace, group: Group = ALONE) -> tuple[Settings, 
             is_ours = there.is_dir() and os.access(there, os.W_OK | os.X_OK)
             expect(is_ours, f"cannot write to {folder}: choose another folder with {flag}")
     return settings, run, device
+
+
+def _n_bytes(settings: Settings) -> float:
+    """Memory that a run takes at the least: histories, weights six times, a batch, rollouts."""
+    env, source, model, train = settings
+    cells, tokens = env.grid_size**2, 2 * model.n_transit
+    layers = model.tf_n_layer * (4 * model.tf_n_embd + 2 * model.tf_n_inner)  # numbers a token
+    weights = model.tf_n_embd * (layers + tokens + cells)
+    n_rooms = max(train.final_rollouts * env.n_test_goals, train.eval_rollouts)
+    steps = cells * source.n_streams * source.n_source_steps
+    steps += n_rooms * train.eval_episodes * env.horizon
+    return 8.0 * steps + 24.0 * weights + train.batch_size * tokens * layers
 
 
 def _check_run(run: Path, settings: Settings, resume: bool) -> None:
@@ -80,8 +100,11 @@ def _check_run(run: Path, settings: Settings, resume: bool) -> None:
         )
         return
     expect(begun, f"nothing to resume: {run} holds no interrupted run")
-    saved = checkpoints.read_file(run / RESUME_NAME)["config"]
-    saved = to_dict(*Settings()) | saved  # it may be older than a setting
+    try:
+        saved = checkpoints.read_file(run / RESUME_NAME)["config"]
+        saved = to_dict(*Settings()) | saved  # it may be older than a setting
+    except Exception:  # damaged: `train` sets it aside
+        return
     for name, value in to_dict(*settings).items():
         expect(
             saved[name] == value,
@@ -225,13 +248,18 @@ def train(
     """Train until the last update; rank 0 keeps the checkpoints that validate best in `run`."""
     with group.together(), group.told_once():
         trainer = Trainer(settings, device, group)
-    if resume:
-        state = checkpoints.read_file(run / RESUME_NAME) if group.is_main else None
-        trainer.load_state_dict(group.broadcast(state))
-    elif group.is_main:
+    state, why = None, "files, but no run"
+    if resume and group.is_main:
+        state, why = _taken_up(trainer, run)
+    if (state := group.broadcast(state)) is not None:
+        trainer.load_state_dict(state)
+    elif resume:  # what was taken up half is built anew
+        trainer = Trainer(settings, device, group)
+    if group.is_main and state is None:
+        _begin(trainer, run, why)
+    if group.is_main and not (run / checkpoints.HISTORIES_NAME).exists():
         goals, seed = trainer.goals["test"], settings.train.seed + 1
         test = learning_histories(goals, settings.env, settings.source, seed, N_TEST_STREAMS)
-        run.mkdir(parents=True, exist_ok=True)
         test.save(run / checkpoints.HISTORIES_NAME)
     n_updates, eval_every = settings.train.n_updates, settings.train.eval_every
     style = {"desc": "training", "unit": "update", "disable": not group.is_main}
@@ -252,6 +280,27 @@ def train(
             print(f"Stopped at update {trainer.step}. Go on with the same command and --resume.")
         raise
     return trainer
+
+
+def _taken_up(trainer: Trainer, run: Path) -> tuple[dict[str, Any] | None, str]:
+    """What an interrupted run goes on from, or None and why not."""
+    try:
+        state = checkpoints.read_file(run / RESUME_NAME)
+        trainer.load_state_dict(state)
+        expect(trainer.step in range(trainer.settings.train.n_updates + 1), f"{trainer.step=}")
+        kept = [f"ckpt-{entry['step']}.pt" for entry in trainer.log if entry["best"]]
+        expect(all((run / name).exists() for name in kept[-1:]), f"no {kept[-1:]}")
+        return state, ""
+    except Exception as error:  # whatever was done to it
+        return None, f"a damaged {RESUME_NAME} ({told(error)})"
+
+
+def _begin(trainer: Trainer, run: Path, why: str) -> None:
+    """Set aside what lies in the folder of a new run, and write what a resume needs."""
+    names = [path.name for path in checkpoints.checkpoints_in(run)]
+    if aside := set_aside(run, [*names, checkpoints.HISTORIES_NAME, LOG_NAME, RESUME_NAME]):
+        note(f"{run} held {why}: moved to {aside}, and the run begins anew")
+    checkpoints.save_checkpoint(run / RESUME_NAME, trainer.state_dict())
 
 
 def _keep_if_best(trainer: Trainer, run: Path) -> None:
@@ -275,14 +324,15 @@ def _keep_if_best(trainer: Trainer, run: Path) -> None:
 @contextlib.contextmanager
 def undivided() -> Iterator[None]:
     """Put Ctrl-C off until the block is done, so that what it changes is changed as a whole."""
-    pressed = []
-    before = signal.signal(signal.SIGINT, lambda *_: pressed.append(True))
+    pressed: list[int] = []
+    before = {n: signal.signal(n, lambda number, _: pressed.append(number)) for n in STOPS}
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
     if pressed:
-        raise KeyboardInterrupt
+        raise KeyboardInterrupt(pressed[0])
 
 
 def finish(trainer: Trainer, run: Path) -> dict[str, Any]:
@@ -306,5 +356,4 @@ def finish(trainer: Trainer, run: Path) -> dict[str, Any]:
     }
     # Not write_json: a training that diverged has losses that are no numbers.
     write_atomically(run / LOG_NAME, json.dumps(result, indent=1) + "\n")
-    (run / RESUME_NAME).unlink(missing_ok=True)
     return result

@@ -6,6 +6,7 @@
 gives (`historylens --adapter my_model.py`); `compress_history` shortens one history.
 """
 
+import historylens.common  # noqa: F401 - first: Ctrl-C while all else loads
 from historylens.capture import CaptureError, capture, record_attention
 from historylens.compression import compress_history
 from historylens.history import Decision, History

@@ -293,7 +293,7 @@ def pick_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).item()  # of "meta" there is none
     except Exception as error:  # torch raises a different type for each missing backend
         what = f"expected a --device of this machine (cpu, cuda, cuda:1, ...), got {name!r}"
         raise UserError(f"{what}, which is not there") from error

@@ -7,16 +7,15 @@ Blocks are returned as strings of at most 100 columns; printing is the command's
 """
 
 import csv
-import io
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
-from typing import Any, BinaryIO
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 
-from historylens.common.files import rounded, write_atomically
+from historylens.common.files import rounded
 from historylens.common.text import aligned, cap, counted, fixed, listed, wrap
 from historylens.history import Decision
 from historylens.insights import Insight, remarks, scopes, verdicts
@@ -188,24 +187,23 @@ def _layer_json(metrics: Metrics, place: int) -> dict[str, Any]:
     }
 
 
-def write_csv(
-    path: str | Path, metrics: Metrics, decisions: Sequence[Decision], label_columns: Sequence[str]
-) -> None:
-    """Write one row a sample, layer and head (a number or `mean`), all at once or not at all.
+def csv_lines(
+    metrics: Metrics, decisions: Sequence[Decision], label_columns: Sequence[str]
+) -> Iterator[str]:
+    """One row a sample, layer and head (a number or `mean`), below the names of the columns.
 
     `label_columns` are empty where a sample has no such label.
     """
 
-    def write(file: BinaryIO) -> None:
-        text = io.TextIOWrapper(file, encoding="utf-8", newline="")
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(["sample", *label_columns, "layer", "head", "n_context", *NAMES])
+    def rows() -> Iterator[list[Any]]:
+        yield ["sample", *label_columns, "layer", "head", "n_context", *NAMES]
         for index, decision in enumerate(decisions):
             labels = [decision.labels.get(key, "") for key in label_columns]
             for place, (layer, heads) in enumerate(zip(metrics.layers, metrics.heads, strict=True)):
                 own = metrics.values[index, place, [*range(len(heads)), -1]].tolist()
                 for head, values in zip((*heads, "mean"), own, strict=True):
-                    writer.writerow([index, *labels, layer, head, decision.n, *values])
-        text.detach()  # writes what is left, and leaves the file open
+                    yield [index, *labels, layer, head, decision.n, *values]
 
-    write_atomically(path, write)
+    line = SimpleNamespace(write=str)  # a file whose write() gives the text back
+    writer = csv.writer(line, lineterminator="\n")
+    return map(writer.writerow, rows())

@@ -184,7 +184,7 @@ def test_positions_and_seed_change_the_returns_and_what_is_in_the_way_is_one_lin
         even.append(arms["even@6"]["returns"])
     assert full[0] == full[1] != full[2]
     assert even[0] not in even[1:]
-    for name in (*FILES, CONFIRMATION):
+    for name in FILES[:-1]:
         Path("out", name).mkdir(parents=True)
         assert f"{name} is in the way" in refused(main, [*SMALL, "--out", "out"], capsys)
         Path("out", name).rmdir()
@@ -217,7 +217,7 @@ def rewrite(env="darkroom", **changed):
     ("--checkpoint nowhere", "python train.py", None),
     ("", "holds no test goals", lambda: rewrite(goals={})),
     ("", "holds no test goals", lambda: rewrite(goals={"train": [[0, 0]]})),
-    ("", "its test goals do not fit its room", lambda: rewrite(goals={"test": [[7, 7]]})),
+    ("", "its goals do not fit its room", lambda: rewrite(goals={"test": [[7, 7]]})),
     ("", "'darkroompermuted'", lambda: rewrite("darkroompermuted")),
     ("--strategies recent rewarded", "unknown strategy 'rewarded': did you mean", None),
     ("--strategies head-0-9 --budgets 3", "a head in 0..1, got 'head-0-9'", None),

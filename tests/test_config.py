@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
@@ -88,14 +89,21 @@ def test_a_flat_dict_of_all_settings_gives_each_config_back_and_may_lack_some():
     assert from_dict(EnvConfig, {"horizon": 5, "alg": "PPO"}) == EnvConfig(horizon=5)
 
 
-def test_a_users_mistake_is_code_2_an_interruption_130_and_a_bug_is_not_hidden(capsys):
-    main = Mock(side_effect=[UserError("no goal (9, 9)"), KeyboardInterrupt, KeyError, None])
+def test_a_users_mistake_is_code_2_an_interruption_130_and_a_bug_is_a_line_and_a_file(capsys):
+    main = Mock(
+        side_effect=[UserError("no goal (9, 9)"), KeyboardInterrupt, KeyError("layers"), None]
+    )
     assert refused(main, [], capsys) == "error: no goal (9, 9)"
     with pytest.raises(SystemExit) as ended:
         run_command(main)
     assert ended.value.code == 130
     assert capsys.readouterr() == ("", "interrupted\n")
-    with pytest.raises(KeyError):
+    with pytest.raises(SystemExit, match="1"):
         run_command(main)
+    line = capsys.readouterr().err
+    assert line.startswith("unexpected: KeyError: 'layers'; details in ")
+    details = Path(line.split()[-1])
+    assert "Traceback" in details.read_text()
+    details.unlink()
     run_command(main)
     assert main.call_count == 4

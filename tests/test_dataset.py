@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from dataset import CONTEXT, ADDataset, Histories, context_steps, max_stride_of
 from historylens.common.errors import UserError
 
-BROKEN = "is not a whole file of learning histories"
+BROKEN = "cannot be read as learning histories"
 
 
 def numbered(n=2, n_episodes=4, horizon=3) -> Histories:
@@ -78,15 +78,15 @@ def test_a_file_that_is_cut_damaged_of_another_kind_or_missing_is_one_clear_erro
     (tmp_path / "text.npz").write_text("not an archive")
     np.save(tmp_path / "one.npy", np.zeros(3))
     for file in tmp_path.iterdir():
-        with pytest.raises(UserError, match=f"{file.name} {BROKEN}"):
+        with pytest.raises(UserError, match=rf"{file.name} \(.* bytes\) {BROKEN}"):
             Histories.load(file)
     with pytest.raises(UserError, match=r"there is no file .*nowhere\.npz"):
         Histories.load(tmp_path / "nowhere.npz")
 
 
 @pytest.mark.parametrize(("changes", "expected"), [
-    ({"actions": None}, "actions is not a file"),
-    ({"horizon": None}, "horizon is not a file"),
+    ({"actions": None}, f"{BROKEN}.*actions is not a file"),
+    ({"horizon": None}, f"{BROKEN}.*horizon is not a file"),
     ({"horizon": np.array([5, 5])}, BROKEN),
     ({"horizon": 4}, "expected whole episodes of 4 steps, got 30 steps a history"),
     ({"horizon": 0}, "expected whole episodes of 0 steps"),
@@ -97,7 +97,7 @@ def test_a_file_that_is_cut_damaged_of_another_kind_or_missing_is_one_clear_erro
     ({"next_states": np.zeros((3, 29, 2), dtype=int)}, "expected next_states of shape"),
     ({"states": np.zeros((3, 30, 2))}, "expected states of an integer type, got float64"),
     ({"actions": np.zeros((3, 30))}, "expected actions of an integer type, got float64"),
-    ({"rewards": np.array([[None]])}, BROKEN),
+    ({"rewards": np.array([[None]])}, "Object arrays cannot be loaded"),
 ])  # fmt: skip
 def test_arrays_that_do_not_fit_each_other_are_one_clear_error(tmp_path, changes, expected):
     arrays = vars(make_histories()) | changes
@@ -113,7 +113,7 @@ def test_code_in_a_file_is_refused_and_not_executed(tmp_path):
 
     arrays = vars(make_histories()) | {"rewards": np.full((3, 30), Intruder())}
     np.savez(tmp_path / "bad.npz", **arrays)
-    with pytest.raises(UserError, match=BROKEN):
+    with pytest.raises(UserError, match="Object arrays cannot be loaded"):
         Histories.load(tmp_path / "bad.npz")
     assert not (tmp_path / "executed").exists()
 

@@ -96,11 +96,9 @@ def test_any_kind_of_picture_may_fail_and_is_told_while_all_else_is_drawn_after_
     assert lost.keys() == {"heatmap", "line_plot", "room_map", "summary", "course", *effects}
     names = {name for name in found["all"] if Path(name).name in lost.values()}
     left = {name: found["all"][name] for name in found["all"].keys() - names}
-    own = {
-        name: left[name] for name in ("metrics.json", "index.html")
-    }  # of the folder and pictures
+    own = {name: left[name] for name in ("metrics.json", "index.html")}  # of folder and pictures
     assert found["some"] | own == left
-    reason = "(ValueError: Too many bins); all numbers are in some/metrics.json"
+    reason = "(ValueError: Too many bins for data range); all numbers are in some/metrics.json"
     notes = [line for line in said.err.splitlines() if line.startswith("note:")]
     assert sorted(notes) == sorted(f"note: some/{n} could not be drawn {reason}" for n in names)
 

@@ -295,16 +295,16 @@ def test_histories_that_are_not_there_and_a_checkpoint_that_does_not_fit_are_an_
     beside = histories_path(None, checkpoint)
     assert (beside, histories_path(file, checkpoint)) == (run / "histories-test.npz", file)
     make_histories(goals=np.zeros((0, 2), dtype=int)).save(run / "x.npz")
-    horizon = "expected horizon of 1 or more in its config, got"
+    horizon = "expected horizon in its config to be a whole number in 1..16384, got"
     for path, config, expected in (
         (run / "x.npz", {}, "does not fit: expected learning histories"),
         ("no.hdf5", {}, r"^no learning histories: there is no file no\.hdf5$"),
         (beside, {}, f"expected {beside}; this run comes from code that keeps them apart .*"
          "--histories datasets/history_darkroom_PPO_alg-seed42.hdf5"),
         (beside, {"env_split_seed": None}, f"expected {beside} beside the checkpoint; name a file"),
+        (file, {"env": "permuted"}, "env 'darkroom', where a group is a goal, got env 'permuted'"),
         (file, {"horizon": 0}, f"{horizon} 0"),
         (file, {"horizon": 2.5}, f"{horizon} 2.5"),
-        (file, {"env": "permuted"}, "env 'darkroom', where a group is a goal, got env 'permuted'"),
     ):  # fmt: skip
         with pytest.raises(UserError, match=expected):
             read_histories(path, checkpoint_of(run, **config))

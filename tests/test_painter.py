@@ -16,6 +16,10 @@ def write_process(path):
     path.write_text(str(os.getpid()))
 
 
+def fail(path):
+    raise ValueError("no\nbins")
+
+
 def die(path):
     os.kill(os.getpid(), signal.SIGKILL)
 
@@ -69,10 +73,12 @@ def test_an_error_is_a_note_and_one_elsewhere_does_not_wait(tmp_path, monkeypatc
     for n_processes in (1, 2):
         with Painter(n_processes, "the numbers are there") as painter:
             (tmp_path / "gone.png").write_text("of an earlier run")
-            painter.draw(os.rmdir, tmp_path / "gone.png")
+            painter.draw(fail, tmp_path / "gone.png")
         assert painter.n_drawn == 0
         assert not (tmp_path / "gone.png").exists()
-        note = f"note: {tmp_path / 'gone.png'} could not be drawn (FileNotFoundError: [Errno 2] No"
+        note = (
+            f"note: {tmp_path / 'gone.png'} could not be drawn (ValueError: no bins); the numbers"
+        )
         said = capsys.readouterr().err
         assert said.startswith(note)
         assert said.endswith("; the numbers are there\n")

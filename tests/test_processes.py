@@ -260,4 +260,4 @@ def test_a_killed_process_ends_the_job_with_a_clear_error(together):
     for pid in together.pids:
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
-    assert [*files_of(run_of(together.folder / "killed"))] == ["histories-test.npz"]
+    assert [*files_of(run_of(together.folder / "killed"))] == ["histories-test.npz", "resume.pt"]

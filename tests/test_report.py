@@ -219,7 +219,7 @@ def test_what_is_not_a_finite_number_or_interrupted_leaves_the_old_file(tmp_path
 
 def test_csv_has_a_row_a_sample_layer_and_head_and_the_columns_asked_for(tmp_path):
     metrics = some_metrics()
-    report.write_csv(tmp_path / "metrics.csv", metrics, some_decisions(), LABELS)
+    write_atomically(tmp_path / "metrics.csv", report.csv_lines(metrics, some_decisions(), LABELS))
     with open(tmp_path / "metrics.csv", newline="") as file:
         table = list(csv.DictReader(file))
     assert list(table[0]) == [*PLACE, *NAMES]
@@ -232,7 +232,7 @@ def test_csv_has_a_row_a_sample_layer_and_head_and_the_columns_asked_for(tmp_pat
     metrics = measured(uniform(4)[None, None], np.stack([[uniform(4)] * 2]), heads=[[3], [3, 7]])
     sample = decision(4, labels={"task": "key, then door", "step": 7})
     columns = ("goal", "step", "task")
-    report.write_csv(tmp_path / "a.csv", metrics, [sample], columns)
+    write_atomically(tmp_path / "a.csv", report.csv_lines(metrics, [sample], columns))
     with open(tmp_path / "a.csv", newline="") as file:
         header, *rows = csv.reader(file)
     assert header[:6] == ["sample", *columns, "layer", "head"]

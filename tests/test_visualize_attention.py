@@ -346,8 +346,9 @@ MISTAKES = {
     "no history in the file": (
         lambda: make_histories(np.zeros((0, 2), int)).save(HISTORIES), [], str(HISTORIES)
     ),
-    "damaged histories": (lambda: truncate(HISTORIES), [], "not a whole file"),
-    "histories of another kind": (lambda: np.savez(HISTORIES, x=[1, 2]), [], "not a whole file"),
+    "damaged histories": (lambda: truncate(HISTORIES), [], "cannot be read as learning"),
+    "histories of another kind": (
+        lambda: np.savez(HISTORIES, x=[1, 2]), [], "cannot be read as learning histories"),
     "histories of a larger room": (
         lambda: make_histories(((6, 6),), grid_size=13).save(HISTORIES), [], "does not fit the che"
     ),

@@ -149,7 +149,8 @@ class AdapterAgent(Agent):
         expected = f"action logits of shape ({size}, A) for {size} histories"
         with self.adapter.blamed(name):
             logits = self.adapter.module.act(self.model, history)
-            is_fit = isinstance(logits, Tensor) and logits.ndim == 2 and logits.shape[1] > 0
+            is_fit = isinstance(logits, Tensor) and logits.is_floating_point()
+            is_fit = is_fit and logits.ndim == 2 and logits.shape[1] > 0
             check(is_fit and len(logits) == size, name, expected, kind(logits))
             check(logits.isfinite().all(), name, "finite logits", "some that are not")
         return logits

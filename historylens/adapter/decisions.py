@@ -5,11 +5,13 @@ decisions = read_decisions(Adapter("my_model.py"), n=10, seed=0)
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import islice
 
 import numpy as np
 from torch import Tensor
 
 from historylens.adapter.file import Adapter, kind
+from historylens.common.settings import MOST
 from historylens.history import Decision
 from historylens.metrics import NAMES
 
@@ -28,7 +30,7 @@ def read_decisions(adapter: Adapter, n: int, seed: int) -> list[Decision]:
     is_many = hasattr(given, "__iter__") and not isinstance(given, Decision)
     adapter.check(is_many, "samples()", "a list of Decision", kind(given))
     with adapter.blamed("samples()"):
-        given = list(given)[:n]  # runs a generator
+        given = list(islice(given, n))  # runs a generator, which may have no end
     adapter.check(len(given) > 0, "samples()", f"up to {n} decisions", "none")
     read = [_read(adapter, i, one) for i, one in enumerate(given)]
     sizes = sorted({one.states.shape[1] for one in read})
@@ -108,9 +110,9 @@ def _read(adapter: Adapter, index: int, given: Decision) -> Decision:
     latest, now = int(arrays["episodes"][-1]), given.query_episode
     is_fit = now is None or (isinstance(now, int | np.integer) and now >= latest)
     check(is_fit, "query_episode", f"a whole number from {latest} on, the latest episode", now)
-    is_whole = isinstance(given.task, int | np.integer | None)
+    is_whole = given.task is None or (_is_number(given.task) and given.task == int(given.task))
     check(is_whole, "task", "a whole number", kind(given.task))
-    title = " ".join(str(given.title).split()) or f"sample {index}"
+    title = " ".join(_shown(given.title).split()) or f"sample {index}"
     title = title if len(title) <= MAX_TITLE else f"{title[: MAX_TITLE - 1]}…"
     about = {"title": title, "task": given.task, "query_episode": now}
     return Decision(**arrays, labels=_read_labels(check, given.labels), **about)
@@ -139,8 +141,20 @@ def _read_labels(check: Check, labels: object) -> dict[str, int | float | str]:
     plain = {}
     for name, value in labels.items():
         value = value.item() if hasattr(value, "item") and np.size(value) == 1 else value
-        is_fit = isinstance(value, str) or (isinstance(value, int | float) and np.isfinite(value))
-        check(is_fit, f"labels[{name!r}]", "a finite number or a string", kind(value))
+        is_fit = isinstance(value, str) or _is_number(value)
+        check(
+            is_fit, f"labels[{name!r}]", f"a finite number or a string, {MOST} at most", kind(value)
+        )
+        name = _shown(name)
         check(name not in TAKEN, "labels", "names that are no columns of metrics.csv", repr(name))
-        plain[str(name)] = value
+        plain[name] = _shown(value) if isinstance(value, str) else value
     return plain
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float | np.integer) and bool(-MOST <= value <= MOST)
+
+
+def _shown(value: object) -> str:
+    """A value as text that files can hold: without halves of characters."""
+    return str(value).encode(errors="replace").decode()

@@ -91,9 +91,12 @@ class GymRooms:
         """
         _ = self.states
         states, rewards, terminated, truncated, infos = self._call("step", actions)
-        rewards, ended = np.asarray(rewards, np.float32), np.logical_or(terminated, truncated)
+        with self._blamed(f"what step() gives {OURS}"):
+            rewards, infos = np.asarray(rewards, np.float32), dict(infos)
+            ended = np.logical_or(terminated, truncated).astype(bool)
         for what, values in (("rewards", rewards), ("ends", ended)):
-            is_fit, expected = values.shape == (self._n,), f"{what} of shape ({self._n},)"
+            is_fit = values.shape == (self._n,) and bool(np.isfinite(values).all())
+            expected = f"{what} of shape ({self._n},), finite"
             self._check(is_fit, f"step() {OURS}", expected, kind(values))
         self._states = reached = self._read_states(states)
         final = next((infos[key] for key in FINAL if key in infos), None)
@@ -130,7 +133,8 @@ class GymRooms:
 
     def _read_states(self, given: Any) -> np.ndarray:
         n, size, dtype = self._n, self._state.size, self._state.dtype
-        states = as_array(given, whole=dtype == np.int64)
+        with self._blamed("what make_env()'s environment gives"):
+            states = as_array(given, whole=dtype == np.int64)
         is_fit = states.dtype != object and states.size == n * size and states.shape[:1] == (n,)
         is_whole = np.can_cast(states.dtype, dtype, "same_kind")
         expected = "states of {} numbers, as samples() has them"

@@ -22,7 +22,7 @@ from typing import Any
 
 from historylens.capture import CaptureError
 from historylens.common.batches import is_out_of_memory
-from historylens.common.errors import UserError, expect, note
+from historylens.common.errors import UserError, expect, note, told
 from historylens.history import Decision, History
 from historylens.tokens import Tokens
 
@@ -83,8 +83,8 @@ class Adapter:
         """A block that runs the user's code: what it raises is told in one line."""
         try:
             yield
-        except (Exception, SystemExit) as error:
-            if isinstance(error, UserError) or is_out_of_memory(error):
+        except BaseException as error:  # SystemExit, too
+            if isinstance(error, UserError | KeyboardInterrupt) or is_out_of_memory(error):
                 raise  # lack of memory, so that the batch can be halved
             if os.environ.get(TRACEBACK):
                 traceback.print_exc()
@@ -149,8 +149,7 @@ def _told(error: BaseException, path: Path) -> str:
             f"cannot be looked into: {error}; in this file, layers(model) chooses layers, and "
             "CAPTURE = {...} gives capture's arguments softmax and heads"
         )
-    said = " ".join(str(error).split())
-    said = f"{type(error).__name__}: {said}" if said else type(error).__name__
+    said = told(error)
     adapter, lines = path.resolve(), []
     for frame in traceback.extract_tb(error.__traceback__):
         file = Path(frame.filename)

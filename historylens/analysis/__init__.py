@@ -12,6 +12,7 @@ becomes of them, pictures: `layer_N/*.png`, `attention_layers.png`, `deletion_cu
 import argparse
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -25,7 +26,7 @@ from historylens.analysis.play import LABELS, record
 from historylens.analysis.results import Shown, find_out, tables, write_numbers
 from historylens.common.batches import MAX_TOKENS, alike, even_parts
 from historylens.common.errors import expect, note, run_command
-from historylens.common.files import FORMATS
+from historylens.common.files import FORMATS, writable_folder
 from historylens.common.processes import join
 from historylens.common.settings import Settings, add_flags, from_flags, setting
 from historylens.common.text import counted, labelled, wrap
@@ -75,7 +76,7 @@ class AnalysisConfig(Settings):
         choices=("float32", "bfloat16"),
     )  # fmt: skip
     seed: int = setting(0, "seed of the choice of decisions", at_least=0)
-    dpi: int = setting(100, "pixels an inch of the pictures", at_least=1)
+    dpi: int = setting(100, "pixels an inch of the pictures", at_least=1, at_most=1000)
 
     @property
     def plays(self) -> bool:
@@ -122,7 +123,7 @@ def run(argv: Sequence[str], parser: argparse.ArgumentParser, kind: type, load: 
     `parser` has a flag for every setting of `kind`, `AnalysisConfig` or a class of more settings;
     `load` gives the agent from settings, device, and a function that tells the user something.
     """
-    with join() as group:
+    with join() as group, ExitStack() as held:
         with group.told_once():
             flags = parser.parse_args(argv)
         with group.together():
@@ -134,6 +135,8 @@ def run(argv: Sequence[str], parser: argparse.ArgumentParser, kind: type, load: 
             device = group.device(pick_device(config.device))
             agent = load(config, device, note if group.is_main else lambda text: None)
             job = Job.of(agent, config, group)
+            if group.is_main:
+                held.enter_context(writable_folder(job.out))
         facts = {**agent.facts, **(of_play(job) if config.plays else {})}
         if not config.plays:
             facts["Samples"] += f"; {job.n_drawn} drawn"
@@ -159,7 +162,6 @@ def of_play(job: Job) -> dict[str, str]:
 def analyse(job: Job, facts: Mapping[str, str]) -> None:
     """Play if asked, measure, write the numbers, then draw; rank 0 prints and writes."""
     from historylens.analysis.drawing import draw, finish
-    from historylens.pictures import clear_pictures
 
     agent, config, group = job.agent, job.config, job.group
     play = record(job) if config.plays else None
@@ -175,7 +177,6 @@ def analyse(job: Job, facts: Mapping[str, str]) -> None:
         first, second, *others = tables(results)
         told = report.insight_blocks(results.insights, results.metrics)
         print("", "\n\n".join([first, second, told, *others]), sep="\n", flush=True)
-        clear_pictures(job.out)
     group.barrier()  # from here on pictures are drawn, and may fail
     n_drawn = group.gather(draw(job, shown.passes, results, play))
     if n_drawn is not None:

@@ -13,7 +13,14 @@ from historylens.analysis.job import Job, Pass, batches, drawn_passes
 from historylens.analysis.play import Play, PlayDecisions
 from historylens.analysis.results import Results, tables
 from historylens.analysis.room import room_maps
-from historylens.pictures import alone, draw_batch, draw_play, draw_summaries, n_pictures
+from historylens.pictures import (
+    INCOMPLETE,
+    alone,
+    draw_batch,
+    draw_play,
+    draw_summaries,
+    n_pictures,
+)
 from historylens.pictures.browse import figures_of, write_page
 from historylens.pictures.names import pictures_in
 from historylens.pictures.painter import Painter, drawing_processes
@@ -71,6 +78,7 @@ def finish(job: Job, results: Results, facts: Mapping[str, str], n_drawn: int) -
     figures = figures_of(job.out, job.agent.decisions, results.metrics)
     title, is_single = f"Attention of {job.agent.title}", job.config.single_file
     page = write_page(job.out, title, facts, insights, texts, figures, is_single)
+    (job.out / INCOMPLETE).unlink()  # fails where the folder is gone
     once = sorted(one.path.name for one in pictures_in(job.out) if one.path.parent == job.out)
     kinds = ["a heatmap and a line plot a sample", "a summary a layer"]
     kinds += ["a map a sample"] if job.agent.room else []

@@ -16,7 +16,7 @@ from historylens import report
 from historylens.analysis.job import Job, Pass
 from historylens.analysis.learning import learning_text, over_learning
 from historylens.analysis.play import Play
-from historylens.common.files import write_json
+from historylens.common.files import staged
 from historylens.effects import MeasuredEffects, measure_effects
 from historylens.insights import Insight, find_patterns
 from historylens.metrics import Metrics
@@ -55,7 +55,12 @@ def find_out(job: Job, metrics: Metrics, play: Play | None) -> Results:
 
 
 def write_numbers(job: Job, results: Results, parts: Sequence[Shown]) -> None:
-    """Write `metrics.json` and `metrics.csv`, given what each process has `Shown`."""
+    """Write `metrics.json` and `metrics.csv`, given what each process has `Shown`.
+
+    What an earlier run left stays whole until both are on the disk.
+    """
+    from historylens.pictures import clear_pictures
+
     agent, metrics = job.agent, results.metrics
     tokens = {index: one for part in parts for index, one in part.tokens.items()}
     maps = {index: one for part in parts for index, one in part.maps.items()}
@@ -71,8 +76,9 @@ def write_numbers(job: Job, results: Results, parts: Sequence[Shown]) -> None:
         content["drawn"]["maps"] = dict(sorted(maps.items()))
     if results.learning is not None:
         content["learning"] = results.learning
-    write_json(job.out / "metrics.json", content)
-    report.write_csv(job.out / "metrics.csv", metrics, agent.decisions, agent.label_columns)
+    rows = report.csv_lines(metrics, agent.decisions, agent.label_columns)
+    with staged({job.out / "metrics.json": content, job.out / "metrics.csv": rows}):
+        clear_pictures(job.out)
 
 
 def tables(results: Results) -> list[str]:

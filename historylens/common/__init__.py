@@ -1,1 +1,15 @@
-"""What every part of the tool shares: errors, settings, files, console text, processes."""
+"""What every part of the tool shares: errors, settings, files, console text, processes.
+
+Imported first: Ctrl-C ends a command in silence while it loads.
+"""
+
+import os
+import signal
+import sys
+
+_folder, _name = os.path.split(getattr(sys.modules["__main__"], "__file__", None) or "")
+_is_ours = _name in ("visualize_attention.py", "compare_compression.py", "train.py")
+if _name == "historylens" or (_is_ours and _folder == os.path.abspath(f"{__file__}/../../..")):
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if not os.stat(".").st_nlink:
+        sys.exit("error: the working folder is gone: change to another one")

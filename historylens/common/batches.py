@@ -1,9 +1,12 @@
 """How much goes through a model at once, and what it looks like when that was too much."""
 
 import itertools
+import os
 from collections.abc import Hashable, Iterable
 
 import torch
+
+from historylens.common.errors import expect
 
 MAX_TOKENS = 2**12  # in a captured pass without maps: as fast as more, and easily shared out
 MAX_DRAWN = 16  # decisions with maps in one pass: a map takes R x C numbers a head
@@ -26,6 +29,16 @@ def alike(keys: Iterable[tuple[int, Hashable]]) -> list[list[int]]:
     for number, key in keys:
         groups.setdefault(key, []).append(number)
     return list(groups.values())
+
+
+def expect_memory(n_bytes: float, lower: str) -> None:
+    """UserError, before it starts, where a job needs more memory than this machine has."""
+    if hasattr(os, "sysconf"):
+        there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        need, have = (f"{n / 2**30:,.0f} GiB" for n in (n_bytes, there))
+        expect(
+            n_bytes < there, f"about {need} of memory are needed, {have} are here: lower {lower}"
+        )
 
 
 def is_out_of_memory(error: BaseException) -> bool:

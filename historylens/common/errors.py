@@ -1,7 +1,18 @@
-"""One way to fail: a mistake that its user can mend is one line on stderr and exit code 2."""
+"""One way to fail: whatever ends a command is one line on stderr, and an exit code."""
 
+import contextlib
+import errno
+import io
+import os
+import signal
 import sys
+import tempfile
+import traceback
 from collections.abc import Callable
+from typing import ClassVar
+
+WHOLE = "what lay there before is whole: mend that, and run the same command again"
+STOPS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
 
 
 class UserError(ValueError):
@@ -14,16 +25,83 @@ def expect(ok: object, message: str) -> None:
         raise UserError(message)
 
 
+def told(error: BaseException) -> str:
+    """An exception in a line: its type, and what it says."""
+    said = ""
+    with contextlib.suppress(Exception):  # its own __str__ may fail
+        said = " ".join(str(error).split())
+    return f"{type(error).__name__}: {said}" if said else type(error).__name__
+
+
 def run_command(main: Callable[[], None]) -> None:
-    """Run a command; a user's mistake ends it with one line on stderr and exit code 2."""
+    """Run a command, and exit as it ended.
+
+    2: a user's mistake, or the system refused something. 128 and a signal's number: `STOPS`. 1: all
+    else, with a traceback in a file.
+    """
+    _set_up_console()
+    os.environ["MPLBACKEND"] = "agg"  # pictures are files
+    before = {number: signal.signal(number, _stop) for number in STOPS}
+    code, line = 0, ""
     try:
         main()
+        if any(error.errno != errno.EPIPE for error in _Console.lost):
+            code, line = 1, "error: the console could not show all text; the files are whole"
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        code, line = 2, f"error: {error}"
+    except KeyboardInterrupt as error:
+        number = error.args[0] if error.args else signal.SIGINT
+        code, line = 128 + number, STOPS[number]
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        code, line = 2, f"error: {where}{error.strerror or told(error)}; {WHOLE}"
+    except BaseException as error:
+        is_exit = isinstance(error, SystemExit) and isinstance(error.code, int | None)
+        code, line = (error.code, "") if is_exit else (1, _unexpected(error))
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
+    if line:
+        print(" ".join(line.splitlines()), file=sys.stderr)
+    if code:
+        sys.exit(code)
+
+
+def _stop(number: int, _frame: object) -> None:
+    raise KeyboardInterrupt(number)
+
+
+def _unexpected(error: BaseException) -> str:
+    options = {"prefix": "historylens-", "suffix": ".txt", "delete": False, "errors": "replace"}
+    details = "no room for its details"
+    with contextlib.suppress(Exception), tempfile.NamedTemporaryFile("w", **options) as file:
+        traceback.print_exception(error, file=file)
+        details = f"details in {file.name}"
+    return f"unexpected: {told(error)}; {details}"
+
+
+class _Console(io.FileIO):
+    """A stream that drops what is not taken: by a pipe that is closed, a disk that is full."""
+
+    lost: ClassVar[list[OSError]] = []
+
+    def write(self, data: bytes) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            self.lost.append(error)
+            return len(data)
+
+
+def _set_up_console() -> None:
+    """Let stdout and stderr take any text; where one is closed, no file may get its place."""
+    for name in ("stdout", "stderr"):
+        if (stream := getattr(sys, name)) is None:
+            setattr(sys, name, io.TextIOWrapper(_Console(os.devnull, "wb")))
+        elif stream is getattr(sys, f"__{name}__"):
+            raw = io.BufferedWriter(_Console(stream.fileno(), "wb", closefd=False))
+            shown = io.TextIOWrapper(raw, stream.encoding, "replace", line_buffering=True)
+            setattr(sys, name, shown)
 
 
 def note(text: str) -> None:

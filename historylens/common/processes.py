@@ -11,6 +11,8 @@ Gloo carries python objects and CPU tensors, NCCL what lies on GPUs. One process
 import contextlib
 import io
 import os
+import re
+import signal
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,6 +24,7 @@ from torch import nn
 
 from historylens.common.errors import UserError, expect
 
+FINDING = timedelta(minutes=2)  # that processes have to find each other
 TIMEOUT = timedelta(hours=1)  # longer than rank 0 ever works while the others wait
 
 
@@ -134,10 +137,13 @@ def join() -> Iterator[Group]:
     if group.size == 1:
         yield group
         return
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # who waits for a dead process hears nothing else
     on_gpus = torch.cuda.is_available() and torch.distributed.is_nccl_available()
     backend = "cpu:gloo,cuda:nccl" if on_gpus else "gloo"
     try:
-        torch.distributed.init_process_group(backend, timeout=TIMEOUT)
+        store, *_ = next(torch.distributed.rendezvous("env://", timeout=FINDING))
+        own = {"store": store, "rank": group.rank, "world_size": group.size}
+        torch.distributed.init_process_group(backend, timeout=TIMEOUT, **own)
     except (RuntimeError, ValueError) as error:
         lost = f"the {group.size} processes of this job did not find each other"
         raise UserError(f"{lost}: {_brief(error)}") from error
@@ -155,12 +161,17 @@ def join() -> Iterator[Group]:
 
 def _started_by_torchrun() -> Group:
     """The group that torchrun's environment describes."""
-    if (size := os.environ.get("WORLD_SIZE", "1")) == "1":
+    if (size := os.environ.get("WORLD_SIZE") or "1") == "1":
         return ALONE
     instead = "start several processes with `torchrun --nproc-per-node N`, or unset WORLD_SIZE"
     for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         expect(name in os.environ, f"WORLD_SIZE is {size}, but {name} is not set: {instead}")
-    return Group(int(os.environ["RANK"]), int(size), int(os.environ["LOCAL_RANK"]))
+    told = {name: os.environ[name] for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT")}
+    for name, number in told.items():
+        is_fit = re.fullmatch("[0-9]{1,5}", number)
+        is_fit = is_fit and ("RANK" not in name or int(number) < int(size))
+        expect(is_fit, f"{name} is {number!r} and WORLD_SIZE {size!r}: {instead}")
+    return Group(int(told["RANK"]), int(size), int(told["LOCAL_RANK"]))
 
 
 def _brief(error: Exception) -> str:

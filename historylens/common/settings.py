@@ -15,14 +15,15 @@ from typing import Any, TypeVar
 from historylens.common.errors import expect
 
 T = TypeVar("T")
+MOST = 2**53  # of whole numbers: beyond it floats skip some
 
 
 def setting(default: Any, help: str | None, metavar: str | None = None, **flag: Any) -> Any:
     """Declare a dataclass field: its default, its help, and what else its flag needs.
 
-    The type is that of the annotation, of its entries where that is a list. `at_least` and
-    `fraction` (between 0 and 1) are bounds that `Settings` checks, as it does `choices`. Without
-    help it has no flag.
+    The type is that of the annotation, of its entries where that is a list. `at_least`, `at_most`
+    and `fraction` (between 0 and 1) are bounds that `Settings` checks, as it does `choices`.
+    Without help it has no flag.
     """
     told = {"help": help, "metavar": metavar} | flag
     metadata = {name: value for name, value in told.items() if value is not None}
@@ -42,6 +43,9 @@ class Settings:
                 is_number = not isinstance(got, float) or math.isfinite(got)
                 expect(is_number, f"{expected} as a finite number, got {got}")
                 expect(least is None or got >= least, f"{expected} of at least {least}, got {got}")
+                most = field.metadata.get("at_most", 2.0**127 if isinstance(got, float) else MOST)
+                is_less = not isinstance(got, int | float) or got <= most
+                expect(is_less, f"{expected} of at most {most}, got {got}")
                 is_in = "fraction" not in field.metadata or 0 <= got <= 1
                 expect(is_in, f"{expected} between 0 and 1, got {got}")
                 choices = field.metadata.get("choices", [got])
@@ -62,7 +66,7 @@ def add_flags(parser: argparse.ArgumentParser, *configs: type) -> None:
             if field.name in known or "help" not in field.metadata:
                 continue
             known.add(field.name)
-            bounds = ("at_least", "fraction")
+            bounds = ("at_least", "at_most", "fraction")
             options = {k: v for k, v in field.metadata.items() if k not in bounds}
             if options.get("action") is None:
                 options = _of_type(field.type) | options

@@ -15,10 +15,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from historylens.agent import Agent, pick_device
-from historylens.common.errors import expect
-from historylens.common.files import FORMATS
+from historylens.common.batches import expect_memory
+from historylens.common.errors import expect, note
+from historylens.common.files import FORMATS, writable_folder
 from historylens.common.settings import Settings, add_flags, from_flags, setting
 from historylens.common.text import counted, labelled, wrap
+from historylens.comparison.intervals import N_RESAMPLES
 from historylens.comparison.playing import Plays, fingerprint, missing, plan, play_arms
 from historylens.comparison.policy import POSITIONS
 from historylens.comparison.report import advice, recommendation, summary, table, write_csv
@@ -126,15 +128,24 @@ def compare(agent: Agent, config: CompareConfig, positions: str = "reindexed") -
     plays = Plays(agent, n_seeds, n_episodes, config.seed, positions)
     budgets = config.budgets or [n for n in (*BUDGETS, agent.n_max) if n <= agent.n_max]
     arms = plan(plays, config.strategies or STRATEGIES[config.full], budgets)
-    results = open_results(config.out, fingerprint(plays))
+    n_runs = len(agent.environment.goals) * max(n_seeds, config.confirm)
+    n_numbers = n_runs * (N_RESAMPLES + n_episodes * agent.environment.horizon)
+    expect_memory(8 * n_numbers, "--seeds, --episodes or --confirm")
+    with writable_folder(config.out) as out:
+        _compare(config, plays, arms, open_results(out, fingerprint(plays)))
+
+
+def _compare(config: CompareConfig, plays: Plays, arms: list[Arm], results: ResultsFile) -> None:
     facts = announced(config, plays, arms, results)
     print(labelled(facts), flush=True)
-    best = agent.environment.best
+    best = plays.agent.environment.best
     try:
         study = judge(play_arms(plays, arms, results), config.margin, best, config.seed)
         if config.confirm and study.unsettled:
             new = replace(plays, n_seeds=config.confirm, seed=plays.seed + CONFIRMING)
-            again = ResultsFile(results.path.with_name(CONFIRMATION), fingerprint(new))
+            again = open_results(results.path.parent, fingerprint(new), CONFIRMATION)
+            if again.why and again.found:
+                note(again.found)
             full, arm = play_arms(new, [Arm(FULL), study.unsettled[0].arm], again)
             again.write({"confirms": arm.arm.key})
             study = confirm(study, full, arm, best, config.seed)
@@ -147,7 +158,7 @@ def compare(agent: Agent, config: CompareConfig, positions: str = "reindexed") -
     write_index(study, plays, results, facts)
     if early := counting(plays, results):
         print(f"\n{wrap(early)}")
-    print(f"\n{table(study)}\n\n{advice(study, POSITIONS[positions])}")
+    print(f"\n{table(study)}\n\n{advice(study, POSITIONS[plays.positions])}")
     more = () if study.confirmation is None else (CONFIRMATION,)
     there = [name for name in (*FILES, *more) if results.path.with_name(name).exists()]
     print(f"\nIn {results.path.parent}/: {', '.join(there)}.")
@@ -193,7 +204,7 @@ def counting(plays: Plays, results: ResultsFile) -> str:
 
 
 def save(study: Study, plays: Plays, results: ResultsFile, formats: Sequence[str]) -> None:
-    """Write the numbers, then draw the pictures; those in other formats told of earlier numbers."""
+    """Draw the pictures and write the numbers, `results.json` last: it says that all are there."""
     from historylens.pictures.painter import Painter
     from historylens.pictures.returns import Picture, draw_by_budget, draw_by_episode
 
@@ -204,15 +215,16 @@ def save(study: Study, plays: Plays, results: ResultsFile, formats: Sequence[str
     subtitle += f"{environment.horizon} steps; {POSITIONS[plays.positions]}"
     mean_best = None if best is None else sum(best) / len(goals)
     picture = Picture(agent.title, subtitle, mean_best, agent.n_max)
+    results.write()
     results.remove(PICTURES)
+    with Painter(1, f"all numbers are in {results.path}", formats=formats) as painter:
+        for name, function in ((BY_BUDGET, draw_by_budget), (BY_EPISODE, draw_by_episode)):
+            painter.draw(function, results.path.with_name(name), study, picture)
     write_csv(results.path.with_name(TABLE), study)
     meta = {**agent.meta, "task": agent.title, "goals": list(goals), "best_by_goal": best}
     names = ("horizon", "n_max", "seeds", "episodes", "seed", "positions")
     meta |= {name: results.fingerprint[name] for name in names}
     results.write(meta | ({"returns": early} if early else {}) | summary(study))
-    with Painter(1, f"all numbers are in {results.path}", formats=formats) as painter:
-        for name, function in ((BY_BUDGET, draw_by_budget), (BY_EPISODE, draw_by_episode)):
-            painter.draw(function, results.path.with_name(name), study, picture)
 
 
 def write_index(study: Study, plays: Plays, results: ResultsFile, facts: Mapping[str, str]) -> None:

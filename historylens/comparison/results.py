@@ -4,10 +4,9 @@
     results.add(Result(arm, returns, cost))     # on disk now, whole or not at all
 
 It names all that its returns depend on. Where that is the same, finished arms are used again; where
-it differs, the files of the earlier comparison are moved to a folder beside them.
+it differs or is damaged, what lies there is moved to a folder beside it.
 """
 
-import itertools
 import json
 import os
 from collections.abc import Iterable, Mapping
@@ -17,7 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from historylens.common.files import FORMATS, INDEX, in_the_way, writable_folder, write_json
+from historylens.common.errors import expect
+from historylens.common.files import FORMATS, INDEX, in_the_way, set_aside, write_json
 from historylens.comparison.policy import Cost
 from historylens.comparison.study import Arm, Result
 
@@ -39,9 +39,10 @@ class ResultsFile:
 
     def add(self, result: Result) -> None:
         """Keep a finished arm. What told of fewer arms goes."""
-        self.remove(FILES[:-1])
         self.by_key[result.arm.key] = result
         self.write()
+        for name in FILES[:-1]:
+            (self.path.parent / name).unlink(missing_ok=True)
 
     def remove(self, names: Iterable[str]) -> None:
         """Remove files beside it, where they are."""
@@ -66,9 +67,10 @@ class ResultsFile:
         write_json(self.path, head | {"complete": bool(told), **told, "arms": arms})
 
     def _read(self) -> str:
-        if not self.path.is_file():
-            return "without results.json"
+        if not self.path.exists():
+            return f"without {self.path.name}"
         mine, by_key = self.fingerprint, {}
+        shape = len(mine["goals"]), mine["seeds"], mine["episodes"]
         try:
             content = json.loads(self.path.read_text(encoding="utf-8"))
             theirs = content["fingerprint"]
@@ -79,30 +81,29 @@ class ResultsFile:
                 arm = Arm(entry["strategy"], entry["budget"])
                 returns = np.array(entry["returns"], dtype=np.float64)
                 cost = Cost(**entry["cost"], **entry["seconds"])
-                by_key[key] = Result(arm, returns, cost, entry.get("ended_early", 0))
-        except (ValueError, KeyError, TypeError, AttributeError):
-            return "a damaged results.json"
+                by_key[key] = one = Result(arm, returns, cost, entry.get("ended_early", 0))
+                numbers = [x for x in asdict(cost).values() if x is not None]
+                is_fit = np.isfinite([*numbers, one.n_early, returns.sum()]).all()
+                is_fit &= key == arm.key and bool(arm.method)
+                expect(is_fit and (differs or returns.shape == shape), key)
+        except Exception:  # whatever was done to it
+            return f"a damaged {self.path.name}"
         self.by_key = {} if differs else by_key
         return f"other {', '.join(differs)}" if differs else ""
 
 
-def open_results(out: str | Path, fingerprint: Mapping[str, Any]) -> ResultsFile:
-    """Take up what lies in `out`, else move it aside; UserError where it cannot be written to."""
-    with writable_folder(out) as folder:
-        there = [folder / name for name in (*FILES, CONFIRMATION) if (folder / name).exists()]
-        for path in there:
-            if path.is_dir():
-                raise in_the_way(folder, path)
-        results = ResultsFile(folder / RESULTS, fingerprint)
-        if not results.why:
-            n_found = len(results.by_key)
-            results.found = f"{results.path} has {n_found} finished arms of these settings"
-        elif there:
-            folders = (folder / f"earlier-{number}" for number in itertools.count(1))
-            aside = next(each for each in folders if not each.exists())
-            aside.mkdir()
-            for path in there:
-                os.replace(path, aside / path.name)
-            were = f"Results of another comparison ({results.why}) were in {out}"
-            results.found = f"{were}: moved to {aside}"
+def open_results(folder: Path, fingerprint: Mapping[str, Any], name: str = RESULTS) -> ResultsFile:
+    """Take up what lies in `folder`, else set it aside; UserError where it cannot be written to."""
+    results = ResultsFile(folder / name, fingerprint)
+    names = (name,) if name == CONFIRMATION else (CONFIRMATION, *FILES)
+    there = [one for one in names if os.path.lexists(folder / one)]
+    for path in (folder / one for one in there):
+        if (path.is_dir() and path.suffix != ".json") or not os.access(path, os.W_OK):
+            raise in_the_way(folder, path)
+    if not results.why:
+        n_found = len(results.by_key)
+        results.found = f"{results.path} has {n_found} finished arms of these settings"
+    elif there:
+        were = f"Results of another comparison ({results.why}) were in {folder}"
+        results.found = f"{were}: moved to {set_aside(folder, names)}"
     return results

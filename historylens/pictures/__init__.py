@@ -11,6 +11,7 @@
 A run leaves no picture of an earlier run among its own, and touches no other file.
 """
 
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -36,22 +37,26 @@ HEADS_A_PAGE = 16  # a heatmap has so many panels at most
 CURVES, HEADS = "deletion_curves.png", "head_effects.png"
 LEARNING, OVER_TIME = "attention_over_learning.png", "attention_over_time.png"
 ROWS = "attention_over_time.npz"
+INCOMPLETE = "INCOMPLETE.txt"  # there from when an earlier run is cleared until all is drawn
 
 
 def prepare_output(out: Path, layers: Sequence[int], followed: Path | None = None) -> Path:
     """Make the output folder; UserError where files cannot be written to where they will lie."""
-    with writable_folder(out):
+    with writable_folder(out, lock=False):
         inside = [out, *filter(None, [followed])]
         folders = [*inside[1:], *(one / f"layer_{layer}" for one in inside for layer in layers)]
         files = [out / name for name in ("metrics.json", "metrics.csv", INDEX)]
         for path in [*folders, *files, *(one.path for one in pictures_in(out))]:
-            if path.exists() and path.is_dir() != (path in folders):
+            is_fit = path.is_dir() == (path in folders) and os.access(path, os.W_OK)
+            if os.path.lexists(path) and not is_fit:
                 raise in_the_way(out, path)
     return out
 
 
 def clear_pictures(out: Path) -> None:
-    """Remove the pictures of an earlier run and its page, and nothing else."""
+    """Remove the pictures of an earlier run and its page, nothing else; `INCOMPLETE` says so."""
+    why = "A run began to write here and has not ended: run its command again."
+    write_atomically(out / INCOMPLETE, f"{why}\n")
     stale = [one.path for one in pictures_in(out)]
     stale += [out / INDEX, *out.glob(f"trajectory_*/{ROWS}")]
     for path in stale:

@@ -8,6 +8,7 @@ Pictures are the same bytes however many processes draw them. Processes are fork
 once and share what is imported. Where that cannot be, everything is drawn here.
 """
 
+import ctypes
 import multiprocessing
 import os
 import signal
@@ -22,8 +23,11 @@ from typing import Any, Self
 
 from tqdm import tqdm
 
+from historylens.common.errors import STOPS, note, told
+
 MAX_PROCESSES = 8
 MIN_PICTURES = 8  # for fewer, starting processes takes longer than it saves
+PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
 IN_FLIGHT = 3  # pictures waiting for each process: their numbers lie in memory
 KILLED = (
     "the process that drew it was killed, probably for lack of memory: draw fewer samples "
@@ -34,6 +38,11 @@ KILLED = (
 def drawing_processes(n_pictures: int) -> int:
     """How many processes should draw: a process a core, 1 where it does not pay or cannot be."""
     if n_pictures < MIN_PICTURES or "fork" not in multiprocessing.get_all_start_methods():
+        return 1
+    try:
+        multiprocessing.get_context("fork").Lock()
+    except OSError as error:  # of /dev/shm
+        note(f"one process draws the pictures: several cannot be fed here ({told(error)})")
         return 1
     cores = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))
     return min(MAX_PROCESSES, len(cores(0)))
@@ -92,9 +101,10 @@ class Painter:
         try:
             result()
             self.n_drawn += 1
+        except OSError:  # a full disk, a folder that is gone: so would be the others
+            raise
         except Exception as error:  # whatever it is, the other pictures are drawn
-            said = f"{type(error).__name__}: {error}"
-            reason = KILLED if isinstance(error, BrokenProcessPool) else said.partition("\n")[0]
+            reason = KILLED if isinstance(error, BrokenProcessPool) else told(error)
             end = f"; {self._kept}" if self._kept else ""
             tqdm.write(f"note: {path} could not be drawn ({reason}){end}", file=sys.stderr)
         self._drawn()
@@ -114,8 +124,17 @@ class Painter:
 
 def _pool(n_processes: int) -> ProcessPoolExecutor:
     fork = multiprocessing.get_context("fork")
-    ignore_ctrl_c = signal.signal, (signal.SIGINT, signal.SIG_IGN)  # it is for this process
-    return ProcessPoolExecutor(n_processes, fork, *ignore_ctrl_c)
+    return ProcessPoolExecutor(n_processes, fork, _begin, (os.getpid(),))
+
+
+def _begin(parent: int) -> None:
+    """End when the process dies that draws here; Ctrl-C is for that one."""
+    for number in STOPS:
+        signal.signal(number, signal.SIG_IGN)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it was faster
+        os._exit(1)
 
 
 def _draw(function: Callable[..., object], path: Path, *args: Any, **kwargs: Any) -> None:

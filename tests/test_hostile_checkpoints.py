@@ -1,0 +1,313 @@
+"""No checkpoint breaks the tool: each kind of damage and each trap ends in one line."""
+
+import itertools
+import os
+import pickle
+import re
+import struct
+import tomllib
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_histories, write_checkpoint
+from fuzz_changes import in_zip
+from hostile import acting, refusal, shown, zipped
+
+from ad import pickles
+from ad.checkpoints import load_checkpoint, read_file, save_checkpoint
+from ad.histories import read_histories
+from dataset import Histories
+from historylens.common.errors import UserError
+from historylens.common.reading import printable
+from historylens.history import History
+
+ROOT = Path(__file__).parents[1]
+SHIPPED = ROOT / "checkpoints" / "AD-darkroom-shipped"
+
+
+@pytest.fixture
+def path(tmp_path, tiny_model):
+    """A checkpoint without a digest, as other code writes it, with histories beside it."""
+    make_histories().save(tmp_path / "histories-test.npz")
+    return write_checkpoint(tmp_path / "ckpt-5.pt", tiny_model, [[0, 1], [2, 2]])
+
+
+@pytest.fixture
+def content(path):
+    return torch.load(path, weights_only=True)
+
+
+def saved(path, content, **changes) -> Path:
+    torch.save(content | changes, path)
+    return path
+
+
+# 1. Damage
+
+
+@pytest.mark.parametrize("read", [load_checkpoint, Histories.load], ids=["checkpoint", "npz"])
+def test_no_flipped_bit_of_any_member_is_read(path, read):
+    path = path if read is load_checkpoint else path.with_name("histories-test.npz")
+    whole, rng = path.read_bytes(), np.random.default_rng(0)
+    with zipfile.ZipFile(path) as archive:
+        members = archive.infolist()
+    for member in members:
+        name, extra = struct.unpack("<2H", whole[member.header_offset + 26 :][:4])
+        start = member.header_offset + 30 + name + extra
+        damaged = bytearray(whole)
+        damaged[start + rng.integers(member.compress_size)] ^= 1 << rng.integers(8)
+        path.write_bytes(damaged)
+        assert "cannot be read as" in refusal(path, read), member.filename
+
+
+def test_own_checkpoints_have_a_digest_of_all_that_they_hold(path, content):
+    save_checkpoint(path, content)
+    kept = torch.load(path, weights_only=True)
+    assert kept["digest"] == pickles.digest(content)
+    assert read_file(path).keys() == content.keys()
+    name = "pred_action.bias"
+    tensor = kept["model"][name].clone()
+    tensor[1] += 2**-10
+    for changes in (
+        {"model": kept["model"] | {name: tensor}},
+        {"model": kept["model"] | {name: tensor.double()}},
+        {"model": dict(reversed(kept["model"].items()))},
+        {"config": kept["config"] | {"tf_dropout": 0.2}},
+        {"goals": {"test": [[0, 1], [2, 3]]}},
+        {"optimizer": [0]},
+        {"digest": "0" * 64},
+        {"digest": 5},
+    ):
+        said = refusal(saved(path, kept, **changes))
+        assert "is damaged: its digest is not that of what it holds" in said
+    assert "digest" not in torch.load(next(SHIPPED.glob("*.pt")), weights_only=True)
+    assert load_checkpoint(next(SHIPPED.glob("*.pt"))).step == 6000
+
+
+def test_a_digest_tells_values_types_shapes_and_order_apart():
+    one, other = torch.zeros(2, 3), torch.zeros(3, 2)
+    different = [
+        [one], [other], [one.double()], [one, one], [[one], one], [-one], [1], [1.0], ["1"], [True],
+        [None], [float("nan")], [float("inf")], {"a": 1, "b": 2}, {"b": 2, "a": 1}, [2**100],
+        [torch.device("cpu")], [torch.zeros(())], [torch.zeros(0)],
+    ]  # fmt: skip
+    assert len({pickles.digest(value) for value in different}) == len(different)
+    assert pickles.digest([one.T]) == pickles.digest([other])  # however it lies in memory
+    assert pickles.digest([np.float64(0.1)]) == pickles.digest([0.1])
+
+
+def test_old_files_that_are_no_zip_are_not_read(path, content):
+    torch.save(content, path, _use_new_zipfile_serialization=False)
+    assert "(File is not a zip file)" in refusal(path)
+
+
+# 2. Settings: tests/test_checkpoint.py has the table
+
+
+@pytest.mark.parametrize("sizes", [
+    {"tf_n_layer": 256, "tf_n_embd": 16384}, {"tf_n_layer": 2**31}, {"grid_size": 1024},
+    {"n_transit": 16384}, {"num_actions": 1024}, {"tf_n_layer": 256},
+], ids=str)  # fmt: skip
+def test_a_model_that_the_file_cannot_hold_is_not_built(path, content, sizes, monkeypatch):
+    monkeypatch.setattr("ad.checkpoints.ADTransformer", lambda _: pytest.fail("it was built"))
+    said = refusal(saved(path, content, config=content["config"] | sizes))
+    assert "too many for" in said or "to be a whole number in" in said
+
+
+@pytest.mark.parametrize("goals", [
+    [[0, 1]], 5, "goals", {"test": 5}, {"test": "ab"}, {"test": [[0]]}, {"test": [[0, 5]]},
+    {"test": [[-1, 0]]}, {"test": [["a", 0]]}, {"test": [[0.0, 1.0]]}, {"test": [[True, 0]]},
+    {"test": [[2**70, 0]]}, {"test": torch.zeros(2, 2)}, {"test": [[0, 1]] * 100},
+    {"test": {(0, 1, 2): 1}}, {1: [[7, 7]]}, [],
+], ids=str)  # fmt: skip
+def test_goals_are_cells_of_the_room(path, content, goals):
+    if goals:
+        refusal(saved(path, content, goals=goals))
+    else:
+        assert load_checkpoint(saved(path, content, goals=goals)).goals == {}
+
+
+# 3. Tensors
+
+
+def odd_tensors(tensor):
+    flat = tensor.reshape(1, -1)
+    return {
+        "sparse": flat.to_sparse(), "CSR": flat.to_sparse_csr(), "meta": tensor.to("meta"),
+        "quantised": torch.quantize_per_tensor(tensor, 0.1, 0, torch.qint8),
+        "nested": torch.nested.nested_tensor([tensor]), "float8": tensor.to(torch.float8_e4m3fn),
+        "complex": tensor.to(torch.complex64), "integer": tensor.long(), "bool": tensor.bool(),
+        "claims more": torch.zeros(1).expand(2**40), "huge": tensor * 1e20,
+        "not a number": tensor * float("nan"), "infinite": tensor / 0,
+    }  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_weights_are_dense_floats_of_a_trained_size(path, content):
+    name = "pred_action.weight"
+    for kind, tensor in odd_tensors(content["model"][name]).items():
+        saved(path, content, model=content["model"] | {name: tensor})
+        said = refusal(path, acting)
+        if kind in ("huge", "infinite", "not a number"):
+            assert "is not finite or beyond 10000: the training diverged" in said
+        elif kind in ("integer", "bool"):
+            assert "expected pred_action.weight of floating-point numbers, got torch." in said
+        else:
+            assert "expected dense tensors" in said or "claim more numbers than the file" in said
+    saved(path, content, model=content["model"] | {name: content["model"][name] * 1e20})
+    assert "beyond 10000: the training diverged" in refusal(path, shown)
+    assert load_checkpoint(path).step == 5  # what training has made so far can be evaluated
+    for dtype in (torch.float16, torch.bfloat16, torch.float64):
+        model = {k: v.to(dtype) for k, v in content["model"].items()}
+        found = load_checkpoint(saved(path, content, model=model)).model.pred_action.weight
+        assert torch.equal(found, model[name].float())
+
+
+def test_numbers_that_are_not_finite_end_in_a_line(path):
+    agent = shown(path)
+    history = History.of([agent.decisions[0]])
+    agent.model.pred_action.bias.data.fill_(float("inf"))
+    for decide in (agent.act, agent.forward):
+        with pytest.raises(UserError, match="has diverged: it gives actions no finite numbers"):
+            decide(history)
+
+
+# 4. Bombs and traps
+
+
+def test_a_checkpoint_that_unpacks_to_more_than_it_is_is_refused_before_it_does(path):
+    zipped(path, lambda m: m | {"ckpt-5.pt/data/0": bytes(10**8)}, compression=zipfile.ZIP_DEFLATED)
+    assert path.stat().st_size < 10**6
+    assert "expected nothing compressed as" in refusal(path)
+
+
+@pytest.mark.parametrize("read", [load_checkpoint, Histories.load], ids=["checkpoint", "npz"])
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_a_zip_file_that_two_programs_may_read_as_two_is_refused(path, read):
+    path = path if read is load_checkpoint else path.with_name("histories-test.npz")
+    whole = path.read_bytes()
+    with zipfile.ZipFile(path) as archive:
+        first = archive.namelist()[0]
+    for data in (b"x" * 9 + whole, whole[:-2] + b"\3\0abc", whole + b"more"):
+        path.write_bytes(data)
+        refusal(path, read)
+    for name in (first, first.upper()):
+        path.write_bytes(whole)
+        with zipfile.ZipFile(path, "a") as archive:
+            archive.writestr(name, b"x")
+        assert "a name each and nothing around" in refusal(path, read)
+
+
+def pickled(path, *ops: bytes) -> Path:
+    """A checkpoint with a pickle of its own, and a right checksum."""
+    name = f"{path.stem}.pt/data.pkl"
+
+    def change(members):
+        (name,) = (name for name in members if name.endswith("data.pkl"))
+        return members | {name: b"\x80\x02" + b"".join(ops) + b"."}
+
+    path.write_bytes(in_zip(path.read_bytes(), change))
+    assert name
+    return path
+
+
+def test_pickles_that_take_hours_or_memory_are_refused_at_once(path, monkeypatch):
+    monkeypatch.setattr(pickles, "MAX_VALUES", 2**15)
+    put, get = (lambda i: b"r" + struct.pack("<L", i)), (lambda i: b"j" + struct.pack("<L", i))
+    nest = [get(i) + get(i) + b"\x86" + put(i + 1) for i in range(40)]  # 2**40 in one tuple
+    assert "values" in refusal(pickled(path, b"}", b"N\x85", put(0), *nest, b"Ns"))
+    nest = [b"](" + get(i) * 9 + b"e" + put(i + 1) for i in range(40)]  # 9**40 in a list
+    assert "values" in refusal(pickled(path, b"}X\1\0\0\0a](]", put(0), *nest, b"es"))
+    big = (pickle.encode_long(k * (2**61 - 1)) for k in range(2000))  # of one hash
+    ops = (b"\x8a" + bytes([len(n)]) + n + b"N" for n in big)
+    assert "values" in refusal(pickled(path, b"}(", *ops, b"u"))
+    assert "values" in refusal(pickled(path, b"(", b"]" * 2**15, b"t"))
+    text = struct.pack("<L", 10**6) + b"a" * 10**6
+    for name in (b"punycode", "!ü Idna".encode(), b"-Puny_code-"):
+        code = b"X" + struct.pack("<L", len(name)) + name
+        said = refusal(pickled(path, b"c_codecs\nencode\n", b"X", text, code, b"\x86R"))
+        assert "expected no text" in said
+    deep = refusal(pickled(path, b"]" * 10**4, b"a" * (10**4 - 1)))
+    assert "cannot be read" in deep or "is not a checkpoint" in deep
+
+
+@pytest.mark.parametrize(
+    "name", ["V2000000000", "f8,f8", "(9999,9999)f8", "O", "S9", "M8[s]", "f4 "]
+)
+def test_numbers_of_numpy_are_plain_ones(path, name):
+    text = b"X" + struct.pack("<L", len(name)) + name.encode()
+    dtype = b"cnumpy\ndtype\n" + text + b"\x89\x88\x87R"
+    scalar = b"cnumpy._core.multiarray\nscalar\n" + dtype + b"N\x86R"
+    said = refusal(pickled(path, b"}", b"X\4\0\0\0step", scalar, b"s"))
+    assert "expected plain numbers of numpy" in said
+
+
+@pytest.mark.parametrize("name", [
+    "os.system", "builtins.bytearray", "builtins.set", "torch._utils._rebuild_sparse_tensor",
+    "torch.storage.UntypedStorage", "collections.Counter", "torch.nn.parameter.Parameter",
+    "torch._utils._rebuild_meta_tensor_no_storage", "torch.serialization._get_layout", "x.\x1b[2J",
+])  # fmt: skip
+def test_a_pickle_names_only_what_plain_values_and_dense_tensors_need(path, name):
+    module, _, what = name.rpartition(".")
+    said = refusal(pickled(path, f"c{module}\n{what}\n".encode()))
+    assert f"got a {printable(name)}, which is not loaded because it could run code" in said
+
+
+def test_tensors_that_share_or_overrun_their_bytes(path, content):
+    big = torch.zeros(10_000)
+    many = {"model": {f"x{i}": big for i in range(100)}}
+    assert "claim more numbers than the file holds" in refusal(saved(path, content, **many))
+    with zipfile.ZipFile(saved(path, content)) as archive:
+        whole = archive.read("ckpt-5/data.pkl")
+    pid = re.search(rb"cpuq.K(.)tq.Q", whole)  # of a storage: its number of elements
+    end = pid.start(1)
+    for op in (b"J" + struct.pack("<l", 2**20), b"J" + struct.pack("<l", -1)):
+        changed = whole[: end - 1] + op + whole[end + 1 :]
+        pickled(path, changed[2:-1])
+        assert "cannot be read" in refusal(path)
+
+
+def test_only_regular_files_are_opened(path):
+    link, fifo = path.with_name("link.pt"), path.with_name("ckpt-9.pt")
+    link.symlink_to("/dev/zero")
+    os.mkfifo(fifo)
+    folder = path.with_name("ckpt-10.pt")
+    folder.mkdir()
+    for odd, read in itertools.product((fifo, link, folder), (load_checkpoint, Histories.load)):
+        assert "there is no file" in refusal(odd, read)
+    with pytest.raises(UserError, match="there is no file"):
+        read_histories(fifo, load_checkpoint(path))
+
+
+# 6. PyTorch
+
+
+def test_pytorch_with_known_holes_reads_no_checkpoint(path, monkeypatch):
+    floor = pickles.SAFE_TORCH
+    for version, is_safe in (
+        ("2.5.1", False), ("2.6.0", False), ("2.9.1+cu128", False), ("2.10.0", True),
+        ("2.13.0", True),
+    ):  # fmt: skip
+        monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion(version))
+        if is_safe:
+            assert load_checkpoint(path).step == 5
+        else:
+            said = refusal(path)
+            assert f"expected PyTorch {floor} or newer" in said
+            assert version in said
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert f"torch>={floor}" in project["dependencies"]
+    pinned = re.search(r"^torch==(\S+)$", (ROOT / "requirements.txt").read_text(), re.M)[1]
+    assert torch.torch_version.TorchVersion(pinned) >= floor
+
+
+def test_an_agent_that_acts_reads_the_same_file(path, content):
+    agent = acting(path)
+    assert (agent.environment.goals, agent.environment.horizon) == (("(0, 1)", "(2, 2)"), 5)
+    del content["config"]["horizon"]
+    saved(path, content)
+    agent = acting(path)
+    assert agent.environment.horizon == 20

@@ -1,0 +1,605 @@
+"""Whatever becomes of disk, console, processes and earlier files: one line, and nothing is lost."""
+
+import contextlib
+import errno
+import importlib
+import json
+import multiprocessing
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from apart import ended, plain_files, run_apart, started, without_drawing
+from conftest import refused, sharp_model, write_checkpoint
+from levers import LeversAgent
+from test_kills import ANALYSIS, COMPARISON, TRAINING
+from test_visualize_attention import make_run
+
+import compare_compression
+import historylens.common
+import train
+import visualize_attention
+from ad import training
+from ad.training import Settings
+from historylens.adapter.agent import load
+from historylens.adapter.environment import GymRooms
+from historylens.agent import pick_device
+from historylens.analysis import AnalysisConfig
+from historylens.common import processes
+from historylens.common.batches import expect_memory
+from historylens.common.errors import UserError, run_command
+from historylens.common.files import set_aside, staged, writable_folder, write_atomically
+from historylens.comparison import CompareConfig, compare
+from historylens.comparison.results import CONFIRMATION, RESULTS, open_results
+from historylens.pictures import painter, prepare_output
+from historylens.pictures.painter import Painter
+
+COMMANDS = {
+    "analysis": (visualize_attention.main, ANALYSIS, "--out"),
+    "comparison": (compare_compression.main, COMPARISON, "--out"),
+    "training": (train.main, TRAINING, "--checkpoints"),
+}
+DEAD = 4_194_303  # a number that no process has
+
+
+@pytest.fixture
+def home(tmp_path, tiny_config, monkeypatch):
+    """A folder with a run to look at and to act with; pictures are a few bytes."""
+    without_drawing(monkeypatch)
+    folder = tmp_path / "home"
+    make_run(folder / "checkpoints" / "tiny", tiny_config)
+    goals = [[0, 1], [2, 2]]
+    write_checkpoint(folder / "checkpoints/tiny/ckpt-30.pt", sharp_model(tiny_config), goals, 30)
+    return folder
+
+
+@pytest.fixture
+def disk(home):
+    """Mounts a disk of some size below the home; gives the folder."""
+    folder = home / "disk"
+    folder.mkdir()
+
+    def mount(options):
+        command = ["mount", "-t", "tmpfs", "-o", options, "none", str(folder)]
+        if os.geteuid() or subprocess.run(command, capture_output=True).returncode:
+            pytest.skip("only root can mount a small disk")
+        return folder
+
+    yield mount
+    subprocess.run(["umount", str(folder)], capture_output=True)
+
+
+def filled(folder):
+    """Use all that is left of a disk."""
+    with (folder / "rest").open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(bytes(512))
+
+
+@pytest.mark.parametrize("options", ["size=4k", "size=8m,nr_inodes=3"])
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_disk_too_small_ends_in_a_line_that_names_the_file(home, disk, name, options):
+    main, argv, flag = COMMANDS[name]
+    folder = disk(options)
+    end = run_apart(main, [*argv, flag, "disk/out"], home)
+    assert (end.code, len(end.told)) == (2, 1)
+    assert re.match(r"error: .*disk/out.*No space left on device", end.told[0])
+    assert all(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+@pytest.mark.parametrize("name", ["analysis", "comparison"])
+def test_a_full_disk_leaves_earlier_results_whole(home, disk, name):
+    main, argv, flag = COMMANDS[name]
+    folder = disk("size=2m")
+    assert run_apart(main, [*argv, flag, "disk/out"], home).code == 0
+    filled(folder)
+    before = plain_files(folder)
+    more = ["--seed=1"] if name == "analysis" else ["--budgets", "3", "4"]
+    end = run_apart(main, [*argv, *more, flag, "disk/out"], home)
+    assert (end.code, len(end.told)) == (2, 1)
+    assert plain_files(folder) == before
+
+
+def test_a_training_whose_picture_has_no_room_goes_on(home, disk):
+    folder = disk("size=64k")
+    (folder / "training").mkdir()
+    filled(folder)
+    end = run_apart(train.main, [*TRAINING, "--figs=disk"], home)
+    assert (end.code, len(end.told)) == (2, 1)
+    assert run_apart(train.main, [*TRAINING, "--resume"], home).code == 0
+    assert (home / "figs/training/AD-darkroom-seed0.png").exists()
+    assert not (home / "checkpoints/AD-darkroom-seed0/resume.pt").exists()
+
+
+def test_files_that_belong_together_are_renamed_after_the_block(tmp_path):
+    paths = [tmp_path / "a.json", tmp_path / "b.csv"]
+    write_atomically(paths[0], "before")
+    with pytest.raises(RuntimeError), staged({paths[0]: {"x": 1}, paths[1]: ["1\n"]}):
+        raise RuntimeError
+    assert plain_files(tmp_path) == {"a.json": b"before"}
+    with staged({paths[0]: {"x": np.float64(1)}, paths[1]: ["1\n", "2\n"]}):
+        assert not paths[1].exists()
+    assert plain_files(tmp_path) == {"a.json": b'{"x": 1.0}\n', "b.csv": b"1\n2\n"}
+    with pytest.raises(RuntimeError, match="halfway"), staged({paths[0]: write_half}):
+        raise AssertionError
+    assert paths[0].read_text() == '{"x": 1.0}\n'
+
+
+def write_half(file):
+    file.write(b"half")
+    raise RuntimeError("halfway")
+
+
+def test_only_what_dead_processes_left_is_swept(tmp_path):
+    folder = tmp_path / "layer_0"
+    folder.mkdir()
+    gone = [f".results.json.{DEAD}.tmp", f".write-test-{DEAD}", f"layer_0/.a_b0.png.{DEAD}.tmp"]
+    stay = [f".results.json.{os.getppid()}.tmp", ".mine.tmp", f".mine.{DEAD}.tmp", f"a.json.{DEAD}",
+            f"layer_0/.a.png.{DEAD}.tmp.bak"]  # fmt: skip
+    for name in gone + stay:
+        (tmp_path / name).touch()
+    with writable_folder(tmp_path):
+        found = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")}
+    assert found == {*stay, "layer_0"}
+
+
+def test_the_second_of_two_runs_is_told(home, capsys):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(home)
+        for main, argv, flag in COMMANDS.values():
+            run = Path("out") / ("AD-darkroom-seed0" if main is train.main else "")
+            with writable_folder(run):
+                line = refused(main, [*argv, flag, "out"], capsys)
+                assert f"another run is writing to {run}" in line
+            shutil.rmtree("out")
+
+
+def test_a_folder_without_locks_is_written_to(tmp_path, monkeypatch):
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("historylens.common.files.fcntl.flock", no_locks)
+    with writable_folder(tmp_path), writable_folder(tmp_path):
+        pass
+
+
+def test_what_an_interrupted_move_left_goes_where_the_rest_is(tmp_path):
+    names = ["a.png", "b.csv", "c.json"]
+    assert set_aside(tmp_path, names) is None
+    for number in (1, 2):
+        for name in names:
+            (tmp_path / name).write_text(str(number))
+        (tmp_path / f"earlier-{number}").mkdir()
+        os.replace(tmp_path / "a.png", tmp_path / f"earlier-{number}" / "a.png")  # interrupted
+        assert set_aside(tmp_path, names) == tmp_path / f"earlier-{number}"
+    assert plain_files(tmp_path / "earlier-1") == dict.fromkeys(names, b"1")
+
+
+@pytest.mark.parametrize(("signal_of", "code", "said"), [
+    (signal.SIGTERM, 143, ["terminated"]), (signal.SIGINT, 130, ["interrupted"]),
+    (signal.SIGKILL, -9, []),
+])  # fmt: skip
+def test_no_drawing_process_outlives_a_stopped_command(tmp_path, signal_of, code, said):
+    home, pictures = tmp_path / "home", tmp_path / "home" / "pictures"
+    pictures.mkdir(parents=True)
+
+    def main(_):
+        with Painter(2) as drawing:
+            for i in range(40):
+                drawing.draw(draw_slowly, pictures / str(i))
+
+    pid = started(main, [], home)
+    while len(drawn := [*pictures.iterdir()]) < 2:
+        time.sleep(0.01)
+    os.kill(pid, signal_of)
+    end = ended(pid, home)
+    assert (end.code, end.told) == (code, said)
+    time.sleep(0.1)
+    numbers = {int(path.read_text() or 0) for path in drawn} - {0}
+    assert numbers
+    assert all(map(is_over, numbers))
+    assert len([*pictures.iterdir()]) < 10
+
+
+def draw_slowly(path):
+    time.sleep(0.02)
+    path.write_text(str(os.getpid()))
+
+
+def is_over(pid):
+    try:
+        return "Z" in Path(f"/proc/{pid}/stat").read_text().split()[2]
+    except OSError:
+        return True
+
+
+def test_ctrl_c_ends_a_command_of_ours_while_it_loads_and_no_other(monkeypatch):
+    ours, other = Path(train.__file__), Path("/somewhere/train.py")
+    before = signal.getsignal(signal.SIGINT)
+    for file, handler in ((other, before), (ours, signal.SIG_DFL), ("/bin/historylens", 0)):
+        monkeypatch.setattr(sys.modules["__main__"], "__file__", str(file), raising=False)
+        importlib.reload(historylens.common)
+        assert signal.getsignal(signal.SIGINT) == handler
+        signal.signal(signal.SIGINT, before)
+
+
+def test_a_folder_of_a_stopped_run_says_that_it_is_incomplete(home):
+    argv = [*ANALYSIS, "--out=out"]
+    assert run_apart(visualize_attention.main, argv, home).code == 0
+    n_changes = len(home.with_name("changes").read_text().split())
+    assert "INCOMPLETE.txt" not in plain_files(home / "out")
+    assert run_apart(visualize_attention.main, argv, home, kill_at=n_changes - 1).code == -9
+    assert b"run its command again" in plain_files(home / "out")["INCOMPLETE.txt"]
+
+
+def damaged(text):
+    """Ways to spoil kept results, each a text of the file."""
+    content = json.loads(text)
+    returns = content["arms"]["full"]["returns"]
+    yield from ("", "{", "[" * 100_000, "[]", json.dumps(content | {"schema_version": 9}))
+    for value in ("NaN", "1e999", "1" + "0" * 400, '"a"', "[1]"):
+        returns[0][0][0] = "HERE"
+        yield json.dumps(content).replace('"HERE"', value)
+    returns[0][0][0] = 1
+    yield json.dumps(content | {"arms": {"full": content["arms"]["full"] | {"budget": 3}}})
+    content["arms"]["full"]["returns"] = returns[1:]
+    yield json.dumps(content)
+    content["arms"]["full"] |= {"returns": returns, "cost": {"decisions": None}}
+    yield json.dumps(content).replace("null", "Infinity")
+
+
+@pytest.mark.parametrize("name", [RESULTS, CONFIRMATION])
+def test_damaged_results_are_set_aside_and_played_again(tmp_path, monkeypatch, capsys, name):
+    monkeypatch.chdir(tmp_path)
+    wanted = {"strategies": ["random"], "budgets": [14], "seeds": 2, "episodes": 8, "confirm": 2}
+    path = Path("figs/compression") / name
+
+    def again():
+        compare(LeversAgent(), CompareConfig(**wanted, margin=0.4))
+        said = capsys.readouterr()
+        return " ".join(f"{said.out} {said.err}".split())
+
+    again()
+    whole, text = plain_files(path.parent), path.read_text()
+    known = json.loads(text)["fingerprint"]
+    for number, bad in enumerate(damaged(text), start=1):
+        path.write_text(bad)
+        found, aside = (
+            open_results(path.parent, known, name).found,
+            path.parent / f"earlier-{number}",
+        )
+        assert re.search(rf"\((a damaged {name}|of another version)\).* moved to {aside}", found)
+        assert (aside / name).read_text() == bad
+    path.unlink(missing_ok=True)
+    path.mkdir()
+    assert f"(a damaged {name}) were in {path.parent}: moved to" in again()
+    assert (path.parent / f"earlier-{number + 1}" / name).is_dir()
+    assert {name: plain_files(path.parent)[name] for name in whole} == whole
+
+
+@pytest.mark.parametrize("spoil", ["empty", "folder", "step", "log", "checkpoint", "other"])
+def test_a_damaged_resume_is_set_aside_and_the_run_begins_anew(home, spoil):
+    run = home / "checkpoints/AD-darkroom-seed0"
+    assert run_apart(train.main, TRAINING, home).code == 0
+    n_changes = len(home.with_name("changes").read_text().split())
+    whole = plain_files(run)
+    shutil.rmtree(run)
+    shutil.rmtree(home / "figs")
+    assert run_apart(train.main, TRAINING, home, kill_at=n_changes - 1).code == -9
+    resume = run / "resume.pt"
+    state = torch.load(resume)
+    if spoil in ("step", "log", "other"):
+        changed = {"step": {"step": 10**9}, "log": {"log": [{"best": 1}]}, "other": {"model": {}}}
+        torch.save(state | changed[spoil], resume)
+    elif spoil == "checkpoint":
+        [path.unlink() for path in run.glob("ckpt-*")]
+    else:
+        resume.unlink()
+        resume.mkdir() if spoil == "folder" else resume.touch()
+    end = run_apart(train.main, [*TRAINING, "--resume"], home)
+    assert end.code == 0
+    assert [line for line in end.err.splitlines() if line.startswith("note: ") and "moved" in line]
+    assert (run / "earlier-1/resume.pt").exists()
+    assert {name: plain_files(run)[name] for name in whole} == whole
+
+
+def test_a_file_in_the_folder_of_a_new_run_is_kept(home):
+    run = home / "checkpoints/AD-darkroom-seed0"
+    run.mkdir()
+    (run / "training.json").write_text("mine")
+    assert run_apart(train.main, TRAINING, home).code == 0
+    assert (run / "earlier-1/training.json").read_text() == "mine"
+
+
+class Odd(BaseException):
+    pass
+
+
+class Mute(Exception):
+    def __str__(self):
+        raise ValueError
+
+
+@pytest.mark.parametrize(("error", "line"), [
+    (ValueError("two\nlines"), "unexpected: ValueError: two lines; details in "),
+    (MemoryError(), "unexpected: MemoryError; "),
+    (RecursionError("deep"), "unexpected: RecursionError: deep; "),
+    (SystemExit("why"), "unexpected: SystemExit: why; "),
+    (Mute(), "unexpected: Mute; "), (Odd(1), "unexpected: Odd: 1; "),
+    (BrokenPipeError(32, "Broken pipe"), "error: Broken pipe; "),
+    (OSError(28, "No space left", "a.png"), "error: a.png: No space left; "),
+])  # fmt: skip
+def test_whatever_ends_a_command_is_one_line(error, line, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as end:
+        run_command(main)
+    said = capsys.readouterr().err
+    assert said.startswith(line)
+    assert said.count("\n") == 1
+    assert end.value.code == 1 + line.startswith("error")
+    assert [*map(str, tmp_path.iterdir())] == re.findall(r"details in (.*)\n", said)
+
+
+def test_ends_that_were_meant_stay_and_no_room_for_details_is_said(monkeypatch, capsys):
+    for code in (None, 0, 3):
+        with pytest.raises(SystemExit) if code else contextlib.nullcontext() as end:
+            run_command(lambda: sys.exit(code))  # noqa: B023
+        assert not code or end.value.code == code
+    monkeypatch.setattr("tempfile.tempdir", "/proc/none")
+    with pytest.raises(SystemExit):
+        run_command(lambda: 1 / 0)
+    said = "unexpected: ZeroDivisionError: division by zero; no room for its details\n"
+    assert capsys.readouterr().err == said
+
+
+def closed_pipe():
+    reader, writer = os.pipe()
+    os.close(reader)
+    return writer
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize(("console", "code", "said"), [
+    ({"out": "/dev/full"}, 1, "error: the console could not show all text; the files are whole"),
+    ({"err": "/dev/full"}, 1, None),
+    ({"out": "pipe"}, 0, None),
+    ({"out": None}, 0, None),
+    ({"out": None, "err": None}, 0, None),
+    ({"encoding": "ascii"}, 0, None),
+    ({"encoding": "cp1252"}, 0, None),
+])  # fmt: skip
+def test_the_console_stops_no_work(home, monkeypatch, name, console, code, said):
+    main, argv, flag = COMMANDS[name]
+    if console.get("out") == "pipe":
+        console = {"out": closed_pipe()}
+    end = run_apart(main, [*argv, flag, "out"], home, **console)
+    assert end.code == code
+    assert end.told == ([said] if said else [])
+    written = {Path(name).name for name in plain_files(home)}
+    last = {"analysis": "attention_layers.png", "comparison": "results.csv",
+            "training": "AD-darkroom-seed0.png"}[name]  # fmt: skip
+    assert last in written
+
+
+def test_without_shared_memory_one_process_draws_and_says_so(monkeypatch, capsys):
+    def locks():
+        raise PermissionError(13, "Permission denied")
+
+    fork = multiprocessing.get_context("fork")
+    monkeypatch.setattr(type(fork), "Lock", lambda self: locks())
+    assert painter.drawing_processes(100) == 1
+    assert "note: one process draws the pictures" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["metrics.json", "layer_0/attention_lines_sample0_layer0.png"])
+def test_a_file_that_must_not_change_is_told_first(tmp_path, monkeypatch, name):
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("mine")
+    real = os.access
+    monkeypatch.setattr(os, "access", lambda p, mode: Path(p) != path and real(p, mode))
+    with pytest.raises(UserError, match="is in the way"):
+        prepare_output(tmp_path, [0])
+    assert path.read_text() == "mine"
+
+
+def test_a_folder_that_goes_away_is_a_line(home, monkeypatch):
+    draw = painter.Painter.draw
+
+    def remove(self, *args, **kwargs):
+        shutil.rmtree("out", ignore_errors=True)
+        draw(self, *args, **kwargs)
+
+    monkeypatch.setattr(painter.Painter, "draw", remove)
+    end = run_apart(visualize_attention.main, [*ANALYSIS, "--out=out"], home)
+    assert (end.code, len(end.told)) == (2, 1)
+    assert re.match("error: out.*No such file or directory", end.told[0])
+
+
+@pytest.mark.parametrize("changed", [
+    {"WORLD_SIZE": "x"}, {"WORLD_SIZE": "0"}, {"RANK": "2"}, {"RANK": "-1"}, {"RANK": "a"},
+    {"LOCAL_RANK": "9"}, {"MASTER_PORT": "none"}, {"WORLD_SIZE": "9" * 20},
+])  # fmt: skip
+def test_an_environment_that_torchrun_never_made_is_told(monkeypatch, changed):
+    env = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost",
+           "MASTER_PORT": "29519"}  # fmt: skip
+    for name, value in (env | changed).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="start several processes with `torchrun"):
+        processes.join().__enter__()
+
+
+def test_a_process_that_waits_for_others_does_not_wait_for_ever(monkeypatch):
+    monkeypatch.setattr(processes, "FINDING", processes.timedelta(seconds=1))
+    env = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost"}
+    for name, value in (env | {"MASTER_PORT": "29518"}).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="the 2 processes of this job did not find each other"):
+        processes.join().__enter__()
+
+
+@pytest.mark.parametrize(("changed", "said"), [
+    (["--tf-n-layer=1000000000"], "GiB of memory"), (["--grid-size=100000"], "GiB of memory"),
+    (["--batch-size=1000000000"], "GiB of memory"), (["--final-rollouts=1000000000"], "memory"),
+    (["--horizon=1"], "no validation goal can be reached within --horizon 1"),
+    (["--epsilon-start=0", "--epsilon-end=1"], "--epsilon-end, got 0.0 and 1.0"),
+    (["--seed=12345678901234567890"], "--seed of at most"), (["--lr=1e300"], "--lr of at most"),
+    (["--device=meta"], "'meta', which is not there"), (["--checkpoints", "x" * 300], "too long"),
+])  # fmt: skip
+def test_what_cannot_be_is_refused_before_it_starts(home, monkeypatch, capsys, changed, said):
+    monkeypatch.chdir(home)
+    monkeypatch.setattr(training, "learning_histories", None)
+    assert said in refused(train.main, [*TRAINING, *changed], capsys)
+
+
+def test_memory_is_estimated_from_below(monkeypatch):
+    assert training._n_bytes(Settings()) < 2**31
+    with pytest.raises(UserError, match=r"about 1,024 GiB .* lower --seeds"):
+        expect_memory(2**40, "--seeds")
+    for dpi in (0, 1001):
+        with pytest.raises(UserError, match="--dpi"):
+            AnalysisConfig(dpi=dpi)
+    assert pick_device("cpu").type == "cpu"
+
+
+ADAPTER = """
+import itertools
+import numpy as np
+import torch
+from torch import nn
+from historylens import Decision
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+
+    def forward(self, x):
+        mask = torch.ones(x.shape[1], x.shape[1]).triu(1).bool()
+        return self.attention(x, x, x, attn_mask=mask)[0][:, -1]
+
+
+class Mute(BaseException):
+    def __str__(self):
+        raise ValueError
+
+
+def decision(**changed):
+    own = {"states": np.zeros(5), "actions": np.arange(5) % 3, "rewards": np.arange(5) % 2,
+           "query_state": np.zeros(1)}
+    return Decision(**own | changed)
+
+
+def load():
+    return Model()
+
+
+def samples(n, seed):
+    return [decision() for _ in range(n)]
+
+
+def logits(model, history):
+    x = history.actions.float()[..., None].expand(-1, -1, 4)
+    return model(torch.cat([x, x.new_zeros(len(x), 1, 4)], 1))
+
+
+def act(model, history):
+    return logits(model, history)
+"""
+
+
+def loaded(folder, *more, n=3):
+    """The agent of the adapter with some definitions replaced."""
+    path = folder / "mine.py"
+    path.write_text("\n".join([ADAPTER, *more]))
+    return load(path, n, 0, torch.device("cpu"), tell=lambda text: None)
+
+
+def test_an_endless_generator_gives_what_is_asked_for(tmp_path):
+    more = "def samples(n, seed): return (decision() for _ in itertools.count())"
+    assert len(loaded(tmp_path, more, n=7).decisions) == 7
+
+
+@pytest.mark.parametrize(
+    "error", ["Mute()", "SystemExit(3)", "GeneratorExit()", "OSError(28, 'a')"]
+)
+@pytest.mark.parametrize("name", ["load()", "samples(n, seed)", "act(model, history)"])
+def test_whatever_an_adapter_raises_is_its_own_line(tmp_path, name, error):
+    said = rf"{name.partition('(')[0]}\(\) raised {error.partition('(')[0]}"
+    with pytest.raises(UserError, match=said):
+        loaded(tmp_path, f"def {name}: raise {error}")
+
+
+@pytest.mark.parametrize("labels", [
+    "{'a': 10**400}", "{'a': 2**60}", "{'a': [1]}", "{'a': None}", "{'a': float('inf')}", "[1]",
+    "{'layer': 1}", "{'a': np.zeros(2)}",
+])  # fmt: skip
+def test_labels_that_no_table_holds_are_told(tmp_path, labels):
+    with pytest.raises(UserError, match="labels"):
+        loaded(tmp_path, f"def samples(n, seed): return [decision(labels={labels})]")
+
+
+def test_halves_of_characters_are_shown_as_what_can_be_written(tmp_path):
+    text = "decision(title='a\\ud800', labels={'b\\ud800': 'c\\udfff', (1, 2): 3})"
+    (one,) = loaded(tmp_path, f"def samples(n, seed): return [{text}]").decisions
+    assert (one.title, one.labels) == ("a?", {"b?": "c?", "(1, 2)": 3})
+
+
+@pytest.mark.parametrize(("task", "is_fit"), [
+    ("None", True), ("-5", True), ("np.int8(3)", True), ("10**30", False), ("1.5", False),
+    ("'a'", False), ("[1]", False), ("float('nan')", False),
+])  # fmt: skip
+def test_a_task_is_a_whole_number(tmp_path, task, is_fit):
+    more = f"def samples(n, seed): return [decision(task={task})]"
+    if is_fit:
+        assert loaded(tmp_path, more).decisions
+        return
+    with pytest.raises(UserError, match="task: expected a whole number"):
+        loaded(tmp_path, more)
+
+
+@pytest.mark.parametrize("given", [
+    "x.long()", "x > 0", "x.to(torch.complex64)", "x.to('meta')", "x.tolist()", "None",
+    "x.detach().numpy()", "x[0]", "x * float('nan')", "x.to_sparse()",
+])  # fmt: skip
+def test_logits_of_odd_types_are_told(tmp_path, given):
+    more = f"def act(model, history):\n    x = logits(model, history)\n    return {given}"
+    with pytest.raises(UserError, match=r"act\(\)"):
+        loaded(tmp_path, more)
+
+
+STATES, REWARDS, NOT = np.zeros((2, 1)), np.zeros(2), np.zeros(2, bool)
+GIVEN = {
+    "None": None, "text": "abcde", "five texts": tuple("abcde"),
+    "no states": (None, REWARDS, NOT, NOT, {}), "ragged": ([[1], [1, 2]], REWARDS, NOT, NOT, {}),
+    "wide": (np.zeros((2, 3)), REWARDS, NOT, NOT, {}), "no rewards": (STATES, None, NOT, NOT, {}),
+    "text rewards": (STATES, ["a", "b"], NOT, NOT, {}), "nan": (STATES, REWARDS / 0, NOT, NOT, {}),
+    "no ends": (STATES, REWARDS, [None, [1]], NOT, {}), "scalars": (0, 0, 0, 0, {}),
+    "infos": (STATES, REWARDS, NOT, NOT, [3]), "many": (np.zeros((3, 1)), REWARDS, NOT, NOT, {}),
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")
+@pytest.mark.parametrize("what", GIVEN)
+def test_what_an_environment_must_not_give_is_told(tmp_path, what):
+    adapter = loaded(tmp_path).adapter
+    rooms = SimpleNamespace(reset=lambda **_: (STATES, {}), step=lambda _: GIVEN[what])
+    adapter.module.make_env = lambda goals: rooms
+    rooms = GymRooms(adapter, np.zeros(1), 5, 0, np.zeros(2, int))
+    rooms.reset()
+    with pytest.raises(UserError, match="environment"):
+        rooms.step(np.zeros(2, int))
