@@ -233,9 +233,9 @@ def write_index(study: Study, plays: Plays, results: ResultsFile, facts: Mapping
 
     told = {"headline": "Recommendation", "advice": recommendation(study), "lines": []}
     verdicts = advice(study, POSITIONS[plays.positions])
-    tables = [("Arms, the highest return first", table(study)), ("Verdicts", verdicts)]
+    tables = [table(study).partition("\n")[::2], ("VERDICTS", verdicts)]
     names = (BY_BUDGET, BY_EPISODE)
-    figures = [Figure(results.path.with_name(f"{n}.png"), n, n.replace("_", " ")) for n in names]
+    figures = [Figure(results.path.with_name(f"{n}.png"), n.replace("_", " "), "") for n in names]
     title = f"Compressed history: {plays.agent.title}"
     lasting = {name: text for name, text in facts.items() if name not in ("Work", "Found")}
     write_page(results.path.parent, title, lasting, [told], tables, figures)

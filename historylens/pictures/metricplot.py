@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator
 
 from historylens.pictures.page import INK, SOFT, UNIFORM, UNIFORM_LINE, Page, make_room
 
@@ -69,6 +69,7 @@ def summary(path: str | Path, values: Values, uniform: Values, *, layer: int, dp
         axes.axvline(even, color=UNIFORM, lw=1.6, ls="--")
         axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
         if log:
+            axes.xaxis.set_major_locator(LogLocator(numticks=6))
             axes.xaxis.set_major_formatter("{:g}".format)
         else:
             axes.xaxis.set_major_locator(MaxNLocator(5))
