@@ -111,6 +111,7 @@ def test_a_position_outside_the_room_is_told(cell):
 def drawn(path, room, n_panels=1, dpi=100, **more):
     """The maps of a picture, `(rows, columns, 3)` pixels each, its texts, and the lines drawn."""
     names = [f"panel {i}" for i in range(n_panels)]
+    room_map(path, room, names, "a", "b", dpi=dpi, **more)  # what all share is drawn once
     with (
         mock.patch.object(Page, "paste", autospec=True, side_effect=Page.paste) as paste,
         mock.patch.object(Page, "text", autospec=True, side_effect=Page.text) as text,
@@ -224,8 +225,10 @@ def test_heads_stand_in_rows_of_layers(tmp_path):
     room = RoomMap.of(
         agent_of(2, 2), walk([(0, 0), (0, 1)]), np.tile(uniform(1), (6, 1)), uniform(1)
     )
+    args = tmp_path / "a.png", room, list("abcdef"), "a", "b"
+    room_map(*args, across=3, dpi=50)
     with mock.patch.object(Page, "paste", autospec=True) as paste:
-        room_map(tmp_path / "a.png", room, list("abcdef"), "a", "b", across=3, dpi=50)
+        room_map(*args, across=3, dpi=50)
     places = [call.args[1:3] for call in paste.call_args_list[:6]]
     assert len({left for left, _ in places}) == 3
     assert len({top for _, top in places[:3]}) == len({top for _, top in places[3:]}) == 1

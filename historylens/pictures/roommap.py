@@ -7,6 +7,7 @@ A cell's colour is the attention on transitions that ended in it, over what is u
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -67,34 +68,46 @@ def room_map(
     across: int | None = None, dpi: int,
 ) -> None:  # fmt: skip
     """Draw an `analysis.room.RoomMap`, its panels called `names`, `across` of them in a row."""
-    (n_rows, n_columns), n = room.even.shape, int(room.visits.sum())
+    n, goals = int(room.visits.sum()), np.reshape([] if room.goal is None else room.goal, (-1, 2))
+    page, grids = _sheet(tuple(names), room.even.shape, across, dpi)
+    page.restore()
+    page.heading(LEFT, title, f"{subtitle} · {counted(n, 'transition') if n else 'no history yet'}")
+    masses = room.attention.sum(axis=(1, 2))
+    for grid, name, ratio, mass in zip(grids, names, room.ratio, masses, strict=True):
+        name += f" · {mass:.0%} on history" if n else ""
+        page.text(grid.left, grid.top - 11, name, 9, weight="bold")
+        _draw_cells(grid, ratio)
+        steps = np.stack([room.path[:-1], room.path[1:]], axis=1)
+        _draw_marks(grid, steps, room.path[-1:], goals, np.argwhere(room.rewarded))
+    page.save(path)
+
+
+@lru_cache(maxsize=2)
+def _sheet(
+    names: tuple[str, ...], shape: tuple[int, int], across: int | None, dpi: int
+) -> tuple[Page, list[Grid]]:
+    """What all maps of one room have in common, drawn once."""
+    n_rows, n_columns = shape
     across = across or min(len(names), math.ceil(math.sqrt(len(names) * n_rows / n_columns)))
     wanted, most = np.array([SIDES.get(across, 230), 500]) / max(n_rows, n_columns)
     wanted = min(max(wanted, SMALLEST), most, LARGEST)
     cell = math.ceil(wanted * dpi / 100) * 100 / dpi  # a whole number of pixels
-    if n:
-        masses = room.attention.sum(axis=(1, 2))
-        names = [f"{x} · {mass:.0%} on history" for x, mass in zip(names, masses, strict=True)]
-    right = max(n_columns * cell, *(text_width(name, 9, "bold") for name in names)) + GAP
+    widths = [text_width(f"{name} · 100% on history", 9, "bold") for name in names]
+    right = max(n_columns * cell, *widths) + GAP
     down, n_down = n_rows * cell + BETWEEN, math.ceil(len(names) / across)
     end = TOP + max(n_down * down - BETWEEN, BAR) + BELOW
     width = max(LEFT + across * right + RIGHT, 740)
     below = end + LINE * len(CAPTION) + 6
-    page = Page(width, below + ICON * len(LEGEND) + 20, dpi)
-    page.heading(LEFT, title, f"{subtitle} · {counted(n, 'transition') if n else 'no history yet'}")
-    goals = np.reshape([] if room.goal is None else room.goal, (-1, 2))
-    for i, ratio in enumerate(room.ratio):
-        grid = Grid(page, LEFT + i % across * right, TOP + i // across * down, cell)
-        page.text(grid.left, grid.top - 11, names[i], 9, weight="bold")
-        _draw_cells(grid, ratio)
-        steps = np.stack([room.path[:-1], room.path[1:]], axis=1)
-        _draw_marks(grid, steps, room.path[-1:], goals, np.argwhere(room.rewarded))
-        _number(grid, ratio.shape, i % across == 0, i + across >= len(names))
+    page, grids = Page(width, below + ICON * len(LEGEND) + 20, dpi), []
+    for i in range(len(names)):
+        grids.append(Grid(page, LEFT + i % across * right, TOP + i // across * down, cell))
+        _number(grids[i], shape, i % across == 0, i + across >= len(names))
     _draw_bar(page, LEFT + across * right)
     for i, line in enumerate(CAPTION):
         page.text(LEFT, end + LINE * i, line, 8.5, color=SOFT)
     _draw_legend(Grid(page, LEFT, below, ICON))
-    page.save(path)
+    page.keep()
+    return page, grids
 
 
 def _draw_cells(grid: Grid, ratio: np.ndarray) -> None:
