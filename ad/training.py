@@ -25,14 +25,14 @@ from tqdm import tqdm
 
 from ad import checkpoints
 from ad.acting import Sliding, rollout_goals
-from ad.darkroom import optimal_return, split_goals
+from ad.darkroom import split_goals
 from ad.evaluation import progress_line, score
+from ad.sizes import check_sizes
 from ad.source import learning_histories, relative_return
 from ad.thinning import draw_batch
 from config import EnvConfig, ModelConfig, SourceConfig, TrainConfig
 from dataset import CONTEXT, ADDataset
 from historylens.agent import pick_device
-from historylens.common.batches import expect_memory
 from historylens.common.errors import STOPS, expect, note, told
 from historylens.common.files import set_aside, write_atomically
 from historylens.common.processes import ALONE, Group
@@ -59,13 +59,7 @@ def prepare(flags: argparse.Namespace, group: Group = ALONE) -> tuple[Settings, 
     group.equal_slice(settings.train.batch_size)
     thins = settings.train.history_dropout and settings.model.n_transit < 2
     expect(not thins, "expected --n-transit of at least 2 for --history-dropout to thin, got 1")
-    expect_memory(_n_bytes(settings), "the sizes")
-    (env, source, *_), what = settings, "expected --epsilon-start of at least --epsilon-end"
-    rates = source.epsilon_start, source.epsilon_end
-    expect(rates[0] >= rates[1], f"{what}, got {rates[0]} and {rates[1]}")
-    goals = split_goals(env.goal_seed, env.grid_size, env.n_test_goals, env.n_validation_goals)
-    is_near = optimal_return(goals["validation"], env.grid_size, env.horizon).any()
-    expect(is_near, f"no validation goal can be reached within --horizon {env.horizon}")
+    check_sizes(*settings)
     device = group.device(pick_device(flags.device))
     run = Path(flags.checkpoints) / (flags.run or f"AD-{settings.env.env}-seed{flags.seed}")
     if group.is_main:
@@ -75,18 +69,6 @@ def prepare(flags: argparse.Namespace, group: Group = ALONE) -> tuple[Settings, 
             is_ours = there.is_dir() and os.access(there, os.W_OK | os.X_OK)
             expect(is_ours, f"cannot write to {folder}: choose another folder with {flag}")
     return settings, run, device
-
-
-def _n_bytes(settings: Settings) -> float:
-    """Memory that a run takes at the least: histories, weights six times, a batch, rollouts."""
-    env, source, model, train = settings
-    cells, tokens = env.grid_size**2, 2 * model.n_transit
-    layers = model.tf_n_layer * (4 * model.tf_n_embd + 2 * model.tf_n_inner)  # numbers a token
-    weights = model.tf_n_embd * (layers + tokens + cells)
-    n_rooms = max(train.final_rollouts * env.n_test_goals, train.eval_rollouts)
-    steps = cells * source.n_streams * source.n_source_steps
-    steps += n_rooms * train.eval_episodes * env.horizon
-    return 8.0 * steps + 24.0 * weights + train.batch_size * tokens * layers
 
 
 def _check_run(run: Path, settings: Settings, resume: bool) -> None:

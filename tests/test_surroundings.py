@@ -3,7 +3,6 @@
 import contextlib
 import errno
 import importlib
-import json
 import multiprocessing
 import os
 import re
@@ -13,14 +12,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 from apart import ended, plain_files, run_apart, started, without_drawing
 from conftest import refused, sharp_model, write_checkpoint
-from levers import LeversAgent
 from test_kills import ANALYSIS, COMPARISON, TRAINING
 from test_visualize_attention import make_run
 
@@ -29,17 +25,14 @@ import historylens.common
 import train
 import visualize_attention
 from ad import training
+from ad.sizes import n_bytes
 from ad.training import Settings
-from historylens.adapter.agent import load
-from historylens.adapter.environment import GymRooms
 from historylens.agent import pick_device
 from historylens.analysis import AnalysisConfig
 from historylens.common import processes
 from historylens.common.batches import expect_memory
 from historylens.common.errors import UserError, run_command
-from historylens.common.files import set_aside, staged, writable_folder, write_atomically
-from historylens.comparison import CompareConfig, compare
-from historylens.comparison.results import CONFIRMATION, RESULTS, open_results
+from historylens.common.files import staged, writable_folder, write_atomically
 from historylens.pictures import painter, prepare_output
 from historylens.pictures.painter import Painter
 
@@ -172,18 +165,6 @@ def test_a_folder_without_locks_is_written_to(tmp_path, monkeypatch):
         pass
 
 
-def test_what_an_interrupted_move_left_goes_where_the_rest_is(tmp_path):
-    names = ["a.png", "b.csv", "c.json"]
-    assert set_aside(tmp_path, names) is None
-    for number in (1, 2):
-        for name in names:
-            (tmp_path / name).write_text(str(number))
-        (tmp_path / f"earlier-{number}").mkdir()
-        os.replace(tmp_path / "a.png", tmp_path / f"earlier-{number}" / "a.png")  # interrupted
-        assert set_aside(tmp_path, names) == tmp_path / f"earlier-{number}"
-    assert plain_files(tmp_path / "earlier-1") == dict.fromkeys(names, b"1")
-
-
 @pytest.mark.parametrize(("signal_of", "code", "said"), [
     (signal.SIGTERM, 143, ["terminated"]), (signal.SIGINT, 130, ["interrupted"]),
     (signal.SIGKILL, -9, []),
@@ -239,85 +220,6 @@ def test_a_folder_of_a_stopped_run_says_that_it_is_incomplete(home):
     assert "INCOMPLETE.txt" not in plain_files(home / "out")
     assert run_apart(visualize_attention.main, argv, home, kill_at=n_changes - 1).code == -9
     assert b"run its command again" in plain_files(home / "out")["INCOMPLETE.txt"]
-
-
-def damaged(text):
-    """Ways to spoil kept results, each a text of the file."""
-    content = json.loads(text)
-    returns = content["arms"]["full"]["returns"]
-    yield from ("", "{", "[" * 100_000, "[]", json.dumps(content | {"schema_version": 9}))
-    for value in ("NaN", "1e999", "1" + "0" * 400, '"a"', "[1]"):
-        returns[0][0][0] = "HERE"
-        yield json.dumps(content).replace('"HERE"', value)
-    returns[0][0][0] = 1
-    yield json.dumps(content | {"arms": {"full": content["arms"]["full"] | {"budget": 3}}})
-    content["arms"]["full"]["returns"] = returns[1:]
-    yield json.dumps(content)
-    content["arms"]["full"] |= {"returns": returns, "cost": {"decisions": None}}
-    yield json.dumps(content).replace("null", "Infinity")
-
-
-@pytest.mark.parametrize("name", [RESULTS, CONFIRMATION])
-def test_damaged_results_are_set_aside_and_played_again(tmp_path, monkeypatch, capsys, name):
-    monkeypatch.chdir(tmp_path)
-    wanted = {"strategies": ["random"], "budgets": [14], "seeds": 2, "episodes": 8, "confirm": 2}
-    path = Path("figs/compression") / name
-
-    def again():
-        compare(LeversAgent(), CompareConfig(**wanted, margin=0.4))
-        said = capsys.readouterr()
-        return " ".join(f"{said.out} {said.err}".split())
-
-    again()
-    whole, text = plain_files(path.parent), path.read_text()
-    known = json.loads(text)["fingerprint"]
-    for number, bad in enumerate(damaged(text), start=1):
-        path.write_text(bad)
-        found, aside = (
-            open_results(path.parent, known, name).found,
-            path.parent / f"earlier-{number}",
-        )
-        assert re.search(rf"\((a damaged {name}|of another version)\).* moved to {aside}", found)
-        assert (aside / name).read_text() == bad
-    path.unlink(missing_ok=True)
-    path.mkdir()
-    assert f"(a damaged {name}) were in {path.parent}: moved to" in again()
-    assert (path.parent / f"earlier-{number + 1}" / name).is_dir()
-    assert {name: plain_files(path.parent)[name] for name in whole} == whole
-
-
-@pytest.mark.parametrize("spoil", ["empty", "folder", "step", "log", "checkpoint", "other"])
-def test_a_damaged_resume_is_set_aside_and_the_run_begins_anew(home, spoil):
-    run = home / "checkpoints/AD-darkroom-seed0"
-    assert run_apart(train.main, TRAINING, home).code == 0
-    n_changes = len(home.with_name("changes").read_text().split())
-    whole = plain_files(run)
-    shutil.rmtree(run)
-    shutil.rmtree(home / "figs")
-    assert run_apart(train.main, TRAINING, home, kill_at=n_changes - 1).code == -9
-    resume = run / "resume.pt"
-    state = torch.load(resume)
-    if spoil in ("step", "log", "other"):
-        changed = {"step": {"step": 10**9}, "log": {"log": [{"best": 1}]}, "other": {"model": {}}}
-        torch.save(state | changed[spoil], resume)
-    elif spoil == "checkpoint":
-        [path.unlink() for path in run.glob("ckpt-*")]
-    else:
-        resume.unlink()
-        resume.mkdir() if spoil == "folder" else resume.touch()
-    end = run_apart(train.main, [*TRAINING, "--resume"], home)
-    assert end.code == 0
-    assert [line for line in end.err.splitlines() if line.startswith("note: ") and "moved" in line]
-    assert (run / "earlier-1/resume.pt").exists()
-    assert {name: plain_files(run)[name] for name in whole} == whole
-
-
-def test_a_file_in_the_folder_of_a_new_run_is_kept(home):
-    run = home / "checkpoints/AD-darkroom-seed0"
-    run.mkdir()
-    (run / "training.json").write_text("mine")
-    assert run_apart(train.main, TRAINING, home).code == 0
-    assert (run / "earlier-1/training.json").read_text() == "mine"
 
 
 class Odd(BaseException):
@@ -455,7 +357,7 @@ def test_a_process_that_waits_for_others_does_not_wait_for_ever(monkeypatch):
     (["--tf-n-layer=1000000000"], "GiB of memory"), (["--grid-size=100000"], "GiB of memory"),
     (["--batch-size=1000000000"], "GiB of memory"), (["--final-rollouts=1000000000"], "memory"),
     (["--horizon=1"], "no validation goal can be reached within --horizon 1"),
-    (["--epsilon-start=0", "--epsilon-end=1"], "--epsilon-end, got 0.0 and 1.0"),
+    (["--epsilon-start=0", "--epsilon-end=1"], "--epsilon-end 1.0, got 0.0"),
     (["--seed=12345678901234567890"], "--seed of at most"), (["--lr=1e300"], "--lr of at most"),
     (["--device=meta"], "'meta', which is not there"), (["--checkpoints", "x" * 300], "too long"),
 ])  # fmt: skip
@@ -466,140 +368,10 @@ def test_what_cannot_be_is_refused_before_it_starts(home, monkeypatch, capsys, c
 
 
 def test_memory_is_estimated_from_below(monkeypatch):
-    assert training._n_bytes(Settings()) < 2**31
+    assert n_bytes(*Settings()) < 2**31
     with pytest.raises(UserError, match=r"about 1,024 GiB .* lower --seeds"):
         expect_memory(2**40, "--seeds")
     for dpi in (0, 1001):
         with pytest.raises(UserError, match="--dpi"):
             AnalysisConfig(dpi=dpi)
     assert pick_device("cpu").type == "cpu"
-
-
-ADAPTER = """
-import itertools
-import numpy as np
-import torch
-from torch import nn
-from historylens import Decision
-
-
-class Model(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
-
-    def forward(self, x):
-        mask = torch.ones(x.shape[1], x.shape[1]).triu(1).bool()
-        return self.attention(x, x, x, attn_mask=mask)[0][:, -1]
-
-
-class Mute(BaseException):
-    def __str__(self):
-        raise ValueError
-
-
-def decision(**changed):
-    own = {"states": np.zeros(5), "actions": np.arange(5) % 3, "rewards": np.arange(5) % 2,
-           "query_state": np.zeros(1)}
-    return Decision(**own | changed)
-
-
-def load():
-    return Model()
-
-
-def samples(n, seed):
-    return [decision() for _ in range(n)]
-
-
-def logits(model, history):
-    x = history.actions.float()[..., None].expand(-1, -1, 4)
-    return model(torch.cat([x, x.new_zeros(len(x), 1, 4)], 1))
-
-
-def act(model, history):
-    return logits(model, history)
-"""
-
-
-def loaded(folder, *more, n=3):
-    """The agent of the adapter with some definitions replaced."""
-    path = folder / "mine.py"
-    path.write_text("\n".join([ADAPTER, *more]))
-    return load(path, n, 0, torch.device("cpu"), tell=lambda text: None)
-
-
-def test_an_endless_generator_gives_what_is_asked_for(tmp_path):
-    more = "def samples(n, seed): return (decision() for _ in itertools.count())"
-    assert len(loaded(tmp_path, more, n=7).decisions) == 7
-
-
-@pytest.mark.parametrize(
-    "error", ["Mute()", "SystemExit(3)", "GeneratorExit()", "OSError(28, 'a')"]
-)
-@pytest.mark.parametrize("name", ["load()", "samples(n, seed)", "act(model, history)"])
-def test_whatever_an_adapter_raises_is_its_own_line(tmp_path, name, error):
-    said = rf"{name.partition('(')[0]}\(\) raised {error.partition('(')[0]}"
-    with pytest.raises(UserError, match=said):
-        loaded(tmp_path, f"def {name}: raise {error}")
-
-
-@pytest.mark.parametrize("labels", [
-    "{'a': 10**400}", "{'a': 2**60}", "{'a': [1]}", "{'a': None}", "{'a': float('inf')}", "[1]",
-    "{'layer': 1}", "{'a': np.zeros(2)}",
-])  # fmt: skip
-def test_labels_that_no_table_holds_are_told(tmp_path, labels):
-    with pytest.raises(UserError, match="labels"):
-        loaded(tmp_path, f"def samples(n, seed): return [decision(labels={labels})]")
-
-
-def test_halves_of_characters_are_shown_as_what_can_be_written(tmp_path):
-    text = "decision(title='a\\ud800', labels={'b\\ud800': 'c\\udfff', (1, 2): 3})"
-    (one,) = loaded(tmp_path, f"def samples(n, seed): return [{text}]").decisions
-    assert (one.title, one.labels) == ("a?", {"b?": "c?", "(1, 2)": 3})
-
-
-@pytest.mark.parametrize(("task", "is_fit"), [
-    ("None", True), ("-5", True), ("np.int8(3)", True), ("10**30", False), ("1.5", False),
-    ("'a'", False), ("[1]", False), ("float('nan')", False),
-])  # fmt: skip
-def test_a_task_is_a_whole_number(tmp_path, task, is_fit):
-    more = f"def samples(n, seed): return [decision(task={task})]"
-    if is_fit:
-        assert loaded(tmp_path, more).decisions
-        return
-    with pytest.raises(UserError, match="task: expected a whole number"):
-        loaded(tmp_path, more)
-
-
-@pytest.mark.parametrize("given", [
-    "x.long()", "x > 0", "x.to(torch.complex64)", "x.to('meta')", "x.tolist()", "None",
-    "x.detach().numpy()", "x[0]", "x * float('nan')", "x.to_sparse()",
-])  # fmt: skip
-def test_logits_of_odd_types_are_told(tmp_path, given):
-    more = f"def act(model, history):\n    x = logits(model, history)\n    return {given}"
-    with pytest.raises(UserError, match=r"act\(\)"):
-        loaded(tmp_path, more)
-
-
-STATES, REWARDS, NOT = np.zeros((2, 1)), np.zeros(2), np.zeros(2, bool)
-GIVEN = {
-    "None": None, "text": "abcde", "five texts": tuple("abcde"),
-    "no states": (None, REWARDS, NOT, NOT, {}), "ragged": ([[1], [1, 2]], REWARDS, NOT, NOT, {}),
-    "wide": (np.zeros((2, 3)), REWARDS, NOT, NOT, {}), "no rewards": (STATES, None, NOT, NOT, {}),
-    "text rewards": (STATES, ["a", "b"], NOT, NOT, {}), "nan": (STATES, REWARDS / 0, NOT, NOT, {}),
-    "no ends": (STATES, REWARDS, [None, [1]], NOT, {}), "scalars": (0, 0, 0, 0, {}),
-    "infos": (STATES, REWARDS, NOT, NOT, [3]), "many": (np.zeros((3, 1)), REWARDS, NOT, NOT, {}),
-}  # fmt: skip
-
-
-@pytest.mark.filterwarnings("ignore:invalid value")
-@pytest.mark.parametrize("what", GIVEN)
-def test_what_an_environment_must_not_give_is_told(tmp_path, what):
-    adapter = loaded(tmp_path).adapter
-    rooms = SimpleNamespace(reset=lambda **_: (STATES, {}), step=lambda _: GIVEN[what])
-    adapter.module.make_env = lambda goals: rooms
-    rooms = GymRooms(adapter, np.zeros(1), 5, 0, np.zeros(2, int))
-    rooms.reset()
-    with pytest.raises(UserError, match="environment"):
-        rooms.step(np.zeros(2, int))

@@ -112,7 +112,8 @@ def _read(adapter: Adapter, index: int, given: Decision) -> Decision:
     check(is_fit, "query_episode", f"a whole number from {latest} on, the latest episode", now)
     is_whole = given.task is None or (_is_number(given.task) and given.task == int(given.task))
     check(is_whole, "task", "a whole number", kind(given.task))
-    title = " ".join(_shown(given.title).split()) or f"sample {index}"
+    with adapter.blamed(f"{where}.title"):
+        title = " ".join(_shown(given.title).split()) or f"sample {index}"
     title = title if len(title) <= MAX_TITLE else f"{title[: MAX_TITLE - 1]}…"
     about = {"title": title, "task": given.task, "query_episode": now}
     return Decision(**arrays, labels=_read_labels(check, given.labels), **about)

@@ -1,0 +1,140 @@
+"""What an adapter may give that no model, table or room can hold: one line, never a traceback."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from historylens.adapter.agent import load
+from historylens.adapter.environment import GymRooms
+from historylens.common.errors import UserError
+
+ADAPTER = """
+import itertools
+import numpy as np
+import torch
+from torch import nn
+from historylens import Decision
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+
+    def forward(self, x):
+        mask = torch.ones(x.shape[1], x.shape[1]).triu(1).bool()
+        return self.attention(x, x, x, attn_mask=mask)[0][:, -1]
+
+
+class Mute(BaseException):
+    def __str__(self):
+        raise ValueError
+
+
+def decision(**changed):
+    own = {"states": np.zeros(5), "actions": np.arange(5) % 3, "rewards": np.arange(5) % 2,
+           "query_state": np.zeros(1)}
+    return Decision(**own | changed)
+
+
+def load():
+    return Model()
+
+
+def samples(n, seed):
+    return [decision() for _ in range(n)]
+
+
+def logits(model, history):
+    x = history.actions.float()[..., None].expand(-1, -1, 4)
+    return model(torch.cat([x, x.new_zeros(len(x), 1, 4)], 1))
+
+
+def act(model, history):
+    return logits(model, history)
+"""
+
+
+def loaded(folder, *more, n=3):
+    """The agent of the adapter with some definitions replaced."""
+    path = folder / "mine.py"
+    path.write_text("\n".join([ADAPTER, *more]))
+    return load(path, n, 0, torch.device("cpu"), tell=lambda text: None)
+
+
+def test_an_endless_generator_gives_what_is_asked_for(tmp_path):
+    more = "def samples(n, seed): return (decision() for _ in itertools.count())"
+    assert len(loaded(tmp_path, more, n=7).decisions) == 7
+
+
+@pytest.mark.parametrize(
+    "error", ["Mute()", "SystemExit(3)", "GeneratorExit()", "OSError(28, 'a')"]
+)
+@pytest.mark.parametrize("name", ["load()", "samples(n, seed)", "act(model, history)"])
+def test_whatever_an_adapter_raises_is_its_own_line(tmp_path, name, error):
+    said = rf"{name.partition('(')[0]}\(\) raised {error.partition('(')[0]}"
+    with pytest.raises(UserError, match=said):
+        loaded(tmp_path, f"def {name}: raise {error}")
+
+
+@pytest.mark.parametrize("labels", [
+    "{'a': 10**400}", "{'a': 2**60}", "{'a': [1]}", "{'a': None}", "{'a': float('inf')}", "[1]",
+    "{'layer': 1}", "{'a': np.zeros(2)}",
+])  # fmt: skip
+def test_labels_that_no_table_holds_are_told(tmp_path, labels):
+    with pytest.raises(UserError, match="labels"):
+        loaded(tmp_path, f"def samples(n, seed): return [decision(labels={labels})]")
+
+
+def test_halves_of_characters_are_shown_as_what_can_be_written(tmp_path):
+    text = "decision(title='a\\ud800', labels={'b\\ud800': 'c\\udfff', (1, 2): 3})"
+    (one,) = loaded(tmp_path, f"def samples(n, seed): return [{text}]").decisions
+    assert (one.title, one.labels) == ("a?", {"b?": "c?", "(1, 2)": 3})
+
+
+@pytest.mark.parametrize(("task", "is_fit"), [
+    ("None", True), ("-5", True), ("np.int8(3)", True), ("10**30", False), ("1.5", False),
+    ("'a'", False), ("[1]", False), ("float('nan')", False),
+])  # fmt: skip
+def test_a_task_is_a_whole_number(tmp_path, task, is_fit):
+    more = f"def samples(n, seed): return [decision(task={task})]"
+    if is_fit:
+        assert loaded(tmp_path, more).decisions
+        return
+    with pytest.raises(UserError, match="task: expected a whole number"):
+        loaded(tmp_path, more)
+
+
+@pytest.mark.parametrize("given", [
+    "x.long()", "x > 0", "x.to(torch.complex64)", "x.to('meta')", "x.tolist()", "None",
+    "x.detach().numpy()", "x[0]", "x * float('nan')", "x.to_sparse()",
+])  # fmt: skip
+def test_logits_of_odd_types_are_told(tmp_path, given):
+    more = f"def act(model, history):\n    x = logits(model, history)\n    return {given}"
+    with pytest.raises(UserError, match=r"act\(\)"):
+        loaded(tmp_path, more)
+
+
+STATES, REWARDS, NOT = np.zeros((2, 1)), np.zeros(2), np.zeros(2, bool)
+GIVEN = {
+    "None": None, "text": "abcde", "five texts": tuple("abcde"),
+    "no states": (None, REWARDS, NOT, NOT, {}), "ragged": ([[1], [1, 2]], REWARDS, NOT, NOT, {}),
+    "wide": (np.zeros((2, 3)), REWARDS, NOT, NOT, {}), "no rewards": (STATES, None, NOT, NOT, {}),
+    "text rewards": (STATES, ["a", "b"], NOT, NOT, {}),
+    "nan": (STATES, np.full(2, np.nan), NOT, NOT, {}),
+    "no ends": (STATES, REWARDS, [None, [1]], NOT, {}), "scalars": (0, 0, 0, 0, {}),
+    "infos": (STATES, REWARDS, NOT, NOT, [3]), "many": (np.zeros((3, 1)), REWARDS, NOT, NOT, {}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", GIVEN)
+def test_what_an_environment_must_not_give_is_told(tmp_path, what):
+    adapter = loaded(tmp_path).adapter
+    rooms = SimpleNamespace(reset=lambda **_: (STATES, {}), step=lambda _: GIVEN[what])
+    adapter.module.make_env = lambda goals: rooms
+    rooms = GymRooms(adapter, np.zeros(1), 5, 0, np.zeros(2, int))
+    rooms.reset()
+    with pytest.raises(UserError, match="environment"):
+        rooms.step(np.zeros(2, int))
