@@ -10,7 +10,7 @@ import fuzz_files
 import numpy as np
 import pytest
 
-N_CASES = int(os.environ.get("FUZZ_CASES", "36"))
+N_CASES = int(os.environ.get("FUZZ_CASES", "30"))
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -14,13 +14,17 @@ import numpy as np
 import pytest
 import test_curveplot
 import test_headplot
+import test_learningplot
+import test_timestrip
 from levers import LeversAgent
 from matplotlib.figure import Figure
 from PIL import Image
 from test_pictures import UNIFORM, cells, metric_values, sample_of, sheet_of
+from test_room_map import agent_of, uniform, walk
 from test_study import judged, result
 
 from historylens import comparison
+from historylens.analysis.room import RoomMap
 from historylens.common.errors import UserError
 from historylens.common.files import FORMATS
 from historylens.comparison import CompareConfig, compare
@@ -28,10 +32,13 @@ from historylens.pictures import returns
 from historylens.pictures.curveplot import deletion_curves
 from historylens.pictures.headplot import head_effects
 from historylens.pictures.heatmap import Sheet, color_range, heatmap
+from historylens.pictures.learningplot import attention_over_learning
 from historylens.pictures.lineplot import line_plot
 from historylens.pictures.metricplot import course, summary
 from historylens.pictures.page import Page, save_figure
 from historylens.pictures.painter import Painter
+from historylens.pictures.roommap import room_map
+from historylens.pictures.timestrip import attention_over_time
 
 TOOL = Path(returns.__file__).parents[1]
 SVG = "{http://www.w3.org/2000/svg}"
@@ -39,6 +46,7 @@ SAMPLE = sample_of(2)
 STYLE = {"layer": 2, "heads": (0, 1), "dpi": 100}
 STUDY = judged(result("recent@10", 9.0), result("random@5", 4.0, noise=2.0))
 ABOUT = STUDY, returns.Picture("a model in a room", "4 goals x 6 seeds", 12.0, n_max=99)
+ROOM = RoomMap.of(agent_of(3, 3), walk([(0, 0), (0, 1), (1, 1)]), uniform(2)[None], uniform(2))
 CURVES = partial(deletion_curves, n_context=40, worst=test_curveplot.WORST, dpi=100)
 KINDS = {  # function, its numbers, its title, how many images are pasted
     "heatmap": (partial(heatmap, scale=color_range(SAMPLE), **STYLE), (SAMPLE,),
@@ -52,6 +60,13 @@ KINDS = {  # function, its numbers, its title, how many images are pasted
                "Effect of dropping history · 10 decisions", 0),
     "heads": (partial(head_effects, dpi=100), (test_headplot.made(), 32),
               "Which heads act, and what they read", 0),
+    "map": (partial(room_map, dpi=100), (ROOM, ["layer 0"], "Attention in the room", "one"),
+            "Attention in the room", 3),
+    "learning": (partial(attention_over_learning, dpi=100, title="Attention over learning"),
+                 (test_learningplot.made(),), "Attention over learning", 0),
+    "time": (partial(attention_over_time, dpi=100, **test_timestrip.TEXTS),
+             ({0: test_timestrip.play(20, 12)[0]}, np.array([0, 10]), np.arange(20) > 15),
+             "Attention over time · rollout 0", 2),
     "by budget": (returns.draw_by_budget, ABOUT,
                   "What compressed history earns · a model in a room", 0),
     "by episode": (returns.draw_by_episode, ABOUT, "How fast it adapts · a model in a room", 0),
