@@ -89,7 +89,6 @@ def find_checkpoint(where: str | Path) -> Choice:
 
 def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
     """Write a dict of plain types and tensors with its digest, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     content = content | {"digest": digest(content)}
     write_atomically(path, lambda file: torch.save(content, file))
 

@@ -51,6 +51,7 @@ def content(tiny_config):
 
 @pytest.fixture
 def path(tmp_path):
+    (tmp_path / "run").mkdir()
     return tmp_path / "run" / "ckpt-30.pt"
 
 

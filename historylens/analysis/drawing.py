@@ -25,6 +25,13 @@ from historylens.pictures.browse import figures_of, write_page
 from historylens.pictures.names import pictures_in
 from historylens.pictures.painter import Painter, drawing_processes
 
+EACH = {  # kinds of pictures of which there are many
+    "heatmap": "a heatmap and a line plot a sample",
+    "summary": "a summary a layer",
+    "map": "a map a sample",
+    "step heatmap": "a rollout step by step",
+}
+
 
 def draw(job: Job, passes: Sequence[Pass], results: Results | None, play: Play | None) -> int:
     """Draw this process's share, and with the results what compares samples; gives how many.
@@ -79,10 +86,9 @@ def finish(job: Job, results: Results, facts: Mapping[str, str], n_drawn: int) -
     title, is_single = f"Attention of {job.agent.title}", job.config.single_file
     page = write_page(job.out, title, facts, insights, texts, figures, is_single)
     (job.out / INCOMPLETE).unlink()  # fails where the folder is gone
-    once = sorted(one.path.name for one in pictures_in(job.out) if one.path.parent == job.out)
-    kinds = ["a heatmap and a line plot a sample", "a summary a layer"]
-    kinds += ["a map a sample"] if job.agent.room else []
-    kinds += [name for name in once if "_sample" not in name]
+    found = pictures_in(job.out)
+    kinds = [text for kind, text in EACH.items() if any(one.kind == kind for one in found)]
+    kinds += [one.path.name for one in found if one.sample is None and one.path.parent == job.out]
     drawn = f"{n_drawn} pictures in {job.out}/: {', '.join(kinds)}"
     drawn = drawn if n_drawn else f"No picture could be drawn in {job.out}/"
     return f"{drawn}. All of it on one page: {page}. All numbers: metrics.json, metrics.csv."
