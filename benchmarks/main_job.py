@@ -23,6 +23,7 @@ def random_run(folder: Path, n_transit: int) -> Path:
     torch.manual_seed(0)
     config, goals = ModelConfig(n_transit=n_transit), split_goals(0)["test"]
     content = {"step": 0, "config": to_dict(EnvConfig(), config), "goals": {"test": goals.tolist()}}
+    folder.mkdir(parents=True, exist_ok=True)
     path = folder / "ckpt-0.pt"
     save_checkpoint(path, content | {"model": ADTransformer(config).state_dict()})
     histories = learning_histories(goals, EnvConfig(), SourceConfig(), seed=0, n_streams=8)
