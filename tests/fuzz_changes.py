@@ -195,7 +195,7 @@ def odd_hdf5(data, rng):
             if kind == "array":
                 place = place if "/" in place else f"{place}/x"
                 odd = odd_array(array, rng)
-                file[place] = odd if odd.dtype.kind not in "UM" else np.zeros(3, "S1")
+                file[place] = odd if odd.dtype.kind not in "UMm" else np.zeros(3, "S1")
             elif kind == "soft":
                 file[place] = h5py.SoftLink(rng.choice(["/1", "/nowhere", f"/{place}"]))
             elif kind == "loop":
