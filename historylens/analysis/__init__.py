@@ -3,10 +3,10 @@
     historylens --adapter my_model.py                        # also: python visualize_attention.py
     historylens compare --adapter my_model.py                # `historylens.comparison`
 
-From an agent and its decisions through one forward pass with capture to rows of attention, metrics,
-insights, effects and files: `metrics.json` and `metrics.csv` in the output folder. Then, whatever
-becomes of them, pictures: `layer_N/*.png`, `attention_layers.png`, `deletion_curves.png`,
-`head_effects.png`.
+From an agent and its decisions, with `--play` those of its own play, through one forward pass with
+capture to rows of attention, metrics, insights, effects and files: `metrics.json` and `metrics.csv`
+in the output folder. Then, whatever becomes of them, pictures (`historylens.pictures` has their
+names), and `index.html` to browse them.
 """
 
 import argparse

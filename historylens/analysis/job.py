@@ -23,7 +23,7 @@ from tqdm import tqdm
 from historylens.agent import Agent, attend
 from historylens.capture import CaptureError, LayerAttention
 from historylens.common.batches import MAX_DRAWN, MAX_DRAWN_TOKENS, alike, is_out_of_memory
-from historylens.common.errors import UserError
+from historylens.common.errors import UserError, expect
 from historylens.common.processes import Group
 from historylens.history import Decision, History
 from historylens.metrics import Metrics
@@ -48,7 +48,8 @@ class Job:
         """Check everything; no file of an earlier run is touched.
 
         Raises:
-            UserError: there is no such layer or head, or the output folder cannot be written.
+            UserError: there is no such layer, head or rollout, the model to play reads no history,
+                or the output folder cannot be written.
         """
         from historylens.pictures import prepare_output
 
@@ -56,6 +57,11 @@ class Job:
         n_heads = [agent.n_heads[layer] for layer in layers]
         shared = _chosen("head", config.heads, min(n_heads))
         heads = [shared if config.heads else list(range(n)) for n in n_heads]
+        if config.plays:
+            expect(agent.n_max, f"{agent.title}: it reads no history: there is nothing to look at")
+            last = len(agent.environment.goals) * config.rollouts - 1
+            what = f"expected --trajectory in 0..{last}, a rollout, got {config.trajectory}"
+            expect(config.trajectory is None or config.trajectory <= last, what)
         job = cls(agent, config, group, layers, heads, Path(config.out))
         prepare_output(job.out, layers, job.followed)
         return job

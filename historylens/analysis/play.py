@@ -21,7 +21,7 @@ from historylens.agent import Environment, rollout
 from historylens.analysis.job import Job, attention_of, transition_rows
 from historylens.capture import CaptureError
 from historylens.common.batches import MAX_ROOMS, MAX_TOKENS_ACTING, even_parts
-from historylens.common.errors import UserError, expect
+from historylens.common.errors import UserError
 from historylens.history import Decision, History, HistoryBuffer, spread_decisions
 from historylens.tokens import sum_rows
 
@@ -94,14 +94,11 @@ def record(job: Job) -> Play:
     """Let the agent play each of its tasks, and watch it; the same on all processes of the job.
 
     Rollout i is of task `i % n_tasks`, and its action noise depends on the seed and on i alone.
-    UserError: the attention cannot be captured, or there is no such rollout to follow.
+    UserError: the attention cannot be captured.
     """
     agent, config, environment = job.agent, job.config, job.agent.environment
-    expect(agent.n_max, f"{agent.title}: it reads no history: there is nothing to look at")
     n_tasks, n_steps = len(environment.goals), config.episodes * environment.horizon
-    n_rollouts, followed = n_tasks * config.rollouts, config.trajectory
-    expected = f"expected --trajectory in 0..{n_rollouts - 1}, a rollout, got {followed}"
-    expect(followed is None or followed < n_rollouts, expected)
+    n_rollouts = n_tasks * config.rollouts
     size = min(MAX_ROOMS, max(1, MAX_TOKENS_ACTING // (agent.n_max + 1)))
     parts = even_parts(0, n_rollouts, size)
     own = job.group.share(len(parts))
