@@ -32,6 +32,7 @@ def make_history(size=2, n=12, seed=0, horizon=4, window=3):
         norm=torch.rand(size, n, generator=more),
         contribution=torch.randn(size, n, generator=more),
         tasks=torch.arange(size) // 2,
+        query_episodes=torch.arange(size) + 9,
     )
 
 

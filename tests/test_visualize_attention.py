@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import errno
 import io
 import json
 import os
@@ -159,6 +160,16 @@ def test_json_and_csv_agree(shown):
             per_sample = [float(r[name]) for r in averages if int(r["layer"]) == layer["layer"]]
             assert layer["over_samples"][name]["mean"] == pytest.approx(np.mean(per_sample))
             assert layer["over_samples"][name]["std"] == pytest.approx(np.std(per_sample))
+
+
+def test_the_map_of_a_sample_holds_all_the_attention_on_its_history(shown):
+    maps, layers = shown.json["drawn"]["maps"], shown.json["drawn"]["layers"]
+    assert maps.keys() == {"0", "1", "2"}
+    for index, own in maps.items():
+        assert own["panels"] == ["layer 0", "layer 1"]
+        for layer, attention in zip(("0", "1"), own["attention"], strict=True):
+            row = layers[layer][index]["query_rows"]["mean"]
+            assert sum(attention) == pytest.approx(sum(row[:-1]), rel=1e-4)
 
 
 def test_each_layer_runs_once_to_be_measured_and_once_to_be_drawn(home, monkeypatch):
@@ -414,6 +425,18 @@ def test_a_failure_before_the_first_picture_leaves_earlier_results(home, monkeyp
     monkeypatch.setattr(nn.TransformerEncoderLayer, "forward", broken)
     with pytest.raises(RuntimeError, match="broken layer"):
         main(["--out", "out"])
+    assert files_of(home / "out") == before
+
+
+def test_numbers_that_cannot_be_written_leave_earlier_results(home, monkeypatch):
+    before = earlier_result(home)
+
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        main(["--out", "out", "--num-samples", "2", "--num-effects", "0"])
     assert files_of(home / "out") == before
 
 
