@@ -46,15 +46,16 @@ def test_take_and_rows_choose_from_every_field():
     indices = torch.tensor([[0, 3], [2, 4]])
     shorter = history.take(indices)
     assert shorter.kept is indices
-    fields = known(history).keys() - ("last_rows", "head_attention", "query_states", "tasks")
+    of_decisions = "query_states", "query_episodes", "tasks"
+    fields = known(history).keys() - ("last_rows", "head_attention", *of_decisions)
     assert len(fields) == 9  # of transitions
     for b, kept in enumerate(indices.tolist()):
         for name in fields:
             assert torch.equal(getattr(shorter, name)[b], getattr(history, name)[b, kept])
         assert torch.equal(shorter.last_rows[b], history.last_rows[b][:, kept])
         assert torch.equal(shorter.head_attention[b], history.head_attention[b][..., kept])
-    assert torch.equal(shorter.query_states, history.query_states)
-    assert torch.equal(shorter.tasks, history.tasks)
+    for name in of_decisions:
+        assert torch.equal(getattr(shorter, name), getattr(history, name))
     chosen = known(shorter.rows(torch.tensor([1, 0, 1])))
     assert all(torch.equal(chosen[name], v[[1, 0, 1]]) for name, v in known(shorter).items())
 
