@@ -7,22 +7,42 @@ The settings of an analysis and of a comparison stand in `historylens.analysis` 
 import argparse
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from historylens.analysis import AnalysisConfig
 from historylens.common.errors import expect
 from historylens.common.settings import Settings, setting
 
+DEFAULTS_OF: dict[str, dict[str, Any]] = {  # what differs from the defaults below
+    "darkroom": {},
+    "darkroom-hard": {
+        "grid_size": 17, "initial_value": 0.03, "epsilon_start": 0.2, "n_replays": 1,
+        "n_source_steps": 6000, "n_streams": 12,
+    },
+    "key-to-door": {
+        "horizon": 50, "n_transit": 200, "initial_value": 0.03, "epsilon_start": 0.2,
+        "n_replays": 1, "n_source_steps": 6000, "n_train_goals": 2000, "n_streams": 2,
+    },
+}  # fmt: skip
+
 
 @dataclass(frozen=True)
 class EnvConfig(Settings):
-    """The task: a Dark Room, and which of its goals are kept from training."""
+    """The task, a Dark Room, and which of its goals are kept from training."""
 
-    env: str = "darkroom"  # the only one, so that no flag names it
+    env: str = setting(
+        "darkroom",
+        "task of Laskin et al. 2022; other defaults follow it",
+        choices=tuple(DEFAULTS_OF),
+    )
     grid_size: int = setting(9, "rows and columns of the room", at_least=2)
     horizon: int = setting(20, "steps an episode", at_least=1)
     n_test_goals: int = setting(8, "goals that neither training nor its choices see", at_least=1)
     n_validation_goals: int = setting(
         6, "goals not trained on, by which the checkpoint is chosen", at_least=1
+    )
+    n_train_goals: int | None = setting(
+        None, "goals to train on (default: all that are left)", at_least=1
     )
     goal_seed: int = setting(0, "seed of the split of the goals", at_least=0)
 
@@ -35,6 +55,9 @@ class SourceConfig(Settings):
     n_source_steps: int = setting(3000, "environment steps of each learning history", at_least=1)
     discount: float = setting(0.9, "discount of the Q-learner", fraction=True)
     step_size: float = setting(1.0, "step size of the Q-learner", fraction=True)
+    n_replays: int = setting(
+        0, "times that each episode is learned from again once it is over, backwards", at_least=0
+    )
     initial_value: float = setting(1.0, "optimistic initial action value")
     epsilon_start: float = setting(
         0.5, "highest exploration rate at the start; each history draws its own below it",
@@ -109,13 +132,15 @@ class TrainConfig(Settings):
     device: str = setting("auto", "cpu, cuda, or auto: cuda where there is one", "NAME")
 
 
-def two_numbers(text: str, between: str, expected: str) -> tuple[int, int]:
-    """Parse two whole numbers and the sign between them."""
+def numbers(text: str, between: str, expected: str) -> tuple[int, ...]:
+    """Parse two whole numbers and the sign between them, or several such pairs."""
     try:
-        first, second = map(int, text.split(between))
+        values = tuple(map(int, text.split(between)))
     except ValueError:
-        raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}") from None
-    return first, second
+        values = ()
+    if not values or len(values) % 2:
+        raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
+    return values
 
 
 _WHERE = "checkpoint file, run, or folder of runs: the latest in it"
@@ -129,14 +154,14 @@ class CheckpointConfig(Settings):
     histories: str | None = setting(
         None, "learning histories, .npz or .hdf5 (default: those beside the checkpoint)", "FILE"
     )
-    goal: list[tuple[int, int]] | None = setting(
-        None, "only histories of these goals", "ROW,COL",
-        type=partial(two_numbers, between=",", expected="ROW,COL, for example 0,5"),
+    goal: list[tuple[int, ...]] | None = setting(
+        None, "only histories of these goals; of Key-to-Door ROW,COL,ROW,COL", "ROW,COL",
+        type=partial(numbers, between=",", expected="ROW,COL, for example 0,5"),
     )  # fmt: skip
     history: list[int] | None = setting(None, "only these histories, by their number in the file")
     steps: tuple[int, int] | None = setting(
         None, "only decisions at these steps of a history", "FIRST:LAST",
-        type=partial(two_numbers, between=":", expected="FIRST:LAST, for example 1000:1999"),
+        type=partial(numbers, between=":", expected="FIRST:LAST, for example 1000:1999"),
     )  # fmt: skip
     stride: int = setting(1, "the context joins every so many episodes back", at_least=1)
 

@@ -35,13 +35,14 @@ class Histories:
     actions: np.ndarray  # (N, S) int
     rewards: np.ndarray  # (N, S) int or float
     next_states: np.ndarray  # (N, S, 2) int
-    goals: np.ndarray  # (N, 2) int, the goal of each history
+    goals: np.ndarray  # (N, 2 m) int, (row, column) of the m things hidden from each history
     horizon: int  # steps an episode
 
     def __post_init__(self) -> None:
         n, steps = self.actions.shape
         expected = dict.fromkeys(["actions", "rewards"], (n, steps))
-        expected |= dict.fromkeys(["states", "next_states"], (n, steps, 2)) | {"goals": (n, 2)}
+        expected |= dict.fromkeys(["states", "next_states"], (n, steps, 2))
+        expected |= {"goals": (n, 4 if self.goals.shape[1:] == (4,) else 2)}
         for name, shape in expected.items():
             array = getattr(self, name)
             beside = f"expected {name} of shape {shape} beside actions of shape {(n, steps)}"

@@ -12,12 +12,13 @@ numbers, and until it is finished `resume.pt`. Draws `figs/training/RUN.png`.
 import argparse
 import contextlib
 from pathlib import Path
+from typing import Any
 
 import historylens.common  # noqa: F401 - first: Ctrl-C while all else loads
 from ad.checkpoints import checkpoints_in
 from ad.evaluation import describe
 from ad.training import LOG_NAME, RESUME_NAME, finish, prepare, train
-from config import EnvConfig, ModelConfig, SourceConfig, TrainConfig
+from config import DEFAULTS_OF, EnvConfig, ModelConfig, SourceConfig, TrainConfig
 from historylens.common.errors import run_command
 from historylens.common.files import writable_folder
 from historylens.common.processes import join
@@ -31,13 +32,14 @@ def main(argv: list[str] | None = None) -> None:
         "source algorithm, a transformer that imitates them, and its evaluation in context."
     )
     flag = parser.add_argument
-    flag("--run", metavar="NAME", help="name of the run (default: AD-darkroom-seedSEED)")
+    flag("--run", metavar="NAME", help="name of the run (default: AD-ENV-seedSEED)")
     flag("--resume", action="store_true", help="go on with an interrupted run")
     flag("--checkpoints", metavar="DIR", default="checkpoints", help="where runs lie")
     flag("--figs", metavar="DIR", default="figs", help="where pictures go")
     add_flags(parser, TrainConfig, SourceConfig, EnvConfig, ModelConfig)
     with join() as group, contextlib.ExitStack() as held:
         with group.told_once():
+            parser.set_defaults(**defaults_of(argv))
             flags = parser.parse_args(argv)
         with group.together():
             settings, run, device = prepare(flags, group)
@@ -54,6 +56,13 @@ def main(argv: list[str] | None = None) -> None:
             (run / RESUME_NAME).unlink(missing_ok=True)  # last: until here a resume does the rest
             print(describe(result, checkpoints_in(run)[-1]))
             print(f"All numbers: {run / LOG_NAME}, learning curves: {picture}")
+
+
+def defaults_of(argv: list[str] | None) -> dict[str, Any]:
+    """Defaults of the task that the arguments name."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--env", nargs="?", default=EnvConfig.env)
+    return DEFAULTS_OF.get(parser.parse_known_args(argv)[0].env, {})
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ transition, whose keys and values are kept, and the query, whose are not. When t
 drops out every position shifts, and all is read anew.
 """
 
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -20,12 +21,16 @@ from tqdm import tqdm
 from ad.darkroom import DarkRoom
 from historylens.agent import rollout
 from historylens.common.batches import MAX_ROOMS
+from historylens.comparison.policy import CompressedPolicy
+from historylens.compression.method import METHODS
 from historylens.history import History, HistoryBuffer
 from model import ADTransformer
 
 TOKENS_AT_ONCE = 2**12  # on a CPU: what a layer makes of more of them outgrows its cache
 
+COMPRESSION = METHODS["rewarded-recent"], 10  # transitions, of which a model reads as many as fit
 Sliding = Literal["step", "episode"]
+Reads = Literal["step", "episode", "compressed"]
 
 
 @torch.inference_mode()
@@ -107,27 +112,44 @@ class SlidingPolicy:
         return _walk(model, tokens, self._cache, n_past)
 
 
+class _Reader:
+    """A model as `CompressedPolicy` takes it."""
+
+    rewarded_above = 0.0
+
+    def __init__(self, model: ADTransformer) -> None:
+        self.n_max, self.device = model.n_context_max, model.pred_action.weight.device
+        self.act = partial(fast_logits, model)
+
+
 def rollout_goals(
     model: ADTransformer,
     goals: np.ndarray,
     n_episodes: int,
     seed: int,
     horizon: int = 20,
-    sliding: Sliding = "step",
+    reads: Reads = "step",
     progress: str | None = None,
+    env: str = "darkroom",
 ) -> np.ndarray:
     """Act for many episodes in many rooms at once, with actions drawn from the model's policy.
 
-    The history grows through all episodes of `horizon` steps. `goals` `(N, 2)` int may repeat. The
-    action noise of room i depends on `seed` and i alone. `sliding` and errors are those of
-    `SlidingPolicy`; `progress` labels a progress bar, if one is wanted. Gives the reward of each
-    episode, `(N, n_episodes)` int.
+    The history grows through all episodes of `horizon` steps. `goals` `(N, 2 m)` int of the task
+    `env` may repeat. What happens by chance in room i depends on `seed` and i alone. `reads` is how
+    a `SlidingPolicy` slides, with its errors, or "compressed": the model reads what `COMPRESSION`
+    leaves. `progress` labels a progress bar, if one is wanted. Gives the reward of each episode,
+    `(N, n_episodes)` int.
     """
     n_steps, n_blocks, parts = n_episodes * horizon, max(1, -(-len(goals) // MAX_ROOMS)), []
     with tqdm(total=n_steps * len(goals), desc=progress, disable=not progress, leave=False) as bar:
         for rooms in np.array_split(np.arange(len(goals)), n_blocks):
-            environment = DarkRoom(goals[rooms], model.config.grid_size, horizon)
-            policy = SlidingPolicy(model, len(rooms), sliding, horizon)
+            room = model.config.grid_size, horizon, env, seed + rooms
+            environment = DarkRoom(goals[rooms], *room)
+            if reads == "compressed":
+                method, n_keep = COMPRESSION
+                policy = CompressedPolicy(_Reader(model), method, min(n_keep, model.n_context_max))
+            else:
+                policy = SlidingPolicy(model, len(rooms), reads, horizon)
             noises = [np.random.default_rng((seed, room)) for room in rooms]
             parts.append(rollout(environment, policy, n_steps, noises, bar)[0])
     return np.concatenate(parts).reshape(len(goals), n_episodes, horizon).sum(axis=2)

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from ad.acting import fast_logits
-from ad.checkpoints import MAX_WEIGHT, Checkpoint, find_checkpoint, is_dark_room, load_checkpoint
-from ad.darkroom import N_ACTIONS, DarkRoom, optimal_return
-from ad.decisions import Filter, HistoryDecisions, choose_decisions
+from ad.checkpoints import MAX_WEIGHT, Checkpoint, find_checkpoint, load_checkpoint, task_of
+from ad.darkroom import N_ACTIONS, TASKS, DarkRoom, optimal_return
+from ad.decisions import Filter, HistoryDecisions, Place, choose_decisions
 from ad.histories import histories_path, read_histories
 from config import EnvConfig
 from historylens.agent import Agent, Environment
@@ -25,7 +25,6 @@ OF_HISTORIES = ("histories", "goal", "history", "steps", "stride")  # settings o
 class ADAgent(Agent):
     """A checkpoint's model, with or without decisions, each with a full context."""
 
-    label_columns = ("goal_row", "goal_col", "history", "step", "stride")
     can_place = True
 
     def __init__(
@@ -42,7 +41,11 @@ class ADAgent(Agent):
         self.n_max, self.room = self.model.n_context_max, (config.grid_size, config.grid_size)
         self.layers = [f"transformer_encoder.layers.{i}" for i in range(config.tf_n_layer)]
         self.n_heads = [config.tf_n_head] * config.tf_n_layer
-        self.title = f"AD in Dark Room, {config.tf_n_layer} layers, {config.n_transit} tokens"
+        self.env = task_of(checkpoint.config)
+        self.task = TASKS[self.env or "darkroom"]
+        self.label_columns = *self.task.columns, *Place._fields
+        title = self.task.title if self.env else "a grid world"
+        self.title = f"AD in {title}, {config.tf_n_layer} layers, {config.n_transit} tokens"
 
     def act(self, history: History, positions: Tensor | None = None) -> Tensor:
         """Action logits `(B, A)`, by a walk of the encoder that spares what only others need."""
@@ -67,13 +70,14 @@ class ADAgent(Agent):
 
     @cached_property
     def environment(self) -> Environment:
-        """Dark Room, on the test goals of the checkpoint; UserError: there are none that fit it."""
+        """Its task, on the test goals of the checkpoint; UserError: there are none that fit it."""
         path, config, goals = self.checkpoint.path, self.checkpoint.config, self.checkpoint.goals
         n_actions = self.model.config.num_actions
         expect(
-            is_dark_room(config) and n_actions == N_ACTIONS,
-            f"{path}: expected a model of env 'darkroom' with {N_ACTIONS} actions to act, got "
-            f"env {config.get('env')!r} with {n_actions}; its attention can be shown",
+            self.env and n_actions == N_ACTIONS,
+            f"{path}: expected a model of env {' or '.join(map(repr, TASKS))} with {N_ACTIONS} "
+            f"actions to act, got env {config.get('env')!r} with {n_actions}; its attention can be "
+            "shown",
         )
         goals = goals.get("test")
         expect(
@@ -81,15 +85,16 @@ class ADAgent(Agent):
             f"{path} holds no test goals: expected its goals to have a list 'test', goals that "
             "the model was not trained on; train again, or name another --checkpoint",
         )
-        horizon, cells = config.get("horizon") or EnvConfig.horizon, np.array(goals)
-        room = {"grid_size": self.model.config.grid_size, "horizon": horizon}
+        horizon, goals = config.get("horizon") or EnvConfig.horizon, np.array(goals)
+        room = {"grid_size": self.model.config.grid_size, "horizon": horizon, "env": self.env}
+        noun = "goal" if len(self.task.hidden) == 1 else "task"
         return Environment(
-            goals=tuple(f"({row}, {col})" for row, col in cells.tolist()),
+            goals=tuple(self.task.titled(goal).removeprefix("goal ") for goal in goals),
             horizon=horizon,
-            make=lambda numbers: DarkRoom(cells[numbers], **room),
-            best=tuple(optimal_return(cells, **room).tolist()),
-            named=("goal", "never trained on"),
-            goal_states=cells,
+            make=lambda numbers, seeds: DarkRoom(goals[numbers], **room, seeds=seeds),
+            best=tuple(optimal_return(goals, **room).tolist()),
+            named=(noun, "never trained on"),
+            goal_states=goals.reshape(len(goals), -1, 2),
         )
 
 
@@ -126,7 +131,8 @@ def load_for_analysis(
         only = Filter(config.goal, config.history, config.steps)
         which = config.num_samples, config.seed, config.stride, only
         places = choose_decisions(histories, n_context, *which)
-        decisions = HistoryDecisions(histories, places, n_context, above)
+        task = TASKS[task_of(checkpoint.config) or "darkroom"]
+        decisions = HistoryDecisions(histories, places, n_context, above, task)
         used, steps = list({place.history for place in places}), [place.step for place in places]
         goals = histories.goals
         n_goals, n_goals_used = (len(np.unique(part, axis=0)) for part in (goals, goals[used]))

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ad.darkroom import TASKS
 from ad.pickles import digest, load_plain
 from config import NEEDED, READ_FROM_CHECKPOINTS, ModelConfig
 from historylens.common.errors import UserError, expect
@@ -153,7 +154,7 @@ def load_checkpoint(
         for name, tensor in model.state_dict().items():
             is_sane = tensor.abs().max() <= largest  # NaN is not
             expect(is_sane, f"{name} is not finite or beyond {largest:g}: {how}")
-        goals = _checked_goals(content.get("goals") or split_of(config), config["grid_size"])
+        goals = _checked_goals(content.get("goals") or split_of(config), config)
     return Checkpoint(Path(path), content["step"], config, model.to(device).eval(), goals)
 
 
@@ -186,13 +187,15 @@ def _model_of(config: dict[str, Any], weights: dict[str, Tensor], size: int) -> 
     return model
 
 
-def _checked_goals(goals: dict[str, Any], size: int) -> dict[str, list[list[int]]]:
-    """The same in plain lists; UserError unless they are cells of a room of `size` x `size`."""
-    parts = {name: [[*cell] for cell in cells] for name, cells in dict.items(goals)}
-    cells = [cell for part in parts.values() for cell in part]
-    fit = all(type(x) is int and 0 <= x < size for cell in cells for x in cell)
-    fit &= {*map(len, cells)} <= {2} and len(cells) <= 3 * size**2
-    expect(fit, f"its goals do not fit its room: expected [row, col] with entries 0..{size - 1}")
+def _checked_goals(goals: dict[str, Any], config: dict[str, Any]) -> dict[str, list[list[int]]]:
+    """The same in plain lists; UserError unless they are goals of the task of a config."""
+    size, hidden = config["grid_size"], TASKS[task_of(config) or "darkroom"].hidden
+    parts = {name: [[*goal] for goal in goals] for name, goals in dict.items(goals)}
+    goals = [goal for part in parts.values() for goal in part]
+    fit = all(type(x) is int and 0 <= x < size for goal in goals for x in goal)
+    fit &= {*map(len, goals)} <= {2 * len(hidden)} and len(goals) <= 3 * size ** (2 * len(hidden))
+    each = ", ".join(f"row and column of the {name}" for name in hidden)
+    expect(fit, f"its goals do not fit its room: expected [{each}] with entries 0..{size - 1}")
     return parts
 
 
@@ -204,7 +207,7 @@ def split_of(config: dict[str, Any]) -> dict[str, list[list[int]]]:
     "test". Empty where the config does not tell.
     """
     seed, ratio = config.get("env_split_seed"), config.get("train_env_ratio")
-    if not is_dark_room(config) or seed is None or ratio is None:
+    if task_of(config) != "darkroom" or seed is None or ratio is None:
         return {}
     cells = list(range(config["grid_size"] ** 2))
     random.Random(seed).shuffle(cells)
@@ -213,6 +216,11 @@ def split_of(config: dict[str, Any]) -> dict[str, list[list[int]]]:
     return {"train": goals[:n_train], "test": goals[n_train:]}
 
 
-def is_dark_room(config: dict[str, Any]) -> bool:
-    """Whether a model was trained in the plain Dark Room: a goal a room, the same moves in all."""
-    return re.sub(r"[\W_]", "", str(config.get("env", "darkroom"))).lower() == "darkroom"
+def task_of(config: dict[str, Any]) -> str | None:
+    """The name in `TASKS` of the task that a model was trained on; None: another.
+
+    Existing code spells the plain Dark Room in several ways; its other tasks differ from ours.
+    """
+    env = str(config.get("env", "darkroom"))
+    name = re.sub(r"[\W_]", "", env).lower()
+    return "darkroom" if name == "darkroom" else env if env in TASKS else None

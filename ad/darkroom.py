@@ -1,11 +1,24 @@
-"""Dark Room, the grid world of Laskin et al. 2022 (section 4), for many goals at once.
+"""The Dark Room tasks of Laskin et al. 2022 (section 4), for many goals at once.
 
-An agent starts in the centre of a square room and sees its own position alone: the goal is hidden,
-and only the reward, 1 on every step spent on it, tells where it is. Episodes have a fixed length.
+An agent walks in a square room and sees its own position alone: what it looks for is hidden, and
+only the reward tells where it is. Episodes have a fixed length and go on when all is found.
 
-    room = DarkRoom(goals=all_goals(9))                 # 81 rooms side by side
+- `darkroom`, Dark Room: 9 x 9, 20 steps from the centre; reward 1 on every step on the goal.
+- `darkroom-hard`, Dark Room Hard: 17 x 17, 20 steps from the centre; reward 1 exactly once an
+  episode, for reaching the goal.
+- `key-to-door`, Dark Key-to-Door: 9 x 9, 50 steps from a cell drawn at random; reward 1 once for
+  the key, which must be found first, and 1 once for the door. 6,561 tasks, one a pair of cells;
+  where both are one cell, the door takes another step on it.
+
+Public code differs: in some the episode ends with the last reward, or Key-to-Door starts in the
+centre.
+
+    room = DarkRoom(goals=all_goals(9))     # 81 rooms side by side
     states, rewards, done = room.step(np.full(81, 2))   # everyone one column to the right
 """
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -16,24 +29,68 @@ MOVES = np.array([[1, 0], [-1, 0], [0, 1], [0, -1], [0, 0]], dtype=np.int64)
 N_ACTIONS = len(MOVES)
 
 
-class DarkRoom:
-    """`N` rooms of `grid_size**2` cells stepped together, one goal (row, column) of `(N, 2)` each.
+@dataclass(frozen=True)
+class Task:
+    """What tells one task from another."""
 
-    The start is the cell in the centre; an episode has `horizon` steps.
+    title: str
+    hidden: tuple[str, ...] = ("goal",)  # what is looked for, in this order: a cell of each
+    is_once: bool = True  # each pays once an episode, when it is its turn; else on every step
+    starts_anywhere: bool = False  # in a cell drawn for each episode; else in the centre
+
+    @property
+    def columns(self) -> list[str]:
+        """Names of the `2 m` numbers of a goal: `goal_row`, `goal_col`."""
+        return [f"{name}_{part}" for name in self.hidden for part in ("row", "col")]
+
+    def titled(self, goal: Sequence[int]) -> str:
+        """A goal `(2 m,)` in words: `goal (2, 7)`, or `key (2, 7), door (0, 1)`."""
+        pairs = zip(self.hidden, goal[::2], goal[1::2], strict=True)
+        return ", ".join(f"{name} ({row}, {col})" for name, row, col in pairs)
+
+
+TASKS = {
+    "darkroom": Task("Dark Room", is_once=False),
+    "darkroom-hard": Task("Dark Room Hard"),
+    "key-to-door": Task("Dark Key-to-Door", ("key", "door"), starts_anywhere=True),
+}
+
+
+class DarkRoom:
+    """`N` rooms of `grid_size**2` cells stepped together, one goal of `(N, 2 m)` each.
+
+    A goal is (row, column) of each of the `m` hidden things of `TASKS[env]`. An episode has
+    `horizon` steps. Where it starts by chance, that depends on the room's own of `seeds` `(N,)`.
     """
 
-    def __init__(self, goals: np.ndarray, grid_size: int = 9, horizon: int = 20) -> None:
+    def __init__(
+        self,
+        goals: np.ndarray,
+        grid_size: int = 9,
+        horizon: int = 20,
+        env: str = "darkroom",
+        seeds: Sequence[int] | None = None,
+    ) -> None:
         self.goals, self.grid_size, self.horizon = np.asarray(goals), grid_size, horizon
-        if self.goals.shape[1:] != (2,) or not _are_below(self.goals, grid_size):
-            expected = f"expected goals of shape (N, 2) with entries 0..{grid_size - 1}"
+        self.task = TASKS[env]
+        width = 2 * len(self.task.hidden)
+        if self.goals.shape[1:] != (width,) or not _are_below(self.goals, grid_size):
+            expected = f"expected goals of shape (N, {width}) with entries 0..{grid_size - 1}"
             raise ValueError(f"{expected}, got {self.goals.tolist()}")
         self.n_rooms = len(self.goals)
+        if self.task.starts_anywhere:
+            seeds = range(self.n_rooms) if seeds is None else seeds
+            self._chance = [np.random.default_rng((int(seed), 1)) for seed in seeds]
         self.reset()
 
     def reset(self) -> np.ndarray:
-        """Put every agent in the centre; returns `(N, 2)` states."""
+        """Put every agent where an episode starts; returns `(N, 2)` states."""
         self.n_steps = 0
-        self.states = np.tile(start_state(self.grid_size), (self.n_rooms, 1))
+        self.n_found = np.zeros(self.n_rooms, dtype=np.int64)  # hidden things, of this episode
+        self.states = np.full((self.n_rooms, 2), self.grid_size // 2)
+        if self.task.starts_anywhere:
+            drawn = [rng.integers(self.grid_size, size=2) for rng in self._chance]
+            self.states = np.array(drawn).reshape(-1, 2)
         return self.states
 
     def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, bool]:
@@ -50,7 +107,11 @@ class DarkRoom:
             raise ValueError(f"{expected}, got {actions.tolist()}")
         self.states = np.clip(self.states + MOVES[actions], 0, self.grid_size - 1)
         self.n_steps += 1
-        rewards = (self.states == self.goals).all(axis=1).astype(np.int64)
+        cells = self.goals.reshape(self.n_rooms, -1, 2)
+        wanted = np.minimum(self.n_found, cells.shape[1] - 1)  # the one whose turn it is
+        is_there = (self.states == cells[np.arange(self.n_rooms), wanted]).all(axis=1)
+        rewards = (is_there & (self.n_found < cells.shape[1])).astype(np.int64)
+        self.n_found = self.n_found + rewards * self.task.is_once
         return self.states, rewards, self.n_steps == self.horizon
 
 
@@ -59,41 +120,53 @@ def _are_below(values: np.ndarray, n: int) -> bool:
     return values.dtype.kind in "iu" and bool(((values >= 0) & (values < n)).all())
 
 
-def start_state(grid_size: int) -> np.ndarray:
-    """(row, column) of the cell in which every episode starts: `(2,)` int."""
-    return np.full(2, grid_size // 2)
+def all_goals(grid_size: int, env: str = "darkroom") -> np.ndarray:
+    """Every goal of a task, row by row: `(grid_size ** (2 m), 2 m)` int."""
+    n_numbers = 2 * len(TASKS[env].hidden)
+    return np.indices((grid_size,) * n_numbers).reshape(n_numbers, -1).T
 
 
-def all_goals(grid_size: int) -> np.ndarray:
-    """Every cell of the room, row by row: `(grid_size**2, 2)` int."""
-    return np.stack(np.divmod(np.arange(grid_size**2), grid_size), axis=1)
+def optimal_return(
+    goals: np.ndarray, grid_size: int = 9, horizon: int = 20, env: str = "darkroom"
+) -> np.ndarray:
+    """Best possible reward an episode for each goal, `(N,)` for goals `(N, 2 m)`.
 
-
-def optimal_return(goals: np.ndarray, grid_size: int = 9, horizon: int = 20) -> np.ndarray:
-    """Best possible reward an episode for each goal, `(N,)` for goals `(N, 2)`.
-
-    The first step already earns where the goal is the start or a neighbour of it, so a goal
-    `d >= 1` steps away earns on the steps `d .. horizon`.
+    The first step already earns where the goal is the start or a neighbour of it. A goal `d >= 1`
+    steps away earns on the steps `d .. horizon`, or once. The mean over all cells in which an
+    episode may start.
     """
-    distance = np.abs(np.asarray(goals) - start_state(grid_size)).sum(axis=1)
-    return np.maximum(horizon + 1 - np.maximum(distance, 1), 0)
+    task, goals = TASKS[env], np.asarray(goals)
+    cells = goals.reshape(len(goals), -1, 2)
+    starts = np.full((1, 2), grid_size // 2)
+    starts = all_goals(grid_size) if task.starts_anywhere else starts
+    steps = np.abs(cells[:, None, 0] - starts).sum(axis=2).clip(1)  # (N, starts)
+    if not task.is_once:
+        return (horizon + 1 - steps[:, 0]).clip(0)
+    between = np.abs(np.diff(cells, axis=1)).sum(axis=2).clip(1).cumsum(axis=1)  # (N, m - 1)
+    arrivals = np.concatenate([steps[:, None], steps[:, None] + between[:, :, None]], axis=1)
+    return (arrivals <= horizon).sum(axis=1).mean(axis=1)
 
 
 def split_goals(
-    seed: int, grid_size: int = 9, n_test: int = 8, n_validation: int = 6
-) -> dict[str, np.ndarray]:
-    """Split the cells of the room at random into goals to train on, to validate on and to test on.
+    seed: int, grid_size: int = 9, n_test: int = 8, n_validation: int = 6,
+    env: str = "darkroom", n_train: int | None = None,
+) -> dict[str, np.ndarray]:  # fmt: skip
+    """Split the goals of a task at random into those to train on, to validate on and to test on.
 
     The test goals depend on `seed` and `n_test` alone, so that runs which validate on more or
-    fewer goals still share them. Each part is `(N, 2)`, row by row. UserError: too few cells.
+    fewer goals still share them. Each part is `(N, 2 m)`, row by row; to train on there are
+    `n_train`, or all that are left. UserError: too few of them.
     """
-    n_cells = grid_size**2
+    goals = all_goals(grid_size, env)
+    n_train = len(goals) - n_test - n_validation if n_train is None else n_train
     expect(
-        min(n_test, n_validation) >= 1 and n_test + n_validation < n_cells,
-        f"a room of {n_cells} cells cannot be split into {n_test} test goals, "
+        min(n_test, n_validation, n_train) >= 1 and n_test + n_validation + n_train <= len(goals),
+        f"a room of {grid_size**2} cells has {len(goals)} goals: they cannot be split into "
+        f"{n_test} test goals, "
         f"{n_validation} validation goals and at least one to train on",
     )
-    order = np.random.default_rng(seed).permutation(n_cells)
-    test, validation, train = np.split(order, [n_test, n_test + n_validation])
-    cells, parts = all_goals(grid_size), {"train": train, "validation": validation, "test": test}
-    return {name: cells[np.sort(part)] for name, part in parts.items()}
+    order = np.random.default_rng(seed).permutation(len(goals))
+    ends = np.cumsum([n_test, n_validation, n_train])
+    parts = zip(("test", "validation", "train"), np.split(order, ends), strict=False)
+    split = {name: goals[np.sort(part)] for name, part in parts}
+    return {name: split[name] for name in ("train", "validation", "test")}

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ad.darkroom import TASKS, Task
 from dataset import CONTEXT, Histories, context_steps, max_stride_of
 from historylens.common.errors import UserError, expect
 from historylens.history import Decision, spread_decisions
@@ -35,6 +36,7 @@ class HistoryDecisions(Sequence[Decision]):
     places: Sequence[Place]
     n_context: int
     rewarded_above: float = 0.0
+    task: Task = TASKS["darkroom"]
 
     def __len__(self) -> int:
         return len(self.places)
@@ -43,18 +45,18 @@ class HistoryDecisions(Sequence[Decision]):
         histories, horizon = self.histories, self.histories.horizon
         history, step, stride = place = self.places[index]
         context = context_steps(step, self.n_context, stride, horizon)
-        row, col = histories.goals[history].tolist()
+        goal = histories.goals[history]
         joined = "" if stride == 1 else f", one episode in {stride}"
         return Decision(
             **{name: getattr(histories, name)[history, context] for name in CONTEXT},
             query_state=histories.states[history, step],
             episodes=context // horizon,
-            title=f"goal ({row}, {col}), history {history}, episode {step // horizon + 1} of "
+            title=f"{self.task.titled(goal)}, history {history}, episode {step // horizon + 1} of "
             f"{histories.n_steps // horizon}, step {step}{joined}",
-            labels={"goal_row": row, "goal_col": col, **place._asdict()},
+            labels=dict(zip(self.task.columns, goal.tolist(), strict=True)) | place._asdict(),
             task=int(self._tasks[history]),
             query_episode=step // horizon,
-            goal=histories.goals[history],
+            goal=goal.reshape(-1, 2),
             rewarded_above=self.rewarded_above,
         )
 
@@ -68,7 +70,7 @@ class HistoryDecisions(Sequence[Decision]):
 class Filter:
     """Which decisions may be chosen; None: all."""
 
-    goals: Sequence[tuple[int, int]] | None = None  # (row, column)
+    goals: Sequence[tuple[int, ...]] | None = None  # (row, column) of all that is hidden
     histories: Sequence[int] | None = None  # their numbers in the file
     steps: tuple[int, int] | None = None  # the first and the last of a history
 
@@ -104,9 +106,9 @@ def _eligible_histories(
         raise UserError(f"expected histories in 0..{len(goals) - 1}, got {unknown[0]}")
     known = dict.fromkeys(goals)
     wanted = known if only.goals is None else dict.fromkeys(map(tuple, only.goals))
-    for row, col in (goal for goal in wanted if goal not in known):
-        there = ", ".join(f"{row},{col}" for row, col in known)
-        raise UserError(f"no history of goal {row},{col}: expected one of {there}")
+    for goal in (goal for goal in wanted if goal not in known):
+        goal, *there = (",".join(map(str, one)) for one in (goal, *known))
+        raise UserError(f"no history of goal {goal}: expected one of {', '.join(there)}")
     by_goal: dict[tuple[int, ...], list[int]] = {}
     for row in rows:
         if goals[row] in wanted:

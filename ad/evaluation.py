@@ -5,18 +5,18 @@ from typing import Any
 
 import numpy as np
 
-from ad.darkroom import optimal_return
+from ad.darkroom import TASKS, optimal_return
 from config import EnvConfig
 
 
 def score(env: EnvConfig, goals: np.ndarray, returns: np.ndarray) -> dict[str, Any]:
-    """Numbers of an evaluation on goals `(G, 2)`; the second half of its episodes counts.
+    """Numbers of an evaluation on goals `(G, 2 m)`; the second half of its episodes counts.
 
     From the reward of each of `E` episodes of `R` rollouts a goal, `(G, R, E)`, plain numbers:
     `return` and `possible`, the mean reward an episode reached and the best there is, `relative`,
     their quotient, and the same by goal and by episode.
     """
-    possible = optimal_return(goals, env.grid_size, env.horizon)
+    possible = optimal_return(goals, env.grid_size, env.horizon, env.env)
     late = returns[:, :, returns.shape[2] // 2 :].mean(axis=(1, 2))
     return {
         "goals": goals.tolist(),
@@ -33,28 +33,33 @@ def score(env: EnvConfig, goals: np.ndarray, returns: np.ndarray) -> dict[str, A
 
 def progress_line(entry: dict[str, Any], n_episodes: int) -> str:
     """One entry of `log` in `training.json`, an evaluation while training, as console text."""
+    compressed = entry.get("compressed_return")
+    compressed = "" if compressed is None else f", on compressed history {compressed:.2f}"
     return (
         f"update {entry['step']:>6,}  loss {entry['loss']:.3f}  reward an episode, episodes "
         f"{n_episodes // 2 + 1} to {n_episodes}"
-        f": train goals {entry['train_return']:.1f} of {entry['train_possible']:.1f}, validation "
-        f"goals {entry['validation_return']:.1f} of {entry['validation_possible']:.1f}"
-        f"{'  (kept)' if entry['best'] else ''}"
+        f": train goals {entry['train_return']:.2f} of {entry['train_possible']:.2f}, validation "
+        f"goals {entry['validation_return']:.2f} of {entry['validation_possible']:.2f}"
+        f"{compressed}{'  (kept)' if entry['best'] else ''}"
     )
 
 
 def describe(result: dict[str, Any], checkpoint: Path) -> str:
     """The final numbers of a run, those of `training.json`, and its checkpoint as console text."""
     test, config, n = result["test"], result["config"], result["config"]["eval_episodes"]
+    task = TASKS[config["env"]]
+    names = [task.titled(goal).removeprefix("goal ") for goal in test["goals"]]
+    wide = max(8, *map(len, names))
     lines = [
         f"\nTEST GOALS (never trained or chosen on), {test['rollouts']} rollouts a goal",
-        f"{'goal':>8}  {'possible':>8}  {f'episodes {n // 2 + 1} to {n}':>17}  {'part':>5}",
+        f"{'goal':>{wide}}  {'possible':>8}  {f'episodes {n // 2 + 1} to {n}':>17}  {'part':>5}",
     ]
-    by_goal = zip(test["goals"], test["possible_by_goal"], test["return_by_goal"], strict=True)
-    for (row, col), possible, reached in by_goal:
-        place, part = f"({row}, {col})", reached / possible
-        lines.append(f"{place:>8}  {possible:>8}  {reached:>17.2f}  {part:>5.0%}")
+    by_goal = zip(names, test["possible_by_goal"], test["return_by_goal"], strict=True)
+    for place, possible, reached in by_goal:
+        part = reached / possible
+        lines.append(f"{place:>{wide}}  {possible:>8.4g}  {reached:>17.2f}  {part:>5.0%}")
     mean = f"{test['possible']:>8.2f}  {test['return']:>17.2f}  {test['relative']:>5.0%}"
-    lines.append(f"{'mean':>8}  {mean}\n")
+    lines.append(f"{'mean':>{wide}}  {mean}\n")
     if (whole := result["test_by_sliding"].get("episode")) is not None:
         lines.append(f"The same with whole episodes dropped from a full context: {whole:.2f}")
     lines += [

@@ -7,7 +7,8 @@ histories = read_histories(path, checkpoint)             # .npz, .hdf5 or .h5
 from collections.abc import Callable
 from pathlib import Path
 
-from ad.checkpoints import HISTORIES_NAME, Checkpoint, is_dark_room
+from ad.checkpoints import HISTORIES_NAME, Checkpoint, task_of
+from ad.darkroom import TASKS
 from ad.hdf5 import SUFFIXES, read_hdf5
 from dataset import Histories
 from historylens.common.errors import expect, note
@@ -33,6 +34,10 @@ def read_histories(
     histories = _read_hdf5(path, checkpoint, tell) if is_hdf5 else Histories.load(path)
     what = f"{path} does not fit: expected learning histories, it holds none"
     expect(histories.states.size, what)
+    hidden = TASKS[task_of(checkpoint.config) or "darkroom"].hidden
+    what = f"{path} does not fit the checkpoint: expected goals of {' and '.join(hidden)}"
+    got, width = histories.goals.shape[1], 2 * len(hidden)
+    expect(got == width, f"{what}, {width} numbers, got {got}")
     for name, values, n in (
         ("rows and columns", histories.states, config.grid_size),
         ("rows and columns", histories.next_states, config.grid_size),
@@ -50,7 +55,7 @@ def _read_hdf5(path: Path, checkpoint: Checkpoint, tell: Callable[[str], None]) 
     config, goals = checkpoint.config, checkpoint.goals.get("test")
     what = f"{path}: expected a checkpoint of env 'darkroom', where a group is a goal, got env"
     what += f" {config.get('env')!r}; save its histories as .npz instead"
-    expect(is_dark_room(config), what)
+    expect(task_of(config) == "darkroom", what)
     if not goals:
         tell(f"{checkpoint.path} does not say which goals it holds out: all of {path} are read")
     size, horizon = checkpoint.model.config.grid_size, config.get("horizon")

@@ -11,6 +11,7 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from ad.darkroom import TASKS
 from historylens.common.files import write_atomically
 
 
@@ -20,11 +21,12 @@ def draw_learning_curve(result: dict[str, Any], path: str | Path) -> None:
     figure = Figure(figsize=(12, 4.8))
     left, right = figure.subplots(1, 2)
     figure.subplots_adjust(left=0.055, right=0.985, bottom=0.12, top=0.83, wspace=0.16)
-    title = f"Algorithm Distillation in {config['env']}, {config['tf_n_layer']} layers, "
+    title = f"Algorithm Distillation in {TASKS[config['env']].title}, "
+    title += f"{config['tf_n_layer']} layers, "
     title += f"{config['n_transit']} tokens, seed {config['seed']}"
     figure.suptitle(title, fontsize=13)
     _draw_training(left, result)
-    _draw_in_context(right, result["test"])
+    _draw_in_context(right, result["test"], config)
     style = {"format": "png", "dpi": 100, "metadata": {"Software": None}}
     write_atomically(path, lambda file: figure.savefig(file, **style))
 
@@ -48,14 +50,15 @@ def _draw_training(axes: Axes, result: dict[str, Any]) -> None:
     axes.legend(loc="lower right", fontsize=9)
 
 
-def _draw_in_context(axes: Axes, test: dict[str, Any]) -> None:
+def _draw_in_context(axes: Axes, test: dict[str, Any], config: dict[str, Any]) -> None:
     """Reward of each episode of the finished model on goals it has never seen."""
     returns = np.array(test["return_by_episode"])  # (G, E)
     episodes = np.arange(1, returns.shape[1] + 1)
     colours = colormaps["viridis"](np.arange(len(returns)) / max(1, len(returns) - 1))
+    task = TASKS[config["env"]]
     curves = zip(test["goals"], test["possible_by_goal"], returns, colours, strict=True)
-    for (row, col), possible, curve, colour in curves:
-        label = f"goal ({row}, {col}), best {possible}"
+    for goal, possible, curve, colour in curves:
+        label = f"{task.titled(goal)}, best {possible:.4g}"
         axes.plot(episodes, curve, lw=1, color=colour, label=label)
     axes.plot(episodes, returns.mean(axis=0), color="black", lw=2.5, label="mean of the goals")
     axes.axhline(test["possible"], ls="--", color="0.4", lw=1, label="best possible, mean")

@@ -23,16 +23,21 @@ def learning_histories(
     goal side by side. `n_streams` is that of `source` if left out.
     """
     n_streams = source.n_streams if n_streams is None else n_streams
-    room = DarkRoom(np.repeat(goals, n_streams, axis=0), env.grid_size, env.horizon)
+    goals = np.repeat(goals, n_streams, axis=0)
+    seeds = np.random.default_rng((seed, 1)).integers(2**40, size=len(goals))
+    room = DarkRoom(goals, env.grid_size, env.horizon, env.env, seeds)
     n, n_steps = room.n_rooms, source.n_source_steps - source.n_source_steps % env.horizon
     states, next_states = np.empty((2, n, n_steps + 1, 2), dtype=np.int8)
     actions, rewards = np.empty((2, n, n_steps), dtype=np.int8)
     rng, rows, to_cell = np.random.default_rng(seed), np.arange(n), np.array([env.grid_size, 1])
-    values = np.full((n, env.grid_size**2, N_ACTIONS), source.initial_value, dtype=np.float32)
+    n_cells, n_hidden = env.grid_size**2, len(room.task.hidden)
+    shape = n, (n_hidden + 1) * n_cells, N_ACTIONS  # a cell, with so much found
+    values = np.full(shape, source.initial_value, dtype=np.float32)
     epsilon_start = rng.uniform(source.epsilon_end, source.epsilon_start, size=n)
     states[:, 0] = room.reset()
+    cells = np.empty((n, env.horizon + 1), dtype=np.int64)  # of this episode, with what is found
     for t in tqdm(range(n_steps), desc="source histories", unit="step", leave=False):
-        cell = states[:, t] @ to_cell  # (N,)
+        cell = states[:, t] @ to_cell + n_cells * room.n_found  # (N,)
         decayed = min(1.0, t / n_steps / max(source.epsilon_decay, 1e-9))
         epsilon = epsilon_start + (source.epsilon_end - epsilon_start) * decayed
         ties = 1e-5 * rng.random((n, N_ACTIONS), dtype=np.float32)
@@ -42,16 +47,22 @@ def learning_histories(
         random = rng.integers(N_ACTIONS, size=n)
         actions[:, t] = action = np.where(rng.random(n) < epsilon, random, greedy)
         next_states[:, t], rewards[:, t], done = room.step(action)
-        best = values[rows, next_states[:, t] @ to_cell].max(axis=1)
-        error = rewards[:, t] + source.discount * best - values[rows, cell, action]  # float32
-        values[rows, cell, action] += source.step_size * error
+        cells[:, t % env.horizon] = cell
+        cells[:, t % env.horizon + 1] = next_states[:, t] @ to_cell + n_cells * room.n_found
+        # As it happens, and again once the episode is over, from its end to its beginning.
+        again = [*range(t, t - env.horizon, -1)] * source.n_replays if done else []
+        for u in [t, *again]:
+            before, after = cells[:, u % env.horizon], cells[:, u % env.horizon + 1]
+            best = values[rows, after].max(axis=1) * (after < n_hidden * n_cells)  # else all found
+            error = rewards[:, u] + source.discount * best - values[rows, before, actions[:, u]]
+            values[rows, before, actions[:, u]] += source.step_size * error  # float32
         states[:, t + 1] = room.reset() if done else next_states[:, t]
     states, next_states = states[:, :-1], next_states[:, :-1]
-    return Histories(states, actions, rewards, next_states, room.goals, env.horizon)
+    return Histories(states, actions, rewards, next_states, goals, env.horizon)
 
 
-def relative_return(histories: Histories, episodes: slice, grid_size: int) -> float:
+def relative_return(histories: Histories, episodes: slice, env: EnvConfig) -> float:
     """Mean reward an episode over `episodes` of all histories, as a part of the best possible."""
     returns = histories.episode_returns()[:, episodes].mean()
-    best = optimal_return(histories.goals, grid_size, histories.horizon).mean()
+    best = optimal_return(histories.goals, env.grid_size, env.horizon, env.env).mean()
     return float(returns / best)

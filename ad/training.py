@@ -24,10 +24,9 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from ad import checkpoints
-from ad.acting import Sliding, rollout_goals
-from ad.darkroom import split_goals
+from ad.acting import Reads, Sliding, rollout_goals
 from ad.evaluation import progress_line, score
-from ad.sizes import check_sizes
+from ad.sizes import check_sizes, goals_of
 from ad.source import learning_histories, relative_return
 from ad.thinning import draw_batch
 from config import EnvConfig, ModelConfig, SourceConfig, TrainConfig
@@ -134,11 +133,10 @@ class Trainer:
     def __init__(self, settings: Settings, device: torch.device, group: Group = ALONE) -> None:
         env, source, model, train = settings
         self.settings, self.device, self.group = settings, device, group
-        n_test, n_validation = env.n_test_goals, env.n_validation_goals
-        self.goals = split_goals(env.goal_seed, env.grid_size, n_test, n_validation)
+        self.goals = goals_of(env)
         histories = learning_histories(self.goals["train"], env, source, train.seed)
         self.dataset = ADDataset(histories, model.n_transit - 1, train.max_stride)
-        self.source_return = relative_return(histories, slice(-20, None), env.grid_size)
+        self.source_return = relative_return(histories, slice(-20, None), env)
         self.rng = np.random.default_rng(train.seed)
         torch.manual_seed(train.seed)
         self.model = ADTransformer(model).to(device)
@@ -174,10 +172,10 @@ class Trainer:
         self.step += 1
         self.losses.append(group.mean(loss.item()))
 
-    def evaluate(self, goals: np.ndarray, n: int, sliding: Sliding, label: str) -> dict[str, Any]:
+    def evaluate(self, goals: np.ndarray, n: int, reads: Reads, label: str) -> dict[str, Any]:
         """Numbers of the averaged weights, as `score` gives them, in `n` rollouts a goal."""
         env, train, rooms = self.settings.env, self.settings.train, np.repeat(goals, n, axis=0)
-        options = train.eval_episodes, train.seed, env.horizon, sliding, label
+        options = train.eval_episodes, train.seed, env.horizon, reads, label, env.env
         returns = rollout_goals(self.averaged.module, rooms, *options)
         return score(env, goals, returns.reshape(len(goals), n, -1))
 
@@ -186,15 +184,20 @@ class Trainer:
         entry: dict[str, Any] = {"step": self.step, "loss": float(np.mean(self.losses))}
         train, n_rollouts = self.goals["train"], self.settings.train.eval_rollouts
         spread = train[np.linspace(0, len(train) - 1, N_TRAIN_GOALS_EVALUATED).astype(int)]
+        of_validation, full = (self.goals["validation"], n_rollouts), self.slidings[-1]
         cases = {  # nothing is chosen by the return on training goals
-            "train": (spread, max(1, n_rollouts // 4)),
-            "validation": (self.goals["validation"], n_rollouts),
+            "train": (spread, max(1, n_rollouts // 4), full),
+            "validation": (*of_validation, full),
         }
+        if self.settings.train.history_dropout:  # it is to bear compressed history as well
+            cases["compressed"] = (*of_validation, "compressed")
         for name, case in cases.items():
-            numbers = self.evaluate(*case, self.slidings[-1], f"acting on {name} goals")
+            numbers = self.evaluate(*case, f"acting on {name} goals")
             entry |= {f"{name}_{key}": value for key, value in numbers.items()}
-        best = max((past["validation_relative"] for past in self.log), default=-1.0)
-        return entry | {"best": entry["validation_relative"] > best}
+        chosen_by = [f"{name}_relative" for name in cases if name != "train"]
+        entry["score"] = float(np.mean([entry[name] for name in chosen_by]))
+        best = max((past["score"] for past in self.log), default=-1.0)
+        return entry | {"best": entry["score"] > best}
 
     def state_dict(self) -> dict[str, Any]:
         """All that changes in training, as plain types and tensors."""

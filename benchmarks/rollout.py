@@ -55,7 +55,7 @@ def rows_of(flags: argparse.Namespace) -> Iterator[tuple]:
         ("sliding by step", "step", flags.n_steps),
         ("sliding by episode", "episode", flags.n_steps),
     ):
-        act = partial(rollout_goals, model, goals, n_steps // 20, seed=0, sliding=mode)
+        act = partial(rollout_goals, model, goals, n_steps // 20, seed=0, reads=mode)
         (ours,) = seconds_of(act)
         plain, fused = (plain_seconds(n_steps, fused) for fused in (False, True))
         yield name, n_steps, ours, plain, plain / ours, fused, fused / ours

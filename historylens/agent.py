@@ -36,7 +36,8 @@ class Unreadable(UserError):
 class Environment:
     """Tasks that an agent can be put to.
 
-    `make` gives rooms of `B` tasks `(B,)` int: environments that step together. `reset()` begins an
+    `make` gives rooms of `B` tasks `(B,)` int, environments that step together; what happens by
+    chance in one depends on its own of seeds `(B,)`, which follow each other. `reset()` begins an
     episode in all and gives states `(B, S)`, and is called again after every `horizon` steps.
     `step(actions)` takes `(B,)` and gives the states reached `(B, S)`, rewards `(B,)`, and whether
     an episode is over, `(B,)` bool or one for all. `states` are those to act in next: of one whose
@@ -45,10 +46,10 @@ class Environment:
 
     goals: tuple[str, ...]  # names of the tasks, by number
     horizon: int  # steps an episode
-    make: Callable[[np.ndarray], Any]
+    make: Callable[[np.ndarray, Sequence[int]], Any]
     best: tuple[float, ...] | None = None  # best possible return an episode of each task
     named: tuple[str, str] = ("task", "of make_env()")  # what one is called, and which they are
-    goal_states: np.ndarray | None = None  # of each task the state that is its goal, if known
+    goal_states: np.ndarray | None = None  # (G, S), or (G, m, S) in this order: goals, if known
 
     def __str__(self) -> str:
         """How many tasks there are, and what is known of them."""

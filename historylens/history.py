@@ -44,7 +44,8 @@ class Decision:
         task: number of the task, for comparisons between decisions of different tasks.
         query_episode: number of the episode in which the decision is made; None: that of the latest
             transition.
-        goal: a state `(S,)` that is the goal, to be marked in maps of a room; None: not known.
+        goal: a state `(S,)` that is the goal, or `(m, S)` several in the order in which they count,
+            to be marked in maps of a room; None: not known.
         rewarded_above: rewards above it count as rewarded. Of an adapter's samples it is not read:
             REWARDED_ABOVE says it for all of them.
     """

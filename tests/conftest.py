@@ -26,20 +26,36 @@ hypothesis.settings.load_profile("suite")
 class PlainRoom:
     """One room in plain python: the slow twin."""
 
-    def __init__(self, goal, size, horizon):
-        self.goal, self.size, self.horizon = tuple(goal), size, horizon
+    def __init__(self, goal, size, horizon, env="darkroom"):
+        self.goal, self.size, self.horizon, self.env = tuple(goal), size, horizon, env
 
-    def reset(self):
-        self.t = 0
-        self.cell = (self.size // 2, self.size // 2)
+    def reset(self, start=None):
+        self.t, self.has_key, self.is_done = 0, False, False
+        self.cell = tuple(start) if start is not None else (self.size // 2, self.size // 2)
         return self.cell
+
+    def reward(self):
+        """The rules of each task in turn, as the paper states them."""
+        if self.env == "darkroom":
+            return int(self.cell == self.goal)
+        if self.is_done:
+            return 0
+        if self.env == "darkroom-hard":
+            self.is_done = self.cell == self.goal
+            return int(self.is_done)
+        key, door = self.goal[:2], self.goal[2:]
+        if not self.has_key:
+            self.has_key = self.cell == key
+            return int(self.has_key)
+        self.is_done = self.cell == door
+        return int(self.is_done)
 
     def step(self, action):
         move = [(1, 0), (-1, 0), (0, 1), (0, -1), (0, 0)][action]
         row, col = (min(max(x + d, 0), self.size - 1) for x, d in zip(self.cell, move, strict=True))
         self.cell = (row, col)
         self.t += 1
-        return self.cell, int(self.cell == self.goal), self.t == self.horizon
+        return self.cell, self.reward(), self.t == self.horizon
 
 
 def make_histories(

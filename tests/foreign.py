@@ -11,7 +11,7 @@ import numpy as np
 import plain_model
 import torch
 
-from ad.darkroom import all_goals, start_state
+from ad.darkroom import all_goals
 from ad.source import learning_histories
 from config import EnvConfig, SourceConfig
 from dataset import CONTEXT
@@ -58,7 +58,7 @@ def write_hdf5(path, grid_size, horizon, n_steps, n_streams):
     source = SourceConfig(n_source_steps=n_steps)
     learned = learning_histories(all_goals(grid_size), env, source, seed=0, n_streams=n_streams)
     dones = np.arange(n_steps) % horizon == horizon - 1
-    next_states = np.where(dones[:, None], start_state(grid_size), learned.next_states)
+    next_states = np.where(dones[:, None], grid_size // 2, learned.next_states)
     arrays = vars(learned) | {"next_states": next_states}
     arrays = {name: arrays[name].astype(np.float32) for name in CONTEXT}
     arrays["actions"] = learned.actions.astype(np.int64)

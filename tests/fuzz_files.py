@@ -69,7 +69,7 @@ def job(checkpoint, histories, thorough):
     parts += [np.asarray(vars(shown.decisions.histories)[name], np.float64) for name in
               ("states", "actions", "rewards", "next_states", "goals", "horizon")]  # fmt: skip
     acting = agent.load_for_acting(ActingConfig(checkpoint=str(checkpoint)), CPU)
-    room = acting.environment.make(np.arange(len(acting.environment.goals)))
+    room = acting.environment.make(*[np.arange(len(acting.environment.goals))] * 2)
     said = repr((acting.environment.goals, acting.environment.horizon, room.reset().tolist()))
     if thorough:
         both = ["--checkpoint", str(checkpoint), "--device", "cpu"]

@@ -18,7 +18,7 @@ class Levers:
 
     horizon = HORIZON
 
-    def __init__(self, levers):
+    def __init__(self, levers, seeds=()):
         self.levers = np.asarray(levers)
 
     def reset(self):

@@ -108,7 +108,7 @@ CASES += [("episode", *case) for case in ((12, 6, 5), (11, 6, 5), (13, 7, 4), (1
 def test_rooms_together_act_as_each_alone(tiny_config, sliding, n_transit, n_episodes, horizon):
     model = sharp_model(replace(tiny_config, n_transit=n_transit, grid_size=3), dtype=torch.float64)
     goals = np.array([[1, 1], [0, 1], [2, 1], [1, 2]])
-    returns = rollout_goals(model, goals, n_episodes, seed=3, horizon=horizon, sliding=sliding)
+    returns = rollout_goals(model, goals, n_episodes, seed=3, horizon=horizon, reads=sliding)
     for i, goal in enumerate(goals):
         noise = np.random.default_rng((3, i)).gumbel(size=(n_episodes * horizon, 5))
         plain = plain_rollout(model, goal, n_episodes, horizon, noise, sliding)
@@ -118,7 +118,7 @@ def test_rooms_together_act_as_each_alone(tiny_config, sliding, n_transit, n_epi
 
 def test_a_context_too_short_or_too_long_and_a_goal_outside_the_room_are_errors(tiny_model):
     with pytest.raises(ValueError, match=r"two episodes \(12 transitions\).*got 11"):
-        rollout_goals(tiny_model, np.array([[2, 2]]), 1, seed=0, horizon=6, sliding="episode")
+        rollout_goals(tiny_model, np.array([[2, 2]]), 1, seed=0, horizon=6, reads="episode")
     with pytest.raises(ValueError, match="at most 11 context transitions"):
         fast_logits(tiny_model, random_steps(tiny_model, 1, 12)(0, 12))
     with pytest.raises(ValueError, match=r"expected goals .* entries 0\.\.4"):

@@ -152,7 +152,7 @@ def rooms_of(*changes):
     pytest.importorskip("gymnasium")
     shorter = ("HORIZON = 10", "HORIZON = 4"), ("HORIZON = 9, 10", "HORIZON = 9, 4")
     agent = load_acting(written(*shorter, *changes), 0, CPU)
-    return agent.environment.make(np.array([0, 1]))
+    return agent.environment.make(np.array([0, 1]), [0, 1])
 
 
 def played(rooms, actions, n_steps):

@@ -19,10 +19,10 @@ from ad.checkpoints import (
     checkpoint_step,
     checkpoints_in,
     find_checkpoint,
-    is_dark_room,
     load_checkpoint,
     save_checkpoint,
     split_of,
+    task_of,
 )
 from config import NEEDED, READ_FROM_CHECKPOINTS, EnvConfig
 from historylens.agent import pick_device
@@ -265,10 +265,10 @@ def test_held_out_goals_are_those_that_such_code_names_and_never_guessed():
     for name, value in (("env_split_seed", None), ("train_env_ratio", None), ("env", "other")):
         assert split_of(config | {name: value}) == {}
     for env in ("darkroom", "DarkRoom", "dark_room", "Dark Room"):
-        assert is_dark_room({"env": env})
+        assert task_of({"env": env}) == "darkroom"
     for other in ("darkroompermuted", "darkkeytodoor", "dark_room_hard", None, 3):
-        assert not is_dark_room({"env": other})
-    assert is_dark_room({})
+        assert task_of({"env": other}) is None
+    assert task_of({}) == "darkroom"
 
 
 @given(st.integers(2, 12), st.integers(-5, 2**40), st.floats(0, 1))

@@ -59,9 +59,9 @@ def test_rooms_in_batches_earn_what_each_earns_alone_goal_by_seed(monkeypatch, m
     goals, agent, n_tokens = [], LeversAgent(), 0
     environment = agent.environment
 
-    def make(numbers):
+    def make(numbers, seeds):
         goals.append(numbers.tolist())
-        return environment.make(numbers)
+        return environment.make(numbers, seeds)
 
     agent.environment = replace(environment, make=make)
     monkeypatch.setattr(playing, "MAX_ROOMS", most)
@@ -71,7 +71,7 @@ def test_rooms_in_batches_earn_what_each_earns_alone_goal_by_seed(monkeypatch, m
     assert result.returns.flags.c_contiguous  # sums of it are those of what a file holds
     for room in range(6):
         policy = CompressedPolicy(agent, METHODS[REWARDED.name], REWARDED.n_keep)
-        alone, noise = environment.make(np.array([room % 3])), np.random.default_rng((5, room))
+        alone, noise = environment.make(np.array([room % 3]), [room]), np.random.default_rng((5, room))
         rewards, _ = rollout(alone, policy, 8 * HORIZON, [noise])
         expected = rewards.reshape(8, HORIZON).sum(axis=1)
         np.testing.assert_array_equal(result.returns[room % 3, room // 3], expected)
@@ -96,7 +96,7 @@ def test_what_keeps_the_whole_context_is_full_history_and_not_played_again(
     name, tiny_model, tmp_path
 ):
     goals = np.array([[0, 1], [4, 3]])
-    rooms = Environment(("a", "b"), 5, lambda numbers: DarkRoom(goals[numbers], 5, 5))
+    rooms = Environment(("a", "b"), 5, lambda numbers, seeds: DarkRoom(goals[numbers], 5, 5))
     plays = Plays(ModelAgent(tiny_model, rooms), n_seeds=1, n_episodes=3)
     less, whole = (Arm(name, n_keep) for n_keep in (plays.agent.n_max - 1, plays.agent.n_max))
     wanted = [FULL, whole, less, Arm("even", plays.agent.n_max)]

@@ -6,19 +6,27 @@ from conftest import PlainRoom
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ad.darkroom import DarkRoom, all_goals, optimal_return, split_goals
+from ad.darkroom import TASKS, DarkRoom, all_goals, optimal_return, split_goals
 
 DOWN, UP, RIGHT, LEFT, STAY = range(5)
 
 
-@given(st.integers(1, 7), st.integers(1, 8), st.integers(1, 5), st.integers(0, 99))
-def test_many_rooms_at_once_do_what_each_does_alone(size, horizon, n, seed):
-    rng = np.random.default_rng(seed)
-    goals, actions = rng.integers(size, size=(n, 2)), rng.integers(5, size=(3 * horizon, n))
-    room, plain = DarkRoom(goals, size, horizon), [PlainRoom(goal, size, horizon) for goal in goals]
+EACH = pytest.mark.parametrize("env", TASKS)
+
+
+@EACH
+@given(st.integers(1, 7), st.integers(1, 20), st.integers(1, 5), st.integers(0, 99))
+def test_many_rooms_at_once_do_what_each_does_alone(env, size, horizon, n, seed):
+    rng, width = np.random.default_rng(seed), 2 * len(TASKS[env].hidden)
+    goals, actions = rng.integers(size, size=(n, width)), rng.integers(5, size=(3 * horizon, n))
+    room = DarkRoom(goals, size, horizon, env, range(seed, seed + n))
+    plain = [PlainRoom(goal, size, horizon, env) for goal in goals]
     for t in range(3 * horizon):
         if t % horizon == 0:
-            assert room.reset().tolist() == [list(one.reset()) for one in plain]
+            starts = room.reset().tolist()
+            given = starts if TASKS[env].starts_anywhere else [None] * n
+            resets = zip(plain, given, strict=True)
+            assert starts == [list(one.reset(start)) for one, start in resets]
         states, rewards, done = room.step(actions[t])
         cells, earned, ends = zip(*map(PlainRoom.step, plain, actions[t]), strict=True)
         assert states.tolist() == [list(cell) for cell in cells]
@@ -39,6 +47,30 @@ def test_best_returns_and_an_episode_from_a_reset_to_an_end_that_no_step_follows
         room.step([STAY, STAY])
 
 
+def test_starts_by_chance_are_the_rooms_own_and_every_cell_is_one():
+    goals = np.tile([0, 0, 2, 2], (400, 1))
+    many = DarkRoom(goals, 3, 5, "key-to-door", range(400))
+    few = DarkRoom(goals[:2], 3, 5, "key-to-door", [7, 399])
+    starts = [(many.reset(), few.reset()) for _ in range(3)]
+    assert all(np.array_equal(a[[7, 399]], b) for a, b in starts)
+    counts = np.unique(starts[0][0], axis=0, return_counts=True)[1]
+    assert len(counts) == 9
+    assert counts.min() > 20  # of 44 on average
+    assert not np.array_equal(starts[0][0], starts[1][0])
+
+
+def test_the_key_comes_before_the_door_and_each_pays_once_by_hand():
+    room = DarkRoom([[0, 1, 0, 2], [0, 1, 0, 1]], 3, 9, "key-to-door")
+    room.states = np.array([[0, 2], [0, 0]])
+    moves = [(STAY, RIGHT), (LEFT, STAY), (RIGHT, STAY), (LEFT, LEFT), (RIGHT, RIGHT)]
+    steps = [room.step(list(actions)) for actions in moves]
+    # on the door without the key, the key, the door; the other: the key, its door in the same cell
+    assert [r.tolist() for _, r, _ in steps] == [[0, 1], [1, 1], [1, 0], [0, 0], [0, 0]]
+    assert room.n_found.tolist() == [2, 2]
+    room.reset()
+    assert room.n_found.tolist() == [0, 0]
+
+
 def test_goals_outside_the_room_and_actions_that_do_not_exist_are_errors():
     for goals in ([[0, 9]], [[-1, 0]], [0, 0], [[0, 0, 0]], [[2.5, 3.0]]):
         with pytest.raises(ValueError, match="expected goals"):
@@ -48,23 +80,43 @@ def test_goals_outside_the_room_and_actions_that_do_not_exist_are_errors():
             DarkRoom([[0, 0], [1, 1]]).step(np.array(actions))
 
 
-@pytest.mark.parametrize(("size", "horizon"), [(1, 3), (2, 1), (3, 4), (4, 2), (5, 8)])
-def test_optimal_return_is_that_of_the_best_play(size, horizon):
-    def tried(cell, action, goal):
-        room = PlainRoom(goal, size, horizon)
+@EACH
+@pytest.mark.parametrize(("size", "horizon"), [(1, 3), (2, 1), (3, 4), (4, 2), (3, 7)])
+def test_optimal_return_is_that_of_the_best_play(env, size, horizon):
+    def tried(goal, cell, found, action):
+        room = PlainRoom(goal, size, horizon, env)
         room.reset()
-        room.cell = cell
-        return room.step(action)[:2]
+        room.cell, room.has_key = cell, found > 0
+        room.is_done = found == len(TASKS[env].hidden)
+        to, reward, _ = room.step(action)
+        return (to, found + reward * TASKS[env].is_once), reward
 
     cells, expected = [(row, col) for row in range(size) for col in range(size)], []
-    for goal in cells:  # every action from every cell, backwards in time
-        value = dict.fromkeys(cells, 0)
+    goals = all_goals(size, env)[:: 1 + 12 * (env == "key-to-door")]
+    states = [(cell, n) for cell in cells for n in range(len(TASKS[env].hidden) + 1)]
+    for goal in goals.tolist():  # every action in every state, backwards in time
+        ends = {one: [tried(goal, *one, action) for action in range(5)] for one in states}
+        value = dict.fromkeys(states, 0)
         for _ in range(horizon):
-            ends = {cell: [tried(cell, action, goal) for action in range(5)] for cell in cells}
-            value = {cell: max(r + value[to] for to, r in ends[cell]) for cell in cells}
-        expected.append(value[size // 2, size // 2])
+            value = {one: max(r + value[to] for to, r in ends[one]) for one in states}
+        starts = cells if TASKS[env].starts_anywhere else [(size // 2, size // 2)]
+        expected.append(np.mean([value[cell, 0] for cell in starts]))
     assert [tuple(goal) for goal in all_goals(size).tolist()] == cells
-    assert optimal_return(all_goals(size), size, horizon).tolist() == expected
+    assert optimal_return(goals, size, horizon, env) == pytest.approx(np.array(expected))
+
+
+def test_there_is_a_task_for_every_pair_of_cells():
+    goals = all_goals(9, "key-to-door")
+    assert goals.shape == (6561, 4)
+    assert len(np.unique(goals, axis=0)) == 6561
+    assert (goals.min(), goals.max()) == (0, 8)
+    assert (optimal_return(goals, 9, 50, "key-to-door") == 2).all()
+    assert (optimal_return(all_goals(17), 17, 20, "darkroom-hard") == 1).all()
+    split = split_goals(3, 9, 8, 6, "key-to-door", n_train=50)
+    assert [len(split[name]) for name in ("train", "validation", "test")] == [50, 6, 8]
+    assert len(np.unique(np.concatenate([*split.values()]), axis=0)) == 64
+    with pytest.raises(ValueError, match="cannot be split"):
+        split_goals(3, 3, 8, 6, "key-to-door", n_train=68)
 
 
 @given(st.integers(0, 99), st.integers(2, 9), st.integers(-1, 40), st.integers(-1, 30))

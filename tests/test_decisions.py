@@ -135,7 +135,7 @@ def test_it_acts_on_the_test_goals_in_their_room_and_is_known_by_its_file(
     environment = agent.environment
     assert environment.goals == ("(4, 4)", "(0, 3)")
     assert (environment.horizon, environment.best) == (5, (2, 3))
-    room = environment.make(np.array([1, 0, 1]))
+    room = environment.make(np.array([1, 0, 1]), [0, 1, 2])
     assert room.goals.tolist() == [[0, 3], [4, 4], [0, 3]]
     assert (room.grid_size, room.horizon, agent.identity["grid_size"]) == (5, 5, 5)
     other = write_checkpoint(tmp_path / "o" / "ckpt-5.pt", sharp_model(tiny_config, 1), [[4, 4]])

@@ -96,7 +96,7 @@ def written(kind="SyncVectorEnv", mode="SAME_STEP", limit=500):
 def played(horizon, n_steps, **kind):
     """Rewards, ends, and the history of rooms in which actions are drawn, more often right."""
     state = np.zeros(4, dtype=np.float32)
-    rooms = GymRooms(Adapter(written(**kind)), state, horizon, SEED, np.zeros(N_ROOMS, dtype=int))
+    rooms = GymRooms(Adapter(written(**kind)), state, horizon, np.zeros(N_ROOMS, dtype=int), [SEED])
     stored, noises = [], [np.random.default_rng(room) for room in range(N_ROOMS)]
 
     def act(buffer, query_states):

@@ -134,7 +134,7 @@ def test_what_an_environment_must_not_give_is_told(tmp_path, what):
     adapter = loaded(tmp_path).adapter
     rooms = SimpleNamespace(reset=lambda **_: (STATES, {}), step=lambda _: GIVEN[what])
     adapter.module.make_env = lambda goals: rooms
-    rooms = GymRooms(adapter, np.zeros(1), 5, 0, np.zeros(2, int))
+    rooms = GymRooms(adapter, np.zeros(1), 5, np.zeros(2, int), [0])
     rooms.reset()
     with pytest.raises(UserError, match="environment"):
         rooms.step(np.zeros(2, int))

@@ -33,7 +33,7 @@ class EndsEarly(DarkRoom):
 def job_of(agent, room=DarkRoom, **settings):
     """A job of own play, four episodes long, and without an output folder."""
     cells, names, about = np.array(GOALS), tuple(map(str, GOALS)), {"named": ("goal", "of a test")}
-    make, about["goal_states"] = lambda tasks: room(cells[tasks], 5, HORIZON), cells
+    make, about["goal_states"] = lambda tasks, seeds: room(cells[tasks], 5, HORIZON), cells
     agent.environment = Environment(names, HORIZON, make, **about)
     config = AnalysisConfig(**{"play": True, "episodes": 4} | settings)
     layers = config.layers or [*range(len(agent.layers))]
@@ -159,7 +159,7 @@ def test_a_decision_is_a_step_with_what_could_be_read_and_is_measured_so(real, t
             expected = getattr(real, name)[i, max(0, t - 11) : t]
             np.testing.assert_array_equal(getattr(one, name), expected)
         goal, episode = GOALS[i % 3], t // HORIZON
-        assert (*one.query_state, *one.goal) == (*real.states[i, t], *goal)
+        assert (*one.query_state, *np.ravel(one.goal)) == (*real.states[i, t], *goal)
         assert (one.task, one.query_episode) == (i % 3, episode)
         title = f"own play: goal {goal}, rollout {i}, episode {episode + 1} of 4, step {t}"
         labels = {"task": str(goal), "rollout": i, "episode": episode + 1, "step": t}

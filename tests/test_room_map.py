@@ -90,7 +90,7 @@ def test_the_path_is_that_of_the_episode_of_the_decision(query, episode, path):
     decision = replace(decision, query_state=np.array(query), query_episode=episode)
     room = RoomMap.of(agent_of(3, 3), decision, uniform(3)[None], uniform(3))
     assert room.path.tolist() == path
-    assert room.goal.tolist() == [2, 0]
+    assert room.goals.tolist() == [[2, 0]]
 
 
 def test_what_the_query_cannot_read_has_no_ratio_and_json_can_hold_that(tmp_path):
@@ -248,7 +248,7 @@ def test_decisions_of_the_ad_model_know_the_room_the_goal_and_their_episode(
     assert [len(room.path) for room in rooms] == [3, 1]
     assert rooms[0].path.tolist() == tiny_histories.states[2, 15:18].tolist()
     assert rooms[1].path.tolist() == [[2, 2]]
-    assert [room.goal.tolist() for room in rooms] == [[4, 3], [0, 1]]
+    assert [room.goals.tolist() for room in rooms] == [[[4, 3]], [[0, 1]]]
     assert rooms[0].rewarded.sum() == tiny_histories.rewards[2, 17 - within.n : 17].sum()
 
 
@@ -275,12 +275,12 @@ def test_an_adapter_says_where_states_lie(adapter):
     agent = adapter(ABOUT, '"task": task, "query_episode": 3, "goal": 8 * task}')
     decision = agent.decisions[1]
     assert agent.room == (1, 9)
-    assert (decision.query_episode, decision.goal.tolist()) == (3, [8])
+    assert (decision.query_episode, decision.goal.tolist()) == (3, [[8]])
     cells = agent.position(decision.states)
     assert np.array_equal(cells, np.pad(decision.states, ((0, 0), (1, 0))))
     assert agent.position(decision.states[:0]).shape == (0, 2)
     room = RoomMap.of(agent, decision, uniform(30)[None], uniform(30))
-    assert (room.path.tolist(), room.goal.tolist()) == ([[0, 4]], [0, 8])
+    assert (room.path.tolist(), room.goals.tolist()) == ([[0, 4]], [[0, 8]])
 
 
 def test_a_room_is_as_large_as_samples_reach_unless_it_is_said(adapter):

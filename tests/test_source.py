@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from conftest import PlainRoom
 
-from ad.darkroom import MOVES, N_ACTIONS, DarkRoom, optimal_return, split_goals, start_state
+from ad.darkroom import MOVES, N_ACTIONS, DarkRoom, optimal_return, split_goals
 from ad.source import learning_histories, relative_return
 from config import EnvConfig, SourceConfig
 from dataset import Histories
@@ -19,10 +19,10 @@ def test_the_source_improves_from_random_play_to_near_the_best_possible_return()
     random_return = sum(room.step(chosen)[1].mean() for chosen in actions)
     first, best = learned.episode_returns()[:, 0].mean(), optimal_return(learned.goals)
     assert abs(first - random_return) < 0.05 * best.mean()
-    quarters = [relative_return(learned, slice(k, k + 15), 9) for k in (0, 45, 90, 135)]
+    quarters = [relative_return(learned, slice(k, k + 15), EnvConfig()) for k in (0, 45, 90, 135)]
     assert quarters == sorted(quarters)
     assert quarters[1] - quarters[0] > 0.1
-    assert relative_return(learned, slice(-20, None), 9) >= 0.95
+    assert relative_return(learned, slice(-20, None), EnvConfig()) >= 0.95
     reached = learned.episode_returns()[:, -20:].mean(axis=1) / best
     assert (reached < 0.5).mean() <= 0.02  # hardly a learner misses its goal
     assert reached.reshape(-1, 3).max(axis=1).min() >= 0.9  # and no goal is missed by all
@@ -85,7 +85,7 @@ def test_histories_are_what_a_room_does_in_whole_episodes_streams_of_a_goal_side
     assert len({row.tobytes() for row in histories.actions}) == 6
     states, ends = histories.states, histories.next_states
     begins = np.arange(400) % SMALL.horizon == 0
-    assert (states[:, begins] == start_state(SMALL.grid_size)).all()
+    assert (states[:, begins] == SMALL.grid_size // 2).all()
     assert np.array_equal(states[:, ~begins], ends[:, :-1][:, ~begins[1:]])
     assert np.array_equal(ends, np.clip(states + MOVES[histories.actions], 0, 2))
     assert np.array_equal(histories.rewards, (ends == histories.goals[:, None]).all(axis=2))
@@ -96,5 +96,6 @@ def test_relative_return_worked_by_hand():
     rewards = np.array([[0, 0, 0, 0, 0, 0, 1, 1], [1, 0, 0, 0, 1, 1, 1, 1]])
     cells, goals = np.zeros((2, 8, 2), dtype=int), np.array([[0, 0], [1, 1]])
     histories = Histories(cells, cells[..., 0], rewards, cells, goals, horizon=4)
-    assert relative_return(histories, slice(0, 1), 3) == pytest.approx(0.5 / 3.5)
-    assert relative_return(histories, slice(-1, None), 3) == pytest.approx(3 / 3.5)
+    env = EnvConfig(grid_size=3, horizon=4)
+    assert relative_return(histories, slice(0, 1), env) == pytest.approx(0.5 / 3.5)
+    assert relative_return(histories, slice(-1, None), env) == pytest.approx(3 / 3.5)

@@ -84,8 +84,8 @@ def load_acting(
     adapter = Adapter(path)
     goals, horizon = read_tasks(adapter)
     agent = AdapterAgent(adapter, N_TRIED, seed, device, rewarded_above, tell)
-    make = partial(GymRooms, adapter, agent.decisions[0].query_state, horizon, seed)
-    make(np.zeros(1, dtype=int)).reset()
+    make = partial(GymRooms, adapter, agent.decisions[0].query_state, horizon)
+    make(np.zeros(1, dtype=int), [seed]).reset()
     agent.environment = Environment(goals, horizon, make)
     agent.facts = {"Adapter": str(path), **agent.rewarded}
     agent.meta = {"adapter": str(path), "rewarded_above": agent.rewarded_above}

@@ -120,7 +120,7 @@ def _read(adapter: Adapter, index: int, given: Decision) -> Decision:
 
 
 def _shape_states(check: Check, arrays: dict[str, np.ndarray], n: int) -> None:
-    """Bring states and next states to `(n, S)`, the query state and the goal to `(S,)`."""
+    """Bring states and next states to `(n, S)`, the query state to `(S,)`, goals to `(m, S)`."""
     states, query = arrays["states"], arrays["query_state"]
     is_fit = states.ndim in (1, 2) and len(states) == n
     check(is_fit, "states", f"shape ({n},) or ({n}, S), as rewards say", states.shape)
@@ -128,8 +128,9 @@ def _shape_states(check: Check, arrays: dict[str, np.ndarray], n: int) -> None:
     check(query.size == size, "query_state", f"{size} numbers, as states", query.shape)
     query = query.reshape(size)
     if (goal := arrays.get("goal")) is not None:
-        check(goal.size == size, "goal", f"{size} numbers, as states", goal.shape)
-        arrays["goal"] = goal.reshape(size)
+        is_fit = goal.size == size or goal.shape[1:] == (size,)
+        check(is_fit, "goal", f"{size} numbers, as states", goal.shape)
+        arrays["goal"] = goal.reshape(-1, size)
     after = arrays.get("next_states", np.concatenate([states[1:], query[None]]))
     is_fit = after.size == states.size and after.shape[:1] == (n,)
     check(is_fit, "next_states", "the shape of states", after.shape)

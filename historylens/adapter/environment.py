@@ -1,6 +1,6 @@
 """The environments of an adapter, in episodes of `HORIZON` steps or shorter ones.
 
-    rooms = GymRooms(Adapter("my_model.py"), state, horizon=20, seed=0, goals=[0, 1, 1])
+    rooms = GymRooms(Adapter("my_model.py"), state, horizon=20, goals=[0, 1, 1], seeds=[5, 6, 7])
 
 They speak the vector API of Gymnasium (https://gymnasium.farama.org); nothing here imports it. One
 that ends early begins anew at once, in each of the three modes of AutoresetMode: no action is lost.
@@ -43,11 +43,17 @@ class GymRooms:
     """Environments of a Gymnasium vector environment.
 
     `state` `(S,)` is one of samples(): those here are of its size and type. What happens in
-    environment i depends on `seed` and i alone; `goals` `(N,)` int are the numbers of the tasks.
+    environment i depends on its own of `seeds`, `(N,)` int that follow each other; `goals` `(N,)`
+    int are the numbers of the tasks.
     """
 
     def __init__(
-        self, adapter: Adapter, state: np.ndarray, horizon: int, seed: int, goals: np.ndarray
+        self,
+        adapter: Adapter,
+        state: np.ndarray,
+        horizon: int,
+        goals: np.ndarray,
+        seeds: Sequence[int],
     ) -> None:
         self._check, self._blamed, self._where = adapter.check, adapter.blamed, adapter.path
         self.horizon, self._state, self._n = horizon, state, len(goals)
@@ -56,7 +62,7 @@ class GymRooms:
         self._check(is_fit, "make_env()", "a gymnasium.vector.VectorEnv", kind(self._env))
         n_envs = getattr(self._env, "num_envs", self._n)
         self._check(n_envs == self._n, "make_env()", f"{self._n} environments", n_envs)
-        self._seed: int | None = seed  # environment i takes seed + i
+        self._seed: int | None = int(seeds[0])  # environment i takes it + i
         self._begun = np.zeros(self._n, dtype=bool)  # those that began anew in the last step
         self._due = self._begun  # those that ended in it, and have not begun anew
 

@@ -119,7 +119,8 @@ def _watch(job: Job, rollouts: range, n_steps: int, bar: tqdm) -> dict[str, Any]
     tasks = np.array(rollouts) % len(environment.goals)
     noises = [np.random.default_rng((job.config.seed, number)) for number in rollouts]
     watcher = _Watcher(job, rollouts, n_steps)
-    rollout(environment.make(tasks), watcher, n_steps, noises, bar, tasks)
+    rooms = environment.make(tasks, [job.config.seed + number for number in rollouts])
+    rollout(rooms, watcher, n_steps, noises, bar, tasks)
     return watcher.arrays()
 
 

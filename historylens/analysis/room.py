@@ -30,7 +30,7 @@ class RoomMap:
     visits: np.ndarray  # (R, C) int, how many they are
     rewarded: np.ndarray  # (R, C) int, how many of them were rewarded
     path: np.ndarray  # (K + 1, 2) int, cells of the current episode; the agent is in the last
-    goal: np.ndarray | None  # (2,) int
+    goals: np.ndarray  # (m, 2) int, in the order in which they count; none where not known
 
     @classmethod
     def of(
@@ -50,7 +50,7 @@ class RoomMap:
         if number is None and np.array_equal(query, reached[-1:]):
             number = episodes[-1]
         ours = np.full(n, False) if number is None else episodes == number
-        ends, goal = _cells(agent, reached), decision.goal
+        ends, goal = _cells(agent, reached), [] if decision.goal is None else decision.goal
 
         def summed(weights: np.ndarray) -> np.ndarray:  # (..., n) -> (..., R, C)
             total = np.zeros((*weights.shape[:-1], *agent.room), dtype=weights.dtype)
@@ -63,7 +63,7 @@ class RoomMap:
             visits=summed(np.ones(n, dtype=int)),
             rewarded=summed(decision.rewarded.astype(int)),
             path=_cells(agent, np.concatenate([states[ours], query])),
-            goal=None if goal is None else _cells(agent, np.reshape(goal, (1, -1)))[0],
+            goals=_cells(agent, np.reshape(goal, (-1, query.size))),
         )
 
     @property
@@ -81,7 +81,7 @@ class RoomMap:
         ratio = [[None if np.isnan(x) else x for x in row] for row in rounded(self.ratio[:, seen])]
         return {
             "room": list(self.even.shape),
-            "goal": None if self.goal is None else self.goal.tolist(),
+            "goals": self.goals.tolist(),
             "path": self.path.tolist(),
             "cells": np.argwhere(seen).tolist(),
             "visits": self.visits[seen].tolist(),

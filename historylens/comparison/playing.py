@@ -95,7 +95,7 @@ def unreadable(plays: Plays, methods: Sequence[Method]) -> dict[str, str]:
     for method in methods:
         if MAY_LACK & {*method.needs}:
             policy = CompressedPolicy(agent, method, 1, torch.Generator().manual_seed(0))
-            room = agent.environment.make(np.zeros(1, dtype=np.int64))
+            room = agent.environment.make(np.zeros(1, dtype=np.int64), [0])
             try:
                 rollout(room, policy, 3, [np.random.default_rng(0)])
             except Unreadable as error:
@@ -142,7 +142,8 @@ def play(plays: Plays, arm: Arm, bar: tqdm | None = None) -> Result:
     for part in even_parts(0, n_goals * plays.n_seeds, MAX_ROOMS):
         goals = np.array(part) % n_goals
         noises = [np.random.default_rng((plays.seed, number)) for number in part]
-        parts.append(rollout(environment.make(goals), policy, n_steps, noises, bar, goals))
+        rooms = environment.make(goals, [plays.seed + number for number in part])
+        parts.append(rollout(rooms, policy, n_steps, noises, bar, goals))
     shape = (plays.n_seeds, n_goals, plays.n_episodes, environment.horizon)
     rewards, ends = (np.concatenate(part).reshape(shape) for part in zip(*parts, strict=True))
     n_ended = ends.sum(axis=3)

@@ -1,7 +1,7 @@
 """What a model decides on compressed history, and what deciding costs.
 
 policy = CompressedPolicy(agent, METHODS["rewarded-recent"], n_keep=20)
-rewards = rollout(agent.environment.make(tasks), policy, n_steps=800, noises=noises)
+rewards = rollout(agent.environment.make(tasks, seeds), policy, n_steps=800, noises=noises)
 policy.cost.tokens, policy.cost.kept_sum / policy.cost.over_budget
 """
 

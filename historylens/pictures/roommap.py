@@ -38,7 +38,7 @@ LEGEND = (  # in the order in which they are drawn
     "a step of the current episode, as far back as the model reads",
     "steps of the current episode that stayed in place: here 3",
     "where the agent is now: the state in which it acts",
-    "the goal, where it is known",
+    "the goal, where it is known; 1, 2: in this order",
     "rewarded transitions ended here",
 )
 
@@ -68,7 +68,7 @@ def room_map(
     across: int | None = None, dpi: int,
 ) -> None:  # fmt: skip
     """Draw an `analysis.room.RoomMap`, its panels called `names`, `across` of them in a row."""
-    n, goals = int(room.visits.sum()), np.reshape([] if room.goal is None else room.goal, (-1, 2))
+    n = int(room.visits.sum())
     page, grids = _sheet(tuple(names), room.even.shape, across, dpi)
     page.restore()
     page.heading(LEFT, title, f"{subtitle} · {counted(n, 'transition') if n else 'no history yet'}")
@@ -78,7 +78,7 @@ def room_map(
         page.text(grid.left, grid.top - 11, name, 9, weight="bold")
         _draw_cells(grid, ratio)
         steps = np.stack([room.path[:-1], room.path[1:]], axis=1)
-        _draw_marks(grid, steps, room.path[-1:], goals, np.argwhere(room.rewarded))
+        _draw_marks(grid, steps, room.path[-1:], room.goals, np.argwhere(room.rewarded))
     page.save(path)
 
 
@@ -127,6 +127,11 @@ def _draw_marks(
 ) -> None:
     """Draw steps `(K, 2, 2)`, from and to, and what is in cells `(N, 2)`."""
     grid.lines(goals[:, None] + 0.88 * BOX, REWARD, 0.08, "white")
+    size = min(9, 0.28 * grid.cell)
+    edge = [withStroke(linewidth=size / 4, foreground=INK)]
+    style = {"ha": "center", "weight": "bold", "color": "white", "path_effects": edge}
+    for number, place in enumerate(goals[: len(goals) * (len(goals) > 1)], 1):
+        grid.page.text(*grid.at(place + (-0.27, 0.29)), f"{number}", size, **style)
     length = np.hypot(*(steps[:, 1] - steps[:, 0]).T)
     moves, stays = steps[length > 0], steps[length == 0, 0]
     along = (moves[:, 1] - moves[:, 0]) / length[length > 0, None]
@@ -138,9 +143,6 @@ def _draw_marks(
     for colour, width in (("white", 0.34), (INK, 0.12)):
         grid.lines(agent[:, None] + DOT - 0.06, colour, width, INK)
     grid.lines(paid[:, None] + DOT + (-0.28, 0.28), REWARD, 0.2, "white")
-    size = min(9, 0.28 * grid.cell)
-    edge = [withStroke(linewidth=size / 4, foreground=INK)]
-    style = {"ha": "center", "weight": "bold", "color": "white", "path_effects": edge}
     for place, count in zip(*np.unique(stays, axis=0, return_counts=True), strict=True):
         text = f"↻{count}" if count > 1 else "↻"
         grid.page.text(*grid.at(place + (0.27, 0.14)), text, size, **style)
