@@ -17,11 +17,13 @@ DEFAULTS_OF: dict[str, dict[str, Any]] = {  # what differs from the defaults bel
     "darkroom": {},
     "darkroom-hard": {
         "grid_size": 17, "initial_value": 0.03, "epsilon_start": 0.2, "n_replays": 1,
-        "n_source_steps": 6000, "n_streams": 12,
+        "n_source_steps": 6000, "n_streams": 12, "lr": 3e-3, "eval_episodes": 100,
+        "eval_rollouts": 12, "eval_every": 1000,
     },
     "key-to-door": {
         "horizon": 50, "n_transit": 200, "initial_value": 0.03, "epsilon_start": 0.2,
         "n_replays": 1, "n_source_steps": 6000, "n_train_goals": 2000, "n_streams": 2,
+        "lr": 4e-3, "eval_rollouts": 12, "eval_every": 1000,
     },
 }  # fmt: skip
 
@@ -121,9 +123,13 @@ class TrainConfig(Settings):
     max_stride: int = setting(
         16, "windows join every k-th episode of a history, k drawn from 1 to this", at_least=1
     )
-    history_dropout: float = setting(
-        0.0, "part of the updates made on thinned histories, so that the model can read such",
+    random_episodes: float = setting(
+        0.8, "part of the windows that join episodes drawn at random, more of them early ones",
         fraction=True,
+    )  # fmt: skip
+    history_dropout: float = setting(
+        0.0, "part of the updates made on thinned histories, so that the model can read such; it "
+        "grows evenly from none to this", fraction=True,
     )  # fmt: skip
     eval_every: int = setting(500, "updates between evaluations and checkpoints", at_least=1)
     eval_episodes: int = setting(40, "episodes a rollout; its second half counts", at_least=2)

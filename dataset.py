@@ -135,8 +135,11 @@ class ADDataset:
     histories are too short for a single window.
     """
 
-    def __init__(self, histories: Histories, n_context: int, max_stride: int = 1) -> None:
-        self.histories, self.n_context, self.max_stride = histories, n_context, max_stride
+    def __init__(
+        self, histories: Histories, n_context: int, max_stride: int = 1, random: float = 0.5
+    ) -> None:
+        self.histories, self.n_context = histories, n_context
+        self.max_stride, self.random = max_stride, random
         expect(
             histories.n_steps > n_context,
             f"histories too short for the context: expected more than {n_context} steps, so "
@@ -152,11 +155,12 @@ class ADDataset:
     def draw(self, batch_size: int, n: int, rng: np.random.Generator) -> tuple[np.ndarray, ...]:
         """Draw `B` decisions to train on, and the `n` transitions that stand before each.
 
-        Half of the windows join every k-th episode, k uniform, and lie anywhere in their history.
-        The others join episodes drawn at random, more of them from early learning: what stands in
-        context then often holds no reward yet while the learner knows its goal already, which
-        teaches the model to head for places where a goal may be. Half of each kind begin with an
-        episode, as a context that is still growing does, and half anywhere, as a full one does.
+        A part `random` of the windows joins episodes drawn at random, more of them from early
+        learning: what stands in context then often holds no reward yet while the learner knows its
+        goal already, which teaches the model to head for places where a goal may be. The others
+        join every k-th episode, k uniform, and lie anywhere in their history. Half of each kind
+        begin with an episode, as a context that is still growing does, and half anywhere, as a full
+        one does.
 
         Returns histories `(B,)`, steps of the decisions `(B,)` and of their contexts `(B, n)`, as
         `gather` takes them.
@@ -175,7 +179,7 @@ class ADDataset:
         if n_episodes > n_back:
             spread = (n_episodes ** rng.random((batch_size, n_back + 1))).astype(int) - 1
             spread = distinct(np.sort(spread, axis=1), n_episodes)
-            use = rng.random(batch_size) < 0.5
+            use = rng.random(batch_size) < self.random
             episode = np.where(use, spread[:, -1], episode)
             earlier = np.where(use[:, None], spread[:, -2::-1], earlier)
         rows = rng.integers(self.histories.n_histories, size=batch_size)

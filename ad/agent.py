@@ -94,7 +94,7 @@ class ADAgent(Agent):
             make=lambda numbers, seeds: DarkRoom(goals[numbers], **room, seeds=seeds),
             best=tuple(optimal_return(goals, **room).tolist()),
             named=(noun, "never trained on"),
-            goal_states=goals.reshape(len(goals), -1, 2),
+            goal_states=goals.reshape(-1, len(self.task.hidden), 2),
         )
 
 
@@ -113,9 +113,12 @@ def load_for_analysis(
     choice = find_checkpoint(config.checkpoint)
     checkpoint = load_checkpoint(choice.path, device, MAX_WEIGHT)
     model, n_context = checkpoint.model.config, checkpoint.model.n_context_max
+    env = task_of(checkpoint.config)
+    task = TASKS[env or "darkroom"]
     facts = {
         "Checkpoint": f"{choice.path} ({choice.reason})",
-        "Step": f"{checkpoint.step:,} gradient updates",
+        "Step": f"{checkpoint.step:,} gradient updates in {task.title if env else 'a grid world'}, "
+        f"{model.grid_size} x {model.grid_size}",
         "Model": f"{model.tf_n_layer} layers x {model.tf_n_head} heads, width {model.tf_n_embd}, "
         f"{sum(p.numel() for p in checkpoint.model.parameters()):,} parameters",
         "Context length": f"{n_context} transitions, then the query token ({n_context + 1} tokens)",
@@ -131,7 +134,6 @@ def load_for_analysis(
         only = Filter(config.goal, config.history, config.steps)
         which = config.num_samples, config.seed, config.stride, only
         places = choose_decisions(histories, n_context, *which)
-        task = TASKS[task_of(checkpoint.config) or "darkroom"]
         decisions = HistoryDecisions(histories, places, n_context, above, task)
         used, steps = list({place.history for place in places}), [place.step for place in places]
         goals = histories.goals

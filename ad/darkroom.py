@@ -107,7 +107,7 @@ class DarkRoom:
             raise ValueError(f"{expected}, got {actions.tolist()}")
         self.states = np.clip(self.states + MOVES[actions], 0, self.grid_size - 1)
         self.n_steps += 1
-        cells = self.goals.reshape(self.n_rooms, -1, 2)
+        cells = self.goals.reshape(-1, len(self.task.hidden), 2)
         wanted = np.minimum(self.n_found, cells.shape[1] - 1)  # the one whose turn it is
         is_there = (self.states == cells[np.arange(self.n_rooms), wanted]).all(axis=1)
         rewards = (is_there & (self.n_found < cells.shape[1])).astype(np.int64)
@@ -136,7 +136,7 @@ def optimal_return(
     episode may start.
     """
     task, goals = TASKS[env], np.asarray(goals)
-    cells = goals.reshape(len(goals), -1, 2)
+    cells = goals.reshape(-1, len(task.hidden), 2)
     starts = np.full((1, 2), grid_size // 2)
     starts = all_goals(grid_size) if task.starts_anywhere else starts
     steps = np.abs(cells[:, None, 0] - starts).sum(axis=2).clip(1)  # (N, starts)

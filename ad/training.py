@@ -135,7 +135,9 @@ class Trainer:
         self.settings, self.device, self.group = settings, device, group
         self.goals = goals_of(env)
         histories = learning_histories(self.goals["train"], env, source, train.seed)
-        self.dataset = ADDataset(histories, model.n_transit - 1, train.max_stride)
+        self.dataset = ADDataset(
+            histories, model.n_transit - 1, train.max_stride, train.random_episodes
+        )
         self.source_return = relative_return(histories, slice(-20, None), env)
         self.rng = np.random.default_rng(train.seed)
         torch.manual_seed(train.seed)
@@ -158,7 +160,8 @@ class Trainer:
     def update(self) -> None:
         """One gradient update on one batch of windows, of which each process takes its part."""
         train, group = self.settings.train, self.group
-        batch = draw_batch(self.dataset, train.batch_size, train.history_dropout, self.rng)
+        history_dropout = train.history_dropout * self.step / train.n_updates
+        batch = draw_batch(self.dataset, train.batch_size, history_dropout, self.rng)
         own = group.equal_slice(len(batch["actions"]))
         if group.size > 1:  # dropout of its own for each process, and nothing to save for a resume
             torch.manual_seed(hash((train.seed, self.step, group.rank)))

@@ -71,7 +71,10 @@ def test_rooms_in_batches_earn_what_each_earns_alone_goal_by_seed(monkeypatch, m
     assert result.returns.flags.c_contiguous  # sums of it are those of what a file holds
     for room in range(6):
         policy = CompressedPolicy(agent, METHODS[REWARDED.name], REWARDED.n_keep)
-        alone, noise = environment.make(np.array([room % 3]), [room]), np.random.default_rng((5, room))
+        alone, noise = (
+            environment.make(np.array([room % 3]), [room]),
+            np.random.default_rng((5, room)),
+        )
         rewards, _ = rollout(alone, policy, 8 * HORIZON, [noise])
         expected = rewards.reshape(8, HORIZON).sum(axis=1)
         np.testing.assert_array_equal(result.returns[room % 3, room // 3], expected)

@@ -15,7 +15,7 @@ from historylens.common.errors import UserError, run_command
 from historylens.common.settings import add_flags, flag_of, from_dict, from_flags, to_dict
 
 CONFIGS = (TrainConfig, SourceConfig, EnvConfig, ModelConfig)
-NO_FLAGS = {"env", "dim_states", "num_actions"}  # of Dark Room: in files alone
+NO_FLAGS = {"dim_states", "num_actions"}  # of Dark Room: in files alone
 
 
 def make_parser(*configs):
@@ -37,7 +37,8 @@ def test_flags_parse_back_to_the_settings_they_came_from(config, data):
     if config is ModelConfig:
         drawn["tf_n_head"] = st.just(1)  # of whole heads, whatever the width
     wanted = config(**data.draw(st.fixed_dictionaries(drawn)))
-    argv = [f"{flag_of(name)}={getattr(wanted, name)}" for name in drawn]
+    given = [name for name in drawn if getattr(wanted, name) is not None]
+    argv = [f"{flag_of(name)}={getattr(wanted, name)}" for name in given]
     found = from_flags(config, make_parser(config).parse_args(argv))
     assert found == wanted
     assert [*map(type, vars(found).values())] == [*map(type, vars(wanted).values())]
@@ -64,13 +65,21 @@ def test_a_setting_of_two_configs_is_one_flag_for_both_and_none_can_be_changed()
         assert from_flags(config, flags) == config(**changed)
 
 
+def _kind(field):
+    return int if field.default is None else type(field.default)
+
+
 def test_help_shows_every_setting_with_its_default_and_no_other():
     shown = " ".join(make_parser(*CONFIGS).format_help().split())
     for config in CONFIGS:
         for field in settings_of(config):
-            metavar = {int: "N", float: "X"}.get(type(field.default)) or field.metadata["metavar"]
+            metavar = "{" + ",".join(field.metadata.get("choices", ())) + "}"
+            metavar = {int: "N", float: "X"}.get(_kind(field)) or field.metadata.get(
+                "metavar", metavar
+            )
             text = f"{flag_of(field.name)} {metavar} {field.metadata['help']}"
-            assert f"{text} (default: {field.default})" in shown
+            default = "" if field.default is None else f" (default: {field.default})"
+            assert text + default in shown
     assert not any(f"{flag_of(name)} " in shown for name in NO_FLAGS)
 
 

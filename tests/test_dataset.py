@@ -183,3 +183,12 @@ def test_draws_are_even_over_histories_half_at_episode_starts_half_evenly_spaced
     assert np.median(begins) <= 3 < 10 < np.median(episodes[even, 0])
     assert ends.max() >= 55
     assert np.median(ends - begins) > 15
+
+
+@pytest.mark.parametrize("part", [0.0, 0.2, 1.0])
+def test_the_part_of_windows_that_join_random_episodes_is_a_setting(part):
+    draw = ADDataset(numbered(3, 60, 4), 10, max_stride=3, random=part).draw
+    _, targets, steps = draw(2000, 10, np.random.default_rng(0))
+    episodes = (np.column_stack([steps, targets]) // 4).tolist()
+    even = [len(set(np.diff(sorted(set(row))).tolist())) == 1 for row in episodes]
+    assert np.mean(even) == pytest.approx(1 - part, abs=0.06)

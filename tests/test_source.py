@@ -1,13 +1,24 @@
 """The source algorithm against plain Q-learning, and what it reaches."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from conftest import PlainRoom
 
-from ad.darkroom import MOVES, N_ACTIONS, DarkRoom, optimal_return, split_goals
+from ad.darkroom import (
+    MOVES,
+    N_ACTIONS,
+    TASKS,
+    DarkRoom,
+    all_goals,
+    optimal_return,
+    split_goals,
+)
 from ad.source import learning_histories, relative_return
-from config import EnvConfig, SourceConfig
+from config import DEFAULTS_OF, EnvConfig, SourceConfig
 from dataset import Histories
+from historylens.common.settings import from_dict
 
 SMALL = EnvConfig(grid_size=3, horizon=4)
 
@@ -32,39 +43,65 @@ def plain_learning(goals, env, source, seed):
     """The slow twin: one room after the other, with the random numbers of the vectorised run."""
     rng = np.random.default_rng(seed)
     n, steps, size, f = len(goals), range(source.n_source_steps), env.grid_size, np.float32
+    seeds = np.random.default_rng((seed, 1)).integers(2**40, size=n)
+    rooms = DarkRoom(goals, size, env.horizon, env.env, seeds)  # of where episodes start alone
+    starts = [rooms.reset() for _ in range(0, len(steps), env.horizon)]
+    n_hidden = len(TASKS[env.env].hidden)
     epsilon_start = rng.uniform(source.epsilon_end, source.epsilon_start, size=n)
     noise = [(rng.random((n, 5), dtype=f), rng.integers(5, size=n), rng.random(n)) for _ in steps]
     taken = np.zeros((n, len(steps)), dtype=int)
     for i in range(n):
-        room = PlainRoom(goals[i], size, env.horizon)
-        q = [[f(source.initial_value)] * 5 for _ in range(size**2)]
+        room = PlainRoom(goals[i], size, env.horizon, env.env)
+        q = {}  # by cell and how much is found
+
+        def values(state, q=q):
+            return q.setdefault(state, [f(source.initial_value)] * 5)
+
+        def learn(state, action, reward, after, values=values):
+            future = f(0) if after[1] == n_hidden else max(values(after))
+            target = f(reward) + f(source.discount) * future
+            values(state)[action] += f(source.step_size) * (target - values(state)[action])
+
         for t in steps:
             if t % env.horizon == 0:
-                row, col = room.reset()
+                state, episode = (room.reset(starts[t // env.horizon][i]), 0), []
             ties, random_action, coin = (draws[i] for draws in noise[t])
             decayed = min(1.0, t / len(steps) / source.epsilon_decay)
             epsilon = epsilon_start[i] * (1 - decayed) + source.epsilon_end * decayed
-            cell = row * size + col
-            ranked = [q[cell][a] + f(1e-5) * ties[a] for a in range(5)]
+            ranked = [values(state)[a] + f(1e-5) * ties[a] for a in range(5)]
             if t % env.horizon:
                 last = taken[i, t - 1]
-                ranked[last] = q[cell][last] + f(2e-5)
+                ranked[last] = values(state)[last] + f(2e-5)
             action = random_action if coin < epsilon else ranked.index(max(ranked))
-            (row, col), reward, _ = room.step(action)
-            target = f(reward) + f(source.discount) * max(q[row * size + col])
-            q[cell][action] += f(source.step_size) * (target - q[cell][action])
-            taken[i, t] = action
+            cell, reward, is_over = room.step(action)
+            after = cell, state[1] + reward * TASKS[env.env].is_once
+            episode.append((state, action, reward, after))
+            learn(*episode[-1])
+            for step in [*reversed(episode)] * (source.n_replays * is_over):
+                learn(*step)
+            taken[i, t], state = action, after
     return taken
 
 
-@pytest.mark.parametrize("step_size", [1.0, 0.3])
-def test_vectorised_learning_equals_one_learner_after_the_other(step_size):
-    exploring = {"epsilon_start": 0.8, "epsilon_end": 0.1}
+@pytest.mark.parametrize("env", TASKS)
+@pytest.mark.parametrize(("step_size", "n_replays"), [(1.0, 0), (0.3, 0), (1.0, 1), (0.3, 2)])
+def test_vectorised_learning_equals_one_learner_after_the_other(env, step_size, n_replays):
+    exploring = {"epsilon_start": 0.8, "epsilon_end": 0.1, "n_replays": n_replays}
     source = SourceConfig(n_source_steps=240, step_size=step_size, **exploring)
-    goals = np.array([[0, 0], [2, 1], [1, 1]])
-    fast = learning_histories(goals, SMALL, source, seed=5, n_streams=2)
-    plain = plain_learning(np.repeat(goals, 2, axis=0), SMALL, source, seed=5)
+    env = replace(SMALL, env=env, horizon=8)
+    goals = all_goals(3, env.env)[::4]
+    fast = learning_histories(goals, env, source, seed=5, n_streams=2)
+    plain = plain_learning(np.repeat(goals, 2, axis=0), env, source, seed=5)
     assert np.array_equal(fast.actions, plain)
+
+
+@pytest.mark.parametrize("env", TASKS)
+def test_the_source_of_each_task_ends_near_the_best_with_the_settings_of_its_training(env):
+    flags = {"env": env, "n_train_goals": 40} | DEFAULTS_OF[env]
+    room, source = from_dict(EnvConfig, flags), from_dict(SourceConfig, flags)
+    goals = split_goals(0, room.grid_size, env=env, n_train=40)["train"]
+    learned = learning_histories(goals, room, source, seed=0, n_streams=2)
+    assert relative_return(learned, slice(-20, None), room) >= 0.95
 
 
 def test_exploring_in_straight_lines_finds_far_goals_sooner():

@@ -219,6 +219,27 @@ def test_a_run_is_never_overwritten_nor_resumed_once_it_has_ended(finished, caps
     assert files_of(finished.folder) == before
 
 
+def test_history_dropout_grows_evenly_and_then_the_choice_counts_compressed_history(
+    tmp_path, no_picture, monkeypatch, capsys
+):
+    shares, draw = [], training.draw_batch
+
+    def draw_batch(dataset, size, share, rng):
+        shares.append(share)
+        return draw(dataset, size, share, rng)
+
+    monkeypatch.setattr(training, "draw_batch", draw_batch)
+    main(flags(tmp_path, history_dropout=0.7))
+    assert shares == pytest.approx([0.1 * step for step in range(7)])
+    numbers, out = numbers_of(run_of(tmp_path)), capsys.readouterr().out
+    for entry in numbers["log"]:
+        both = [entry["validation_relative"], entry["compressed_relative"]]
+        assert entry["score"] == pytest.approx(np.mean(both))
+        assert f"on compressed history {entry['compressed_return']:.2f}" in out
+    best = max(numbers["log"], key=lambda entry: (entry["score"], -entry["step"]))
+    assert numbers["chosen_step"] == best["step"]
+
+
 def test_a_run_goes_on_with_its_own_settings_alone(finished, tmp_path, no_picture, capsys):
     run_interrupted(flags(tmp_path), LOSS, 2)
     resume = run_of(tmp_path) / "resume.pt"
@@ -254,7 +275,13 @@ def test_help_mentions_every_setting(capsys):
     with pytest.raises(SystemExit, match="0"):
         main(["--help"])
     flags_shown = set(re.findall(r"--[a-z-]+", capsys.readouterr().out))
-    names = {*to_dict(*Settings())} - {"dim_states", "num_actions"} | {"run", "resume", "checkpoints", "figs", "help"}
+    names = {*to_dict(*Settings())} - {"dim_states", "num_actions"} | {
+        "run",
+        "resume",
+        "checkpoints",
+        "figs",
+        "help",
+    }
     assert flags_shown == {flag_of(name) for name in names}
 
 

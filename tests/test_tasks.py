@@ -1,0 +1,59 @@
+"""Every task goes all the way: trained, looked at, compared; all of it from its checkpoint."""
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ad.darkroom import TASKS
+from compare_compression import main as compare
+from dataset import Histories
+from historylens.pictures import returns
+from train import main as train
+from visualize_attention import main as visualize
+
+TINY = [
+    "--grid-size=3", "--horizon=6", "--n-transit=12", "--n-test-goals=2", "--n-validation-goals=2",
+    "--n-train-goals=5", "--n-streams=2", "--n-source-steps=120", "--tf-n-layer=1",
+    "--tf-n-head=2", "--tf-n-embd=16", "--tf-n-inner=16", "--batch-size=4", "--n-updates=4",
+    "--eval-every=2", "--eval-episodes=4", "--eval-rollouts=2", "--final-rollouts=2",
+    "--history-dropout=0.5", "--device=cpu",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("env", TASKS)
+def test_the_task_of_a_checkpoint_is_that_of_all_that_follows(env, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name in ("draw_by_budget", "draw_by_episode"):
+        monkeypatch.setattr(returns, name, lambda path, *_: path.write_bytes(b"png"))
+    task, run = TASKS[env], tmp_path / "checkpoints" / f"AD-{env}-seed0"
+    train(["--env", env, *TINY])
+    numbers = json.loads((run / "training.json").read_text())
+    goals, possible = numbers["test"]["goals"], numbers["test"]["possible"]
+    assert numbers["config"]["env"] == env
+    assert {len(goal) for goal in goals} == {2 * len(task.hidden)}
+    assert f" {possible:.2f} " in capsys.readouterr().out
+    histories = Histories.load(run / "histories-test.npz")
+    assert np.unique(histories.goals, axis=0).tolist() == goals
+    most = len(task.hidden) if task.is_once else histories.horizon
+    assert histories.episode_returns().max() <= most
+
+    visualize(["--num-samples", "3", "--num-figures", "1", "--layers", "0"])
+    assert f"updates in {task.title}, 3 x 3" in " ".join(capsys.readouterr().out.split())
+    with open("figs/attention/metrics.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    told = json.loads(Path("figs/attention/metrics.json").read_text())
+    assert list(rows[0])[1 : 1 + len(task.columns)] == task.columns
+    goal = [int(rows[0][name]) for name in task.columns]
+    assert goal in goals
+    assert np.ravel(told["drawn"]["maps"]["0"]["goals"]).tolist() == goal
+
+    options = ["--strategies", "recent", "--budgets", "3", "--seeds", "2", "--episodes", "4"]
+    compare([*options, "--confirm", "0"])
+    told = json.loads(Path("figs/compression/results.json").read_text())
+    names = [task.titled(goal).removeprefix("goal ") for goal in goals]
+    assert told["fingerprint"]["goals"] == names
+    assert told["summary"]["task"].startswith(f"AD in {task.title}, ")
+    assert f"{task.title}, " in capsys.readouterr().out
