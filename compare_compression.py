@@ -4,6 +4,7 @@
     python compare_compression.py --full                # all strategies, more seeds and episodes
     python compare_compression.py --strategies recent rewarded-recent --budgets 10 20 --seeds 16
     python compare_compression.py --adapter my_model.py # a model and an environment of your own
+    torchrun --nproc-per-node 4 compare_compression.py  # shared out: the same numbers
 
 The model acts on goals that it was not trained on, its history compressed before every decision:
 each strategy at each budget, beside full history, an empty one and two controls. Writes
@@ -12,11 +13,14 @@ each strategy at each budget, beside full history, an empty one and two controls
 goes on with the same command.
 """
 
+import argparse
 import sys
 from collections.abc import Sequence
 
+import torch
+
 from historylens import comparison
-from historylens.agent import pick_device
+from historylens.agent import Agent
 from historylens.common.errors import run_command
 from historylens.common.settings import from_flags, names_adapter
 
@@ -29,11 +33,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     from ad.agent import load_for_acting
     from config import ActingConfig
 
-    flags = comparison.make_parser(ActingConfig).parse_args(argv)
-    config, acting = from_flags(comparison.CompareConfig, flags), from_flags(ActingConfig, flags)
-    agent = load_for_acting(acting, pick_device(config.device))
-    agent.rewarded_above = config.rewarded_above or 0.0
-    comparison.compare(agent, config, acting.positions)
+    def load(flags: argparse.Namespace, device: torch.device) -> tuple[Agent, str]:
+        acting = from_flags(ActingConfig, flags)
+        agent = load_for_acting(acting, device)
+        agent.rewarded_above = flags.rewarded_above or 0.0
+        return agent, acting.positions
+
+    comparison.run(argv, comparison.make_parser(ActingConfig), load)
 
 
 if __name__ == "__main__":

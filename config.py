@@ -18,12 +18,12 @@ DEFAULTS_OF: dict[str, dict[str, Any]] = {  # what differs from the defaults bel
     "darkroom-hard": {
         "grid_size": 17, "initial_value": 0.03, "epsilon_start": 0.2, "n_replays": 1,
         "n_source_steps": 6000, "n_streams": 12, "lr": 3e-3, "eval_episodes": 100,
-        "eval_rollouts": 12, "eval_every": 1000,
+        "eval_rollouts": 12, "final_rollouts": 16, "eval_every": 1000,
     },
     "key-to-door": {
         "horizon": 50, "n_transit": 200, "initial_value": 0.03, "epsilon_start": 0.2,
         "n_replays": 1, "n_source_steps": 6000, "n_train_goals": 2000, "n_streams": 2,
-        "lr": 4e-3, "eval_rollouts": 12, "eval_every": 1000,
+        "lr": 4e-3, "eval_rollouts": 12, "final_rollouts": 8, "eval_every": 1000,
     },
 }  # fmt: skip
 

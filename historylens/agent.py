@@ -7,7 +7,7 @@ that follows (analysis, effects, comparison) knows nothing else.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -195,15 +195,18 @@ def look(agent: Agent, history: History, wanted: Collection[str]) -> History:
 
 
 def _look(agent: Agent, history: History, wanted: Sequence[str]) -> dict[str, Tensor]:
-    """What one pass shows of attention, and another with heads told apart, where they are asked."""
-    tokens, known = agent.tokens(history), {}
+    """What one pass shows of attention; a second is for whole maps beside heads told apart."""
+    tokens, known, layers = agent.tokens(history), {}, []
     if {*wanted} & {"norm", "contribution"}:
-        known = _shares(agent, history, tokens)
+        told = run_heads(agent, history)[1]
+        known = _shares(agent, told.values(), tokens)
+        layers = [told[i] for i in range(len(agent.layers)) if i in told]
     is_whole = bool({*wanted} & {"received", "last_rows"})
     if not is_whole and not {*wanted} & {"query_attention", "head_attention"}:
         return known
-    options = {"maps": range(history.size), "map_size": max(8, len(tokens[0]))} if is_whole else {}
-    _, layers = attend(agent, history, **options)
+    if is_whole or len(layers) < len(agent.layers):
+        maps = {"maps": range(history.size), "map_size": max(8, len(tokens[0]))}
+        _, layers = attend(agent, history, **(maps if is_whole else {}))
     by_head = [
         torch.from_numpy(sum_rows(layer.query_rows, tokens)[..., :-1]) for layer in layers
     ]  # (B, H, n) float64
@@ -221,10 +224,11 @@ def _look(agent: Agent, history: History, wanted: Sequence[str]) -> dict[str, Te
     return known
 
 
-def _shares(agent: Agent, history: History, tokens: Sequence[Tokens]) -> dict[str, Tensor]:
+def _shares(
+    agent: Agent, layers: Iterable[HeadOutput], tokens: Sequence[Tokens]
+) -> dict[str, Tensor]:
     """Norms and contributions `(B, n)`, mean over the layers that show them."""
-    _, layers = run_heads(agent, history)
-    shown = [layer.shares() for layer in layers.values() if layer.projection is not None]
+    shown = [layer.shares() for layer in layers if layer.projection is not None]
     if not shown:
         what = "expected heads side by side before a linear projection, as contributions take"
         raise Unreadable(f"{agent.title}: {what}, got none")

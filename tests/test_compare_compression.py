@@ -32,8 +32,8 @@ OTHERS = (".pdf", ".svg")  # formats that are not asked for
 GOALS = [[0, 1], [2, 2], [4, 3]]
 SMALL = ["--strategies", "recent", "random", "top-k", "--budgets", "3", "6",
          "--seeds", "2", "--episodes", "3", "--confirm", "0", "--device", "cpu"]  # fmt: skip
-ARMS = ["full", "empty", "other-task", "shuffled-rewards", "recent@3", "recent@6", "random@3",
-        "random@6", "top-k@3", "top-k@6"]  # fmt: skip
+ARMS = ["empty", "full", "other-task", "random@3", "random@6", "recent@3", "recent@6",
+        "shuffled-rewards", "top-k@3", "top-k@6"]  # fmt: skip
 
 
 def at_home(folder, config, patch):
@@ -64,6 +64,12 @@ def results_of(folder):
     return json.loads((Path(folder) / "results.json").read_text())
 
 
+def returns_of(content, key):
+    """The returns `(G, r, E)` of all blocks of an arm."""
+    blocks = content["arms"][key]["blocks"]
+    return np.concatenate([np.array(block["returns"], dtype=float) for block in blocks], axis=1)
+
+
 def table_of(folder):
     return list(csv.DictReader((Path(folder) / "results.csv").read_text().splitlines()))
 
@@ -77,7 +83,7 @@ def timeless(folder):
 def test_the_console_ends_in_one_recommendation_and_files_hold_every_return(done):
     folder, out, err = done
     assert "checkpoints/tiny/ckpt-30.pt (the only run, highest step of 1)" in out
-    assert "10 arms x 90 decisions = 900" in out
+    assert "10 arms, 900 decisions" in out
     assert "Margin:     5% of full history's return" in out
     assert "numbered anew (reindexed)" in out
     assert all(f"\n{key} " in out for key in ARMS)
@@ -89,14 +95,15 @@ def test_the_console_ends_in_one_recommendation_and_files_hold_every_return(done
     result, table = results_of(folder / FIGS), table_of(folder / FIGS)
     assert result["complete"]
     assert list(result["arms"]) == ARMS
-    returns = np.array([arm["returns"] for arm in result["arms"].values()], dtype=float)
+    returns = np.array([returns_of(result, key) for key in ARMS])
     assert returns.shape == (10, 3, 2, 3)  # arms, goals, seeds, episodes
     for row, record in zip(table, result["summary"]["rows"], strict=True):
         key = row["strategy"] + (f"@{row['budget']}" if row["budget"] else "")
         late = returns[ARMS.index(key)][:, :, 1:].mean()
         assert float(row["return"]) == record["return"] == pytest.approx(late)
         assert record["tokens_per_decision"] > 0
-        assert result["arms"][key]["cost"]["identical_to_full"] == 0
+        [block] = result["arms"][key]["blocks"]
+        assert (block["first_seed"], block["cost"]["identical_to_full"]) == (0, 0)
         assert record["budget"] in (None, record["kept"])
     assert len(table) == 10
     assert (result["summary"]["step"], result["summary"]["positions"]) == (30, "reindexed")
@@ -105,9 +112,12 @@ def test_the_console_ends_in_one_recommendation_and_files_hold_every_return(done
 def test_a_stopped_comparison_goes_on_to_the_same_files(done, home, monkeypatch, capsys):
     argv, out = [*SMALL, "--out", "out"], Path("out")
 
+    order = ["top-k@6", "top-k@3", "full", "other-task", "shuffled-rewards", "recent@6",
+             "random@6", "recent@3", "random@3", "empty"]  # what takes longest first  # fmt: skip
+
     def stop_at(n, sent, play=playing.play):
-        def stopping(plays, arm, bar):
-            return os.kill(os.getpid(), sent) if arm.key == ARMS[n] else play(plays, arm, bar)
+        def stopping(plays, arm, *rest):
+            return os.kill(os.getpid(), sent) if arm.key == order[n] else play(plays, arm, *rest)
 
         monkeypatch.setattr(playing, "play", stopping)
 
@@ -116,31 +126,31 @@ def test_a_stopped_comparison_goes_on_to_the_same_files(done, home, monkeypatch,
     killed.start()
     killed.join()
     assert killed.exitcode == -signal.SIGKILL
-    assert (set(files_of(out)), list(results_of(out)["arms"])) == ({"results.json"}, ARMS[:2])
+    assert (set(files_of(out)), set(results_of(out)["arms"])) == ({"results.json"}, {*order[:2]})
     stop_at(5, signal.SIGINT)
     with pytest.raises(SystemExit, match="130"):
         run_command(lambda: main(argv))
-    assert (set(files_of(out)), list(results_of(out)["arms"])) == ({"results.json"}, ARMS[:5])
-    kept = "5 of 10 arms are kept in out/results.json"
+    assert (set(files_of(out)), set(results_of(out)["arms"])) == ({"results.json"}, {*order[:5]})
+    kept = "5 blocks of runs are kept in out/results.json"
     assert f"\n{kept}: the same command goes on from there\n" in capsys.readouterr().err
-    stop_at(0, 0)  # full history is kept
+    stop_at(0, 0)  # it is kept
     main(argv)
-    assert "5 arms x 90 decisions = 450" in capsys.readouterr().out
+    assert "5 arms, 450 decisions" in capsys.readouterr().out
     assert timeless(out) == timeless(done[0] / FIGS)
     monkeypatch.setattr(playing, "play", None)
     before = files_of(out)
     main(argv)
     assert files_of(out) == before
     said = " ".join(capsys.readouterr().out.split())
-    assert "results.json has 10 finished arms of these settings" in said
-    assert "0 arms x 90 decisions = 0" in said
+    assert "results.json has 10 blocks of runs of 10 arms of these settings" in said
+    assert "0 arms, 0 decisions" in said
 
 
 def test_more_strategies_play_only_what_is_missing_and_a_new_margin_nothing(home, capsys):
     tiny = ["--budgets", "3", "--episodes", "2", "--seeds", "2", "--out", "out"]
     main([*tiny, "--strategies", "recent"])
     main([*tiny, "--strategies", "recent", "even", "--margin", "0.2"])
-    assert "1 arms x 60 decisions" in capsys.readouterr().out
+    assert "1 arm, 60 decisions" in capsys.readouterr().out
     assert results_of("out")["summary"]["margin_share"] == 0.2
     assert {row["strategy"] for row in table_of("out")} >= {"recent", "even"}
     main([*tiny, "--strategies", "even"])
@@ -149,7 +159,7 @@ def test_more_strategies_play_only_what_is_missing_and_a_new_margin_nothing(home
 
 
 def test_what_is_not_chosen_is_quick_or_all_with_full(home, tiny_model, monkeypatch, capsys):
-    def stop(plays, arms, results):
+    def stop(plays, arms, *rest):
         with_budget = {(arm.name, arm.n_keep) for arm in arms if arm.n_keep}
         raise KeyboardInterrupt(with_budget, (plays.n_seeds, plays.n_episodes))
 
@@ -179,9 +189,8 @@ def test_positions_and_seed_change_the_returns_and_what_is_in_the_way_is_one_lin
     for flag in ("--positions=reindexed", "--positions=original", "--seed=1"):
         main([*argv, flag, f"--out={flag}"])
         assert (placed in capsys.readouterr().out) == ("original" in flag)
-        arms = results_of(flag)["arms"]
-        full.append(arms["full"]["returns"])
-        even.append(arms["even@6"]["returns"])
+        full.append(returns_of(results_of(flag), "full").tolist())
+        even.append(returns_of(results_of(flag), "even@6").tolist())
     assert full[0] == full[1] != full[2]
     assert even[0] not in even[1:]
     for name in FILES[:-1]:
@@ -289,7 +298,10 @@ def test_the_most_promising_of_unsettled_arms_is_played_again_once(home, monkeyp
     arm = summary["confirmation"]["rows"][1]
     assert kept["fingerprint"]["seed"] != summary["seed"]
     assert list(kept["arms"]) == ["full", "random@14"]
-    returns = np.array(kept["arms"]["random@14"]["returns"], dtype=float)
+    assert (
+        len(kept["arms"]["full"]["blocks"]) == 3
+    )  # at most 21 seeds of 3 goals at once, and looks
+    returns = returns_of(kept, "random@14")
     assert returns.shape == (3, 24, 8)
     assert arm["return"] == pytest.approx(late_scores(returns).mean())
     assert arm["verdict"] in ("safe", "better")

@@ -40,16 +40,19 @@ def test_what_an_interrupted_move_left_goes_where_the_rest_is(tmp_path):
 def damaged(text):
     """Ways to spoil kept results, each a text of the file."""
     content = json.loads(text)
-    returns = content["arms"]["full"]["returns"]
+    [block] = content["arms"]["full"]["blocks"]
+    returns = block["returns"]
     yield from ("", "{", "[" * 100_000, "[]", json.dumps(content | {"schema_version": 9}))
     for value in ("NaN", "1e999", "1" + "0" * 400, '"a"', "[1]"):
         returns[0][0][0] = "HERE"
         yield json.dumps(content).replace('"HERE"', value)
     returns[0][0][0] = 1
     yield json.dumps(content | {"arms": {"full": content["arms"]["full"] | {"budget": 3}}})
-    content["arms"]["full"]["returns"] = returns[1:]
+    block["returns"] = returns[1:]
     yield json.dumps(content)
-    content["arms"]["full"] |= {"returns": returns, "cost": {"decisions": None}}
+    block["first_seed"], block["returns"] = 1, returns
+    yield json.dumps(content)
+    block |= {"first_seed": 0, "cost": {"decisions": None}}
     yield json.dumps(content).replace("null", "Infinity")
 
 

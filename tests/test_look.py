@@ -73,6 +73,17 @@ def test_a_look_equals_the_attention_computed_token_by_token(shape, n, data):
             np.testing.assert_allclose(value, expected[name], rtol=1e-4, atol=2e-6)
 
 
+def test_a_look_is_one_pass_and_a_second_only_for_whole_maps_beside_heads():
+    agent = ModelAgent(sharp_model(CONFIGS[1]))
+    history, n_passes = random_history(agent, 2, 9), []
+    agent.model.register_forward_hook(lambda *_: n_passes.append(1))
+    whole, heads = {"received", "last_rows"}, {"norm", "contribution"}
+    for wanted in ([*LOOKS[:4]], ["query_attention", "norm"], [*whole], ["norm"], [*LOOKS]):
+        look(agent, history, wanted)
+        assert len(n_passes) == 1 + bool({*wanted} & whole and {*wanted} & heads), wanted
+        n_passes.clear()
+
+
 def test_a_look_in_parts_is_the_same(monkeypatch):
     history = random_history(AGENTS[2, 2], 5, 13)
     whole = look(AGENTS[2, 2], history, LOOKS)

@@ -189,6 +189,31 @@ def test_every_method_plays(model, name):
         assert (policy.cost.kept_max or 0) <= most
 
 
+@pytest.mark.parametrize("name", [*METHODS, "head-0-1"])
+def test_a_decision_takes_one_pass_over_what_is_kept_and_a_look_one_over_the_window(model, name):
+    agent, passes, method = ModelAgent(model), [], METHODS[name]
+    looks = any(field in method.needs for field in LOOKS)
+    policy = policy_of(agent, name, 3, np.random.default_rng(0))
+    act = policy.act
+
+    def counting(buffer, query_states):
+        passes.clear()
+        logits = act(buffer, query_states)
+        n_window = min(buffer.n, 7)
+        n_looks = int(looks and n_window > 3)
+        assert passes[:n_looks] == [n_window] * n_looks
+        kept = passes[n_looks:]
+        assert len(kept) == len({*kept})  # one for all that keep equally many
+        whole = {"all": n_window, "none": 0, "n_keep": min(3, n_window)}
+        assert kept == [whole.get(method.keeps)] or method.keeps == "up to n_keep"
+        return logits
+
+    policy.act = counting
+    hook = model.register_forward_pre_hook(lambda _, args: passes.append(args[1].shape[1]))
+    play(policy, 11)
+    hook.remove()
+
+
 def test_a_budget_that_the_model_cannot_read_is_an_error():
     for n_keep in (-1, 8, 2.5, "4", [1]):
         with pytest.raises(UserError, match=r"n_keep as a whole number in 0\.\.7, .*got "):

@@ -16,8 +16,10 @@ import torch
 from conftest import ad_agent, files_of, make_histories, sharp_model, write_checkpoint
 from hypothesis import given
 from hypothesis import strategies as st
+from test_compare_compression import timeless
 from test_train import flags, numbers_of, run_of
 
+import compare_compression
 import visualize_attention
 from historylens import analysis
 from historylens.analysis import AnalysisConfig, Job, measure, measure_drawn
@@ -25,6 +27,7 @@ from historylens.common.batches import even_parts, is_out_of_memory
 from historylens.common.errors import UserError
 from historylens.common.processes import ALONE, Group, join
 from historylens.metrics import NAMES, Metrics
+from historylens.pictures import returns as pictures
 from train import main
 
 ROOT = Path(__file__).parent.parent
@@ -162,11 +165,12 @@ def test_one_process_is_no_group_and_half_a_torchrun_or_too_few_gpus_are_an_erro
 
 
 JOB = """
-import contextlib, json, os, signal
+import contextlib, json, os, signal, time
 from pathlib import Path
-import train, visualize_attention
+import compare_compression, train, visualize_attention
 from ad import training
-from historylens import analysis
+from historylens import analysis, comparison
+from historylens.comparison import playing
 from historylens.common.errors import UserError, expect
 from historylens.common.processes import join
 
@@ -182,11 +186,33 @@ with join() as group:
             seen[name] = "went on"
         except (UserError, SystemExit) as error:
             seen[name] = str(error)
+    def work(item, see):
+        time.sleep(0.05 * group.rank)
+        see()
+        expect(item != "bad" or group.rank, "a bad item")
+        return item, group.rank
+    seen["kept"], seen["stopped"] = [], ""
+    group.spread([*"abcdef"], work, seen["kept"].append)
+    try:
+        group.spread(["bad"] * 9, work, lambda given: None)
+    except (UserError, SystemExit) as error:
+        seen["stopped"] = str(error)
     with group.told_once():
         print("told")
     Path(f"{group.rank}.json").write_text(json.dumps(seen | {"pid": os.getpid()}))
-    analysis.join = train.join = lambda: contextlib.nullcontext(group)  # one can join once
+    joined = lambda: contextlib.nullcontext(group)  # one can join once
+    analysis.join = train.join = comparison.join = joined
+    if "broken" in commands:
+        play = playing.play
+        def killed(plays, arm, *rest):  # the second process, once the first has kept two blocks
+            kept = Path("broken/results.json")
+            while group.rank == 1 and not (kept.exists() and kept.read_text().count("cost") > 1):
+                time.sleep(0.01)
+            return os.kill(os.getpid(), 9) if group.rank == 1 else play(plays, arm, *rest)
+        playing.play = killed
+        compare_compression.main(commands["broken"])
     visualize_attention.main(commands["analysis"])
+    compare_compression.main(commands["race"])
     train.main(commands["training"])
     if group.rank == 1:
         training.PackedLoss.forward = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
@@ -197,21 +223,33 @@ ANALYSIS = "--device cpu --num-samples 12 --num-figures 2 --num-effects 2 --dpi 
 TRAINING = {"ema_decay": 0.0, "tf_dropout": 0.0, "n_updates": 6, "eval_every": 3}
 
 
-@pytest.fixture(scope="module")
-def together(tmp_path_factory, tiny_config):
-    """Two processes that `torchrun` started: exchange, analyse, train, train until one dies."""
-    folder = tmp_path_factory.mktemp("together")
-    write_checkpoint(folder / "run" / "ckpt-30.pt", sharp_model(tiny_config))
-    make_histories(n_episodes=20).save(folder / "run" / "histories-test.npz")
-    commands = {"analysis": [*ANALYSIS.split(), "--checkpoint", str(folder / "run")]}
-    commands["training"] = flags(folder / "two", **TRAINING)
-    commands["killed"] = flags(folder / "killed", n_updates=300)
+COMPARISON = "--device cpu --strategies recent random top-k --budgets 3 6 --episodes 4 --margin 0.1"
+RACE = [*COMPARISON.split(), "--confirm", "3"]  # 3 goals of 4 seeds: a look after 2
+BROKEN = [*COMPARISON.split(), "--confirm", "0", "--no-racing", "--out", "broken"]
+
+
+def torchrun(folder, **commands):
+    """The job in two processes; gives how it ended."""
     (folder / "commands.json").write_text(json.dumps(commands))
     (folder / "job.py").write_text(JOB)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     options = {"capture_output": True, "text": True, "check": False, "timeout": 400}
     options["env"] = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run([*command, "--nproc-per-node=2", "job.py"], cwd=folder, **options)
+    return subprocess.run([*command, "--nproc-per-node=2", "job.py"], cwd=folder, **options)
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory, tiny_config):
+    """Two processes that `torchrun` started: exchange, analyse, compare, train until one dies."""
+    folder = tmp_path_factory.mktemp("together")
+    goals = [[0, 1], [2, 2], [4, 3]]
+    write_checkpoint(folder / "run" / "ckpt-30.pt", sharp_model(tiny_config), goals)
+    make_histories(n_episodes=20).save(folder / "run" / "histories-test.npz")
+    commands = {"analysis": [*ANALYSIS.split(), "--checkpoint", str(folder / "run")]}
+    commands["training"] = flags(folder / "two", **TRAINING)
+    commands["killed"] = flags(folder / "killed", n_updates=300)
+    commands["race"] = [*RACE, "--checkpoint", str(folder / "run"), "--out", "race"]
+    done = torchrun(folder, **commands)
     assert done.stdout.count("TEST GOALS") == 1, done.stderr
     seen = [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)]
     pids = [one.pop("pid") for one in seen]
@@ -219,9 +257,14 @@ def together(tmp_path_factory, tiny_config):
 
 
 def test_two_processes_exchange_values_and_stop_together(together):
+    kept, *others = (one.pop("kept") for one in together.seen)
+    assert sorted(item for item, _ in kept) == [*"abcdef"]  # each once, most by the faster one
+    assert {rank for _, rank in kept} == {0, 1}
+    assert others == [[]]
     both = {"mean": 1.5, "broadcast": {"from": 0}, "none": "went on"}
     first = both | {"gathered": [0, 10], "both": "a mistake", "second": "2"}
     second = both | {"gathered": None, "both": "2", "second": "a mistake"}
+    first["stopped"], second["stopped"] = "a bad item", "2"
     assert together.seen == [first, second]
     assert together.done.stdout.count("told") == 1
 
@@ -235,6 +278,41 @@ def test_two_processes_write_what_one_writes(together, tmp_path, monkeypatch):
     assert len(json.loads(two["metrics.json"])["samples"]) == 12
     assert "cpu, 2 processes" in together.done.stdout
     assert together.done.stdout.count("OVERALL ATTENTION STATISTICS") == 1
+
+
+def test_two_processes_compare_as_one_to_the_byte(together, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    argv = [*RACE, "--checkpoint", str(together.folder / "run"), "--out", "race"]
+    compare_compression.main(argv)
+    one, two = timeless(tmp_path / "race"), timeless(together.folder / "race")
+    assert one == two
+    assert {"results.json", "confirmation.json", "index.html"} <= one.keys()
+    said, console = (" ".join(x.split()) for x in (capsys.readouterr().out, together.done.stdout))
+    assert said.partition("COMPRESSED AGAINST")[2] in console
+    assert "Racing: " in said
+    assert console.count("Processes: 2 share the work") == 1
+
+
+def test_what_a_killed_comparison_had_finished_is_kept_for_any_number_of_processes(
+    together, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    for name in ("draw_by_budget", "draw_by_episode"):
+        monkeypatch.setattr(pictures, name, lambda path, *_: path.write_bytes(b"png"))
+    argv = [*BROKEN, "--checkpoint", str(together.folder / "run")]
+    done = torchrun(tmp_path, broken=argv)
+    assert done.returncode == 1
+    assert "Signal 9 (SIGKILL) received" in done.stderr
+    kept = json.loads(Path("broken/results.json").read_text())["arms"]
+    n_kept = sum(len(arm["blocks"]) for arm in kept.values())
+    assert 2 <= n_kept < 2 * 10
+    compare_compression.main(argv)
+    assert f"{n_kept} blocks of runs of {len(kept)} arms" in capsys.readouterr().out
+    broken = timeless(tmp_path / "broken")
+    compare_compression.main([*argv, "--out", "whole"])
+    whole = timeless(tmp_path / "whole")
+    for name in ("results.json", "results.csv"):
+        assert broken[name] == whole[name]
 
 
 def test_two_processes_train_as_one_on_the_same_batches(together, tmp_path):

@@ -4,18 +4,22 @@
 
     with join() as group:  # the processes that torchrun started, or this one
         parts = group.gather([work(n) for n in group.share(100)])  # all parts on rank 0
+        group.spread(items, work, keep)  # or each takes the next, and rank 0 keeps what it gives
 
 Gloo carries python objects and CPU tensors, NCCL what lies on GPUs. One process sends nothing.
 """
 
 import contextlib
 import io
+import itertools
 import os
+import pickle
 import re
 import signal
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any
 
@@ -26,6 +30,8 @@ from historylens.common.errors import UserError, expect
 
 FINDING = timedelta(minutes=2)  # that processes have to find each other
 TIMEOUT = timedelta(hours=1)  # longer than rank 0 ever works while the others wait
+PAUSE = 0.02  # seconds between two looks at what other processes have finished
+FAILED = 2**40  # no item has a number as high: nobody takes another one
 
 
 @dataclass(frozen=True)
@@ -35,6 +41,8 @@ class Group:
     rank: int = 0
     size: int = 1
     local_rank: int = 0  # number of this process on its machine
+    store: Any = field(default_factory=torch.distributed.HashStore, compare=False)  # all share it
+    _numbers: Iterator[int] = field(default_factory=itertools.count, compare=False)  # of spreads
 
     @property
     def is_main(self) -> bool:
@@ -77,6 +85,38 @@ class Group:
         if self.size > 1:
             torch.distributed.broadcast_object_list(values)
         return values[0]
+
+    def spread(
+        self,
+        items: Sequence[Any],
+        work: Callable[[Any, Callable[[], None]], Any],
+        keep: Callable[[Any], None],
+    ) -> None:
+        """Do `work(item, see)` on all items: each process takes the next one as it has finished.
+
+        Rank 0 calls `keep` with what each gave, as soon as that is there: whenever `work` calls
+        `see`. A UserError stops all, as `together` does.
+        """
+        name, n_kept = f"spread {next(self._numbers)}", 0
+
+        def see() -> None:
+            nonlocal n_kept
+            while self.is_main and self.store.check([f"{name} {n_kept + 1}"]):
+                n_kept += 1
+                keep(pickle.loads(self.store.get(f"{name} {n_kept}")))
+
+        with self.together():
+            try:
+                while (number := self.store.add(name, 1)) <= len(items):
+                    given = pickle.dumps(work(items[number - 1], see))
+                    self.store.set(f"{name} {self.store.add(f'{name} done', 1)}", given)
+                    see()
+            except UserError:
+                self.store.add(name, FAILED)
+                raise
+            while self.is_main and n_kept < len(items) and self.store.add(name, 0) < FAILED:
+                time.sleep(PAUSE)
+                see()
 
     def mean(self, value: float) -> float:
         """Mean of a number over all processes, on all of them."""
@@ -138,6 +178,7 @@ def join() -> Iterator[Group]:
         yield group
         return
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # who waits for a dead process hears nothing else
+    torch.set_num_threads(1)  # processes share the cores already
     on_gpus = torch.cuda.is_available() and torch.distributed.is_nccl_available()
     backend = "cpu:gloo,cuda:nccl" if on_gpus else "gloo"
     try:
@@ -148,7 +189,7 @@ def join() -> Iterator[Group]:
         lost = f"the {group.size} processes of this job did not find each other"
         raise UserError(f"{lost}: {_brief(error)}") from error
     try:
-        yield group
+        yield replace(group, store=store)
     except RuntimeError as error:  # gloo raises a bare one that names its source file
         if not isinstance(error, torch.distributed.DistError) and "gloo" not in str(error).lower():
             raise

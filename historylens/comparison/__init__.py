@@ -6,23 +6,29 @@
 Each strategy at each budget acts beside full history, an empty one and two controls. Writes
 `return_by_budget.png`, `return_by_episode.png` (or .pdf, .svg), `results.csv` and `results.json`,
 and prints a table that ends in one recommendation. An interrupted comparison goes on with the same
-command.
+command. All processes that torchrun started share the work; rank 0 writes and prints.
 """
 
 import argparse
+import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
+
+import torch
 
 from historylens.agent import Agent, pick_device
 from historylens.common.batches import expect_memory
 from historylens.common.errors import expect, note
 from historylens.common.files import FORMATS, writable_folder
+from historylens.common.processes import ALONE, Group, join
 from historylens.common.settings import Settings, add_flags, from_flags, setting
 from historylens.common.text import counted, labelled, wrap
 from historylens.comparison.intervals import N_RESAMPLES
 from historylens.comparison.playing import Plays, fingerprint, missing, plan, play_arms
 from historylens.comparison.policy import POSITIONS
+from historylens.comparison.race import looks
 from historylens.comparison.report import advice, recommendation, summary, table, write_csv
 from historylens.comparison.results import (
     BY_BUDGET,
@@ -68,6 +74,10 @@ class CompareConfig(Settings):
         None, "episodes a run, of which the second half counts "
         "(default: {}, {} with --full)".format(*EPISODES), at_least=1,
     )  # fmt: skip
+    no_racing: bool = setting(
+        False, "play every arm to the end, also one that is shown worse or saves no tokens",
+        action="store_true",
+    )  # fmt: skip
     confirm: int = setting(
         32, "new runs a goal of the most promising arm beside full history, where no shorter one "
         "is shown to be safe yet; 0: none", at_least=0,
@@ -96,15 +106,18 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
     of_checkpoints = ("checkpoint", "positions")
     for name in of_checkpoints:
         parser.add_argument(f"--{name}", nargs="+", help=argparse.SUPPRESS)
-    flags = parser.parse_args(argv)
-    why = "its load() chooses the model, and its act() where a kept transition stands"
-    for name in of_checkpoints:
-        is_own = vars(flags)[name] is None
-        expect(is_own, f"--{name} has no meaning beside --adapter: {why}")
-    config, device = from_flags(CompareConfig, flags), pick_device(flags.device)
-    what = "expected --adapter FILE, a Python file that says how to run your model"
-    expect(config.adapter is not None, what)
-    compare(load_acting(config.adapter, config.seed, device, config.rewarded_above), config)
+
+    def load(flags: argparse.Namespace, device: torch.device) -> tuple[Agent, str]:
+        why = "its load() chooses the model, and its act() where a kept transition stands"
+        for name in of_checkpoints:
+            is_own = vars(flags)[name] is None
+            expect(is_own, f"--{name} has no meaning beside --adapter: {why}")
+        what = "expected --adapter FILE, a Python file that says how to run your model"
+        expect(flags.adapter is not None, what)
+        agent = load_acting(flags.adapter, flags.seed, device, flags.rewarded_above)
+        return agent, "reindexed"
+
+    run(argv, parser, load)
 
 
 def make_parser(*more: type) -> argparse.ArgumentParser:
@@ -118,42 +131,92 @@ def make_parser(*more: type) -> argparse.ArgumentParser:
     return parser
 
 
-def compare(agent: Agent, config: CompareConfig, positions: str = "reindexed") -> None:
+Load = Callable[[argparse.Namespace, torch.device], tuple[Agent, str]]
+
+
+def run(argv: Sequence[str] | None, parser: argparse.ArgumentParser, load: Load) -> None:
+    """Parse the flags, load the agent, compare, with all processes that torchrun started.
+
+    `load` gives the agent from flags and device, and where its kept transitions stand.
+    """
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)  # threads only wait for each other on batches as small as these
+    with join() as group:
+        with group.told_once():
+            flags = parser.parse_args(argv)
+        with group.together(), group.told_once():
+            config = from_flags(CompareConfig, flags)
+            agent, positions = load(flags, group.device(pick_device(config.device)))
+        compare(agent, config, positions, group)
+
+
+def compare(
+    agent: Agent, config: CompareConfig, positions: str = "reindexed", group: Group = ALONE
+) -> None:
     """Play, judge, report; `positions`, of `POSITIONS`, is where kept transitions stand.
 
     UserError, and no file touched: the settings do not fit the agent, or the folder is refused.
     """
     n_seeds = config.seeds or SEEDS[config.full]
     n_episodes = config.episodes or EPISODES[config.full]
-    plays = Plays(agent, n_seeds, n_episodes, config.seed, positions)
-    budgets = config.budgets or [n for n in (*BUDGETS, agent.n_max) if n <= agent.n_max]
-    arms = plan(plays, config.strategies or STRATEGIES[config.full], budgets)
-    n_runs = len(agent.environment.goals) * max(n_seeds, config.confirm)
-    n_numbers = n_runs * (N_RESAMPLES + n_episodes * agent.environment.horizon)
-    expect_memory(8 * n_numbers, "--seeds, --episodes or --confirm")
-    with writable_folder(config.out) as out:
-        _compare(config, plays, arms, open_results(out, fingerprint(plays)))
+    with ExitStack() as held:
+        with group.together(), group.told_once():
+            plays = Plays(agent, n_seeds, n_episodes, config.seed, positions)
+            budgets = config.budgets or [n for n in (*BUDGETS, agent.n_max) if n <= agent.n_max]
+            arms = plan(plays, config.strategies or STRATEGIES[config.full], budgets)
+            n_runs = len(agent.environment.goals) * max(n_seeds, config.confirm)
+            n_numbers = n_runs * (2 * N_RESAMPLES + n_episodes * agent.environment.horizon)
+            expect_memory(8 * n_numbers, "--seeds, --episodes or --confirm")
+            results = None  # rank 0 has them
+            if group.is_main:
+                out = held.enter_context(writable_folder(config.out))
+                results = open_results(out, fingerprint(plays))
+        facts = {}
+        if results is not None:
+            facts = announced(config, plays, arms, results)
+            more = {"Processes": f"{group.size} share the work"} if group.size > 1 else {}
+            print(labelled(facts | more), flush=True)
+        try:
+            study = play_and_judge(config, plays, arms, results, group)
+        except KeyboardInterrupt:
+            if results is not None:
+                kept = f"{counted(len(results.blocks), 'block')} of runs are kept in {results.path}"
+                print(f"\n{kept}: the same command goes on from there", file=sys.stderr)
+            raise
+        if study is not None:
+            finish(config, study, plays, results, facts)
 
 
-def _compare(config: CompareConfig, plays: Plays, arms: list[Arm], results: ResultsFile) -> None:
-    facts = announced(config, plays, arms, results)
-    print(labelled(facts), flush=True)
-    best = plays.agent.environment.best
-    try:
-        study = judge(play_arms(plays, arms, results), config.margin, best, config.seed)
-        if config.confirm and study.unsettled:
-            new = replace(plays, n_seeds=config.confirm, seed=plays.seed + CONFIRMING)
+def play_and_judge(
+    config: CompareConfig, plays: Plays, arms: list[Arm], results: ResultsFile | None, group: Group
+) -> Study | None:
+    """The judged study, with its confirmation where there is one; None but on rank 0."""
+    best, study, arm, again = plays.agent.environment.best, None, None, None
+    margin = None if config.no_racing else config.margin
+    played = play_arms(plays, arms, results, margin, group)
+    if results is not None:
+        study = judge(played, config.margin, best, config.seed)
+        arm = study.unsettled[0].arm if config.confirm and study.unsettled else None
+    if (arm := group.broadcast(arm)) is None:
+        return study
+    new = replace(plays, n_seeds=config.confirm, seed=plays.seed + CONFIRMING)
+    with group.together():
+        if results is not None:
             again = open_results(results.path.parent, fingerprint(new), CONFIRMATION)
             if again.why and again.found:
                 note(again.found)
-            full, arm = play_arms(new, [Arm(FULL), study.unsettled[0].arm], again)
-            again.write({"confirms": arm.arm.key})
-            study = confirm(study, full, arm, best, config.seed)
-    except KeyboardInterrupt:
-        done = sum(arm.key in results.by_key for arm in arms)
-        kept = f"{done} of {len(arms)} arms are kept in {results.path}"
-        print(f"\n{kept}: the same command goes on from there", file=sys.stderr)
-        raise
+    played = play_arms(new, [Arm(FULL), arm], again, None, group)
+    if again is not None:
+        again.write({"confirms": arm.key})
+        study = confirm(study, *played, best, config.seed)
+    return study
+
+
+def finish(
+    config: CompareConfig, study: Study, plays: Plays, results: ResultsFile,
+    facts: Mapping[str, str],
+) -> None:  # fmt: skip
+    """Write all files, and print the table and what it comes to."""
     save(study, plays, results, tuple(dict.fromkeys(config.format or FORMATS[:1])))
     write_index(study, plays, results, facts)
     if early := counting(plays, results):
@@ -169,7 +232,10 @@ def announced(
 ) -> dict[str, str]:
     """What is going to be done, and what was found, in words."""
     agent, environment, n_max = plays.agent, plays.agent.environment, plays.agent.n_max
-    n_missing, each = len(missing(plays, arms, results)), plays.n_decisions
+    todo = missing(plays, arms, results, plays.n_seeds)
+    n_arms, n_runs = len({arm for arm, _ in todo}), sum(len(seeds) for _, seeds in todo)
+    is_racing = not config.no_racing and len(looks(plays.n_seeds)) > 1
+    after = ", ".join(map(str, looks(plays.n_seeds)[:-1]))
     with_budget = [arm for arm in arms if arm.n_keep is not None]
     names = ", ".join(dict.fromkeys(arm.name for arm in with_budget))
     budgets = ", ".join(map(str, sorted({arm.n_keep for arm in with_budget})))
@@ -186,17 +252,20 @@ def announced(
         f"{environment.horizon} steps; the same action noise in every arm",
         "Positions": POSITIONS[plays.positions],
         "Margin": f"{config.margin:.0%} of full history's return",
-        "Work": f"{n_missing} arms x {each:,} decisions = {n_missing * each:,}",
+        "Racing": f"after {after} seeds of all goals, what is shown worse or saves no tokens stops"
+        if is_racing else "",
+        "Work": f"{counted(n_arms, 'arm')}, {'at most ' if is_racing else ''}"
+        f"{n_runs * plays.n_decisions:,} decisions",
         "Then": then if config.confirm else "",
         "Found": results.found,
         "Episodes": counting(plays, results),
-    }
+    }  # fmt: skip
     return {name: told for name, told in text.items() if told}
 
 
 def counting(plays: Plays, results: ResultsFile) -> str:
     """How returns are counted where environments ended early in an arm played; empty elsewhere."""
-    n_early = sum(one.n_early for one in results.by_key.values())
+    n_early = sum(one.n_early for one in results.blocks.values())
     block = f"{plays.agent.environment.horizon} steps"
     said = f"{n_early:,} episodes ended before {block} were over, and the next began at once: a "
     said += f"return is the reward of {block} divided by the episodes in them, the last one cut."

@@ -5,8 +5,9 @@ mean (IQM) over runs, with stratified bootstrap intervals. A goal is a stratum; 
 within each. Scores are `(G, R)`: `G` goals, `R` seeds (runs) of each.
 
     difference = Bootstrap(n_goals=8, n_seeds=16).mean(arm - full)      # Estimate(value, low, high)
-    at_risk = Collapses.of(arm, full).bound() * full.mean()             # reward an episode
-    verdict(difference, 0.05 * full.mean(), at_risk)                    # "safe"
+    strict = Bootstrap(n_goals=8, n_seeds=16).mean(arm - full, n_compared=18)
+    at_risk = Collapses.of(arm, full).bound(18) * full.mean()           # reward an episode
+    verdict(difference, 0.05 * full.mean(), at_risk, strict)            # "safe"
 
 The plain bootstrap is too narrow for few seeds. Its deviations are therefore scaled by
 `sqrt(R / (R - 1))`, as a sample's variance is, and by Student's quantile over the normal one, with
@@ -77,12 +78,19 @@ class Bootstrap:
         # How often each run is drawn: a resample is a row of weights. (resamples, G * R)
         self._counts = counts.reshape(n_resamples, -1).astype(np.float64)
 
-    def mean(self, scores: np.ndarray, n_compared: int = 1) -> Estimate:
+    def mean(self, scores: np.ndarray, n_compared: float = 1) -> Estimate:
         """Mean over all runs of `scores (G, R)`; the interval is for one of `n_compared`."""
-        ends = self.bounds(scores[None], n_compared)[0].tolist() if self.n_seeds > 1 else ()
-        return Estimate(float(scores.mean()), *ends)
+        return self.means(scores[None], n_compared)[0]
 
-    def bounds(self, scores: np.ndarray, n_compared: int = 1) -> np.ndarray:
+    def means(self, scores: np.ndarray, n_compared: float = 1) -> list[Estimate]:
+        """The same of `N` studies, `scores (N, G, R)`."""
+        values = scores.mean(axis=(1, 2)).tolist()
+        if self.n_seeds == 1:
+            return [Estimate(value) for value in values]
+        ends = self.bounds(scores, n_compared).tolist()
+        return [Estimate(value, *pair) for value, pair in zip(values, ends, strict=True)]
+
+    def bounds(self, scores: np.ndarray, n_compared: float = 1) -> np.ndarray:
         """Ends `(N, 2)` of the intervals of the means of `N` studies, `scores (N, G, R)`, R > 1."""
         size = self.n_goals * self.n_seeds
         resampled = scores.reshape(-1, size) @ self._counts.T / size  # (N, resamples)
@@ -193,7 +201,7 @@ class Collapses:
         fails, full_fails = arm < least, full < least
         return cls(int((fails > full_fails).sum()), int((full_fails > fails).sum()), arm.size)
 
-    def bound(self, n_compared: int = 1) -> float:
+    def bound(self, n_compared: float = 1) -> float:
         """The rate of collapses above which is ruled out, for one of `n_compared` arms.
 
         Net of full history's own: the difference of the rates, and the root of the summed squares
@@ -236,22 +244,25 @@ def largest_rate(n: int, n_runs: int, tail: float) -> float:
     return 1.0 if n == n_runs else bisected(is_likely, n / n_runs, 1.0)
 
 
-def verdict(difference: Estimate, margin: float, at_risk: float) -> str:
+def verdict(own: Estimate, margin: float, at_risk: float, strict: Estimate | None = None) -> str:
     """Judge an arm by its paired difference to full history, arm minus full.
 
-    `better`: the interval lies above 0. `safe`: not better, and above `-margin`: whatever is lost
-    is less than the margin. `safe so far`: so, but `at_risk`, the reward that collapses not ruled
-    out may cost, exceeds margin and gain. `worse`: below `-margin`. Otherwise, and without an
-    interval (one seed), `inconclusive`. The lower end of a 95 % interval is passed by chance in
-    2.5 %. With a margin of 0 (full history earns nothing) nothing is `safe`.
+    `own` has its 95 % interval, `strict` one for all arms of the study together, None: the same;
+    `at_risk` is the reward that collapses may cost, of those not ruled out for all of them.
+    `safe`: `own` and `strict` lie above `-margin`, and neither margin nor gain is less than
+    `at_risk`: whatever is lost is less than the margin. `better`: so, and `strict` lies above 0.
+    `safe so far`: `own` alone lies above `-margin`. `worse`: `own` lies below it. Otherwise, and
+    without an interval (one seed), `inconclusive`. The lower end of a 95 % interval is passed by
+    chance in 2.5 %. With a margin of 0 (full history earns nothing) nothing is `safe`.
     """
-    if difference.is_open:
+    if own.is_open:
         return "inconclusive"
-    if difference.low > -margin:
-        if at_risk > max(margin, difference.low):
+    if own.low > -margin:
+        strict = strict or own
+        if strict.low <= -margin or at_risk > max(margin, strict.low):
             return "safe so far"
-        return "better" if difference.low > 0 else "safe"
-    return "worse" if difference.high < -margin else "inconclusive"
+        return "better" if strict.low > 0 else "safe"
+    return "worse" if own.high < -margin else "inconclusive"
 
 
 def late_scores(returns: np.ndarray) -> np.ndarray:

@@ -4,16 +4,19 @@
     played = play_arms(plays, plan(plays, names, budgets), open_results(out, fingerprint(plays)))
 
 Every arm acts on the same goals with the same action noise: that of an environment depends on the
-seed and the environment's number alone.
+seed and the environment's number alone. An arm is played in blocks of its seeds, which are what
+processes share, what is kept, and between which a race may end.
 """
 
 import contextlib
 import hashlib
 import inspect
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,7 +26,9 @@ from tqdm import tqdm
 from historylens.agent import Agent, Unreadable, rollout
 from historylens.common.batches import MAX_ROOMS, even_parts
 from historylens.common.errors import UserError, expect, note
+from historylens.common.processes import ALONE, Group
 from historylens.comparison.policy import CompressedPolicy
+from historylens.comparison.race import going_on, looks, shares
 from historylens.comparison.results import ResultsFile
 from historylens.comparison.study import EMPTY, FULL, RECENT, Arm, Result
 from historylens.compression.method import METHODS, Method, get_method
@@ -32,6 +37,7 @@ CODE = (  # files here, beside the agent's, that returns depend on
     "agent.py", "history.py", "tokens.py", "capture/*.py", "compression/*.py",
     "comparison/playing.py", "comparison/policy.py",
 )  # fmt: skip
+Block = tuple[Arm, range]  # an arm's runs of some seeds
 MAY_LACK = {"norm", "contribution", "head_attention"}  # what not every model shows, or of each head
 
 
@@ -47,9 +53,21 @@ class Plays:
 
     @property
     def n_decisions(self) -> int:
-        """Decisions that an arm makes."""
+        """Decisions that an arm makes with one seed of each goal."""
         environment = self.agent.environment
-        return len(environment.goals) * self.n_seeds * self.n_episodes * environment.horizon
+        return len(environment.goals) * self.n_episodes * environment.horizon
+
+    @property
+    def blocks(self) -> list[range]:
+        """Seeds that are played together: none beyond a look, nor more than go well together."""
+        most, looked = max(1, MAX_ROOMS // len(self.agent.environment.goals)), looks(self.n_seeds)
+        return [part for pair in pairwise([0, *looked]) for part in even_parts(*pair, most)]
+
+    def n_tokens(self, arm: Arm, seeds: range) -> int:
+        """About as many as a block takes; attention is looked at in a slower pass."""
+        looked = 2 * self.agent.n_max * arm.method.looks_at.endswith("attention")
+        kept = 0 if arm.method.keeps == "none" else arm.n_keep or self.agent.n_max
+        return len(seeds) * (looked + kept)
 
 
 def plan(plays: Plays, names: Sequence[str], budgets: Sequence[int]) -> list[Arm]:
@@ -110,47 +128,93 @@ def played_as(plays: Plays, arm: Arm) -> Arm:
     return Arm(FULL) if is_full else arm
 
 
-def missing(plays: Plays, arms: Sequence[Arm], results: ResultsFile) -> list[Arm]:
-    """The arms that are still to be played."""
-    return [arm for arm in arms if played_as(plays, arm) == arm and arm.key not in results.by_key]
+def missing(plays: Plays, arms: Sequence[Arm], results: ResultsFile, until: int) -> list[Block]:
+    """What is still to be played of the first `until` seeds, that which takes longest first."""
+    own = [arm for arm in dict.fromkeys(arms) if played_as(plays, arm) == arm]
+    early = [seeds for seeds in plays.blocks if seeds.stop <= until]
+    blocks = [(a, s) for a in own for s in early if (a.key, s.start) not in results.blocks]
+    return sorted(blocks, key=lambda block: plays.n_tokens(*block), reverse=True)
 
 
-def play_arms(plays: Plays, arms: Sequence[Arm], results: ResultsFile) -> list[Result]:
-    """Play the arms that are still missing, keep each as soon as it is finished; gives all."""
-    todo = missing(plays, arms, results)
-    total = len(todo) * plays.n_decisions
-    with tqdm(total=total, unit=" decisions", unit_scale=True, disable=not todo) as bar:
-        for i, arm in enumerate(todo):
-            bar.set_description(f"{arm.key} ({i + 1} of {len(todo)} arms)")
-            results.add(play(plays, arm, bar))
-    return [replace(results.by_key[played_as(plays, arm).key], arm=arm) for arm in arms]
+def play_arms(
+    plays: Plays,
+    arms: Sequence[Arm],
+    results: ResultsFile | None,
+    margin_share: float | None = None,
+    group: Group = ALONE,
+) -> list[Result]:
+    """Play what is missing, by all processes, keep each block as it is finished; gives all arms.
 
-
-def play(plays: Plays, arm: Arm, bar: tqdm | None = None) -> Result:
-    """Play one arm. Goals take turns among the environments: every batch of them holds several.
-
-    Environments may end an episode before the horizon, and begin anew. The return of such a block
-    of `horizon` steps is its reward divided by the episodes in it, of which the last is cut.
+    With a margin they race, and an arm has the runs up to the look at which it stopped. Rank 0 has
+    the `results`; the others have None, and give nothing.
     """
+    n_seeds, own = plays.n_seeds, {arm: played_as(plays, arm) for arm in arms}
+    until, going, todo = dict.fromkeys(own.values(), 0), [*own.values()], []
+    ends = [n_seeds] if margin_share is None else looks(n_seeds)
+    if results is not None:
+        todo = missing(plays, arms, results, n_seeds)
+    total = sum(len(seeds) for _, seeds in todo) * plays.n_decisions
+    with tqdm(total=total, unit=" decisions", unit_scale=True, disable=not todo) as bar:
+        for end, share in zip(ends, shares(n_seeds)[-len(ends) :], strict=True):
+            if results is not None:
+                todo = missing(plays, going, results, end)
+            _play_all(plays, group.broadcast(todo), results, bar, group)
+            if results is not None:
+                until |= dict.fromkeys(going, end)
+                if end < n_seeds:
+                    so_far = [results.of(arm, end) for arm in dict.fromkeys(going)]
+                    going = going_on(so_far, margin_share, share, plays.seed)
+        bar.total = bar.n  # what stopped is not played
+    if results is None:
+        return []
+    return [replace(results.of(one, until[one]), arm=arm) for arm, one in own.items()]
+
+
+def _play_all(
+    plays: Plays, blocks: list[Block], results: ResultsFile | None, bar: tqdm, group: Group
+) -> None:
+    """Play blocks, by all processes, and keep each on rank 0."""
+
+    def work(block: Block, see: Callable[[], None]) -> tuple[int, Result]:
+        told = SimpleNamespace(update=lambda n_decisions: (bar.update(n_decisions), see()))
+        bar.set_description(block[0].key)
+        return group.rank, play(plays, *block, told)
+
+    def keep(given: tuple[int, Result]) -> None:
+        rank, result = given
+        results.add(result)
+        bar.update(result.returns.shape[1] * plays.n_decisions * (rank > 0))
+
+    group.spread(blocks, work, keep)
+
+
+def play(plays: Plays, arm: Arm, seeds: range | None = None, bar: Any = None) -> Result:
+    """Play an arm, all seeds or a block of them; `bar` is told of decisions by `update`.
+
+    Goals take turns: every batch of rooms holds several. Environments may end an episode before the
+    horizon, and begin anew. The return of such a block of `horizon` steps is its reward divided by
+    the episodes in it, of which the last is cut.
+    """
+    seeds = range(plays.n_seeds) if seeds is None else seeds
     agent, environment = plays.agent, plays.agent.environment
     n_goals, n_steps = len(environment.goals), plays.n_episodes * environment.horizon
-    # A seed of the arm's own: what it draws does not depend on which arms play beside it.
-    seed = zlib.crc32(f"{plays.seed} {arm.key}".encode())
+    # A seed of the block's own: what it draws does not depend on what is played beside it.
+    seed = zlib.crc32(f"{plays.seed} {arm.key} {seeds.start}".encode())
     generator = torch.Generator().manual_seed(seed)
     policy = CompressedPolicy(agent, arm.method, arm.n_keep, generator, plays.positions)
     parts = []
-    for part in even_parts(0, n_goals * plays.n_seeds, MAX_ROOMS):
+    for part in even_parts(n_goals * seeds.start, n_goals * seeds.stop, MAX_ROOMS):
         goals = np.array(part) % n_goals
         noises = [np.random.default_rng((plays.seed, number)) for number in part]
         rooms = environment.make(goals, [plays.seed + number for number in part])
         parts.append(rollout(rooms, policy, n_steps, noises, bar, goals))
-    shape = (plays.n_seeds, n_goals, plays.n_episodes, environment.horizon)
+    shape = (len(seeds), n_goals, plays.n_episodes, environment.horizon)
     rewards, ends = (np.concatenate(part).reshape(shape) for part in zip(*parts, strict=True))
     n_ended = ends.sum(axis=3)
     earned = (rewards.sum(axis=3) / n_ended).swapaxes(0, 1)
     # In memory as when read from a file: sums over it then are the same to the last digit.
     returns, n_early = np.array(earned, dtype=np.float64, order="C"), int((n_ended - 1).sum())
-    return Result(arm, returns, policy.cost, n_early)
+    return Result(arm, returns, policy.cost, n_early, seeds.start)
 
 
 def fingerprint(plays: Plays) -> dict[str, Any]:
@@ -173,6 +237,7 @@ def fingerprint(plays: Plays) -> dict[str, Any]:
         "positions": plays.positions,
         "device": torch.device(agent.device).type,
         "seeds": plays.n_seeds,
+        "blocks": [[seeds.start, seeds.stop] for seeds in plays.blocks],
         "episodes": plays.n_episodes,
         "seed": plays.seed,
         "code": hashlib.sha256(code).hexdigest(),

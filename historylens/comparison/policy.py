@@ -6,7 +6,9 @@ policy.cost.tokens, policy.cost.kept_sum / policy.cost.over_budget
 """
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -36,6 +38,14 @@ class Cost:
     kept_min: int | None = None
     kept_max: int | None = None
     identical_to_full: int = 0  # decisions that kept all of a window longer than `n_keep`
+
+    @classmethod
+    def sum(cls, costs: Sequence["Cost"]) -> "Cost":
+        """What all of them cost together."""
+        how = {"kept_min": partial(min, default=None), "kept_max": partial(max, default=None)}
+        values = {name: [vars(one)[name] for one in costs] for name in vars(costs[0])}
+        known = {name: [x for x in each if x is not None] for name, each in values.items()}
+        return cls(**{name: how.get(name, sum)(each) for name, each in known.items()})
 
     @property
     def tokens(self) -> float:

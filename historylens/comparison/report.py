@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from historylens.common.files import write_atomically
-from historylens.common.text import aligned, wrap
+from historylens.common.text import aligned, counted, wrap
 from historylens.comparison.intervals import LEVEL, Estimate
 from historylens.comparison.study import OPEN, Row, Study
 
@@ -20,6 +20,7 @@ UNITS = {
     "iqm": "the same, mean of the middle half of the runs",
     "part_of_best": "mean over runs of return / best possible return of the goal",
     "iqm_of_best": "the same, mean of the middle half of the runs",
+    "runs": "that the arm has, fewer where it stopped; compared with the same of full history",
     "difference": "reward an episode, arm minus full history, paired",
     "collapsed": "of `runs`: the arm alone earned less than half of full history's mean there",
     "full_collapsed": "of `runs`: full history alone did",
@@ -35,38 +36,45 @@ UNITS = {
 
 def table(study: Study) -> str:
     """All arms, the highest return first, and what the columns mean."""
-    lines = [("strategy", "kept", "return", "difference to full", "verdict", "collapsed", "area",
-              "tokens")]  # fmt: skip
+    lines = [("strategy", "kept", "runs", "return", "difference to full", "verdict", "collapsed",
+              "area", "tokens")]  # fmt: skip
     for row in study.rows:
         difference, area = row.difference.text("+"), f"{row.adaptation_loss.value:+.2f}"
         lines.append((
             row.arm.key,
             "all" if row.arm.method.keeps == "all" else f"{row.kept:.1f}".removesuffix(".0"),
+            f"{row.collapses.n_runs}",
             f"{row.mean.value:.2f}",
             *((difference, row.verdict, row.collapses.text(), area) if row.verdict else [""] * 4),
             f"{row.cost.tokens:.1f}",
         ))  # fmt: skip
     legend = (
         "return: reward an episode over the second half of the episodes (intervals, interquartile "
-        "means, times: results.csv); difference: paired, with its 95 % interval; collapsed: of "
-        f"{study.full.collapses.n_runs} runs, those in which the arm alone earned less than half "
+        "means, times: results.csv); difference: paired, with the 95 % interval of this arm; "
+        "collapsed: of its runs, those in which the arm alone earned less than half "
         "of what full history earns on the goal, minus those of full history alone, and the rate "
         "above which is ruled out; area: reward an episode lost on the way, over all episodes; "
         "kept: mean, once there is more; tokens: read a decision, looking at attention included"
     )
-    return "\n".join(["COMPRESSED AGAINST FULL HISTORY", *aligned(lines, (0, 4, 5)), wrap(legend)])
+    return "\n".join(["COMPRESSED AGAINST FULL HISTORY", *aligned(lines, (0, 5, 6)), wrap(legend)])
 
 
 def advice(study: Study, positions: str) -> str:
     """The margin, how verdicts are to be read, and one recommendation or why there is none."""
     verdicts = (
         f"Margin, stated beforehand: {study.margin_share:.0%} of full history's return, "
-        f"{study.margin:.2f} reward an episode. better: gains; safe: loses less than the margin; "
-        f"worse: loses more, each with its {LEVEL:.0%} interval; safe so far: better or safe, but "
-        "collapses that would cost the margin are not ruled out; inconclusive: neither. More seeds "
-        f"settle it. {positions[0].upper()}{positions[1:]}. {study.n_compared} arms are compared "
-        "with full history, each at this level. Intervals hold for these goals and new seeds."
+        f"{study.margin:.2f} reward an episode. better: gains; safe: loses less than the margin, "
+        f"both for the {study.n_compared} arms of the study together (Bonferroni), with collapses "
+        "that would cost the margin ruled out; safe so far: safe by its own interval, but not yet "
+        "for the whole study, or collapses not ruled out; worse: loses more than the margin, by "
+        "its own interval; inconclusive: neither. More seeds settle it. "
+        f"{positions[0].upper()}{positions[1:]}. Intervals hold for these goals and new seeds."
     )
+    if study.n_saved:
+        runs = [row.collapses.n_runs for row in study.rows]
+        n_early, n_all = sum(n < max(runs) for n in runs), max(runs) * len(runs)
+        verdicts += f" Racing: {counted(n_early, 'arm')} stopped before the end, shown worse or "
+        verdicts += f"saving no tokens: {study.n_saved:,} of {n_all:,} runs were saved."
     parts = [wrap(verdicts), wrap(recommendation(study), "=> ", "   ")]
     if whole := [row.arm.key for row in study.candidates if row.cost.identical_to_full]:
         parts.insert(0, wrap(f"NOT COMPRESSED in some decisions: {', '.join(whole)}."))
@@ -137,8 +145,7 @@ def _one_recommended(study: Study) -> str:
     said += slower
     if rivals and rivals[0] is study.rows[0]:
         said += f" Most reward: {rivals[0].arm.key}, {rivals[0].mean.text()}."
-    stands = "holds" if study.stands_corrected else "does not hold; confirm it with more --seeds"
-    return f"{said} Corrected for {study.n_compared} comparisons (Bonferroni) the verdict {stands}."
+    return f"{said} The verdict holds for all {study.n_compared} arms together (Bonferroni)."
 
 
 def _record(row: Row) -> dict[str, Any]:
@@ -186,6 +193,6 @@ def summary(study: Study) -> dict[str, Any]:
         "recommended": None if best is None else best.arm.key,
         "recommendation": recommendation(study),
         "n_compared": study.n_compared,
-        "stands_corrected": study.stands_corrected,
+        "runs_saved": study.n_saved,
         "confirmation": confirmed,
     }

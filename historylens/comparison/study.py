@@ -3,8 +3,9 @@
     study = judge(results, margin_share=0.05)     # .rows, .doubts, .recommended
 
 All arms, a method at a budget each, acted on the same goals with the same action noise, so each is
-compared with full history run by run. The score of a run is its return an episode over the second
-half of its `E` episodes; what is lost on the way is the adaptation loss. `G` goals, `R` seeds each.
+compared with full history run by run, over the runs that it has: one that stopped early has `r` of
+the `R` seeds of each of `G` goals, the first ones. The score of a run is its return an episode over
+the second half of its `E` episodes; what is lost on the way is the adaptation loss.
 """
 
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ from historylens.compression.method import METHODS, Method
 
 FULL, EMPTY, RECENT = "full", "empty", "recent"
 GOOD = ("better", "safe")  # verdicts: shown to lose less than the margin
-SO_FAR = "safe so far"  # verdict: the same, but collapses that would cost it are not ruled out
+SO_FAR = "safe so far"  # verdict: so by its own interval, but not yet for all arms together
 OPEN = (SO_FAR, "inconclusive")  # verdicts that more runs may settle
 Best = Sequence[float] | None  # G best possible returns an episode; parts of them where positive
 
@@ -48,7 +49,7 @@ class Arm:
 
 @dataclass(frozen=True)
 class Result:
-    """What an arm earned, `returns` `(G, R, E)` reward of each episode, and what it cost.
+    """What an arm earned, `returns` `(G, r, E)` reward of each episode, and what it cost.
 
     Where environments ended early `n_early` times, an entry is the mean reward of the episodes of a
     block of the horizon's steps.
@@ -58,6 +59,7 @@ class Result:
     returns: np.ndarray
     cost: Cost = field(default_factory=Cost)
     n_early: int = 0
+    first: int = 0  # of the seeds that these runs are of
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ class Row:
     iqm_of_best: Estimate | None  # None where that return is not known
     difference: Estimate  # paired, of the arm's return to full history's
     collapses: Collapses  # of the same runs
-    verdict: str | None  # on these two; None for full history itself
+    verdict: str | None  # on these two, strict for all arms; None for full history itself
     adaptation_loss: Estimate  # full history minus arm, all episodes: the area between the curves
     by_episode: np.ndarray  # (E,), mean over runs
     cost: Cost
@@ -114,7 +116,6 @@ class Study:
     margin: float  # the same in reward an episode
     doubts: tuple[str, ...]  # why no compression can be judged on this model
     recommended: Row | None = None
-    stands_corrected: bool = False  # whether its verdict holds corrected for all comparisons
     confirmation: Confirmation | None = None  # of the most promising arm, with none recommended
 
     def row(self, name: str, n_keep: int | None = None) -> Row | None:
@@ -130,6 +131,11 @@ class Study:
     def candidates(self) -> list[Row]:
         """Ways to compress that have a budget, the highest return first."""
         return [row for row in self.rows if row.arm.is_candidate and row.arm.n_keep is not None]
+
+    @property
+    def n_saved(self) -> int:
+        """Runs that were not played, because their arms had stopped."""
+        return sum(self.full.collapses.n_runs - row.collapses.n_runs for row in self.rows)
 
     def saves(self, row: Row) -> bool:
         """Whether an arm reads fewer tokens than full history."""
@@ -148,16 +154,20 @@ class Study:
 def judge(results: list[Result], margin_share: float, best: Best = None, seed: int = 0) -> Study:
     """Compare every arm with full history; `seed` is that of the bootstrap.
 
-    `results` are of all arms, "full" and "empty" among them, on the same goals and seeds. The
-    margin is a share of the size of full history's return.
+    `results` are of all arms, "full" and "empty" among them, on the same goals and first seeds. The
+    margin is a share of the size of full history's return. That any arm which loses it or more is
+    called safe or better has a chance of 2.5 %: that is divided among all that compress.
     """
     returns = {result.arm: result.returns for result in results}
     full, empty = returns[Arm(FULL)], returns[Arm(EMPTY)]
-    rows, margin, bootstrap = _compared(results, full, margin_share, best, seed)
+    n_compared = sum(result.arm.is_candidate for result in results)
+    rows = _compared(results, full, margin_share, n_compared, best, seed)
     rows.sort(key=lambda row: (-row.mean.value, row.kept, row.arm.key))
     ends = earnable(results, best)
+    bootstrap, n_empty = Bootstrap(*full.shape[:2], seed), empty.shape[1]
     by_episode = tuple(bootstrap.mean(one).within(*ends) for one in np.moveaxis(full, 2, 0))
-    doubts, gain = [], bootstrap.mean(late_scores(full) - late_scores(empty))
+    gained = late_scores(full)[:, :n_empty] - late_scores(empty)
+    doubts, gain = [], Bootstrap(*gained.shape, seed).mean(gained)
     if gain.is_open:
         doubts.append("One seed a goal gives no interval: run at least two (--seeds).")
     elif gain.low <= 0:
@@ -168,45 +178,65 @@ def judge(results: list[Result], margin_share: float, best: Best = None, seed: i
             said = f"With the control {row.arm.name} it earns as much as with its own history"
             doubts.append(f"{said}: difference {row.difference.text('+')}.")
     baselines = (next(row for row in rows if row.arm == Arm(name)) for name in (FULL, EMPTY))
+    margin = margin_of(late_scores(full), margin_share)
     study = Study(tuple(rows), *baselines, by_episode, margin_share, margin, tuple(doubts))
     able = [row for row in rows if row.arm.is_candidate and row.is_good and study.saves(row)]
     if doubts or not able:
         return study
     chosen = min(able, key=lambda row: (row.arm.n_keep or 0, -row.mean.value, row.cost.tokens))
-    difference = late_scores(returns[chosen.arm]) - late_scores(full)
-    at_risk = chosen.collapses.bound(study.n_compared) * abs(study.full.mean.value)
-    corrected = verdict(bootstrap.mean(difference, study.n_compared), margin, at_risk)
-    return replace(study, recommended=chosen, stands_corrected=corrected in GOOD)
+    return replace(study, recommended=chosen)
 
 
 def confirm(study: Study, full: Result, arm: Result, best: Best = None, seed: int = 0) -> Study:
     """The study with its most promising arm judged on new runs, and recommended if they confirm it.
 
     `full` and `arm`, the first of `study.unsettled`, are of these runs, on the same goals. This one
-    comparison was chosen before its runs were played: nothing has to be corrected for.
+    comparison was chosen before its runs were played: it alone has the other 2.5 %.
     """
-    rows, margin, _ = _compared([arm, full], full.returns, study.margin_share, best, seed)
+    rows = _compared([arm, full], full.returns, study.margin_share, 1, best, seed)
+    margin = margin_of(late_scores(full.returns), study.margin_share)
     confirmation = Confirmation(*rows, margin, n_seeds=full.returns.shape[1])
     recommended = study.row(arm.arm.name, arm.arm.n_keep) if rows[0].is_good else None
     return replace(study, confirmation=confirmation, recommended=recommended)
 
 
+def margin_of(full: np.ndarray, margin_share: float) -> float:
+    """The margin in reward an episode: a share of the size of full history's scores `(G, r)`."""
+    return margin_share * abs(float(full.mean()))
+
+
+def judged(
+    arms: np.ndarray, full: np.ndarray, margin_share: float, n_compared: int, bootstrap: Bootstrap
+) -> list[tuple[Estimate, Collapses, str]]:
+    """Of `N` arms' scores `(N, G, r)`, paired with `full`: difference, collapses, verdict.
+
+    Verdicts are those of arms of `n_compared`.
+    """
+    differences, margin = arms - full, margin_of(full, margin_share)
+    own, strict = bootstrap.means(differences), bootstrap.means(differences, n_compared)
+    collapses, level = [Collapses.of(arm, full) for arm in arms], abs(float(full.mean()))
+    at_risk = [each.bound(2 * n_compared) * level for each in collapses]  # at 2.5 %, as `strict`
+    given = zip(own, at_risk, strict, strict=True)
+    said = [verdict(one, margin, risk, least) for one, risk, least in given]
+    return list(zip(own, collapses, said, strict=True))
+
+
 def _compared(
-    results: list[Result], full: np.ndarray, margin_share: float, best: Best, seed: int
-) -> tuple[list[Row], float, Bootstrap]:
-    """A row of each result, the margin, and the bootstrap that all intervals come from."""
-    bootstrap, full_scores = Bootstrap(*full.shape[:2], seed), late_scores(full)
-    level = abs(float(full_scores.mean()))
-    margin = margin_share * level
+    results: list[Result], full: np.ndarray, margin_share: float, n_compared: int, best: Best,
+    seed: int,
+) -> list[Row]:  # fmt: skip
+    """A row of each result, of as many runs as it has."""
     has_best = best is not None and min(best) > 0
     (low, high), rows = earnable(results, best), []
     of_best = low, 1.0  # 0 is 0 of any return
+    bootstraps = {n: Bootstrap(len(full), n, seed) for n in {r.returns.shape[1] for r in results}}
     for result in results:
-        scores = late_scores(result.returns)
+        n_runs, scores = result.returns.shape[1], late_scores(result.returns)
+        bootstrap, paired = bootstraps[n_runs], full[:, :n_runs]
         parts = scores / np.asarray(best, dtype=np.float64)[:, None] if has_best else None
-        difference = bootstrap.mean(scores - full_scores)
-        collapses = Collapses.of(scores, full_scores)
-        judged = verdict(difference, margin, collapses.bound() * level)
+        [(difference, collapses, said)] = judged(
+            scores[None], late_scores(paired), margin_share, n_compared, bootstrap
+        )
         row = Row(
             arm=result.arm,
             mean=bootstrap.mean(scores).within(low, high),
@@ -215,13 +245,13 @@ def _compared(
             iqm_of_best=bootstrap.iqm(parts).within(*of_best) if has_best else None,
             difference=difference,
             collapses=collapses,
-            verdict=None if result.arm == Arm(FULL) else judged,
-            adaptation_loss=bootstrap.mean((full - result.returns).mean(axis=2)),
+            verdict=None if result.arm == Arm(FULL) else said,
+            adaptation_loss=bootstrap.mean((paired - result.returns).mean(axis=2)),
             by_episode=result.returns.mean(axis=(0, 1)),
             cost=result.cost,
         )
         rows.append(row)
-    return rows, margin, bootstrap
+    return rows
 
 
 def earnable(results: Sequence[Result], best: Best) -> tuple[float, float]:

@@ -1,0 +1,73 @@
+"""How often a study says what is not true: simulated scores through the real race and the verdicts.
+
+    python benchmarks/false_verdicts.py                     # 1,000 studies of each setting
+    python benchmarks/false_verdicts.py --studies 100 --sizes 4,18
+
+An arm that loses the margin or more and is called safe or better is a false verdict; one that
+loses no more than it and is stopped is a false stop. Where arms collapse, a share of their runs
+earns nothing: on average that is the margin, whatever else they earn.
+"""
+
+import numpy as np
+from setting import print_table, read_flags
+
+from historylens.comparison.intervals import Bootstrap
+from historylens.comparison.race import looks, shares, shown_worse
+from historylens.comparison.study import GOOD, judged
+
+N_GOALS, MARGIN, FULL = 8, 0.05, 12.0  # a share of what full history earns, an episode
+SETTINGS = {  # share of the arms that lose, how many margins, and the noise
+    "all lose it": (1.0, 1, "normal"),
+    "half lose it": (0.5, 1, "normal"),
+    "half lose eight times it": (0.5, 8, "normal"),
+    "all lose it, skewed noise": (1.0, 1, "skewed"),
+    "all lose it by collapses": (1.0, 1, "collapses"),
+    "half lose it by collapses": (0.5, 1, "collapses"),
+}
+
+
+def scores_of(
+    rng: np.random.Generator, n_arms: int, n_seeds: int, losing: float, lost: int, noise: str
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Scores of full history `(G, R)` and of arms `(N, G, R)`, and which of these lose `(N,)`."""
+    shape, loses = (n_arms, N_GOALS, n_seeds), np.arange(n_arms) < losing * n_arms
+    full = FULL + np.linspace(-4, 4, N_GOALS)[:, None] + 2 * rng.normal(size=shape[1:])
+    if noise == "collapses":
+        fails = loses[:, None, None] & (rng.random(shape) < MARGIN)
+        return full, np.where(fails, 0.0, full + 0.2 * rng.normal(size=shape)), loses
+    drawn = rng.normal(size=shape) if noise == "normal" else 1 - rng.exponential(size=shape)
+    return full, full - lost * MARGIN * FULL * loses[:, None, None] + 2 * drawn, loses
+
+
+def rates(n_studies: int, n_seeds: int, n_arms: int, *setting: object) -> np.ndarray:
+    """Shares `(4,)`: studies with a false verdict, false stops of arms, true verdicts, runs saved.
+
+    False stops are of the arms within the margin, true ones, safe or better, of those without loss.
+    """
+    rng, of = np.random.default_rng(n_seeds), np.zeros((2, 4))
+    bootstraps = {n: Bootstrap(N_GOALS, n) for n in looks(n_seeds)}
+    for _ in range(n_studies):
+        full, arms, loses = scores_of(rng, n_arms, n_seeds, *setting)
+        going, allowed, n_saved = np.arange(n_arms), ~loses | (setting[1] <= 1), 0
+        for n, share in list(zip(looks(n_seeds), shares(n_seeds), strict=True))[:-1]:
+            so_far = arms[going][:, :, :n], full[:, :n]
+            worse = shown_worse(*so_far, MARGIN, share, bootstraps[n])
+            n_saved += (n_seeds - n) * worse.sum()
+            going = going[~worse]
+        told = judged(arms[going], full, MARGIN, n_arms, bootstraps[n_seeds])
+        good = going[[said in GOOD for _, _, said in told]]
+        n_stopped = allowed.sum() - allowed[going].sum()
+        of[0] += loses[good].any(), n_stopped, (~loses[good]).sum(), n_saved
+        of[1] += 1, allowed.sum(), (~loses).sum(), n_arms * n_seeds
+    return of[0] / np.maximum(of[1], 1)
+
+
+if __name__ == "__main__":
+    flags = read_flags(__doc__, studies=1000, sizes=["4,18", "16,80", "24,12"])
+    print(f"{flags.studies:,} studies of {N_GOALS} goals; truly lost: {MARGIN:.0%}, or nothing")
+    header = "| seeds | arms | setting | studies with a false safe or better | arms within the "
+    header += "margin that stopped | arms without loss called safe or better | runs saved |"
+    sizes = [tuple(map(int, size.split(","))) for size in flags.sizes]
+    each = [(size, *setting) for size in sizes for setting in SETTINGS.items()]
+    rows = ((*size, name, *rates(flags.studies, *size, *how)) for size, name, how in each)
+    print_table(header, "| {} | {} | {} | {:.2%} | {:.2%} | {:.2%} | {:.2%} |", rows)

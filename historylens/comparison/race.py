@@ -1,0 +1,61 @@
+"""Racing: at looks, arms stop that are shown worse, or that cannot be recommended.
+
+    for seeds, share in zip(looks(16), shares(16)):                  # after 4, 8 and 16 runs a goal
+        arms = going_on(results_of(arms, seeds), 0.05, share)
+
+Maron and Moore 1993 (Hoeffding races) stop what is shown to be worse, and the runs go to the rest.
+Each look may be wrong. The level of all looks, that of one end of an interval, is therefore spent
+over them (Lan and DeMets 1983, in the way of Pocock 1977): after a part `t` of the runs,
+`ln(1 + (e - 1) t)` of it. Each look is a test at what was spent since the one before; whatever
+their dependence, an arm that loses less than the margin is stopped as worse in at most 2.5 %.
+What stops can only be worse: `safe` and `better` are said once, when the race is over.
+"""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from historylens.comparison.intervals import Bootstrap, late_scores
+from historylens.comparison.study import FULL, Arm, Result, margin_of
+
+
+def looks(n_seeds: int) -> list[int]:
+    """Runs of each goal after which arms may stop, and last all: a quarter, a half, all of them."""
+    early = (max(2, -(-n_seeds // part)) for part in (4, 2))
+    return sorted({*(min(n, n_seeds) for n in early), n_seeds})
+
+
+def shares(n_seeds: int) -> list[float]:
+    """The part of the level that each look spends; 1 in all."""
+    spent = [math.log1p((math.e - 1) * n / n_seeds) for n in looks(n_seeds)]
+    return np.diff(spent, prepend=0).tolist()
+
+
+def going_on(
+    results: Sequence[Result], margin_share: float, share: float, seed: int = 0
+) -> list[Arm]:
+    """The arms that go on after a look, of `results` of the same runs, full history among them.
+
+    Full history does, controls until they are shown worse, others if they also save tokens.
+    """
+    full = next(result for result in results if result.arm == Arm(FULL))
+    scores = np.stack([late_scores(result.returns) for result in results])  # (N, G, r)
+    bootstrap = Bootstrap(*scores.shape[1:], seed)
+    worse = shown_worse(scores, late_scores(full.returns), margin_share, share, bootstrap)
+    saves = [result.cost.tokens < full.cost.tokens for result in results]
+    may = [each.arm.method.kind == "control" or saves[i] for i, each in enumerate(results)]
+    return [each.arm for i, each in enumerate(results) if each is full or (may[i] and not worse[i])]
+
+
+def shown_worse(
+    arms: np.ndarray, full: np.ndarray, margin_share: float, share: float, bootstrap: Bootstrap
+) -> np.ndarray:
+    """Which `(N,)` bool of arms' scores `(N, G, r)` lose more than the margin against full's.
+
+    At a part `share` of the level: the same as one of `1 / share` comparisons.
+    """
+    if full.shape[1] == 1:
+        return np.zeros(len(arms), dtype=bool)
+    highest = bootstrap.bounds(arms - full, 1 / share)[:, 1]
+    return highest < -margin_of(full, margin_share)

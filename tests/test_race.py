@@ -1,0 +1,166 @@
+"""Racing: when looks are, what they spend, what stops at one, and how often studies are wrong."""
+
+import math
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from levers import LeversAgent
+
+from historylens.comparison import playing
+from historylens.comparison.intervals import Bootstrap
+from historylens.comparison.playing import Plays, fingerprint, missing, plan, play, play_arms
+from historylens.comparison.policy import CompressedPolicy, Cost
+from historylens.comparison.race import going_on, looks, shares, shown_worse
+from historylens.comparison.results import open_results
+from historylens.comparison.study import Arm, Result
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+from false_verdicts import SETTINGS, rates
+
+FULL, EMPTY = Arm("full"), Arm("empty")
+
+
+@pytest.mark.parametrize(("n_seeds", "expected"), [
+    (1, [1]), (2, [2]), (3, [2, 3]), (4, [2, 4]), (5, [2, 3, 5]), (8, [2, 4, 8]),
+    (16, [4, 8, 16]), (32, [8, 16, 32]),
+])  # fmt: skip
+def test_looks_are_after_a_quarter_and_a_half_of_the_seeds_and_at_the_end(n_seeds, expected):
+    assert looks(n_seeds) == expected
+
+
+@given(st.integers(1, 200))
+def test_the_looks_together_spend_the_level(n_seeds):
+    spent = shares(n_seeds)
+    assert len(spent) == len(looks(n_seeds))
+    assert min(spent) > 0
+    assert sum(spent) == pytest.approx(1)
+    first = looks(n_seeds)[0] / n_seeds
+    assert spent[0] == pytest.approx(math.log(1 + (math.e - 1) * first))
+
+
+def test_a_look_is_a_test_at_what_it_spends():
+    """Of arms that lose the margin, as many are shown worse; normal noise, 8 goals of 8 seeds."""
+    rng, full = np.random.default_rng(0), np.full((8, 8), 10.0)
+    arms = full - 0.5 + rng.normal(size=(4000, 8, 8))
+    bootstrap = Bootstrap(8, 8, n_resamples=1000)
+    found = [shown_worse(arms, full, 0.05, share, bootstrap) for share in (1.0, 0.4)]
+    for worse, level in zip(found, (0.025, 0.01), strict=True):
+        assert 0.4 * level < worse.mean() < 1.3 * level
+    assert (found[0] >= found[1]).all()
+    assert not shown_worse(arms[:, :, :1], full[:, :1], 0.05, 1.0, Bootstrap(8, 1)).any()
+
+
+def result(arm, level, tokens, noise=0.1):
+    returns = level + noise * np.random.default_rng(len(arm.key)).normal(size=(3, 4, 6))
+    return Result(arm, returns, Cost(1, tokens))
+
+
+def test_what_is_shown_worse_or_saves_no_tokens_stops_and_full_history_never_does():
+    going = [
+        result(Arm("recent", 10), 9.9, 11), result(FULL, 10, 90), result(Arm("even", 10), 9.6, 11),
+        result(Arm("shuffled-rewards"), 10, 90),
+    ]  # fmt: skip
+    stopping = [
+        result(Arm("random", 10), 8.0, 11), result(Arm("top-k", 10), 11, 101),
+        result(Arm("first-recent", 99), 11, 90), result(EMPTY, 1, 1),
+        result(Arm("other-task"), 1.0, 90),
+    ]  # fmt: skip
+    every = [*stopping[:3], *going, *stopping[3:]]
+    assert going_on(every, 0.05, 0.5) == [each.arm for each in going]
+    assert going_on([*every, result(Arm("even", 3), 9.0, 4, 3.0)], 0.05, 0.5)[-1].n_keep == 3
+
+
+PLAYS = Plays(LeversAgent(), n_seeds=8, n_episodes=6)
+ARMS = plan(PLAYS, ["rewarded-recent", "recent", "random", "even"], [4, 30])
+
+
+def raced(folder, margin, plays=PLAYS, arms=ARMS):
+    results = open_results(folder, fingerprint(plays))
+    return {each.arm: each for each in play_arms(plays, arms, results, margin)}, results
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory):
+    """What arms earned in a race, and without."""
+    return [raced(tmp_path_factory.mktemp("race"), margin) for margin in (0.05, None)]
+
+
+def test_an_arm_has_the_same_numbers_in_a_race_as_without_up_to_where_it_stopped(both):
+    (race, kept), (whole, _) = both
+    n_runs = {arm: each.returns.shape[1] for arm, each in race.items()}
+    assert set(n_runs.values()) == {2, 4, 8}
+    assert n_runs[FULL] == n_runs[Arm("rewarded-recent", 4)] == 8
+    assert n_runs[Arm("even", 30)] == 2  # saves no tokens
+    assert n_runs[EMPTY] < 8
+    assert n_runs[Arm("recent", 30)] == 8  # it is full history
+    for arm, each in race.items():
+        np.testing.assert_array_equal(each.returns, whole[arm].returns[:, : n_runs[arm]])
+        assert each.cost.decisions == each.returns.size * 6
+        if n_runs[arm] == 8:
+            timeless = {"seconds_model": 0.0, "seconds_selecting": 0.0}
+            assert replace(each.cost, **timeless) == replace(whole[arm].cost, **timeless)
+    own = [arm for arm in race if arm != Arm("recent", 30)]
+    assert len(kept.blocks) == sum({2: 1, 4: 2, 8: 3}[n_runs[arm]] for arm in own)
+    np.testing.assert_array_equal(whole[FULL].returns, play(PLAYS, FULL).returns)
+
+
+def test_a_race_that_was_broken_off_or_played_to_the_end_before_ends_the_same(
+    both, tmp_path, monkeypatch
+):
+    (race, kept), (_, complete) = both
+    n_left, blocks = 7, [*kept.blocks.values()]
+    results = open_results(tmp_path, fingerprint(PLAYS))
+    for block in blocks[:n_left]:
+        results.add(block)
+    played = []
+    monkeypatch.setattr(playing, "play", lambda plays, *block: played.append(block) or play(
+        plays, *block))  # fmt: skip
+    again, results = raced(tmp_path, 0.05)
+    assert len(played) == len(blocks) - n_left
+    assert results.path.read_bytes().count(b"seeds") == kept.path.read_bytes().count(b"seeds")
+    monkeypatch.setattr(playing, "play", None)
+    for found in (again, raced(complete.path.parent, 0.05)[0]):
+        assert found.keys() == race.keys()
+        for arm, each in race.items():
+            np.testing.assert_array_equal(found[arm].returns, each.returns)
+
+
+def test_blocks_end_at_looks_and_what_takes_longest_is_played_first(tmp_path, monkeypatch):
+    assert PLAYS.blocks == [range(2), range(2, 4), range(4, 8)]
+    monkeypatch.setattr(playing, "MAX_ROOMS", 9)  # three seeds of three goals
+    assert PLAYS.blocks == [range(2), range(2, 4), range(4, 6), range(6, 8)]
+    results = open_results(tmp_path, fingerprint(PLAYS))
+    todo = missing(PLAYS, ARMS, results, 4)
+    assert {seeds.stop for _, seeds in todo} == {2, 4}
+    sizes = [30 if arm.n_keep is None else arm.n_keep for arm, _ in todo if arm != EMPTY]
+    assert sizes == sorted(sizes, reverse=True)
+    assert todo[-1][0] == EMPTY
+
+
+def test_a_block_draws_from_a_stream_of_its_own_as_it_would_alone(both, monkeypatch):
+    (_, (whole, _)), arm, drawn = both, Arm("random", 4), []
+
+    def policy(*args):
+        drawn.append(args[3].initial_seed())
+        return CompressedPolicy(*args)
+
+    monkeypatch.setattr(playing, "CompressedPolicy", policy)
+    for seeds in PLAYS.blocks:
+        part = whole[arm].returns[:, seeds.start : seeds.stop]
+        np.testing.assert_array_equal(play(PLAYS, arm, seeds).returns, part)
+    assert len({*drawn}) == len(PLAYS.blocks)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_studies_are_hardly_ever_wrong_about_any_of_their_arms(name):
+    """The large version, of 1,000 studies of each setting, is `benchmarks/false_verdicts.py`."""
+    false, stopped, true, saved = rates(12, 24, 5, *SETTINGS[name])
+    assert false <= 2 / 12  # more are rarer than 1 in 300 at 2.5 %
+    assert stopped <= 0.07
+    assert saved > 0.3 or "eight" not in name
+    assert true > 0.9 or name != "half lose it by collapses"
