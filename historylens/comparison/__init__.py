@@ -47,7 +47,7 @@ WITH_BUDGET = tuple(name for name, each in METHODS.items() if each.keeps not in 
 QUICK = ("recent", "first-recent", "even", "random", "rewarded-recent", "top-k")
 STRATEGIES, SEEDS, EPISODES = (QUICK, WITH_BUDGET), (4, 16), (24, 40)  # without and with --full
 CONFIRMING = 10**9  # between the seed of a comparison and that of the runs that confirm it
-BUDGETS = (10, 20, 40)  # and all that the model can read; of these those that it can read
+BUDGETS = (10, 20, 40, 100)  # and all that the model can read; of these those that it can read
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class CompareConfig(Settings):
         None, "strategies to compare (default: a quick choice, all with --full)", "NAME"
     )
     budgets: list[int] | None = setting(
-        None, "transitions to keep (default: 10 20 40 and all that the model reads)", at_least=1
+        None, "transitions to keep (default: 10 20 40 100 and all that the model reads)", at_least=1
     )
     full: bool = setting(
         False, "paper-grade: all strategies, more seeds and episodes", action="store_true"
