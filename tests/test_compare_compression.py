@@ -172,7 +172,7 @@ def test_what_is_not_chosen_is_quick_or_all_with_full(home, tiny_model, monkeypa
     agent = ModelAgent(tiny_model, Environment(("a", "b"), 5, Levers))
     arms, _, said = planned()
     assert {n_keep for _, n_keep in arms} == {10, 11}
-    assert "10, 11 of up to 11 transitions (the usual 20, 40 exceed" in said
+    assert "10, 11 of up to 11 transitions (the usual 20, 40, 100 exceed" in said
     quick, sizes, said = planned(budgets=[3])
     assert sizes == (4, 24)
     assert "the usual" not in said

@@ -283,6 +283,18 @@ def test_an_adapter_says_where_states_lie(adapter):
     assert (room.path.tolist(), room.goals.tolist()) == ([[0, 4]], [[0, 8]])
 
 
+def test_several_goals_are_marked_with_their_order_and_one_is_not(adapter, tmp_path):
+    for goals, marks in (("[[8], [2]]", ["1", "2"]), ("[[8], [8]]", ["1", "2"]), ("8", [])):
+        agent = adapter(ABOUT, f'"task": task, "goal": {goals}}}')
+        decision = agent.decisions[1]
+        room = RoomMap.of(agent, decision, uniform(30)[None], uniform(30))
+        assert room.numbers()["goals"] == [[0, goal] for goal in np.ravel(eval(goals)).tolist()]
+        _, texts, _ = drawn(tmp_path / "a.png", room)
+        of_goals = [text for text in texts if text in ("1", "2", "3")]
+        assert of_goals[: len(marks)] == marks
+        assert len(of_goals) == len(marks)
+
+
 def test_a_room_is_as_large_as_samples_reach_unless_it_is_said(adapter):
     assert adapter(POSITION, "return 3, state[0] // 3").room == (4, 3)
     assert adapter("np.clip(states[t] + 2", "np.clip(0 * states[t] + 2").room == (1, 5)

@@ -223,7 +223,10 @@ class MeasuredEffects:
     @property
     def _ignored(self) -> str:
         decisions = counted(len(self.samples), "decision")
-        return f"No compression can be judged: over {decisions} the model ignores its history"
+        why = "the model ignores its history"
+        if not self.unmoved:
+            why = "another history moves the model no more than an untrained one"
+        return f"No compression can be judged: over {decisions} {why}"
 
     @property
     def _proof(self) -> str:
