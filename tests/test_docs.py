@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from config import ActingConfig, TrainConfig, VisualizeConfig
+from config import ActingConfig, EnvConfig, SourceConfig, TrainConfig, VisualizeConfig
 from historylens.common.settings import flag_of
 from historylens.comparison import CompareConfig
 from historylens.compression.method import METHODS
@@ -36,7 +36,7 @@ def test_links_and_pictures_lead_somewhere(page):
 
 
 def test_every_flag_that_is_named_is_one():
-    configs = (VisualizeConfig, CompareConfig, ActingConfig, TrainConfig)
+    configs = (VisualizeConfig, CompareConfig, ActingConfig, TrainConfig, EnvConfig, SourceConfig)
     flags = {flag_of(name) for config in configs for name in config.__dataclass_fields__}
     for page in PAGES:
         named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", page.read_text()))
