@@ -22,13 +22,15 @@ import torch
 from historylens import comparison
 from historylens.agent import Agent
 from historylens.common.errors import run_command
-from historylens.common.settings import from_flags, names_adapter
+from historylens.common.settings import from_flags, given_for
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the flags and compare on a checkpoint's model, or on that of an adapter."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    if names_adapter(argv):  # of the AD half nothing is imported: its names are the user's
+    if (
+        given_for("adapter", argv) is not None
+    ):  # of the AD half nothing is imported: its names are the user's
         return comparison.main(argv)
     from ad.agent import load_for_acting
     from config import ActingConfig

@@ -138,13 +138,13 @@ class TrainConfig(Settings):
     device: str = setting("auto", "cpu, cuda, or auto: cuda where there is one", "NAME")
 
 
-def numbers(text: str, between: str, expected: str) -> tuple[int, ...]:
-    """Parse two whole numbers and the sign between them, or several such pairs."""
+def numbers(text: str, between: str, counts: tuple[int, ...], expected: str) -> tuple[int, ...]:
+    """Parse whole numbers, as many as one of `counts`, and the sign between them."""
     try:
         values = tuple(map(int, text.split(between)))
     except ValueError:
         values = ()
-    if not values or len(values) % 2:
+    if len(values) not in counts:
         raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
     return values
 
@@ -162,12 +162,14 @@ class CheckpointConfig(Settings):
     )
     goal: list[tuple[int, ...]] | None = setting(
         None, "only histories of these goals; of Key-to-Door ROW,COL,ROW,COL", "ROW,COL",
-        type=partial(numbers, between=",", expected="ROW,COL, for example 0,5"),
+        type=partial(numbers, between=",", counts=(2, 4), expected="ROW,COL, for example 0,5"),
     )  # fmt: skip
     history: list[int] | None = setting(None, "only these histories, by their number in the file")
     steps: tuple[int, int] | None = setting(
         None, "only decisions at these steps of a history", "FIRST:LAST",
-        type=partial(numbers, between=":", expected="FIRST:LAST, for example 1000:1999"),
+        type=partial(
+            numbers, between=":", counts=(2,), expected="FIRST:LAST, for example 1000:1999"
+        ),
     )  # fmt: skip
     stride: int = setting(1, "the context joins every so many episodes back", at_least=1)
 

@@ -12,7 +12,6 @@ numbers, and until it is finished `resume.pt`. Draws `figs/training/RUN.png`.
 import argparse
 import contextlib
 from pathlib import Path
-from typing import Any
 
 import historylens.common  # noqa: F401 - first: Ctrl-C while all else loads
 from ad.checkpoints import checkpoints_in
@@ -22,7 +21,7 @@ from config import DEFAULTS_OF, EnvConfig, ModelConfig, SourceConfig, TrainConfi
 from historylens.common.errors import run_command
 from historylens.common.files import writable_folder
 from historylens.common.processes import join
-from historylens.common.settings import add_flags
+from historylens.common.settings import add_flags, given_for
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -39,7 +38,7 @@ def main(argv: list[str] | None = None) -> None:
     add_flags(parser, TrainConfig, SourceConfig, EnvConfig, ModelConfig)
     with join() as group, contextlib.ExitStack() as held:
         with group.told_once():
-            parser.set_defaults(**defaults_of(argv))
+            parser.set_defaults(**DEFAULTS_OF.get(given_for("env", argv), {}))
             flags = parser.parse_args(argv)
         with group.together():
             settings, run, device = prepare(flags, group)
@@ -56,13 +55,6 @@ def main(argv: list[str] | None = None) -> None:
             (run / RESUME_NAME).unlink(missing_ok=True)  # last: until here a resume does the rest
             print(describe(result, checkpoints_in(run)[-1]))
             print(f"All numbers: {run / LOG_NAME}, learning curves: {picture}")
-
-
-def defaults_of(argv: list[str] | None) -> dict[str, Any]:
-    """Defaults of the task that the arguments name."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("--env", nargs="?", default=EnvConfig.env)
-    return DEFAULTS_OF.get(parser.parse_known_args(argv)[0].env, {})
 
 
 if __name__ == "__main__":

@@ -16,13 +16,15 @@ from collections.abc import Sequence
 
 from historylens import analysis
 from historylens.common.errors import run_command
-from historylens.common.settings import add_flags, names_adapter
+from historylens.common.settings import add_flags, given_for
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the flags and analyse a checkpoint's model, or that of an adapter."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    if names_adapter(argv):  # of the AD half nothing is imported: its names are the user's
+    if (
+        given_for("adapter", argv) is not None
+    ):  # of the AD half nothing is imported: its names are the user's
         return analysis.main(argv)
     from ad.agent import load_for_analysis
     from config import VisualizeConfig

@@ -41,11 +41,10 @@ class ADAgent(Agent):
         self.n_max, self.room = self.model.n_context_max, (config.grid_size, config.grid_size)
         self.layers = [f"transformer_encoder.layers.{i}" for i in range(config.tf_n_layer)]
         self.n_heads = [config.tf_n_head] * config.tf_n_layer
-        self.env = task_of(checkpoint.config)
-        self.task = TASKS[self.env or "darkroom"]
+        self.task = checkpoint.task
         self.label_columns = *self.task.columns, *Place._fields
-        title = self.task.title if self.env else "a grid world"
-        self.title = f"AD in {title}, {config.tf_n_layer} layers, {config.n_transit} tokens"
+        title = f"AD in {self.task.title}, {config.tf_n_layer} layers"
+        self.title = f"{title}, {config.n_transit} tokens"
 
     def act(self, history: History, positions: Tensor | None = None) -> Tensor:
         """Action logits `(B, A)`, by a walk of the encoder that spares what only others need."""
@@ -72,9 +71,9 @@ class ADAgent(Agent):
     def environment(self) -> Environment:
         """Its task, on the test goals of the checkpoint; UserError: there are none that fit it."""
         path, config, goals = self.checkpoint.path, self.checkpoint.config, self.checkpoint.goals
-        n_actions = self.model.config.num_actions
+        n_actions, env = self.model.config.num_actions, task_of(config)
         expect(
-            self.env and n_actions == N_ACTIONS,
+            env and n_actions == N_ACTIONS,
             f"{path}: expected a model of env {' or '.join(map(repr, TASKS))} with {N_ACTIONS} "
             f"actions to act, got env {config.get('env')!r} with {n_actions}; its attention can be "
             "shown",
@@ -86,10 +85,10 @@ class ADAgent(Agent):
             "the model was not trained on; train again, or name another --checkpoint",
         )
         horizon, goals = config.get("horizon") or EnvConfig.horizon, np.array(goals)
-        room = {"grid_size": self.model.config.grid_size, "horizon": horizon, "env": self.env}
+        room = {"grid_size": self.model.config.grid_size, "horizon": horizon, "env": env}
         noun = "goal" if len(self.task.hidden) == 1 else "task"
         return Environment(
-            goals=tuple(self.task.titled(goal).removeprefix("goal ") for goal in goals),
+            goals=tuple(self.task.name(goal) for goal in goals),
             horizon=horizon,
             make=lambda numbers, seeds: DarkRoom(goals[numbers], **room, seeds=seeds),
             best=tuple(optimal_return(goals, **room).tolist()),
@@ -113,11 +112,9 @@ def load_for_analysis(
     choice = find_checkpoint(config.checkpoint)
     checkpoint = load_checkpoint(choice.path, device, MAX_WEIGHT)
     model, n_context = checkpoint.model.config, checkpoint.model.n_context_max
-    env = task_of(checkpoint.config)
-    task = TASKS[env or "darkroom"]
     facts = {
         "Checkpoint": f"{choice.path} ({choice.reason})",
-        "Step": f"{checkpoint.step:,} gradient updates in {task.title if env else 'a grid world'}, "
+        "Step": f"{checkpoint.step:,} gradient updates in {checkpoint.task.title}, "
         f"{model.grid_size} x {model.grid_size}",
         "Model": f"{model.tf_n_layer} layers x {model.tf_n_head} heads, width {model.tf_n_embd}, "
         f"{sum(p.numel() for p in checkpoint.model.parameters()):,} parameters",
@@ -134,7 +131,7 @@ def load_for_analysis(
         only = Filter(config.goal, config.history, config.steps)
         which = config.num_samples, config.seed, config.stride, only
         places = choose_decisions(histories, n_context, *which)
-        decisions = HistoryDecisions(histories, places, n_context, above, task)
+        decisions = HistoryDecisions(histories, places, n_context, above, checkpoint.task)
         used, steps = list({place.history for place in places}), [place.step for place in places]
         goals = histories.goals
         n_goals, n_goals_used = (len(np.unique(part, axis=0)) for part in (goals, goals[used]))

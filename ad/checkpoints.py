@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ad.darkroom import TASKS
+from ad.darkroom import TASKS, Task
 from ad.pickles import digest, load_plain
 from config import NEEDED, READ_FROM_CHECKPOINTS, ModelConfig
 from historylens.common.errors import UserError, expect
@@ -52,6 +52,11 @@ class Checkpoint:
     config: dict[str, Any]  # every setting of its training, flat
     model: ADTransformer  # in evaluation mode
     goals: dict[str, list[list[int]]]
+
+    @property
+    def task(self) -> Task:
+        """The task that it was trained on; of one that is not in `TASKS` a goal is a cell."""
+        return _task_of(self.config)
 
 
 def checkpoint_step(path: Path) -> int | None:
@@ -189,7 +194,7 @@ def _model_of(config: dict[str, Any], weights: dict[str, Tensor], size: int) -> 
 
 def _checked_goals(goals: dict[str, Any], config: dict[str, Any]) -> dict[str, list[list[int]]]:
     """The same in plain lists; UserError unless they are goals of the task of a config."""
-    size, hidden = config["grid_size"], TASKS[task_of(config) or "darkroom"].hidden
+    size, hidden = config["grid_size"], _task_of(config).hidden
     parts = {name: [[*goal] for goal in goals] for name, goals in dict.items(goals)}
     goals = [goal for part in parts.values() for goal in part]
     fit = all(type(x) is int and 0 <= x < size for goal in goals for x in goal)
@@ -224,3 +229,7 @@ def task_of(config: dict[str, Any]) -> str | None:
     env = str(config.get("env", "darkroom"))
     name = re.sub(r"[\W_]", "", env).lower()
     return "darkroom" if name == "darkroom" else env if env in TASKS else None
+
+
+def _task_of(config: dict[str, Any]) -> Task:
+    return TASKS.get(task_of(config), Task("a grid world"))

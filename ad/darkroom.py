@@ -48,6 +48,10 @@ class Task:
         pairs = zip(self.hidden, goal[::2], goal[1::2], strict=True)
         return ", ".join(f"{name} ({row}, {col})" for name, row, col in pairs)
 
+    def name(self, goal: Sequence[int]) -> str:
+        """The same without "goal" where there is nothing else: `(2, 7)`."""
+        return self.titled(goal).removeprefix("goal ")
+
 
 TASKS = {
     "darkroom": Task("Dark Room", is_once=False),

@@ -48,7 +48,7 @@ def describe(result: dict[str, Any], checkpoint: Path) -> str:
     """The final numbers of a run, those of `training.json`, and its checkpoint as console text."""
     test, config, n = result["test"], result["config"], result["config"]["eval_episodes"]
     task = TASKS[config["env"]]
-    names = [task.titled(goal).removeprefix("goal ") for goal in test["goals"]]
+    names = [task.name(goal) for goal in test["goals"]]
     wide = max(8, *map(len, names))
     lines = [
         f"\nTEST GOALS (never trained or chosen on), {test['rollouts']} rollouts a goal",

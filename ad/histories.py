@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ad.checkpoints import HISTORIES_NAME, Checkpoint, task_of
-from ad.darkroom import TASKS
 from ad.hdf5 import SUFFIXES, read_hdf5
 from dataset import Histories
 from historylens.common.errors import expect, note
@@ -34,7 +33,7 @@ def read_histories(
     histories = _read_hdf5(path, checkpoint, tell) if is_hdf5 else Histories.load(path)
     what = f"{path} does not fit: expected learning histories, it holds none"
     expect(histories.states.size, what)
-    hidden = TASKS[task_of(checkpoint.config) or "darkroom"].hidden
+    hidden = checkpoint.task.hidden
     what = f"{path} does not fit the checkpoint: expected goals of {' and '.join(hidden)}"
     got, width = histories.goals.shape[1], 2 * len(hidden)
     expect(got == width, f"{what}, {width} numbers, got {got}")

@@ -17,7 +17,7 @@ from dataset import Histories
 def learning_histories(
     goals: np.ndarray, env: EnvConfig, source: SourceConfig, seed: int, n_streams: int | None = None
 ) -> Histories:
-    """Let a Q-learner learn each goal of `(G, 2)` from scratch, several times.
+    """Let a Q-learner learn each goal of `(G, 2 m)` from scratch, several times.
 
     Gives `N = G * n_streams` histories of `n_source_steps` steps cut to whole episodes, those of a
     goal side by side. `n_streams` is that of `source` if left out.
@@ -30,35 +30,47 @@ def learning_histories(
     states, next_states = np.empty((2, n, n_steps + 1, 2), dtype=np.int8)
     actions, rewards = np.empty((2, n, n_steps), dtype=np.int8)
     rng, rows, to_cell = np.random.default_rng(seed), np.arange(n), np.array([env.grid_size, 1])
-    n_cells, n_hidden = env.grid_size**2, len(room.task.hidden)
-    shape = n, (n_hidden + 1) * n_cells, N_ACTIONS  # a cell, with so much found
-    values = np.full(shape, source.initial_value, dtype=np.float32)
+    n_cells, n_hidden = env.grid_size**2, len(room.task.hidden)  # a state: a cell and what is found
+    values = np.full((n, (n_hidden + 1) * n_cells, N_ACTIONS), source.initial_value, np.float32)
     epsilon_start = rng.uniform(source.epsilon_end, source.epsilon_start, size=n)
     states[:, 0] = room.reset()
     cells = np.empty((n, env.horizon + 1), dtype=np.int64)  # of this episode, with what is found
     for t in tqdm(range(n_steps), desc="source histories", unit="step", leave=False):
-        cell = states[:, t] @ to_cell + n_cells * room.n_found  # (N,)
+        k = t % env.horizon
+        if k == 0:
+            cells[:, 0] = states[:, t] @ to_cell
         decayed = min(1.0, t / n_steps / max(source.epsilon_decay, 1e-9))
         epsilon = epsilon_start + (source.epsilon_end - epsilon_start) * decayed
         ties = 1e-5 * rng.random((n, N_ACTIONS), dtype=np.float32)
-        if t % env.horizon:
+        if k > 0:
             ties[rows, actions[:, t - 1]] = 2e-5
-        greedy = (values[rows, cell] + ties).argmax(axis=1)
+        greedy = (values[rows, cells[:, k]] + ties).argmax(axis=1)
         random = rng.integers(N_ACTIONS, size=n)
-        actions[:, t] = action = np.where(rng.random(n) < epsilon, random, greedy)
-        next_states[:, t], rewards[:, t], done = room.step(action)
-        cells[:, t % env.horizon] = cell
-        cells[:, t % env.horizon + 1] = next_states[:, t] @ to_cell + n_cells * room.n_found
+        actions[:, t] = np.where(rng.random(n) < epsilon, random, greedy)
+        next_states[:, t], rewards[:, t], done = room.step(actions[:, t])
+        cells[:, k + 1] = next_states[:, t] @ to_cell + n_cells * room.n_found
         # As it happens, and again once the episode is over, from its end to its beginning.
-        again = [*range(t, t - env.horizon, -1)] * source.n_replays if done else []
-        for u in [t, *again]:
-            before, after = cells[:, u % env.horizon], cells[:, u % env.horizon + 1]
-            best = values[rows, after].max(axis=1) * (after < n_hidden * n_cells)  # else all found
-            error = rewards[:, u] + source.discount * best - values[rows, before, actions[:, u]]
-            values[rows, before, actions[:, u]] += source.step_size * error  # float32
+        again = [*range(k, -1, -1)] * source.n_replays if done else []
+        for i in [k, *again]:
+            step = actions[:, t - k + i], rewards[:, t - k + i]
+            _learn(values, cells[:, i : i + 2], *step, n_hidden * n_cells, source)
         states[:, t + 1] = room.reset() if done else next_states[:, t]
-    states, next_states = states[:, :-1], next_states[:, :-1]
-    return Histories(states, actions, rewards, next_states, goals, env.horizon)
+    reached = next_states[:, :-1]
+    return Histories(states[:, :-1], actions, rewards, reached, goals, env.horizon)
+
+
+def _learn(
+    values: np.ndarray, cells: np.ndarray, actions: np.ndarray, rewards: np.ndarray,
+    n_open: int, source: SourceConfig,
+) -> None:  # fmt: skip
+    """Learn `values (N, cells, A)` from a step of each room, from and to `cells (N, 2)`.
+
+    From cell `n_open` on all is found, and there is no more to earn.
+    """
+    rows, (before, after) = np.arange(len(cells)), cells.T
+    best = values[rows, after].max(axis=1) * (after < n_open)
+    error = rewards + source.discount * best - values[rows, before, actions]
+    values[rows, before, actions] += source.step_size * error  # float32
 
 
 def relative_return(histories: Histories, episodes: slice, env: EnvConfig) -> float:

@@ -199,7 +199,9 @@ class Trainer:
             entry |= {f"{name}_{key}": value for key, value in numbers.items()}
         chosen_by = [f"{name}_relative" for name in cases if name != "train"]
         entry["score"] = float(np.mean([entry[name] for name in chosen_by]))
-        best = max((past["score"] for past in self.log), default=-1.0)
+        # Runs begun before there was a score were chosen by validation goals alone.
+        scores = [past.get("score", past["validation_relative"]) for past in self.log]
+        best = max(scores, default=-1.0)
         return entry | {"best": entry["score"] > best}
 
     def state_dict(self) -> dict[str, Any]:

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from ad import acting
 from ad.acting import SlidingPolicy, fast_logits, rollout_goals
-from ad.darkroom import all_goals
+from ad.darkroom import DarkRoom, all_goals
 from config import ModelConfig
+from historylens.compression.method import METHODS
 from historylens.history import History, HistoryBuffer
 from model import ADTransformer
 
@@ -159,3 +160,23 @@ def test_actions_are_drawn_from_the_softmax_of_the_logits(tiny_config):
     reached = rollout_goals(model, goals, 1, seed=0, horizon=1).reshape(5, 800).mean(axis=1)
     np.testing.assert_allclose(reached, chances, atol=0.05)
     assert reached[4] == 0
+
+
+def test_a_model_acts_on_what_compression_leaves(tiny_model):
+    goals = np.array([[0, 1], [4, 3]])
+    found = rollout_goals(tiny_model, goals, 4, seed=2, horizon=5, reads="compressed")
+    method, n_keep = METHODS["rewarded-recent"], min(10, tiny_model.n_context_max)
+    for i, goal in enumerate(goals):
+        noise, rewards = np.random.default_rng((2, i)).gumbel(size=(20, 5)), []
+        room, buffer = DarkRoom(goal[None], 5, 5), None
+        for t in range(20):
+            states = torch.tensor(room.reset() if t % 5 == 0 else room.states)
+            buffer = buffer or HistoryBuffer(states, 20)
+            kept = method.compress(buffer.history(states), n_keep)
+            logits = tiny_model.eval()(*kept.inputs).detach().double().numpy()
+            action = (logits + noise[t]).argmax(axis=1)
+            reached, earned, done = room.step(action)
+            moved = torch.tensor(action), torch.tensor(earned), torch.tensor(reached)
+            buffer.append(states, *moved, torch.tensor([done]))
+            rewards.append(earned[0])
+        assert found[i].tolist() == np.reshape(rewards, (4, 5)).sum(axis=1).tolist()

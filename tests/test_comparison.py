@@ -56,17 +56,19 @@ def test_what_cannot_be_played_is_refused():
 
 @pytest.mark.parametrize(("most", "made"), [(9, [[0, 1, 2] * 2]), (4, [[0, 1, 2]] * 2)])
 def test_rooms_in_batches_earn_what_each_earns_alone_goal_by_seed(monkeypatch, most, made):
-    goals, agent, n_tokens = [], LeversAgent(), 0
+    goals, rooms, agent, n_tokens = [], [], LeversAgent(), 0
     environment = agent.environment
 
     def make(numbers, seeds):
         goals.append(numbers.tolist())
+        rooms.extend(seeds)
         return environment.make(numbers, seeds)
 
     agent.environment = replace(environment, make=make)
     monkeypatch.setattr(playing, "MAX_ROOMS", most)
     result = play(replace(PLAYS, agent=agent, n_episodes=8, seed=5), REWARDED)
     assert goals == made
+    assert rooms == [5, 6, 7, 8, 9, 10]  # a seed of its own for each, after that of the study
     assert result.returns.shape == (3, 2, 8)
     assert result.returns.flags.c_contiguous  # sums of it are those of what a file holds
     for room in range(6):

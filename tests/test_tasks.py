@@ -53,7 +53,7 @@ def test_the_task_of_a_checkpoint_is_that_of_all_that_follows(env, tmp_path, mon
     options = ["--strategies", "recent", "--budgets", "3", "--seeds", "2", "--episodes", "4"]
     compare([*options, "--confirm", "0"])
     told = json.loads(Path("figs/compression/results.json").read_text())
-    names = [task.titled(goal).removeprefix("goal ") for goal in goals]
+    names = [task.name(goal) for goal in goals]
     assert told["fingerprint"]["goals"] == names
     assert told["summary"]["task"].startswith(f"AD in {task.title}, ")
     assert f"{task.title}, " in capsys.readouterr().out

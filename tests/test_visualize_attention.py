@@ -402,7 +402,7 @@ FORMS = {"--steps": "expected FIRST:LAST, for example", "--goal": "expected ROW,
     "argv",
     [
         "--num-samples 0", "--num-samples -3", "--num-samples many", "--num-figures -1",
-        "--stride 0", "--seed -1", "--dpi 0", "--steps 7", "--steps 1:2:3", "--goal 3",
+        "--stride 0", "--seed -1", "--dpi 0", "--steps 7", "--steps 1:2:3:4", "--goal 3",
         "--goal a,b", "--layers first", "--no-such-flag",
     ],
 )  # fmt: skip

@@ -101,11 +101,11 @@ def to_dict(*configs: Any) -> dict[str, Any]:
     return {name: value for config in configs for name, value in vars(config).items()}
 
 
-def names_adapter(argv: Sequence[str]) -> bool:
-    """Whether the arguments of a command name a user's adapter."""
+def given_for(name: str, argv: Sequence[str] | None) -> str | None:
+    """What the arguments of a command give for a flag; None: nothing, "" where it has no value."""
     parser = argparse.ArgumentParser(add_help=False, exit_on_error=False)
-    parser.add_argument("--adapter", nargs="?", const="")
+    parser.add_argument(flag_of(name), nargs="?", const="", dest="given")
     try:
-        return parser.parse_known_args(argv)[0].adapter is not None
+        return parser.parse_known_args(argv)[0].given
     except argparse.ArgumentError:
-        return False
+        return None
