@@ -162,21 +162,38 @@ def test_actions_are_drawn_from_the_softmax_of_the_logits(tiny_config):
     assert reached[4] == 0
 
 
-def test_a_model_acts_on_what_compression_leaves(tiny_model):
-    goals = np.array([[0, 1], [4, 3]])
-    found = rollout_goals(tiny_model, goals, 4, seed=2, horizon=5, reads="compressed")
-    method, n_keep = METHODS["rewarded-recent"], min(10, tiny_model.n_context_max)
-    for i, goal in enumerate(goals):
-        noise, rewards = np.random.default_rng((2, i)).gumbel(size=(20, 5)), []
-        room, buffer = DarkRoom(goal[None], 5, 5), None
-        for t in range(20):
+def test_a_model_acts_on_what_compression_leaves():
+    model = sharp_model(ModelConfig(20, 2, 2, 16, tf_n_inner=24, grid_size=5)).eval()
+    goals, method = all_goals(5)[::3], METHODS["rewarded-recent"]
+    found = rollout_goals(model, goals, 8, seed=2, horizon=5, reads="compressed")
+
+    def played(n_keep):
+        noise = [np.random.default_rng((2, i)).gumbel(size=(40, 5)) for i in range(len(goals))]
+        room, buffer, rewards = DarkRoom(goals, 5, 5), None, []
+        for t in range(40):
             states = torch.tensor(room.reset() if t % 5 == 0 else room.states)
-            buffer = buffer or HistoryBuffer(states, 20)
+            buffer = buffer or HistoryBuffer(states, 40)
             kept = method.compress(buffer.history(states), n_keep)
-            logits = tiny_model.eval()(*kept.inputs).detach().double().numpy()
-            action = (logits + noise[t]).argmax(axis=1)
-            reached, earned, done = room.step(action)
-            moved = torch.tensor(action), torch.tensor(earned), torch.tensor(reached)
-            buffer.append(states, *moved, torch.tensor([done]))
-            rewards.append(earned[0])
-        assert found[i].tolist() == np.reshape(rewards, (4, 5)).sum(axis=1).tolist()
+            logits = model(*kept.inputs).detach().double().numpy()
+            actions = (logits + np.stack(noise)[:, t]).argmax(axis=1)
+            reached, earned, done = room.step(actions)
+            ended = torch.full((len(goals),), done)
+            moved = (torch.tensor(x) for x in (actions, earned, reached))
+            buffer.append(states, *moved, ended)
+            rewards.append(earned)
+        return np.stack(rewards, axis=1).reshape(-1, 8, 5).sum(axis=2).tolist()
+
+    assert found.tolist() == played(10) != played(3)
+
+
+def test_each_room_starts_by_a_chance_of_its_own(tiny_model, monkeypatch):
+    seeds, init = [], DarkRoom.__init__
+
+    def seen(self, *args):
+        seeds.extend(args[-1])
+        init(self, *args)
+
+    monkeypatch.setattr(DarkRoom, "__init__", seen)
+    goals = np.tile([0, 1, 2, 3], (3, 1))
+    rollout_goals(tiny_model, goals, 2, seed=7, horizon=5, env="key-to-door")
+    assert seeds == [7, 8, 9]

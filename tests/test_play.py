@@ -1,5 +1,7 @@
 """An agent's own play: what it goes through, and what it attended to as it decided each step."""
 
+from dataclasses import replace
+
 import numpy as np
 import plain_model
 import pytest
@@ -164,3 +166,17 @@ def test_a_decision_is_a_step_with_what_could_be_read_and_is_measured_so(real, t
         title = f"own play: goal {goal}, rollout {i}, episode {episode + 1} of 4, step {t}"
         labels = {"task": str(goal), "rollout": i, "episode": episode + 1, "step": t}
         assert (one.title, one.labels) == (title, labels)
+
+
+def test_what_happens_by_chance_in_a_rollout_depends_on_its_number_and_the_seed():
+    job = job_of(Recorder(7, lambda h: torch.zeros(h.size, 5), lambda h: evenly(PLANTED[0](h))),
+                 rollouts=2, seed=4)  # fmt: skip
+    environment, seeds = job.agent.environment, []
+
+    def make(tasks, given):
+        seeds.extend(given)
+        return environment.make(tasks, given)
+
+    job.agent.environment = replace(environment, make=make)
+    record(job)
+    assert seeds == [4, 5, 6, 7, 8, 9]
