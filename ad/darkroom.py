@@ -167,7 +167,8 @@ def split_goals(
         min(n_test, n_validation, n_train) >= 1 and n_test + n_validation + n_train <= len(goals),
         f"a room of {grid_size**2} cells has {len(goals)} goals: they cannot be split into "
         f"{n_test} test goals, "
-        f"{n_validation} validation goals and at least one to train on",
+        f"{n_validation} validation goals and {n_train if n_train > 0 else 'at least one'} to "
+        "train on",
     )
     order = np.random.default_rng(seed).permutation(len(goals))
     ends = np.cumsum([n_test, n_validation, n_train])

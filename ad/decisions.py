@@ -108,7 +108,7 @@ def _eligible_histories(
     wanted = known if only.goals is None else dict.fromkeys(map(tuple, only.goals))
     for goal in (goal for goal in wanted if goal not in known):
         goal, *there = (",".join(map(str, one)) for one in (goal, *known))
-        raise UserError(f"no history of goal {goal}: expected one of {', '.join(there)}")
+        raise UserError(f"no history of goal {goal}: expected one of {'; '.join(there)}")
     by_goal: dict[tuple[int, ...], list[int]] = {}
     for row in rows:
         if goals[row] in wanted:

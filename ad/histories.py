@@ -33,10 +33,9 @@ def read_histories(
     histories = _read_hdf5(path, checkpoint, tell) if is_hdf5 else Histories.load(path)
     what = f"{path} does not fit: expected learning histories, it holds none"
     expect(histories.states.size, what)
-    hidden = checkpoint.task.hidden
-    what = f"{path} does not fit the checkpoint: expected goals of {' and '.join(hidden)}"
-    got, width = histories.goals.shape[1], 2 * len(hidden)
-    expect(got == width, f"{what}, {width} numbers, got {got}")
+    columns, got = checkpoint.task.columns, histories.goals.shape[1]
+    what = f"{path} does not fit the checkpoint: expected goals of {len(columns)} numbers"
+    expect(got == len(columns), f"{what}, {', '.join(columns)}, got {got}")
     for name, values, n in (
         ("rows and columns", histories.states, config.grid_size),
         ("rows and columns", histories.next_states, config.grid_size),

@@ -60,7 +60,7 @@ def test_filters_by_goal_history_and_steps_and_more_than_there_are_is_every_one_
 
 
 @pytest.mark.parametrize(("n_context", "only", "message"), [
-    (6, Filter(goals=[(5, 5)]), "no history of goal 5,5: expected one of 0,0, 0,1, 1,1"),
+    (6, Filter(goals=[(5, 5)]), "no history of goal 5,5: expected one of 0,0; 0,1; 1,1"),
     (6, Filter(histories=[6]), r"expected histories in 0\.\.5, got 6"),
     (6, Filter(steps=(0, 5)), "expected steps between 6 .* and 39, got 0:5"),
     (6, Filter(goals=[(0, 0)], histories=[5]), "no history is of a goal asked for"),
