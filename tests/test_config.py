@@ -10,9 +10,16 @@ from conftest import refused
 from hypothesis import given
 from hypothesis import strategies as st
 
-from config import EnvConfig, ModelConfig, SourceConfig, TrainConfig
+from config import DEFAULTS_OF, EnvConfig, ModelConfig, SourceConfig, TrainConfig
 from historylens.common.errors import UserError, run_command
-from historylens.common.settings import add_flags, flag_of, from_dict, from_flags, to_dict
+from historylens.common.settings import (
+    add_flags,
+    flag_of,
+    from_dict,
+    from_flags,
+    given_for,
+    to_dict,
+)
 
 CONFIGS = (TrainConfig, SourceConfig, EnvConfig, ModelConfig)
 NO_FLAGS = {"dim_states", "num_actions"}  # of Dark Room: in files alone
@@ -116,3 +123,11 @@ def test_a_users_mistake_is_code_2_an_interruption_130_and_a_bug_is_a_line_and_a
     details.unlink()
     run_command(main)
     assert main.call_count == 4
+
+
+def test_defaults_are_those_of_the_task_however_it_is_named():
+    argvs = ["--env", "key-to-door"], ["--env=key-to-door"], ["--en", "key-to-door"]
+    for argv in (*argvs, [], ["--env"], ["--seed", "1", "--env", "chess"]):
+        asked = given_for("env", argv)
+        assert asked == ("key-to-door" if argv in argvs else asked)
+        assert DEFAULTS_OF.get(asked, {}).get("n_transit") == (200 if argv in argvs else None)

@@ -22,9 +22,9 @@ from ad.acting import rollout_goals
 from ad.checkpoints import checkpoint_step, checkpoints_in, load_checkpoint, read_file
 from ad.darkroom import optimal_return, split_goals
 from ad.training import AveragedModel, Settings, Trainer, lr_factor, make_optimizer
-from config import DEFAULTS_OF, ModelConfig, TrainConfig
+from config import ModelConfig, TrainConfig
 from dataset import Histories
-from historylens.common.settings import flag_of, given_for, to_dict
+from historylens.common.settings import flag_of, to_dict
 from model import ADTransformer
 from train import main
 
@@ -333,14 +333,6 @@ def test_the_learning_rate_warms_up_then_falls_to_a_twentieth_and_matrices_alone
     decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
     for name, parameter in model.named_parameters():
         assert decay[id(parameter)] == (0.0 if "bias" in name or "norm" in name else 0.1)
-
-
-def test_defaults_are_those_of_the_task_however_it_is_named():
-    argvs = ["--env", "key-to-door"], ["--env=key-to-door"], ["--en", "key-to-door"]
-    for argv in (*argvs, [], ["--env"], ["--seed", "1", "--env", "chess"]):
-        asked = given_for("env", argv)
-        assert asked == ("key-to-door" if argv in argvs else asked)
-        assert DEFAULTS_OF.get(asked, {}).get("n_transit") == (200 if argv in argvs else None)
 
 
 def test_the_best_of_a_run_begun_before_there_was_a_score_is_its_best_on_validation_goals(
