@@ -365,7 +365,7 @@ MISTAKES = {
     ),
     "unknown layer": (None, ["--layers", "0", "2"], "unknown layer 2: expected --layers in 0..1"),
     "negative layer": (None, ["--layers", "-1"], "unknown layer -1"),
-    "unknown goal": (None, ["--goal", "4,4"], "expected one of 0,1, 2,2, 4,3"),
+    "unknown goal": (None, ["--goal", "4,4"], "expected one of 0,1; 2,2; 4,3"),
     "unknown history": (None, ["--history", "9"], "0..3, got 9"),
     "empty filter": (None, ["--goal", "0,1", "--history", "3"], "no decision passes the filter"),
     "steps before a full context": (None, ["--steps", "0:3"], "between 11"),
