@@ -4,8 +4,8 @@
     python train.py --resume            # go on after an interruption: same result as without it
     torchrun --nproc-per-node 4 train.py     # data-parallel: the same batches, shared out
 
-Writes `checkpoints/RUN/`: a `ckpt-STEP.pt` whenever the return on the validation goals is a new
-best (so the highest step is the one to use), `histories-test.npz`, `training.json` with all the
+Writes `checkpoints/RUN/`: a `ckpt-STEP.pt` whenever validation goals go as well as at the best so
+far (so the highest step is the one to use), `histories-test.npz`, `training.json` with all the
 numbers, and until it is finished `resume.pt`. Draws `figs/training/RUN.png`.
 """
 

@@ -14,15 +14,18 @@ def score(env: EnvConfig, goals: np.ndarray, returns: np.ndarray) -> dict[str, A
 
     From the reward of each of `E` episodes of `R` rollouts a goal, `(G, R, E)`, plain numbers:
     `return` and `possible`, the mean reward an episode reached and the best there is, `relative`,
-    their quotient, and the same by goal and by episode.
+    their quotient, with its standard error over rollouts, and the same by goal and by episode.
     """
     possible = optimal_return(goals, env.grid_size, env.horizon, env.env)
-    late = returns[:, :, returns.shape[2] // 2 :].mean(axis=(1, 2))
+    by_rollout = returns[:, :, returns.shape[2] // 2 :].mean(axis=2)
+    late, n = by_rollout.mean(axis=1), by_rollout.shape[1]
+    variance = by_rollout.var(axis=1, ddof=min(1, n - 1)).sum() / n / len(goals) ** 2
     return {
         "goals": goals.tolist(),
         "possible": float(possible.mean()),
         "return": float(late.mean()),
         "relative": float(late.mean() / possible.mean()),
+        "relative_error": float(np.sqrt(variance) / possible.mean()),
         "first_episode": float(returns[:, :, 0].mean()),
         "possible_by_goal": possible.tolist(),
         "return_by_goal": late.tolist(),

@@ -23,6 +23,10 @@ def check_sizes(
     what = f"expected --epsilon-start of at least --epsilon-end {source.epsilon_end}"
     is_falling = source.epsilon_start >= source.epsilon_end
     expect(is_falling, f"{what}, got {source.epsilon_start}")
+    n_steps, n_context = source.n_source_steps // env.horizon * env.horizon, model.n_transit - 1
+    what = f"expected --n-source-steps of more than {n_context} steps in whole episodes of "
+    what = f"histories too short for the context: {what}{env.horizon}, got {n_steps}"
+    expect(n_steps > n_context, what)
     validation = goals_of(env)["validation"]
     is_near = optimal_return(validation, env.grid_size, env.horizon, env.env).any()
     expect(is_near, f"no validation goal can be reached within --horizon {env.horizon}")

@@ -1,4 +1,4 @@
-"""Train an AD model on learning histories, keep the checkpoint that validates best, evaluate it.
+"""Train an AD model on learning histories, choose a checkpoint by validation goals, evaluate it.
 
 An interrupted run goes on to the result that it would have had. What is written: see `train.py`.
 
@@ -183,7 +183,11 @@ class Trainer:
         return score(env, goals, returns.reshape(len(goals), n, -1))
 
     def validate(self) -> dict[str, Any]:
-        """An entry of the log: return on training and validation goals, whether it is the best."""
+        """An entry of the log: return on training and validation goals, whether it is the best.
+
+        So is one less than a standard error below the best so far: then more training decides
+        (the one standard error rule of Breiman et al. 1984), and no lucky draw of rollouts.
+        """
         entry: dict[str, Any] = {"step": self.step, "loss": float(np.mean(self.losses))}
         train, n_rollouts = self.goals["train"], self.settings.train.eval_rollouts
         spread = train[np.linspace(0, len(train) - 1, N_TRAIN_GOALS_EVALUATED).astype(int)]
@@ -197,12 +201,15 @@ class Trainer:
         for name, case in cases.items():
             numbers = self.evaluate(*case, f"acting on {name} goals")
             entry |= {f"{name}_{key}": value for key, value in numbers.items()}
-        chosen_by = [f"{name}_relative" for name in cases if name != "train"]
-        entry["score"] = float(np.mean([entry[name] for name in chosen_by]))
+        chosen_by = [name for name in cases if name != "train"]
+        entry["score"] = float(np.mean([entry[f"{name}_relative"] for name in chosen_by]))
+        errors = [entry[f"{name}_relative_error"] for name in chosen_by]
+        entry["score_error"] = float(np.linalg.norm(errors) / len(errors))
         # Runs begun before there was a score were chosen by validation goals alone.
         scores = [past.get("score", past["validation_relative"]) for past in self.log]
-        best = max(scores, default=-1.0)
-        return entry | {"best": entry["score"] > best}
+        least = max(scores, default=-1.0) - entry["score_error"]
+        is_sound = not self.log or math.isfinite(entry["loss"])  # the first is kept in any case
+        return entry | {"best": entry["score"] > least and is_sound}
 
     def state_dict(self) -> dict[str, Any]:
         """All that changes in training, as plain types and tensors."""
@@ -294,7 +301,7 @@ def _begin(trainer: Trainer, run: Path, why: str) -> None:
 
 
 def _keep_if_best(trainer: Trainer, run: Path) -> None:
-    """Rank 0 evaluates, writes what a resume needs, and a checkpoint if it is the best so far."""
+    """Rank 0 evaluates, writes what a resume needs, and a checkpoint as good as the best."""
     group = trainer.group
     entry = group.broadcast(trainer.validate() if group.is_main else None)
     with undivided():

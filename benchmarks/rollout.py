@@ -50,11 +50,10 @@ def rows_of(flags: argparse.Namespace) -> Iterator[tuple]:
         return seconds_of(partial(plain_rollout, model, goals, n_steps))[0]
 
     n_growing = min(flags.n_steps, flags.n_transit - 1) // 20 * 20
-    for name, mode, n_steps in (
-        ("growing", "step", n_growing),
-        ("sliding by step", "step", flags.n_steps),
-        ("sliding by episode", "episode", flags.n_steps),
-    ):
+    modes = [("growing", "step", n_growing), ("sliding by step", "step", flags.n_steps)]
+    if flags.n_transit > 40:  # whole episodes are dropped of two or more
+        modes.append(("sliding by episode", "episode", flags.n_steps))
+    for name, mode, n_steps in [mode for mode in modes if mode[2] >= 20]:
         act = partial(rollout_goals, model, goals, n_steps // 20, seed=0, reads=mode)
         (ours,) = seconds_of(act)
         plain, fused = (plain_seconds(n_steps, fused) for fused in (False, True))

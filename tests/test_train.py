@@ -21,8 +21,9 @@ from ad import learning_curve, training
 from ad.acting import rollout_goals
 from ad.checkpoints import checkpoint_step, checkpoints_in, load_checkpoint, read_file
 from ad.darkroom import optimal_return, split_goals
+from ad.evaluation import score
 from ad.training import AveragedModel, Settings, Trainer, lr_factor, make_optimizer
-from config import ModelConfig, TrainConfig
+from config import EnvConfig, ModelConfig, TrainConfig
 from dataset import Histories
 from historylens.common.settings import flag_of, to_dict
 from model import ADTransformer
@@ -103,11 +104,21 @@ def test_a_finished_run_holds_checkpoints_histories_numbers_a_picture_and_nothin
     assert content["config"].items() >= (TINY | OWN).items()
 
 
-def test_checkpoints_are_the_averaged_weights_that_validate_best_so_far(finished):
+def kept_steps(log):
+    """The updates at which a score is no standard error below the best so far."""
+    return [
+        entry["step"]
+        for i, entry in enumerate(log)
+        if all(entry["score"] > past["score"] - entry["score_error"] for past in log[:i])
+    ]
+
+
+def test_checkpoints_are_the_averaged_weights_that_validate_as_well_as_the_best_so_far(finished):
     numbers, kept = numbers_of(finished.run), checkpoints_in(finished.run)
-    reached = {entry["step"]: entry["validation_relative"] for entry in numbers["log"]}
-    assert [*reached] == [3, 6, 7]
-    expected = [s for s in reached if all(reached[s] > reached[t] for t in reached if t < s)]
+    log, expected = numbers["log"], kept_steps(numbers["log"])
+    assert [(entry["step"], entry["score"]) for entry in log] == [
+        (step, log[i]["validation_relative"]) for i, step in enumerate([3, 6, 7])
+    ]
     assert [checkpoint_step(path) for path in kept] == expected
     assert numbers["chosen_step"] == expected[-1]
     for path, step in zip(kept, expected, strict=True):
@@ -233,11 +244,14 @@ def test_history_dropout_grows_evenly_and_then_the_choice_counts_compressed_hist
     assert shares == pytest.approx([0.1 * step for step in range(7)])
     numbers, out = numbers_of(run_of(tmp_path)), capsys.readouterr().out
     for entry in numbers["log"]:
-        both = [entry["validation_relative"], entry["compressed_relative"]]
+        both, errors = (
+            [entry[f"{name}_{what}"] for name in ("validation", "compressed")]
+            for what in ("relative", "relative_error")
+        )
         assert entry["score"] == pytest.approx(np.mean(both))
+        assert entry["score_error"] == pytest.approx(np.hypot(*errors) / 2)
         assert f"on compressed history {entry['compressed_return']:.2f}" in out
-    best = max(numbers["log"], key=lambda entry: (entry["score"], -entry["step"]))
-    assert numbers["chosen_step"] == best["step"]
+    assert numbers["chosen_step"] == kept_steps(numbers["log"])[-1]
 
 
 def test_a_run_goes_on_with_its_own_settings_alone(finished, tmp_path, no_picture, capsys):
@@ -292,7 +306,7 @@ def test_help_mentions_every_setting(capsys):
         ({"eval_every": 0}, "--eval-every of at least 1, got 0"),
         ({"tf_n_head": 3}, "multiple of --tf-n-head, got 16 and 3"),
         ({"n_test_goals": 8}, "9 cells"),
-        ({"n_source_steps": 10}, "expected more than 11 steps"),
+        ({"n_source_steps": 10}, "--n-source-steps of more than 11 steps"),
         ({"n_source_steps": 3}, "histories too short"),
         ({"device": "cuda:99"}, "'cuda:99', which is not there"),
         ({"seed": -1}, "--seed of at least 0"),
@@ -304,7 +318,7 @@ def test_help_mentions_every_setting(capsys):
 )
 def test_settings_that_cannot_work_are_told_and_leave_nothing(tmp_path, capsys, changed, message):
     assert message in refused(main, flags(tmp_path, **changed), capsys)
-    assert files_of(tmp_path) == {}
+    assert not [*tmp_path.iterdir()]
 
 
 @pytest.mark.parametrize("name", ["checkpoints", "figs"])
@@ -335,13 +349,29 @@ def test_the_learning_rate_warms_up_then_falls_to_a_twentieth_and_matrices_alone
         assert decay[id(parameter)] == (0.0 if "bias" in name or "norm" in name else 0.1)
 
 
-def test_the_best_of_a_run_begun_before_there_was_a_score_is_its_best_on_validation_goals(
-    monkeypatch,
-):
+def test_a_checkpoint_is_kept_unless_it_is_a_standard_error_below_the_best_so_far():
     trainer = SimpleNamespace(
         step=9, losses=[1.0], goals={"train": np.zeros((3, 2)), "validation": np.zeros((1, 2))},
-        settings=Settings(), slidings=["step"], evaluate=lambda *_: {"relative": 0.5},
+        settings=Settings(), slidings=["step"],
     )  # fmt: skip
-    for before, best in ((0.4, True), (0.6, False)):
-        trainer.log = [{"validation_relative": before}]
-        assert Trainer.validate(trainer)["best"] is best
+    # Runs begun before there was a score have those of validation goals.
+    for before, error, kept in ((0.4, 0, True), (0.6, 0, False), (0.6, 0.2, True), (0.6, 0.05, 0)):
+        trainer.log = [{"validation_relative": 0.1}, {"validation_relative": before}]
+        numbers = {"relative": 0.5, "relative_error": error}
+        trainer.evaluate = lambda *_, numbers=numbers: numbers
+        assert Trainer.validate(trainer)["best"] == kept
+    trainer.losses = [np.nan]  # diverged
+    assert not Trainer.validate(trainer)["best"]
+    trainer.log = []
+    assert Trainer.validate(trainer)["best"]
+
+
+def test_the_standard_error_of_a_return_is_that_over_rollouts_within_goals():
+    goals, returns = np.array([[0, 0], [2, 2]]), np.zeros((2, 3, 4))
+    returns[..., 2:] = [[[1, 1], [2, 2], [3, 3]], [[0, 2], [1, 1], [1, 1]]]  # (1, 2, 3), (1, 1, 1)
+    env = EnvConfig(grid_size=3, horizon=5)
+    numbers = score(env, goals, returns)
+    assert numbers["relative"] == pytest.approx(1.5 / numbers["possible"])
+    # Variances 1 and 0 of 3 rollouts each: that of the mean of both goals is (1 / 3 + 0) / 4.
+    assert numbers["relative_error"] == pytest.approx(np.sqrt(1 / 12) / numbers["possible"])
+    assert score(env, goals, returns[:, :1])["relative_error"] == 0

@@ -164,7 +164,8 @@ def play_arms(
                 if end < n_seeds:
                     so_far = [results.of(arm, end) for arm in dict.fromkeys(going)]
                     going = going_on(so_far, margin_share, share, plays.seed)
-        bar.total = bar.n  # what stopped is not played
+                    todo = missing(plays, going, results, n_seeds)  # what stopped is not played
+                    bar.total = bar.n + sum(len(part) for _, part in todo) * plays.n_decisions
     if results is None:
         return []
     return [replace(results.of(one, until[one]), arm=arm) for arm, one in own.items()]
