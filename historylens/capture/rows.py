@@ -96,9 +96,8 @@ def received(call: Call, padded: Tensor | None = None) -> tuple[Tensor, Tensor]:
     `padded` `(B, Tq)` are left out. With it, how many queries those are, of the same shape.
     """
     shape, n_keys = call.shape[:2], call.n_tokens
-    if padded is None and all(bias.shape[:2] == (1, 1) for bias in call.mask.biases):
-        q, k = (x if x is None else x.flatten(0, 1)[None] for x in (call.q, call.k))
-        call = replace(call, q=q, k=k)  # one mask for all: samples are as further heads
+    if padded is None:
+        call = _merged(call, range(len(call.q)))
     n_samples, n_heads, n_queries, _ = call.shape
     device, is_causal = call.q.device, call.mask.causal
     total = wide(call.q.new_zeros(n_samples, n_heads, n_keys))
@@ -131,6 +130,9 @@ def maps(
     `(R,)` and the first token of each column `(C,)`, int64 on the CPU. Where the tokens came in
     several `passes`, of so many tokens each, there is a grid for each.
     """
+    shape, merged = (len(samples), call.shape[1]), _merged(call, samples)
+    if merged is not call:
+        call, samples = merged, [0]
     _, n_heads, n_queries, n_keys = call.shape
     passes = list(passes) or [call.n_tokens]
     grids = [MapGrid.of(n, size) for n in passes]
@@ -151,7 +153,17 @@ def maps(
             weights, seen = _weights(call, b, slice(0, n_heads), chosen)  # (H, R, T)
             n_seen = pool(seen.to(weights.dtype))
             out[m, :, start : start + step] = pool(weights) / n_seen  # 0 / 0: forbidden
-    return out, rows, cols
+    return out.view(*shape, *out.shape[2:]), rows, cols
+
+
+def _merged(call: Call, samples: Sequence[int]) -> Call:
+    """The call with samples as further heads of one, where one mask is for all, else as it is."""
+    if len(samples) < 2 or any(bias.shape[:2] != (1, 1) for bias in call.mask.biases):
+        return call
+    is_all = [*samples] == [*range(len(call.q))]
+    chosen = slice(None) if is_all else torch.as_tensor(samples, device=call.q.device)
+    q, k = (x if x is None else x[chosen].flatten(0, 1)[None] for x in (call.q, call.k))
+    return replace(call, q=q, k=k)
 
 
 def _weights(call: Call, b: int, heads: slice, rows: slice | Tensor) -> tuple[Tensor, Tensor]:
