@@ -18,12 +18,12 @@ DEFAULTS_OF: dict[str, dict[str, Any]] = {  # what differs from the defaults bel
     "darkroom-hard": {
         "grid_size": 17, "initial_value": 0.03, "epsilon_start": 0.2, "n_replays": 1,
         "n_source_steps": 6000, "n_streams": 12, "lr": 3e-3, "eval_episodes": 100,
-        "eval_rollouts": 12, "final_rollouts": 16, "eval_every": 1000,
+        "eval_rollouts": 12, "final_rollouts": 16, "n_updates": 5000, "eval_every": 1000,
     },
     "key-to-door": {
         "horizon": 50, "n_transit": 200, "initial_value": 0.03, "epsilon_start": 0.2,
         "n_replays": 1, "n_source_steps": 6000, "n_train_goals": 2000, "n_streams": 2,
-        "lr": 4e-3, "eval_rollouts": 12, "final_rollouts": 8, "eval_every": 1000,
+        "lr": 4e-3, "eval_rollouts": 12, "final_rollouts": 8, "n_updates": 5000, "eval_every": 1000,
     },
 }  # fmt: skip
 
@@ -111,7 +111,7 @@ class TrainConfig(Settings):
     """How the model is trained, evaluated on the way, and where it is kept."""
 
     seed: int = setting(0, "seed of weights, windows and evaluation", at_least=0)
-    n_updates: int = setting(5000, "gradient updates", at_least=1)
+    n_updates: int = setting(4500, "gradient updates", at_least=1)
     batch_size: int = setting(32, "windows an update", at_least=1)
     lr: float = setting(2e-3, "peak learning rate", at_least=0)
     n_warmup: int = setting(200, "updates of linear warm-up before the cosine decay", at_least=0)
@@ -131,7 +131,7 @@ class TrainConfig(Settings):
         0.0, "part of the updates made on thinned histories, so that the model can read such; it "
         "grows evenly from none to this", fraction=True,
     )  # fmt: skip
-    eval_every: int = setting(500, "updates between evaluations and checkpoints", at_least=1)
+    eval_every: int = setting(1500, "updates between evaluations and checkpoints", at_least=1)
     eval_episodes: int = setting(40, "episodes a rollout; its second half counts", at_least=2)
     eval_rollouts: int = setting(24, "rollouts a validation goal while training", at_least=1)
     final_rollouts: int = setting(32, "rollouts a test goal at the end", at_least=1)
