@@ -1,4 +1,4 @@
-"""Some hundred damaged files, each in a process of its own: `tests/fuzz_files.py` tries more.
+"""Some dozen damaged files, each in a process of its own: `tests/fuzz_files.py` tries more.
 
 FUZZ_CASES=400 python -m pytest -n 0 tests/test_fuzz_files.py
 """
@@ -10,7 +10,7 @@ import fuzz_files
 import numpy as np
 import pytest
 
-N_CASES = int(os.environ.get("FUZZ_CASES", "30"))
+N_CASES = int(os.environ.get("FUZZ_CASES", "12"))
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -85,15 +85,27 @@ def test_damaged_results_are_set_aside_and_played_again(tmp_path, monkeypatch, c
     assert {name: plain_files(path.parent)[name] for name in whole} == whole
 
 
-@pytest.mark.parametrize("spoil", ["empty", "folder", "step", "log", "checkpoint", "other"])
-def test_a_damaged_resume_is_set_aside_and_the_run_begins_anew(home, spoil):
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory):
+    """The home of a run killed before its last change but one, and the files of a whole one."""
+    home = tmp_path_factory.mktemp("killed") / "home"
     run = home / "checkpoints/AD-darkroom-seed0"
-    assert run_apart(train.main, TRAINING, home).code == 0
-    n_changes = len(home.with_name("changes").read_text().split())
-    whole = plain_files(run)
-    shutil.rmtree(run)
-    shutil.rmtree(home / "figs")
-    assert run_apart(train.main, TRAINING, home, kill_at=n_changes - 1).code == -9
+    run.parent.mkdir(parents=True)
+    with pytest.MonkeyPatch.context() as patch:
+        without_drawing(patch)
+        assert run_apart(train.main, TRAINING, home).code == 0
+        n_changes = len(home.with_name("changes").read_text().split())
+        whole = plain_files(run)
+        shutil.rmtree(run)
+        shutil.rmtree(home / "figs")
+        assert run_apart(train.main, TRAINING, home, kill_at=n_changes - 1).code == -9
+    return home, whole
+
+
+@pytest.mark.parametrize("spoil", ["empty", "folder", "step", "log", "checkpoint", "other"])
+def test_a_damaged_resume_is_set_aside_and_the_run_begins_anew(home, killed, spoil):
+    run, whole = home / "checkpoints/AD-darkroom-seed0", killed[1]
+    shutil.copytree(killed[0], home, dirs_exist_ok=True)
     resume = run / "resume.pt"
     state = torch.load(resume)
     if spoil in ("step", "log", "other"):

@@ -37,11 +37,14 @@ def planted_model(weights: np.ndarray) -> ADTransformer:
     return model
 
 
-def analysed(folder, model, histories, n_figures=0):
+FEW = "--num-figures=1", "--num-effects=8"
+
+
+def analysed(folder, model, histories, *more):
     """Run the command on a model; gives `metrics.json`."""
     checkpoint = write_checkpoint(folder / "run" / "ckpt-1.pt", model, horizon=20)
     histories.save(checkpoint.parent / HISTORIES_NAME)
-    argv = ["--checkpoint", folder, "--out", folder / "figs", "--num-figures", n_figures]
+    argv = ["--checkpoint", folder, "--out", folder / "figs", "--num-figures=0", *more]
     visualize_attention.main([*map(str, argv)])
     return json.loads((folder / "figs" / "metrics.json").read_text())
 
@@ -63,7 +66,7 @@ def histories():
 )
 def test_what_is_planted_is_recognised_alone(positions, expected, histories, tmp_path, capsys):
     weights = np.isin(np.arange(81), positions) / len(positions)
-    result = analysed(tmp_path, planted_model(weights), histories, n_figures=1)
+    result = analysed(tmp_path, planted_model(weights), histories, *FEW)
     rows = result["drawn"]["layers"]["0"]["0"]["query_rows"]["mean"]
     np.testing.assert_allclose(rows, weights, atol=2e-5)
     assert {insight["pattern"] for insight in result["insights"]} == expected

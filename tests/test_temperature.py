@@ -106,12 +106,18 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_verdict_order_marks_and_enough_are_the_same_at_every_temperature(name, monkeypatch):
-    monkeypatch.setattr("historylens.effects.guide.MAX_TOKENS_SETS", 5_000)  # costs most
+@pytest.fixture
+def few(monkeypatch):
+    """Few decisions where what is measured is of no account, and costs most."""
+    monkeypatch.setattr("historylens.effects.guide.MAX_TOKENS_SETS", 5_000)
     monkeypatch.setattr("historylens.effects.heads.N_DECISIONS", 4)
     for limit, n in (("N_DECISIONS", 4), ("N_DECISIONS_BY_LAYER", 2)):
         monkeypatch.setattr(f"historylens.effects.knockout.{limit}", n)
+
+
+@pytest.mark.usefixtures("few")
+@pytest.mark.parametrize("name", MODELS)
+def test_verdict_order_marks_and_enough_are_the_same_at_every_temperature(name):
     make, ignores = MODELS[name]
     *own, ranks = verdict(found_of(make()))
     assert own[0] == ignores
@@ -121,6 +127,7 @@ def test_verdict_order_marks_and_enough_are_the_same_at_every_temperature(name, 
         assert close == pytest.approx(ranks, abs=0.02)
 
 
+@pytest.mark.usefixtures("few")
 @pytest.mark.parametrize("factor", [0.01, 1, 100])
 def test_a_model_that_reads_rewards_alone_is_recognised_though_twins_were_run(factor, tmp_path):
     model = model_of_rewards()
@@ -186,7 +193,7 @@ def test_the_history_is_used_where_it_moves_more_than_in_every_twin(changed, fli
 
 
 def exchanged(agent):
-    trial = Trial(agent, 10, 0)
+    trial = Trial(agent, 5, 0)
     rows, other = trial.exchanged("other-task")
     return trial.history.rows(rows), other
 
@@ -217,6 +224,7 @@ def test_twins_have_the_same_numbers_in_other_places_and_the_weights_are_put_bac
     assert twice[0] == twice[1] != twice[2]
 
 
+@pytest.mark.usefixtures("few")
 def test_weights_are_put_back_after_an_error_and_the_actions_alone_decide():
     agent, calls = shipped(), []
     own = {name: tensor.clone() for name, tensor in agent.model.state_dict().items()}
@@ -254,6 +262,7 @@ def test_where_weights_cannot_be_shuffled_the_actions_alone_decide(logits, param
     assert (found.twins, found.ignores_history) == ([], False)
 
 
+@pytest.mark.usefixtures("few")
 def test_the_console_says_what_the_verdict_rests_on():
     texts = [" ".join(found_of(make()).text.split()) for make in (shipped, lambda: untrained(0))]
     about = "Of actions drawn at a reference temperature another task's history changes"
