@@ -5,7 +5,8 @@
 
 An arm that loses the margin or more and is called safe or better is a false verdict; one that
 loses no more than it and is stopped is a false stop. Where arms collapse, a share of their runs
-earns nothing: on average that is the margin, whatever else they earn.
+earns nothing: on average that is the margin, whatever else they earn. A single arm is one to be
+confirmed: it is judged at each look.
 """
 
 import numpy as np
@@ -17,6 +18,7 @@ from historylens.comparison.study import GOOD, judged
 
 N_GOALS, MARGIN, FULL = 8, 0.05, 12.0  # a share of what full history earns, an episode
 SETTINGS = {  # share of the arms that lose, how many margins, and the noise
+    "none loses": (0.0, 1, "normal"),
     "all lose it": (1.0, 1, "normal"),
     "half lose it": (0.5, 1, "normal"),
     "half lose eight times it": (0.5, 8, "normal"),
@@ -49,13 +51,20 @@ def rates(n_studies: int, n_seeds: int, n_arms: int, *setting: object) -> np.nda
     for _ in range(n_studies):
         full, arms, loses = scores_of(rng, n_arms, n_seeds, *setting)
         going, allowed, n_saved = np.arange(n_arms), ~loses | (setting[1] <= 1), 0
-        for n, share in list(zip(looks(n_seeds), shares(n_seeds), strict=True))[:-1]:
+        good, is_one = going[:0], n_arms == 1
+        for n, share in zip(looks(n_seeds), shares(n_seeds), strict=True):
             so_far = arms[going][:, :, :n], full[:, :n]
-            worse = shown_worse(*so_far, MARGIN, share, bootstraps[n])
-            n_saved += (n_seeds - n) * worse.sum()
-            going = going[~worse]
-        told = judged(arms[going], full, MARGIN, n_arms, bootstraps[n_seeds])
-        good = going[[said in GOOD for _, _, said in told]]
+            if n == n_seeds or is_one:
+                among = 1 / share if is_one else n_arms
+                told = judged(*so_far, MARGIN, among, bootstraps[n])
+                good = going[np.array([said in GOOD for _, _, said in told], dtype=bool)]
+                if is_one and len(good):
+                    n_saved += n_seeds - n
+                    break
+            if n < n_seeds:
+                worse = shown_worse(*so_far, MARGIN, share, bootstraps[n])
+                n_saved += (n_seeds - n) * worse.sum()
+                going = going[~worse]
         n_stopped = allowed.sum() - allowed[going].sum()
         of[0] += loses[good].any(), n_stopped, (~loses[good]).sum(), n_saved
         of[1] += 1, allowed.sum(), (~loses).sum(), n_arms * n_seeds
@@ -63,7 +72,7 @@ def rates(n_studies: int, n_seeds: int, n_arms: int, *setting: object) -> np.nda
 
 
 if __name__ == "__main__":
-    flags = read_flags(__doc__, studies=1000, sizes=["4,18", "16,80", "24,12"])
+    flags = read_flags(__doc__, studies=1000, sizes=["4,18", "16,80", "24,12", "64,1"])
     print(f"{flags.studies:,} studies of {N_GOALS} goals; truly lost: {MARGIN:.0%}, or nothing")
     header = "| seeds | arms | setting | studies with a false safe or better | arms within the "
     header += "margin that stopped | arms without loss called safe or better | runs saved |"

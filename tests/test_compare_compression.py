@@ -23,6 +23,7 @@ from historylens.agent import Environment
 from historylens.common.errors import run_command
 from historylens.comparison import WITH_BUDGET, CompareConfig, compare, playing
 from historylens.comparison.intervals import late_scores
+from historylens.comparison.race import looks
 from historylens.comparison.results import CONFIRMATION, FILES
 from historylens.pictures import returns as pictures
 
@@ -287,12 +288,12 @@ def test_what_looks_at_what_the_model_does_not_show_is_left_out_and_alone_ends_i
 
 
 def test_the_most_promising_of_unsettled_arms_is_played_again_once(home, monkeypatch, capsys):
-    def confirming(n_seeds, margin=0.05):  # on the planted task, that 2 seeds cannot settle
-        wanted = {"strategies": ["random"], "budgets": [14], "seeds": 2, "episodes": 8}
+    def confirming(n_seeds, margin=0.05, **more):  # on the planted task: 2 seeds do not settle it
+        wanted = {"strategies": ["random"], "budgets": [14], "seeds": 2, "episodes": 8} | more
         compare(LeversAgent(), CompareConfig(**wanted, confirm=n_seeds, margin=margin))
         return " ".join(capsys.readouterr().out.partition("COMPRESSED")[2].split())
 
-    console = confirming(24, margin=0.4)
+    console = confirming(24, margin=0.4, no_racing=True)
     summary = results_of(FIGS)["summary"]
     kept = json.loads((FIGS / CONFIRMATION).read_text())
     arm = summary["confirmation"]["rows"][1]
@@ -310,6 +311,10 @@ def test_the_most_promising_of_unsettled_arms_is_played_again_once(home, monkeyp
     assert "Recommended for this checkpoint: random with 14 transitions" in console
     assert "on 24 new seeds a goal" in console
     assert "results.json, confirmation.json." in console
+    sooner = confirming(24, margin=0.4)  # at a look
+    (early,) = set(looks(24)) & set(map(int, re.findall(r"on (\d+) new seeds a goal", sooner)))
+    assert early < 24
+    assert results_of(FIGS)["summary"]["confirmation"]["seeds"] == early
     first = confirming(3)
     monkeypatch.setattr(playing, "play", None)
     assert confirming(3) == first

@@ -3,6 +3,7 @@
 import math
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from historylens.comparison import playing
 from historylens.comparison.intervals import Bootstrap
 from historylens.comparison.playing import Plays, fingerprint, missing, plan, play, play_arms
 from historylens.comparison.policy import CompressedPolicy, Cost
-from historylens.comparison.race import going_on, looks, shares, shown_worse
+from historylens.comparison.race import going_on, looks, shares, shown_worse, undecided
 from historylens.comparison.results import open_results
 from historylens.comparison.study import Arm, Result
 
@@ -71,8 +72,24 @@ def test_what_is_shown_worse_or_saves_no_tokens_stops_and_full_history_never_doe
         result(Arm("other-task"), 1.0, 90),
     ]  # fmt: skip
     every = [*stopping[:3], *going, *stopping[3:]]
-    assert going_on(every, 0.05, 0.5) == [each.arm for each in going]
-    assert going_on([*every, result(Arm("even", 3), 9.0, 4, 3.0)], 0.05, 0.5)[-1].n_keep == 3
+    assert going_on(every, 0.5, 0.05) == [each.arm for each in going]
+    assert going_on([*every, result(Arm("even", 3), 9.0, 4, 3.0)], 0.5, 0.05)[-1].n_keep == 3
+
+
+def test_the_runs_that_confirm_an_arm_end_once_it_is_good_or_worse():
+    arm, rng = Arm("recent", 10), np.random.default_rng(0)
+    full = np.full((8, 16, 6), 10.0)
+
+    def go_on(level, noise=0.1):
+        each = Result(arm, level + noise * rng.normal(size=full.shape))
+        both = [undecided([Result(FULL, full), each], share, 0.05) for share in (1.0, 0.3)]
+        assert all(one in ([], [FULL, arm]) for one in both)
+        return [len(one) > 0 for one in both]
+
+    assert go_on(10.0) == go_on(11.0) == go_on(9.0) == [False, False]
+    assert go_on(9.5) == [True, True]
+    found = [go_on(10.0, noise) for noise in np.linspace(3, 9, 40)]  # at the edge
+    assert {(False, False), (False, True), (True, True)} == set(map(tuple, found))
 
 
 PLAYS = Plays(LeversAgent(), n_seeds=8, n_episodes=6)
@@ -80,8 +97,10 @@ ARMS = plan(PLAYS, ["rewarded-recent", "recent", "random", "even"], [4, 30])
 
 
 def raced(folder, margin, plays=PLAYS, arms=ARMS):
-    results = open_results(folder, fingerprint(plays))
-    return {each.arm: each for each in play_arms(plays, arms, results, margin)}, results
+    results, race = open_results(folder, fingerprint(plays)), margin
+    if margin is not None:
+        race = partial(going_on, margin_share=margin, seed=plays.seed)
+    return {each.arm: each for each in play_arms(plays, arms, results, race)}, results
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
@@ -28,7 +29,7 @@ from historylens.common.text import counted, labelled, wrap
 from historylens.comparison.intervals import N_RESAMPLES
 from historylens.comparison.playing import Plays, fingerprint, missing, plan, play_arms
 from historylens.comparison.policy import POSITIONS
-from historylens.comparison.race import looks
+from historylens.comparison.race import going_on, looks, shares, undecided
 from historylens.comparison.report import advice, recommendation, summary, table, write_csv
 from historylens.comparison.results import (
     BY_BUDGET,
@@ -79,8 +80,8 @@ class CompareConfig(Settings):
         action="store_true",
     )  # fmt: skip
     confirm: int = setting(
-        32, "new runs a goal of the most promising arm beside full history, where no shorter one "
-        "is shown to be safe yet; 0: none", at_least=0,
+        64, "at most so many new runs a goal of the most promising arm beside full history, where "
+        "no shorter one is shown to be safe yet; 0: none", at_least=0,
     )  # fmt: skip
     margin: float = setting(
         0.05, "loss that would not matter, as a part of full history's return", fraction=True
@@ -192,8 +193,13 @@ def play_and_judge(
 ) -> Study | None:
     """The judged study, with its confirmation where there is one; None but on rank 0."""
     best, study, arm, again = plays.agent.environment.best, None, None, None
-    margin = None if config.no_racing else config.margin
-    played = play_arms(plays, arms, results, margin, group)
+    race, until = None, None
+    if not config.no_racing:
+        race, until = (
+            partial(stop, margin_share=config.margin, seed=plays.seed)
+            for stop in (going_on, undecided)
+        )
+    played = play_arms(plays, arms, results, race, group)
     if results is not None:
         study = judge(played, config.margin, best, config.seed)
         arm = study.unsettled[0].arm if config.confirm and study.unsettled else None
@@ -205,10 +211,12 @@ def play_and_judge(
             again = open_results(results.path.parent, fingerprint(new), CONFIRMATION)
             if again.why and again.found:
                 note(again.found)
-    played = play_arms(new, [Arm(FULL), arm], again, None, group)
+    played = play_arms(new, [Arm(FULL), arm], again, until, group)
     if again is not None:
         again.write({"confirms": arm.key})
-        study = confirm(study, *played, best, config.seed)
+        of_look = dict(zip(looks(config.confirm), shares(config.confirm), strict=True))
+        share = of_look[played[0].returns.shape[1]] if until else 1.0
+        study = confirm(study, *played, best, config.seed, share)
     return study
 
 
@@ -242,7 +250,7 @@ def announced(
     usual = "" if config.budgets else ", ".join(str(n) for n in BUDGETS if n > n_max)
     too_long = f" (the usual {usual} exceed that)" if usual else ""
     then = "where nothing shorter is shown to be safe, the most promising arm and full history "
-    then += f"again, on {config.confirm} new seeds a goal"
+    then += f"again, on {'' if config.no_racing else 'up to '}{config.confirm} new seeds a goal"
     text = {
         **agent.facts,
         "Task": f"{agent.title}; {environment}",

@@ -28,7 +28,7 @@ from historylens.common.batches import MAX_ROOMS, even_parts
 from historylens.common.errors import UserError, expect, note
 from historylens.common.processes import ALONE, Group
 from historylens.comparison.policy import CompressedPolicy
-from historylens.comparison.race import going_on, looks, shares
+from historylens.comparison.race import looks, shares
 from historylens.comparison.results import ResultsFile
 from historylens.comparison.study import EMPTY, FULL, RECENT, Arm, Result
 from historylens.compression.method import METHODS, Method, get_method
@@ -140,30 +140,30 @@ def play_arms(
     plays: Plays,
     arms: Sequence[Arm],
     results: ResultsFile | None,
-    margin_share: float | None = None,
+    race: Callable[[list[Result], float], list[Arm]] | None = None,
     group: Group = ALONE,
 ) -> list[Result]:
     """Play what is missing, by all processes, keep each block as it is finished; gives all arms.
 
-    With a margin they race, and an arm has the runs up to the look at which it stopped. Rank 0 has
-    the `results`; the others have None, and give nothing.
+    Those that a `race` lets go on after a look do, by results so far and its part of the level; an
+    arm has the runs up to the look at which it stopped. Rank 0 has the `results`; the others have
+    None, and give nothing.
     """
     n_seeds, own = plays.n_seeds, {arm: played_as(plays, arm) for arm in arms}
     until, going, todo = dict.fromkeys(own.values(), 0), [*own.values()], []
-    ends = [n_seeds] if margin_share is None else looks(n_seeds)
+    ends, parts = ([n_seeds], [1.0]) if race is None else (looks(n_seeds), shares(n_seeds))
     if results is not None:
         todo = missing(plays, arms, results, n_seeds)
     total = sum(len(seeds) for _, seeds in todo) * plays.n_decisions
     with tqdm(total=total, unit=" decisions", unit_scale=True, disable=not todo) as bar:
-        for end, share in zip(ends, shares(n_seeds)[-len(ends) :], strict=True):
+        for end, share in zip(ends, parts, strict=True):
             if results is not None:
                 todo = missing(plays, going, results, end)
             _play_all(plays, group.broadcast(todo), results, bar, group)
             if results is not None:
                 until |= dict.fromkeys(going, end)
-                if end < n_seeds:
-                    so_far = [results.of(arm, end) for arm in dict.fromkeys(going)]
-                    going = going_on(so_far, margin_share, share, plays.seed)
+                if end < n_seeds and going:
+                    going = race([results.of(arm, end) for arm in dict.fromkeys(going)], share)
                     todo = missing(plays, going, results, n_seeds)  # what stopped is not played
                     bar.total = bar.n + sum(len(part) for _, part in todo) * plays.n_decisions
     if results is None:

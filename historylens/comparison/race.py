@@ -1,14 +1,15 @@
 """Racing: at looks, arms stop that are shown worse, or that cannot be recommended.
 
     for seeds, share in zip(looks(16), shares(16)):                  # after 4, 8 and 16 runs a goal
-        arms = going_on(results_of(arms, seeds), 0.05, share)
+        arms = going_on(results_of(arms, seeds), share, 0.05)
 
 Maron and Moore 1993 (Hoeffding races) stop what is shown to be worse, and the runs go to the rest.
 Each look may be wrong. The level of all looks, that of one end of an interval, is therefore spent
 over them (Lan and DeMets 1983, in the way of Pocock 1977): after a part `t` of the runs,
 `ln(1 + (e - 1) t)` of it. Each look is a test at what was spent since the one before; whatever
 their dependence, an arm that loses less than the margin is stopped as worse in at most 2.5 %.
-What stops can only be worse: `safe` and `better` are said once, when the race is over.
+What stops can only be worse: `safe` and `better` are said once, when the race is over. Runs that
+confirm one arm have the same looks, and end at the first at which it is good or worse.
 """
 
 import math
@@ -17,7 +18,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from historylens.comparison.intervals import Bootstrap, late_scores
-from historylens.comparison.study import FULL, Arm, Result, margin_of
+from historylens.comparison.study import FULL, GOOD, Arm, Result, judged, margin_of
 
 
 def looks(n_seeds: int) -> list[int]:
@@ -33,11 +34,12 @@ def shares(n_seeds: int) -> list[float]:
 
 
 def going_on(
-    results: Sequence[Result], margin_share: float, share: float, seed: int = 0
+    results: Sequence[Result], share: float, margin_share: float, seed: int = 0
 ) -> list[Arm]:
     """The arms that go on after a look, of `results` of the same runs, full history among them.
 
-    Full history does, controls until they are shown worse, others if they also save tokens.
+    Full history does, controls until they are shown worse, others if they also save tokens. The
+    look has a part `share` of the level.
     """
     full = next(result for result in results if result.arm == Arm(FULL))
     scores = np.stack([late_scores(result.returns) for result in results])  # (N, G, r)
@@ -46,6 +48,17 @@ def going_on(
     saves = [result.cost.tokens < full.cost.tokens for result in results]
     may = [each.arm.method.kind == "control" or saves[i] for i, each in enumerate(results)]
     return [each.arm for i, each in enumerate(results) if each is full or (may[i] and not worse[i])]
+
+
+def undecided(
+    results: Sequence[Result], share: float, margin_share: float, seed: int = 0
+) -> list[Arm]:
+    """Full history and the arm to confirm, unless this look shows the arm to be good or worse."""
+    full, arm = (late_scores(result.returns) for result in results)
+    bootstrap = Bootstrap(*full.shape, seed)
+    [(_, _, said)] = judged(arm[None], full, margin_share, 1 / share, bootstrap)
+    is_over = said in GOOD or shown_worse(arm[None], full, margin_share, share, bootstrap)[0]
+    return [] if is_over else [result.arm for result in results]
 
 
 def shown_worse(

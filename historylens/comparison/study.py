@@ -187,13 +187,16 @@ def judge(results: list[Result], margin_share: float, best: Best = None, seed: i
     return replace(study, recommended=chosen)
 
 
-def confirm(study: Study, full: Result, arm: Result, best: Best = None, seed: int = 0) -> Study:
+def confirm(
+    study: Study, full: Result, arm: Result, best: Best = None, seed: int = 0, share: float = 1.0
+) -> Study:
     """The study with its most promising arm judged on new runs, and recommended if they confirm it.
 
     `full` and `arm`, the first of `study.unsettled`, are of these runs, on the same goals. This one
-    comparison was chosen before its runs were played: it alone has the other 2.5 %.
+    comparison was chosen before its runs were played: it alone has the other 2.5 %, or the part
+    `share` of it that the look at which it ended may spend.
     """
-    rows = _compared([arm, full], full.returns, study.margin_share, 1, best, seed)
+    rows = _compared([arm, full], full.returns, study.margin_share, 1 / share, best, seed)
     margin = margin_of(late_scores(full.returns), study.margin_share)
     confirmation = Confirmation(*rows, margin, n_seeds=full.returns.shape[1])
     recommended = study.row(arm.arm.name, arm.arm.n_keep) if rows[0].is_good else None
@@ -206,7 +209,7 @@ def margin_of(full: np.ndarray, margin_share: float) -> float:
 
 
 def judged(
-    arms: np.ndarray, full: np.ndarray, margin_share: float, n_compared: int, bootstrap: Bootstrap
+    arms: np.ndarray, full: np.ndarray, margin_share: float, n_compared: float, bootstrap: Bootstrap
 ) -> list[tuple[Estimate, Collapses, str]]:
     """Of `N` arms' scores `(N, G, r)`, paired with `full`: difference, collapses, verdict.
 
@@ -222,7 +225,7 @@ def judged(
 
 
 def _compared(
-    results: list[Result], full: np.ndarray, margin_share: float, n_compared: int, best: Best,
+    results: list[Result], full: np.ndarray, margin_share: float, n_compared: float, best: Best,
     seed: int,
 ) -> list[Row]:  # fmt: skip
     """A row of each result, of as many runs as it has."""
