@@ -73,10 +73,7 @@ class Bootstrap:
         self, n_goals: int, n_seeds: int, seed: int = 0, n_resamples: int = N_RESAMPLES
     ) -> None:
         self.n_goals, self.n_seeds = n_goals, n_seeds
-        even, size = np.full(n_seeds, 1 / n_seeds), (n_resamples, n_goals)
-        counts = np.random.default_rng(seed).multinomial(n_seeds, even, size)
-        # How often each run is drawn: a resample is a row of weights. (resamples, G * R)
-        self._counts = counts.reshape(n_resamples, -1).astype(np.float64)
+        self._counts = _resamples(n_goals, n_seeds, seed, n_resamples)
 
     def mean(self, scores: np.ndarray, n_compared: float = 1) -> Estimate:
         """Mean over all runs of `scores (G, R)`; the interval is for one of `n_compared`."""
@@ -122,6 +119,14 @@ class Bootstrap:
         low, high = np.quantile(resampled, [tail, 1 - tail], axis=1) - values
         ends = np.stack([np.minimum(low, 0), np.maximum(high, 0)], axis=1)
         return values[:, None] + scale[:, None] * ends
+
+
+@lru_cache(maxsize=4)
+def _resamples(n_goals: int, n_seeds: int, seed: int, n_resamples: int) -> np.ndarray:
+    """How often each run is drawn: a resample is a row of weights, `(resamples, G * R)`."""
+    even, size = np.full(n_seeds, 1 / n_seeds), (n_resamples, n_goals)
+    counts = np.random.default_rng(seed).multinomial(n_seeds, even, size)
+    return counts.reshape(n_resamples, -1).astype(np.float64)
 
 
 def degrees_of_freedom(scores: np.ndarray) -> np.ndarray:
