@@ -44,10 +44,9 @@ def main(argv: list[str] | None = None) -> None:
             settings, run, device = prepare(flags, group)
             if group.is_main:
                 held.enter_context(writable_folder(run))
-        trainer = train(settings, run, device, flags.resume, group)
+        result = finish(train(settings, run, device, flags.resume, group), run)
         if group.is_main:
             picture = Path(flags.figs) / "training" / f"{run.name}.png"
-            result = finish(trainer, run)
             from ad.learning_curve import draw_learning_curve  # matplotlib takes a second to import
 
             with writable_folder(picture.parent, lock=False):

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from ad.darkroom import DarkRoom
 from historylens.agent import rollout
 from historylens.common.batches import MAX_ROOMS
+from historylens.common.processes import ALONE, Group
 from historylens.comparison.policy import CompressedPolicy
 from historylens.compression.method import METHODS
 from historylens.history import History, HistoryBuffer
@@ -131,18 +132,23 @@ def rollout_goals(
     reads: Reads = "step",
     progress: str | None = None,
     env: str = "darkroom",
+    group: Group = ALONE,
 ) -> np.ndarray:
     """Act for many episodes in many rooms at once, with actions drawn from the model's policy.
 
     The history grows through all episodes of `horizon` steps. `goals` `(N, 2 m)` int of the task
     `env` may repeat. What happens by chance in room i depends on `seed` and i alone. `reads` is how
     a `SlidingPolicy` slides, with its errors, or "compressed": the model reads what `COMPRESSION`
-    leaves. `progress` labels a progress bar, if one is wanted. Gives the reward of each episode,
-    `(N, n_episodes)` int.
+    leaves. `progress` labels a progress bar, if one is wanted. Processes share the rooms. Gives the
+    reward of each episode, `(N, n_episodes)` int.
     """
-    n_steps, n_blocks, parts = n_episodes * horizon, max(1, -(-len(goals) // MAX_ROOMS)), []
-    with tqdm(total=n_steps * len(goals), desc=progress, disable=not progress, leave=False) as bar:
-        for rooms in np.array_split(np.arange(len(goals)), n_blocks):
+    n_steps, parts, size = n_episodes * horizon, [], group.size
+    n_blocks = max(1, -(-len(goals) // (MAX_ROOMS * size))) * size
+    blocks = np.array_split(np.arange(len(goals)), min(n_blocks, len(goals)))
+    own, is_told = [blocks[i] for i in group.share(len(blocks))], progress and group.is_main
+    total = n_steps * sum(map(len, own))
+    with tqdm(total=total, desc=progress, disable=not is_told, leave=False) as bar:
+        for rooms in own:
             room = model.config.grid_size, horizon, env, seed + rooms
             environment = DarkRoom(goals[rooms], *room)
             if reads == "compressed":
@@ -152,4 +158,6 @@ def rollout_goals(
                 policy = SlidingPolicy(model, len(rooms), reads, horizon)
             noises = [np.random.default_rng((seed, room)) for room in rooms]
             parts.append(rollout(environment, policy, n_steps, noises, bar)[0])
-    return np.concatenate(parts).reshape(len(goals), n_episodes, horizon).sum(axis=2)
+    of_rank = group.broadcast(group.gather(parts))
+    rewards = np.concatenate([of_rank[i % size][i // size] for i in range(len(blocks))])
+    return rewards.reshape(len(goals), n_episodes, horizon).sum(axis=2)

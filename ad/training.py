@@ -178,7 +178,7 @@ class Trainer:
     def evaluate(self, goals: np.ndarray, n: int, reads: Reads, label: str) -> dict[str, Any]:
         """Numbers of the averaged weights, as `score` gives them, in `n` rollouts a goal."""
         env, train, rooms = self.settings.env, self.settings.train, np.repeat(goals, n, axis=0)
-        options = train.eval_episodes, train.seed, env.horizon, reads, label, env.env
+        options = train.eval_episodes, train.seed, env.horizon, reads, label, env.env, self.group
         returns = rollout_goals(self.averaged.module, rooms, *options)
         return score(env, goals, returns.reshape(len(goals), n, -1))
 
@@ -301,9 +301,9 @@ def _begin(trainer: Trainer, run: Path, why: str) -> None:
 
 
 def _keep_if_best(trainer: Trainer, run: Path) -> None:
-    """Rank 0 evaluates, writes what a resume needs, and a checkpoint as good as the best."""
+    """Evaluate; rank 0 writes what a resume needs, and a checkpoint as good as the best."""
     group = trainer.group
-    entry = group.broadcast(trainer.validate() if group.is_main else None)
+    entry = group.broadcast(trainer.validate())
     with undivided():
         trainer.log.append(entry)
         trainer.losses = []
@@ -333,10 +333,14 @@ def undivided() -> Iterator[None]:
 
 
 def finish(trainer: Trainer, run: Path) -> dict[str, Any]:
-    """Evaluate the chosen checkpoint on the test goals and write `training.json`."""
-    seconds = round(time.perf_counter() - trainer.started, 1)
-    chosen = checkpoints.load_checkpoint(checkpoints.checkpoints_in(run)[-1], trainer.device)
-    trainer.averaged.module.load_state_dict(chosen.model.state_dict())
+    """Evaluate the chosen checkpoint on the test goals; rank 0 writes `training.json`."""
+    seconds, group, chosen = round(time.perf_counter() - trainer.started, 1), trainer.group, None
+    with group.together():
+        if group.is_main:
+            chosen = checkpoints.load_checkpoint(checkpoints.checkpoints_in(run)[-1])
+            chosen = chosen.step, chosen.model.state_dict()
+    chosen_step, weights = group.broadcast(chosen)
+    trainer.averaged.module.load_state_dict(weights)
     goals, n_rollouts = trainer.goals["test"], trainer.settings.train.final_rollouts
     test = {
         sliding: trainer.evaluate(goals, n_rollouts, sliding, f"acting on test goals, {sliding}")
@@ -344,7 +348,7 @@ def finish(trainer: Trainer, run: Path) -> dict[str, Any]:
     }
     result = {
         "config": to_dict(*trainer.settings),
-        "chosen_step": chosen.step,
+        "chosen_step": chosen_step,
         "seconds": seconds,
         "source_relative_return": trainer.source_return,
         "test": test["step"],
@@ -352,5 +356,6 @@ def finish(trainer: Trainer, run: Path) -> dict[str, Any]:
         "log": trainer.log,
     }
     # Not write_json: a training that diverged has losses that are no numbers.
-    write_atomically(run / LOG_NAME, json.dumps(result, indent=1) + "\n")
+    if group.is_main:
+        write_atomically(run / LOG_NAME, json.dumps(result, indent=1) + "\n")
     return result

@@ -318,9 +318,11 @@ def test_what_a_killed_comparison_had_finished_is_kept_for_any_number_of_process
 def test_two_processes_train_as_one_on_the_same_batches(together, tmp_path):
     main(flags(tmp_path, **TRAINING))
     runs = [run_of(folder) for folder in (tmp_path, together.folder / "two")]
-    for one, two in zip(*(numbers_of(run)["log"] for run in runs), strict=True):
-        assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)
-        assert two["step"] == one["step"]
+    whole, shared = map(numbers_of, runs)
+    assert shared["test"] == whole["test"]  # they share the rooms, too
+    for one, two in zip(whole["log"], shared["log"], strict=True):
+        assert two.pop("loss") == pytest.approx(one.pop("loss"), rel=1e-5)
+        assert two == one
     assert files_of(runs[0]).keys() == files_of(runs[1]).keys()
     for name in (path.name for path in runs[0].glob("ckpt-*")):
         one, two = (torch.load(run / name)["model"] for run in runs)
