@@ -10,6 +10,7 @@ cost no trip to main memory:
 Axes as in `inputs.py`; `R`, `C` rows and columns of a map.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -130,9 +131,10 @@ def maps(
     `(R,)` and the first token of each column `(C,)`, int64 on the CPU. Where the tokens came in
     several `passes`, of so many tokens each, there is a grid for each.
     """
-    shape, merged = (len(samples), call.shape[1]), _merged(call, samples)
-    if merged is not call:
-        call, samples = merged, [0]
+    shape, limit = (len(samples), call.shape[1]), _block_scores(call.q.device)
+    if math.prod(shape) * call.shape[3] * MIN_BLOCK_ROWS <= limit:  # blocks of as many rows stay
+        merged = _merged(call, samples)
+        call, samples = merged, samples if merged is call else [0]
     _, n_heads, n_queries, n_keys = call.shape
     passes = list(passes) or [call.n_tokens]
     grids = [MapGrid.of(n, size) for n in passes]
@@ -146,7 +148,7 @@ def maps(
 
     rows = MapGrid.of(n_queries, size).rows
     out = wide(call.q.new_empty(len(samples), n_heads, len(rows), len(cols)))
-    step = max(1, _block_scores(out.device) // (n_heads * n_keys))
+    step = max(1, limit // (n_heads * n_keys))
     for m, b in enumerate(samples):
         for start in range(0, len(rows), step):
             chosen = rows[start : start + step].to(out.device)
