@@ -247,7 +247,6 @@ def test_every_pattern_is_printed_with_what_its_advice_does_and_effects_are_in_t
 def test_the_console_text_of_the_shipped_run_fits_a_screen_or_two(tmp_path, monkeypatch, capsys):
     (tmp_path / "checkpoints").symlink_to(Path(module.__file__).parent / "checkpoints")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("historylens.effects.guide.MAX_TOKENS_SETS", 10_000)  # costs most
     main(["--num-figures=0", "--device=cpu", "--num-samples=12", "--num-effects=12"])
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) <= 90
