@@ -22,9 +22,8 @@ from historylens.common.settings import add_flags, given_for
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the flags and analyse a checkpoint's model, or that of an adapter."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    if (
-        given_for("adapter", argv) is not None
-    ):  # of the AD half nothing is imported: its names are the user's
+    if given_for("adapter", argv) is not None:
+        # Of the AD half nothing is imported: its names are the user's.
         return analysis.main(argv)
     from ad.agent import load_for_analysis
     from config import VisualizeConfig

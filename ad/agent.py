@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Callable, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -127,23 +128,35 @@ def load_for_analysis(
     decisions: Sequence[Decision] = ()
     if not config.plays:
         path = histories_path(config.histories, checkpoint)
-        histories = read_histories(path, checkpoint, tell)
-        only = Filter(config.goal, config.history, config.steps)
-        which = config.num_samples, config.seed, config.stride, only
-        places = choose_decisions(histories, n_context, *which)
-        decisions = HistoryDecisions(histories, places, n_context, above, checkpoint.task)
-        used, steps = list({place.history for place in places}), [place.step for place in places]
-        goals = histories.goals
-        n_goals, n_goals_used = (len(np.unique(part, axis=0)) for part in (goals, goals[used]))
-        facts["Histories"] = f"{path} ({histories.n_histories} of {histories.n_steps:,} steps, "
-        facts["Histories"] += f"{n_goals} goals)"
-        facts["Samples"] = f"{len(places)} decisions of {n_goals_used} goals and {len(used)} "
-        facts["Samples"] += f"histories, steps {min(steps):,} to {max(steps):,}"
-        meta["histories"] = str(path)
+        decisions, told = _choose(config, checkpoint, path, tell)
+        facts, meta = facts | told, meta | {"histories": str(path)}
     facts |= {"Rewarded": f"rewards above {above:g}"} if above else {}
     agent = ADAgent(checkpoint, device, decisions, facts, meta | more)
     agent.rewarded_above = above
     return agent
+
+
+def _choose(
+    config: Any, checkpoint: Checkpoint, path: Path, tell: Callable[[str], None]
+) -> tuple[HistoryDecisions, dict[str, str]]:
+    """Decisions from the histories at `path`, and what they are in words."""
+    histories, n_context = read_histories(path, checkpoint, tell), checkpoint.model.n_context_max
+    only = Filter(config.goal, config.history, config.steps)
+    places = choose_decisions(
+        histories, n_context, config.num_samples, config.seed, config.stride, only
+    )
+    used, steps = list({place.history for place in places}), [place.step for place in places]
+    n_goals, n_goals_used = (
+        len(np.unique(part, axis=0)) for part in (histories.goals, histories.goals[used])
+    )
+    told = {
+        "Histories": f"{path} ({histories.n_histories} of {histories.n_steps:,} steps, "
+        f"{n_goals} goals)",
+        "Samples": f"{len(places)} decisions of {n_goals_used} goals and {len(used)} "
+        f"histories, steps {min(steps):,} to {max(steps):,}",
+    }
+    above = config.rewarded_above or 0.0
+    return HistoryDecisions(histories, places, n_context, above, checkpoint.task), told
 
 
 def load_for_acting(config: Any, device: torch.device) -> ADAgent:

@@ -29,7 +29,7 @@ def learning_histories(
     n, n_steps = room.n_rooms, source.n_source_steps - source.n_source_steps % env.horizon
     states, next_states = np.empty((2, n, n_steps + 1, 2), dtype=np.int8)
     actions, rewards = np.empty((2, n, n_steps), dtype=np.int8)
-    rng, rows, to_cell = np.random.default_rng(seed), np.arange(n), np.array([env.grid_size, 1])
+    rng, to_cell = np.random.default_rng(seed), np.array([env.grid_size, 1])
     n_cells, n_hidden = env.grid_size**2, len(room.task.hidden)  # a state: a cell and what is found
     values = np.full((n, (n_hidden + 1) * n_cells, N_ACTIONS), source.initial_value, np.float32)
     epsilon_start = rng.uniform(source.epsilon_end, source.epsilon_start, size=n)
@@ -41,10 +41,7 @@ def learning_histories(
             cells[:, 0] = states[:, t] @ to_cell
         decayed = min(1.0, t / n_steps / max(source.epsilon_decay, 1e-9))
         epsilon = epsilon_start + (source.epsilon_end - epsilon_start) * decayed
-        ties = 1e-5 * rng.random((n, N_ACTIONS), dtype=np.float32)
-        if k > 0:
-            ties[rows, actions[:, t - 1]] = 2e-5
-        greedy = (values[rows, cells[:, k]] + ties).argmax(axis=1)
+        greedy = _greedy(values, cells[:, k], actions[:, t - 1] if k else None, rng)
         random = rng.integers(N_ACTIONS, size=n)
         actions[:, t] = np.where(rng.random(n) < epsilon, random, greedy)
         next_states[:, t], rewards[:, t], done = room.step(actions[:, t])
@@ -57,6 +54,16 @@ def learning_histories(
         states[:, t + 1] = room.reset() if done else next_states[:, t]
     reached = next_states[:, :-1]
     return Histories(states[:, :-1], actions, rewards, reached, goals, env.horizon)
+
+
+def _greedy(
+    values: np.ndarray, cells: np.ndarray, before: np.ndarray | None, rng: np.random.Generator
+) -> np.ndarray:
+    """The best action of each room `(N,)` in `cells (N,)`: of equal ones that taken `before`."""
+    rows, ties = np.arange(len(cells)), 1e-5 * rng.random((len(cells), N_ACTIONS), np.float32)
+    if before is not None:
+        ties[rows, before] = 2e-5
+    return (values[rows, cells] + ties).argmax(axis=1)
 
 
 def _learn(

@@ -7,13 +7,10 @@ An interrupted run goes on to the result that it would have had. What is written
 """
 
 import argparse
-import contextlib
 import json
 import math
 import os
-import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,7 +29,7 @@ from ad.thinning import draw_batch
 from config import EnvConfig, ModelConfig, SourceConfig, TrainConfig
 from dataset import CONTEXT, ADDataset
 from historylens.agent import pick_device
-from historylens.common.errors import STOPS, expect, note, told
+from historylens.common.errors import expect, note, told, undivided
 from historylens.common.files import set_aside, write_atomically
 from historylens.common.processes import ALONE, Group
 from historylens.common.settings import flag_of, from_flags, to_dict
@@ -316,20 +313,6 @@ def _keep_if_best(trainer: Trainer, run: Path) -> None:
             checkpoints.save_checkpoint(run / RESUME_NAME, state)
     if group.is_main:
         tqdm.write(progress_line(entry, trainer.settings.train.eval_episodes))
-
-
-@contextlib.contextmanager
-def undivided() -> Iterator[None]:
-    """Put Ctrl-C off until the block is done, so that what it changes is changed as a whole."""
-    pressed: list[int] = []
-    before = {n: signal.signal(n, lambda number, _: pressed.append(number)) for n in STOPS}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    if pressed:
-        raise KeyboardInterrupt(pressed[0])
 
 
 def finish(trainer: Trainer, run: Path) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import signal
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import ClassVar
 
 WHOLE = "what lay there before is whole: mend that, and run the same command again"
@@ -69,6 +69,20 @@ def run_command(main: Callable[[], None]) -> None:
 
 def _stop(number: int, _frame: object) -> None:
     raise KeyboardInterrupt(number)
+
+
+@contextlib.contextmanager
+def undivided() -> Iterator[None]:
+    """Put Ctrl-C off until the block is done, so that what it changes is changed as a whole."""
+    pressed: list[int] = []
+    before = {n: signal.signal(n, lambda number, _: pressed.append(number)) for n in STOPS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if pressed:
+        raise KeyboardInterrupt(pressed[0])
 
 
 def _unexpected(error: BaseException) -> str:

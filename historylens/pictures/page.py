@@ -123,7 +123,7 @@ class Page:
     def heading(self, left: float, title: str, subtitle: str) -> None:
         """Write the title and the subtitle at the top, made to fit: two lines for the latter."""
         room = float(self._size[0]) - left - MARGIN
-        size = 14 * min(1.0, room / max(1.0, text_width(title, 14, "bold")))
+        size = 14 * min(1.0, room / text_width(title, 14, "bold"))
         self.text(left, 22, title, size, weight="bold")
         for size in (10.5, 9, 7.5):
             if len(lines := in_lines(subtitle, room, size)) <= 2:
