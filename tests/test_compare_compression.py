@@ -9,6 +9,7 @@ import re
 import signal
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ from historylens.agent import Environment
 from historylens.common.errors import run_command
 from historylens.comparison import WITH_BUDGET, CompareConfig, compare, playing
 from historylens.comparison.intervals import late_scores
-from historylens.comparison.race import looks
+from historylens.comparison.race import looks, shares
 from historylens.comparison.results import CONFIRMATION, FILES
 from historylens.pictures import returns as pictures
 
@@ -311,9 +312,11 @@ def test_the_most_promising_of_unsettled_arms_is_played_again_once(home, monkeyp
     assert "Recommended for this checkpoint: random with 14 transitions" in console
     assert "on 24 new seeds a goal" in console
     assert "results.json, confirmation.json." in console
-    sooner = confirming(24, margin=0.4)  # at a look
+    with mock.patch.object(comparison, "confirm", side_effect=comparison.confirm) as judged:
+        sooner = confirming(24, margin=0.4)  # at a look
     (early,) = set(looks(24)) & set(map(int, re.findall(r"on (\d+) new seeds a goal", sooner)))
     assert early < 24
+    assert judged.call_args.args[-1] == shares(24)[looks(24).index(early)]
     assert results_of(FIGS)["summary"]["confirmation"]["seeds"] == early
     first = confirming(3)
     monkeypatch.setattr(playing, "play", None)

@@ -183,3 +183,18 @@ def test_studies_are_hardly_ever_wrong_about_any_of_their_arms(name):
     assert stopped <= 0.07
     assert saved > 0.3 or "eight" not in name
     assert true > 0.9 or name != "half lose it by collapses"
+
+
+def test_an_arm_without_loss_is_confirmed_early_and_one_with_loss_hardly_ever():
+    *_, true, saved = rates(12, 64, 1, *SETTINGS["none loses"])
+    assert true > 0.5  # 0.87 in the large version
+    assert saved > 0
+    assert rates(12, 64, 1, *SETTINGS["all lose it"])[0] <= 2 / 12
+
+
+def test_progress_counts_what_is_left_once_arms_have_stopped(tmp_path, monkeypatch):
+    bars, make = [], playing.tqdm
+    monkeypatch.setattr(playing, "tqdm", lambda **how: bars.append(make(**how)) or bars[-1])
+    race, _ = raced(tmp_path, 0.05)
+    own = sum(each.returns.shape[1] for arm, each in race.items() if arm != Arm("recent", 30))
+    assert bars[0].total == own * PLAYS.n_decisions
