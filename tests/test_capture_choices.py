@@ -199,3 +199,12 @@ def test_maps_of_long_contexts_are_pooled_and_bounded_on_both_axes(n_keys, optio
     forbidden = causal(150, n_keys) & bool(options)
     weights = eager_weights(q, k, forbidden, options.get("attn_mask"))
     check_pooled(found, weights[1].masked_fill(forbidden, torch.nan))
+
+
+def test_maps_of_several_samples_are_those_of_each_in_the_order_asked_for():
+    q, k = torch.randn(4, 4, 9, 8), torch.randn(4, 2, 9, 8)
+    options = {"is_causal": True, "enable_gqa": True}
+    together = run_twice(Attend(**options), q, k, k, maps=[1, 3, 0])[0].maps
+    for i, sample in enumerate((1, 3, 0)):
+        alone = run_twice(Attend(**options), q, k, k, maps=[sample])[0].maps
+        torch.testing.assert_close(together[i : i + 1], alone, equal_nan=True)

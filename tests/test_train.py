@@ -307,6 +307,7 @@ def test_help_mentions_every_setting(capsys):
         ({"n_test_goals": 8}, "9 cells"),
         ({"n_source_steps": 10}, "--n-source-steps of more than 11 steps"),
         ({"n_source_steps": 3}, "histories too short"),
+        ({"n_transit": 11, "n_source_steps": 10}, "--n-source-steps of more than 10 steps"),
         ({"device": "cuda:99"}, "'cuda:99', which is not there"),
         ({"seed": -1}, "--seed of at least 0"),
         ({"ema_decay": 1.5}, "--ema-decay"),
