@@ -54,6 +54,11 @@ def three_axes(q, k, v):
     return functional.scaled_dot_product_attention(*parts, is_causal=True).unflatten(0, (-1, H))
 
 
+def softmax_of_three_axes(q, k, v):
+    parts = (x.flatten(0, 1) for x in (q, k, v))
+    return eager(torch.bmm)(*parts).unflatten(0, (-1, H))
+
+
 sdpa = functional.scaled_dot_product_attention
 WAYS = {
     "causal": lambda: Own(lambda q, k, v: sdpa(q, k, v, is_causal=True)),
@@ -65,7 +70,9 @@ WAYS = {
     "einsum": lambda: Own(eager(lambda w, v: torch.einsum("bhij,bhjd->bhid", w, v))),
     "tokens first": lambda: Own(eager(tokens_first)),
     "3 axes": lambda: Own(three_axes),
+    "softmax of 3 axes": lambda: Own(softmax_of_three_axes),
 }
+OPTIONS = {"3 axes": {"heads": H}, "softmax of 3 axes": {"heads": H, "softmax": "Own"}}
 
 
 class Encoder(nn.Module):
@@ -84,7 +91,7 @@ class Encoder(nn.Module):
 def made(way):
     torch.manual_seed(0)
     model = WAYS[way]() if way in WAYS else Encoder(norm_first=way == "norm first")
-    return model.eval(), torch.randn(B, T, D), {"heads": H} if way == "3 axes" else {}
+    return model.eval(), torch.randn(B, T, D), OPTIONS.get(way, {})
 
 
 def plain(model, x, hidden=None):
@@ -182,6 +189,18 @@ def test_a_layer_whose_heads_are_not_told_apart_is_missing():
     with heads(model := Axes()) as seen:
         model(torch.randn(B, T, D))
     assert seen == {}
+
+
+@pytest.mark.parametrize("way", ["causal", "matmul", "norm last"])
+@torch.no_grad()
+def test_of_some_layers_the_others_are_left_as_they_are(way):
+    part, x, _ = made(way)
+    model = nn.Sequential(part, made(way)[0])
+    expected = model(x)
+    with heads(model, layers=["1"]) as seen:
+        output = model(x)
+    torch.testing.assert_close(output, expected, **CLOSE)
+    assert seen and all(name.split(".")[0] == "1" for name in seen)
 
 
 @pytest.mark.parametrize("is_eager", [False, True])

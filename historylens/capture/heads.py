@@ -88,7 +88,7 @@ class _Heads(Session):
         self, func: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
         mixed = self.weights_in(args) if func.__name__ in PRODUCTS else None
-        if mixed is not None and not (self.follows_all or mixed[0] in self.change):
+        if mixed is not None and not self._follows(mixed[0]):
             mixed = None
         self.newest = ""
         output = super().__torch_function__(func, types, args, kwargs)
@@ -97,18 +97,24 @@ class _Heads(Session):
         name, reader = self.newest, reader_of(func)
         if not name:
             self._find_projection(func.__name__, args)
-        elif not (self.follows_all or name in self.change or name in self.hide):
+        elif not self._follows(name):
             return output
         elif reader is read_sdpa:
             return self._of_sdpa(name, output, *args, **(kwargs or {}))
         elif reader is read_multi_head:
             return self._of_multi_head(name, output, MultiHead(*args, **(kwargs or {})))
         elif name in self.hide:  # a softmax: without them, the others share what they held
-            weights = output.masked_fill(self._hidden(name)[:, None], 0)
-            hidden = weights / weights.sum(-1, keepdim=True)
+            weights = output.reshape(self.weights_in((output,))[1])
+            weights = weights.masked_fill(self._hidden(name)[:, None], 0)
+            hidden = (weights / weights.sum(-1, keepdim=True)).reshape(output.shape)
             self.replace_weights(output, hidden)
             return hidden
         return output
+
+    def _follows(self, name: str) -> bool:
+        """Whether a layer that has attended is wanted, and chosen by `layers`."""
+        is_wanted = self.follows_all or name in self.change or name in self.hide
+        return is_wanted and self.seen(name) is not None
 
     def _of_product(self, name: str, shape: Sequence[int], output: Tensor, args: tuple) -> Tensor:
         """Of weights that a softmax gave `(B, H, Tq, Tk)`, with values; heads or tokens first."""

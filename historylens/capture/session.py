@@ -26,6 +26,7 @@ from historylens.capture.inputs import (
     read_weights,
     reader_of,
     scores_of,
+    with_heads,
 )
 from historylens.capture.layers import (
     compiled_error,
@@ -61,7 +62,7 @@ class _Weights(NamedTuple):
     """Weights that a softmax gave, on their way to the values."""
 
     name: str  # of the layer
-    shape: torch.Size
+    shape: torch.Size  # (B, H, Tq, Tk), whichever axes they have
     changed: bool = False
 
 
@@ -142,7 +143,9 @@ class Session(TorchFunctionMode):
         self._take_softmax(run, scores)  # before it may overwrite its input
         output = func(*args, **kwargs)
         if self.newest:
-            self._weights[output] = _Weights(self.newest, scores.shape)
+            n_heads = self.options.heads if self.seen(self.newest) else 1
+            shape = with_heads(self.newest, scores, n_heads, "scores").shape
+            self._weights[output] = _Weights(self.newest, shape)
         return output
 
     def _take_softmax(self, run: _Run, scores: Tensor | None) -> None:
