@@ -284,6 +284,17 @@ def test_scripted_and_recurrent_modules_are_found():
     assert list(found_in(scripted, nn.GRU(8, 8, batch_first=True))) == ["parts.0", "parts.1"]
 
 
+def test_a_module_that_keeps_what_it_read_in_a_cache_is_found():
+    def mix(x, cache):
+        cache.append(x)
+        return torch.cat(cache, 1).cumsum(1)[:, -5:]
+
+    inner = Given(mix)
+    outer = Given(lambda x: inner(x, []))
+    outer.part = inner
+    assert list(found_in(outer)) == ["parts.0.part"]
+
+
 def test_what_works_on_each_token_or_fails_when_called_again_is_none():
     parts = nn.LayerNorm(8), nn.Linear(8, 8), nn.ReLU(inplace=True), Convolution(), nn.Dropout(0.5)
     block = nn.Sequential(nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 8))

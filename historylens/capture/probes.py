@@ -7,6 +7,7 @@ with disturbed(model, record.names[-1], row=20):            # that row of its ou
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from copy import deepcopy
 from typing import Any
 
 from torch import Tensor, nn
@@ -52,7 +53,7 @@ def _mixes(module: nn.Module, args: tuple, kwargs: dict, output: Any, n_tokens: 
     place, x = next((key, x) for key, x in given.items() if isinstance(x, Tensor))
 
     def again(x: Tensor) -> Tensor:
-        again = given | {place: x}
+        again = deepcopy(given) | {place: x.clone()}  # a cache is not to grow from call to call
         return _first(module(*[again.pop(i) for i in range(len(args))], **again))
 
     output = _first(output)
@@ -61,7 +62,8 @@ def _mixes(module: nn.Module, args: tuple, kwargs: dict, output: Any, n_tokens: 
     if not is_fit or x.shape[2] == n_tokens or output.shape[axis] != n_tokens:
         return False  # (B, D, T) cannot be told from (B, T, D) where D = T
     limit = SMALLEST_CHANGE * output.abs().max()
-    if (again(x.clone()) - output).abs().max() > limit:
+    output = again(x)
+    if (again(x) - output).abs().max() > limit:
         return False  # it is not the same twice
     for token in {0, n_tokens // 2}:
         other = x.clone()
