@@ -207,6 +207,9 @@ def _look(agent: Agent, history: History, wanted: Sequence[str]) -> dict[str, Te
     if is_whole or len(layers) < len(agent.layers):
         maps = {"maps": range(history.size), "map_size": max(8, len(tokens[0]))}
         _, layers = attend(agent, history, **(maps if is_whole else {}))
+    if is_whole and any(layer.maps.shape[2] < len(tokens[0]) for layer in layers):
+        what = "expected layers where every token attends, got one where only the query does"
+        raise Unreadable(f"{agent.title}: {what}")
     by_head = [
         torch.from_numpy(sum_rows(layer.query_rows, tokens)[..., :-1]) for layer in layers
     ]  # (B, H, n) float64

@@ -9,11 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from eager import CLOSE, weights_of
 
 from historylens import analysis
 from historylens.adapter.agent import load
-from historylens.agent import attend
+from historylens.agent import Unreadable, attend, look
 from historylens.common.errors import UserError
+from historylens.effects.guide import rollout
 
 CPU = torch.device("cpu")
 ADAPTER = """
@@ -209,6 +211,73 @@ def test_a_token_that_does_not_decide_is_told(way, decides, mapped):
     with pytest.raises(UserError, match=said):
         loaded(way=way, decides=decides, mapped=mapped)
     assert loaded(way=way, decides=decides, mapped=right).decisions
+
+
+CROSS = """
+
+class Model(Model):
+    def __init__(self):
+        super().__init__()
+        layer = nn.TransformerDecoderLayer(D, H, 16, 0.0, batch_first=True)
+        self.decoder = nn.TransformerDecoder(layer, 2)
+
+    def forward(self, *history):
+        x = self.embed(*history)
+        return self.head(self.decoder(x[:, -{n_queries}:], x)[:, -1])
+
+
+def tokens(history):
+    return Tokens.of(history.n)
+"""
+MEMORY = """
+
+def layers(model):
+    return ["*.multihead_attn"]
+"""
+
+
+def test_of_a_decoder_of_the_query_the_layers_that_read_the_history_are_looked_at():
+    cross = CROSS.format(n_queries=1)
+    said = r"map of the 1 tokens that decoder\.layers\.0\.self_attn .*one of 8 tokens, over which "
+    with pytest.raises(UserError, match=said + r"decoder\.layers\.0\.multihead_attn does; layers"):
+        loaded(tokens=cross)
+    agent, read = loaded(tokens=cross + MEMORY), []
+    history, layers = agent.history([0, 1]), agent.model.decoder.layers
+    for layer in layers:
+        layer.multihead_attn.register_forward_pre_hook(lambda _, args: read.append(args[:2]))
+    _, found = attend(agent, history)
+    for one, layer, (query, key) in zip(found, layers, read, strict=True):
+        weights = weights_of(layer.multihead_attn, query, key)
+        torch.testing.assert_close(one.query_rows, weights[:, :, -1], **CLOSE)
+    assert rollout(agent, history) is None
+    with pytest.raises(Unreadable, match="where every token attends"):
+        look(agent, history, ["received"])
+
+
+AXES = """
+CAPTURE = {"softmax": "attends.*"}
+
+
+class Attend(Attend):
+    def forward(self, x):
+        q = x.unflatten(-1, (H, -1))
+        weights = torch.einsum("bihd,bjhd->bihj", q, q).softmax(-1)
+        return torch.einsum("bihj,bjhd->bihd", weights, q).flatten(2)
+"""
+
+
+@pytest.mark.parametrize(
+    ("more", "found"),
+    [
+        (CROSS.format(n_queries=3) + MEMORY, r"decoder\..*, where 3 do \(in 2 heads"),
+        (AXES, r"attends\.0, where 2 do \(in 8 heads"),
+    ],
+)
+def test_queries_that_are_neither_all_tokens_nor_one_are_told(more, found):
+    with pytest.raises(
+        UserError, match=rf"expected layers where all 8 tokens attend.* got {found}"
+    ):
+        loaded(tokens=more)
 
 
 def test_what_cannot_be_tried_is_passed_over():

@@ -1,5 +1,7 @@
 """Which layers, which query, what is padding: what `capture` can be told, and what it refuses."""
 
+import copy
+
 import pytest
 import torch
 from eager import CLOSE, Attend, Given, causal, check_pooled, eager_weights, refused, run_twice
@@ -167,7 +169,9 @@ def test_a_query_that_sees_nothing_is_an_error_with_a_way_out():
 def test_a_layer_that_the_model_reuses_and_three_axes_without_a_number_of_heads_are_errors():
     model, x = Stack(1), torch.randn(6, 3, 4)
     model.blocks.append(model.blocks[0])
-    refused(r"blocks\.0\.attn ran twice", model, x)
+    refused(r"blocks\.0\.attn ran twice.*once per act\(\).*copy\.deepcopy", model, x)
+    model.blocks[1] = copy.deepcopy(model.blocks[0])
+    assert len(run_twice(model, x)) == 2
     refused(r"^Given .*\(6, 3, 4\).*heads=H", Attend(), x, x, x)
     refused(r"^Given .*\(6, 3, 4\).*heads=H", Attend(), x, x, x, heads=4)
 

@@ -39,6 +39,13 @@ def test_a_map_is_shown_with_rows_and_columns_in_the_order_of_pictures(tokens, s
     assert found.rows.tolist() == found.cols.tolist() == list(range(len(order)))
 
 
+def test_the_only_query_of_a_layer_is_the_token_that_decides():
+    row = np.array([[0.5, 0.3, 0.2]])
+    found = drawn(Tokens.of(2), np.full(3, 1 / 3), row, row[:, None], [0], range(3))
+    np.testing.assert_allclose(found.maps, row[:, None], rtol=1e-6)
+    assert found.rows.tolist() == [2]
+
+
 def test_forbidden_is_blank_in_the_query_row_and_episodes_and_rewards_are_marked_on_tokens():
     weights = np.array([[[0.6, 0.4, np.nan], [1, 0, 0], [1, 0, 0]]])
     found = of_matrix(weights, Tokens.of(2, query="first"), [True, True, False])

@@ -35,7 +35,7 @@ def tried(agent: "AdapterAgent") -> tuple[Record, dict[str, str]]:
     record = _first_pass(agent, agent.history(same), given)
     for wrong in (_fed_elsewhere, _decided_elsewhere):
         with suppress(Exception):
-            said = wrong(agent, history, record.names[-1])
+            said = wrong(agent, history, record)
         expect(said is None, f"{path}: {given} {said}")
     with suppress(Exception):
         known, run = [*record.names, *record.places], lambda: agent.act(history)
@@ -54,11 +54,19 @@ def _first_pass(agent: "AdapterAgent", history: History, given: str) -> Record:
         if not where or not isinstance(error.__cause__, CaptureError):
             raise
         record, misled = _passed(agent, history), error
+    check, own = agent.adapter.check, len(maps[0])
     before = f"{history.n} transitions before the decision"
-    for layer in record:
-        size, own = layer.query_rows.shape[-1], len(maps[0])
-        expected = f"a map of the {size} tokens that {layer.name} attends over (with {before})"
-        agent.adapter.check(size == own, given, expected, f"one of {own} tokens")
+    sizes = {layer.name: layer.query_rows.shape[-1] for layer in record}
+    fitting = [name for name, size in sizes.items() if size == own]
+    more = f", over which {fitting[0]} does; layers(model) may give such layers" if fitting else ""
+    for name, size in sizes.items():
+        expected = f"a map of the {size} tokens that {name} attends over (with {before})"
+        check(size == own, given, expected, f"one of {own} tokens{more}")
+    for name, (_, seen) in ((name, call) for name, call in record.calls.items() if call):
+        n_heads, n_queries = seen.layer.query_rows.shape[1], seen.n_queries
+        expected = f"layers where all {own} tokens attend, or only the one that decides"
+        found = f"{name}, where {n_queries} do (in {n_heads} heads)"
+        check(n_queries in (1, own), "layers()", f"{expected}; scores are (B, H, Tq, Tk)", found)
     if misled is not None:
         raise misled
     return record
@@ -71,7 +79,7 @@ def _passed(agent: "AdapterAgent", history: History, **options: Any) -> Record:
     return record
 
 
-def _fed_elsewhere(agent: "AdapterAgent", history: History, _last: str) -> str | None:
+def _fed_elsewhere(agent: "AdapterAgent", history: History, _record: Record) -> str | None:
     """What is wrong where another action does not change the tokens of its transition."""
     number, tokens = history.n // 2, agent.tokens(history)
     known = {int(action) for one in agent.decisions for action in one.actions}
@@ -93,9 +101,11 @@ def _fed_elsewhere(agent: "AdapterAgent", history: History, _last: str) -> str |
     )
 
 
-def _decided_elsewhere(agent: "AdapterAgent", history: History, last: str) -> str | None:
+def _decided_elsewhere(agent: "AdapterAgent", history: History, record: Record) -> str | None:
     """What is wrong where the output of the token that decides does not reach the logits."""
-    tokens, logits = agent.tokens(history)[0], agent.act(history)
+    tokens, logits, last = agent.tokens(history)[0], agent.act(history), record.names[-1]
+    if record.calls[last][1].n_queries < len(tokens):  # its only query decides
+        return None
 
     def matters(row: int | None) -> Tensor:
         with disturbed(agent.model, last, row, **agent.capture_options):

@@ -25,7 +25,8 @@ from historylens.capture.masks import Mask, floor_of, pick
 
 WAY_OUT = (
     "Compute it with nn.functional.scaled_dot_product_attention or a softmax over (B, H, T, T) "
-    '(Hugging Face: attn_implementation="sdpa" or "eager")'
+    '(Hugging Face: attn_implementation="sdpa" or "eager"), or hand its weights in: '
+    "historylens.record_attention(name, weights)"
 )
 WITH_SDPA = 'attend with scaled_dot_product_attention (Hugging Face: attn_implementation="sdpa")'
 LAYERS = "capture(model, layers=[...])"

@@ -163,7 +163,7 @@ class Session(TorchFunctionMode):
             self._hint = self._hint or (
                 f" (a softmax over {tuple(scores.shape)} in {run.name} is not taken for attention "
                 f'unless you say so: capture(model, softmax="{run.name}"), with heads=H if it has '
-                "3 axes)"
+                "3 axes; 4 are to be (B, H, Tq, Tk))"
             )
 
     def _is_attention(self, caller: _Run, scores: Tensor) -> bool:
@@ -215,8 +215,8 @@ class Session(TorchFunctionMode):
             if is_known and not (before and before.continues(*call.shape[2:])):
                 raise CaptureError(
                     f"{name} ran twice inside one capture. Run the model once per `with "
-                    "capture(...)`; a model that reuses a layer, or recomputes it in backward, "
-                    "cannot be captured"
+                    "capture(...)`, in an adapter once per act(), and not in backward; a layer "
+                    "that is used in several places needs a copy for each (copy.deepcopy)"
                 )
             if call.mask.key == self._mask.key:  # what is known of it counts for all layers
                 call.mask = self._mask

@@ -57,6 +57,8 @@ def rollout(agent: Agent, history: History) -> Tensor | None:
     if n_tokens**2 * sum(agent.n_heads) * size > MAX_WEIGHTS:
         return None
     _, attention = attend(agent, history, maps=range(size), map_size=max(8, n_tokens))
+    if any(layer.maps.shape[2] < n_tokens for layer in attention):
+        return None
     rows = torch.zeros(size, n_tokens, dtype=torch.float64)
     rows[torch.arange(size), torch.tensor([one.decides for one in tokens])] = 1
     for layer in reversed(attention):

@@ -84,6 +84,7 @@ class SampleAttention:
         query_rows, maps = layer.query_rows[place].numpy(), layer.maps[map_place].numpy()
         received = np.nan_to_num(layer.received[place].numpy())
         rows, cols = layer.map_rows.numpy(), layer.map_cols.numpy()
+        rows = rows if len(rows) > 1 else np.array([tokens.decides])  # the only query of its layer
         padding = np.array([name == PADDING for name in tokens.part])
         seen = ~np.isnan(maps).all(axis=0) & ~padding[rows][:, None]  # (R, C); padding sees nothing
         if len(cols) == len(tokens) == len(rows):
