@@ -66,6 +66,7 @@ class Agent(ABC):
     n_max: int  # transitions that the model can read at once
     layers: Sequence[str]  # names of what attends, in the order in which it runs
     n_heads: Sequence[int]  # heads of each layer
+    sees_all: bool = True  # whether nothing but these layers mixes tokens, as far as is known
     capture_options: Mapping[str, Any] = {}  # further arguments of capture
     environment: Environment | None = None  # where it can act
     can_place: bool = False  # whether act() follows the positions that it is given

@@ -304,6 +304,25 @@ def test_a_module_that_mixes_tokens_unseen_is_a_note_and_a_fact(capsys):
     assert not capsys.readouterr().err
 
 
+SECOND = """
+
+def layers(model):
+    return ["attends.1"]
+"""
+
+
+@pytest.mark.parametrize(
+    ("options", "sees_all"),
+    [
+        ({}, True),
+        ({"mix": "sum"}, False),
+        ({"tokens": ONE.replace("MAPPED", "-1") + SECOND}, False),
+    ],
+)
+def test_an_agent_knows_whether_all_that_mixes_tokens_is_looked_at(options, sees_all):
+    assert loaded(**options).sees_all == sees_all
+
+
 @pytest.fixture
 def no_pictures(monkeypatch):
     monkeypatch.setattr("historylens.analysis.drawing.draw", lambda *_: 0)

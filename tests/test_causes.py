@@ -105,6 +105,13 @@ def test_what_is_hidden_is_hidden_from_all_tokens_or_from_those_of_no_transition
     ]
 
 
+def test_nothing_is_said_of_copies_where_some_layers_are_not_looked_at():
+    trial = Trial(copied(), 99, seed=0)
+    trial.agent.sees_all = False
+    with pytest.raises(UserError, match="some layers are not"):
+        measure_knockout(trial, [0], BAR)
+
+
 class OneHead(WiredAgent):
     """One whose heads nobody can tell apart: another axis comes before the product."""
 

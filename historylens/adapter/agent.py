@@ -129,6 +129,7 @@ class AdapterAgent(Agent):
         adapter.check(most <= n_max, f"samples()[{longest}]", what, most)
         self.capture_options = self._read_capture_options()
         record, self.unseen = tried(self)
+        self.sees_all = not self.unseen and all(record.calls.values())  # None: not chosen
         self.layers, self.n_heads = record.names, tuple(x.query_rows.shape[1] for x in record)
         if self.unseen:
             (name, kind_of), *others = self.unseen.items()

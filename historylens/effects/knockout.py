@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from historylens.agent import run_heads
-from historylens.common.errors import UserError, expect
+from historylens.common.errors import expect
 from historylens.common.text import aligned, wrap
 from historylens.effects.measure import UNMOVED, Resampled, Trial, moved, nats
 from historylens.tokens import NONE, PADDING, Tokens
@@ -59,8 +59,9 @@ def measure_knockout(trial: Trial, layers: Sequence[int], bar: tqdm) -> dict[str
     agent, found = trial.agent, {}
     told = run_heads(agent, trial.history.rows(trial.decisions(1)))[1]
     every = range(len(agent.layers))
-    if len(told) < len(every):
-        raise UserError("attention to some tokens can only be blocked where heads are told apart")
+    where = "attention to some tokens can only be blocked where"
+    expect(len(told) == len(every), f"{where} heads are told apart")
+    expect(agent.sees_all, f"{where} all that mixes tokens is looked at: some layers are not")
     for name, rule in SETS.items():
         if name != "last episode" or trial.history.episodes is not None:
             found[name] = _measure_set(trial, rule(trial.history), layers, every)
