@@ -179,7 +179,7 @@ def test_open_arms_that_save_tokens_are_worth_more_runs_unless_all_is_decided(un
     text = report.recommendation(unsettled)
     assert text.startswith("No recommendation")
     assert "2 are not settled, the most promising even@10, inconclusive: " in text
-    assert "--strategies even --budgets 10 --seeds 32, or --full" in text
+    assert "--strategies even --budgets 10 --seeds 192, or --full" in text
     worse = judged(result("recent@10", 4.0))
     for study in (judged(NOISY, LIKE_FULL), judged(NOISY, control=10.0), worse):
         assert study.unsettled == []
@@ -204,7 +204,7 @@ def test_new_runs_alone_decide_on_the_arm_to_confirm(unsettled, level, verdict):
     text = report.recommendation(confirmed)
     assert (f"on 29 new seeds a goal: it earns {row.mean.text()} reward" in text) == is_good
     assert (f"Played again on 29 new seeds a goal it is {verdict}: " in text) != is_good
-    assert ("--seeds 116, or --full" in text) == (verdict == "inconclusive")
+    assert ("--seeds 192, or --full" in text) == (verdict == "inconclusive")
     ruled_out = "no collapse in 116 runs: more than 2.6 % is ruled out (95 %)"
     assert (ruled_out in text) == (level > 5)
 
@@ -276,6 +276,10 @@ def test_the_table_has_a_line_an_arm_and_the_advice_all_that_a_reader_has_to_kno
     ):  # fmt: skip
         assert said in text
     assert "top-k" not in text
+    more = judged(LIKE_FULL, result("top-k@5", 11.0, tokens=101))  # better, and saves nothing
+    text = " ".join(report.recommendation(more).split())
+    assert "recent with 10 transitions (safe)" in text
+    assert "the smallest budget that is safe or better and saves tokens" in text
     assert "NOT COMPRESSED" not in text
     assert finding(study).startswith("Recommended: rewarded-recent, 20 transitions: ")
     assert "(better)" in finding(study)

@@ -105,7 +105,7 @@ def recommendation(study: Study) -> str:
         said += f"{_evidence(again.row)}."
     if again is None or again.row.verdict in OPEN:
         said += f" More runs may settle it: --strategies {row.arm.name} --budgets {row.arm.n_keep} "
-        said += f"--seeds {4 * (again.n_seeds if again else 8)}, or --full."
+        said += f"--seeds {4 * max(study.n_seeds, again.n_seeds if again else 8)}, or --full."
     return said
 
 
@@ -134,14 +134,14 @@ def _one_recommended(study: Study) -> str:
         )
     said += (
         f" It earns {best.mean.value:.2f} reward an episode, full history {full.mean.value:.2f}: "
-        f"{_evidence(best)}. It is the smallest budget with a verdict safe or better, "
-        f"and {reads}"
+        f"{_evidence(best)}. It is the smallest budget that is safe or better and saves tokens: "
+        f"it {reads}"
     )
     rivals = [row for row in study.candidates if row.is_good and row is not best]
     equal = [row for row in rivals if row.arm.n_keep == best.arm.n_keep and study.saves(row)]
     if equal:
         also = ", ".join(row.arm.key for row in equal)
-        said += f" At that budget it earns most; also safe or better: {also}."
+        said += f" At that budget it earns most of these; also safe or better: {also}."
     said += slower
     if rivals and rivals[0] is study.rows[0]:
         said += f" Most reward: {rivals[0].arm.key}, {rivals[0].mean.text()}."

@@ -115,6 +115,7 @@ class Study:
     margin_share: float  # the loss that would not matter, a part of full history's return
     margin: float  # the same in reward an episode
     doubts: tuple[str, ...]  # why no compression can be judged on this model
+    n_seeds: int  # runs of each goal, of what played to the end
     recommended: Row | None = None
     confirmation: Confirmation | None = None  # of the most promising arm, with none recommended
 
@@ -179,7 +180,8 @@ def judge(results: list[Result], margin_share: float, best: Best = None, seed: i
             doubts.append(f"{said}: difference {row.difference.text('+')}.")
     baselines = (next(row for row in rows if row.arm == Arm(name)) for name in (FULL, EMPTY))
     margin = margin_of(late_scores(full), margin_share)
-    study = Study(tuple(rows), *baselines, by_episode, margin_share, margin, tuple(doubts))
+    known = tuple(rows), *baselines, by_episode, margin_share, margin, tuple(doubts)
+    study = Study(*known, n_seeds=full.shape[1])
     able = [row for row in rows if row.arm.is_candidate and row.is_good and study.saves(row)]
     if doubts or not able:
         return study
