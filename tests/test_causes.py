@@ -296,10 +296,14 @@ def test_intervals_hold_means_and_ratios_of_means():
     assert ((low < ratio) & (ratio < high) & (high - low < 0.2)).all()
 
 
-def test_one_decision_gives_no_interval_and_no_verdict_on_attention():
-    found = measure_guide(Trial(one_decides(n_decisions=1), 1, seed=0), [0], [[0, 1]], BAR)
+def test_few_decisions_give_no_verdict_on_attention_and_one_neither_an_interval_nor_heads():
+    for n in (6, 5, 1):
+        trial = Trial(one_decides(n_decisions=12), n, seed=0)
+        found = measure_guide(trial, [0], [[0, 1]], BAR)
+        said = " ".join(guide_text(found).split())
+        assert (f"So few decisions ({n}) say nothing of others." in said) == (n < 6)
+        assert ("clearly" in said or "knows more" in said) == (n == 6)
     shown = found["keep"]["renumbered"]["readings"]["layer 0 head 0"]["overall"]
     assert (shown["share"], shown["interval"]) == (pytest.approx(1, abs=1e-6), None)
-    said = " ".join(guide_text(found).split())
-    assert "One decision says nothing of others" in said
-    assert "attention knows more" not in said
+    with pytest.raises(UserError, match="two decisions or more, to have a mean of, got one"):
+        measure_heads(trial, [0], [[0, 1]], BAR)

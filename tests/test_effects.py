@@ -178,6 +178,14 @@ def test_short_contexts(n):
     assert found.text
 
 
+def test_decisions_without_history_say_nothing_of_it():
+    none, some = (decisions_of(make_history(size, n, seed=3)) for size, n in ((6, 0), (2, 4)))
+    found = effects(decisions=none)
+    assert found.text == "EFFECT OF DROPPING HISTORY: not measured, no decision has a history."
+    found = effects(decisions=none + some)
+    assert (found.n, list(found.samples)) == (4, [6, 7])
+
+
 def counting(history):
     return torch.tensor([[1.0, history.n / 5, 0.0]]).expand(history.size, -1)
 
@@ -316,9 +324,19 @@ def test_better_than_random_is_better_than_every_draw(kl, draws, against_random,
     assert words in effect.verdict
 
 
-def test_enough_is_the_size_from_which_on_all_is_well():
+def test_what_moves_a_model_no_more_than_an_untrained_one_is_named(whole):
+    for name, words in (("empty", "no history at all"), ("other-task", "another task's history")):
+        alone = {name: replace(whole.controls[name], flips=0.5)}
+        found = replace(whole, controls=alone, twins=[1.0] * 19)
+        said = f"over 6 decisions {words} moves the model no more than an untrained one"
+        assert said in " ".join(found.text.split())
+
+
+def test_enough_is_the_size_from_which_on_all_is_well(whole):
     ladder = [moved(x, n_keep=i) for i, x in enumerate((9, 0, 9, ENOUGH, 0))]
     assert [enough(part) for part in (ladder, ladder[:3], ladder[1:2])] == [3, None, 1]
+    said = "on KL <= 0.09, at a reference temperature, and changes <= 25%"
+    assert said in " ".join(whole.text.split())
 
 
 @pytest.mark.parametrize("pattern", ["recency", "uniform", "sparse"])

@@ -117,6 +117,7 @@ def test_a_caveat_says_what_the_length_makes_of_the_rule(row, pattern, by_rule_o
 
 
 @pytest.mark.parametrize(("row", "words"), [
+    (np.ones(1), "Without a history there is nothing to read"),
     (uniform(1), "With one context token there is nothing to choose from"),
     (uniform(2), "Uniform attention cannot be recognised"),
     (uniform(8), "attention is broad: 1.00 of the maximum"),

@@ -123,7 +123,7 @@ def test_a_model_that_ignores_its_history_or_was_not_trained_is_told_so(tmp_path
     found = analysed(tmp_path, model, early_rewards())
     assert found["effects"]["ignores_history"] is True
     assert found["effects"]["strategies"] == {}
-    why = "another history moves the model no more than an untrained one"
+    why = "another task's history moves the model no more than an untrained one"
     why = "the model ignores its history" if seed is None else why
     assert all(why in one["effect"] for one in found["insights"])
     console = " ".join(capsys.readouterr().out.split())

@@ -46,6 +46,8 @@ def measure_effects(
     """
     if not n_samples:
         return MeasuredEffects()
+    if not any(map(agent.length, range(len(agent.decisions)))):
+        return MeasuredEffects("not measured, no decision has a history.")
     bar = tqdm(disable=True) if bar is None else bar
     advised = {insight.pattern for insight in insights}
     patterns = [pattern for pattern in PATTERNS if pattern in advised]

@@ -30,6 +30,7 @@ N_SETS = {"keep": 15, "drop": 10}  # random sets a decision and budget
 MAX_TOKENS_SETS = 75_000  # tokens run for one question: as many decisions as that allows
 PLACES = {"renumbered": False, "in place": True}
 LARGEST_SHARE = 5  # budgets go up to one transition in so many
+FEW = 6  # decisions: fewer agree by chance more often than an interval of 95 % allows
 QUESTIONS = {"keep": "keep highest", "drop": "drop them"}
 
 
@@ -212,15 +213,15 @@ def _meaning(first: Mapping[str, Any], leading: str) -> str:
     text = f"Keeping the most attended transitions goes {share['attention']:.0%} of the way from "
     text += "random ones to the best that were found"
     latest = f"the latest ones go {share['recency']:.0%}"
-    if over_recency["interval"] is None:
-        return f"{text}; {latest}. One decision says nothing of others: --num-effects 64."
+    if (n := len(first["samples"])) < FEW:
+        return f"{text}; {latest}. So few decisions ({n}) say nothing of others."
     low, high = over_recency["interval"]
     if low > 0:
         text += f"; {latest}: attention knows more than recency."
     elif high < 0:
         text += f", but {latest}: recency is the better guide here, whatever attention says."
     else:
-        text += f"; {latest}, which is not clearly different: recency does as well."
+        text += f"; {latest}, which is not clearly different."
     if leading != "attention":
         is_clear = over_attention["interval"][0] > 0
         text += f" Ranking by {leading} goes {share[leading]:.0%}"

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from historylens.agent import attend, run_heads
 from historylens.common.batches import MAX_WEIGHTS
-from historylens.common.errors import UserError
+from historylens.common.errors import UserError, expect
 from historylens.common.text import aligned, counted, listed, wrap
 from historylens.effects.measure import Resampled, Trial, moved, nats
 from historylens.effects.roles import roles_of
@@ -33,9 +33,10 @@ def measure_heads(
 ) -> dict[str, Any]:
     """Effects and roles of heads, as plain values; `bar` moves on by 1 a layer.
 
-    UserError: the heads of none of them can be told apart.
+    UserError: the heads of none of them can be told apart, or there is one decision.
     """
     rows = _affordable(trial)
+    expect(len(rows) > 1, "expected two decisions or more, to have a mean of, got one")
     history = trial.history.rows(rows)
     full, own = run_heads(trial.agent, history)
     if not {*own} & {*layers}:

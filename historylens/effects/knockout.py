@@ -67,7 +67,7 @@ def measure_knockout(trial: Trial, layers: Sequence[int], bar: tqdm) -> dict[str
             found[name] = _measure_set(trial, rule(trial.history), layers, every)
         bar.update()
     found = {name: one for name, one in found.items() if one is not None}
-    expect(found, "expected two decisions or more with such transitions before them, got none")
+    expect(found, "expected two decisions or more with such transitions before them, got fewer")
     return {
         "note": "KL(full || with these transitions hidden), nats, of the decisions that have some; "
         "layers: hidden in one layer alone",

@@ -246,12 +246,14 @@ def spread(n_samples: int, n_wanted: int) -> list[int]:
 class Trial:
     """Decisions of an agent that are made again on compressed history.
 
-    `samples`: up to `n_wanted` of the length that most have, so that they can share a pass. Each
-    method and size draws from a stream of its own: what else is measured changes nothing.
+    `samples`: up to `n_wanted` of the length, above 0, that most have, so that they can share a
+    pass. Each method and size draws from a stream of its own: what else is measured changes
+    nothing.
     """
 
     def __init__(self, agent: Agent, n_wanted: int, seed: int) -> None:
-        groups = alike((i, agent.length(i)) for i in range(len(agent.decisions)))
+        lengths = ((i, agent.length(i)) for i in range(len(agent.decisions)))
+        groups = alike((i, n) for i, n in lengths if n)
         most = max(groups, key=len)
         self.samples = [most[i] for i in spread(len(most), n_wanted)]
         self.agent, self.seed = agent, seed

@@ -225,7 +225,8 @@ class MeasuredEffects:
         decisions = counted(len(self.samples), "decision")
         why = "the model ignores its history"
         if not self.unmoved:
-            why = "another history moves the model no more than an untrained one"
+            given = CONTROL_WORDS[self.main_control]
+            why = f"{given} moves the model no more than an untrained one"
         return f"No compression can be judged: over {decisions} {why}"
 
     @property
@@ -288,7 +289,7 @@ class MeasuredEffects:
         legend = (
             f"decisions whose action changes; {len(others[:N_SHOWN])} of {len(others)} methods; "
             f"+ (-): KL below (above) {measure.N_DRAWS} random draws; enough: fewest from which on "
-            f"KL < {ENOUGH}, at a reference temperature, and changes < {ENOUGH_FLIPS:.0%}"
+            f"KL <= {ENOUGH}, at a reference temperature, and changes <= {ENOUGH_FLIPS:.0%}"
         )
         table = aligned([("kept", *map(str, sizes), "enough"), *rows], left=[0])
         return [*table, wrap(legend), *own_sizes]

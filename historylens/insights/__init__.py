@@ -108,6 +108,8 @@ def remarks(metrics: Metrics) -> list[str]:
     overall = scopes(metrics)[0]
     entropy, is_uniform = verdicts(overall)["uniform"]
     even = float(overall.uniform["entropy"].mean())
+    if overall.n.max() == 0:
+        return ["Without a history there is nothing to read but the query itself."]
     if overall.n.max() == 1:
         return [
             "With one context token there is nothing to choose from: the recent/distant ratio is 1 "
