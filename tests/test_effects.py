@@ -325,7 +325,10 @@ def test_better_than_random_is_better_than_every_draw(kl, draws, against_random,
 
 
 def test_what_moves_a_model_no_more_than_an_untrained_one_is_named(whole):
-    for name, words in (("empty", "no history at all"), ("other-task", "another task's history")):
+    for name, words in (
+        ("empty", "the lack of any history"),
+        ("other-task", "another task's history"),
+    ):
         alone = {name: replace(whole.controls[name], flips=0.5)}
         found = replace(whole, controls=alone, twins=[1.0] * 19)
         said = f"over 6 decisions {words} moves the model no more than an untrained one"

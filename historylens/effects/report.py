@@ -225,7 +225,8 @@ class MeasuredEffects:
         decisions = counted(len(self.samples), "decision")
         why = "the model ignores its history"
         if not self.unmoved:
-            given = CONTROL_WORDS[self.main_control]
+            words = CONTROL_WORDS | {"empty": "the lack of any history"}
+            given = words[self.main_control]
             why = f"{given} moves the model no more than an untrained one"
         return f"No compression can be judged: over {decisions} {why}"
 
