@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from matplotlib import rcParams
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from historylens.comparison import report
+from historylens.comparison import WITH_BUDGET, report
 from historylens.comparison.intervals import Bootstrap, late_scores
 from historylens.comparison.policy import Cost
 from historylens.comparison.study import Arm, Result, confirm, judge
@@ -370,12 +370,18 @@ def test_the_legend_names_what_is_there_and_the_heading_fits(study, tmp_path):
             assert figure.axes[0].get_window_extent().y1 <= min(
                 text.get_window_extent(renderer).y0 for text in figure.texts
             )
+        names = [text.get_text() for text in figures[1].axes[0].get_legend().texts]
+        assert names.count("other strategies") == any(
+            line.get_color() == returns.GREY for line in figures[1].axes[0].lines
+        )
         return [text.get_text() for text in figures[0].axes[-1].texts]
 
     texts = ["95 % interval over seeds", "95 % interval of random choice"]
     one_seed = judged(result("random@1", 3.0, shape=(4, 1, 1)), shape=(4, 1, 1))
     no_random = judged(result("recent@10", 9.0))
-    for other, there in ((study, texts), (no_random, texts[:1]), (one_seed, [])):
+    one_budget = judged(*(result(f"{name}@10", 3.0) for name in WITH_BUDGET))  # of these no band
+    cases = (study, texts), (no_random, texts[:1]), (one_budget, texts[:1]), (one_seed, [])
+    for other, there in cases:
         assert said(other)[3:] == there
     said(no_random, "a task that is told in more words than one line takes " * 4, "a name " * 30)
 

@@ -189,7 +189,7 @@ def test_no_hook_is_left(shown):
 
 
 def test_a_run_clears_what_an_earlier_one_drew_and_nothing_else(home):
-    analysed("--num-samples", "3", "--num-effects", "1")
+    analysed("--num-samples", "3", "--num-effects", "2")
     assert set(files_of(home / "out")) == names_of(range(3), range(2), *EFFECTS)
     foreign = ("notes.txt", "layer_0/attention_mine.png", "layer_7/readme", "other/a.png")
     for name in foreign:

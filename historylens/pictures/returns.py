@@ -61,7 +61,7 @@ def draw_by_budget(path: str | Path, study: Any, picture: Picture) -> None:
         axes.annotate("recommended", place, xytext=(0, 11), textcoords="offset points", ha="center",
                       color=FULL_COLOUR, fontsize=9.5, weight="bold", zorder=6)  # fmt: skip
     chance = [row for row in lines.get("random", []) if not row.mean.is_open]
-    if chance:  # what a strategy has to beat
+    if has_band := len(chance) > 1:  # what a strategy has to beat
         low, high = [row.mean.low for row in chance], [row.mean.high for row in chance]
         style = {"color": UNIFORM, "alpha": 0.13, "lw": 0, "zorder": 1.2}
         axes.fill_between([row.kept for row in chance], low, high, **style)
@@ -73,7 +73,7 @@ def draw_by_budget(path: str | Path, study: Any, picture: Picture) -> None:
     axes.set_ylabel("reward an episode, second half of the episodes", fontsize=10.5)
     make_room(axes, 2)
     _label_lines(axes, lines, colours)
-    _explain_markers(figure, study, share, bool(chance))
+    _explain_markers(figure, study, share, has_band)
     save_figure(figure, path)
 
 
@@ -277,8 +277,10 @@ def _draw_panel(
     style = {"color": FULL_COLOUR, "lw": 2.2, "ls": "--", "zorder": 5}
     axes.plot(episodes, full.by_episode, label="full history", **style)
     rows = [row for row in study.candidates if row.arm.n_keep == budget]
+    others = "other strategies"  # named once
     for row in sorted(rows, key=lambda row: row.arm.name not in colours):
-        style = {"color": GREY, "lw": 0.8, "zorder": 2}
+        style = {"color": GREY, "lw": 0.8, "zorder": 2, "label": others}
+        others = others if row.arm.name in colours else None
         if row.arm.name in colours:
             loss = fixed(row.adaptation_loss.value, 1, "+")
             style = {"color": colours[row.arm.name], "lw": 1.6, "zorder": 4}
