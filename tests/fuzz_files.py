@@ -24,7 +24,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import numpy as np  # noqa: E402
+import pytest  # noqa: E402
 import torch  # noqa: E402
+from apart import without_drawing  # noqa: E402
 from conftest import make_histories, sharp_model, write_checkpoint  # noqa: E402
 from foreign import make_foreign_run  # noqa: E402
 from fuzz_changes import CHANGES, FIFO  # noqa: E402
@@ -33,10 +35,8 @@ import compare_compression  # noqa: E402
 import visualize_attention  # noqa: E402
 from ad import agent  # noqa: E402
 from config import ActingConfig, ModelConfig, VisualizeConfig  # noqa: E402
-from historylens import analysis  # noqa: E402
 from historylens.common.errors import run_command  # noqa: E402
 from historylens.history import History  # noqa: E402
-from historylens.pictures import returns  # noqa: E402
 
 SECONDS, MEMORY = 8, 2**30  # of a case, beyond what the process takes before
 CPU = torch.device("cpu")
@@ -72,6 +72,7 @@ def job(checkpoint, histories, thorough):
     room = acting.environment.make(*[np.arange(len(acting.environment.goals))] * 2)
     said = repr((acting.environment.goals, acting.environment.horizon, room.reset().tolist()))
     if thorough:
+        without_drawing(pytest.MonkeyPatch())  # pictures take the time, and read nothing
         both = ["--checkpoint", str(checkpoint), "--device", "cpu"]
         few = ["--num-samples", "3", "--num-figures", "0", "--num-effects", "3"]
         with tempfile.TemporaryDirectory() as out:
@@ -112,6 +113,7 @@ def ended(checkpoint, histories, thorough, seconds=SECONDS):
         how = "numbers"
     elif code == 2:
         how = "a line" if is_one_line and is_clean and len(said) < 4000 else "a bad line"
+        how = "memory" if "error: out of memory" in said else how
     else:
         how = "memory" if "MemoryError" in said or "allocate" in said else "traceback"
     return how, found if code == 0 else said, usage.ru_maxrss // 1024, took
@@ -145,9 +147,6 @@ def _child(write, err, work, seconds):
 
 def run(n_cases, seed, areas=tuple(CHANGES), thorough=0.0, tell=None):
     """Try `n_cases` of each area; gives counts by area, change and end, and the bad ones."""
-    analysis.draw = lambda *_: 0  # pictures take the time, and read nothing
-    for name in ("draw_by_budget", "draw_by_episode"):
-        setattr(returns, name, lambda *_: None)
     if not os.path.exists(FIFO):
         os.mkfifo(FIFO)
     counts, bad = collections.Counter(), []
