@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from historylens.adapter.agent import load
-from historylens.adapter.environment import GymRooms
+from historylens.adapter.environment import GymRooms, read_tasks
 from historylens.common.errors import UserError
 
 ADAPTER = """
@@ -117,6 +117,41 @@ def test_logits_of_odd_types_are_told(tmp_path, given):
         loaded(tmp_path, more)
 
 
+@pytest.mark.parametrize("changed", [
+    "states=np.full(5, 1e300)", "rewards=np.full(5, 1e300)", "rewards=np.full(5, np.nan)",
+    "rewards=np.full(5, 1e30)", "states=np.full(5, 2**64 - 1, np.uint64)", "goal=[1e300]",
+    "actions=np.full(5, 1e30)", "query_episode=10**30", "query_episode=2**63",
+])  # fmt: skip
+def test_numbers_that_would_become_others_are_told(tmp_path, changed):
+    name = changed.partition("=")[0]
+    with pytest.raises(UserError, match=rf"samples\(\)\[0\].{name}: expected"):
+        loaded(tmp_path, f"def samples(n, seed): return [decision({changed})]")
+
+
+@pytest.mark.parametrize("given", ["10**400", "1e300", "float('nan')", "'a'"])
+def test_a_reward_to_count_from_is_a_number_that_rewards_can_be(tmp_path, given):
+    with pytest.raises(UserError, match="REWARDED_ABOVE: expected a reward"):
+        loaded(tmp_path, f"REWARDED_ABOVE = {given}")
+
+
+def test_logits_are_plain_numbers_of_as_many_actions_in_every_call(tmp_path):
+    more = "def act(model, history):\n    x = logits(model, history).clone().requires_grad_()\n"
+    more += "    return x.as_subclass(nn.Parameter) if history.n else x[:, :2]"
+    agent = loaded(tmp_path, more)
+    logits = agent.act(history := agent.history([0]))
+    assert (type(logits), logits.requires_grad) == (torch.Tensor, False)
+    with pytest.raises(UserError, match="logits of 4 actions, as many as at first, got 2"):
+        agent.act(history.latest(0))
+
+
+def test_names_of_tasks_can_be_shown_and_written(tmp_path):
+    odd = "GOALS, HORIZON = ['a\\nb', '\\x1b[2J', '\\ud800', 7], 5\ndef make_env(goals): ..."
+    shown = "a\\nb", "\\x1b[2J", "\\ud800", "7"
+    assert read_tasks(loaded(tmp_path, odd).adapter) == (shown, 5)
+    with pytest.raises(UserError, match="GOALS raised ValueError"):
+        read_tasks(loaded(tmp_path, odd, "GOALS = [Mute()]").adapter)
+
+
 STATES, REWARDS, NOT = np.zeros((2, 1)), np.zeros(2), np.zeros(2, bool)
 GIVEN = {
     "None": None, "text": "abcde", "five texts": tuple("abcde"),
@@ -124,6 +159,9 @@ GIVEN = {
     "wide": (np.zeros((2, 3)), REWARDS, NOT, NOT, {}), "no rewards": (STATES, None, NOT, NOT, {}),
     "text rewards": (STATES, ["a", "b"], NOT, NOT, {}),
     "nan": (STATES, np.full(2, np.nan), NOT, NOT, {}),
+    "complex": (STATES, np.full(2, 1j), NOT, NOT, {}),
+    "huge rewards": (STATES, np.full(2, 1e38), NOT, NOT, {}),
+    "huge states": (np.full((2, 1), 1e300), REWARDS, NOT, NOT, {}),
     "no ends": (STATES, REWARDS, [None, [1]], NOT, {}), "scalars": (0, 0, 0, 0, {}),
     "infos": (STATES, REWARDS, NOT, NOT, [3]), "many": (np.zeros((3, 1)), REWARDS, NOT, NOT, {}),
 }  # fmt: skip
@@ -132,7 +170,8 @@ GIVEN = {
 @pytest.mark.parametrize("what", GIVEN)
 def test_what_an_environment_must_not_give_is_told(tmp_path, what):
     adapter = loaded(tmp_path).adapter
-    rooms = SimpleNamespace(reset=lambda **_: (STATES, {}), step=lambda _: GIVEN[what])
+    own = {"reset": lambda **_: (STATES, {}), "step": lambda _: GIVEN[what], "metadata": None}
+    rooms = SimpleNamespace(**own)
     adapter.module.make_env = lambda goals: rooms
     rooms = GymRooms(adapter, np.zeros(1), 5, np.zeros(2, int), [0])
     rooms.reset()

@@ -109,6 +109,7 @@ class AdapterAgent(Agent):
         tell: Callable[[str], None] = note,
     ) -> None:
         self.adapter, self.device = adapter, device
+        self.n_actions = 0  # not known yet
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)  # an untrained model is the same in each process and run
             model = adapter.call("load")
@@ -154,7 +155,10 @@ class AdapterAgent(Agent):
             is_fit = is_fit and logits.ndim == 2 and logits.shape[1] > 0
             check(is_fit and len(logits) == size, name, expected, kind(logits))
             check(logits.isfinite().all(), name, "finite logits", "some that are not")
-        return logits
+            self.n_actions = self.n_actions or logits.shape[1]
+            expected = f"logits of {self.n_actions} actions, as many as at first"
+            check(logits.shape[1] == self.n_actions, name, expected, logits.shape[1])
+        return logits.detach().as_subclass(Tensor)
 
     def tokens(self, history: History) -> list[Tokens]:
         """What each token of a batch of histories is; a map each."""

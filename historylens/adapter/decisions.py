@@ -11,6 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from historylens.adapter.file import Adapter, kind
+from historylens.common.reading import printable
 from historylens.common.settings import MOST
 from historylens.history import Decision
 from historylens.metrics import NAMES
@@ -18,6 +19,7 @@ from historylens.metrics import NAMES
 MAX_TITLE = 80  # characters that fit a picture's width
 TAKEN = ("sample", "title", "layer", "head", "n_context", *NAMES)
 Check = Callable[[bool, str, str, object], None]  # whether an array fits, its name, expected, got
+HELD = "float32 or int64 holds"
 NEEDED, WHOLE = ("states", "actions", "rewards", "query_state"), ("actions", "episodes")
 
 
@@ -53,8 +55,9 @@ def read_rewarded(
     if flag is None:
         name, given = "REWARDED_ABOVE", adapter.get("REWARDED_ABOVE")
     if given is not None:
-        is_number = isinstance(given, int | float) and np.isfinite(given)
-        adapter.check(is_number, name, "a finite number, a reward", repr(given))
+        is_number = isinstance(given, int | float) and abs(given) <= MOST
+        expected = f"a reward, a finite number, {MOST} at most"
+        adapter.check(is_number, name, expected, printable(repr(given)))
         return float(given), f"rewards above {given:g}, as {name} says"
     rewards = np.concatenate([one.rewards for one in decisions])
     values = np.unique(rewards)
@@ -68,7 +71,8 @@ def read_rewarded(
 
 
 def as_array(values: object, whole: bool = False) -> np.ndarray:
-    """An array of int64 or float32 from a tensor, an array or a list; of objects if no numbers.
+    """An array of int64 or float32 from a tensor, an array or a list; of objects if these do not
+    hold all that is in it.
 
     `whole`: they stand for whole numbers, which may be floats without a fraction.
     """
@@ -77,9 +81,10 @@ def as_array(values: object, whole: bool = False) -> np.ndarray:
     array = np.asarray(values)
     if array.dtype.kind not in "biuf":
         return array.astype(object)
-    if array.dtype.kind in "biu" or (whole and np.array_equal(array, array.round())):
-        return array.astype(np.int64)
-    return array.astype(np.float32)
+    is_whole = array.dtype.kind in "biu" or (whole and np.array_equal(array, array.round()))
+    dtype, most = (np.int64, 2**62) if is_whole else (np.float32, np.finfo(np.float32).max)
+    is_held = (np.abs(array) <= most) | ~np.isfinite(array)
+    return array.astype(dtype if is_held.all() else object)
 
 
 def _read(adapter: Adapter, index: int, given: Decision) -> Decision:
@@ -95,10 +100,12 @@ def _read(adapter: Adapter, index: int, given: Decision) -> Decision:
         if values is not None:
             with adapter.blamed(f"{where}.{name}"):
                 arrays[name] = as_array(values, whole=name in WHOLE)
-            check(arrays[name].dtype != object, name, "numbers", kind(values))
+            check(arrays[name].dtype != object, name, f"numbers that {HELD}", kind(values))
     arrays["rewards"] = rewards = arrays["rewards"].astype(np.float32)
     is_fit = rewards.ndim == 1 and len(rewards) > 0
     check(is_fit, "rewards", "shape (n,) with at least one transition", rewards.shape)
+    are_rewards = bool((np.abs(rewards) <= MOST).all())
+    check(are_rewards, "rewards", f"finite numbers, {MOST} at most", "others")
     _shape_states(check, arrays, n=len(rewards))
     arrays.setdefault("episodes", np.zeros(len(rewards), dtype=np.int64))
     for name in WHOLE:
@@ -108,7 +115,7 @@ def _read(adapter: Adapter, index: int, given: Decision) -> Decision:
     never_fall = (np.diff(arrays["episodes"]) >= 0).all()
     check(never_fall, "episodes", "numbers that never fall", "some that do")
     latest, now = int(arrays["episodes"][-1]), given.query_episode
-    is_fit = now is None or (isinstance(now, int | np.integer) and now >= latest)
+    is_fit = now is None or (isinstance(now, int | np.integer) and latest <= now <= MOST)
     check(is_fit, "query_episode", f"a whole number from {latest} on, the latest episode", now)
     is_whole = given.task is None or (_is_number(given.task) and given.task == int(given.task))
     check(is_whole, "task", "a whole number", kind(given.task))

@@ -6,7 +6,7 @@ They speak the vector API of Gymnasium (https://gymnasium.farama.org); nothing h
 that ends early begins anew at once, in each of the three modes of AutoresetMode: no action is lost.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,8 @@ import numpy as np
 from historylens.adapter.decisions import as_array
 from historylens.adapter.file import SIGNATURES, Adapter, kind
 from historylens.common.errors import expect
+from historylens.common.reading import printable
+from historylens.common.settings import MOST
 
 # What a method of an environment gives, and a dict.
 GIVEN = {"reset": ["states"], "step": ["states", "rewards", "terminated", "truncated"]}
@@ -36,7 +38,8 @@ def read_tasks(adapter: Adapter) -> tuple[tuple[str, ...], int]:
     adapter.check(is_list, "GOALS", "a list of names of tasks beside make_env()", kind(goals))
     is_count = isinstance(horizon, int) and horizon > 0
     adapter.check(is_count, "HORIZON", "a whole number, the steps of an episode", kind(horizon))
-    return tuple(map(str, goals)), horizon
+    with adapter.blamed("GOALS"):
+        return tuple(printable(str(goal)) for goal in goals), horizon
 
 
 class GymRooms:
@@ -98,11 +101,12 @@ class GymRooms:
         _ = self.states
         states, rewards, terminated, truncated, infos = self._call("step", actions)
         with self._blamed(f"what step() gives {OURS}"):
-            rewards, infos = np.asarray(rewards, np.float32), dict(infos)
+            rewards, infos = as_array(rewards), dict(infos)
             ended = np.logical_or(terminated, truncated).astype(bool)
         for what, values in (("rewards", rewards), ("ends", ended)):
-            is_fit = values.shape == (self._n,) and bool(np.isfinite(values).all())
-            expected = f"{what} of shape ({self._n},), finite"
+            is_fit = values.dtype != object and values.shape == (self._n,)
+            is_fit = is_fit and bool((np.abs(values) <= MOST).all())
+            expected = f"{what} of shape ({self._n},), finite, {MOST} at most"
             self._check(is_fit, f"step() {OURS}", expected, kind(values))
         self._states = reached = self._read_states(states)
         final = next((infos[key] for key in FINAL if key in infos), None)
@@ -110,12 +114,13 @@ class GymRooms:
         self._begun, self._due = ended & is_anew, ended & (not is_anew)
         if self._begun.any():
             reached = self._with_final(reached, final)
-        return reached, rewards, ended
+        return reached, rewards.astype(np.float32), ended
 
     @property
     def _mode(self) -> str:
         """How the environment begins anew, a name of `gymnasium.vector.AutoresetMode`, or NONE."""
-        mode = getattr(self._env, "metadata", {}).get("autoreset_mode")
+        told = getattr(self._env, "metadata", None)
+        mode = told.get("autoreset_mode") if isinstance(told, Mapping) else None
         return str(getattr(mode, "name", mode)).upper()
 
     def _with_final(self, states: np.ndarray, final: Any) -> np.ndarray:
