@@ -170,6 +170,34 @@ def test_a_file_that_cannot_be_read_is_moved_aside(tmp_path, text, why):
     assert (tmp_path / "earlier-1" / RESULTS).read_text() == text
 
 
+@pytest.mark.parametrize(("name", "value"), [
+    ("returns", [[[0.5] * 3]]), ("returns", [[[1e30] * 3]]), ("first_seed", True),
+    ("tokens_read", 8), ("decisions", None), ("kept_max", 3), ("seconds_model", 1e308),
+    ("ended_early", 2),
+])  # fmt: skip
+def test_no_number_is_taken_up_that_was_changed_since(tmp_path, name, value):
+    given = Result(FULL, np.ones((3, 1, 3)), Cost(decisions=7, tokens_read=9, seconds_model=0.1))
+    opened(tmp_path, n_seeds=1, n_episodes=3).add(given)
+    content = json.loads((tmp_path / RESULTS).read_text())
+    (block,) = content["arms"]["full"]["blocks"]
+    where = next(
+        (part for part in block.values() if isinstance(part, dict) and name in part), block
+    )
+    where[name] = value * 3 if name == "returns" else value
+    (tmp_path / RESULTS).write_text(json.dumps(content))
+    found = opened(tmp_path, n_seeds=1, n_episodes=3)
+    assert ("a damaged results.json" in found.found, found.blocks) == (True, {})
+    assert json.loads((tmp_path / "earlier-1" / RESULTS).read_text()) == content
+
+
+def test_results_of_an_earlier_version_without_a_digest_are_taken_up(tmp_path):
+    opened(tmp_path).add(ONES)
+    content = json.loads((tmp_path / RESULTS).read_text())
+    assert content.pop("digest")
+    (tmp_path / RESULTS).write_text(json.dumps(content))
+    assert len(opened(tmp_path).blocks) == 1
+
+
 SHORT = HORIZON - 2  # shorter than the way from one reward to the next decision that counts
 KEEP_REWARDS, FORGET = ("rewarded-recent", "best-episodes"), ("recent", "first-recent")
 

@@ -8,6 +8,7 @@ the same, finished blocks are used again; where it differs or is damaged, what l
 to a folder beside it.
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping
@@ -19,6 +20,7 @@ import numpy as np
 
 from historylens.common.errors import expect
 from historylens.common.files import FORMATS, INDEX, in_the_way, set_aside, write_json
+from historylens.common.settings import MOST
 from historylens.common.text import counted
 from historylens.comparison.policy import Cost
 from historylens.comparison.study import Arm, Result
@@ -78,6 +80,7 @@ class ResultsFile:
                 **({"ended_early": block.n_early} if block.n_early else {}),
             })  # fmt: skip
         head = {"schema_version": SCHEMA_VERSION, "fingerprint": self.fingerprint}
+        head["digest"] = _digest(self.blocks)
         write_json(self.path, head | {"complete": bool(told), **told, "arms": arms})
 
     def _read(self) -> str:
@@ -98,15 +101,28 @@ class ResultsFile:
                 cost = Cost(**entry["cost"], **entry["seconds"])
                 one = Result(arm, returns, cost, entry.get("ended_early", 0), first)
                 numbers = [x for x in asdict(cost).values() if x is not None]
-                is_fit = np.isfinite([*numbers, one.n_early, returns.sum()]).all()
+                is_fit = np.abs([*numbers, one.n_early, *returns.flat]).max() <= MOST  # NaN is not
                 is_fit &= key == arm.key and bool(arm.method)
                 shape = len(mine["goals"]), stops.get(first, 0) - first, mine["episodes"]
                 expect(is_fit and (differs or returns.shape == shape), key)
                 blocks[key, first] = one
+            found = _digest(blocks)
+            expect(content.get("digest", found) == found, "its digest")  # earlier ones have none
         except Exception:  # whatever was done to it
             return f"a damaged {self.path.name}"
         self.blocks = {} if differs else blocks
         return f"other {', '.join(differs)}" if differs else ""
+
+
+def _digest(blocks: Mapping[tuple[str, int], Result]) -> str:
+    """SHA-256 of all that follows from the settings: measured times do not."""
+    sha = hashlib.sha256()
+    for (key, first), one in sorted(blocks.items()):
+        cost = [(k, v) for k, v in asdict(one.cost).items() if not k.startswith("seconds")]
+        numbers = [(k, None if v is None else float(v)) for k, v in cost]
+        sha.update(repr((key, first, one.n_early, one.returns.shape, numbers)).encode())
+        sha.update(one.returns.astype(np.float64).tobytes())
+    return sha.hexdigest()
 
 
 def open_results(folder: Path, fingerprint: Mapping[str, Any], name: str = RESULTS) -> ResultsFile:
