@@ -23,8 +23,8 @@ import compare_compression
 import visualize_attention
 from historylens import analysis
 from historylens.analysis import AnalysisConfig, Job, measure, measure_drawn
-from historylens.common.batches import even_parts, is_out_of_memory
-from historylens.common.errors import UserError
+from historylens.common.batches import even_parts
+from historylens.common.errors import UserError, is_out_of_memory
 from historylens.common.processes import ALONE, Group, join
 from historylens.metrics import NAMES, Metrics
 from historylens.pictures import returns as pictures

@@ -225,6 +225,18 @@ def test_a_folder_of_a_stopped_run_says_that_it_is_incomplete(home):
     assert b"run its command again" in plain_files(home / "out")["INCOMPLETE.txt"]
 
 
+@pytest.mark.parametrize(("start", "said"), [
+    ("mkdir gone && cd gone && rmdir ../gone && exec {}", "error: the working folder is gone"),
+    ("PYTHONOPTIMIZE=2 exec {}", "error: python -OO"),
+])  # fmt: skip
+def test_where_no_command_can_run_each_says_so(tmp_path, start, said):
+    for main in (train, visualize_attention, compare_compression):
+        command = ["sh", "-c", start.format(f"{sys.executable} {main.__file__} --help")]
+        end = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        assert (end.returncode, end.stdout, end.stderr.count("\n")) == (2, "", 1)
+        assert end.stderr.startswith(said)
+
+
 class Odd(BaseException):
     pass
 
@@ -236,7 +248,7 @@ class Mute(Exception):
 
 @pytest.mark.parametrize(("error", "line"), [
     (ValueError("two\nlines"), "unexpected: ValueError: two lines; details in "),
-    (MemoryError(), "unexpected: MemoryError; "),
+    (MemoryError(), "error: out of memory: MemoryError; "),
     (RecursionError("deep"), "unexpected: RecursionError: deep; "),
     (SystemExit("why"), "unexpected: SystemExit: why; "),
     (Mute(), "unexpected: Mute; "), (Odd(1), "unexpected: Odd: 1; "),
@@ -361,6 +373,7 @@ def test_a_process_that_waits_for_others_does_not_wait_for_ever(monkeypatch):
     (["--batch-size=1000000000"], "GiB of memory"), (["--final-rollouts=1000000000"], "memory"),
     (["--horizon=1"], "no validation goal can be reached within --horizon 1"),
     (["--epsilon-start=0", "--epsilon-end=1"], "--epsilon-end 1.0, got 0.0"),
+    (["--lr=1e38"], "--lr of at most"), (["--epsilon-start=-0"], "between 0 and 1, got -0.0"),
     (["--seed=12345678901234567890"], "--seed of at most"), (["--lr=1e300"], "--lr of at most"),
     (["--device=meta"], "'meta', which is not there"), (["--checkpoints", "x" * 300], "too long"),
 ])  # fmt: skip
@@ -368,6 +381,14 @@ def test_what_cannot_be_is_refused_before_it_starts(home, monkeypatch, capsys, c
     monkeypatch.chdir(home)
     monkeypatch.setattr(training, "learning_histories", None)
     assert said in refused(train.main, [*TRAINING, *changed], capsys)
+
+
+@pytest.mark.parametrize("name", ["--episodes", "--rollouts"])
+def test_play_that_no_memory_holds_is_refused_before_it_starts(home, monkeypatch, capsys, name):
+    monkeypatch.chdir(home)
+    argv = [*ANALYSIS, "--play", f"{name}={2**53}"]
+    said = refused(visualize_attention.main, argv, capsys)
+    assert "lower --episodes or --rollouts" in said
 
 
 def test_memory_is_estimated_from_below(monkeypatch):

@@ -21,8 +21,7 @@ from types import ModuleType
 from typing import Any
 
 from historylens.capture import CaptureError
-from historylens.common.batches import is_out_of_memory
-from historylens.common.errors import UserError, expect, note, told
+from historylens.common.errors import UserError, expect, is_out_of_memory, note, told
 from historylens.history import Decision, History
 from historylens.tokens import Tokens
 

@@ -22,8 +22,8 @@ from tqdm import tqdm
 
 from historylens.agent import Agent, attend
 from historylens.capture import CaptureError, LayerAttention
-from historylens.common.batches import MAX_DRAWN, MAX_DRAWN_TOKENS, alike, is_out_of_memory
-from historylens.common.errors import UserError, expect
+from historylens.common.batches import MAX_DRAWN, MAX_DRAWN_TOKENS, alike, expect_memory
+from historylens.common.errors import UserError, expect, is_out_of_memory
 from historylens.common.processes import Group
 from historylens.history import Decision, History
 from historylens.metrics import Metrics
@@ -60,6 +60,9 @@ class Job:
         if config.plays:
             expect(agent.n_max, f"{agent.title}: it reads no history: there is nothing to look at")
             last = len(agent.environment.goals) * config.rollouts - 1
+            n_decisions = (last + 1) * config.episodes * agent.environment.horizon
+            each = 20 * (len(layers) + 1)  # bytes: shares of five kinds, beside even ones
+            expect_memory(each * n_decisions, "--episodes or --rollouts")
             what = f"expected --trajectory in 0..{last}, a rollout, got {config.trajectory}"
             expect(config.trajectory is None or config.trajectory <= last, what)
         job = cls(agent, config, group, layers, heads, Path(config.out))

@@ -11,5 +11,9 @@ _folder, _name = os.path.split(getattr(sys.modules["__main__"], "__file__", None
 _is_ours = _name in ("visualize_attention.py", "compare_compression.py", "train.py")
 if _name == "historylens" or (_is_ours and _folder == os.path.abspath(f"{__file__}/../../..")):
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    if not os.stat(".").st_nlink:
-        sys.exit("error: the working folder is gone: change to another one")
+    _wrong = "" if os.stat(".").st_nlink else "the working folder is gone: change to another one"
+    if sys.flags.optimize > 1:
+        _wrong = "python -OO (PYTHONOPTIMIZE=2) drops texts that are shown: run without it"
+    if _wrong:
+        print(f"error: {_wrong}", file=sys.stderr)
+        sys.exit(2)

@@ -4,8 +4,6 @@ import itertools
 import os
 from collections.abc import Hashable, Iterable
 
-import torch
-
 from historylens.common.errors import expect
 
 MAX_TOKENS = 2**12  # in a captured pass without maps: as fast as more, and easily shared out
@@ -39,12 +37,3 @@ def expect_memory(n_bytes: float, lower: str) -> None:
         expect(
             n_bytes < there, f"about {need} of memory are needed, {have} are here: lower {lower}"
         )
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether there was no memory left: numpy, PyTorch on a GPU and on a CPU say it differently."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    signs = ["DefaultCPUAllocator", "not enough memory"]
-    signs += ["CUBLAS_STATUS_ALLOC_FAILED", "CUDA error: out of memory"]
-    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)

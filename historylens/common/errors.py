@@ -11,6 +11,8 @@ import traceback
 from collections.abc import Callable, Iterator
 from typing import ClassVar
 
+import torch
+
 WHOLE = "what lay there before is whole: mend that, and run the same command again"
 STOPS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
 
@@ -33,11 +35,20 @@ def told(error: BaseException) -> str:
     return f"{type(error).__name__}: {said}" if said else type(error).__name__
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether there was no memory left: numpy, PyTorch on a GPU and on a CPU say it differently."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    signs = ["DefaultCPUAllocator", "not enough memory"]
+    signs += ["CUBLAS_STATUS_ALLOC_FAILED", "CUDA error: out of memory"]
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
+
+
 def run_command(main: Callable[[], None]) -> None:
     """Run a command, and exit as it ended.
 
-    2: a user's mistake, or the system refused something. 128 and a signal's number: `STOPS`. 1: all
-    else, with a traceback in a file.
+    2: a user's mistake, or the system refused something, memory too. 128 and a signal's number:
+    `STOPS`. 1: all else, with a traceback in a file.
     """
     _set_up_console()
     os.environ["MPLBACKEND"] = "agg"  # pictures are files
@@ -56,8 +67,12 @@ def run_command(main: Callable[[], None]) -> None:
         where = f"{error.filename}: " if error.filename else ""
         code, line = 2, f"error: {where}{error.strerror or told(error)}; {WHOLE}"
     except BaseException as error:
-        is_exit = isinstance(error, SystemExit) and isinstance(error.code, int | None)
-        code, line = (error.code, "") if is_exit else (1, _unexpected(error))
+        if isinstance(error, SystemExit) and isinstance(error.code, int | None):
+            code = error.code
+        elif is_out_of_memory(error):
+            code, line = 2, f"error: out of memory: {told(error)}; {WHOLE}"
+        else:
+            code, line = 1, _unexpected(error)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler or signal.SIG_DFL)

@@ -116,11 +116,11 @@ def writable_folder(out: str | Path, lock: bool = True) -> Iterator[Path]:
         probe.unlink(missing_ok=True)
         number = os.open(out, os.O_RDONLY) if lock and fcntl else None
     except OSError as error:
-        why = f"({error.strerror}): choose another with --out"
+        why = f"({error.strerror}): choose another"
         raise UserError(f"cannot write to the output folder {out} {why}") from error
     try:
         is_taken = number is not None and _is_taken(number)
-        expect(not is_taken, f"another run is writing to {out}: wait, or choose another with --out")
+        expect(not is_taken, f"another run is writing to {out}: wait, or choose another")
         _sweep(out)
         yield out
     finally:

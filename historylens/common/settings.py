@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from historylens.common.errors import expect
 
 T = TypeVar("T")
-MOST = 2**53  # of whole numbers: beyond it floats skip some
+MOST = 2**53  # of any number: beyond it floats skip whole ones
 
 
 def setting(default: Any, help: str | None, metavar: str | None = None, **flag: Any) -> Any:
@@ -35,19 +35,20 @@ class Settings:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            value, least = getattr(self, field.name), field.metadata.get("at_least")
+            value, least = getattr(self, field.name), field.metadata.get("at_least", -MOST)
+            most = field.metadata.get("at_most", MOST)
             expected = f"expected {flag_of(field.name)}"
             if value is None is field.default:
                 continue
             for got in value if isinstance(value, list) else [value]:
-                is_number = not isinstance(got, float) or math.isfinite(got)
-                expect(is_number, f"{expected} as a finite number, got {got}")
-                expect(least is None or got >= least, f"{expected} of at least {least}, got {got}")
-                most = field.metadata.get("at_most", 2.0**127 if isinstance(got, float) else MOST)
-                is_less = not isinstance(got, int | float) or got <= most
-                expect(is_less, f"{expected} of at most {most}, got {got}")
-                is_in = "fraction" not in field.metadata or 0 <= got <= 1
-                expect(is_in, f"{expected} between 0 and 1, got {got}")
+                is_finite = not isinstance(got, float) or math.isfinite(got)
+                expect(is_finite, f"{expected} as a finite number, got {got}")
+                if isinstance(got, int | float):
+                    expect(got >= least, f"{expected} of at least {least}, got {got}")
+                    expect(got <= most, f"{expected} of at most {most}, got {got}")
+                if "fraction" in field.metadata:
+                    is_in = 0 <= got <= 1 and math.copysign(1, got) > 0  # -0.0 is below others
+                    expect(is_in, f"{expected} between 0 and 1, got {got}")
                 choices = field.metadata.get("choices", [got])
                 expect(got in choices, f"{expected} of {', '.join(map(str, choices))}, got {got}")
 

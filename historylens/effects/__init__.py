@@ -13,8 +13,7 @@ from tqdm import tqdm
 
 from historylens.agent import Agent
 from historylens.capture import CaptureError
-from historylens.common.batches import is_out_of_memory
-from historylens.common.errors import UserError
+from historylens.common.errors import UserError, is_out_of_memory
 from historylens.effects.guide import PLACES, QUESTIONS, best_head, measure_guide
 from historylens.effects.heads import measure_heads
 from historylens.effects.knockout import SETS, measure_knockout
