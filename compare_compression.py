@@ -17,8 +17,6 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-import torch
-
 from historylens import comparison
 from historylens.agent import Agent
 from historylens.common.errors import run_command
@@ -32,6 +30,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         given_for("adapter", argv) is not None
     ):  # of the AD half nothing is imported: its names are the user's
         return comparison.main(argv)
+    import torch  # not before `historylens`, which lets Ctrl-C end what loads
+
     from ad.agent import load_for_acting
     from config import ActingConfig
 
