@@ -234,8 +234,8 @@ def rewrite(env="darkroom", **changed):
     ("--strategies head-0-9 --budgets 3", "a head in 0..1, got 'head-0-9'", None),
     ("--budgets 3 12", "expected --budgets in 1..11", None),
     ("--episodes 2 --budgets 10", "history shorter than the budget", None),
-    ("--out file", "--out", Path("file").touch),
-    ("--out file/a", "--out", Path("file").touch),
+    ("--out file", "output folder file ", Path("file").touch),
+    ("--out file/a", "output folder file/a ", Path("file").touch),
     ("--device abacus", "'abacus'", None),
 ])  # fmt: skip
 def test_a_mistake_is_one_line_and_leaves_earlier_results(home, capsys, argv, message, prepare):

@@ -370,8 +370,8 @@ MISTAKES = {
     "empty filter": (None, ["--goal", "0,1", "--history", "3"], "no decision passes the filter"),
     "steps before a full context": (None, ["--steps", "0:3"], "between 11"),
     "too long a stride": (None, ["--stride", "40"], "stride 40"),
-    "a file as output": (lambda: Path("file").write_text(""), ["--out", "file"], "--out"),
-    "output below a file": (lambda: Path("file").write_text(""), ["--out", "file/a"], "--out"),
+    "a file as output": (lambda: Path("file").write_text(""), ["--out", "file"], "folder file"),
+    "output below a file": (lambda: Path("file").write_text(""), ["--out", "file/a"], " file/a"),
     "a device that is not there": (None, ["--device", "cuda:99"], "'cuda:99', which is not there"),
     "no such device": (None, ["--device", "abacus"], "'abacus'"),
 }  # fmt: skip
