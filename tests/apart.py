@@ -91,7 +91,7 @@ def ended(pid, folder, seconds=60):
     )
     for name in ("out", "err"):
         folder.with_name(name).unlink(missing_ok=True)
-    why = re.compile("error|unexpected|interrupted|terminated")
+    why = re.compile("error|unexpected|interrupted|terminated|hung up")
     told = [line for line in re.split("[\r\n]", err) if why.match(line)]
     assert "Traceback" not in out + err
     return SimpleNamespace(code=code, out=out, err=err, told=told)

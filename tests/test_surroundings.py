@@ -31,7 +31,7 @@ from historylens.agent import pick_device
 from historylens.analysis import AnalysisConfig
 from historylens.common import processes
 from historylens.common.batches import expect_memory
-from historylens.common.errors import UserError, run_command
+from historylens.common.errors import UserError, run_command, undivided
 from historylens.common.files import staged, writable_folder, write_atomically
 from historylens.pictures import painter, prepare_output
 from historylens.pictures.painter import Painter
@@ -167,9 +167,10 @@ def test_a_folder_without_locks_is_written_to(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("signal_of", "code", "said"), [
     (signal.SIGTERM, 143, ["terminated"]), (signal.SIGINT, 130, ["interrupted"]),
-    (signal.SIGKILL, -9, []),
+    (signal.SIGHUP, 129, ["hung up"]), (signal.SIGKILL, -9, []),
 ])  # fmt: skip
-def test_no_drawing_process_outlives_a_stopped_command(tmp_path, signal_of, code, said):
+def test_no_drawing_process_outlives_a_stopped_command(tmp_path, unheard, signal_of, code, said):
+    unheard(signal_of, signal.SIG_DFL)  # whatever started these tests
     home, pictures = tmp_path / "home", tmp_path / "home" / "pictures"
     pictures.mkdir(parents=True)
 
@@ -235,6 +236,31 @@ def test_where_no_command_can_run_each_says_so(tmp_path, start, said):
         end = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
         assert (end.returncode, end.stdout, end.stderr.count("\n")) == (2, "", 1)
         assert end.stderr.startswith(said)
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT])
+def test_a_command_goes_on_where_a_signal_is_ignored(home, unheard, number):
+    def main(_):
+        for wrap in (contextlib.nullcontext, undivided):
+            with wrap():
+                os.kill(os.getpid(), number)
+
+    unheard(number, signal.SIG_IGN)  # as nohup does, and a script in its background
+    assert run_apart(main, [], home).code == 0
+
+
+@pytest.fixture
+def unheard():
+    """Sets what a signal does here, and in processes that begin here, until a test ends."""
+    before = {}
+
+    def set_to(number, what):
+        if number != signal.SIGKILL:
+            before[number] = signal.signal(number, what)
+
+    yield set_to
+    for number, what in before.items():
+        signal.signal(number, what)
 
 
 class Odd(BaseException):

@@ -15,6 +15,8 @@ import torch
 
 WHOLE = "what lay there before is whole: mend that, and run the same command again"
 STOPS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
+if hasattr(signal, "SIGHUP"):  # the terminal is gone
+    STOPS[signal.SIGHUP] = "hung up"
 
 
 class UserError(ValueError):
@@ -52,7 +54,7 @@ def run_command(main: Callable[[], None]) -> None:
     """
     _set_up_console()
     os.environ["MPLBACKEND"] = "agg"  # pictures are files
-    before = {number: signal.signal(number, _stop) for number in STOPS}
+    before = {number: signal.signal(number, _stop) for number in _heard()}
     code, line = 0, ""
     try:
         main()
@@ -82,6 +84,11 @@ def run_command(main: Callable[[], None]) -> None:
         sys.exit(code)
 
 
+def _heard() -> list[int]:
+    """Those of `STOPS` that are not to be ignored, as `nohup` asks."""
+    return [number for number in STOPS if signal.getsignal(number) != signal.SIG_IGN]
+
+
 def _stop(number: int, _frame: object) -> None:
     raise KeyboardInterrupt(number)
 
@@ -90,7 +97,7 @@ def _stop(number: int, _frame: object) -> None:
 def undivided() -> Iterator[None]:
     """Put Ctrl-C off until the block is done, so that what it changes is changed as a whole."""
     pressed: list[int] = []
-    before = {n: signal.signal(n, lambda number, _: pressed.append(number)) for n in STOPS}
+    before = {n: signal.signal(n, lambda number, _: pressed.append(number)) for n in _heard()}
     try:
         yield
     finally:
