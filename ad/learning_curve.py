@@ -65,5 +65,6 @@ def _draw_in_context(axes: Axes, test: dict[str, Any], config: dict[str, Any]) -
     title = f"After training: the weights are fixed, {test['rollouts']} rollouts a test goal"
     axes.set(title=title, xlabel="episode in context", ylabel="reward an episode")
     axes.set(xlim=(1, len(episodes)), ylim=(0, None))
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right", fontsize=8, ncols=2)

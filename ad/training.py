@@ -182,7 +182,7 @@ class Trainer:
     def validate(self) -> dict[str, Any]:
         """An entry of the log: return on training and validation goals, whether it is the best.
 
-        So is one less than a standard error below the best so far: then more training decides
+        So is one at most a standard error below the best so far: then more training decides
         (the one standard error rule of Breiman et al. 1984), and no lucky draw of rollouts.
         """
         entry: dict[str, Any] = {"step": self.step, "loss": float(np.mean(self.losses))}
@@ -206,7 +206,7 @@ class Trainer:
         scores = [past.get("score", past["validation_relative"]) for past in self.log]
         least = max(scores, default=-1.0) - entry["score_error"]
         is_sound = not self.log or math.isfinite(entry["loss"])  # the first is kept in any case
-        return entry | {"best": entry["score"] > least and is_sound}
+        return entry | {"best": entry["score"] >= least and is_sound}
 
     def state_dict(self) -> dict[str, Any]:
         """All that changes in training, as plain types and tensors."""

@@ -16,7 +16,7 @@ def test_a_checkpoint_is_kept_unless_it_is_a_standard_error_below_the_best_so_fa
         settings=Settings(), slidings=["step"],
     )  # fmt: skip
     # Runs begun before there was a score have those of validation goals.
-    cases = (0.4, 0, True), (0.6, 0, False), (0.6, 0.12, True), (0.6, 0.08, False)
+    cases = (0.4, 0, True), (0.5, 0, True), (0.6, 0, False), (0.6, 0.12, True), (0.6, 0.08, False)
     for before, error, kept in cases:
         trainer.log = [{"validation_relative": 0.1}, {"validation_relative": before}]
         numbers = {"relative": 0.5, "relative_error": error}

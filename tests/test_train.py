@@ -108,7 +108,7 @@ def kept_steps(log):
     return [
         entry["step"]
         for i, entry in enumerate(log)
-        if all(entry["score"] > past["score"] - entry["score_error"] for past in log[:i])
+        if all(entry["score"] >= past["score"] - entry["score_error"] for past in log[:i])
     ]
 
 
