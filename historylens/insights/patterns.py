@@ -184,9 +184,7 @@ class Pattern:
     advice: str
     meaning: str
     figure: Callable[[Scope], float]  # what the rule looks at
-    figure_name: str
     rule: Callable[[float], bool]  # whether the figure says that it holds
-    rule_text: str
     read: Callable[[Scope], Reading]
     strategies: tuple[str, ...]  # ways to compress that fit, in words
     example: str
@@ -202,9 +200,7 @@ PATTERNS = {
         advice="Consider compressing or removing distant history.",
         meaning="The model leans on what happened last and hardly reads what lies far back.",
         figure=lambda scope: float(np.median(scope.values["recent_distant_ratio"])),
-        figure_name="median ratio",
         rule=lambda ratio: ratio > RECENCY_RATIO,
-        rule_text=f"> {RECENCY_RATIO}",
         read=_recency,
         strategies=(
             "Recent K: keep the latest K transitions untouched",
@@ -221,9 +217,7 @@ PATTERNS = {
         advice="Consider sampling that covers the whole history; compress with care.",
         meaning="The model reads broadly: no stretch of its history stands out.",
         figure=lambda scope: scope.mean("entropy"),
-        figure_name="mean entropy",
         rule=lambda entropy: entropy > UNIFORM_ENTROPY,
-        rule_text=f"> {UNIFORM_ENTROPY}",
         read=_uniform,
         strategies=(
             "Diverse sampling: keep transitions that differ, so that nothing is left uncovered",
@@ -240,9 +234,7 @@ PATTERNS = {
         advice="Consider keeping the most attended positions and pruning the rest.",
         meaning="The model has clear preferences among the transitions it could read.",
         figure=lambda scope: scope.mean("entropy"),
-        figure_name="mean entropy",
         rule=lambda entropy: entropy < FOCUSED_ENTROPY,
-        rule_text=f"< {FOCUSED_ENTROPY}",
         read=_focused,
         strategies=(
             "Keep the positions that receive most of the attention",
@@ -259,9 +251,7 @@ PATTERNS = {
         advice="Consider keeping only the few positions that carry the decision.",
         meaning="A handful of positions receives most of what the history is given.",
         figure=lambda scope: float(is_sparse(scope.values).mean()),
-        figure_name="sparse rows",
         rule=lambda share: share > SPARSE_MAJORITY,
-        rule_text=f"> {SPARSE_MAJORITY:.0%}",
         read=_sparse,
         strategies=(
             "Threshold: keep positions with a weight above 0.1",
