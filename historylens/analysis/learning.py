@@ -41,7 +41,7 @@ def over_learning(play: Play, layers: Sequence[int], seed: int) -> dict[str, Any
     Plain values, None where there is none: mean and 95 % interval over rollouts, beside what
     uniform attention would give, `even`. "since_first_reward" is None where no reward was earned.
     """
-    reward, shares, even = _by_episode(play)
+    reward, shares, even = _by_episode(play, play.episodes)
     n_rollouts, n_episodes = reward.shape
     rng = np.random.default_rng((seed, 0))
     rewarded = play.rewards > play.rewarded_above  # (R, N)
@@ -58,10 +58,12 @@ def over_learning(play: Play, layers: Sequence[int], seed: int) -> dict[str, Any
         "since_first_reward": None,
     }
     if len(having):
-        aligned = [_shifted(values[having], first) for values in (reward, shares, even)]
-        since = np.arange(1 - n_episodes, n_episodes)
+        since = play.episodes.copy()
+        since[having] -= first[:, None]
+        aligned = [values[having] for values in _by_episode(play, since + n_episodes - 1)]
         keep = (~np.isnan(aligned[0])).sum(0) >= max(1, STILL_THERE * len(having))
-        curves = _curves(since[keep], *(values[:, keep] for values in aligned), layers, rng)
+        numbers = np.flatnonzero(keep) + 1 - n_episodes
+        curves = _curves(numbers, *(values[:, keep] for values in aligned), layers, rng)
         result["since_first_reward"] = curves
     n_own, span = (~np.isnan(reward)).sum(1, keepdims=True), min(SPAN, n_episodes // 2)
     episode, at = np.arange(n_episodes), np.full((n_rollouts, 1), 3 * n_episodes)  # of none
@@ -77,30 +79,23 @@ def over_learning(play: Play, layers: Sequence[int], seed: int) -> dict[str, Any
     return result
 
 
-def _by_episode(play: Play) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Reward `(R, E)`, shares `(R, E, L, K)` and even ones `(R, E, K)`; NaN after the last one."""
-    n_rollouts, n_episodes = len(play.tasks), int(play.episodes.max()) + 1
-    rows = np.broadcast_to(np.arange(n_rollouts)[:, None], play.episodes.shape)
+def _by_episode(play: Play, episodes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Reward `(R, E)`, shares `(R, E, L, K)` and even ones `(R, E, K)` of numbered episodes.
+
+    `episodes (R, N)` int: the number of each step's, from 0; NaN where a rollout has none of it.
+    """
+    rows = np.arange(len(episodes))[:, None]
 
     def summed(values: np.ndarray) -> np.ndarray:
-        total = np.zeros((n_rollouts, n_episodes, *values.shape[2:]))
-        np.add.at(total, (rows, play.episodes), values)
+        total = np.zeros((len(episodes), episodes.max() + 1, *values.shape[2:]))
+        np.add.at(total, (rows, episodes), values)
         return total
 
-    n_steps = summed(np.ones(play.episodes.shape))
+    n_steps = summed(np.ones(episodes.shape))
     n_steps[n_steps == 0] = np.nan
     reward = summed(play.rewards) + 0 * n_steps
     shares = summed(play.shares) / n_steps[:, :, None, None]
     return reward, shares, summed(play.even) / n_steps[:, :, None]
-
-
-def _shifted(values: np.ndarray, first: np.ndarray) -> np.ndarray:
-    """`(R, E, ...)` as `(R, 2 E - 1, ...)` in which episode `first` `(R,)` has place `E - 1`."""
-    n_rollouts, n_episodes = values.shape[:2]
-    shifted = np.full((n_rollouts, 2 * n_episodes - 1, *values.shape[2:]), np.nan)
-    places = np.arange(n_episodes) + n_episodes - 1 - first[:, None]
-    shifted[np.arange(n_rollouts)[:, None], places] = values
-    return shifted
 
 
 def _curves(
