@@ -194,16 +194,12 @@ def csv_lines(
 
     `label_columns` are empty where a sample has no such label.
     """
-
-    def rows() -> Iterator[list[Any]]:
-        yield ["sample", *label_columns, "layer", "head", "n_context", *NAMES]
-        for index, decision in enumerate(decisions):
-            labels = [decision.labels.get(key, "") for key in label_columns]
-            for place, (layer, heads) in enumerate(zip(metrics.layers, metrics.heads, strict=True)):
-                own = metrics.values[index, place, [*range(len(heads)), -1]].tolist()
-                for head, values in zip((*heads, "mean"), own, strict=True):
-                    yield [index, *labels, layer, head, decision.n, *values]
-
-    line = SimpleNamespace(write=str)  # a file whose write() gives the text back
-    writer = csv.writer(line, lineterminator="\n")
-    return map(writer.writerow, rows())
+    back = SimpleNamespace(write=str)  # a file whose write() gives the text back
+    line = csv.writer(back, lineterminator="\n").writerow
+    yield line(["sample", *label_columns, "layer", "head", "n_context", *NAMES])
+    for index, decision in enumerate(decisions):
+        labels = [decision.labels.get(key, "") for key in label_columns]
+        for place, (layer, heads) in enumerate(zip(metrics.layers, metrics.heads, strict=True)):
+            own = metrics.values[index, place, [*range(len(heads)), -1]].tolist()
+            for head, values in zip((*heads, "mean"), own, strict=True):
+                yield line([index, *labels, layer, head, decision.n, *values])

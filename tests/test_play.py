@@ -14,8 +14,10 @@ from ad.darkroom import DarkRoom
 from historylens.agent import Environment
 from historylens.analysis import AnalysisConfig, Job, measure
 from historylens.analysis import play as module
+from historylens.analysis.job import batches
 from historylens.analysis.learning import over_learning
 from historylens.analysis.play import KINDS, record
+from historylens.common.errors import UserError
 from historylens.common.processes import ALONE
 from historylens.metrics import Metrics
 
@@ -118,6 +120,15 @@ def test_attention_at_random_steps_is_that_of_the_plain_model(tiny_config, setti
             wide = np.full((len(layers), 12), np.nan)
             wide[:, 11 - len(read) :] = rows
             np.testing.assert_allclose(play.rows[t], wide, atol=1e-6)
+
+
+@pytest.mark.parametrize("run", [record, lambda job: [*batches(job, [([0], [])])]])
+def test_attention_that_cannot_be_captured_is_said_as_a_mistake(real, run):
+    agent = Recorder()
+    job = job_of(agent)
+    agent.decisions, agent.forward = real.choose(1, 0), agent.logits  # nothing attends
+    with pytest.raises(UserError, match="attention cannot be captured"):
+        run(job)
 
 
 @pytest.mark.parametrize("seed", [0, 3])

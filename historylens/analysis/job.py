@@ -124,8 +124,6 @@ def batches(job: Job, parts: Sequence[Pass]) -> Iterator[Batch]:
             piece, batch = indices[start : start + limit], None
             try:
                 batch = _run(job, piece, [i - start for i in drawn if 0 <= i - start < len(piece)])
-            except CaptureError as error:
-                raise UserError(f"attention cannot be captured: {error}") from error
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
@@ -162,12 +160,15 @@ def attention_of(
     """One forward pass, each layer captured as it runs; maps of those of the `B` that are drawn.
 
     Action logits `(B, A)`, the attention of chosen heads by the number of their layer, and rows
-    `(B, T)` that weigh all that the query may see equally.
+    `(B, T)` that weigh all that the query may see equally. UserError: it cannot be captured.
     """
     agent, heads = job.agent, dict(zip(job.layers, job.heads, strict=True))
     is_mixed = job.config.precision == "bfloat16"
-    with torch.autocast(agent.device.type, torch.bfloat16, enabled=is_mixed):
-        logits, layers = attend(agent, history, job.layers, received=bool(drawn), maps=drawn)
+    try:
+        with torch.autocast(agent.device.type, torch.bfloat16, enabled=is_mixed):
+            logits, layers = attend(agent, history, job.layers, received=bool(drawn), maps=drawn)
+    except CaptureError as error:
+        raise UserError(f"attention cannot be captured: {error}") from error
     visible = np.logical_or.reduce([layer.visible.numpy() for layer in layers])
     attention = dict(zip(job.layers, layers, strict=True))
     for number, layer in attention.items():

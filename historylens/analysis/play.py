@@ -19,9 +19,7 @@ from tqdm import tqdm
 
 from historylens.agent import Environment, rollout
 from historylens.analysis.job import Job, attention_of, transition_rows
-from historylens.capture import CaptureError
 from historylens.common.batches import MAX_ROOMS, MAX_TOKENS_ACTING, even_parts
-from historylens.common.errors import UserError
 from historylens.history import Decision, History, HistoryBuffer, spread_decisions
 from historylens.tokens import sum_rows
 
@@ -143,10 +141,7 @@ class _Watcher:
         job, agent, self._buffer, t = self._job, self._job.agent, buffer, buffer.n
         history = buffer.history(query_states, max(0, t - agent.n_max))
         history = replace(history, rewarded_above=agent.rewarded_above)
-        try:
-            logits, attention, even = attention_of(job, history)
-        except CaptureError as error:
-            raise UserError(f"attention cannot be captured: {error}") from error
+        logits, attention, even = attention_of(job, history)
         tokens = agent.tokens(history)
         rows = np.stack([heads.mean(1) for heads in transition_rows(attention, tokens)], 1)
         kinds = torch.stack([rule(history) for rule in KINDS.values()], 1).cpu().numpy()
