@@ -276,14 +276,12 @@ class Trial:
         controls = {}
         for name in ("empty", *(name for name, one in METHODS.items() if one.kind == "control")):
             try:
-                controls[name] = self._control(name)
+                rows, changed = self.exchanged(name)
+                one = Effect.of(self.agent, self.full[rows], changed, changed.n, self.beta)
+                controls[name] = one
             except UserError as error:  # not every model can act without history
                 self.not_run[name] = str(error)
         return controls
-
-    def _control(self, name: str) -> Effect:
-        rows, changed = self.exchanged(name)
-        return Effect.of(self.agent, self.full[rows], changed, changed.n, self.beta)
 
     def exchanged(self, name: str, some: Tensor | None = None) -> tuple[Tensor, History]:
         """The decisions that a control can show something of, and their histories under it.

@@ -17,15 +17,7 @@ from historylens.effects import measure
 from historylens.effects.guide import guide_text
 from historylens.effects.heads import heads_text
 from historylens.effects.knockout import copied, knockout_text
-from historylens.effects.measure import (
-    ENOUGH,
-    ENOUGH_FLIPS,
-    UNMOVED,
-    Effect,
-    budgets,
-    has_own_size,
-    nats,
-)
+from historylens.effects.measure import UNMOVED, Effect, budgets, has_own_size, nats
 from historylens.insights import Insight
 from historylens.insights.patterns import PATTERNS
 
@@ -129,8 +121,8 @@ class MeasuredEffects:
                 "band_percentiles": list(measure.BAND),
                 "seed": self.seed,
                 "beta": self.beta,
-                "enough_nats": ENOUGH,
-                "enough_flips": ENOUGH_FLIPS,
+                "enough_nats": measure.ENOUGH,
+                "enough_flips": measure.ENOUGH_FLIPS,
                 "unmoved": UNMOVED,
                 "unmoved_empty": UNMOVED_EMPTY,
             },
@@ -290,7 +282,8 @@ class MeasuredEffects:
         legend = (
             f"decisions whose action changes; {len(others[:N_SHOWN])} of {len(others)} methods; "
             f"+ (-): KL below (above) {measure.N_DRAWS} random draws; enough: fewest from which on "
-            f"KL <= {ENOUGH}, at a reference temperature, and changes <= {ENOUGH_FLIPS:.0%}"
+            f"KL <= {measure.ENOUGH}, at a reference temperature, and changes <= "
+            f"{measure.ENOUGH_FLIPS:.0%}"
         )
         table = aligned([("kept", *map(str, sizes), "enough"), *rows], left=[0])
         return [*table, wrap(legend), *own_sizes]
