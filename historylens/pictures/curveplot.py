@@ -17,6 +17,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator, NullLocator
 
+from historylens.common.text import counted
 from historylens.pictures.page import FAINT, INK, REWARD, SOFT, Page
 
 BAND = "#dfdfdf"
@@ -63,8 +64,7 @@ def deletion_curves(
     drawn = in_order(strategies, worst)
     height = sum(ROW + MORE * (len(strategy.rule) - 1) for strategy in drawn)
     page = Page(1180, LEGEND + height + ROW + 14, dpi)
-    n_decisions = drawn[0].sizes[0]["n_decisions"]
-    decisions = "1 decision" if n_decisions == 1 else f"{n_decisions:,} decisions"
+    decisions = counted(drawn[0].sizes[0]["n_decisions"], "decision")
     about = f"Decisions made again on part of their {n_context:,} transitions, against all of them"
     chance = "; below the grey band: better than chance" if drawn[0].name == "random" else ""
     title = f"Effect of dropping history · {decisions}"

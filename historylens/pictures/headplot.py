@@ -31,7 +31,8 @@ def head_effects(
 ) -> None:
     """Draw effects of heads, entries of "heads" as `effects.heads.measure_heads` gives them."""
     kinds = [kind for kind in PANELS if kind in heads[0]]
-    drawn = _chosen(heads, kinds[-1])
+    largest = np.argsort([-one[kinds[-1]]["kl"] for one in heads], kind="stable")[:MAX_ROWS]
+    drawn = [heads[i] for i in sorted(largest)]
     height = ROW * len(drawn)
     page = Page(LEFT + len(kinds) * (WIDTH + GAP), TOP + height + BELOW, dpi)
     about = (
@@ -59,12 +60,6 @@ def head_effects(
             text += "…" if rest else ""
             page.text(ROLE, y + 12 * (i - (len(parts) - 1) / 2), text, 8)
     page.save(path)
-
-
-def _chosen(heads: Sequence[Mapping[str, Any]], kind: str) -> list[Mapping[str, Any]]:
-    """The rows to draw, in their order."""
-    most = np.argsort([-one[kind]["kl"] for one in heads], kind="stable")[:MAX_ROWS]
-    return [heads[i] for i in sorted(most)]
 
 
 def _draw_panel(axes: Any, drawn: Sequence[Mapping[str, Any]], kind: str, colours: Mapping) -> None:

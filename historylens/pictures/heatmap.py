@@ -15,6 +15,7 @@ import numpy as np
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike
 
+from historylens.common.text import counted
 from historylens.pictures.order import MAX_STARTS, SampleAttention, history_strip, subtitle
 from historylens.pictures.page import MARGIN, SOFT, Page, in_lines
 from historylens.pictures.shades import color_bar, last_rows, pool, scale_of, to_colours
@@ -39,8 +40,7 @@ def heatmap(
 
     `scale`: weights at the ends of the colour scale (`color_range`); `more`: ends the heading.
     """
-    counted = "1 head" if len(heads) == 1 else f"{len(heads)} heads"
-    title = f"Attention heatmap · layer {layer} · {counted}{more}"
+    title = f"Attention heatmap · layer {layer} · {counted(len(heads), 'head')}{more}"
     if sample.tokens.n == 0:
         return draw_no_history(path, title, sample, dpi)
     starts, owned, rewarded = sample.on_tokens

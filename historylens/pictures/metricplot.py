@@ -14,6 +14,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator, MaxNLocator
 
+from historylens.common.text import counted
 from historylens.pictures.page import INK, SOFT, UNIFORM, UNIFORM_LINE, Page, make_room
 
 BLUE = "#3b7ea1"
@@ -114,8 +115,7 @@ def course(
 
 def _page(title: str, values: Values, more: Sequence, dpi: int) -> tuple[Page, Plots]:
     page = Page(1020, 780, dpi)
-    n_samples = values["entropy"].shape[-1]
-    samples = "1 sample" if n_samples == 1 else f"{n_samples:,} samples"
+    samples = counted(values["entropy"].shape[-1], "sample")
     about = "Attention of the query token to its history, averaged over heads"
     page.heading(90, f"{title} · {samples}", about)
     mean = "mean over samples", {"colors": INK, "linewidths": 2}

@@ -16,6 +16,7 @@ import numpy as np
 
 from historylens.capture import LayerAttention
 from historylens.common.files import rounded
+from historylens.common.text import counted
 from historylens.history import Decision
 from historylens.metrics import uniform_received as causal_received
 from historylens.pictures.page import REWARD
@@ -152,8 +153,8 @@ def subtitle(decision: Decision, tokens: Tokens) -> str:
     """The line that says which decision a picture shows, and how long its context is."""
     n_tokens = len(tokens) - tokens.part.count(PADDING)
     query = " and the query: " if tokens.is_plain else ", "
-    transitions = "1 transition" if tokens.n == 1 else f"{tokens.n:,} transitions"
-    return f"{decision.title} · {transitions}{query}T = {n_tokens:,} token{'s' * (n_tokens > 1)}"
+    transitions, read = counted(tokens.n, "transition"), counted(n_tokens, "token")
+    return f"{decision.title} · {transitions}{query}T = {read}"
 
 
 def history_strip(

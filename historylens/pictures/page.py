@@ -13,7 +13,6 @@ vectors, what is pasted is an image. The same content gives the same bytes: no f
 import struct
 import zlib
 from collections.abc import Sequence
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_agg import FigureCanvasAgg, RendererAgg
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
@@ -35,6 +34,7 @@ from historylens.common.files import write_atomically
 INK, SOFT, FAINT = "#222222", "#444444", "#8a8a8a"
 REWARD, UNIFORM = "#e4572e", "#c4007a"
 HEAD_COLOURS = ("#0173b2", "#de8f05", "#029e73", "#cc78bc", "#ca9161", "#56b4e9")
+RULER = RendererAgg(1, 1, 100)  # measures texts, at a pixel a page unit
 MARGIN = 14  # between text and the right edge, page units
 UNIFORM_LINE = {"colors": UNIFORM, "linewidths": 1.6, "linestyles": "--"}
 VECTORS = {
@@ -179,15 +179,10 @@ class Page:
         self._shown.append(artist)
 
 
-@lru_cache(maxsize=1)
-def _ruler() -> Any:
-    return FigureCanvasAgg(Figure(figsize=(0.1, 0.1), dpi=100)).get_renderer()
-
-
 def text_width(text: str, size: float, weight: str = "normal") -> float:
     """Width of a text in page units, a little more than it takes at any resolution."""
     font = FontProperties(size=size, weight=weight)
-    return 1.03 * _ruler().get_text_width_height_descent(text, font, False)[0]
+    return 1.03 * RULER.get_text_width_height_descent(text, font, False)[0]
 
 
 def in_lines(text: str, width: float, size: float, weight: str = "normal") -> list[str]:
