@@ -190,11 +190,10 @@ def measure(job: Job, metrics: Metrics) -> None:
     rest = alike((i, agent.length(i)) for i in range(job.n_drawn, len(agent.decisions)))
     passes = [same[p.start : p.stop] for same in rest for p in even_parts(0, len(same), size)]
     own = [(passes[i], ()) for i in job.group.share(len(passes))]
-    if own:
-        with job.progress("metrics", sum(len(part) for part, _ in own), " samples") as bar:
-            for batch in batches(job, own):
-                batch.measure(metrics)
-                bar.update(len(batch.indices))
+    with job.progress("metrics", sum(len(part) for part, _ in own), " samples") as bar:
+        for batch in batches(job, own):
+            batch.measure(metrics)
+            bar.update(len(batch.indices))
 
 
 def measure_drawn(job: Job, metrics: Metrics) -> Shown:

@@ -116,8 +116,7 @@ class Batch:
 
 def batches(job: Job, parts: Sequence[Pass]) -> Iterator[Batch]:
     """Passes over decisions and which of them to draw; what does not fit memory is halved."""
-    limit = max((len(indices) for indices, _ in parts), default=0)
-    told = False
+    limit = largest = max((len(indices) for indices, _ in parts), default=0)
     for indices, drawn in parts:
         start = 0
         while start < len(indices):
@@ -128,13 +127,13 @@ def batches(job: Job, parts: Sequence[Pass]) -> Iterator[Batch]:
                 if not is_out_of_memory(error):
                     raise
             if batch is None:  # what the pass held is free by now
-                limit, told = _halve(job, len(piece), told), True
+                limit = _halve(job, len(piece), is_first=limit == largest)
                 continue
             yield batch
             start += len(piece)
 
 
-def _halve(job: Job, n_samples: int, told: bool) -> int:
+def _halve(job: Job, n_samples: int, is_first: bool) -> int:
     """Half of a batch that was too large, said on stderr the first time."""
     device, half = job.agent.device, n_samples // 2
     if not half:
@@ -145,7 +144,7 @@ def _halve(job: Job, n_samples: int, told: bool) -> int:
         )
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    if not told:
+    if is_first:
         tqdm.write(
             f"note: a batch of {n_samples} samples does not fit the memory of {device}; going on "
             f"with {half} or fewer",

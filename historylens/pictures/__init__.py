@@ -34,13 +34,11 @@ from historylens.pictures.roommap import room_map
 from historylens.pictures.timestrip import attention_over_time
 
 HEADS_A_PAGE = 16  # a heatmap has so many panels at most
-CURVES, HEADS = "deletion_curves.png", "head_effects.png"
-LEARNING, OVER_TIME = "attention_over_learning.png", "attention_over_time.png"
 ROWS = "attention_over_time.npz"
 INCOMPLETE = "INCOMPLETE.txt"  # there from when an earlier run is cleared until all is drawn
 
 
-def prepare_output(out: Path, layers: Sequence[int], followed: Path | None = None) -> Path:
+def prepare_output(out: Path, layers: Sequence[int], followed: Path | None = None) -> None:
     """Make the output folder; UserError where files cannot be written to where they will lie."""
     with writable_folder(out, lock=False):
         inside = [out, *filter(None, [followed])]
@@ -50,7 +48,6 @@ def prepare_output(out: Path, layers: Sequence[int], followed: Path | None = Non
             is_fit = path.is_dir() == (path in folders) and os.access(path, os.W_OK)
             if os.path.lexists(path) and not is_fit:
                 raise in_the_way(out, path)
-    return out
 
 
 def clear_pictures(out: Path) -> None:
@@ -134,9 +131,9 @@ def alone(effects: Any, learning: Mapping[str, Any] | None, title: str) -> dict[
     """Name -> what draws a picture that there is once, and its arguments, if it was measured."""
     own = {"learning": learning, "title": f"Attention over learning · {title}"}
     pictures = {
-        LEARNING: (attention_over_learning, learning and own),
-        CURVES: (deletion_curves, effects.curves_picture),
-        HEADS: (head_effects, effects.heads_picture),
+        "attention_over_learning.png": (attention_over_learning, learning and own),
+        "deletion_curves.png": (deletion_curves, effects.curves_picture),
+        "head_effects.png": (head_effects, effects.heads_picture),
     }
     return {name: one for name, one in pictures.items() if one[1]}
 
@@ -154,4 +151,5 @@ def draw_play(
     about = f"own play: {play.environment.named[0]} {task}, rollout {number}"
     own = {"episode_starts": starts, "rewards": rewarded, "title": "Attention over time"}
     by_layer = dict(zip(layers, rows, strict=True))
-    painter.draw(attention_over_time, out / OVER_TIME, by_layer, **own, subtitle=about, dpi=dpi)
+    path = out / "attention_over_time.png"
+    painter.draw(attention_over_time, path, by_layer, **own, subtitle=about, dpi=dpi)
