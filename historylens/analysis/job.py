@@ -47,9 +47,8 @@ class Job:
     def of(cls, agent: Agent, config: Any, group: Group) -> "Job":
         """Check everything; no file of an earlier run is touched.
 
-        Raises:
-            UserError: there is no such layer, head or rollout, the model to play reads no history,
-                or the output folder cannot be written.
+        UserError: there is no such layer, head or rollout, the model to play reads no history, or
+        the output folder cannot be written.
         """
         from historylens.pictures import prepare_output
 

@@ -104,11 +104,11 @@ def record(job: Job) -> Play:
         watched = [(i, _watch(job, parts[i], n_steps, bar)) for i in own]
     gathered = job.group.broadcast(job.group.gather(watched))
     in_order = [part for _, part in sorted(pair for some in gathered for pair in some)]
-    rows = next(filter(lambda one: one is not None, [part.pop("rows") for part in in_order]), None)
     arrays = {name: np.concatenate([part[name] for part in in_order]) for name in in_order[0]}
+    rows = arrays.pop("rows")  # of the one that is followed, if any
     tasks = np.arange(n_rollouts) % n_tasks
     about = environment, agent.n_max, agent.rewarded_above, tasks
-    return Play(*about, **arrays, rows=rows)
+    return Play(*about, **arrays, rows=rows[0] if len(rows) else None)
 
 
 def _watch(job: Job, rollouts: range, n_steps: int, bar: tqdm) -> dict[str, Any]:
@@ -130,11 +130,9 @@ class _Watcher:
         shape = len(rollouts), n_steps
         self._shares = np.empty((*shape, len(job.layers), len(KINDS)), dtype=np.float32)
         self._even = np.empty((*shape, len(KINDS)), dtype=np.float32)
-        self._place = self._rows = None
-        if job.config.trajectory in rollouts:
-            self._place = rollouts.index(job.config.trajectory)
-            width = job.agent.n_max + 1
-            self._rows = np.full((n_steps, len(job.layers), width), np.nan, dtype=np.float32)
+        self._followed = [i for i, number in enumerate(rollouts) if number == job.config.trajectory]
+        shape = len(self._followed), n_steps, len(job.layers), job.agent.n_max + 1
+        self._rows = np.full(shape, np.nan, dtype=np.float32)
 
     def act(self, buffer: HistoryBuffer, query_states: Tensor) -> Tensor:
         """Action logits `(B, A)`, on the latest transitions, as many as the model reads."""
@@ -147,8 +145,7 @@ class _Watcher:
         kinds = torch.stack([rule(history) for rule in KINDS.values()], 1).cpu().numpy()
         self._shares[:, t] = np.einsum("bln,bkn->blk", rows[..., :-1], kinds)
         self._even[:, t] = np.einsum("bn,bkn->bk", sum_rows(even, tokens)[:, :-1], kinds)
-        if self._place is not None:
-            self._rows[t, :, -rows.shape[2] :] = rows[self._place]
+        self._rows[:, t, :, -rows.shape[2] :] = rows[self._followed]
         return logits
 
     def arrays(self) -> dict[str, Any]:

@@ -37,22 +37,15 @@ EPSILON = 1e-12
 
 @dataclass(frozen=True)
 class Role:
-    """What a head reads, in figures that are means over the decisions that have such tokens.
+    """What a head reads, in figures that are means over the decisions that have such tokens."""
 
-    Attributes:
-        name: of `ROLES`, or "mixed", whose figures are those of its largest part.
-        share: attention on its tokens, of all. Of "uniform" the entropy over transitions, of that
-            of even reading.
-        even: the same of uniform attention.
-        part: of the mixture, the figure that fired.
-        text: share and even in words.
-    """
-
-    name: str
+    name: str  # of `ROLES`, or "mixed", whose figures are those of its largest part
+    # Attention on its tokens, of all. Of "uniform" the entropy over transitions, of that of even
+    # reading.
     share: float
-    even: float
-    part: float
-    text: str
+    even: float  # the same of uniform attention
+    part: float  # of the mixture, the figure that fired
+    text: str  # share and even in words
 
 
 class Keys:
@@ -135,13 +128,10 @@ def roles_of(
 ) -> list[Role]:
     """A role for each of `H` heads; without any transition all are "sink".
 
-    Args:
-        rows: `(B, H, T)`, attention rows of the query token. What one lacks to 1 lies on keys that
-            are no tokens (learned sinks), and counts as on the query token.
-        visible: `(B, T)` bool, keys that the mask lets the query see.
-        tokens: a map each of the `B` decisions.
-        history: before them, without padding.
-        actions: `(B,)` int, the model's most likely action now.
+    `rows (B, H, T)` are attention rows of the query token; what one lacks to 1 lies on keys that
+    are no tokens (learned sinks), and counts as on the query token. `visible (B, T)` bool: keys
+    that the mask lets the query see. `tokens` are a map each of the `B` decisions, `history` is
+    without padding, and `actions (B,)` int are the most likely ones now.
     """
     if not history.n:
         return [Role("sink", 1.0, 1.0, 1.0, "100% on its own token")] * rows.shape[1]
