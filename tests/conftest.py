@@ -1,6 +1,7 @@
 """What several test modules share: one thread, a tiny model, tiny histories."""
 
 import os
+import signal
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start, too
@@ -17,6 +18,9 @@ from historylens.common.errors import run_command
 from model import ADTransformer
 
 torch.set_num_threads(1)
+for number in (signal.SIGINT, signal.SIGHUP):  # heard, also where these tests run under nohup
+    if signal.getsignal(number) == signal.SIG_IGN:
+        signal.signal(number, signal.default_int_handler)
 hypothesis.settings.register_profile(
     "suite", deadline=None, max_examples=25, derandomize=True, database=None
 )

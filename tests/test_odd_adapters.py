@@ -130,7 +130,7 @@ def test_numbers_that_would_become_others_are_told(tmp_path, changed):
 
 @pytest.mark.parametrize("given", ["10**400", "1e300", "float('nan')", "'a'"])
 def test_a_reward_to_count_from_is_a_number_that_rewards_can_be(tmp_path, given):
-    with pytest.raises(UserError, match="REWARDED_ABOVE: expected a reward"):
+    with pytest.raises(UserError, match="REWARDED_ABOVE: expected a finite number"):
         loaded(tmp_path, f"REWARDED_ABOVE = {given}")
 
 

@@ -319,7 +319,7 @@ WRONG = [  # what is changed in the adapter, and what is said
     (ABOUT, ABOUT[:-1] + ', "query_episode": 1}', "query_episode: expected a whole number from 2"),
     (ABOUT, ABOUT[:-1] + ', "query_episode": 2.5}', "query_episode: .*got 2.5"),
     (ABOUT, ABOUT[:-1] + ', "goal": (0, 1)}', r"goal: expected 1 numbers, as states, got \(2,\)"),
-    (ABOUT, ABOUT[:-1] + ', "goal": "left"}', "goal: expected numbers, got a str"),
+    (ABOUT, ABOUT[:-1] + ', "goal": "left"}', "goal: expected numbers that .* holds, got a str"),
     (ABOUT, ABOUT[:-1] + ', "goal": 200}', r"position\(\): .*got \[0, 200\] for \[200\]"),
 ]  # fmt: skip
 

@@ -56,7 +56,7 @@ def read_rewarded(
         name, given = "REWARDED_ABOVE", adapter.get("REWARDED_ABOVE")
     if given is not None:
         is_number = isinstance(given, int | float) and abs(given) <= MOST
-        expected = f"a reward, a finite number, {MOST} at most"
+        expected = f"a finite number, a reward, {MOST} at most"
         adapter.check(is_number, name, expected, printable(repr(given)))
         return float(given), f"rewards above {given:g}, as {name} says"
     rewards = np.concatenate([one.rewards for one in decisions])
