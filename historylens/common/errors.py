@@ -11,8 +11,6 @@ import traceback
 from collections.abc import Callable, Iterator
 from typing import ClassVar
 
-import torch
-
 WHOLE = "what lay there before is whole: mend that, and run the same command again"
 STOPS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
 if hasattr(signal, "SIGHUP"):  # the terminal is gone
@@ -39,11 +37,11 @@ def told(error: BaseException) -> str:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether there was no memory left: numpy, PyTorch on a GPU and on a CPU say it differently."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
     signs = ["DefaultCPUAllocator", "not enough memory"]
     signs += ["CUBLAS_STATUS_ALLOC_FAILED", "CUDA error: out of memory"]
-    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
+    is_told = isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
+    # torch.OutOfMemoryError by its name: torch is slow to import.
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or is_told
 
 
 def run_command(main: Callable[[], None]) -> None:
