@@ -209,6 +209,17 @@ def test_new_runs_alone_decide_on_the_arm_to_confirm(unsettled, level, verdict):
     assert (ruled_out in text) == (level > 5)
 
 
+@pytest.mark.parametrize(("behind", "first"), [(0.4, "even@10"), (0.6, "recent@20")])
+def test_of_arms_that_a_margin_does_not_tell_apart_the_smallest_is_the_most_promising(
+    behind, first
+):
+    best, small = result("recent@20", 10.4, noise=12.0), result("even@10", 10.4, noise=12.0)
+    small = replace(small, returns=best.returns - behind)  # the margin is 0.5
+    study = judged(best, small)
+    assert study.unsettled[0].arm.key == first
+    assert {row.verdict for row in study.unsettled} == {"inconclusive"}
+
+
 FEW = {"shape": (N_GOALS, 6, N_EPISODES)}
 
 

@@ -144,12 +144,22 @@ class Study:
 
     @property
     def unsettled(self) -> list[Row]:
-        """Open arms that save tokens, with none recommended: safe so far by budget, then others."""
+        """Open arms that save tokens, with none recommended, the most promising first.
+
+        Those that are safe so far, by budget; then those that earn a margin less than the best of
+        them at most, by budget, too; then the others.
+        """
         if self.doubts or self.recommended is not None:
             return []
         rows = [row for row in self.candidates if row.verdict in OPEN and self.saves(row)]
         rows.sort(key=lambda row: (-row.difference.value, row.cost.tokens, row.arm.key))
-        return sorted(rows, key=lambda row: row.arm.n_keep if row.verdict == SO_FAR else np.inf)
+        least = rows[0].difference.value - self.margin if rows else 0.0
+
+        def rank(row: Row) -> tuple[bool, float]:
+            is_near = row.verdict == SO_FAR or row.difference.value >= least
+            return row.verdict != SO_FAR, row.arm.n_keep if is_near else np.inf
+
+        return sorted(rows, key=rank)
 
 
 def judge(results: list[Result], margin_share: float, best: Best = None, seed: int = 0) -> Study:
