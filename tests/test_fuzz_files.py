@@ -4,6 +4,7 @@ FUZZ_CASES=400 python -m pytest -n 0 tests/test_fuzz_files.py
 """
 
 import os
+import sys
 
 import fuzz_changes
 import fuzz_files
@@ -29,7 +30,8 @@ def test_a_damaged_file_ends_in_the_right_numbers_or_in_a_line(area):
     (lambda: os.abort(), "crashes"),
     (lambda: [None for _ in iter(int, 1)], "hangs"),
     (lambda: fuzz_files.agent.expect(False, "a line"), "a line"),
-    (lambda: fuzz_files.agent.expect(False, "a\x1b[2J line"), "a bad line"),
+    (lambda: fuzz_files.agent.expect(False, "a\x1b[2J line"), "a line"),
+    (lambda: sys.exit(print("error: a\x1b[2J line", file=sys.stderr) or 2), "a bad line"),
 ])  # fmt: skip
 def test_the_ends_are_told_apart(tmp_path, monkeypatch, work, expected):
     monkeypatch.setattr(fuzz_files, "job", lambda *_: work())

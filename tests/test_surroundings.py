@@ -274,6 +274,7 @@ class Mute(Exception):
 
 @pytest.mark.parametrize(("error", "line"), [
     (ValueError("two\nlines"), "unexpected: ValueError: two lines; details in "),
+    (ValueError("\x1b[31mred"), "unexpected: ValueError:  [31mred; details in "),
     (MemoryError(), "error: out of memory: MemoryError; "),
     (RecursionError("deep"), "unexpected: RecursionError: deep; "),
     (SystemExit("why"), "unexpected: SystemExit: why; "),

@@ -77,7 +77,7 @@ def run_command(main: Callable[[], None]) -> None:
         for number, handler in before.items():
             signal.signal(number, handler or signal.SIG_DFL)
     if line:
-        print(" ".join(line.splitlines()), file=sys.stderr)
+        print("".join(c if c.isprintable() else " " for c in line), file=sys.stderr)
     if code:
         sys.exit(code)
 
