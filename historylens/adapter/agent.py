@@ -99,6 +99,8 @@ class AdapterAgent(Agent):
     a line where modules mix tokens unseen.
     """
 
+    n_actions = 0  # that act() gives logits of; 0: not known yet
+
     def __init__(
         self,
         adapter: Adapter,
@@ -109,7 +111,6 @@ class AdapterAgent(Agent):
         tell: Callable[[str], None] = note,
     ) -> None:
         self.adapter, self.device = adapter, device
-        self.n_actions = 0  # not known yet
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)  # an untrained model is the same in each process and run
             model = adapter.call("load")

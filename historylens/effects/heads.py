@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from historylens.agent import attend, run_heads
 from historylens.common.batches import MAX_WEIGHTS
-from historylens.common.errors import UserError, expect
+from historylens.common.errors import expect
 from historylens.common.text import aligned, counted, listed, wrap
 from historylens.effects.measure import Resampled, Trial, moved, nats
 from historylens.effects.roles import roles_of
@@ -39,15 +39,14 @@ def measure_heads(
     expect(len(rows) > 1, "expected two decisions or more, to have a mean of, got one")
     history = trial.history.rows(rows)
     full, own = run_heads(trial.agent, history)
-    if not {*own} & {*layers}:
-        what = "expected heads side by side, before a projection, in nn.MultiheadAttention, "
-        raise UserError(f"{what}scaled_dot_product_attention or softmax(...) @ values, got none")
+    what = "expected heads side by side, before a projection, in nn.MultiheadAttention, "
+    what += "scaled_dot_product_attention or softmax(...) @ values, got none"
+    expect({*own} & {*layers}, what)
     given = {"mean": {i: layer.output.mean(0, keepdim=True) for i, layer in own.items()}}
     if "other-task" not in trial.not_run:
         _, donors = trial.exchanged("other-task", rows)
-        given["other-task"] = {
-            i: layer.output for i, layer in run_heads(trial.agent, donors)[1].items()
-        }
+        others = run_heads(trial.agent, donors)[1]
+        given["other-task"] = {i: layer.output for i, layer in others.items()}
     resampled = Resampled(len(rows), trial.generator("heads"))
     tokens, actions = trial.agent.tokens(history), full.argmax(-1).cpu().numpy()
     _, attention = attend(trial.agent, history, layers)

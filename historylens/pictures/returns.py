@@ -277,14 +277,14 @@ def _draw_panel(
     style = {"color": FULL_COLOUR, "lw": 2.2, "ls": "--", "zorder": 5}
     axes.plot(episodes, full.by_episode, label="full history", **style)
     rows = [row for row in study.candidates if row.arm.n_keep == budget]
-    others = "other strategies"  # named once
+    others = iter(["other strategies"])  # named once
     for row in sorted(rows, key=lambda row: row.arm.name not in colours):
-        style = {"color": GREY, "lw": 0.8, "zorder": 2, "label": others}
-        others = others if row.arm.name in colours else None
         if row.arm.name in colours:
             loss = fixed(row.adaptation_loss.value, 1, "+")
             style = {"color": colours[row.arm.name], "lw": 1.6, "zorder": 4}
             style["label"] = f"{row.arm.name} ({loss})"
+        else:
+            style = {"color": GREY, "lw": 0.8, "zorder": 2, "label": next(others, None)}
         axes.plot(episodes, row.by_episode, **style)
     style = {"color": EMPTY_COLOUR, "lw": 1.6, "ls": ":", "zorder": 3}
     label = f"empty history ({fixed(empty.adaptation_loss.value, 1, '+')})"
