@@ -14,7 +14,7 @@ from historylens.common.errors import expect
 from historylens.common.settings import Settings, setting
 
 DEFAULTS_OF: dict[str, dict[str, Any]] = {  # what differs from the defaults below
-    "darkroom": {},
+    "darkroom": {"values": "afterstates", "epsilon_start": 0.2},
     "darkroom-hard": {
         "grid_size": 17, "initial_value": 0.03, "epsilon_start": 0.2, "n_replays": 1,
         "n_source_steps": 6000, "n_streams": 12, "lr": 3e-3, "eval_episodes": 100,
@@ -55,6 +55,10 @@ class SourceConfig(Settings):
 
     n_streams: int = setting(60, "learning histories a training goal", at_least=1)
     n_source_steps: int = setting(3000, "environment steps of each learning history", at_least=1)
+    values: str = setting(
+        "actions", "what it learns the value of: actions in a state, or afterstates, the cells to "
+        "which they lead, by which it explores faster", choices=("actions", "afterstates"),
+    )  # fmt: skip
     discount: float = setting(0.9, "discount of the Q-learner", fraction=True)
     step_size: float = setting(1.0, "step size of the Q-learner", fraction=True)
     n_replays: int = setting(

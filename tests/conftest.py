@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 import torch
 
+from ad.checkpoints import HISTORIES_NAME
 from ad.darkroom import N_ACTIONS, DarkRoom
 from config import ModelConfig
 from dataset import Histories
 from historylens.common.errors import run_command
+from historylens.common.files import write_atomically
 from model import ADTransformer
 
 torch.set_num_threads(1)
@@ -25,41 +27,6 @@ hypothesis.settings.register_profile(
     "suite", deadline=None, max_examples=25, derandomize=True, database=None
 )
 hypothesis.settings.load_profile("suite")
-
-
-class PlainRoom:
-    """One room in plain python: the slow twin."""
-
-    def __init__(self, goal, size, horizon, env="darkroom"):
-        self.goal, self.size, self.horizon, self.env = tuple(goal), size, horizon, env
-
-    def reset(self, start=None):
-        self.t, self.has_key, self.is_done = 0, False, False
-        self.cell = tuple(start) if start is not None else (self.size // 2, self.size // 2)
-        return self.cell
-
-    def reward(self):
-        """The rules of each task in turn, as the paper states them."""
-        if self.env == "darkroom":
-            return int(self.cell == self.goal)
-        if self.is_done:
-            return 0
-        if self.env == "darkroom-hard":
-            self.is_done = self.cell == self.goal
-            return int(self.is_done)
-        key, door = self.goal[:2], self.goal[2:]
-        if not self.has_key:
-            self.has_key = self.cell == key
-            return int(self.has_key)
-        self.is_done = self.cell == door
-        return int(self.is_done)
-
-    def step(self, action):
-        move = [(1, 0), (-1, 0), (0, 1), (0, -1), (0, 0)][action]
-        row, col = (min(max(x + d, 0), self.size - 1) for x, d in zip(self.cell, move, strict=True))
-        self.cell = (row, col)
-        self.t += 1
-        return self.cell, self.reward(), self.t == self.horizon
 
 
 def make_histories(
@@ -118,6 +85,38 @@ def tiny_histories() -> Histories:
     return make_histories()
 
 
+@pytest.fixture(scope="module")
+def few_effects():
+    """Few decisions of what costs most, where the effects of heads and sets are not looked at."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("historylens.effects.guide.MAX_TOKENS_SETS", 5_000)
+        patch.setattr("historylens.effects.heads.N_DECISIONS", 4)
+        for limit, n in (("N_DECISIONS", 4), ("N_DECISIONS_BY_LAYER", 2)):
+            patch.setattr(f"historylens.effects.knockout.{limit}", n)
+        yield
+
+
+def draw_quickly(path, *_, **__):
+    """Stands for a picture."""
+    write_atomically(path, f"picture {path.name}".encode())
+
+
+def without_drawing(patch):
+    """Pictures are a few bytes each."""
+    from historylens.pictures.painter import Painter
+
+    draw = Painter.draw
+    patch.setattr(Painter, "draw", lambda self, _, path, *a, **k: draw(self, draw_quickly, path))
+    patch.setattr("ad.learning_curve.draw_learning_curve", lambda _, path: draw_quickly(path))
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """So are they, written by this process, for tests that do not look at them."""
+    without_drawing(monkeypatch)
+    monkeypatch.setattr("historylens.pictures.painter.MIN_PICTURES", 10**6)
+
+
 def refused(main, argv, capsys) -> str:
     """The one line, without its newline, with which a command refuses, exit code 2."""
     capsys.readouterr()
@@ -128,6 +127,20 @@ def refused(main, argv, capsys) -> str:
     assert said.count("\n") == 1, said
     assert said.startswith("error: ")
     return said.strip()
+
+
+def run_in_two(main, argv, prepare=lambda rank: None):
+    """Run a command as two forked processes that share its work, each prepared for its rank."""
+    options = {"nprocs": 2, "start_method": "fork"}
+    torch.multiprocessing.start_processes(_run_one_of_two, (main, argv, prepare), **options)
+
+
+def _run_one_of_two(rank, main, argv, prepare):
+    os.environ |= {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}", "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": f"{20_000 + os.getppid() % 10_000}"}
+    torch.cuda.is_available = lambda: False  # what is forked cannot use it
+    prepare(rank)
+    main(argv)
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
@@ -150,6 +163,13 @@ def write_checkpoint(path, model: ADTransformer, goals=None, step=5, **config) -
     }
     torch.save(content, path)
     return path
+
+
+@pytest.fixture
+def run_file(tmp_path, tiny_model) -> Path:
+    """A checkpoint of two test goals as other code writes it, no digest; histories beside it."""
+    make_histories().save(tmp_path / HISTORIES_NAME)
+    return write_checkpoint(tmp_path / "ckpt-5.pt", tiny_model, [[4, 4], [0, 3]])
 
 
 def n_hooks(model: torch.nn.Module) -> int:

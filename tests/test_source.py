@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from conftest import PlainRoom
+from plain_room import PlainRoom
 
 from ad.darkroom import (
     MOVES,
@@ -52,15 +52,21 @@ def plain_learning(goals, env, source, seed):
     taken = np.zeros((n, len(steps)), dtype=int)
     for i in range(n):
         room = PlainRoom(goals[i], size, env.horizon, env.env)
-        q = {}  # by cell and how much is found
+        q = {}  # by cell and how much is found, and the action, or by the cell it leads to
+
+        def key(state, action):
+            if source.values == "actions":
+                return state, action
+            moved = zip(state[0], MOVES[action].tolist(), strict=True)
+            return tuple(min(max(x + d, 0), size - 1) for x, d in moved), state[1]
 
         def values(state, q=q):
-            return q.setdefault(state, [f(source.initial_value)] * 5)
+            return [q.get(key(state, action), f(source.initial_value)) for action in range(5)]
 
-        def learn(state, action, reward, after, values=values):
+        def learn(state, action, reward, after, q=q, values=values):
             future = f(0) if after[1] == n_hidden else max(values(after))
-            target = f(reward) + f(source.discount) * future
-            values(state)[action] += f(source.step_size) * (target - values(state)[action])
+            error = f(reward) + f(source.discount) * future - values(state)[action]
+            q[key(state, action)] = values(state)[action] + f(source.step_size) * error
 
         for t in steps:
             if t % env.horizon == 0:
@@ -84,12 +90,14 @@ def plain_learning(goals, env, source, seed):
 
 
 @pytest.mark.parametrize("env", TASKS)
-@pytest.mark.parametrize(("step_size", "n_replays"), [(1.0, 0), (0.3, 0), (1.0, 1), (0.3, 2)])
-def test_vectorised_learning_equals_one_learner_after_the_other(env, step_size, n_replays):
-    exploring = {"epsilon_start": 0.8, "epsilon_end": 0.1, "n_replays": n_replays}
+@pytest.mark.parametrize("values", ["actions", "afterstates"])
+@pytest.mark.parametrize(("step_size", "n_replays"), [(1.0, 0), (0.3, 0), (0.3, 2)])
+def test_vectorised_learning_equals_one_learner_after_the_other(env, values, step_size, n_replays):
+    exploring = {"epsilon_start": 0.8, "epsilon_end": 0.1, "n_replays": n_replays, "values": values}
     source = SourceConfig(n_source_steps=240, step_size=step_size, **exploring)
     env = replace(SMALL, env=env, horizon=8)
-    goals = all_goals(3, env.env)[::4]
+    goals = all_goals(3, env.env)
+    goals = goals[:: len(goals) // 4]
     fast = learning_histories(goals, env, source, seed=5, n_streams=2)
     plain = plain_learning(np.repeat(goals, 2, axis=0), env, source, seed=5)
     assert np.array_equal(fast.actions, plain)
@@ -108,6 +116,16 @@ def test_exploring_in_straight_lines_finds_far_goals_sooner():
     corners = np.array([[0, 0], [0, 8], [8, 0], [8, 8]])
     histories = learning_histories(corners, EnvConfig(), SourceConfig(n_source_steps=200), 0, 40)
     assert (histories.rewards.sum(axis=1) > 0).mean() > 0.6  # 0.2 if ties are broken at random
+
+
+def test_by_afterstates_it_sees_a_room_far_sooner():
+    def seen(values):  # cells in the first three episodes, before many have found the corner
+        source = SourceConfig(n_source_steps=60, values=values, epsilon_start=0.2)
+        histories = learning_histories(np.array([[0, 0]]), EnvConfig(), source, 0, 40)
+        return np.mean([len(np.unique(cells, axis=0)) for cells in histories.next_states])
+
+    assert seen("actions") < 36
+    assert seen("afterstates") > 42
 
 
 def test_histories_are_what_a_room_does_in_whole_episodes_streams_of_a_goal_side_by_side(tmp_path):

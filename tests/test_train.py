@@ -22,7 +22,7 @@ from ad.acting import rollout_goals
 from ad.checkpoints import checkpoint_step, checkpoints_in, load_checkpoint, read_file
 from ad.darkroom import optimal_return, split_goals
 from ad.training import AveragedModel, Settings, Trainer, lr_factor, make_optimizer
-from config import ModelConfig, TrainConfig
+from config import DEFAULTS_OF, ModelConfig, TrainConfig
 from dataset import Histories
 from historylens.common.settings import flag_of, to_dict
 from model import ADTransformer
@@ -100,7 +100,7 @@ def test_a_finished_run_holds_checkpoints_histories_numbers_a_picture_and_nothin
     content = read_file(kept[-1])
     assert set(content) == {"step", "config", "model", "optimizer", "lr_sched", "goals"}
     assert content["optimizer"] is content["lr_sched"] is None
-    assert content["config"].items() >= (TINY | OWN).items()
+    assert content["config"].items() >= (DEFAULTS_OF["darkroom"] | TINY | OWN).items()
 
 
 def kept_steps(log):
