@@ -24,11 +24,13 @@ from wired import (
 
 from historylens.agent import look
 from historylens.common.errors import UserError
+from historylens.common.text import WIDTH, columns
 from historylens.effects.guide import best_head, guide_text, measure_guide, readings, rollout
 from historylens.effects.heads import heads_text, measure_heads
 from historylens.effects.knockout import copied as warning
 from historylens.effects.knockout import hidden_from, knockout_text, measure_knockout
 from historylens.effects.measure import Resampled, Trial, kl_divergence
+from historylens.effects.roles import ROLES
 from historylens.history import History
 from historylens.tokens import Tokens
 
@@ -57,7 +59,7 @@ def test_the_head_that_decides_is_told_from_one_that_is_read_without_effect():
     p = torch.tensor([8.0, 0, 0]).double().softmax(0)
     even = (p * (3 * p).log()).sum().item()
     assert heads[0, 0]["mean"]["kl"] == pytest.approx(even, rel=1e-4)
-    assert "layer 0 head 0" in heads_text(measured).splitlines()[2]
+    assert "head-0-0" in heads_text(measured).splitlines()[2]
 
 
 def test_heads_that_back_each_other_up_show_together():
@@ -100,9 +102,8 @@ def test_what_is_hidden_is_hidden_from_all_tokens_or_from_those_of_no_transition
     assert every[0].tolist() == [[0] * 5] * 2 + [[1, 1, 0, 0, 0]] * 3
     assert query[0].tolist() == [[0] * 5] * 4 + [[1, 1, 0, 0, 0]]
     first = Tokens(np.array([-1, 0, 1]), ("query", "transition", "transition"), decides=2)
-    assert hidden_from([first], chosen[:1], False, "cpu").int().tolist() == [
-        [[0, 1, 0], [0, 0, 0], [0, 1, 0]]
-    ]
+    (found,) = hidden_from([first], chosen[:1], False, "cpu").int().tolist()
+    assert found == [[0, 1, 0], [0, 0, 0], [0, 1, 0]]
 
 
 def test_nothing_is_said_of_copies_where_some_layers_are_not_looked_at():
@@ -131,10 +132,10 @@ def test_heads_that_cannot_be_told_apart_are_said_to_be_so():
     agent.layers = ["Wired"]
     trial = Trial(agent, 99, seed=0)
     assert "expected heads side by side" in trial.not_run["norm and contribution"]
-    for measure in (lambda: measure_heads(trial, [0], [[0]], BAR),
-                    lambda: measure_knockout(trial, [0], BAR)):  # fmt: skip
-        with pytest.raises(UserError, match="heads"):
-            measure()
+    with pytest.raises(UserError, match="heads"):
+        measure_heads(trial, [0], [[0]], BAR)
+    with pytest.raises(UserError, match="heads"):
+        measure_knockout(trial, [0], BAR)
 
 
 @pytest.fixture(scope="module")
@@ -153,20 +154,18 @@ def test_the_guide_equals_sets_kept_and_dropped_one_by_one(trial):
     assert found["drop"]["budgets"] == [2]
     scores = readings(trial, [0, 1], [[0, 1], [1]])
     names = ["attention", "norm", "contribution", "rollout", "recency"]
-    assert [*scores] == [*names, "layer 0", "layer 0 head 0", "layer 0 head 1", "layer 1",
-                         "layer 1 head 1"]  # fmt: skip
+    names += ["layer 0", "layer 0 head 0", "layer 0 head 1", "layer 1", "layer 1 head 1"]
+    assert [*scores] == names
     for question in ("keep", "drop"):
         for place in ("renumbered", "in place"):
             one = found[question][place]
             is_first = (question, place) == ("keep", "renumbered")
-            expected = [name for name in scores if is_first or "layer" not in name]
-            assert [*one["readings"]] == expected
+            assert [*one["readings"]] == (names if is_first else names[:5])
             for name, shown in one["readings"].items():
                 for i, k in enumerate(found[question]["budgets"]):
-                    plain = [plain_kl(trial, b, scores[name][b], k, question, place)
-                             for b in range(5)]  # fmt: skip
+                    of = [plain_kl(trial, b, scores[name][b], k, question, place) for b in range(5)]
                     own = [shown["kl"][i], shown["kl_reference"][i]]
-                    assert own == pytest.approx(np.mean(plain, axis=0), abs=1e-5)
+                    assert own == pytest.approx(np.mean(of, axis=0), abs=1e-5)
             best, random = (np.array(one[name]["kl_reference"]) for name in ("best", "random"))
             sign = 1 if question == "keep" else -1
             assert (sign * best <= sign * random).all()
@@ -263,9 +262,8 @@ def test_heads_and_knockout_equal_a_plain_walk_of_the_encoder(trial):
             values, weights = (part[:, one["head"]] for part in seen[one["layer"]])
             mean = (weights @ values).mean(0, keepdim=True).expand_as(x)
             other = walk(model, x, None, (one["layer"], one["head"], mean))[0]
-            assert one["mean"]["kl"] == pytest.approx(
-                float(kl_divergence(full, other).mean()), abs=1e-5
-            )
+            kl = float(kl_divergence(full, other).mean())
+            assert one["mean"]["kl"] == pytest.approx(kl, abs=1e-5)
     found = measure_knockout(trial, [0, 1], BAR)["sets"]["rewarded"]
     for key in ("query", "all"):
         hidden = functional.pad(history.rewarded, (0, 1))[:, None].expand(-1, 12, -1).clone()
@@ -307,3 +305,17 @@ def test_few_decisions_give_no_verdict_on_attention_and_one_neither_an_interval_
     assert (shown["share"], shown["interval"]) == (pytest.approx(1, abs=1e-6), None)
     with pytest.raises(UserError, match="two decisions or more, to have a mean of, got one"):
         measure_heads(trial, [0], [[0, 1]], BAR)
+
+
+@pytest.mark.parametrize("name", ROLES)
+@pytest.mark.parametrize("kl", [0.0, 2e-4, 0.0456, 12.345])
+def test_no_line_about_heads_is_wider_than_the_console(name, kl):
+    moved = {"kl": kl, "kl_interval": [0.9 * kl, 1.1 * kl], "flips": 1.0}
+    heads = [
+        {"layer": 10, "head": head, "mean": moved, "other-task": moved,
+         "role": {"name": name, "share": 1.0, "even": 1.0}}
+        for head in range(12)
+    ]  # fmt: skip
+    told = heads_text({"heads": heads, "samples": range(24), "not_told_apart": []})
+    assert max(map(columns, told.splitlines())) <= WIDTH
+    assert "head-10-0" in told

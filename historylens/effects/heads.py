@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-import numpy as np
 from torch import Tensor
 from tqdm import tqdm
 
@@ -20,7 +19,7 @@ from historylens.agent import attend, run_heads
 from historylens.common.batches import MAX_WEIGHTS
 from historylens.common.errors import expect
 from historylens.common.text import aligned, counted, listed, wrap
-from historylens.effects.measure import Resampled, Trial, moved, nats
+from historylens.effects.measure import NOTHING, Resampled, Trial, moved, nats
 from historylens.effects.roles import roles_of
 
 KINDS = {"mean": "mean", "other-task": "another task's"}
@@ -99,18 +98,18 @@ def heads_text(measured: Mapping[str, Any]) -> str:
     ranked = sorted(single, key=lambda one: -one[kinds[-1]]["kl"])
     n, n_all = len(measured["samples"]), len(single)
     title = f"WHICH HEADS ACT ({counted(n, 'decision')})"
-    table = [("head", "reads", *(f"KL, {KINDS[kind]}" for kind in kinds), "flips")]
+    table = [("head", "reads (evenly)", *(f"KL, {KINDS[kind]}" for kind in kinds), "flips")]
     for one in ranked[:N_SHOWN]:
-        where = f"layer {one['layer']} head {one['head']}"
+        where = f"head-{one['layer']}-{one['head']}"  # as the strategy that keeps what it reads
         numbers = [f"{nats(one[k]['kl'])} {_ends(one[k]['kl_interval'])}" for k in kinds]
         role = one["role"]
-        reads = "{name}: {share:.0%}, evenly {even:.0%}".format(**role)
+        reads = "{name}: {share:.0%} ({even:.0%})".format(**role)
         reads = role["name"] if role["name"] == "mixed" else reads
         table.append((where, reads, *numbers, f"{one[kinds[-1]]['flips']:.0%}"))
     other = ", or for that under another task's history" if "other-task" in kinds else ""
     legend = (
-        f"{min(N_SHOWN, n_all)} of {counted(n_all, 'head')}, by what happens when their output is "
-        f"exchanged for its mean{other}; KL in nats [95%]"
+        f"head-LAYER-HEAD: {min(N_SHOWN, n_all)} of {counted(n_all, 'head')}, by what happens when "
+        f"their output is exchanged for its mean{other}; KL in nats [95%]"
     )
     lines = [title, *aligned(table, [0, 1]), wrap(legend)]
     if measured["not_told_apart"]:
@@ -120,4 +119,4 @@ def heads_text(measured: Mapping[str, Any]) -> str:
 
 
 def _ends(interval: Sequence[float]) -> str:
-    return "[{}, {}]".format(*map(nats, np.clip(interval, 0, None)))
+    return "[{}, {}]".format(*("0" if x < NOTHING else nats(x) for x in interval))
