@@ -13,24 +13,9 @@ import torch._dynamo  # noqa: F401
 import ad.learning_curve  # noqa: F401 - once, and not in each process
 import historylens.pictures.returns  # noqa: F401
 from historylens.common.errors import run_command
-from historylens.common.files import write_atomically
-from historylens.pictures import painter
 
 CHANGES = {"os.rename": 0, "os.remove": 0, "os.mkdir": 0, "os.rmdir": 0, "open": 0}
 TEMPORARY = re.compile(r"\..*\.tmp|\.write-test-\d+")
-
-
-def draw_quickly(path):
-    """Stands for a picture."""
-    write_atomically(path, f"picture {path.name}".encode())
-
-
-def without_drawing(patch):
-    """Pictures are a few bytes each."""
-    draw = painter.Painter.draw
-    quick = draw_quickly
-    patch.setattr(painter.Painter, "draw", lambda self, _, path, *a, **k: draw(self, quick, path))
-    patch.setattr("ad.learning_curve.draw_learning_curve", lambda _, path: draw_quickly(path))
 
 
 def started(main, argv, folder, kill_at=None, out="out", err="err", encoding="utf-8"):

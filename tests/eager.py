@@ -61,14 +61,14 @@ def weights_of(attention, query, key, forbidden=None, added=None):
     return eager_weights(*heads, forbidden, added)
 
 
-def check(found, weights, forbidden=ALL_SEEN, padded=None):
+def check(found, weights, forbidden=ALL_SEEN, padded=None, query=-1):
     """Every field of a captured layer, its maps those of the first samples.
 
     forbidden: bool, broadcasts to the weights; padded: (B, Tq), queries that are left out.
     """
     allowed = (~forbidden).expand(weights.shape)
-    torch.testing.assert_close(found.query_rows, weights[:, :, -1], **CLOSE)
-    assert torch.equal(found.visible, allowed[:, :, -1].any(1))
+    torch.testing.assert_close(found.query_rows, weights[:, :, query], **CLOSE)
+    assert torch.equal(found.visible, allowed[:, :, query].any(1))
     counted = allowed if padded is None else allowed & ~padded[:, None, :, None]
     received = (weights * counted).sum(2) / counted.sum(2)
     torch.testing.assert_close(found.received, received, **CLOSE)

@@ -34,11 +34,19 @@ def shown(path):
     return load_for_analysis(VisualizeConfig(checkpoint=str(path)), torch.device("cpu"))
 
 
-def zipped(path, change, **options):
+def in_zip(data, change, compression=None):
+    """A zip file after `change` of its members, `{name: bytes}`, with right checksums."""
+    old, out = zipfile.ZipFile(io.BytesIO(data)), io.BytesIO()
+    kinds = {info.filename: info.compress_type for info in old.infolist()}
+    contents = change({name: old.read(name) for name in kinds})
+    with zipfile.ZipFile(out, "w") as new:
+        for name, content in contents.items():
+            kind = kinds.get(name, zipfile.ZIP_STORED) if compression is None else compression
+            new.writestr(name, content, kind)
+    return out.getvalue()
+
+
+def zipped(path, change, compression=None):
     """Write a zip file anew after a change of its members."""
-    with zipfile.ZipFile(io.BytesIO(path.read_bytes())) as archive:
-        members = {name: archive.read(name) for name in archive.namelist()}
-    with zipfile.ZipFile(path, "w", **options) as archive:
-        for name, data in change(members).items():
-            archive.writestr(name, data)
+    path.write_bytes(in_zip(path.read_bytes(), change, compression))
     return path

@@ -1,13 +1,15 @@
 """The AD model acting: as its own forward pass would, rooms together as each alone."""
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from conftest import PlainRoom, random_window, sharp_model
+from conftest import random_window, sharp_model
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from plain_room import PlainRoom, plain_play
 
 from ad import acting
 from ad.acting import SlidingPolicy, fast_logits, rollout_goals
@@ -77,43 +79,32 @@ def test_fast_logits_are_those_of_the_own_forward_at_any_positions(at_once, shap
         assert_read(fast_logits(model, history, positions), model, history, positions)
 
 
-def plain_rollout(model, goal, n_episodes, horizon, noise, sliding):
-    """One room: a python list of transitions, and everything computed anew at every step."""
-    room = PlainRoom(goal, model.config.grid_size, horizon)
-    context, returns = [], []
-    for episode in range(n_episodes):
-        state, done = room.reset(), False
-        returns.append(0)
-        while sliding == "episode" and len(context) + horizon - 1 > model.n_context_max:
-            del context[:horizon]
-        while not done:
-            while len(context) > model.n_context_max:
-                del context[0]
-            past = torch.tensor(context, dtype=torch.int64).reshape(1, -1, 6)
-            inputs = past[..., :2], past[..., 2], past[..., 3], past[..., 4:]
-            with torch.no_grad():
-                logits = model(*inputs, torch.tensor([state]))
-            action = int(np.argmax(logits[0].numpy() + noise[episode * horizon + room.t]))
-            next_state, reward, done = room.step(action)
-            context.append((*state, action, reward, *next_state))
-            returns[-1] += reward
-            state = next_state
-    return returns
+def plain_shown(reads, n_max, horizon, history):
+    """What a model reads of a history."""
+    if reads == "compressed":
+        return METHODS["rewarded-recent"].compress(history, 10)
+    n_own = history.n % horizon if reads == "episode" else history.n
+    n_before = history.n - n_own
+    while n_before > 0 and n_before + horizon - 1 > n_max:  # as the own episode will fill up
+        n_before -= horizon
+    return history.latest(min(n_before + n_own, n_max))
 
 
 CASES = [("step", *case) for case in ((12, 5, 6), (12, 2, 4), (1, 4, 5), (2, 4, 5), (40, 3, 6))]
 CASES += [("episode", *case) for case in ((12, 6, 5), (11, 6, 5), (13, 7, 4), (12, 20, 1))]
+CASES += [("compressed", 12, 6, 10)]
 
 
-@pytest.mark.parametrize(("sliding", "n_transit", "n_episodes", "horizon"), CASES)
-def test_rooms_together_act_as_each_alone(tiny_config, sliding, n_transit, n_episodes, horizon):
+@pytest.mark.parametrize(("reads", "n_transit", "n_episodes", "horizon"), CASES)
+def test_rooms_together_act_as_each_alone(tiny_config, reads, n_transit, n_episodes, horizon):
     model = sharp_model(replace(tiny_config, n_transit=n_transit, grid_size=3), dtype=torch.float64)
     goals = np.array([[1, 1], [0, 1], [2, 1], [1, 2]])
-    returns = rollout_goals(model, goals, n_episodes, seed=3, horizon=horizon, reads=sliding)
+    returns = rollout_goals(model, goals, n_episodes, seed=3, horizon=horizon, reads=reads)
     for i, goal in enumerate(goals):
         noise = np.random.default_rng((3, i)).gumbel(size=(n_episodes * horizon, 5))
-        plain = plain_rollout(model, goal, n_episodes, horizon, noise, sliding)
-        assert returns[i].tolist() == plain
+        shown = partial(plain_shown, reads, n_transit - 1, horizon)
+        rewards, _ = plain_play(model, PlainRoom(goal, 3, horizon), noise, shown)
+        assert returns[i].tolist() == np.reshape(rewards, (n_episodes, horizon)).sum(1).tolist()
     assert returns.sum() > 0
 
 
@@ -160,30 +151,6 @@ def test_actions_are_drawn_from_the_softmax_of_the_logits(tiny_config):
     reached = rollout_goals(model, goals, 1, seed=0, horizon=1).reshape(5, 800).mean(axis=1)
     np.testing.assert_allclose(reached, chances, atol=0.05)
     assert reached[4] == 0
-
-
-def test_a_model_acts_on_what_compression_leaves():
-    model = sharp_model(ModelConfig(20, 2, 2, 16, tf_n_inner=24, grid_size=5)).eval()
-    goals, method = all_goals(5)[::3], METHODS["rewarded-recent"]
-    found = rollout_goals(model, goals, 8, seed=2, horizon=5, reads="compressed")
-
-    def played(n_keep):
-        noise = [np.random.default_rng((2, i)).gumbel(size=(40, 5)) for i in range(len(goals))]
-        room, buffer, rewards = DarkRoom(goals, 5, 5), None, []
-        for t in range(40):
-            states = torch.tensor(room.reset() if t % 5 == 0 else room.states)
-            buffer = buffer or HistoryBuffer(states, 40)
-            kept = method.compress(buffer.history(states), n_keep)
-            logits = model(*kept.inputs).detach().double().numpy()
-            actions = (logits + np.stack(noise)[:, t]).argmax(axis=1)
-            reached, earned, done = room.step(actions)
-            ended = torch.full((len(goals),), done)
-            moved = (torch.tensor(x) for x in (actions, earned, reached))
-            buffer.append(states, *moved, ended)
-            rewards.append(earned)
-        return np.stack(rewards, axis=1).reshape(-1, 8, 5).sum(axis=2).tolist()
-
-    assert found.tolist() == played(10) != played(3)
 
 
 def test_each_room_starts_by_a_chance_of_its_own(tiny_model, monkeypatch):

@@ -5,6 +5,7 @@ import json
 import re
 import sys
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -120,16 +121,12 @@ def samples(n, seed):
 def act(model, history):
     return model(history.states, history.actions, history.rewards, history.query_states)
 """
-THREE = """
+TOKENS = """
 
 def tokens(history):
-    return Tokens.of(history.n, parts=("state", "action", "reward"), decides=MAPPED)
+    return Tokens.of(history.n{}, decides=MAPPED)
 """
-ONE = """
-
-def tokens(history):
-    return Tokens.of(history.n, decides=MAPPED)
-"""
+ONE, THREE = TOKENS.format(""), TOKENS.format(', parts=("state", "action", "reward")')
 
 
 @pytest.fixture(autouse=True)
@@ -162,18 +159,14 @@ def test_a_map_that_fits_is_taken_without_a_word(way, layout, capsys):
     assert not capsys.readouterr().err
 
 
-PREVIOUS = (
-    r"Tokens\.of\(history\.n, parts=\(\"previous action\", \"previous reward\", \"state\"\)\)"
-)
+PREVIOUS = re.escape('Tokens.of(history.n, parts=("previous action", "previous reward", "state"))')
 
 
 @pytest.mark.parametrize("way", WAYS[:4])
 @pytest.mark.parametrize("tokens", [ONE, ""])
 def test_actions_that_lie_in_the_token_behind_are_told(way, tokens):
     given = "tokens()" if tokens else "no tokens(), so"
-    said = (
-        rf"mine\.py: {re.escape(given)} has token 3 of transition 3, whose action changes token 4"
-    )
+    said = re.escape(f"mine.py: {given} has token 3 of transition 3, whose action changes token 4")
     with pytest.raises(UserError, match=rf"{said} instead; .*{PREVIOUS}"):
         loaded(way=way, layout="one previous", tokens=tokens)
 
@@ -185,30 +178,22 @@ def test_parts_are_told_in_the_order_of_the_model():
     assert "a transition is previous action, previous reward, state; " in said
 
 
-SHIFTED = """
-
-def tokens(history):
-    places = [0] * 3 + [t for t in range(history.n) for _ in range(3)][:-2]
-    return Tokens(places, "x")
-"""
-
-
 def test_actions_of_a_map_with_parts_that_lie_elsewhere_are_told():
+    places = "[0] * 3 + [t for t in range(history.n) for _ in range(3)][:-2]"
+    shifted = f"\ndef tokens(history):\n    return Tokens({places}, 'x')\n"
     said = r"has token 12 of transition 3, whose action changes token 10 instead"
     with pytest.raises(UserError, match=said):
-        loaded(layout="state first", tokens=SHIFTED)
+        loaded(layout="state first", tokens=shifted)
 
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(("decides", "mapped"), [(-2, None), (-1, 6), (2, 3)])
 def test_a_token_that_does_not_decide_is_told(way, decides, mapped):
     wrong, right = (x % 8 for x in (-1 if mapped is None else mapped, decides))
-    said = (
-        rf"mine\.py: tokens\(\) has token {wrong} decide, but what .* gives it .*token {right} does"
-    )
+    said = rf"token {wrong} decide, but what .* gives it .*token {right} does"
     if way == "cached" and right != 7:
-        said = "has token"
-    with pytest.raises(UserError, match=said):
+        said = ""
+    with pytest.raises(UserError, match=rf"mine\.py: tokens\(\) has {said}"):
         loaded(way=way, decides=decides, mapped=mapped)
     assert loaded(way=way, decides=decides, mapped=right).decisions
 
@@ -229,11 +214,12 @@ class Model(Model):
 def tokens(history):
     return Tokens.of(history.n)
 """
-MEMORY = """
+LAYERS = """
 
 def layers(model):
-    return ["*.multihead_attn"]
+    return ["{}"]
 """
+MEMORY, SECOND = LAYERS.format("*.multihead_attn"), LAYERS.format("attends.1")
 
 
 def test_of_a_decoder_of_the_query_the_layers_that_read_the_history_are_looked_at():
@@ -242,13 +228,14 @@ def test_of_a_decoder_of_the_query_the_layers_that_read_the_history_are_looked_a
     with pytest.raises(UserError, match=said + r"decoder\.layers\.0\.multihead_attn does; layers"):
         loaded(tokens=cross)
     agent, read = loaded(tokens=cross + MEMORY), []
-    history, layers = agent.history([0, 1]), agent.model.decoder.layers
-    for layer in layers:
-        layer.multihead_attn.register_forward_pre_hook(lambda _, args: read.append(args[:2]))
+    history = agent.history([0, 1])
+    attentions = [layer.multihead_attn for layer in agent.model.decoder.layers]
+    for one in attentions:
+        one.register_forward_pre_hook(lambda _, args: read.append(args[:2]))
     _, found = attend(agent, history)
-    for one, layer, (query, key) in zip(found, layers, read, strict=True):
-        weights = weights_of(layer.multihead_attn, query, key)
-        torch.testing.assert_close(one.query_rows, weights[:, :, -1], **CLOSE)
+    for one, attention, (query, key) in zip(found, attentions, read, strict=True):
+        expected = weights_of(attention, query, key)[:, :, -1]
+        torch.testing.assert_close(one.query_rows, expected, **CLOSE)
     assert rollout(agent, history) is None
     with pytest.raises(Unreadable, match="where every token attends"):
         look(agent, history, ["received"])
@@ -266,24 +253,20 @@ class Attend(Attend):
 """
 
 
-@pytest.mark.parametrize(
-    ("more", "found"),
-    [
-        (CROSS.format(n_queries=3) + MEMORY, r"decoder\..*, where 3 do \(in 2 heads"),
-        (AXES, r"attends\.0, where 2 do \(in 8 heads"),
-    ],
-)
+@pytest.mark.parametrize(("more", "found"), [
+    (CROSS.format(n_queries=3) + MEMORY, r"decoder\..*, where 3 do \(in 2 heads"),
+    (AXES, r"attends\.0, where 2 do \(in 8 heads"),
+])  # fmt: skip
 def test_queries_that_are_neither_all_tokens_nor_one_are_told(more, found):
-    with pytest.raises(
-        UserError, match=rf"expected layers where all 8 tokens attend.* got {found}"
-    ):
+    said = rf"expected layers where all 8 tokens attend.* got {found}"
+    with pytest.raises(UserError, match=said):
         loaded(tokens=more)
 
 
 def test_what_cannot_be_tried_is_passed_over():
     path = Path(written())
-    one_action = path.read_text().replace("rng.integers(A, size=N)", "np.zeros(N, dtype=int)")
-    path.write_text(one_action)
+    text = path.read_text().replace("rng.integers(A, size=N)", "np.zeros(N, dtype=int)")
+    path.write_text(text)  # there is no other action
     assert len(load(path, 3, 0, CPU).layers) == 2
 
 
@@ -304,39 +287,24 @@ def test_a_module_that_mixes_tokens_unseen_is_a_note_and_a_fact(capsys):
     assert not capsys.readouterr().err
 
 
-SECOND = """
-
-def layers(model):
-    return ["attends.1"]
-"""
-
-
-@pytest.mark.parametrize(
-    ("options", "sees_all"),
-    [
-        ({}, True),
-        ({"mix": "sum"}, False),
-        ({"tokens": ONE.replace("MAPPED", "-1") + SECOND}, False),
-    ],
-)
+@pytest.mark.parametrize(("options", "sees_all"), [
+    ({}, True), ({"mix": "sum"}, False), ({"tokens": ONE.replace("MAPPED", "-1") + SECOND}, False),
+])  # fmt: skip
 def test_an_agent_knows_whether_all_that_mixes_tokens_is_looked_at(options, sees_all):
     assert loaded(**options).sees_all == sees_all
 
 
-@pytest.fixture
-def no_pictures(monkeypatch):
-    monkeypatch.setattr("historylens.analysis.drawing.draw", lambda *_: 0)
-
-
 def analysed(*argv):
+    """The JSON and the table of an analysis of `mine.py` without pictures."""
     flags = ["--num-samples=3", "--num-figures=1", "--num-effects=0", "--device=cpu", "--out=out"]
-    analysis.main(["--adapter", "mine.py", *flags, *argv])
+    with mock.patch("historylens.analysis.drawing.draw", return_value=0):
+        analysis.main(["--adapter", "mine.py", *flags, *argv])
     rows = list(csv.DictReader(Path("out/metrics.csv").read_text().splitlines()))
     return json.loads(Path("out/metrics.json").read_text()), rows
 
 
 @pytest.mark.parametrize("heads", [[], ["--heads", "1"]])
-def test_what_lies_on_memory_counts_as_of_no_transition(no_pictures, heads):
+def test_what_lies_on_memory_counts_as_of_no_transition(heads):
     written(way="memory")
     _, rows = analysed(*heads)
     for row in rows:
@@ -350,7 +318,7 @@ def test_what_lies_on_memory_counts_as_of_no_transition(no_pictures, heads):
     assert extra > 0.01
 
 
-def test_a_model_that_keeps_its_keys_gives_what_it_gives_in_one_pass(no_pictures):
+def test_a_model_that_keeps_its_keys_gives_what_it_gives_in_one_pass():
     drawn = []
     for way in ("sdpa", "cached"):
         written(way=way)

@@ -4,7 +4,7 @@ import numpy as np
 import plain_model
 import pytest
 import torch
-from conftest import ad_agent, make_histories, n_hooks, sharp_model
+from conftest import ad_agent, n_hooks
 
 from historylens.agent import attend
 from historylens.analysis import AnalysisConfig
@@ -20,14 +20,9 @@ def agent(tiny_model, tiny_histories):
     return ad_agent(tiny_model, tiny_histories, PLACES)
 
 
-def job_of(agent, tmp_path, n_drawn=0, **settings) -> Job:
-    config = AnalysisConfig(out=str(tmp_path / "out"), num_figures=n_drawn, **settings)
+def job_of(agent, tmp_path, **settings) -> Job:
+    config = AnalysisConfig(out=str(tmp_path / "out"), num_figures=0, **settings)
     return Job.of(agent, config, ALONE)
-
-
-def one_batch(job, drawn=()):
-    (batch,) = batches(job, [(range(5), list(drawn))])
-    return batch
 
 
 def measured(job, parts=((range(5), ()),)) -> np.ndarray:
@@ -37,32 +32,10 @@ def measured(job, parts=((range(5), ()),)) -> np.ndarray:
     return metrics.gather(ALONE).values
 
 
-def without_capture(agent, index):
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    with torch.inference_mode():
-        logits = agent.model(*agent.history([index]).inputs)[0]
-    torch.backends.mha.set_fastpath_enabled(fast)
-    return logits
-
-
-def test_outputs_equal_those_without_capture_in_the_order_of_time(agent, tiny_config):
-    for options in ({}, {"received": True, "maps": [0, 1]}, {"received": True, "maps": range(5)}):
-        logits, _ = attend(agent, agent.history(range(5)), **options)
-        for i in range(5):
-            torch.testing.assert_close(logits[i], without_capture(agent, i), rtol=1e-6, atol=1e-6)
-    longer, places = make_histories(n_episodes=12), [(1, 57, 1), (1, 57, 3)]
-    agent = ad_agent(sharp_model(tiny_config), longer, places)  # more than an episode before them
-    logits, _ = attend(agent, agent.history([0, 1]))
-    for i in (0, 1):
-        torch.testing.assert_close(logits[i], without_capture(agent, i), rtol=0, atol=1e-6)
-    assert not torch.allclose(logits[0], logits[1], atol=1e-3)
-
-
 def test_rows_metrics_and_logits_equal_the_plain_model(agent, tiny_config, tmp_path):
     tensors = {k: v.numpy().astype(np.float64) for k, v in agent.model.state_dict().items()}
     job = job_of(agent, tmp_path)
-    batch, values = one_batch(job, range(5)), measured(job)
+    (batch,), values = batches(job, [(range(5), range(5))]), measured(job)
     logits, _ = attend(agent, batch.history)
     for i, place in enumerate(PLACES):
         inputs = plain_model.decision(vars(agent.decisions.histories), *place, 11)
@@ -103,7 +76,7 @@ def test_a_pass_or_an_error_in_it_leaves_the_model_and_the_fast_path_as_they_wer
     try:
         for enabled in (True, False):
             torch.backends.mha.set_fastpath_enabled(enabled)
-            one_batch(job_of(agent, tmp_path), [0, 1])
+            measured(job_of(agent, tmp_path), [(range(5), [0, 1])])
             assert torch.backends.mha.get_fastpath_enabled() == enabled
     finally:
         torch.backends.mha.set_fastpath_enabled(was)
@@ -116,5 +89,5 @@ def test_a_pass_or_an_error_in_it_leaves_the_model_and_the_fast_path_as_they_wer
 
     monkeypatch.setattr(agent.model.transformer_encoder.layers[1], "forward", broken)
     with pytest.raises(RuntimeError, match="broken layer"):
-        one_batch(job_of(agent, tmp_path))
+        measured(job_of(agent, tmp_path))
     assert n_hooks(agent.model) == 0

@@ -89,31 +89,6 @@ def test_the_fast_path_is_off_inside_and_as_it_was_afterwards(enabled, monkeypat
     assert len(calls) == 2 * enabled
 
 
-def test_a_mask_for_every_sample_and_head():
-    encoder, x = make_encoder(2), torch.randn(3, 10, 16)
-    mask = causal_mask(10) + torch.randn(12, 10, 10)
-    mask[:, :, 2] = -torch.inf  # receives NaN
-    mask[4:8:2, 9, 5] = -torch.inf  # of sample 1, seen by its other heads
-    mask[8:, 9, 6] = -torch.inf  # of sample 2, seen by none
-    record = run_twice(encoder, x, mask)
-    bias = mask.unflatten(0, (3, 4))
-    weights = weights_of(encoder.layers[0].self_attn, x, x, added=bias)
-    check(record[0], weights.nan_to_num(), bias == -torch.inf)
-
-
-def test_uniform_attention_by_hand():
-    """Zero weights: row i is 1/(i+1), so position j receives the mean of 1/(i+1) over i >= j."""
-    encoder, nan = make_encoder(1), torch.nan
-    nn.init.zeros_(encoder.layers[0].self_attn.in_proj_weight)
-    nn.init.zeros_(encoder.layers[0].self_attn.in_proj_bias)
-    found = run_twice(encoder, torch.randn(1, 3, 16), causal_mask(3))[0]
-    torch.testing.assert_close(found.query_rows[0, 0], torch.full((3,), 1 / 3))
-    by_hand = torch.tensor([(1 + 1 / 2 + 1 / 3) / 3, (1 / 2 + 1 / 3) / 2, 1 / 3])
-    torch.testing.assert_close(found.received[0, 0], by_hand)
-    by_hand = torch.tensor([[1, nan, nan], [1 / 2, 1 / 2, nan], [1 / 3, 1 / 3, 1 / 3]])
-    torch.testing.assert_close(found.maps[0, 0], by_hand, equal_nan=True)
-
-
 def test_only_what_is_asked_for_is_kept():
     record = run_twice(make_encoder(2), torch.randn(2, 5, 16), maps=None, received=False)
     assert record[1].received is record[1].maps is record[1].map_rows is None

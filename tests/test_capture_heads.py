@@ -1,10 +1,12 @@
 """Heads told apart, changed and kept from keys, whichever way a model attends."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
 from conftest import n_hooks
+from eager import eager_weights
 from torch import nn
 from torch.nn import functional
 
@@ -49,28 +51,22 @@ def tokens_first(weights, v):
     return torch.einsum("bhij,bjhd->bihd", weights, v.transpose(1, 2)).transpose(1, 2)
 
 
-def three_axes(q, k, v):
-    parts = (x.flatten(0, 1) for x in (q, k, v))
-    return functional.scaled_dot_product_attention(*parts, is_causal=True).unflatten(0, (-1, H))
-
-
-def softmax_of_three_axes(q, k, v):
-    parts = (x.flatten(0, 1) for x in (q, k, v))
-    return eager(torch.bmm)(*parts).unflatten(0, (-1, H))
+def three_axes(attend):
+    return lambda *qkv: attend(*(x.flatten(0, 1) for x in qkv)).unflatten(0, (-1, H))
 
 
 sdpa = functional.scaled_dot_product_attention
 WAYS = {
-    "causal": lambda: Own(lambda q, k, v: sdpa(q, k, v, is_causal=True)),
+    "causal": lambda: Own(partial(sdpa, is_causal=True)),
     "bool mask": lambda: Own(lambda q, k, v: sdpa(q, k, v, causal(q))),
     "float mask": lambda: Own(lambda q, k, v: sdpa(q, k, v, (~causal(q)).float() * -1e9)),
-    "grouped": lambda: Own(lambda q, k, v: sdpa(q, k, v, is_causal=True, enable_gqa=True), 2),
+    "grouped": lambda: Own(partial(sdpa, is_causal=True, enable_gqa=True), 2),
     "matmul": lambda: Own(eager(torch.matmul)),
     "bmm": lambda: Own(eager(bmm)),
     "einsum": lambda: Own(eager(lambda w, v: torch.einsum("bhij,bhjd->bhid", w, v))),
     "tokens first": lambda: Own(eager(tokens_first)),
-    "3 axes": lambda: Own(three_axes),
-    "softmax of 3 axes": lambda: Own(softmax_of_three_axes),
+    "3 axes": lambda: Own(three_axes(partial(sdpa, is_causal=True))),
+    "softmax of 3 axes": lambda: Own(three_axes(eager(torch.bmm))),
 }
 OPTIONS = {"3 axes": {"heads": H}, "softmax of 3 axes": {"heads": H, "softmax": "Own"}}
 
@@ -98,9 +94,9 @@ def plain(model, x, hidden=None):
     """Queries, keys, values and weights of `Own`, in float64."""
     q, k, v = model.make(x).double().split([D, *[model.n_kv * D // H] * 2], -1)
     q, k, v = (y.unflatten(-1, (-1, D // H)).transpose(1, 2) for y in (q, k, v))
-    k, v = (y.repeat_interleave(H // model.n_kv, 1) for y in (k, v))
+    v = v.repeat_interleave(H // model.n_kv, 1)
     forbidden = ~causal(q) if hidden is None else ~causal(q) | hidden[:, None]
-    weights = (q @ k.mT / math.sqrt(D // H)).masked_fill(forbidden, -torch.inf).softmax(-1)
+    weights = eager_weights(q, k, forbidden)
     output = (weights @ v).transpose(1, 2).reshape(x.shape).float()
     return v, weights, x + model.project(output)
 

@@ -7,7 +7,6 @@ from historylens.capture import CaptureError, capture
 
 transformers = pytest.importorskip("transformers")
 
-CLOSE = {"atol": 1e-6, "rtol": 0}
 IDS = torch.arange(18).view(2, 9) % 7
 PADDED = (torch.arange(9) >= torch.tensor([[0], [2]])).long()  # sample 1, on the left
 
@@ -20,12 +19,41 @@ def gpt2():
     return transformers.GPT2LMHeadModel(config).eval()
 
 
+SMALL = {"vocab_size": 8, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4}
+SMALL |= {"num_key_value_heads": 2}
+
+
 def llama():
-    config = transformers.LlamaConfig(
-        vocab_size=8, hidden_size=16, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, intermediate_size=32,
-    )  # fmt: skip
+    config = transformers.LlamaConfig(intermediate_size=32, **SMALL)
     return transformers.LlamaForCausalLM(config).eval()
+
+
+def gpt_oss():
+    """Sinks beside the tokens, and layers that drop old keys."""
+    sizes = {"intermediate_size": 16, "num_local_experts": 2, "num_experts_per_tok": 1}
+    config = transformers.GptOssConfig(head_dim=4, sliding_window=4, **SMALL, **sizes)
+    return transformers.GptOssForCausalLM(config).eval()
+
+
+def randomly(make):
+    torch.manual_seed(0)
+    model = make()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+@torch.no_grad()
+def eager_weights(model, ids, mask=None):
+    """What the model returns itself, a tensor `(B, H, T, T)` a layer."""
+    model.set_attn_implementation("eager")
+    return model(ids, attention_mask=mask, output_attentions=True).attentions
+
+
+def check(record, eager, atol=1e-6):
+    for found, weights in zip(record, eager, strict=True):
+        torch.testing.assert_close(found.query_rows, weights[:, :, -1], atol=atol, rtol=0)
+        torch.testing.assert_close(found.maps[0].nan_to_num(), weights[0], atol=atol, rtol=0)
 
 
 NAMES = {
@@ -40,10 +68,7 @@ NAMES = {
 @pytest.mark.parametrize("context", [torch.enable_grad, torch.inference_mode])
 def test_captured_rows_are_the_models_own(make, implementation, mask, context):
     """Without an implementation, the model's default."""
-    torch.manual_seed(0)
-    model = make()
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
+    model = randomly(make)
     if implementation:
         model.set_attn_implementation(implementation)
     with context():
@@ -52,35 +77,33 @@ def test_captured_rows_are_the_models_own(make, implementation, mask, context):
             captured = model(IDS, attention_mask=mask).logits
     assert torch.equal(plain, captured)
     assert record.names == NAMES[make]
-    model.set_attn_implementation("eager")
-    with torch.no_grad():
-        eager = model(IDS, attention_mask=mask, output_attentions=True).attentions
+    check(record, eager := eager_weights(model, IDS, mask))
     ahead = torch.ones(9, 9, dtype=torch.bool).triu(1)
     for found, weights in zip(record, eager, strict=True):
-        torch.testing.assert_close(found.query_rows, weights[:, :, -1], **CLOSE)
         assert torch.equal(found.visible, (weights[:, :, -1] > 0).any(1))
-        torch.testing.assert_close(found.maps[0].nan_to_num(), weights[0], **CLOSE)
         assert (found.maps[0].isnan() == ahead).all()
         received = weights[0].sum(1) / torch.arange(9, 0, -1)
-        torch.testing.assert_close(found.received[0], received, **CLOSE)
+        torch.testing.assert_close(found.received[0], received, atol=1e-6, rtol=0)
 
 
 def test_generating_with_a_cache_is_one_attention_over_all_tokens():
     model = llama()
     with capture(model, maps=[0]) as record:
         ids = model.generate(IDS, max_new_tokens=3, do_sample=False)[:, :-1]
+    check(record, eager_weights(model, ids))
+
+
+@torch.no_grad()
+def test_what_lies_on_sinks_is_kept_apart_in_every_pass():
+    model = randomly(gpt_oss)
     model.set_attn_implementation("eager")
-    with torch.no_grad():
-        eager = model(ids, output_attentions=True).attentions
+    kept = transformers.DynamicCache(config=model.config)
+    with capture(model, maps=[0]) as record:
+        for part in IDS.split([2, 6, 1], 1):
+            model(part, past_key_values=kept, use_cache=True)
+    check(record, eager := eager_weights(model, IDS), atol=1e-5)
     for found, weights in zip(record, eager, strict=True):
-        torch.testing.assert_close(found.query_rows, weights[:, :, -1], **CLOSE)
-        torch.testing.assert_close(found.maps[0].nan_to_num(), weights[0], **CLOSE)
-
-
-def test_generating_without_a_cache_runs_a_layer_twice():
-    model = llama()
-    with pytest.raises(CaptureError, match="ran twice"), capture(model):
-        model.generate(IDS, max_new_tokens=3, do_sample=False, use_cache=False)
+        torch.testing.assert_close(found.extra, 1 - weights[:, :, -1].sum(-1), atol=1e-5, rtol=0)
 
 
 def test_an_eager_model_with_a_cache_is_not_told_to_be_eager():

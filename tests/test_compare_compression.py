@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from agents import ModelAgent, Recorder
-from conftest import files_of, refused, sharp_model, write_checkpoint
+from conftest import files_of, refused, sharp_model, without_drawing, write_checkpoint
 from levers import N_MAX, Levers, LeversAgent, rewarded_only
 
 from compare_compression import main
@@ -26,7 +26,6 @@ from historylens.comparison import WITH_BUDGET, CompareConfig, compare, playing
 from historylens.comparison.intervals import late_scores
 from historylens.comparison.race import looks, shares
 from historylens.comparison.results import CONFIRMATION, FILES
-from historylens.pictures import returns as pictures
 
 CHECKPOINT = Path("checkpoints/tiny/ckpt-30.pt")
 FIGS = Path("figs/compression")
@@ -42,8 +41,7 @@ def at_home(folder, config, patch):
     """A folder with a run in it, to work in; pictures are not drawn."""
     write_checkpoint(folder / CHECKPOINT, sharp_model(config), GOALS, step=30)
     patch.chdir(folder)
-    for name in ("draw_by_budget", "draw_by_episode"):
-        patch.setattr(pictures, name, lambda path, *_: path.write_bytes(b"png"))
+    without_drawing(patch)
     return folder
 
 
@@ -268,7 +266,7 @@ def test_what_looks_at_what_the_model_does_not_show_is_left_out_and_alone_ends_i
     agent.environment = LeversAgent().environment
 
     def compared(*names, full=False):
-        sizes = {"budgets": [3, N_MAX], "seeds": 1, "episodes": 6, "confirm": 0}
+        sizes = {"budgets": [3], "seeds": 1, "episodes": 2, "confirm": 0}
         compare(agent, CompareConfig(strategies=[*names] or None, full=full, **sizes))
 
     reason = "tiny: expected heads side by side before a linear projection, as contributions take"

@@ -72,21 +72,15 @@ def test_a_setting_of_two_configs_is_one_flag_for_both_and_none_can_be_changed()
         assert from_flags(config, flags) == config(**changed)
 
 
-def _kind(field):
-    return int if field.default is None else type(field.default)
-
-
 def test_help_shows_every_setting_with_its_default_and_no_other():
     shown = " ".join(make_parser(*CONFIGS).format_help().split())
-    for config in CONFIGS:
-        for field in settings_of(config):
-            metavar = "{" + ",".join(field.metadata.get("choices", ())) + "}"
-            metavar = {int: "N", float: "X"}.get(_kind(field)) or field.metadata.get(
-                "metavar", metavar
-            )
-            text = f"{flag_of(field.name)} {metavar} {field.metadata['help']}"
-            default = "" if field.default is None else f" (default: {field.default})"
-            assert text + default in shown
+    for field in (field for config in CONFIGS for field in settings_of(config)):
+        kind = int if field.default is None else type(field.default)
+        choices = "{" + ",".join(field.metadata.get("choices", ())) + "}"
+        metavar = {int: "N", float: "X"}.get(kind) or field.metadata.get("metavar", choices)
+        text = f"{flag_of(field.name)} {metavar} {field.metadata['help']}"
+        default = "" if field.default is None else f" (default: {field.default})"
+        assert text + default in shown
     assert not any(f"{flag_of(name)} " in shown for name in NO_FLAGS)
 
 

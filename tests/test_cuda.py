@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import ad_agent, make_histories, sharp_model, write_checkpoint
+from eager import Given
+from test_train import flags
 from torch import nn
-from torch.nn import functional
+from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from compare_compression import main as compare
 from historylens.agent import act_in_parts, look
@@ -24,54 +26,39 @@ CLOSE = {"atol": 1e-5, "rtol": 1e-4, "equal_nan": True}
 GOALS = ((0, 1), (2, 2), (4, 3))
 
 
-class Cached(nn.Module):
-    """Reads its tokens in two passes, the second with the keys of the first."""
-
-    def forward(self, q, k):
-        half = q.shape[2] // 2
-        attend = functional.scaled_dot_product_attention
-        attend(q[:, :, :half], k[:, :, :half], k[:, :, :half], is_causal=True)
-        n_queries, n_keys = q.shape[2] - half, q.shape[2]
-        mask = torch.ones(n_queries, n_keys, dtype=torch.bool, device=q.device).tril(half)
-        attend(q[:, :, half:], k, k, attn_mask=mask)
+def causal_mask(n_queries, n_keys, device):
+    return torch.ones(n_queries, n_keys, dtype=torch.bool, device=device).tril(n_keys - n_queries)
 
 
-class Eager(nn.Module):
-    """Writes its softmax out; hands the same weights in under another name."""
-
-    def forward(self, q, k):
-        scores = q @ k.mT / q.shape[-1] ** 0.5
-        ahead = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
-        weights = scores.masked_fill(ahead, torch.finfo(scores.dtype).min).softmax(-1)
-        record_attention("handed.in", weights.clone())
-        return weights @ k
+def cached(q, k):
+    """Tokens in two passes, the second with the keys of the first."""
+    half, n = q.shape[2] // 2, q.shape[2]
+    sdpa(q[:, :, :half], k[:, :, :half], k[:, :, :half], is_causal=True)
+    sdpa(q[:, :, half:], k, k, attn_mask=causal_mask(n - half, n, q.device))
 
 
-class Fused(nn.Module):
-    """One call of scaled_dot_product_attention, with a mask of its own."""
-
-    def __init__(self, mask=None, **options):
-        super().__init__()
-        self.mask, self.options = mask, options
-
-    def forward(self, q, k):
-        mask = None if self.mask is None else self.mask(q)
-        functional.scaled_dot_product_attention(q, k, k, mask, **self.options)
+def eager(q, k):
+    """A softmax written out; the same weights are handed in under another name."""
+    scores = q @ k.mT / q.shape[-1] ** 0.5
+    seen = causal_mask(q.shape[2], q.shape[2], q.device)
+    weights = scores.masked_fill(~seen, torch.finfo(scores.dtype).min).softmax(-1)
+    record_attention("handed.in", weights.clone())
+    return weights @ k
 
 
-def band(q):
-    n = q.shape[2]
-    return torch.ones(n, n, dtype=torch.bool, device=q.device).tril().triu(-7)
+def band(q, k):
+    sdpa(q, k, k, causal_mask(q.shape[2], q.shape[2], q.device).triu(-7))
 
 
-def finite(q):
-    return torch.zeros_like(band(q), dtype=q.dtype).masked_fill(~band(q), -1e4)
+def finite(q, k):
+    seen = causal_mask(q.shape[2], q.shape[2], q.device).triu(-7)
+    sdpa(q, k, k, torch.zeros_like(seen, dtype=q.dtype).masked_fill(~seen, -1e4))
 
 
-MODELS = {
-    "causal": Fused(is_causal=True), "all": Fused(), "bool mask": Fused(band),
-    "finite mask": Fused(finite), "grouped heads": Fused(is_causal=True, enable_gqa=True),
-    "cache": Cached(), "softmax": Eager(),
+FUNCTIONS = {
+    "causal": lambda q, k: sdpa(q, k, k, is_causal=True), "all": lambda q, k: sdpa(q, k, k),
+    "grouped heads": lambda q, k: sdpa(q, k, k, is_causal=True, enable_gqa=True),
+    "bool mask": band, "finite mask": finite, "cache": cached, "softmax": eager,
 }  # fmt: skip
 
 
@@ -85,17 +72,16 @@ def compared(ours, theirs, tolerance=CLOSE):
                 torch.testing.assert_close(values, vars(other)[name], **tolerance)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", FUNCTIONS)
 def test_capture_reads_what_it_reads_on_a_cpu(name):
     torch.manual_seed(0)
     q, k = torch.randn(2, 3, 4, 24, 8).unbind()
     k = k[:, :2] if name == "grouped heads" else k
     query = torch.tensor([23, 20, 23]) if name != "cache" else -1
-    found = []
+    found, model = [], Given(FUNCTIONS[name])
     for device in ("cpu", "cuda"):
-        options = {"maps": [0, 2], "map_size": 10, "query": query}
-        with capture(MODELS[name], **options) as record:
-            MODELS[name](q.to(device), k.to(device))
+        with capture(model, maps=[0, 2], map_size=10, query=query) as record:
+            model(q.to(device), k.to(device))
         found.append(list(record))
     compared(*found)
 
@@ -174,13 +160,7 @@ def test_the_commands_give_the_same_numbers(tmp_path, tiny_config):
 
 
 def test_a_training_runs(tmp_path):
-    sizes = {"n-transit": 12, "horizon": 5, "grid-size": 3, "n-test-goals": 2, "n-streams": 2}
-    sizes |= {"n-validation-goals": 2, "n-source-steps": 60, "tf-n-layer": 1, "tf-n-head": 2}
-    sizes |= {"tf-n-embd": 16, "tf-n-inner": 16, "batch-size": 4, "n-updates": 6, "n-warmup": 2}
-    sizes |= {"eval-every": 3, "eval-episodes": 2, "eval-rollouts": 2, "final-rollouts": 2}
-    argv = [f"--{name}={value}" for name, value in sizes.items()]
-    argv += ["--checkpoints", str(tmp_path / "runs"), "--figs", str(tmp_path / "figs")]
     torch.cuda.reset_peak_memory_stats()
-    train([*argv, "--device", "cuda"])
+    train(flags(tmp_path, device="cuda"))
     assert torch.cuda.max_memory_allocated()
-    assert len([*(tmp_path / "runs").rglob("ckpt-*.pt")]) >= 1
+    assert len([*tmp_path.rglob("ckpt-*.pt")]) >= 1

@@ -1,16 +1,14 @@
 """The AD agent: which decisions it is looked at in, its passes, and its environment."""
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 import torch
 from conftest import ad_agent, make_histories, sharp_model, write_checkpoint
+from hostile import acting
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ad.agent import load_for_acting, load_for_analysis
-from ad.checkpoints import HISTORIES_NAME
+from ad.agent import load_for_analysis
 from ad.decisions import Filter, HistoryDecisions, Place, choose_decisions
 from config import ModelConfig, VisualizeConfig
 from dataset import CONTEXT, context_steps
@@ -101,22 +99,11 @@ def test_both_passes_are_the_model_and_one_takes_positions(tiny_model, tiny_hist
     torch.testing.assert_close(agent.act(history, positions), moved, rtol=1e-4, atol=1e-5)
 
 
-@pytest.fixture
-def path(tmp_path, tiny_model):
-    """A checkpoint with two test goals, and histories beside it."""
-    make_histories().save(tmp_path / HISTORIES_NAME)
-    return write_checkpoint(tmp_path / "ckpt-5.pt", tiny_model, goals=[[4, 4], [0, 3]])
-
-
-def acting(path):
-    return load_for_acting(SimpleNamespace(checkpoint=str(path)), CPU)
-
-
-def test_an_analysis_has_decisions_and_says_what_was_loaded(path):
-    agent = load_for_analysis(VisualizeConfig(checkpoint=str(path), num_samples=4), CPU)
+def test_an_analysis_has_decisions_and_says_what_was_loaded(run_file):
+    agent = load_for_analysis(VisualizeConfig(checkpoint=str(run_file), num_samples=4), CPU)
     assert agent.act(History.of(agent.decisions)).shape == (4, 5)
     facts = " ".join(f"{name}: {text}" for name, text in agent.facts.items())
-    assert f"Checkpoint: {path} (the file asked for) Step: 5 gradient updates" in facts
+    assert f"Checkpoint: {run_file} (the file asked for) Step: 5 gradient updates" in facts
     assert "Model: 2 layers x 2 heads, width 16, " in facts
     assert "Context length: 11 transitions, then the query token (12 tokens)" in facts
     assert "(3 of 30 steps, 3 goals) Samples: 4 decisions of 3 goals" in facts
@@ -126,30 +113,32 @@ def test_an_analysis_has_decisions_and_says_what_was_loaded(path):
 
 
 def test_it_acts_on_the_test_goals_in_their_room_and_is_known_by_its_file(
-    path, tmp_path, tiny_config
+    run_file, tmp_path, tiny_config
 ):
-    agent = acting(path)
+    agent = acting(run_file)
     assert agent.title == "AD in Dark Room, 2 layers, 12 tokens"
-    assert agent.facts == {"Checkpoint": f"{path} (the file asked for)"}
-    assert agent.meta == {"checkpoint": str(path), "step": 5}
+    assert agent.facts == {"Checkpoint": f"{run_file} (the file asked for)"}
+    assert agent.meta == {"checkpoint": str(run_file), "step": 5}
     environment = agent.environment
     assert environment.goals == ("(4, 4)", "(0, 3)")
     assert (environment.horizon, environment.best) == (5, (2, 3))
     room = environment.make(np.array([1, 0, 1]), [0, 1, 2])
     assert room.goals.tolist() == [[0, 3], [4, 4], [0, 3]]
     assert (room.grid_size, room.horizon, agent.identity["grid_size"]) == (5, 5, 5)
-    other = write_checkpoint(tmp_path / "o" / "ckpt-5.pt", sharp_model(tiny_config, 1), [[4, 4]])
-    assert acting(other).identity != agent.identity == acting(path).identity
+    other, model = tmp_path / "o" / "ckpt-5.pt", sharp_model(tiny_config, 1)
+    other = acting(write_checkpoint(other, model, [[4, 4]], horizon=None))
+    assert other.identity != agent.identity == acting(run_file).identity
+    assert other.environment.horizon == 20  # where its config says nothing
 
 
 def test_a_model_that_cannot_act_can_be_shown_and_one_without_history_is_not_compared(
-    path, tiny_model
+    run_file, tiny_model
 ):
-    write_checkpoint(path, tiny_model, [[4, 4]], env="darkkeytodoor")
+    write_checkpoint(run_file, tiny_model, [[4, 4]], env="darkkeytodoor")
     with pytest.raises(UserError, match="to act, got env 'darkkeytodoor' with 5; its attention ca"):
-        acting(path)
-    load_for_analysis(VisualizeConfig(checkpoint=str(path)), CPU)
+        acting(run_file)
+    load_for_analysis(VisualizeConfig(checkpoint=str(run_file)), CPU)
     config = ModelConfig(n_transit=1, tf_n_embd=8, tf_n_inner=8, grid_size=5)
-    write_checkpoint(path, sharp_model(config), [[4, 4]])
+    write_checkpoint(run_file, sharp_model(config), [[4, 4]])
     with pytest.raises(UserError, match="its model reads no history: there is nothing to compress"):
-        acting(path)
+        acting(run_file)

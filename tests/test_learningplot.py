@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from matplotlib.colors import to_hex
 from PIL import Image
-from test_pictures import axes_of
+from test_pictures import axes_of, has_white_border
 
 from historylens.pictures import learningplot
 from historylens.pictures.learningplot import KINDS, attention_over_learning
@@ -119,17 +119,16 @@ def test_missing_values_are_gaps_and_fewer_than_two_rollouts_have_no_interval():
     learning = made(since=False)
     own = learning["by_episode"]
     own["rollouts"] = [8, 8, 8, 1, 8, 8]
-    for values in own["layers"][0]["shares"]["older"].values():
+    shares = own["layers"][0]["shares"]["older"]
+    for values in (*shares.values(), own["even"]["older"]):
         values[:2] = [None, None]
-    own["even"]["older"][:2] = [None, None]
     (_, axes, _), _ = columns(learning)
     even, line = lines_of(axes, KINDS["older"][0])
     for drawn in (even, line):
         assert np.isnan(drawn.get_ydata()).tolist() == [True] * 2 + [False] * 4
     shades = [c for c in axes.collections if to_hex(c.get_facecolor()[0]) == line.get_color()]
     assert {x for x, _ in band(shades[0])} == {3, 5, 6}
-    mean = own["layers"][0]["shares"]["older"]["mean"]
-    assert line.get_ydata()[2:].tolist() == mean[2:]  # the mean of one rollout is there
+    assert line.get_ydata()[2:].tolist() == shares["mean"][2:]  # the mean of one rollout is there
 
 
 @pytest.mark.parametrize("n_rollouts", [1, 5])
@@ -163,13 +162,12 @@ def test_many_episodes_have_no_markers_but_where_a_point_stands_alone(n, is_mark
 
 def test_without_any_reward_the_right_column_says_so_and_without_a_best_nothing_is_dotted():
     learning = made(since=False, best=None)
-    assert "No rollout earned a reward." in words(learning)
     left, right = columns(learning)
     assert not right
     assert ":" not in {line.get_linestyle() for line in left[0].lines}
-    assert not any("best possible" in text for text in words(learning))
-    assert "No rollout earned a reward." not in words(made())
-    assert "best possible reward: 12.5" in words(made())
+    for said, has_any in ((words(learning), False), (words(made()), True)):
+        assert ("No rollout earned a reward." in said) != has_any
+        assert ("best possible reward: 12.5" in said) == has_any
 
 
 def test_shares_have_one_scale_from_0_to_1_at_most_and_rewards_one_of_their_own():
@@ -196,34 +194,33 @@ def test_only_kinds_that_are_known_are_drawn_and_named_each_with_what_it_is():
     said = words(made(kinds=kinds))
     expected = [f"{kind}: {KINDS[kind][2]}" for kind in kinds]
     assert [text for text in said if text.split(":")[0] in KINDS] == expected
-    assert any("The kinds overlap" in text for text in said)
-    assert "what uniform attention would give" in said
-    assert any("95 % interval" in text for text in said)
+    for more in ("The kinds overlap", "what uniform attention would give", "95 % interval"):
+        assert any(more in text for text in said)
     (_, axes, _), _ = columns(made(kinds=kinds))
     assert KINDS["same state"][0] not in {line.get_color() for line in axes.lines}
 
 
-@pytest.mark.parametrize("n_layers", [1, 24])
+@pytest.mark.parametrize("n_layers", [1, 9])
 def test_the_page_grows_with_the_layers_and_no_panel_touches_another(n_layers):
-    for same in (panels := columns(made(n=3, n_layers=n_layers, kinds=("older",)))):
-        boxes = [axes.get_position() for axes in same]
+    both = columns(made(n=3, n_layers=n_layers, kinds=("older",)))
+    for panels in both:
+        boxes = [axes.get_position() for axes in panels]
         assert len(boxes) == 1 + n_layers
         assert all(above.y0 > below.y1 for above, below in itertools.pairwise(boxes))
         assert 0 < boxes[-1].y0 < boxes[0].y1 < 1
-    height = panels[0][0].figure.get_figheight() * 100
+    height = both[0][0].figure.get_figheight() * 100
     grown = (n_layers - 1) * (learningplot.PANEL + learningplot.BELOW)
     assert height == pytest.approx(692 + grown)
 
 
 def test_the_file_fits_its_page_and_has_the_bytes_of_its_numbers(tmp_path):
-    path, options = tmp_path / "a.png", {"n_layers": 1, "n": 3}
-    attention_over_learning(path, made(**options), **OPTIONS)
-    first, pixels = path.read_bytes(), np.asarray(Image.open(path))
-    for edge in (pixels[:3], pixels[-3:], pixels[:, :3], pixels[:, -3:]):
-        assert (edge == 255).all()
-    attention_over_learning(path, made(**options), **OPTIONS)
-    assert path.read_bytes() == first
-    other = made(**options)
-    other["by_episode"]["layers"][0]["shares"]["rewarded"]["mean"][2] = 0.1
-    attention_over_learning(path, other, **OPTIONS)
-    assert path.read_bytes() != first
+    def written(learning):
+        attention_over_learning(tmp_path / "a.png", learning, **OPTIONS)
+        return (tmp_path / "a.png").read_bytes()
+
+    learning = made(n_layers=1, n=3, kinds=("rewarded",))
+    first = written(learning)
+    assert has_white_border(np.asarray(Image.open(tmp_path / "a.png")))
+    assert written(learning) == first
+    learning["by_episode"]["layers"][0]["shares"]["rewarded"]["mean"][2] = 0.1
+    assert written(learning) != first

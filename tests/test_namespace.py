@@ -70,7 +70,7 @@ def test_what_is_packaged_is_the_tool():
 NAMES = ("model", "config", "dataset", "adapter", "attention")
 COMMANDS = {
     "visualize_attention.py": "--num-samples=1 --num-figures=0 --num-effects=0 --layers=0 --dpi=10",
-    "compare_compression.py": "--seeds=2 --episodes=2 --budgets=5 --strategies=recent",
+    "compare_compression.py": "--seeds=2 --episodes=2 --budgets=5 --strategies=recent --confirm=0",
 }
 VISUALIZE, COMPARE = COMMANDS
 # Runs each command as a python of its own would, but imports what is not ours once.

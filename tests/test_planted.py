@@ -64,6 +64,7 @@ def histories():
         ([20, 30, 40, 50, 59], {"sparse"}),
     ],
 )
+@pytest.mark.usefixtures("few_effects", "undrawn")
 def test_what_is_planted_is_recognised_alone(positions, expected, histories, tmp_path, capsys):
     weights = np.isin(np.arange(81), positions) / len(positions)
     result = analysed(tmp_path, planted_model(weights), histories, *FEW)

@@ -2,14 +2,12 @@
 
 import csv
 import json
-import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 import test_visualize_attention
-import torch
-from conftest import files_of, refused
+from conftest import files_of, refused, run_in_two
 
 from historylens import analysis
 from historylens.analysis.play import LABELS, record
@@ -44,13 +42,6 @@ def names_of(samples, layers, steps=()):
     return names
 
 
-def run_rank(rank, argv):
-    os.environ |= {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}", "WORLD_SIZE": "2"}
-    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": f"{20_000 + os.getppid() % 10_000}"}
-    torch.cuda.is_available = lambda: False  # what is forked cannot use it
-    main(argv)
-
-
 def test_it_draws_what_is_documented_and_two_processes_write_the_same(home, monkeypatch, capfd):
     monkeypatch.setattr(Painter, "draw", DRAW)
     argv = "--num-samples=30 --num-figures=1 --layers=1 --trajectory=1 --every=9"
@@ -70,8 +61,7 @@ def test_it_draws_what_is_documented_and_two_processes_write_the_same(home, monk
     (home / "two").mkdir()
     (home / "checkpoints").rename(home / "two/checkpoints")
     monkeypatch.chdir(home / "two")
-    fork = {"nprocs": 2, "start_method": "fork"}
-    torch.multiprocessing.start_processes(run_rank, (f"{FLAGS} {argv}".split(),), **fork)
+    run_in_two(main, f"{FLAGS} {argv}".split())
     two = files_of(home / "two/out")
     assert two == one | {"index.html": two["index.html"]}  # which says how many there were
 

@@ -1,14 +1,16 @@
 """Deciding on compressed history: what is read, where it stands, what it costs."""
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from agents import ModelAgent, Recorder
-from conftest import PlainRoom, sharp_model
+from conftest import sharp_model
 from hypothesis import given
 from hypothesis import strategies as st
+from plain_room import PlainRoom, plain_play
 from test_look import plain_look
 
 from ad.acting import SlidingPolicy
@@ -18,7 +20,7 @@ from historylens.agent import rollout
 from historylens.common.errors import UserError
 from historylens.comparison.policy import POSITIONS, CompressedPolicy, original_positions
 from historylens.compression.method import METHODS
-from historylens.history import LOOKS, PADDING, History, HistoryBuffer
+from historylens.history import LOOKS, PADDING, HistoryBuffer
 
 HORIZON = 4
 GOALS = np.array([[1, 1], [0, 1]])
@@ -53,48 +55,36 @@ class Counting:
     horizon = HORIZON
 
     def __init__(self):
-        self.states = np.zeros((2, 1))
+        self.states, self.rewards = np.zeros((2, 1)), np.zeros(2)
 
     def reset(self):
         return self.states
 
     def step(self, actions):
-        reward = np.full(2, 1.5 * (self.states[0, 0] == 0))
+        self.rewards[:] = 1.5 * (self.states[0, 0] == 0)
         self.states += 1  # in place, as environments with buffers do
-        return self.states, reward, False
+        return self.states, self.rewards, False
 
 
 def count(agent, name, n_keep, n_steps, *more):
     """Cost of `n_steps` in `Counting` and one more, and the times `(B, k)` read before the last."""
-    policy = policy_of(agent, name, n_keep, *more)
-    rollout(Counting(), policy, n_steps + 1, [np.random.default_rng(0)] * 2)
+    policy, noises = policy_of(agent, name, n_keep, *more), [np.random.default_rng(0)] * 2
+    rewards, ends = rollout(Counting(), policy, n_steps + 1, noises, tasks=np.array([3, 8]))
+    assert rewards.tolist() == [[1.5] + [0] * n_steps] * 2
+    assert np.flatnonzero(ends[1]).tolist() == [*range(HORIZON - 1, n_steps + 1, HORIZON)]
+    assert agent.histories[-1].tasks.tolist() == [3, 8]
     return policy.cost, agent.histories[-1].states[..., 0].tolist()
 
 
-def plain_policy(model, goal, n_steps, noise, method, n_keep):
-    """One room: a python list of transitions, compressed and read anew before every decision."""
-    room = PlainRoom(goal, 3, HORIZON)
-    past, all_logits, done, n_max = [], [], True, model.n_context_max
+def plain_shown(model, method, n_keep, history):
+    """What is left of a history for a model to read."""
     looks = any(name in method.needs for name in LOOKS)
-    for t in range(n_steps):
-        state = room.reset() if done else state  # noqa: F821
-        steps = past[-n_max:] if looks or method.keeps == "all" else past
-        parts = [torch.tensor([step[k] for step in steps], dtype=torch.int64) for k in range(5)]
-        s, a, r, s_next, episode = (part[None] for part in parts)
-        n, query = len(steps), torch.tensor([state])
-        parts = s.view(1, n, 2), a, r, s_next.view(1, n, 2)
-        known = {"query_states": query, "episodes": episode}
-        if looks:
-            shown = plain_look(model, History(*parts, query), 0)
-            known |= {name: torch.from_numpy(values)[None] for name, values in shown.items()}
-        shorter = method.compress(History(*parts, **known), n_keep)
-        with torch.no_grad():
-            all_logits.append(model(*shorter.inputs)[0])
-        action = int(np.argmax(all_logits[-1].numpy() + noise[t]))
-        next_state, reward, done = room.step(action)
-        past.append((state, action, reward, next_state, t // HORIZON))
-        state = next_state
-    return [step[2] for step in past], torch.stack(all_logits)
+    if looks or method.keeps == "all":
+        history = history.latest(model.n_context_max)
+    if looks:
+        known = plain_look(model, history, 0).items()
+        history = replace(history, **{name: torch.from_numpy(x)[None] for name, x in known})
+    return method.compress(history, n_keep)
 
 
 @pytest.mark.parametrize("name", [
@@ -106,7 +96,8 @@ def test_rooms_together_act_as_each_alone_with_its_list_of_transitions(model, na
     rewards, logits = play(policy_of(ModelAgent(model), name, 4), n_steps=11)
     for i, goal in enumerate(GOALS):
         noise = np.random.default_rng((3, i)).gumbel(size=(11, 5))
-        expected, alone = plain_policy(model, goal, 11, noise, METHODS[name], 4)
+        shown = partial(plain_shown, model, METHODS[name], 4)
+        expected, alone = plain_play(model, PlainRoom(goal, 3, HORIZON), noise, shown)
         assert rewards[i].tolist() == expected
         torch.testing.assert_close(logits[:, i], alone, rtol=0, atol=1e-9)
 
@@ -121,22 +112,18 @@ def test_full_history_acts_as_a_sliding_context(model, name, n_keep, positions):
     assert rewards.sum() > 0
 
 
-def test_strategies_choose_among_all_or_what_they_can_look_at_and_original_positions_are_told():
-    _, end_of_the_one_rewarded_episode = count(Recorder(n_max=3), "best-episodes", 3, 12)
-    assert end_of_the_one_rewarded_episode == [[1, 2, 3]] * 2
-    assert count(Recorder(n_max=3), "rewarded-recent", 3, 9)[1] == [[0, 7, 8]] * 2
+@pytest.mark.parametrize("n_keep", [0, 5])
+def test_whether_nothing_or_everything_is_kept_needs_no_look(n_keep):
     agent = Recorder(n_max=5)
-    assert count(agent, "top-k", 2, n_steps=9)[1] == [[5, 7]] * 2
-    assert agent.looked[-1].states[0, :, 0].tolist() == [4, 5, 6, 7, 8]
-    for n_keep in (0, 5):  # nothing or everything
-        agent = Recorder(n_max=5)
-        cost, times = count(agent, "top-k", n_keep, n_steps=9)
-        assert times == [[4, 5, 6, 7, 8][:n_keep]] * 2
-        assert agent.looked == []
-        assert cost.tokens_looked == 0
+    cost, times = count(agent, "top-k", n_keep, n_steps=9)
+    assert times == [[4, 5, 6, 7, 8][:n_keep]] * 2
+    assert (agent.looked, cost.tokens_looked) == ([], 0)
+
+
+def test_the_model_is_told_the_original_positions_of_what_is_not_one_behind_the_other():
     agent = Recorder(n_max=5)
-    count(agent, "rewarded-recent", 3, 9, None, "original")
-    assert agent.positions[2] is None  # one behind the other
+    assert count(agent, "rewarded-recent", 3, 9, None, "original")[1] == [[0, 7, 8]] * 2
+    assert agent.positions[2] is None
     told = [agent.positions[t].tolist() for t in (4, 9)]
     assert told == [[[0, 2, 3, 4]] * 2, [[0, 3, 4, 5]] * 2]
     count(agent, "top-k", 2, 9, None, "original")
@@ -180,37 +167,30 @@ def test_a_control_changes_the_full_sliding_window_and_a_merge_makes_as_many_tok
 
 
 @pytest.mark.parametrize("name", [*METHODS, "head-0-1"])
-def test_every_method_plays(model, name):
+def test_a_decision_takes_one_pass_over_what_is_kept_and_a_look_one_over_the_window(model, name):
+    passes, method = [], METHODS[name]
+    looks = any(field in method.needs for field in LOOKS)
+    hook = model.register_forward_pre_hook(lambda _, args: passes.append(args[1].shape[1]))
     for n_keep, positions in ((0, "reindexed"), (3, "original"), (3, "reindexed"), (7, "original")):
         policy = policy_of(ModelAgent(model), name, n_keep, np.random.default_rng(0), positions)
-        assert play(policy, n_steps=9)[0].shape == (2, 9)
-        assert (policy.cost.decisions, policy.cost.identical_to_full) == (18, 0)
-        most = 7 if METHODS[name].keeps == "all" else n_keep
-        assert (policy.cost.kept_max or 0) <= most
+        act = policy.act
 
+        def counting(buffer, query_states, act=act, n_keep=n_keep):
+            passes.clear()
+            logits = act(buffer, query_states)
+            n_window = min(buffer.n, 7)
+            n_looks = int(looks and 0 < n_keep < n_window)
+            assert passes[:n_looks] == [n_window] * n_looks
+            kept = passes[n_looks:]
+            assert len(kept) == len({*kept})  # one for all that keep equally many
+            whole = {"all": n_window, "none": 0, "n_keep": min(n_keep, n_window)}
+            assert kept == [whole.get(method.keeps)] or method.keeps == "up to n_keep"
+            return logits
 
-@pytest.mark.parametrize("name", [*METHODS, "head-0-1"])
-def test_a_decision_takes_one_pass_over_what_is_kept_and_a_look_one_over_the_window(model, name):
-    agent, passes, method = ModelAgent(model), [], METHODS[name]
-    looks = any(field in method.needs for field in LOOKS)
-    policy = policy_of(agent, name, 3, np.random.default_rng(0))
-    act = policy.act
-
-    def counting(buffer, query_states):
-        passes.clear()
-        logits = act(buffer, query_states)
-        n_window = min(buffer.n, 7)
-        n_looks = int(looks and n_window > 3)
-        assert passes[:n_looks] == [n_window] * n_looks
-        kept = passes[n_looks:]
-        assert len(kept) == len({*kept})  # one for all that keep equally many
-        whole = {"all": n_window, "none": 0, "n_keep": min(3, n_window)}
-        assert kept == [whole.get(method.keeps)] or method.keeps == "up to n_keep"
-        return logits
-
-    policy.act = counting
-    hook = model.register_forward_pre_hook(lambda _, args: passes.append(args[1].shape[1]))
-    play(policy, 11)
+        policy.act = counting
+        play(policy, n_steps=11)
+        assert (policy.cost.decisions, policy.cost.identical_to_full) == (22, 0)
+        assert (policy.cost.kept_max or 0) <= (7 if method.keeps == "all" else n_keep)
     hook.remove()
 
 

@@ -27,7 +27,6 @@ from historylens.common.batches import even_parts
 from historylens.common.errors import UserError, is_out_of_memory
 from historylens.common.processes import ALONE, Group, join
 from historylens.metrics import NAMES, Metrics
-from historylens.pictures import returns as pictures
 from train import main
 
 ROOT = Path(__file__).parent.parent
@@ -165,14 +164,14 @@ def test_one_process_is_no_group_and_half_a_torchrun_or_too_few_gpus_are_an_erro
 
 
 JOB = """
-import contextlib, json, os, signal, time
+import contextlib, json, os, signal
 from pathlib import Path
 import compare_compression, train, visualize_attention
 from ad import training
 from historylens import analysis, comparison
-from historylens.comparison import playing
 from historylens.common.errors import UserError, expect
 from historylens.common.processes import join
+from historylens.pictures.painter import Painter
 
 commands = json.loads(Path("commands.json").read_text())
 analysis.MAX_TOKENS = 48
@@ -186,9 +185,10 @@ with join() as group:
             seen[name] = "went on"
         except (UserError, SystemExit) as error:
             seen[name] = str(error)
-    def work(item, see):  # none takes a second one before each has taken one
-        group.store.set(f"rank {group.rank}", "works")
-        group.store.wait([f"rank {rank}" for rank in range(group.size)])
+    def work(item, see):  # none takes a second one of a spread before each has taken one
+        part = "bad" if item == "bad" else "good"
+        group.store.set(f"{part} {group.rank}", "works")
+        group.store.wait([f"{part} {rank}" for rank in range(group.size)])
         see()
         expect(item != "bad" or group.rank, "a bad item")
         return item, group.rank
@@ -203,19 +203,8 @@ with join() as group:
     Path(f"{group.rank}.json").write_text(json.dumps(seen | {"pid": os.getpid()}))
     joined = lambda: contextlib.nullcontext(group)  # one can join once
     analysis.join = train.join = comparison.join = joined
-    if "broken" in commands:
-        play = playing.play
-        def killed(plays, arm, *rest):  # the second process, once the first has kept two blocks
-            if group.rank == 0:
-                group.store.wait(["second plays"])
-                return play(plays, arm, *rest)
-            group.store.set("second plays", "")
-            kept = Path("broken/results.json")
-            while not (kept.exists() and kept.read_text().count("cost") > 1):
-                time.sleep(0.01)
-            os.kill(os.getpid(), 9)
-        playing.play = killed
-        compare_compression.main(commands["broken"])
+    draw, quick = Painter.draw, lambda path: path.write_text(f"picture {path.name}")
+    Painter.draw = lambda self, _, path, *args, **kwargs: draw(self, quick, path)
     visualize_attention.main(commands["analysis"])
     compare_compression.main(commands["race"])
     train.main(commands["training"])
@@ -226,21 +215,10 @@ with join() as group:
 ANALYSIS = "--device cpu --num-samples 12 --num-figures 2 --num-effects 2 --dpi 20 --out out"
 # Without averaging: an average over few updates would hide most of what they changed.
 TRAINING = {"ema_decay": 0.0, "tf_dropout": 0.0, "n_updates": 6, "eval_every": 3}
-
-
-COMPARISON = "--device cpu --strategies recent random top-k --budgets 3 6 --episodes 4 --margin 0.1"
-RACE = [*COMPARISON.split(), "--confirm", "3"]  # 3 goals of 4 seeds: a look after 2
-BROKEN = [*COMPARISON.split(), "--confirm", "0", "--no-racing", "--out", "broken"]
-
-
-def torchrun(folder, **commands):
-    """The job in two processes; gives how it ended."""
-    (folder / "commands.json").write_text(json.dumps(commands))
-    (folder / "job.py").write_text(JOB)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    options = {"capture_output": True, "text": True, "check": False, "timeout": 400}
-    options["env"] = os.environ | {"PYTHONPATH": str(ROOT)}
-    return subprocess.run([*command, "--nproc-per-node=2", "job.py"], cwd=folder, **options)
+RACE = (  # 3 goals of 4 seeds: a look after 2
+    "--device cpu --strategies recent random top-k --budgets 3 6 --episodes 4 --margin 0.1 "
+    "--confirm 3 --out race"
+)
 
 
 @pytest.fixture(scope="module")
@@ -253,8 +231,13 @@ def together(tmp_path_factory, tiny_config):
     commands = {"analysis": [*ANALYSIS.split(), "--checkpoint", str(folder / "run")]}
     commands["training"] = flags(folder / "two", **TRAINING)
     commands["killed"] = flags(folder / "killed", n_updates=300)
-    commands["race"] = [*RACE, "--checkpoint", str(folder / "run"), "--out", "race"]
-    done = torchrun(folder, **commands)
+    commands["race"] = [*RACE.split(), "--checkpoint", str(folder / "run")]
+    (folder / "commands.json").write_text(json.dumps(commands))
+    (folder / "job.py").write_text(JOB)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    options = {"capture_output": True, "text": True, "check": False, "timeout": 400}
+    options["env"] = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([*command, "job.py"], cwd=folder, **options)
     assert done.stdout.count("TEST GOALS") == 1, done.stderr
     seen = [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)]
     pids = [one.pop("pid") for one in seen]
@@ -274,6 +257,7 @@ def test_two_processes_exchange_values_and_stop_together(together):
     assert together.done.stdout.count("told") == 1
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_two_processes_write_what_one_writes(together, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(analysis, "MAX_TOKENS", 48)  # three passes to share
@@ -285,10 +269,10 @@ def test_two_processes_write_what_one_writes(together, tmp_path, monkeypatch):
     assert together.done.stdout.count("OVERALL ATTENTION STATISTICS") == 1
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_two_processes_compare_as_one_to_the_byte(together, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    argv = [*RACE, "--checkpoint", str(together.folder / "run"), "--out", "race"]
-    compare_compression.main(argv)
+    compare_compression.main([*RACE.split(), "--checkpoint", str(together.folder / "run")])
     one, two = timeless(tmp_path / "race"), timeless(together.folder / "race")
     assert one == two
     assert {"results.json", "confirmation.json", "index.html"} <= one.keys()
@@ -296,28 +280,6 @@ def test_two_processes_compare_as_one_to_the_byte(together, tmp_path, monkeypatc
     assert said.partition("COMPRESSED AGAINST")[2] in console
     assert "Racing: " in said
     assert console.count("Processes: 2 share the work") == 1
-
-
-def test_what_a_killed_comparison_had_finished_is_kept_for_any_number_of_processes(
-    together, tmp_path, monkeypatch, capsys
-):
-    monkeypatch.chdir(tmp_path)
-    for name in ("draw_by_budget", "draw_by_episode"):
-        monkeypatch.setattr(pictures, name, lambda path, *_: path.write_bytes(b"png"))
-    argv = [*BROKEN, "--checkpoint", str(together.folder / "run")]
-    done = torchrun(tmp_path, broken=argv)
-    assert done.returncode == 1
-    assert "Signal 9 (SIGKILL) received" in done.stderr
-    kept = json.loads(Path("broken/results.json").read_text())["arms"]
-    n_kept = sum(len(arm["blocks"]) for arm in kept.values())
-    assert 2 <= n_kept < 2 * 10
-    compare_compression.main(argv)
-    assert f"{n_kept} blocks of runs of {len(kept)} arms" in capsys.readouterr().out
-    broken = timeless(tmp_path / "broken")
-    compare_compression.main([*argv, "--out", "whole"])
-    whole = timeless(tmp_path / "whole")
-    for name in ("results.json", "results.csv"):
-        assert broken[name] == whole[name]
 
 
 def test_two_processes_train_as_one_on_the_same_batches(together, tmp_path):

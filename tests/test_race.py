@@ -104,9 +104,18 @@ def raced(folder, margin, plays=PLAYS, arms=ARMS):
 
 
 @pytest.fixture(scope="module")
-def both(tmp_path_factory):
+def bars():
+    """Progress bars of all that `both` played."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory, bars):
     """What arms earned in a race, and without."""
-    return [raced(tmp_path_factory.mktemp("race"), margin) for margin in (0.05, None)]
+    make = playing.tqdm
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(playing, "tqdm", lambda **how: bars.append(make(**how)) or bars[-1])
+        return [raced(tmp_path_factory.mktemp("race"), margin) for margin in (0.05, None)]
 
 
 def test_an_arm_has_the_same_numbers_in_a_race_as_without_up_to_where_it_stopped(both):
@@ -192,9 +201,7 @@ def test_an_arm_without_loss_is_confirmed_early_and_one_with_loss_hardly_ever():
     assert rates(12, 64, 1, *SETTINGS["all lose it"])[0] <= 2 / 12
 
 
-def test_progress_counts_what_is_left_once_arms_have_stopped(tmp_path, monkeypatch):
-    bars, make = [], playing.tqdm
-    monkeypatch.setattr(playing, "tqdm", lambda **how: bars.append(make(**how)) or bars[-1])
-    race, _ = raced(tmp_path, 0.05)
+def test_progress_counts_what_is_left_once_arms_have_stopped(both, bars):
+    (race, _), _ = both
     own = sum(each.returns.shape[1] for arm, each in race.items() if arm != Arm("recent", 30))
     assert bars[0].total == own * PLAYS.n_decisions

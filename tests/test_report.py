@@ -207,36 +207,43 @@ def test_what_is_not_a_finite_number_or_interrupted_leaves_the_old_file(tmp_path
     with pytest.raises(TypeError, match="plain types"):
         written(path, model=object())
 
-    def fail(*_):
+    def full_disk(*_):
         raise OSError("disk full")
 
-    monkeypatch.setattr("historylens.common.files.os.replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        write_atomically(path, full_disk)
+    monkeypatch.setattr("historylens.common.files.os.replace", full_disk)
     with pytest.raises(OSError, match="disk full"):
         write_atomically(path, "new")
     assert path.read_text() == "before"
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_csv_has_a_row_a_sample_layer_and_head_and_the_columns_asked_for(tmp_path):
+def table_of(path, metrics, decisions, columns):
+    write_atomically(path, report.csv_lines(metrics, decisions, columns))
+    with path.open(newline="") as file:
+        return [*csv.reader(file)]
+
+
+def test_csv_has_a_row_a_sample_layer_and_head(tmp_path):
     metrics = some_metrics()
-    write_atomically(tmp_path / "metrics.csv", report.csv_lines(metrics, some_decisions(), LABELS))
-    with open(tmp_path / "metrics.csv", newline="") as file:
-        table = list(csv.DictReader(file))
-    assert list(table[0]) == [*PLACE, *NAMES]
-    assert len(table) == 3 * 4 * (2 + 1)
-    assert [row["head"] for row in table[:3]] == ["0", "1", "mean"]
-    sample, layer = table[(2 * 4 + 3) * 3 :], metrics.values[2, 3]
-    assert [sample[1][name] for name in PLACE] == ["2", "2", "2", "200", "5", "1", "100"]
+    header, *rows = table_of(tmp_path / "metrics.csv", metrics, some_decisions(), LABELS)
+    assert header == [*PLACE, *NAMES]
+    assert len(rows) == 3 * 4 * (2 + 1)
+    assert [row[5] for row in rows[:3]] == ["0", "1", "mean"]
+    sample, layer = rows[(2 * 4 + 3) * 3 :], metrics.values[2, 3]
+    assert sample[1][:7] == ["2", "2", "2", "200", "5", "1", "100"]
     for row, values in zip(sample, layer, strict=True):
-        assert [float(row[name]) for name in NAMES] == values.tolist()
+        assert [float(value) for value in row[7:]] == values.tolist()
+
+
+def test_csv_has_the_columns_asked_for_and_no_head_that_there_is_not(tmp_path):
     metrics = measured(uniform(4)[None, None], np.stack([[uniform(4)] * 2]), heads=[[3], [3, 7]])
     sample = decision(4, labels={"task": "key, then door", "step": 7})
     columns = ("goal", "step", "task")
-    write_atomically(tmp_path / "a.csv", report.csv_lines(metrics, [sample], columns))
-    with open(tmp_path / "a.csv", newline="") as file:
-        header, *rows = csv.reader(file)
+    header, *rows = table_of(tmp_path / "a.csv", metrics, [sample], columns)
     assert header[:6] == ["sample", *columns, "layer", "head"]
     assert rows[0][:4] == ["0", "", "7", "key, then door"]
     places = [row[4:6] for row in rows]
     assert places == [["0", "3"], ["0", "mean"], ["1", "3"], ["1", "7"], ["1", "mean"]]
-    assert "nan" not in (tmp_path / "a.csv").read_text()
+    assert not any("nan" in row for row in rows)

@@ -127,18 +127,16 @@ def mass_rewarded(*flags):
 
 def test_metrics_and_what_pictures_show_use_it(capsys, monkeypatch):
     monkeypatch.setattr("historylens.analysis.drawing.draw", lambda *_: 0)
-    every, all_json = mass_rewarded("--rewarded-above", "-1")
-    said = " ".join(capsys.readouterr().out.split())
-    assert "Rewarded: rewards above -1, as --rewarded-above says" in said
     some, some_json = mass_rewarded()
     said = " ".join(capsys.readouterr().out.split())
     assert "the top quarter of those in samples; REWARDED_ABOVE or --rewarded-above says" in said
-    none, none_json = mass_rewarded("--rewarded-above", "9")
-    assert none == 0 < some < every
-    assert every > 0.9
-    counts = [len(one["samples"][0]["rewarded"]) for one in (all_json, some_json, none_json)]
-    assert counts[2] == 0 < counts[1] < counts[0] == 30
-    assert [one["meta"]["rewarded_above"] for one in (all_json, none_json)] == [-1, 9]
+    every, every_json = mass_rewarded("--rewarded-above", "-1")
+    said = " ".join(capsys.readouterr().out.split())
+    assert "Rewarded: rewards above -1, as --rewarded-above says" in said
+    assert 0 < some < 0.9 < every
+    counts = [len(one["samples"][0]["rewarded"]) for one in (some_json, every_json)]
+    assert 0 < counts[0] < counts[1] == 30
+    assert every_json["meta"]["rewarded_above"] == -1
 
 
 def test_what_keeps_rewarded_transitions_keeps_those_above_it():

@@ -9,6 +9,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from attention_rows import uniform
 from conftest import ad_agent
 from hypothesis import given
 from hypothesis import strategies as st
@@ -41,8 +42,10 @@ def walk(cells, episodes=None, rewards=None, **more):
     )
 
 
-def uniform(n):
-    return np.full(n + 1, 1 / (n + 1))
+def even_map(decision, agent, n_panels=1):
+    """The map of a decision whose attention is uniform, the same in every panel."""
+    even = uniform(decision.n)
+    return RoomMap.of(agent, decision, np.tile(even, (n_panels, 1)), even)
 
 
 @given(
@@ -88,9 +91,8 @@ def test_numbers_are_those_of_a_plain_loop(n, n_rows, n_columns, n_panels, seed)
 def test_the_path_is_that_of_the_episode_of_the_decision(query, episode, path):
     decision = walk([(2, 2), (0, 1), (1, 1), (1, 2)], [4, 5, 5], goal=[2, 0])
     decision = replace(decision, query_state=np.array(query), query_episode=episode)
-    room = RoomMap.of(agent_of(3, 3), decision, uniform(3)[None], uniform(3))
-    assert room.path.tolist() == path
-    assert room.goals.tolist() == [[2, 0]]
+    room = even_map(decision, agent_of(3, 3))
+    assert (room.path.tolist(), room.goals.tolist()) == (path, [[2, 0]])
 
 
 def test_what_the_query_cannot_read_has_no_ratio_and_json_can_hold_that(tmp_path):
@@ -102,10 +104,9 @@ def test_what_the_query_cannot_read_has_no_ratio_and_json_can_hold_that(tmp_path
 
 @pytest.mark.parametrize("cell", [(3, 0), (0, -1), (0.5, 0), (0, np.nan)])
 def test_a_position_outside_the_room_is_told(cell):
-    decision = walk([(0.0, 0.0), cell, (1.0, 1.0)])
     words = r"position\(\): expected a row in 0\.\.2 and a column in 0\.\.1, whole numbers, got \["
     with pytest.raises(UserError, match=words):
-        RoomMap.of(agent_of(3, 2), decision, uniform(2)[None], uniform(2))
+        even_map(walk([(0.0, 0.0), cell, (1.0, 1.0)]), agent_of(3, 2))
 
 
 def drawn(path, room, n_panels=1, dpi=100, **more):
@@ -138,20 +139,8 @@ BRIGHT, GREY, DARK = (roommap.SHADES[i].astype(int) for i in (255, 128, 0))
 
 
 def test_attention_on_one_cell_makes_that_cell_bright_and_nothing_else(tmp_path):
-    cells = [(2, 2), (2, 3), (3, 3), (4, 3), (3, 3), (3, 4), (3, 3), (2, 3), (1, 3), (1, 2)]
-    cells += [
-        (0, 0),
-        (0, 1),
-        (0, 2),
-        (1, 1),
-        (2, 1),
-        (4, 4),
-        (4, 2),
-        (4, 1),
-        (4, 0),
-        (3, 1),
-        (3, 2),
-    ]
+    path = "22 23 33 43 33 34 33 23 13 12 00 01 02 11 21 44 42 41 40 31 32"
+    cells = [(int(row), int(column)) for row, column in path.split()]
     decision, n = walk(cells * 2), 2 * len(cells) - 1
     planted = (decision.next_states == (0, 1)).all(axis=1) / 2
     rows = np.stack([np.append(planted, 0), uniform(n)])
@@ -161,11 +150,11 @@ def test_attention_on_one_cell_makes_that_cell_bright_and_nothing_else(tmp_path)
     assert ratios.pop((0, 1)) == pytest.approx((n + 1) / 2, rel=1e-5)
     assert set(ratios.values()) == {0}
     (planted, even), *_ = drawn(tmp_path / "a.png", room, 2)
-    for cell in np.argwhere(room.visits):
-        is_planted = cell.tolist() == [0, 1]
-        assert np.abs(colour(planted, room, cell) - (BRIGHT if is_planted else DARK)).max() <= 2
+    for cell in cells:
+        expected = BRIGHT if cell == (0, 1) else DARK
+        assert np.abs(colour(planted, room, cell) - expected).max() <= 2
         assert np.abs(colour(even, room, cell) - GREY).max() <= 2
-    for row, column in np.argwhere(room.visits == 0):  # white, with strokes across
+    for row, column in set(np.ndindex(5, 5)) - set(cells):  # white, with strokes across
         side = len(planted) // 5
         part = planted[row * side + 3 : (row + 1) * side - 3, column * side + 3 :][:, : side - 6]
         assert 0 < (part.min(axis=2) < 250).mean() < 0.4
@@ -178,30 +167,27 @@ def test_attention_on_one_cell_makes_that_cell_bright_and_nothing_else(tmp_path)
 ])  # fmt: skip
 def test_any_room_any_number_of_panels_and_hardly_a_transition(tmp_path, n, room, n_panels):
     decision = walk([(0, 0)] * (n + 1), goal=np.subtract(room, 1))  # who stays in place
-    own = RoomMap.of(agent_of(*room), decision, uniform(n)[None].repeat(n_panels, 0), uniform(n))
+    own = even_map(decision, agent_of(*room), n_panels)
     maps, texts, _ = drawn(tmp_path / "a.png", own, n_panels)
     assert len(maps) == n_panels
     assert max(Image.open(tmp_path / "a.png").size) < 3000
     assert ("one · no history yet" in texts) == (n == 0)
-    assert texts.count("↻2") == (n_panels if n == 2 else 0)
-    assert texts.count("↻") == (n_panels if n == 1 else 0)
+    assert [texts.count(mark) for mark in ("↻", "↻2")] == [n_panels * (n == k) for k in (1, 2)]
 
 
 def test_the_path_the_agent_the_goal_and_rewards_are_marked_where_they_are(tmp_path):
     cells = [(0, 0), (0, 1), (0, 1), (1, 1), (2, 1)]
-    decision = walk(cells, rewards=[0, 0, 1, 0], goal=(2, 2))
-    room = RoomMap.of(agent_of(3, 3), decision, uniform(4)[None], uniform(4))
+    room = even_map(walk(cells, rewards=[0, 0, 1, 0], goal=(2, 2)), agent_of(3, 3))
     (image,), texts, lines = drawn(tmp_path / "a.png", room)
     assert texts.count("↻") == 1
-    side = len(image) // 3
+    side, red = len(image) // 3, np.array(list(bytes.fromhex(roommap.REWARD[1:])))
 
-    def has(cell, colour):
-        part = image[cell[0] * side : (cell[0] + 1) * side, cell[1] * side : (cell[1] + 1) * side]
-        return (np.abs(part.astype(int) - colour).max(axis=2) < 12).sum() > side
+    def is_marked(row, column):
+        part = image[row * side : (row + 1) * side, column * side : (column + 1) * side]
+        return (np.abs(part.astype(int) - red).max(axis=2) < 12).sum() > side
 
-    red = np.array(list(bytes.fromhex(roommap.REWARD[1:])))
-    inside = [(r, c) for r in range(3) for c in range(3)]
-    assert [cell for cell in inside if has(cell, red)] == [(1, 1), (2, 2)]  # reward and goal
+    # The reward and the goal.
+    assert [cell for cell in np.ndindex(3, 3) if is_marked(*cell)] == [(1, 1), (2, 2)]
     middle = image[int(2.44 * side), int(1.44 * side)]  # of the agent's dot
     assert np.abs(middle.astype(int) - 0x22).max() < 12
     shafts = [path for call in lines for path in call.args[1] if len(path) == 2]
@@ -211,7 +197,7 @@ def test_the_path_the_agent_the_goal_and_rewards_are_marked_where_they_are(tmp_p
 
 
 def test_the_same_numbers_give_the_same_bytes_and_twice_the_dpi_twice_the_size(tmp_path):
-    room = RoomMap.of(agent_of(2, 2), walk([(0, 0), (0, 1)]), uniform(1)[None], uniform(1))
+    room = even_map(walk([(0, 0), (0, 1)]), agent_of(2, 2))
     path, files, sizes = tmp_path / "a.png", [], []
     for dpi in (50, 50, 100):
         room_map(path, room, ["layer 0"], "In the room", "one", dpi=dpi)
@@ -222,17 +208,14 @@ def test_the_same_numbers_give_the_same_bytes_and_twice_the_dpi_twice_the_size(t
 
 
 def test_heads_stand_in_rows_of_layers(tmp_path):
-    room = RoomMap.of(
-        agent_of(2, 2), walk([(0, 0), (0, 1)]), np.tile(uniform(1), (6, 1)), uniform(1)
-    )
-    args = tmp_path / "a.png", room, list("abcdef"), "a", "b"
-    room_map(*args, across=3, dpi=50)
-    with mock.patch.object(Page, "paste", autospec=True) as paste:
-        room_map(*args, across=3, dpi=50)
-    places = [call.args[1:3] for call in paste.call_args_list[:6]]
+    room = even_map(walk([(0, 0), (0, 1)]), agent_of(2, 2), n_panels=6)
+    with mock.patch.object(Page, "paste", autospec=True, side_effect=Page.paste) as paste:
+        room_map(tmp_path / "a.png", room, list("abcdef"), "a", "b", across=3, dpi=50)
+    places = [call.args[1:3] for call in paste.call_args_list[-6:]]
+    above, below = ({top for _, top in row} for row in (places[:3], places[3:]))
     assert len({left for left, _ in places}) == 3
-    assert len({top for _, top in places[:3]}) == len({top for _, top in places[3:]}) == 1
-    assert places[0][1] < places[3][1]
+    assert len(above) == len(below) == 1
+    assert max(above) < min(below)
 
 
 def test_decisions_of_the_ad_model_know_the_room_the_goal_and_their_episode(
@@ -240,16 +223,13 @@ def test_decisions_of_the_ad_model_know_the_room_the_goal_and_their_episode(
 ):
     agent = ad_agent(tiny_model, tiny_histories, [(2, 17), (0, 15)])  # five steps an episode
     assert agent.room == (5, 5)
-    within, begun = agent.decisions
-    assert (within.query_episode, begun.query_episode) == (3, 3)
-    rooms = [
-        RoomMap.of(agent, one, uniform(one.n)[None], uniform(one.n)) for one in (within, begun)
-    ]
-    assert [len(room.path) for room in rooms] == [3, 1]
-    assert rooms[0].path.tolist() == tiny_histories.states[2, 15:18].tolist()
-    assert rooms[1].path.tolist() == [[2, 2]]
-    assert [room.goals.tolist() for room in rooms] == [[[4, 3]], [[0, 1]]]
-    assert rooms[0].rewarded.sum() == tiny_histories.rewards[2, 17 - within.n : 17].sum()
+    assert [one.query_episode for one in agent.decisions] == [3, 3]
+    within, begun = (even_map(one, agent) for one in agent.decisions)
+    assert within.path.tolist() == tiny_histories.states[2, 15:18].tolist()
+    assert begun.path.tolist() == [[2, 2]]
+    assert (within.goals.tolist(), begun.goals.tolist()) == ([[4, 3]], [[0, 1]])
+    n = agent.decisions[0].n
+    assert within.rewarded.sum() == tiny_histories.rewards[2, 17 - n : 17].sum()
 
 
 @pytest.fixture
@@ -279,20 +259,19 @@ def test_an_adapter_says_where_states_lie(adapter):
     cells = agent.position(decision.states)
     assert np.array_equal(cells, np.pad(decision.states, ((0, 0), (1, 0))))
     assert agent.position(decision.states[:0]).shape == (0, 2)
-    room = RoomMap.of(agent, decision, uniform(30)[None], uniform(30))
+    room = even_map(decision, agent)
     assert (room.path.tolist(), room.goals.tolist()) == ([[0, 4]], [[0, 8]])
 
 
-def test_several_goals_are_marked_with_their_order_and_one_is_not(adapter, tmp_path):
-    for goals, marks in (("[[8], [2]]", ["1", "2"]), ("[[8], [8]]", ["1", "2"]), ("8", [])):
-        agent = adapter(ABOUT, f'"task": task, "goal": {goals}}}')
-        decision = agent.decisions[1]
-        room = RoomMap.of(agent, decision, uniform(30)[None], uniform(30))
-        assert room.numbers()["goals"] == [[0, goal] for goal in np.ravel(eval(goals)).tolist()]
-        _, texts, _ = drawn(tmp_path / "a.png", room)
-        of_goals = [text for text in texts if text in ("1", "2", "3")]
-        assert of_goals[: len(marks)] == marks
-        assert len(of_goals) == len(marks)
+@pytest.mark.parametrize(("goals", "marks"), [
+    ([[8], [2]], ["1", "2"]), ([[8], [8]], ["1", "2"]), (8, []),
+])  # fmt: skip
+def test_several_goals_are_marked_with_their_order_and_one_is_not(adapter, tmp_path, goals, marks):
+    agent = adapter(ABOUT, f'"task": task, "goal": {goals}}}')
+    room = even_map(agent.decisions[1], agent)
+    assert room.numbers()["goals"] == [[0, goal] for goal in np.ravel(goals).tolist()]
+    _, texts, _ = drawn(tmp_path / "a.png", room)
+    assert [text for text in texts if text in ("1", "2", "3")] == marks
 
 
 def test_a_room_is_as_large_as_samples_reach_unless_it_is_said(adapter):

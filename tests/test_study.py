@@ -391,10 +391,10 @@ def test_the_legend_names_what_is_there_and_the_heading_fits(study, tmp_path):
     one_seed = judged(result("random@1", 3.0, shape=(4, 1, 1)), shape=(4, 1, 1))
     no_random = judged(result("recent@10", 9.0))
     one_budget = judged(*(result(f"{name}@10", 3.0) for name in WITH_BUDGET))  # of these no band
-    cases = (study, texts), (no_random, texts[:1]), (one_budget, texts[:1]), (one_seed, [])
-    for other, there in cases:
+    for other, there in (study, texts), (one_budget, texts[:1]), (one_seed, []):
         assert said(other)[3:] == there
-    said(no_random, "a task that is told in more words than one line takes " * 4, "a name " * 30)
+    long = "a task that is told in more words than one line takes " * 4, "a name " * 30
+    assert said(no_random, *long)[3:] == texts[:1]
 
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=30).map(sorted), st.floats(0.001, 0.1))

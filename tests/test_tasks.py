@@ -11,7 +11,6 @@ from conftest import refused
 from ad.darkroom import TASKS
 from compare_compression import main as compare
 from dataset import Histories
-from historylens.pictures import returns
 from train import main as train
 from visualize_attention import main as visualize
 
@@ -26,11 +25,10 @@ TINY = [
 ]  # fmt: skip
 
 
+@pytest.mark.usefixtures("few_effects", "undrawn")
 @pytest.mark.parametrize("env", TASKS)
 def test_the_task_of_a_checkpoint_is_that_of_all_that_follows(env, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    for name in ("draw_by_budget", "draw_by_episode"):
-        monkeypatch.setattr(returns, name, lambda path, *_: path.write_bytes(b"png"))
     task, run = TASKS[env], tmp_path / "checkpoints" / f"AD-{env}-seed0"
     train(["--env", env, *TINY])
     numbers = json.loads((run / "training.json").read_text())

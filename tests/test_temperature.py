@@ -1,5 +1,6 @@
 """What a model does with its history is told from its actions, not from how sharp its policy is."""
 
+import functools
 from dataclasses import replace
 
 import numpy as np
@@ -7,10 +8,10 @@ import pytest
 import torch
 from agents import Recorder
 from compression_cases import decisions_of, make_history
+from conftest import ad_agent
 from hypothesis import given
 from hypothesis import strategies as st
 from test_effects import attention, moved, one_hot, reading
-from test_planted import analysed
 from test_planted_effects import early_rewards, model_of_rewards
 from torch import nn
 
@@ -32,6 +33,7 @@ from model import ADTransformer
 
 TEMPERATURES = (0.01, 100)
 N = 24
+pytestmark = pytest.mark.usefixtures("few_effects")
 
 
 def planted(logits, decisions=None):
@@ -49,8 +51,16 @@ def ignoring(history):
     return one_hot(history.query_states[:, 0])
 
 
+def attending_to_rewards():
+    """A transformer that reads them; the one decision of each of eight histories."""
+    return ad_agent(model_of_rewards(), early_rewards(), [(i, 40, 1) for i in range(8)])
+
+
 def shipped():
-    return load_for_analysis(VisualizeConfig(num_samples=10), torch.device("cpu"))
+    """On the latest part of its context, which is enough to be told from its twins."""
+    agent = load_for_analysis(VisualizeConfig(num_samples=6), torch.device("cpu"))
+    agent.n_max = 40
+    return agent
 
 
 def untrained(seed, as_torch=False):
@@ -100,43 +110,32 @@ MODELS = {
     "ignoring": (lambda: planted(ignoring), True),
     "reading": (lambda: planted(reading), False),
     "reading rewards": (lambda: planted(reading_rewards), False),
+    "attending to rewards": (attending_to_rewards, False),
     "shipped": (shipped, False),
     "untrained": (lambda: untrained(0), True),
     "untrained, initialised by PyTorch": (lambda: untrained(0, as_torch=True), True),
 }
+WITHOUT_WEIGHTS = ("ignoring", "reading", "reading rewards")  # of what cannot be shuffled
 
 
-@pytest.fixture
-def few(monkeypatch):
-    """Few decisions where what is measured is of no account, and costs most."""
-    monkeypatch.setattr("historylens.effects.guide.MAX_TOKENS_SETS", 5_000)
-    monkeypatch.setattr("historylens.effects.heads.N_DECISIONS", 4)
-    for limit, n in (("N_DECISIONS", 4), ("N_DECISIONS_BY_LAYER", 2)):
-        monkeypatch.setattr(f"historylens.effects.knockout.{limit}", n)
+@functools.cache
+def found_at_its_own(name):
+    """What is found of a model at its own temperature."""
+    return found_of(MODELS[name][0]())
 
 
-@pytest.mark.usefixtures("few")
 @pytest.mark.parametrize("name", MODELS)
 def test_verdict_order_marks_and_enough_are_the_same_at_every_temperature(name):
     make, ignores = MODELS[name]
-    *own, ranks = verdict(found_of(make()))
+    *own, ranks = verdict(found_at_its_own(name))
     assert own[0] == ignores
+    n_twins = 0 if name in WITHOUT_WEIGHTS else 19
     for factor in TEMPERATURES:
-        *others, close = verdict(found_of(times(make(), factor)))
+        found = found_of(times(make(), factor))
+        *others, close = verdict(found)
         assert others == own, factor
         assert close == pytest.approx(ranks, abs=0.02)
-
-
-@pytest.mark.usefixtures("few")
-@pytest.mark.parametrize("factor", [0.01, 1, 100])
-def test_a_model_that_reads_rewards_alone_is_recognised_though_twins_were_run(factor, tmp_path):
-    model = model_of_rewards()
-    with torch.no_grad():
-        model.pred_action.weight.mul_(factor)
-    found = analysed(tmp_path, model, early_rewards())["effects"]
-    assert found["ignores_history"] is False
-    assert len(found["twins"]) == 19
-    assert found["strategies"]["top-k"]["enough"] == 1
+        assert len(found.twins) == n_twins
 
 
 def test_enough_is_never_said_where_the_actions_change():
@@ -224,9 +223,8 @@ def test_twins_have_the_same_numbers_in_other_places_and_the_weights_are_put_bac
     assert twice[0] == twice[1] != twice[2]
 
 
-@pytest.mark.usefixtures("few")
 def test_weights_are_put_back_after_an_error_and_the_actions_alone_decide():
-    agent, calls = shipped(), []
+    agent, calls = attending_to_rewards(), []
     own = {name: tensor.clone() for name, tensor in agent.model.state_dict().items()}
     act, state = agent.act, agent.model.state_dict()
 
@@ -262,12 +260,11 @@ def test_where_weights_cannot_be_shuffled_the_actions_alone_decide(logits, param
     assert (found.twins, found.ignores_history) == ([], False)
 
 
-@pytest.mark.usefixtures("few")
 def test_the_console_says_what_the_verdict_rests_on():
-    texts = [" ".join(found_of(make()).text.split()) for make in (shipped, lambda: untrained(0))]
+    texts = {name: " ".join(found_at_its_own(name).text.split()) for name in MODELS}
     about = "Of actions drawn at a reference temperature another task's history changes"
     for words in (about, "in 19 models with these weights shuffled", "untrained ones move as much"):
-        assert [words in text for text in texts] == [False, True]
-    assert "For comparison: no history at all" in texts[0]
-    nothing = " ".join(found_of(planted(ignoring)).text.split())
-    assert f"{about} 0%: 5% count as nothing, 30% without history." in nothing
+        assert words not in texts["shipped"]
+        assert words in texts["untrained"]
+    assert "For comparison: no history at all" in texts["shipped"]
+    assert f"{about} 0%: 5% count as nothing, 30% without history." in texts["ignoring"]

@@ -46,14 +46,7 @@ def test_a_thinned_window_is_what_the_method_keeps_and_then_what_follows(name, n
     assert set(method.needs) <= {"episodes", "query_states"}
 
 
-def test_thinnings_worked_by_hand_episodes_ranked_as_they_lie_before_it():
-    # History 1, decision at step 8; of steps 2 to 5 two are kept, and 6 and 7 follow.
-    window = window_of(numbered(2, 4, 3), 6, [1], [8])
-    found = thin(*window, METHODS["even"], 2, 2, np.random.default_rng(0))
-    assert found["states"][0, :, 0].tolist() == [1002, 1005, 1006, 1007]
-    assert found["rewards"].tolist() == [[201_002, 201_005, 201_006, 201_007]]
-    assert found["query_states"][0, :, 0].tolist() == [1006, 1007, 1008]
-    assert found["target_actions"].tolist() == [[101_006, 101_007, 101_008]]
+def test_episodes_are_ranked_as_they_lie_before_the_thinning_by_hand():
     window, _ = window_of(numbered(1, 2, 6), 6, [0], [6])
     window["rewards"] = torch.tensor([[0, 2, 0, 0, 1, 0]])
     episodes = torch.tensor([[0, 0, 1, 1, 1, 2]])

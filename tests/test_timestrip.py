@@ -1,5 +1,6 @@
 """The picture of one play: weights read back from the pixels, steps down, positions across."""
 
+import itertools
 from unittest import mock
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from test_pictures import has_white_border
 
 from historylens.pictures import timestrip
 from historylens.pictures.page import Page
@@ -79,18 +81,16 @@ def test_columns_that_no_step_reaches_are_left_out_and_a_first_decision_alone_is
 
 
 def test_a_column_is_named_by_how_far_back_it_is_and_a_row_by_its_step():
-    ticks = drawn(play(30, 10))["tick"]
-    below = {label: place for place, _, label, _, side in ticks if side == "below"}
-    left, zoom = LEFT + STRIP + GAP, timestrip.MAX_CELL
-    assert below["query"] == left + 10 * zoom + GAP + QUERY / 2
-    del below["query"]
+    ticks, left, zoom = drawn(play(30, 10))["tick"], LEFT + STRIP + GAP, timestrip.MAX_CELL
+    below, steps = (
+        {label: place for place, _, label, _, at in ticks if at == side}
+        for side in ("below", "left")
+    )
+    assert below.pop("query") == left + 10 * zoom + GAP + QUERY / 2
     assert {"10", "2"} <= set(below)
-    for label, place in below.items():
-        assert place == left + zoom * (10 - int(label) + 0.5)
-    steps = {label: place for place, _, label, _, side in ticks if side == "left"}
+    assert below == {label: left + zoom * (10 - int(label) + 0.5) for label in below}
     assert "0" in steps
-    for label, place in steps.items():
-        assert place == TOP + zoom * (int(label) + 0.5)
+    assert steps == {label: TOP + zoom * (int(label) + 0.5) for label in steps}
 
 
 @given(st.integers(1, 3000), st.integers(40, 900), st.sampled_from([0.5, 1.0, 1.7]))
@@ -108,6 +108,11 @@ def test_places_fit_the_room_they_have_however_many_they_are(n, room, scale):
     assert all(0 <= tick < n for tick in ticks)
 
 
+def overlap(one, other):
+    """Whether two boxes (left, top, right, bottom) have a place in common."""
+    return all(one[i] < other[i + 2] and other[i] < one[i + 2] for i in range(2))
+
+
 @pytest.mark.parametrize(("n_steps", "n_max", "n_layers", "dpi"), [
     (2000, 1000, 1, 100), (1200, 300, 2, 60), (5, 1, 13, 100), (700, 400, 24, 50),
 ])  # fmt: skip
@@ -117,26 +122,20 @@ def test_large_plays_are_pooled_as_heatmaps_are_and_panels_stay_apart(
     layers = play(n_steps, n_max, n_layers)
     with mock.patch.object(timestrip, "pool", side_effect=pool) as pooled:
         calls = drawn(layers, dpi=dpi)
-    across, down = (call for call in pooled.call_args.args[1:])
-    assert (across > 1) == (n_max > 200)
-    assert (down > 1) == (n_steps > 500)
+    across, down = pooled.call_args.args[1:]
+    assert (across > 1, down > 1) == (n_max > 200, n_steps > 500)
     *pasted, bar = calls["paste"]
-    boxes = [
-        (left, top, left + image.shape[1] * 100 / dpi, top + image.shape[0] * 100 / dpi)
-        for left, top, image in pasted
-    ]
+    boxes = []
+    for left, top, image in pasted:
+        height, width = (side * 100 / dpi for side in image.shape[:2])
+        boxes.append((left, top, left + width, top + height))
+        assert height <= 900
+        assert width <= 420 + STRIP + QUERY + 2 * GAP + 4  # rounded at dpi 50
+        assert left + width < bar[0]
     assert len(boxes) == n_layers
-    for left, top, right, bottom in boxes:
-        assert bottom - top <= 900
-        assert right - left <= 420 + STRIP + QUERY + 2 * GAP + 4  # rounded at dpi 50
-        assert right < bar[0]
-        for other in boxes:
-            is_same = other == (left, top, right, bottom)
-            assert is_same or other[0] >= right or other[2] <= left or other[1] >= bottom or (
-                other[3] <= top
-            )  # fmt: skip
-    page = np.array([text[1] for text in calls["text"]])
-    assert page.max() > max(bottom for *_, bottom in boxes)  # the legend stands below
+    assert not any(overlap(*pair) for pair in itertools.combinations(boxes, 2))
+    lowest = max(text[1] for text in calls["text"])
+    assert lowest > max(bottom for *_, bottom in boxes)  # the legend stands below
     said = " ".join(text[2] for text in calls["text"])
     assert (f"of {down} steps the last is drawn" in said) == (down > 1)
     assert (f"mean of {across} transitions" in said) == (across > 1)
@@ -160,15 +159,13 @@ def test_the_strip_shows_episodes_in_two_greys_rewards_in_red_and_white_lines_wh
     strip, *_ = parts(panel)
     assert (left, top, strip.shape) == (LEFT, TOP, (12 * zoom, STRIP, 3))
     cells = strip[zoom // 2 :: zoom, 0].tolist()
-    assert cells[3] == cells[11] == RED  # the last step, too, wholly
-    episodes = [cells[0], cells[5], cells[10]]
-    assert episodes[0] == cells[4] == episodes[2] in GREYS
-    assert episodes[1] == cells[9] in GREYS
-    assert episodes[1] != episodes[0]
-    lines = [segment for (segments,) in calls["lines"] for segment in segments]
-    assert [line[0][1] for line in lines if line[0][0] == LEFT + STRIP + GAP] == [
-        TOP + 5 * zoom, TOP + 10 * zoom,
-    ]  # fmt: skip
+    light, dark = cells[0], cells[5]
+    assert sorted([light, dark]) == sorted(GREYS)
+    own = [light] * 5 + [dark] * 5 + [light] * 2
+    own[3] = own[11] = RED  # the last step, too, wholly
+    assert cells == own
+    starts = [line[0] for (segments,) in calls["lines"] for line in segments]
+    assert [y for x, y in starts if x == LEFT + STRIP + GAP] == [TOP + 5 * zoom, TOP + 10 * zoom]
 
 
 def test_more_than_forty_episodes_are_marked_while_they_can_be_told_apart():
@@ -181,15 +178,14 @@ def test_more_than_forty_episodes_are_marked_while_they_can_be_told_apart():
 
 
 def test_the_same_play_gives_the_same_bytes_in_a_page_with_a_white_border(tmp_path):
-    path, marks = tmp_path / "a.png", (np.array([0, 10]), np.arange(25) > 20)
-    attention_over_time(path, play(25, 8, 5), *marks, **TEXTS, dpi=60)
-    first, pixels = path.read_bytes(), np.asarray(Image.open(path))
-    for edge in (pixels[:3], pixels[-3:], pixels[:, :3], pixels[:, -3:]):
-        assert (edge == 255).all()
-    attention_over_time(path, play(25, 8, 5), *marks, **TEXTS, dpi=60)
-    assert path.read_bytes() == first
-    attention_over_time(path, play(25, 8, 5, seed=1), *marks, **TEXTS, dpi=60)
-    assert path.read_bytes() != first
+    def written(seed):
+        marks = np.array([0, 10]), np.arange(25) > 20
+        attention_over_time(tmp_path / "a.png", play(25, 8, 2, seed), *marks, **TEXTS, dpi=60)
+        return (tmp_path / "a.png").read_bytes()
+
+    first = written(0)
+    assert has_white_border(np.asarray(Image.open(tmp_path / "a.png")))
+    assert written(0) == first != written(1)
 
 
 def test_one_scale_serves_all_layers_and_does_not_end_where_one_of_them_does():

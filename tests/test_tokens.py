@@ -80,15 +80,6 @@ def test_summed_rows_equal_those_of_plain_loops(tokens, seed):
             np.testing.assert_allclose(found[b, head], expected, atol=1e-12)
 
 
-@given(st.integers(2, 12), st.integers(0, 99))
-def test_metrics_do_not_depend_on_how_many_tokens_a_transition_is_cut_into(n, seed):
-    whole = random_rows(np.random.default_rng(seed), 1, 2, n + 1)
-    parts = np.concatenate([np.repeat(whole[..., :-1] / 3, 3, axis=-1), whole[..., -1:]], axis=-1)
-    summed = sum_rows(parts, [Tokens.of(n, PARTS)])
-    expected = metrics.measure(whole, True, False)
-    np.testing.assert_allclose(metrics.measure(summed, True, False), expected, rtol=1e-9)
-
-
 def test_uniform_rows_weigh_what_the_query_sees_and_nothing_else():
     visible = np.array([[1, 0, 1], [1, 1, 1], [0, 0, 0]], dtype=bool)
     np.testing.assert_array_equal(uniform_rows(visible), [[0.5, 0, 0.5], [1 / 3] * 3, [0] * 3])
