@@ -26,12 +26,16 @@ def visit(chromium):
     """Opens a page in a window of its own; nothing may go wrong in it, or come from elsewhere."""
     contexts, wrong = [], []
 
+    def failed(request):  # what the window still loads as it closes may
+        if request.failure != "net::ERR_ABORTED":
+            wrong.append(f"{request.url[:80]} {request.failure}")
+
     def visit(path, width=1280, **settings):
         contexts.append(chromium.new_context(viewport={"width": width, "height": 844}, **settings))
         tab = contexts[-1].new_page()
         tab.on("console", lambda message: wrong.append(message.text))
         tab.on("pageerror", lambda error: wrong.append(str(error)))
-        tab.on("requestfailed", lambda request: wrong.append(request.url[:80]))
+        tab.on("requestfailed", failed)
         tab.on("request", lambda r: r.url.startswith(("file:", "data:")) or wrong.append(r.url))
         tab.goto(path.as_uri())
         return tab
