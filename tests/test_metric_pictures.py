@@ -92,6 +92,17 @@ def test_names_of_returns_stay_in_the_page_beside_long_numbers_and_clear_of_the_
     assert min(labels) > max(text.get_window_extent().y1 for text in legend.texts)
 
 
+@pytest.mark.parametrize("level", [9.6, 9.9, 10.0, 10.01, 10.2, 10.6, 11.2, 14.0])
+def test_the_recommended_arm_is_named_clear_of_the_name_of_full_history(level):
+    study = judged(result("even@10", level), result("recent@10", 3.0), result("even@40", 3.0))
+    assert study.recommended.arm.key == "even@10"
+    with mock.patch.object(returns, "save_figure") as save:
+        returns.draw_by_budget("x.png", study, returns.Picture("a model", "a task", None, 99))
+    FigureCanvasAgg(figure := save.call_args.args[0]).draw()
+    texts = {x.get_text()[:12]: Text.get_window_extent(x) for x in figure.axes[0].texts}
+    assert not texts["recommended"].overlaps(texts["full history"])
+
+
 def test_labels_that_touch_move_apart_around_their_middle():
     assert spread([0.1, 0.5, 0.5, 1.0], 0.1) == pytest.approx([0.1, 0.45, 0.55, 1.0])
 

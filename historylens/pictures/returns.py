@@ -35,7 +35,6 @@ GREY, FULL_COLOUR, EMPTY_COLOUR = "#c4c4c4", "#0b6e4f", "#8a8a8a"
 PANEL = 4.75  # inches from one row of panels to the next, names below them included
 ASIDE = 0.045  # between intervals of strategies at one budget, in roots of transitions
 LABEL_GAP = 0.036  # between labels, of the height of the plot
-NEAR_LEVEL = 0.1  # of a level: what is closer is named below its mark
 ABOVE_LEGEND = 0.07  # lowest place of a label, of the height of the plot
 
 
@@ -59,8 +58,8 @@ def draw_by_budget(path: str | Path, study: Any, picture: Picture) -> None:
     if study.recommended is not None:
         place = (study.recommended.kept, study.recommended.mean.value)
         axes.plot(*place, "o", ms=15, mec=FULL_COLOUR, mfc="none", mew=1.6, zorder=5)
-        level = study.full.mean.value  # above it stands its name
-        offset = -20 if abs(place[1] - level) < NEAR_LEVEL * abs(level) else 11
+        is_above = place[1] > study.full.mean.value  # a level whose name stands above it
+        offset = 18 if is_above else -20
         style = {"color": FULL_COLOUR, "fontsize": 9.5, "weight": "bold", "ha": "center"}
         style |= {"xytext": (0, offset), "textcoords": "offset points", "zorder": 6}
         axes.annotate("recommended", place, **style)
