@@ -54,13 +54,10 @@ def learning_histories(
         # As it happens, and again once the episode is over, from its end to its beginning.
         again = [*range(k, -1, -1)] * source.n_replays if done else []
         for i in [k, *again]:
-            own = worth[cells[:, i], actions[:, t - k + i]]
-            after = worth[cells[:, i + 1]]
-            is_open = cells[:, i + 1] < n_hidden * n_cells  # or all is found: no more to earn
-            _learn(values, own, rewards[:, t - k + i], after, is_open, source)
+            step = actions[:, t - k + i], rewards[:, t - k + i]
+            _learn(values, worth, cells[:, i : i + 2], *step, n_hidden * n_cells, source)
         states[:, t + 1] = room.reset() if done else next_states[:, t]
-    reached = next_states[:, :-1]
-    return Histories(states[:, :-1], actions, rewards, reached, goals, env.horizon)
+    return Histories(states[:, :-1], actions, rewards, next_states[:, :-1], goals, env.horizon)
 
 
 def _worth(size: int, n_hidden: int, of: str) -> np.ndarray:
@@ -75,8 +72,9 @@ def _worth(size: int, n_hidden: int, of: str) -> np.ndarray:
 def _greedy(
     values: np.ndarray, worth: np.ndarray, before: np.ndarray | None, rng: np.random.Generator
 ) -> np.ndarray:
-    """The best action of each room `(N,)`, worth `(N, A)` of its values: of equal ones that taken
-    `before`.
+    """The best action of each room `(N,)`, by the numbers `worth (N, A)` of their `values (N, V)`.
+
+    Of equal ones it is that taken `before (N,)`.
     """
     rows, ties = np.arange(len(worth)), 1e-5 * rng.random(worth.shape, np.float32)
     if before is not None:
@@ -85,12 +83,17 @@ def _greedy(
 
 
 def _learn(
-    values: np.ndarray, own: np.ndarray, rewards: np.ndarray, after: np.ndarray,
-    is_open: np.ndarray, source: SourceConfig,
+    values: np.ndarray, worth: np.ndarray, cells: np.ndarray, actions: np.ndarray,
+    rewards: np.ndarray, n_open: int, source: SourceConfig,
 ) -> None:  # fmt: skip
-    """Learn `own` `(N,)` of values `(N, V)` from a step to where those `after` `(N, A)` count."""
-    rows = np.arange(len(own))
-    best = values[rows[:, None], after].max(axis=1) * is_open
+    """Learn `values (N, V)`, numbered by `worth (states, A)`, from a step of each room.
+
+    From and to `cells (N, 2)`, by `actions (N,)` for `rewards (N,)`; from cell `n_open` on all is
+    found, and there is no more to earn.
+    """
+    rows, (before, after) = np.arange(len(cells)), cells.T
+    best = values[rows[:, None], worth[after]].max(axis=1) * (after < n_open)
+    own = worth[before, actions]
     error = rewards + source.discount * best - values[rows, own]
     values[rows, own] += source.step_size * error  # float32
 
