@@ -72,7 +72,7 @@ def rates(n_studies: int, n_seeds: int, n_arms: int, *setting: object) -> np.nda
 
 
 if __name__ == "__main__":
-    flags = read_flags(__doc__, studies=1000, sizes=["4,18", "16,80", "24,12", "64,1"])
+    flags = read_flags(__doc__, studies=1000, sizes=["4,18", "16,80", "24,12", "128,1"])
     print(f"{flags.studies:,} studies of {N_GOALS} goals; truly lost: {MARGIN:.0%}, or nothing")
     header = "| seeds | arms | setting | studies with a false safe or better | arms within the "
     header += "margin that stopped | arms without loss called safe or better | runs saved |"

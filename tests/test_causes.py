@@ -1,6 +1,7 @@
 """Heads, knockout and the guide on models wired by hand, and beside plain loops."""
 
 import json
+from itertools import product
 
 import numpy as np
 import pytest
@@ -177,6 +178,16 @@ def test_the_guide_equals_sets_kept_and_dropped_one_by_one(trial):
             assert max(shares) <= 1
     assert best_head(found) in ("head-0-0", "head-0-1", "head-1-1")
     assert max(map(len, guide_text(found).splitlines())) <= 100
+    for question, place in product(("keep", "drop"), ("renumbered", "in place")):
+        every = found[question][place]["readings"]
+        for reading in every.values():
+            reading["overall"] |= {"share": -1.2, "interval": [-310.0, 0.3]}
+    first = found["keep"]["renumbered"]["readings"]
+    first["layer 12 head 15"] = first["attention"]
+    found["keep"]["renumbered"]["best_reading"] = "layer 12 head 15"
+    told = guide_text(found)
+    assert "<-99% [<-99%, 30%]" in told
+    assert max(map(len, told.splitlines())) <= 100
 
 
 def plain_kl(trial, b, scores, k, question, place):

@@ -28,9 +28,9 @@ FULL, EMPTY = Arm("full"), Arm("empty")
 
 @pytest.mark.parametrize(("n_seeds", "expected"), [
     (1, [1]), (2, [2]), (3, [2, 3]), (4, [2, 4]), (5, [2, 3, 5]), (8, [2, 4, 8]),
-    (16, [4, 8, 16]), (32, [8, 16, 32]),
+    (9, [2, 3, 5, 9]), (16, [2, 4, 8, 16]), (128, [16, 32, 64, 128]),
 ])  # fmt: skip
-def test_looks_are_after_a_quarter_and_a_half_of_the_seeds_and_at_the_end(n_seeds, expected):
+def test_looks_are_after_an_eighth_a_quarter_a_half_and_all_of_the_seeds(n_seeds, expected):
     assert looks(n_seeds) == expected
 
 

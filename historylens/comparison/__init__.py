@@ -80,7 +80,7 @@ class CompareConfig(Settings):
         action="store_true",
     )  # fmt: skip
     confirm: int = setting(
-        64, "at most so many new runs a goal of the most promising arm beside full history, where "
+        128, "at most so many new runs a goal of the most promising arm beside full history, where "
         "no shorter one is shown to be safe yet; 0: none", at_least=0,
     )  # fmt: skip
     margin: float = setting(

@@ -1,6 +1,6 @@
 """Racing: at looks, arms stop that are shown worse, or that cannot be recommended.
 
-    for seeds, share in zip(looks(16), shares(16)):                  # after 4, 8 and 16 runs a goal
+    for seeds, share in zip(looks(16), shares(16)):              # after 2, 4, 8 and 16 runs a goal
         arms = going_on(results_of(arms, seeds), share, 0.05)
 
 Maron and Moore 1993 (Hoeffding races) stop what is shown to be worse, and the runs go to the rest.
@@ -22,8 +22,8 @@ from historylens.comparison.study import FULL, GOOD, Arm, Result, judged, margin
 
 
 def looks(n_seeds: int) -> list[int]:
-    """Runs of each goal after which arms may stop, and last all: a quarter, a half, all of them."""
-    early = (max(2, -(-n_seeds // part)) for part in (4, 2))
+    """Runs of each goal after which arms may stop: an eighth, a quarter, a half, and all."""
+    early = (max(2, -(-n_seeds // part)) for part in (8, 4, 2))
     return sorted({*(min(n, n_seeds) for n in early), n_seeds})
 
 

@@ -232,5 +232,8 @@ def _meaning(first: Mapping[str, Any], leading: str) -> str:
 def _cell(overall: Mapping[str, Any] | None) -> str:
     if overall is None or overall["share"] is None:
         return "-"
-    ends = "" if overall["interval"] is None else " [{:.0%}, {:.0%}]".format(*overall["interval"])
-    return f"{overall['share']:.0%}{ends}"
+    value, *ends = (
+        f"{share:.0%}" if share > -0.995 else "<-99%"  # however far it is on the wrong side
+        for share in (overall["share"], *(overall["interval"] or ()))
+    )
+    return f"{value} [{', '.join(ends)}]" if ends else value
