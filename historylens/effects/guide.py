@@ -232,8 +232,6 @@ def _meaning(first: Mapping[str, Any], leading: str) -> str:
 def _cell(overall: Mapping[str, Any] | None) -> str:
     if overall is None or overall["share"] is None:
         return "-"
-    value, *ends = (
-        f"{share:.0%}" if share > -0.995 else "<-99%"  # however far it is on the wrong side
-        for share in (overall["share"], *(overall["interval"] or ()))
-    )
-    return f"{value} [{', '.join(ends)}]" if ends else value
+    each = overall["share"], *(overall["interval"] or ())
+    value, *ends = (f"{x:.0%}" if x > -0.995 else "<-99%" for x in each)  # the wrong side, far off
+    return f"{value} [{', '.join(ends)}]" if ends and value != "<-99%" else value
