@@ -180,13 +180,14 @@ def test_the_guide_equals_sets_kept_and_dropped_one_by_one(trial):
     assert max(map(len, guide_text(found).splitlines())) <= 100
     for question, place in product(("keep", "drop"), ("renumbered", "in place")):
         every = found[question][place]["readings"]
-        for reading, share in zip(every.values(), [-1.2, *[-0.99] * 9]):
+        for name, reading in every.items():
+            share = -1.2 if name == "recency" else -0.99
             reading["overall"] |= {"share": share, "interval": [-310.0, 0.9]}
     first = found["keep"]["renumbered"]["readings"]
     first["layer 12 head 15"] = first["attention"]
     found["keep"]["renumbered"]["best_reading"] = "layer 12 head 15"
     told = guide_text(found)
-    assert "layer 12 head 15               <-99%  " in told
+    assert "recency                        <-99%  " in told
     assert "-99% [<-99%, 90%]" in told
     assert max(map(len, told.splitlines())) <= 100
 
