@@ -5,8 +5,8 @@
 
 An arm that loses the margin or more and is called safe or better is a false verdict; one that
 loses no more than it and is stopped is a false stop. Where arms collapse, a share of their runs
-earns nothing: on average that is the margin, whatever else they earn. A single arm is one to be
-confirmed: it is judged at each look.
+earns as little as can be: on average that is the margin, whatever else they earn. A single arm is
+one to be confirmed: it is judged at each look.
 """
 
 import numpy as np
@@ -25,6 +25,14 @@ SETTINGS = {  # share of the arms that lose, how many margins, and the noise
     "all lose it, skewed noise": (1.0, 1, "skewed"),
     "all lose it by collapses": (1.0, 1, "collapses"),
     "half lose it by collapses": (0.5, 1, "collapses"),
+    "all lose it by costly collapses": (1.0, 1, "costly"),
+    "all lose it by collapses on one goal": (1.0, 1, "one goal"),
+}
+LEVELS = FULL + np.linspace(-4, 4, N_GOALS)  # of full history, goal by goal
+COLLAPSES = {  # levels, what is left of a run that collapses, and on which goals some do
+    "collapses": (LEVELS, 0.0, np.full(N_GOALS, True)),
+    "costly": (-LEVELS, -5 * FULL, np.full(N_GOALS, True)),
+    "one goal": (np.array([7 * FULL, *[FULL / 7] * 7]), 0.0, np.arange(N_GOALS) == 0),
 }
 
 
@@ -33,10 +41,13 @@ def scores_of(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Scores of full history `(G, R)` and of arms `(N, G, R)`, and which of these lose `(N,)`."""
     shape, loses = (n_arms, N_GOALS, n_seeds), np.arange(n_arms) < losing * n_arms
-    full = FULL + np.linspace(-4, 4, N_GOALS)[:, None] + 2 * rng.normal(size=shape[1:])
-    if noise == "collapses":
-        fails = loses[:, None, None] & (rng.random(shape) < MARGIN)
-        return full, np.where(fails, 0.0, full + 0.2 * rng.normal(size=shape)), loses
+    levels, left, where = COLLAPSES.get(noise, COLLAPSES["collapses"])
+    sigma = np.minimum(2, abs(levels) / 4)[:, None]
+    full = levels[:, None] + sigma * rng.normal(size=shape[1:])
+    if noise in COLLAPSES:
+        often = MARGIN * abs(levels.mean()) / ((levels - left) * where).mean()
+        fails = loses[:, None, None] & where[:, None] & (rng.random(shape) < often)
+        return full, np.where(fails, left, full + 0.1 * sigma * rng.normal(size=shape)), loses
     drawn = rng.normal(size=shape) if noise == "normal" else 1 - rng.exponential(size=shape)
     return full, full - lost * MARGIN * FULL * loses[:, None, None] + 2 * drawn, loses
 
@@ -47,6 +58,7 @@ def rates(n_studies: int, n_seeds: int, n_arms: int, *setting: object) -> np.nda
     False stops are of the arms within the margin, true ones, safe or better, of those without loss.
     """
     rng, of = np.random.default_rng(n_seeds), np.zeros((2, 4))
+    _, least, _ = COLLAPSES.get(setting[2], COLLAPSES["collapses"])  # as a control shows it
     bootstraps = {n: Bootstrap(N_GOALS, n) for n in looks(n_seeds)}
     for _ in range(n_studies):
         full, arms, loses = scores_of(rng, n_arms, n_seeds, *setting)
@@ -56,7 +68,7 @@ def rates(n_studies: int, n_seeds: int, n_arms: int, *setting: object) -> np.nda
             so_far = arms[going][:, :, :n], full[:, :n]
             if n == n_seeds or is_one:
                 among = 1 / share if is_one else n_arms
-                told = judged(*so_far, MARGIN, among, bootstraps[n])
+                told = judged(*so_far, MARGIN, among, bootstraps[n], least)
                 good = going[np.array([said in GOOD for _, _, said in told], dtype=bool)]
                 if is_one and len(good):
                     n_saved += n_seeds - n

@@ -191,21 +191,21 @@ def test_open_arms_that_save_tokens_are_worth_more_runs_unless_all_is_decided(un
     ("level", "verdict"), [(10.0, "safe"), (11.0, "better"), (4.0, "worse"), (9.5, "inconclusive")]
 )
 def test_new_runs_alone_decide_on_the_arm_to_confirm(unsettled, level, verdict):
-    shape = (N_GOALS, 29, N_EPISODES)
+    shape = (N_GOALS, 40, N_EPISODES)
     full = result("full", 10.0, FULL_TOKENS, shape=shape)
     again = result("even@10", level, shape=shape, seed=1, noise=0.05 + (level == 9.5))
     confirmed, is_good = confirm(unsettled, full, again), verdict in ("safe", "better")
     row = confirmed.confirmation.row
-    assert (row.verdict, confirmed.confirmation.n_seeds) == (verdict, 29)
+    assert (row.verdict, confirmed.confirmation.n_seeds) == (verdict, 40)
     difference = (late_scores(again.returns) - late_scores(full.returns)).mean()
     assert row.difference.value == pytest.approx(difference)
     assert confirmed.recommended is (unsettled.row("even", 10) if is_good else None)
     assert confirmed.rows == unsettled.rows
     text = report.recommendation(confirmed)
-    assert (f"on 29 new seeds a goal: it earns {row.mean.text()} reward" in text) == is_good
-    assert (f"Played again on 29 new seeds a goal it is {verdict}: " in text) != is_good
+    assert (f"on 40 new seeds a goal: it earns {row.mean.text()} reward" in text) == is_good
+    assert (f"Played again on 40 new seeds a goal it is {verdict}: " in text) != is_good
     assert ("--seeds 192, or --full" in text) == (verdict == "inconclusive")
-    ruled_out = "no collapse in 116 runs: more than 2.6 % is ruled out (95 %)"
+    ruled_out = "no collapse in 160 runs: more than 1.9 % is ruled out (95 %)"
     assert (ruled_out in text) == (level > 5)
 
 

@@ -193,16 +193,13 @@ def play_and_judge(
 ) -> Study | None:
     """The judged study, with its confirmation where there is one; None but on rank 0."""
     best, study, arm, again = plays.agent.environment.best, None, None, None
-    race, until = None, None
-    if not config.no_racing:
-        race, until = (
-            partial(stop, margin_share=config.margin, seed=plays.seed)
-            for stop in (going_on, undecided)
-        )
+    of_look = {"margin_share": config.margin, "seed": plays.seed}
+    race = None if config.no_racing else partial(going_on, **of_look)
     played = play_arms(plays, arms, results, race, group)
     if results is not None:
         study = judge(played, config.margin, best, config.seed)
         arm = study.unsettled[0].arm if config.confirm and study.unsettled else None
+        of_look["least"] = study.least
     if (arm := group.broadcast(arm)) is None:
         return study
     new = replace(plays, n_seeds=config.confirm, seed=plays.seed + CONFIRMING)
@@ -211,11 +208,12 @@ def play_and_judge(
             again = open_results(results.path.parent, fingerprint(new), CONFIRMATION)
             if again.why and again.found:
                 note(again.found)
+    until = None if config.no_racing else partial(undecided, **of_look)
     played = play_arms(new, [Arm(FULL), arm], again, until, group)
     if again is not None:
         again.write({"confirms": arm.key})
-        of_look = dict(zip(looks(config.confirm), shares(config.confirm), strict=True))
-        share = of_look[played[0].returns.shape[1]] if until else 1.0
+        spent = dict(zip(looks(config.confirm), shares(config.confirm), strict=True))
+        share = spent[played[0].returns.shape[1]] if until else 1.0
         study = confirm(study, *played, best, config.seed, share)
     return study
 

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from historylens.comparison.intervals import Bootstrap, late_scores
-from historylens.comparison.study import FULL, GOOD, Arm, Result, judged, margin_of
+from historylens.comparison.study import FULL, GOOD, Arm, Result, judged, least_of, margin_of
 
 
 def looks(n_seeds: int) -> list[int]:
@@ -51,12 +51,16 @@ def going_on(
 
 
 def undecided(
-    results: Sequence[Result], share: float, margin_share: float, seed: int = 0
+    results: Sequence[Result], share: float, margin_share: float, seed: int = 0, least: float = 0.0
 ) -> list[Arm]:
-    """Full history and the arm to confirm, unless this look shows the arm to be good or worse."""
+    """Full history and the arm to confirm, unless this look shows the arm to be good or worse.
+
+    `least` is that of the study that chose the arm.
+    """
     full, arm = (late_scores(result.returns) for result in results)
     bootstrap = Bootstrap(*full.shape, seed)
-    [(_, _, said)] = judged(arm[None], full, margin_share, 1 / share, bootstrap)
+    least = least_of(results, least)
+    [(_, _, said)] = judged(arm[None], full, margin_share, 1 / share, bootstrap, least)
     is_over = said in GOOD or shown_worse(arm[None], full, margin_share, share, bootstrap)[0]
     return [] if is_over else [result.arm for result in results]
 

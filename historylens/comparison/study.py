@@ -116,6 +116,7 @@ class Study:
     margin: float  # the same in reward an episode
     doubts: tuple[str, ...]  # why no compression can be judged on this model
     n_seeds: int  # runs of each goal, of what played to the end
+    least: float  # score that a run of some arm had; 0 where none was below
     recommended: Row | None = None
     confirmation: Confirmation | None = None  # of the most promising arm, with none recommended
 
@@ -191,7 +192,7 @@ def judge(results: list[Result], margin_share: float, best: Best = None, seed: i
     baselines = (next(row for row in rows if row.arm == Arm(name)) for name in (FULL, EMPTY))
     margin = margin_of(late_scores(full), margin_share)
     known = tuple(rows), *baselines, by_episode, margin_share, margin, tuple(doubts)
-    study = Study(*known, n_seeds=full.shape[1])
+    study = Study(*known, n_seeds=full.shape[1], least=least_of(results))
     able = [row for row in rows if row.arm.is_candidate and row.is_good and study.saves(row)]
     if doubts or not able:
         return study
@@ -208,7 +209,8 @@ def confirm(
     comparison was chosen before its runs were played: it alone has the other 2.5 %, or the part
     `share` of it that the look at which it ended may spend.
     """
-    rows = _compared([arm, full], full.returns, study.margin_share, 1 / share, best, seed)
+    seen = full.returns, study.margin_share, 1 / share, best, seed, study.least
+    rows = _compared([arm, full], *seen)
     margin = margin_of(late_scores(full.returns), study.margin_share)
     confirmation = Confirmation(*rows, margin, n_seeds=full.returns.shape[1])
     recommended = study.row(arm.arm.name, arm.arm.n_keep) if rows[0].is_good else None
@@ -220,17 +222,26 @@ def margin_of(full: np.ndarray, margin_share: float) -> float:
     return margin_share * abs(float(full.mean()))
 
 
+def least_of(results: Sequence[Result], least: float = 0.0) -> float:
+    """The least score of a run of any arm, `least` where none is below that."""
+    return min(least, *(float(late_scores(result.returns).min()) for result in results))
+
+
 def judged(
-    arms: np.ndarray, full: np.ndarray, margin_share: float, n_compared: float, bootstrap: Bootstrap
-) -> list[tuple[Estimate, Collapses, str]]:
+    arms: np.ndarray, full: np.ndarray, margin_share: float, n_compared: float,
+    bootstrap: Bootstrap, least: float = 0.0,
+) -> list[tuple[Estimate, Collapses, str]]:  # fmt: skip
     """Of `N` arms' scores `(N, G, r)`, paired with `full`: difference, collapses, verdict.
 
-    Verdicts are those of arms of `n_compared`.
+    Verdicts are those of arms of `n_compared`. Where a run collapses that may cost as much as lies,
+    on any goal, between what full history earns and the `least` score that any run had; and no less
+    than what full history earns.
     """
     differences, margin = arms - full, margin_of(full, margin_share)
     own, strict = bootstrap.means(differences), bootstrap.means(differences, n_compared)
-    collapses, level = [Collapses.of(arm, full) for arm in arms], abs(float(full.mean()))
-    at_risk = [each.bound(2 * n_compared) * level for each in collapses]  # at 2.5 %, as `strict`
+    collapses, usual = [Collapses.of(arm, full) for arm in arms], full.mean(axis=1)
+    stake = float(np.maximum(usual - least, np.abs(usual)).max())
+    at_risk = [each.bound(2 * n_compared) * stake for each in collapses]  # at 2.5 %, as `strict`
     given = zip(own, at_risk, strict, strict=True)
     said = [verdict(one, margin, risk, least) for one, risk, least in given]
     return list(zip(own, collapses, said, strict=True))
@@ -238,11 +249,11 @@ def judged(
 
 def _compared(
     results: list[Result], full: np.ndarray, margin_share: float, n_compared: float, best: Best,
-    seed: int,
+    seed: int, least: float = 0.0,
 ) -> list[Row]:  # fmt: skip
     """A row of each result, of as many runs as it has."""
     has_best = best is not None and min(best) > 0
-    (low, high), rows = earnable(results, best), []
+    (low, high), least, rows = earnable(results, best), least_of(results, least), []
     of_best = low, 1.0  # 0 is 0 of any return
     bootstraps = {n: Bootstrap(len(full), n, seed) for n in {r.returns.shape[1] for r in results}}
     for result in results:
@@ -250,7 +261,7 @@ def _compared(
         bootstrap, paired = bootstraps[n_runs], full[:, :n_runs]
         parts = scores / np.asarray(best, dtype=np.float64)[:, None] if has_best else None
         [(difference, collapses, said)] = judged(
-            scores[None], late_scores(paired), margin_share, n_compared, bootstrap
+            scores[None], late_scores(paired), margin_share, n_compared, bootstrap, least
         )
         row = Row(
             arm=result.arm,
