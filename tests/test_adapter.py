@@ -192,6 +192,11 @@ def test_a_model_in_its_environments_knows_what_its_results_depend_on():
     assert first.identity.keys() == {"adapter", "weights"}
     assert first.identity["weights"] != second.identity["weights"]
     assert load("mine.py", 4, 0, CPU).identity == second.identity
+    beside = Path("corridor.py")  # imported as an environment is made
+    beside.write_text(beside.read_text() + "# changed\n")
+    changed = load_acting("mine.py", 0, CPU).identity
+    assert changed["adapter"] != second.identity["adapter"]
+    assert changed["weights"] == second.identity["weights"]
 
 
 def stepping(gives):

@@ -11,7 +11,7 @@ from levers import HORIZON, LeversAgent, ignores_history
 from ad.darkroom import DarkRoom
 from historylens.agent import Environment, rollout
 from historylens.common.errors import UserError
-from historylens.comparison import playing
+from historylens.comparison import counting, playing
 from historylens.comparison.intervals import Estimate, late_scores
 from historylens.comparison.playing import Plays, fingerprint, plan, play, play_arms
 from historylens.comparison.policy import CompressedPolicy, Cost
@@ -48,10 +48,21 @@ def test_what_cannot_be_played_is_refused():
         arms("recent", budgets=(3 * HORIZON,))
     with pytest.raises(UserError, match="unknown strategy 'other-task'"):  # that is a control
         arms("other-task")
+    with pytest.raises(UserError, match="expected --strategies that keep a part of the history"):
+        arms("full", "empty")
     agent = LeversAgent()
     agent.n_max = 0
     with pytest.raises(UserError, match="there is nothing to compress"):
         arms("recent", agent=agent)
+
+
+def test_episodes_that_ended_early_are_counted_in_the_runs_of_the_study_alone(tmp_path):
+    results, empty = opened(tmp_path), replace(ONES, arm=Arm("empty"), n_early=2)
+    judged = [replace(ONES, n_early=3), empty]
+    for one in (*judged, replace(empty, first=2, n_early=10), replace(ONES, arm=REWARDED)):
+        results.add(replace(one, n_early=one.n_early or 100))
+    assert counting(PLAYS, results).startswith("115 episodes ended before 6 steps")
+    assert counting(PLAYS, results, judge(judged, 0.05)).startswith("5 episodes ended")
 
 
 @pytest.mark.parametrize(("most", "made"), [(9, [[0, 1, 2] * 2]), (4, [[0, 1, 2]] * 2)])

@@ -279,7 +279,7 @@ def test_the_table_has_a_line_an_arm_and_the_advice_all_that_a_reader_has_to_kno
     text = " ".join(report.advice(study, "numbered anew").split())
     for said in (
         f"5% of full history's return, {study.margin:.2f} reward an episode", "Numbered anew.",
-        "for the 8 arms of the study together (Bonferroni)",
+        "for 8 arms of the study together (Bonferroni)",
         "Intervals hold for these goals and new seeds",
         "Recommended for this checkpoint: rewarded-recent with 20 transitions (better)",
         "Keep the latest transitions for half of the budget",

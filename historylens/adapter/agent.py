@@ -199,14 +199,16 @@ class AdapterAgent(Agent):
 
     @cached_property
     def identity(self) -> dict[str, str]:
-        """Digests of the file, and of all parameters and buffers of the model."""
+        """Digests of the user's files, and of all parameters and buffers of the model."""
         weights = hashlib.sha256()
         for name, values in self.model.state_dict().items():
             weights.update(name.encode())
             if isinstance(values, Tensor):
                 flat = values.detach().cpu().contiguous().flatten()
                 weights.update(flat.view(torch.uint8).numpy())
-        adapter = hashlib.sha256(self.adapter.path.read_bytes())
+        if self.environment is not None:
+            self.environment.make(np.zeros(1, dtype=np.int64), [0])  # which may import more
+        adapter = hashlib.sha256(b"".join(path.read_bytes() for path in self.adapter.files))
         return {"adapter": adapter.hexdigest(), "weights": weights.hexdigest()}
 
     def _read_room(self) -> tuple[int, int] | None:

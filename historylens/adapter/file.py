@@ -68,6 +68,16 @@ class Adapter:
             is_fit = not is_there or callable(value)
             self.check(is_fit, name, f"a function {signature}", kind(value))
 
+    @property
+    def files(self) -> list[Path]:
+        """The file, and all that has been imported from beside it."""
+        loaded = [
+            getattr(module, "__dict__", {}).get("__file__") for module in sys.modules.values()
+        ]
+        paths = {Path(file).resolve() for file in loaded if isinstance(file, str)}
+        adapter = self.path.resolve()
+        return sorted(path for path in paths if path.is_file() and _is_users(path, adapter))
+
     def get(self, name: str, default: Any = None) -> Any:
         """What the file defines under a name."""
         return vars(self.module).get(name, default)
@@ -152,8 +162,7 @@ def _told(error: BaseException, path: Path) -> str:
     adapter, lines = path.resolve(), []
     for frame in traceback.extract_tb(error.__traceback__):
         file = Path(frame.filename)
-        is_beside = adapter.parent in file.parents and "site-packages" not in file.parts
-        if file == adapter or (is_beside and PACKAGE not in file.parents):
+        if _is_users(file, adapter):
             lines.append((file, frame.lineno))
     if isinstance(error, SyntaxError) and error.filename:
         said = f"SyntaxError: {error.msg}"
@@ -166,6 +175,12 @@ def _told(error: BaseException, path: Path) -> str:
     hint = _way_to(error.name) if isinstance(error, ModuleNotFoundError) and error.name else ""
     more = "" if os.environ.get(TRACEBACK) else f"; {TRACEBACK}=1 shows the traceback"
     return f"raised {said} ({place}){hint}{more}"
+
+
+def _is_users(file: Path, adapter: Path) -> bool:
+    """Whether a file is the adapter, or lies beside it or deeper and is no library."""
+    is_beside = adapter.parent in file.parents and "site-packages" not in file.parts
+    return file == adapter or (is_beside and PACKAGE not in file.parents)
 
 
 def _way_to(name: str) -> str:

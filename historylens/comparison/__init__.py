@@ -225,7 +225,7 @@ def finish(
     """Write all files, and print the table and what it comes to."""
     save(study, plays, results, tuple(dict.fromkeys(config.format or FORMATS[:1])))
     write_index(study, plays, results, facts)
-    if early := counting(plays, results):
+    if early := counting(plays, results, study):
         print(f"\n{wrap(early)}")
     print(f"\n{table(study)}\n\n{advice(study, POSITIONS[plays.positions])}")
     more = () if study.confirmation is None else (CONFIRMATION,)
@@ -269,9 +269,16 @@ def announced(
     return {name: told for name, told in text.items() if told}
 
 
-def counting(plays: Plays, results: ResultsFile) -> str:
-    """How returns are counted where environments ended early in an arm played; empty elsewhere."""
-    n_early = sum(one.n_early for one in results.blocks.values())
+def counting(plays: Plays, results: ResultsFile, study: Study | None = None) -> str:
+    """How returns are counted where environments ended early in runs; empty elsewhere.
+
+    The runs are those of a `study`, or all that lie there.
+    """
+    blocks, n_goals = list(results.blocks.values()), len(plays.agent.environment.goals)
+    if study is not None:
+        n_seeds = {row.arm: row.collapses.n_runs // n_goals for row in study.rows}
+        blocks = [one for one in blocks if one.first < n_seeds.get(one.arm, 0)]
+    n_early = sum(one.n_early for one in blocks)
     block = f"{plays.agent.environment.horizon} steps"
     said = f"{n_early:,} episodes ended before {block} were over, and the next began at once: a "
     said += f"return is the reward of {block} divided by the episodes in them, the last one cut."
@@ -284,7 +291,7 @@ def save(study: Study, plays: Plays, results: ResultsFile, formats: Sequence[str
     from historylens.pictures.returns import Picture, draw_by_budget, draw_by_episode
 
     agent, environment = plays.agent, plays.agent.environment
-    goals, best, early = environment.goals, environment.best, counting(plays, results)
+    goals, best, early = environment.goals, environment.best, counting(plays, results, study)
     blocks = counted(plays.n_episodes, "block" if early else "episode")
     subtitle = f"{environment} x {counted(plays.n_seeds, 'seed')}, {blocks} of "
     subtitle += f"{environment.horizon} steps; {POSITIONS[plays.positions]}"

@@ -104,6 +104,7 @@ def plan(plays: Plays, names: Sequence[str], budgets: Sequence[int]) -> list[Arm
         said = f"without {', '.join(hidden)}: {next(iter(hidden.values()))}"
         expect(names, f"nothing is left to compare {said}")
         note(said)
+    expect(names, "expected --strategies that keep a part of the history, got none")
     return arms + [Arm(name, budget) for name in names for budget in sorted(set(budgets))]
 
 

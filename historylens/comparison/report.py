@@ -22,7 +22,7 @@ UNITS = {
     "iqm_of_best": "the same, mean of the middle half of the runs",
     "runs": "that the arm has, fewer where it stopped; compared with the same of full history",
     "difference": "reward an episode, arm minus full history, paired",
-    "collapsed": "of `runs`: the arm alone earned less than half of full history's mean there",
+    "collapsed": "of `runs`: the arm alone lost more than half of full history's mean there",
     "full_collapsed": "of `runs`: full history alone did",
     "collapse_bound": "share of runs above which collapses, net of full history's, are ruled out",
     "adaptation_loss": "reward an episode, full history minus arm, all episodes: the area between",
@@ -51,7 +51,7 @@ def table(study: Study) -> str:
     legend = (
         "return: reward an episode over the second half of the episodes (intervals, interquartile "
         "means, times: results.csv); difference: paired, with the 95 % interval of this arm; "
-        "collapsed: of its runs, those in which the arm alone earned less than half "
+        "collapsed: of its runs, those in which the arm alone lost more than half "
         "of what full history earns on the goal, minus those of full history alone, and the rate "
         "above which is ruled out; area: reward an episode lost on the way, over all episodes; "
         "kept: mean, once there is more; tokens: read a decision, looking at attention included"
@@ -64,10 +64,10 @@ def advice(study: Study, positions: str) -> str:
     verdicts = (
         f"Margin, stated beforehand: {study.margin_share:.0%} of full history's return, "
         f"{study.margin:.2f} reward an episode. better: gains; safe: loses less than the margin, "
-        f"both for the {study.n_compared} arms of the study together (Bonferroni), with collapses "
-        "that would cost the margin ruled out; safe so far: safe by its own interval, but not yet "
-        "for the whole study, or collapses not ruled out; worse: loses more than the margin, by "
-        "its own interval; inconclusive: neither. More seeds settle it. "
+        f"both for {counted(study.n_compared, 'arm')} of the study together (Bonferroni), with "
+        "collapses that would cost the margin ruled out; safe so far: safe by its own interval, "
+        "but not yet for the whole study, or collapses not ruled out; worse: loses more than the "
+        "margin, by its own interval; inconclusive: neither. More seeds settle it. "
         f"{positions[0].upper()}{positions[1:]}. Intervals hold for these goals and new seeds."
     )
     if study.n_saved:
