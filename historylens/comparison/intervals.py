@@ -6,7 +6,7 @@ within each. Scores are `(G, R)`: `G` goals, `R` seeds (runs) of each.
 
     difference = Bootstrap(n_goals=8, n_seeds=16).mean(arm - full)      # Estimate(value, low, high)
     strict = Bootstrap(n_goals=8, n_seeds=16).mean(arm - full, n_compared=18)
-    at_risk = Collapses.of(arm, full).bound(18) * full.mean()           # reward an episode
+    at_risk = Collapses.of(arm, full).bound(18) * full.mean(axis=1).max()  # reward an episode
     verdict(difference, 0.05 * full.mean(), at_risk, strict)            # "safe"
 
 The plain bootstrap is too narrow for few seeds. Its deviations are therefore scaled by
