@@ -423,7 +423,7 @@ def test_memory_is_estimated_from_below(monkeypatch):
     assert n_bytes(*Settings()) < 2**31
     with pytest.raises(UserError, match=r"about 1,024 GiB .* lower --seeds"):
         expect_memory(2**40, "--seeds")
-    for dpi in (0, 1001):
+    for dpi in (9, 1001):
         with pytest.raises(UserError, match="--dpi"):
             AnalysisConfig(dpi=dpi)
     assert pick_device("cpu").type == "cpu"
