@@ -135,7 +135,12 @@ def write_half(file):
 def test_only_what_dead_processes_left_is_swept(tmp_path):
     folder = tmp_path / "layer_0"
     folder.mkdir()
-    gone = [f".results.json.{DEAD}.tmp", f".write-test-{DEAD}", f"layer_0/.a_b0.png.{DEAD}.tmp"]
+    gone = [
+        f".results.json.{DEAD}.tmp",
+        f".write-test-{DEAD}",
+        f"layer_0/.a_b0.png.{DEAD}.tmp",
+        f".a %{{b}} c.png.{DEAD}.tmp",
+    ]
     stay = [f".results.json.{os.getppid()}.tmp", ".mine.tmp", f".mine.{DEAD}.tmp", f"a.json.{DEAD}",
             f"layer_0/.a.png.{DEAD}.tmp.bak"]  # fmt: skip
     for name in gone + stay:

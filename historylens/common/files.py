@@ -33,7 +33,7 @@ NUMBERS = {
 }
 Content = str | bytes | Mapping[str, Any] | Iterable[str] | Callable[[BinaryIO], object]
 _LEFT = re.compile(
-    r"\.(?:write-test-|[\w.-]+\.(?:csv|html|json|npz|pdf|png|pt|svg|txt)\.)(\d+)(?:\.tmp)?"
+    r"\.(?:write-test-|.+\.(?:csv|html|json|npz|pdf|png|pt|svg|txt)\.)(\d+)(?:\.tmp)?"
 )
 
 
