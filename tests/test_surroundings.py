@@ -339,7 +339,7 @@ def test_the_console_stops_no_work(home, names, console, code, said):
             "training": "AD-darkroom-seed0.png"}  # fmt: skip
     for name in names:
         main, argv, flag = COMMANDS[name]
-        end = run_apart(main, [*argv, flag, "out"], home, **console)
+        end = run_apart(main, [*argv, flag, f"out/{name}"], home, **console)
         assert (end.code, end.told) == (code, [said] if said else []), name
         assert last[name] in {Path(file).name for file in plain_files(home)}
 

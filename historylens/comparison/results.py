@@ -150,6 +150,6 @@ def open_results(folder: Path, fingerprint: Mapping[str, Any], name: str = RESUL
         there = f"{counted(n_found, 'block')} of runs of {counted(n_arms, 'arm')}"
         results.found = f"{results.path} has {there} of these settings"
     elif there:
-        were = f"Results of another comparison ({results.why}) were in {folder}"
+        were = f"Files that are not of this comparison ({results.why}) were in {folder}"
         results.found = f"{were}: moved to {set_aside(folder, names)}"
     return results
