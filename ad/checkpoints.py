@@ -144,6 +144,7 @@ def load_checkpoint(
         config, weights = content["config"], dict(dict.items(content["model"]))
         are_tensors = all(isinstance(tensor, Tensor) for tensor in weights.values())
         expect(are_tensors, "expected its model to be a dict of tensors")
+        weights.pop("n_averaged", None)  # of torch.optim.swa_utils.AveragedModel, a wrapper too
         wrapper = min((_WRAPPERS.match(str(name))[0] for name in weights), key=len, default="")
         weights = {str(name).removeprefix(wrapper): tensor for name, tensor in weights.items()}
         kind = config.get("model")  # of the code that the existing format comes from
@@ -159,7 +160,11 @@ def load_checkpoint(
         for name, tensor in model.state_dict().items():
             is_sane = tensor.abs().max() <= largest  # NaN is not
             expect(is_sane, f"{name} is not finite or beyond {largest:g}: {how}")
-        goals = _checked_goals(content.get("goals") or split_of(config), config)
+        goals = content.get("goals")
+        goals = goals if isinstance(goals, Tensor) or goals else split_of(config)
+        is_dict = isinstance(goals, dict)
+        expect(is_dict, f"expected its goals to be a dict of lists, got a {type(goals).__name__}")
+        goals = _checked_goals(goals, config)
     return Checkpoint(Path(path), content["step"], config, model.to(device).eval(), goals)
 
 
@@ -193,14 +198,25 @@ def _model_of(config: dict[str, Any], weights: dict[str, Tensor], size: int) -> 
 
 
 def _checked_goals(goals: dict[str, Any], config: dict[str, Any]) -> dict[str, list[list[int]]]:
-    """The same in plain lists; UserError unless they are goals of the task of a config."""
+    """The same in plain lists; UserError unless they are goals of the task of a config.
+
+    A test goal stands there once, and in no other part.
+    """
     size, hidden = config["grid_size"], _task_of(config).hidden
     parts = {name: [[*goal] for goal in goals] for name, goals in dict.items(goals)}
     goals = [goal for part in parts.values() for goal in part]
-    fit = all(type(x) is int and 0 <= x < size for goal in goals for x in goal)
-    fit &= {*map(len, goals)} <= {2 * len(hidden)} and len(goals) <= 3 * size ** (2 * len(hidden))
+    n, what = 2 * len(hidden), "its goals do not fit its room: expected"
     each = ", ".join(f"row and column of the {name}" for name in hidden)
-    expect(fit, f"its goals do not fit its room: expected [{each}] with entries 0..{size - 1}")
+    for goal in goals:
+        if len(goal) != n or not all(type(x) is int and 0 <= x < size for x in goal):
+            got = printable(repr(goal))
+            raise UserError(f"{what} [{each}] with entries 0..{size - 1}, got {got}")
+    expect(len(goals) <= 3 * size**n, f"{what} at most {3 * size**n:,} goals, got {len(goals):,}")
+    seen = {(*goal,) for name, part in parts.items() if name != "test" for goal in part}
+    for goal in parts.get("test", []):
+        what = "expected each of its test goals once, and none that it was trained or chosen on"
+        expect((*goal,) not in seen, f"{what}, got {goal} again")
+        seen.add((*goal,))
     return parts
 
 
@@ -226,7 +242,7 @@ def task_of(config: dict[str, Any]) -> str | None:
 
     Existing code spells the plain Dark Room in several ways; its other tasks differ from ours.
     """
-    env = str(config.get("env", "darkroom"))
+    env = "darkroom" if config.get("env") is None else str(config["env"])
     name = re.sub(r"[\W_]", "", env).lower()
     return "darkroom" if name == "darkroom" else env if env in TASKS else None
 

@@ -9,6 +9,11 @@ from ad.darkroom import TASKS, optimal_return
 from config import EnvConfig
 
 
+def possible(env: EnvConfig, goals: np.ndarray) -> np.ndarray:
+    """Best possible reward an episode for each goal, `(G,)`; 0: it is out of reach."""
+    return optimal_return(goals, env.grid_size, env.horizon, env.env)
+
+
 def score(env: EnvConfig, goals: np.ndarray, returns: np.ndarray) -> dict[str, Any]:
     """Numbers of an evaluation on goals `(G, 2 m)`; the second half of its episodes counts.
 
@@ -16,18 +21,18 @@ def score(env: EnvConfig, goals: np.ndarray, returns: np.ndarray) -> dict[str, A
     `return` and `possible`, the mean reward an episode reached and the best there is, `relative`,
     their quotient, with its standard error over rollouts, and the same by goal and by episode.
     """
-    possible = optimal_return(goals, env.grid_size, env.horizon, env.env)
+    best = possible(env, goals)
     by_rollout = returns[:, :, returns.shape[2] // 2 :].mean(axis=2)
     late, n = by_rollout.mean(axis=1), by_rollout.shape[1]
     variance = by_rollout.var(axis=1, ddof=min(1, n - 1)).sum() / n / len(goals) ** 2
     return {
         "goals": goals.tolist(),
-        "possible": float(possible.mean()),
+        "possible": float(best.mean()),
         "return": float(late.mean()),
-        "relative": float(late.mean() / possible.mean()),
-        "relative_error": float(np.sqrt(variance) / possible.mean()),
+        "relative": float(late.mean() / best.mean()),
+        "relative_error": float(np.sqrt(variance) / best.mean()),
         "first_episode": float(returns[:, :, 0].mean()),
-        "possible_by_goal": possible.tolist(),
+        "possible_by_goal": best.tolist(),
         "return_by_goal": late.tolist(),
         "return_by_episode": returns.mean(axis=1).tolist(),
         "rollouts": returns.shape[1],
@@ -58,9 +63,9 @@ def describe(result: dict[str, Any], checkpoint: Path) -> str:
         f"{'goal':>{wide}}  {'possible':>8}  {f'episodes {n // 2 + 1} to {n}':>17}  {'part':>5}",
     ]
     by_goal = zip(names, test["possible_by_goal"], test["return_by_goal"], strict=True)
-    for place, possible, reached in by_goal:
-        part = reached / possible
-        lines.append(f"{place:>{wide}}  {possible:>8.4g}  {reached:>17.2f}  {part:>5.0%}")
+    for place, best, reached in by_goal:
+        part = f"{reached / best:.0%}" if best else "-"  # out of reach
+        lines.append(f"{place:>{wide}}  {best:>8.4g}  {reached:>17.2f}  {part:>5}")
     mean = f"{test['possible']:>8.2f}  {test['return']:>17.2f}  {test['relative']:>5.0%}"
     lines.append(f"{'mean':>{wide}}  {mean}\n")
     if (whole := result["test_by_sliding"].get("episode")) is not None:

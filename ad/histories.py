@@ -12,6 +12,7 @@ from ad.hdf5 import SUFFIXES, read_hdf5
 from dataset import Histories
 from historylens.common.errors import expect, note
 from historylens.common.reading import printable
+from historylens.common.text import counted
 
 
 def histories_path(given: str | Path | None, checkpoint: Checkpoint) -> Path:
@@ -46,6 +47,10 @@ def read_histories(
         what = f"{path} does not fit the checkpoint: expected {name} below {n}, got {high}"
         expect(high < n, what)
         expect(low >= 0, f"{path}: expected {name} of 0 or more, got {low}")
+    trained = checkpoint.config.get("horizon")
+    if trained not in (None, histories.horizon):
+        what = f"{path} has episodes of {counted(histories.horizon, 'step')}"
+        tell(f"{what}; the checkpoint was trained on {trained}")
     return histories
 
 

@@ -61,6 +61,9 @@ def load_plain(file: BinaryIO) -> Any:
 
 def _check_pickle(pickle: bytes) -> None:
     """UserError, before anything is made of it, where a pickle names other things or is a trap."""
+    protocol = pickle[1] if pickle.startswith(b"\x80") else "0 or 1"
+    how = "save it with torch.save(..., pickle_protocol=2), the default"
+    expect(protocol in (2, 3), f"expected pickle protocol 2 or 3, got {protocol}: {how}")
     sizes, marks, memo, n_values = [], [], {}, 0  # sizes: of what is on the stack, in full
     for op, arg, _ in pickletools.genops(pickle):
         n_values += 2048 if op.name == "LONG1" else 1  # many of them may share a hash

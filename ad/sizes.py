@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from ad.darkroom import N_ACTIONS, TASKS, optimal_return, split_goals
+from ad.darkroom import N_ACTIONS, TASKS, split_goals
+from ad.evaluation import possible
 from config import EnvConfig, ModelConfig, SourceConfig, TrainConfig
 from historylens.common.batches import expect_memory
 from historylens.common.errors import expect
@@ -27,9 +28,9 @@ def check_sizes(
     what = f"expected --n-source-steps of more than {n_context} steps in whole episodes of "
     what = f"histories too short for the context: {what}{env.horizon}, got {n_steps}"
     expect(n_steps > n_context, what)
-    validation = goals_of(env)["validation"]
-    is_near = optimal_return(validation, env.grid_size, env.horizon, env.env).any()
-    expect(is_near, f"no validation goal can be reached within --horizon {env.horizon}")
+    for name, goals in goals_of(env).items():
+        is_near = possible(env, goals).any()
+        expect(is_near, f"no {name} goal can be reached within --horizon {env.horizon}")
 
 
 def n_bytes(env: EnvConfig, source: SourceConfig, model: ModelConfig, train: TrainConfig) -> float:

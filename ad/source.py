@@ -13,7 +13,8 @@ everywhere, but go everywhere, and in five episodes sees 71 of 81 cells instead 
 import numpy as np
 from tqdm import tqdm
 
-from ad.darkroom import MOVES, N_ACTIONS, DarkRoom, all_goals, optimal_return
+from ad.darkroom import MOVES, N_ACTIONS, DarkRoom, all_goals
+from ad.evaluation import possible
 from config import EnvConfig, SourceConfig
 from dataset import Histories
 
@@ -101,5 +102,4 @@ def _learn(
 def relative_return(histories: Histories, episodes: slice, env: EnvConfig) -> float:
     """Mean reward an episode over `episodes` of all histories, as a part of the best possible."""
     returns = histories.episode_returns()[:, episodes].mean()
-    best = optimal_return(histories.goals, env.grid_size, env.horizon, env.env).mean()
-    return float(returns / best)
+    return float(returns / possible(env, histories.goals).mean())

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from ad import checkpoints
 from ad.acting import Reads, Sliding, rollout_goals
-from ad.evaluation import progress_line, score
+from ad.evaluation import possible, progress_line, score
 from ad.sizes import check_sizes, goals_of
 from ad.source import learning_histories, relative_return
 from ad.thinning import draw_batch
@@ -32,6 +32,7 @@ from historylens.agent import pick_device
 from historylens.common.errors import expect, note, told, undivided
 from historylens.common.files import set_aside, write_atomically
 from historylens.common.processes import ALONE, Group
+from historylens.common.reading import printable
 from historylens.common.settings import flag_of, from_flags, to_dict
 from model import ADTransformer
 
@@ -57,7 +58,13 @@ def prepare(flags: argparse.Namespace, group: Group = ALONE) -> tuple[Settings, 
     expect(not thins, "expected --n-transit of at least 2 for --history-dropout to thin, got 1")
     check_sizes(*settings)
     device = group.device(pick_device(flags.device))
-    run = Path(flags.checkpoints) / (flags.run or f"AD-{settings.env.env}-seed{flags.seed}")
+    name = f"AD-{settings.env.env}-seed{flags.seed}" if flags.run is None else flags.run
+    is_plain = name.isprintable() and name not in ("", ".", "..") and not {*"/\\"} & {*name}
+    what = "expected --run to be the plain name of a folder, of at most 200 bytes, got"
+    expect(is_plain and len(name.encode()) <= 200, f"{what} {printable(repr(name), 300)}")
+    what = "expected --checkpoints and --figs not to be empty"
+    expect(flags.checkpoints and flags.figs, what)
+    run = Path(flags.checkpoints) / name
     if group.is_main:
         _check_run(run, settings, flags.resume)
         for folder, flag in ((run, "--checkpoints"), (Path(flags.figs) / "training", "--figs")):
@@ -187,6 +194,7 @@ class Trainer:
         """
         entry: dict[str, Any] = {"step": self.step, "loss": float(np.mean(self.losses))}
         train, n_rollouts = self.goals["train"], self.settings.train.eval_rollouts
+        train = train[possible(self.settings.env, train) > 0]
         spread = train[np.linspace(0, len(train) - 1, N_TRAIN_GOALS_EVALUATED).astype(int)]
         of_validation, full = (self.goals["validation"], n_rollouts), self.slidings[-1]
         cases = {  # nothing is chosen by the return on training goals

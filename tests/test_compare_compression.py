@@ -221,6 +221,11 @@ def rewrite(env="darkroom", **changed):
     torch.save(content | changed, CHECKPOINT)
 
 
+def an_analysis():
+    Path("analysis").mkdir()
+    Path("analysis/metrics.json").write_text('{"schema": "attention-metrics"}')
+
+
 @pytest.mark.parametrize(("argv", "message", "prepare"), [
     ("", "python train.py", CHECKPOINT.unlink),
     ("--checkpoint nowhere", "python train.py", None),
@@ -232,6 +237,8 @@ def rewrite(env="darkroom", **changed):
     ("--strategies head-0-9 --budgets 3", "a head in 0..1, got 'head-0-9'", None),
     ("--budgets 3 12", "expected --budgets in 1..11", None),
     ("--episodes 2 --budgets 10", "history shorter than the budget", None),
+    ("--out analysis", "holds results of the analysis (metrics.json): choose another", an_analysis),
+    ("--checkpoint=", "expected --checkpoint not to be empty", None),
     ("--out file", "output folder file ", Path("file").touch),
     ("--out file/a", "output folder file/a ", Path("file").touch),
     ("--device abacus", "'abacus'", None),

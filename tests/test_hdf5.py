@@ -1,5 +1,6 @@
 """Histories in HDF5: read as written, cut and told, and every kind of damage one line."""
 
+import fcntl
 import itertools
 import json
 import runpy
@@ -294,6 +295,10 @@ def test_histories_that_are_not_there_and_a_checkpoint_that_does_not_fit_are_an_
     make_histories(goals=np.zeros((0, 2), dtype=int)).save(run / "x.npz")
     apart = "code that keeps them apart .*--histories datasets/history_darkroom_PPO_alg-seed42.hdf5"
     horizon = "expected horizon in its config to be a whole number in 1..16384, got"
+    with file.open() as opened:  # as HDF5 does in a program that writes
+        fcntl.flock(opened, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match=f"{file} is open for writing elsewhere"):
+            read_histories(file, checkpoint)
     for path, config, expected in (
         (run / "x.npz", {}, "does not fit: expected learning histories"),
         ("no.hdf5", {}, r"^no learning histories: there is no file no\.hdf5$"),

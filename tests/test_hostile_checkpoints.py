@@ -97,13 +97,15 @@ def test_a_model_that_the_file_cannot_hold_is_not_built(path, content, sizes, mo
     [[0, 1]], 5, "goals", {"test": 5}, {"test": "ab"}, {"test": [[0]]}, {"test": [[0, 5]]},
     {"test": [[-1, 0]]}, {"test": [["a", 0]]}, {"test": [[0.0, 1.0]]}, {"test": [[True, 0]]},
     {"test": [[2**70, 0]]}, {"test": torch.zeros(2, 2)}, {"test": [[0, 1]] * 100},
-    {"test": {(0, 1, 2): 1}}, {1: [[7, 7]]}, [],
+    {"test": {(0, 1, 2): 1}}, {1: [[7, 7]]}, [], torch.zeros(2, 2),
+    {"test": [[0, 1], [2, 2], [0, 1]]}, {"train": [[0, 1]], "test": [[2, 2], [0, 1]]},
 ], ids=str)  # fmt: skip
-def test_goals_are_cells_of_the_room(path, content, goals):
-    if goals:
-        refusal(saved(path, content, goals=goals))
-    else:
+def test_goals_are_cells_of_the_room_and_test_goals_their_own(path, content, goals):
+    if isinstance(goals, list) and not goals:
         assert load_checkpoint(saved(path, content, goals=goals)).goals == {}
+    else:
+        said = refusal(saved(path, content, goals=goals))
+        assert re.search("expected .*goal.*, got|cannot be read", said)
 
 
 def odd_tensors(tensor):
@@ -140,6 +142,15 @@ def test_weights_are_dense_floats_of_a_trained_size(path, content):
         model = {k: v.to(dtype) for k, v in content["model"].items()}
         found = load_checkpoint(saved(path, content, model=model)).model.pred_action.weight
         assert torch.equal(found, model[name].float())
+
+
+@pytest.mark.parametrize(("protocol", "got"), [(1, "0 or 1"), (3, None), (4, "4"), (5, "5")])
+def test_a_pickle_of_another_protocol_is_told(path, content, protocol, got):
+    torch.save(content, path, pickle_protocol=protocol)
+    if got is None:
+        assert load_checkpoint(path).step == 5
+    else:
+        assert f"expected pickle protocol 2 or 3, got {got}: save it with" in refusal(path)
 
 
 def test_numbers_that_are_not_finite_end_in_a_line(path):

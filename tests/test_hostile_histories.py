@@ -159,6 +159,14 @@ def test_goals_of_histories_are_cells_of_the_room(run_file, npz, goals):
     assert "goals" in refusal(npz, partial(read_histories, checkpoint=checkpoint))
 
 
+def test_episodes_of_another_length_than_the_model_was_trained_on_are_told(run_file, npz):
+    checkpoint, told = load_checkpoint(run_file), []
+    for horizon in (5, 6, None):
+        config = checkpoint.config | {"horizon": horizon}
+        read_histories(npz, replace(checkpoint, config=config), told.append)
+    assert told == [f"{npz} has episodes of 5 steps; the checkpoint was trained on 6"]
+
+
 def test_what_is_said_of_a_file_is_one_printable_line(tmp_path):
     path = tmp_path / "x"
     path.write_bytes(b"abc")

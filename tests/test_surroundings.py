@@ -135,7 +135,12 @@ def write_half(file):
 def test_only_what_dead_processes_left_is_swept(tmp_path):
     folder = tmp_path / "layer_0"
     folder.mkdir()
-    gone = [f".results.json.{DEAD}.tmp", f".write-test-{DEAD}", f"layer_0/.a_b0.png.{DEAD}.tmp"]
+    gone = [
+        f".results.json.{DEAD}.tmp",
+        f".write-test-{DEAD}",
+        f"layer_0/.a_b0.png.{DEAD}.tmp",
+        f".a %{{b}} c.png.{DEAD}.tmp",
+    ]
     stay = [f".results.json.{os.getppid()}.tmp", ".mine.tmp", f".mine.{DEAD}.tmp", f"a.json.{DEAD}",
             f"layer_0/.a.png.{DEAD}.tmp.bak"]  # fmt: skip
     for name in gone + stay:
@@ -334,7 +339,7 @@ def test_the_console_stops_no_work(home, names, console, code, said):
             "training": "AD-darkroom-seed0.png"}  # fmt: skip
     for name in names:
         main, argv, flag = COMMANDS[name]
-        end = run_apart(main, [*argv, flag, "out"], home, **console)
+        end = run_apart(main, [*argv, flag, f"out/{name}"], home, **console)
         assert (end.code, end.told) == (code, [said] if said else []), name
         assert last[name] in {Path(file).name for file in plain_files(home)}
 
@@ -423,7 +428,7 @@ def test_memory_is_estimated_from_below(monkeypatch):
     assert n_bytes(*Settings()) < 2**31
     with pytest.raises(UserError, match=r"about 1,024 GiB .* lower --seeds"):
         expect_memory(2**40, "--seeds")
-    for dpi in (0, 1001):
+    for dpi in (9, 1001):
         with pytest.raises(UserError, match="--dpi"):
             AnalysisConfig(dpi=dpi)
     assert pick_device("cpu").type == "cpu"

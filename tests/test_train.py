@@ -277,6 +277,18 @@ def test_a_run_goes_on_with_its_own_settings_alone(finished, tmp_path, no_pictur
     assert_same_run(run_of(tmp_path), finished.run)
 
 
+def test_goals_out_of_reach_have_no_part_of_the_best(tmp_path, capsys):
+    run = "x %{}" * 40  # as long as a name may be
+    main(flags(tmp_path, run=run, horizon=2, grid_size=5, n_test_goals=6))
+    out = capsys.readouterr().out
+    rows = (line.split() for line in out.splitlines() if line.lstrip().startswith("("))
+    parts = [(row[2], row[4]) for row in rows]
+    assert {possible == "0" for possible, _ in parts} == {False, True}
+    assert all((possible == "0") == (part == "-") for possible, part in parts)
+    assert (tmp_path / "figs" / "training" / f"{run}.png").exists()
+    assert "NaN" not in (tmp_path / "checkpoints" / run / "training.json").read_text()
+
+
 def test_another_seed_is_another_run_with_other_weights(finished, tmp_path, no_picture):
     main(flags(tmp_path, seed=1))
     one, other = (read_file(checkpoints_in(run)[-1]) for run in (finished.run, run_of(tmp_path, 1)))
@@ -313,6 +325,13 @@ def test_help_mentions_every_setting(capsys):
         ({"ema_decay": 1.5}, "--ema-decay"),
         ({"history_dropout": -0.1}, "--history-dropout between 0 and 1, got -0.1"),
         ({"history_dropout": 0.5, "n_transit": 1}, "--n-transit of at least 2"),
+        ({"horizon": 1, "n_test_goals": 1, "goal_seed": 2}, "no test goal can be reached"),
+        ({"run": ""}, "expected --run to be the plain name of a folder, of at most 200 bytes"),
+        ({"run": ".."}, "200 bytes, got '..'"),
+        ({"run": "a/b"}, "200 bytes, got 'a/b'"),
+        ({"run": "a\nb"}, r"200 bytes, got 'a\nb'"),
+        ({"run": "ü" * 101}, "200 bytes, got 'üüü"),
+        ({"checkpoints": ""}, "expected --checkpoints and --figs not to be empty"),
     ],
     ids=str,
 )

@@ -26,6 +26,7 @@ import visualize_attention as module
 from historylens.common.errors import run_command
 from historylens.common.text import columns
 from historylens.effects.report import MeasuredEffects
+from historylens.pictures import FILES
 from visualize_attention import main
 
 GOALS = ((0, 1), (0, 1), (2, 2), (4, 3))
@@ -193,6 +194,19 @@ def test_a_run_clears_what_an_earlier_one_drew_and_nothing_else(home):
     (home / "out" / "layer_0" / "attention_mine.png").unlink()
     analysed("--num-samples", "1", "--layers", "1")
     assert not (home / "out" / "layer_0").exists()
+
+
+def test_files_of_its_names_that_are_of_no_analysis_are_set_aside(home, capsys):
+    (home / "out").mkdir()
+    for name in FILES:
+        (home / "out" / name).write_text('{"loss": 1}')
+    for _ in range(2):
+        analysed("--num-samples", "1")
+        found = files_of(home / "out")
+        assert set(found) == names_of([0], range(2), *(f"earlier-1/{name}" for name in FILES))
+        assert all(found[f"earlier-1/{name}"] == b'{"loss": 1}' for name in FILES)
+    said = "note: out held files of no analysis under its names: moved to out/earlier-1\n"
+    assert capsys.readouterr().err.count(said) == 1
 
 
 def test_console_and_json_say_what_was_analysed(shown):
@@ -369,6 +383,11 @@ MISTAKES = {
     "a file as output": (lambda: Path("file").write_text(""), ["--out", "file"], "folder file"),
     "output below a file": (lambda: Path("file").write_text(""), ["--out", "file/a"], " file/a"),
     "a device that is not there": (None, ["--device", "cuda:99"], "'cuda:99', which is not there"),
+    "no output folder": (None, ["--out", ""], "expected --out not to be empty"),
+    "a comparison's folder": (
+        lambda: Path("out/results.json").write_text('{"schema_version": 2}'), [],
+        "out holds results of the comparison (results.json): choose another folder with --out",
+    ),
     "no such device": (None, ["--device", "abacus"], "'abacus'"),
 }  # fmt: skip
 
@@ -387,6 +406,7 @@ def test_a_mistake_is_one_line_and_leaves_earlier_results(home, capsys, name):
     before = earlier_result(home)
     if prepare is not None:
         prepare()
+    before |= files_of(home / "out")
     assert message in refused(main, ["--out", "out", *argv], capsys)
     assert files_of(home / "out") == before
 
@@ -398,7 +418,7 @@ FORMS = {"--steps": "expected FIRST:LAST, for example", "--goal": "expected ROW,
     "argv",
     [
         "--num-samples 0", "--num-samples -3", "--num-samples many", "--num-figures -1",
-        "--stride 0", "--seed -1", "--dpi 0", "--steps 7", "--steps 1:2:3:4", "--goal 3",
+        "--stride 0", "--seed -1", "--dpi 9", "--steps 7", "--steps 1:2:3:4", "--goal 3",
         "--goal a,b", "--layers first", "--no-such-flag",
     ],
 )  # fmt: skip

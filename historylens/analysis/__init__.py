@@ -76,7 +76,7 @@ class AnalysisConfig(Settings):
         choices=("float32", "bfloat16"),
     )  # fmt: skip
     seed: int = setting(0, "seed of the choice of decisions", at_least=0)
-    dpi: int = setting(100, "pixels an inch of the pictures", at_least=1, at_most=1000)
+    dpi: int = setting(100, "pixels an inch of the pictures", at_least=10, at_most=1000)
 
     @property
     def plays(self) -> bool:

@@ -26,9 +26,14 @@ except ImportError:  # Windows
     fcntl = None
 
 FORMATS, INDEX = ("png", "pdf", "svg"), "index.html"  # of pictures, and the page that shows them
+# The file that holds the numbers of each command, and how those that it wrote begin.
+NUMBERS = {
+    "analysis": ("metrics.json", b'{"schema": "attention-metrics"'),
+    "comparison": ("results.json", b'{"schema_version": '),
+}
 Content = str | bytes | Mapping[str, Any] | Iterable[str] | Callable[[BinaryIO], object]
 _LEFT = re.compile(
-    r"\.(?:write-test-|[\w.-]+\.(?:csv|html|json|npz|pdf|png|pt|svg|txt)\.)(\d+)(?:\.tmp)?"
+    r"\.(?:write-test-|.+\.(?:csv|html|json|npz|pdf|png|pt|svg|txt)\.)(\d+)(?:\.tmp)?"
 )
 
 
@@ -146,6 +151,20 @@ def _sweep(out: Path) -> None:
                     os.kill(int(match[1]), 0)
                 except (ProcessLookupError, OverflowError):
                     path.unlink(missing_ok=True)
+
+
+def holds_results(out: Path, command: str) -> bool:
+    """Whether a command of `NUMBERS` has written its results to a folder."""
+    name, start = NUMBERS[command]
+    with contextlib.suppress(OSError), (out / name).open("rb") as file:
+        return file.read(len(start)) == start
+    return False
+
+
+def expect_no_results(out: Path, command: str) -> None:
+    """UserError where a folder holds the results of a command, in the files of another."""
+    what = f"{out} holds results of the {command} ({NUMBERS[command][0]})"
+    expect(not holds_results(out, command), f"{what}: choose another folder with --out")
 
 
 def set_aside(folder: Path, names: Sequence[str]) -> Path | None:

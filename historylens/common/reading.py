@@ -28,6 +28,8 @@ def reading(path: str | Path, what: str, advice: str) -> Iterator[BinaryIO]:
     except UserError as error:
         where = "" if str(path) in str(error) else f"{path}: "
         raise UserError(printable(where + str(error), 2000)) from error
+    except BlockingIOError as error:  # HDF5 locks its files
+        raise UserError(f"{path} is open for writing elsewhere: wait until it is closed") from error
     except Exception as error:  # each library raises other types, and other ones for each damage
         why = str(error) if 0 < len(str(error)) < 100 else type(error).__name__
         said = f"{path} ({size:,} bytes) cannot be read as {what}: it is truncated, damaged or of "

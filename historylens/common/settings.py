@@ -41,6 +41,7 @@ class Settings:
             if value is None is field.default:
                 continue
             for got in value if isinstance(value, list) else [value]:
+                expect(got != "", f"{expected} not to be empty")
                 is_finite = not isinstance(got, float) or math.isfinite(got)
                 expect(is_finite, f"{expected} as a finite number, got {got}")
                 if isinstance(got, int | float):

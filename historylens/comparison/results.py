@@ -19,14 +19,22 @@ from typing import Any
 import numpy as np
 
 from historylens.common.errors import expect
-from historylens.common.files import FORMATS, INDEX, in_the_way, set_aside, write_json
+from historylens.common.files import (
+    FORMATS,
+    INDEX,
+    NUMBERS,
+    expect_no_results,
+    in_the_way,
+    set_aside,
+    write_json,
+)
 from historylens.common.settings import MOST
 from historylens.common.text import counted
 from historylens.comparison.policy import Cost
 from historylens.comparison.study import Arm, Result
 
 SCHEMA_VERSION = 2
-RESULTS, TABLE, CONFIRMATION = "results.json", "results.csv", "confirmation.json"
+RESULTS, TABLE, CONFIRMATION = NUMBERS["comparison"][0], "results.csv", "confirmation.json"
 BY_BUDGET, BY_EPISODE = "return_by_budget", "return_by_episode"  # pictures, a file a format
 PICTURES = tuple(f"{name}.{form}" for form in FORMATS for name in (BY_BUDGET, BY_EPISODE))
 FILES = (INDEX, *PICTURES, TABLE, RESULTS)  # those that a comparison may have
@@ -126,7 +134,11 @@ def _digest(blocks: Mapping[tuple[str, int], Result]) -> str:
 
 
 def open_results(folder: Path, fingerprint: Mapping[str, Any], name: str = RESULTS) -> ResultsFile:
-    """Take up what lies in `folder`, else set it aside; UserError where it cannot be written to."""
+    """Take up what lies in `folder`, else set it aside; UserError where it cannot be written to.
+
+    Nor is it where an analysis wrote.
+    """
+    expect_no_results(folder, "analysis")
     results = ResultsFile(folder / name, fingerprint)
     names = (name,) if name == CONFIRMATION else (CONFIRMATION, *FILES)
     there = [one for one in names if os.path.lexists(folder / one)]
@@ -138,6 +150,6 @@ def open_results(folder: Path, fingerprint: Mapping[str, Any], name: str = RESUL
         there = f"{counted(n_found, 'block')} of runs of {counted(n_arms, 'arm')}"
         results.found = f"{results.path} has {there} of these settings"
     elif there:
-        were = f"Results of another comparison ({results.why}) were in {folder}"
+        were = f"Files that are not of this comparison ({results.why}) were in {folder}"
         results.found = f"{were}: moved to {set_aside(folder, names)}"
     return results

@@ -8,7 +8,8 @@
     figs/attention/trajectory_I/attention_over_time.png, .npz
     figs/attention/trajectory_I/layer_N/attention_{heatmap,lines}_timestepT_layerN.png
 
-A run leaves no picture of an earlier run among its own, and touches no other file.
+A run leaves no picture of an earlier run among its own, and touches no other file: one that has
+the name of its page or of its numbers, but is of no analysis, is moved to a folder beside them.
 """
 
 import os
@@ -19,7 +20,16 @@ from typing import Any
 
 import numpy as np
 
-from historylens.common.files import INDEX, in_the_way, writable_folder, write_atomically
+from historylens.common.errors import note
+from historylens.common.files import (
+    INDEX,
+    expect_no_results,
+    holds_results,
+    in_the_way,
+    set_aside,
+    writable_folder,
+    write_atomically,
+)
 from historylens.metrics import SUMMARY_METRICS, Metrics
 from historylens.pictures.curveplot import deletion_curves
 from historylens.pictures.headplot import head_effects
@@ -34,6 +44,7 @@ from historylens.pictures.roommap import room_map
 from historylens.pictures.timestrip import attention_over_time
 
 HEADS_A_PAGE = 16  # a heatmap has so many panels at most
+FILES = (INDEX, "metrics.csv", "metrics.json")
 ROWS = "attention_over_time.npz"
 INCOMPLETE = "INCOMPLETE.txt"  # there from when an earlier run is cleared until all is drawn
 
@@ -43,17 +54,23 @@ def prepare_output(out: Path, layers: Sequence[int], followed: Path | None = Non
     with writable_folder(out, lock=False):
         inside = [out, *filter(None, [followed])]
         folders = [*inside[1:], *(one / f"layer_{layer}" for one in inside for layer in layers)]
-        files = [out / name for name in ("metrics.json", "metrics.csv", INDEX)]
+        files = [out / name for name in FILES]
         for path in [*folders, *files, *(one.path for one in pictures_in(out))]:
             is_fit = path.is_dir() == (path in folders) and os.access(path, os.W_OK)
             if os.path.lexists(path) and not is_fit:
                 raise in_the_way(out, path)
+        expect_no_results(out, "comparison")
 
 
 def clear_pictures(out: Path) -> None:
-    """Remove the pictures of an earlier run and its page, nothing else; `INCOMPLETE` says so."""
+    """Remove the pictures of an earlier run and its page, nothing else; `INCOMPLETE` says so.
+
+    What has the names of its files, but is of no analysis, is set aside.
+    """
     why = "A run began to write here and has not ended: run its command again."
     write_atomically(out / INCOMPLETE, f"{why}\n")
+    if not holds_results(out, "analysis") and (aside := set_aside(out, FILES)):
+        note(f"{out} held files of no analysis under its names: moved to {aside}")
     stale = [one.path for one in pictures_in(out)]
     stale += [out / INDEX, *out.glob(f"trajectory_*/{ROWS}")]
     for path in stale:
