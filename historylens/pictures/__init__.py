@@ -67,10 +67,11 @@ def clear_pictures(out: Path) -> None:
 
     What has the names of its files, but is of no analysis, is set aside.
     """
+    is_ours = (out / INCOMPLETE).exists() or holds_results(out, "analysis")
+    if not is_ours and (aside := set_aside(out, FILES)):
+        note(f"{out} held files of no analysis under its names: moved to {aside}")
     why = "A run began to write here and has not ended: run its command again."
     write_atomically(out / INCOMPLETE, f"{why}\n")
-    if not holds_results(out, "analysis") and (aside := set_aside(out, FILES)):
-        note(f"{out} held files of no analysis under its names: moved to {aside}")
     stale = [one.path for one in pictures_in(out)]
     stale += [out / INDEX, *out.glob(f"trajectory_*/{ROWS}")]
     for path in stale:
