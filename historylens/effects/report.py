@@ -136,7 +136,8 @@ class MeasuredEffects:
                 "changed": "share of actions drawn with logits times beta that change (total "
                 "variation)",
                 "twins": "changed by other-task, else by empty, in models with permuted weights",
-                "against_random": "kl_reference below (better) or above (worse) that of every draw",
+                "against_random": "kl_reference below (better) or above (worse) that of every draw "
+                "by more than 0.1 %",
                 "enough": "fewest transitions from which on kl_reference stays within enough_nats "
                 "and flips within enough_flips",
             },
