@@ -67,15 +67,19 @@ class MeasuredEffects:
         return next(name for name in ("other-task", *CONTROL_WORDS) if name in self.controls)
 
     @property
-    def unmoved(self) -> bool:
-        """Whether the history can be exchanged or left out and hardly any action changes.
+    def limits(self) -> dict[str, float]:
+        """Control -> the share of actions of which no more may change to count as nothing.
 
         Without history more do, for want of tokens, where those of another task change none.
         """
-        limits = {"empty": UNMOVED_EMPTY if "other-task" in self.controls else UNMOVED}
+        empty = UNMOVED_EMPTY if "other-task" in self.controls else UNMOVED
+        return dict.fromkeys(self.controls, UNMOVED) | {"empty": empty}
+
+    @property
+    def unmoved(self) -> bool:
+        """Whether the history can be exchanged or left out and hardly any action changes."""
         return bool(self.controls) and all(
-            max(one.changed, one.flips) <= limits.get(name, UNMOVED)
-            for name, one in self.controls.items()
+            max(one.changed, one.flips) <= self.limits[name] for name, one in self.controls.items()
         )
 
     @property
@@ -124,7 +128,7 @@ class MeasuredEffects:
                 "enough_nats": measure.ENOUGH,
                 "enough_flips": measure.ENOUGH_FLIPS,
                 "unmoved": UNMOVED,
-                "unmoved_empty": UNMOVED_EMPTY,
+                "unmoved_empty": self.limits["empty"],
             },
             "definitions": {
                 "flips": "share of decisions whose most likely action changes",
@@ -230,7 +234,9 @@ class MeasuredEffects:
         words, changed = CONTROL_WORDS[self.main_control], self.controls[self.main_control].changed
         text += f". Of actions drawn at a reference temperature {words} changes {changed:.0%}"
         if self.unmoved:
-            return f"{text}: {UNMOVED:.0%} count as nothing, {UNMOVED_EMPTY:.0%} without history."
+            empty = self.limits["empty"]
+            more = f", {empty:.0%} without history" if empty > UNMOVED else ""
+            return f"{text}: {UNMOVED:.0%} count as nothing{more}."
         if self.twins:
             low, high = min(self.twins), max(self.twins)
             text += f", and {low:.0%} to {high:.0%} in {len(self.twins)} models with these weights "
