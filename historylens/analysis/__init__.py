@@ -50,8 +50,8 @@ class AnalysisConfig(Settings):
         None, "heads to analyse and to average over, from 0 (default: all)"
     )
     rewarded_above: float | None = setting(
-        None, "rewards above it count as rewarded (default: 0, or the top quarter of those in an "
-        "adapter's samples where these are of more than two values)",
+        None, "rewards above it count as rewarded (default: 0; where those in an adapter's samples "
+        "are of more than two values the top quarter, of two not above 0 the higher)",
     )  # fmt: skip
     play: bool = setting(
         False, "analyse the model's own play on its tasks instead: weights fixed, actions sampled",
