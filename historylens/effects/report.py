@@ -26,7 +26,7 @@ AS_CHANCE = 0.9  # of the flips of decisions drawn anew: as many are not nothing
 WORST = "least-attended"
 PHRASES = {
     "recent": "the latest {}",
-    "even": "{} evenly spaced ones",
+    "even": "{} evenly spaced {}",
     "top-k": "the {} most attended",
     "top-30": "the {} most attended",
 }
@@ -199,11 +199,12 @@ class MeasuredEffects:
 
     def _beside_random(self, name: str, effect: Effect) -> str:
         random, kept, worst = effect.random, effect.kept, self.at(WORST, round(effect.kept_mean))
+        ones = "one" if kept == "1" else "ones"
         text = (
-            f"Keeping {PHRASES[name].format(kept)} of {self.n} transitions changes the most "
+            f"Keeping {PHRASES[name].format(kept, ones)} of {self.n} transitions changes the most "
             f"likely action in {effect.flips:.0%} of {counted(len(self.samples), 'decision')} "
             f"(KL {nats(effect.kl_mean)} nats, 95th percentile {nats(effect.kl_p95)}); {kept} "
-            f"random ones: {random}"
+            f"random {ones}: {random}"
         )
         return text if worst is None else f"{text}; the {kept} least attended: {worst}"
 
