@@ -18,6 +18,7 @@ from ad.histories import histories_path, read_histories
 from config import EnvConfig
 from historylens.agent import Agent, Environment
 from historylens.common.errors import expect, note
+from historylens.common.text import counted
 from historylens.history import Decision, History
 
 OF_HISTORIES = ("histories", "goal", "history", "steps", "stride")  # settings of these alone
@@ -44,8 +45,8 @@ class ADAgent(Agent):
         self.n_heads = [config.tf_n_head] * config.tf_n_layer
         self.task = checkpoint.task
         self.label_columns = *self.task.columns, *Place._fields
-        title = f"AD in {self.task.title}, {config.tf_n_layer} layers"
-        self.title = f"{title}, {config.n_transit} tokens"
+        title = f"AD in {self.task.title}, {counted(config.tf_n_layer, 'layer')}"
+        self.title = f"{title}, {counted(config.n_transit, 'token')}"
 
     def act(self, history: History, positions: Tensor | None = None) -> Tensor:
         """Action logits `(B, A)`, by a walk of the encoder that spares what only others need."""
@@ -117,9 +118,11 @@ def load_for_analysis(
         "Checkpoint": f"{choice.path} ({choice.reason})",
         "Step": f"{checkpoint.step:,} gradient updates in {checkpoint.task.title}, "
         f"{model.grid_size} x {model.grid_size}",
-        "Model": f"{model.tf_n_layer} layers x {model.tf_n_head} heads, width {model.tf_n_embd}, "
+        "Model": f"{counted(model.tf_n_layer, 'layer')} x {counted(model.tf_n_head, 'head')}, "
+        f"width {model.tf_n_embd}, "
         f"{sum(p.numel() for p in checkpoint.model.parameters()):,} parameters",
-        "Context length": f"{n_context} transitions, then the query token ({n_context + 1} tokens)",
+        "Context length": f"{counted(n_context, 'transition')}, then the query token "
+        f"({counted(n_context + 1, 'token')})",
         "Device": str(device),
     }
     meta = {"checkpoint": str(choice.path), "step": checkpoint.step}
@@ -145,15 +148,16 @@ def _choose(
     places = choose_decisions(
         histories, n_context, config.num_samples, config.seed, config.stride, only
     )
-    used, steps = list({place.history for place in places}), [place.step for place in places]
+    used, steps = list({place.history for place in places}), {place.step for place in places}
     n_goals, n_goals_used = (
         len(np.unique(part, axis=0)) for part in (histories.goals, histories.goals[used])
     )
+    when = f"steps {min(steps):,} to {max(steps):,}" if len(steps) > 1 else f"step {min(steps):,}"
     told = {
-        "Histories": f"{path} ({histories.n_histories} of {histories.n_steps:,} steps, "
-        f"{n_goals} goals)",
-        "Samples": f"{len(places)} decisions of {n_goals_used} goals and {len(used)} "
-        f"histories, steps {min(steps):,} to {max(steps):,}",
+        "Histories": f"{path} ({histories.n_histories} of {counted(histories.n_steps, 'step')}, "
+        f"{counted(n_goals, 'goal')})",
+        "Samples": f"{counted(len(places), 'decision')} of {counted(n_goals_used, 'goal')} and "
+        f"{counted(len(used), 'history')}, {when}",
     }
     above = config.rewarded_above or 0.0
     return HistoryDecisions(histories, places, n_context, above, checkpoint.task), told

@@ -49,6 +49,7 @@ def layer_table(metrics: Metrics) -> str:
         "/ ln n: entropy over its maximum; tokens: read in effect; recent/distant: last quarter "
         "over first"
     )
+    legend += "" if metrics.n_context.all() else "; without history all is 0"
     return "\n".join([title, *aligned(table), wrap(legend)])
 
 

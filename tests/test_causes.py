@@ -90,6 +90,7 @@ def test_what_is_read_directly_is_told_from_what_was_copied_before(agent, verdic
     assert "last episode" not in sets  # it is not known
     text = knockout_text({"sets": sets}, trial.n)
     assert verdict in text
+    assert " ".join(text.split()).endswith("; judged at the reference temperature")
     assert max(map(len, text.splitlines())) <= 100
     assert (warning({"sets": sets}) is None) == (agent is one_decides)
     assert warning(None) is None
@@ -210,7 +211,9 @@ def test_attention_is_a_guide_to_a_model_that_reads_rewards_and_recency_is_not()
     assert shares["layer 0 head 0"] == pytest.approx(1, abs=1e-6)
     assert shares["recency"] < 0.3
     assert best_head(found) == "head-0-0"
-    assert "attention knows more than recency" in " ".join(guide_text(found).split())
+    told = " ".join(guide_text(found).split())
+    assert "attention knows more than recency" in told
+    assert "in place" not in told  # it cannot be told positions
 
 
 def walk(model, x, hidden=None, exchange=None):

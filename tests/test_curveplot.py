@@ -1,12 +1,15 @@
 """The picture of deletion curves: what it draws is what it is given."""
 
+import itertools
 from unittest import mock
 
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 from test_pictures import axes_of
 
+from historylens.effects.measure import budgets
 from historylens.pictures.curveplot import deletion_curves, in_order
 from historylens.pictures.page import Page
 
@@ -44,6 +47,17 @@ def test_without_random_draws_there_is_no_band_and_none_is_named():
         axes_of(deletion_curves, strategies, None, **OPTIONS)
         axes_of(deletion_curves, made(), None, **OPTIONS)
     assert ["band" in call.args[2] for call in heading.call_args_list] == [False, True]
+
+
+@pytest.mark.parametrize("n", [2, 30, 199, 300, 5000])
+def test_names_of_sizes_do_not_touch_and_the_full_context_is_named(n):
+    one = {"recent": {"rule": "", "advised_by": [], "sizes": [size(k, 0.5) for k in budgets(n)]}}
+    axes = axes_of(deletion_curves, one, None, **OPTIONS | {"n_context": n})[0]
+    FigureCanvasAgg(axes.figure).draw()
+    names = axes.get_xticklabels()
+    boxes = [name.get_window_extent() for name in names]
+    assert all(left.x1 < right.x0 for left, right in itertools.pairwise(boxes))
+    assert names[-1].get_text() == f"{n:,}"
 
 
 def draw(path, strategies, empty=None, **options):

@@ -1,5 +1,7 @@
 """The AD agent: which decisions it is looked at in, its passes, and its environment."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -107,6 +109,8 @@ def test_an_analysis_has_decisions_and_says_what_was_loaded(run_file):
     assert "Model: 2 layers x 2 heads, width 16, " in facts
     assert "Context length: 11 transitions, then the query token (12 tokens)" in facts
     assert "(3 of 30 steps, 3 goals) Samples: 4 decisions of 3 goals" in facts
+    one = load_for_analysis(VisualizeConfig(checkpoint=str(run_file), num_samples=1), CPU)
+    assert re.fullmatch(r"1 decision of 1 goal and 1 history, step \d+", one.facts["Samples"])
     names = ["checkpoint", "step", "histories", "n_transit", "n_heads", "rewarded_above"]
     assert list(agent.meta) == names
     assert tuple(agent.decisions[0].labels) == agent.label_columns

@@ -133,7 +133,7 @@ def test_the_example_reads_a_checkout_and_its_checkpoint(tmp_path, monkeypatch, 
     monkeypatch.setenv("DICP", str(tmp_path))
     monkeypatch.setenv("DICP_CHECKPOINT", str(path))
     found, _ = analysed(ROOT / "examples" / "dicp.py", tmp_path / "out")
-    assert f"{kind}: 1 layers x 2 heads" in capsys.readouterr().out
+    assert f"{kind}: 1 layer x 2 heads" in capsys.readouterr().out
     tokens = found["samples"][0].get("tokens")  # None: one a transition, then the query
     assert tokens is None if kind == "AD" else tokens["part"][0] == "query"
     assert tokens is None or tokens["decides"] == 8

@@ -251,6 +251,7 @@ def test_controls_that_cannot_be_run_say_why_and_the_empty_history_stands_in():
     assert "another task's history: could not be run" in found.text
     constant = effects([], decisions=one_task, logits=lambda history: torch.ones(history.size, 3))
     assert (found.ignores_history, constant.ignores_history) == (False, True)
+    assert "no history at all changes 0%: 5% count as nothing." in " ".join(constant.text.split())
 
 
 def test_a_model_that_cannot_act_without_history_is_measured_all_the_same():

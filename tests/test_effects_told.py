@@ -23,6 +23,8 @@ def whole():
      "distribution no more. The pattern is no guide to what can go here."),
     (0.6, (0.2, 0.5, 0.4), "worse", "Worse than each of 3 random draws: here the pattern"),
     (1e-4, (1e-4, 1e-3), "alike", "A random choice changes nothing either"),
+    (0.2, (0.2 + 1e-7, 0.5, 0.4), "alike", "Not clearly better than random: 1 of 3 random draws m"),
+    (0.5 + 1e-7, (0.2, 0.5, 0.4), "alike", "No better than random: 3 of 3 random draws moved"),
 ])  # fmt: skip
 def test_better_than_random_is_better_than_every_draw(kl, draws, against_random, words):
     effect = moved(kl, random=moved(*draws))

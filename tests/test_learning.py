@@ -62,7 +62,12 @@ def test_rollouts_are_aligned_at_their_first_reward_but_those_that_earn_none():
     assert "0.3 in the first, 3.3 [0.0, 6.0] in the last of 2.5 possible." in text
     few = told(play_of([[1, 1]] * 7 + [[0, 1]] * 2))[0]["since_first_reward"]
     assert few["episode"].tolist() == [0, 1]  # less than a quarter of 9 have one before
-    assert told(play_of([[1, 2], [0, 0]], above=1))[0]["first_reward"]["episode"].tolist() == [2]
+    learning, text = told(play_of([[1, 2], [0, 0]], above=1))
+    assert learning["first_reward"]["episode"].tolist() == [2]
+    said = (
+        "The first reward above 1 comes in episode 2 (median); 1 of 2 rollouts earn none above 1."
+    )
+    assert said in text
 
 
 def test_what_changed_most_is_told_beside_what_uniform_attention_does():

@@ -34,10 +34,11 @@ def view(episodes, rollouts, n_layers, kinds, seed=0):
     }  # fmt: skip
 
 
-def made(n=6, n_layers=2, kinds=tuple(KINDS), best=12.5, since=True):
+def made(n=6, n_layers=2, kinds=tuple(KINDS), best=12.5, since=True, above=0.0):
     after = view(range(-2, n), [4, 6, *[8] * (n - 1), 1], n_layers, kinds, 1) if since else None
     return {
         "kinds": list(kinds), "n_rollouts": 8, "n_decisions": 4800, "best": best,
+        "first_reward": {"above": above},
         "by_episode": view(range(1, n + 1), [8] * n, n_layers, kinds), "since_first_reward": after,
     }  # fmt: skip
 
@@ -168,6 +169,9 @@ def test_without_any_reward_the_right_column_says_so_and_without_a_best_nothing_
     for said, has_any in ((words(learning), False), (words(made()), True)):
         assert ("No rollout earned a reward." in said) != has_any
         assert ("best possible reward: 12.5" in said) == has_any
+    said = words(made(since=False, above=5.0))
+    assert "No rollout earned a reward above 5." in said
+    assert "Since each rollout's first reward above 5" in said
 
 
 def test_shares_have_one_scale_from_0_to_1_at_most_and_rewards_one_of_their_own():

@@ -65,15 +65,25 @@ def test_values_that_are_nearly_equal_are_told_in_full_inside_the_page():
             assert axes.yaxis.get_tightbbox().x0 >= 0
 
 
+def test_no_axis_reaches_far_below_zero():
+    zero = dict.fromkeys(METRICS, 0.0)
+    first, second = (dict.fromkeys(METRICS, np.zeros(shape)) for shape in ((1, 1), 1))
+    over, *_ = axes_of(course, first, zero, layers=[0], dpi=50)
+    axes, *_ = axes_of(summary, second, zero, layer=0, dpi=50)
+    assert -0.1 < over.get_ylim()[0] <= 0
+    assert axes.patches[0].get_x() == 0
+
+
 def test_legends_have_a_swatch_for_single_samples_bands_and_ranges(tmp_path):
     values = metric_values(2, 9)
     with mock.patch.object(page.Page, "swatch") as swatch:
         axes_of(course, values, UNIFORM, layers=[0, 1], dpi=100)
         axes_of(summary, metric_values(9), UNIFORM, layer=0, dpi=100)
+        axes_of(course, metric_values(2, 1), UNIFORM, layers=[0, 1], dpi=100)  # its mean is it
         draw(line_plot, tmp_path / "lines.png", sample_of(n=701))
     said = [call.args[2] for call in swatch.call_args_list]
     assert said.count("single samples") == 2
-    assert "the middle 80 % of samples" in said
+    assert said.count("the middle 80 % of samples") == 1
     assert said[-1] == "A point is the mean of 2 positions; the grey band is their range."
 
 

@@ -30,6 +30,12 @@ def draw_line(path):
     page.save(path)
 
 
+def write_title(path):
+    page = Page(300, 200, dpi=50)
+    page.heading(10, "日本", "שלום")
+    page.save(path)
+
+
 def draw_many(function, folder, n_pictures, n_processes, then=lambda: None):
     """How many pictures were said to be drawn, and the files."""
     folder.mkdir(exist_ok=True)
@@ -95,3 +101,10 @@ def test_few_pictures_or_no_fork_are_drawn_by_one_process(monkeypatch):
         assert drawing_processes(module.MIN_PICTURES) == n_processes
     monkeypatch.setattr(module.multiprocessing, "get_all_start_methods", lambda: ["spawn"])
     assert drawing_processes(1000) == 1
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("n_processes", [1, 2])
+def test_letters_that_the_font_lacks_are_boxes_without_a_word(tmp_path, capfd, n_processes):
+    draw_many(write_title, tmp_path, 2, n_processes)
+    assert capfd.readouterr().err == ""

@@ -62,6 +62,9 @@ def test_overall_block_has_its_form_and_layer_table_an_aligned_line_a_layer_and_
     end = table[0].index("mean attention") + len("mean attention")
     assert all(line[end : end + 2] == "  " for line in table[:5])
     assert len({line.index("±") for line in table[1:5]}) == 1
+    assert "without history" not in lines[-1]
+    metrics.n_context[0] = 0
+    assert report.layer_table(metrics).endswith("without history all is 0")
 
 
 def with_ratios(*ratios):

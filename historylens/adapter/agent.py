@@ -24,6 +24,7 @@ from historylens.adapter.environment import GymRooms, read_tasks
 from historylens.adapter.file import Adapter, kind
 from historylens.agent import Agent, Environment
 from historylens.common.errors import note
+from historylens.common.text import counted
 from historylens.history import Decision, History
 from historylens.tokens import Tokens
 
@@ -60,12 +61,13 @@ def load(
     beside = f"; beside them unseen: {', '.join(agent.unseen)}" if agent.unseen else ""
     agent.facts = {
         "Adapter": str(path),
-        "Model": f"{type(agent.model).__name__}: {len(agent.layers)} layers x {heads} heads, "
-        f"{size:,} parameters{beside}",
-        "Context length": f"{lengths} transitions, {len(tokens)} tokens at most; a transition is "
-        f"{each}; token {tokens.decides} decides; metrics are of whole transitions",
+        "Model": f"{type(agent.model).__name__}: {counted(len(agent.layers), 'layer')} x {heads} "
+        f"head{'s' * (heads != '1')}, {size:,} parameters{beside}",
+        "Context length": f"{lengths} transition{'s' * (lengths != '1')}, "
+        f"{counted(len(tokens), 'token')} at most; a transition is {each}; token {tokens.decides} "
+        "decides; metrics are of whole transitions",
         "Device": str(agent.device),
-        "Samples": f"{n_decisions} decisions of the adapter{fewer}",
+        "Samples": f"{counted(n_decisions, 'decision')} of the adapter{fewer}",
         **agent.rewarded,
     }
     model = {"n_heads": list(agent.n_heads), "model": type(agent.model).__name__}

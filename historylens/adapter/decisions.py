@@ -49,7 +49,8 @@ def read_rewarded(
     """Above which reward a transition counts as rewarded, and that in words where it is told.
 
     What the flag says, else the adapter's REWARDED_ABOVE. Where neither does: 0 for rewards of at
-    most two values, else the top quarter. UserError: it is no number.
+    most two values, but the middle of two of which none is above 0; else the top quarter.
+    UserError: it is no number.
     """
     name, given = "--rewarded-above", flag
     if flag is None:
@@ -61,10 +62,12 @@ def read_rewarded(
         return float(given), f"rewards above {given:g}, as {name} says"
     rewards = np.concatenate([one.rewards for one in decisions])
     values = np.unique(rewards)
-    if len(values) <= 2:
+    if len(values) == 1 or (len(values) == 2 and values[1] > 0):
         return 0.0, ""
     above, what = float(np.quantile(rewards, 0.75)), "the top quarter"
-    if above >= values[-1]:  # more than a quarter are the highest
+    if len(values) == 2:
+        above, what = float(values.mean()), "the higher"
+    elif above >= values[-1]:  # more than a quarter are the highest
         above, what = float(values[-2]), "the highest"
     which = f"rewards above {above:.4g}, {what} of those in samples"
     return above, f"{which}; REWARDED_ABOVE or --rewarded-above says otherwise"

@@ -50,8 +50,8 @@ class AnalysisConfig(Settings):
         None, "heads to analyse and to average over, from 0 (default: all)"
     )
     rewarded_above: float | None = setting(
-        None, "rewards above it count as rewarded (default: 0, or the top quarter of those in an "
-        "adapter's samples where these are of more than two values)",
+        None, "rewards above it count as rewarded (default: 0; where those in an adapter's samples "
+        "are of more than two values the top quarter, of two not above 0 the higher)",
     )  # fmt: skip
     play: bool = setting(
         False, "analyse the model's own play on its tasks instead: weights fixed, actions sampled",
@@ -150,12 +150,12 @@ def of_play(job: Job) -> dict[str, str]:
     """What is going to be played, in words."""
     config, environment = job.config, job.agent.environment
     n = len(environment.goals) * config.rollouts * config.episodes * environment.horizon
-    n_samples = min(n, config.num_samples)
+    n_samples, n_drawn = min(n, config.num_samples), min(n, config.num_samples, config.num_figures)
     return {
         "Own play": f"{environment} x {counted(config.rollouts, 'rollout')}, "
-        f"{counted(config.episodes, 'episode')} of {environment.horizon} steps; actions are drawn "
-        f"from the policy, seed {config.seed}",
-        "Samples": f"{n_samples:,} of {n:,} decisions; {min(n_samples, config.num_figures)} drawn",
+        f"{counted(config.episodes, 'episode')} of {counted(environment.horizon, 'step')}; actions "
+        f"are drawn from the policy, seed {config.seed}",
+        "Samples": f"{n_samples:,} of {counted(n, 'decision')}; {n_drawn} drawn",
     }
 
 

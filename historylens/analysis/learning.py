@@ -47,13 +47,13 @@ def over_learning(play: Play, layers: Sequence[int], seed: int) -> dict[str, Any
     rewarded = play.rewards > play.rewarded_above  # (R, N)
     having = np.flatnonzero(rewarded.any(1))
     first = play.episodes[having, rewarded[having].argmax(1)]  # episodes of the first reward
-    best = play.environment.best
+    best, above = play.environment.best, play.rewarded_above
     result: dict[str, Any] = {
         "kinds": list(KINDS),
         "n_rollouts": n_rollouts,
         "n_decisions": play.rewards.size,
         "best": None if best is None else float(np.mean(best)),
-        "first_reward": {"rollouts": having, "episode": first + 1},
+        "first_reward": {"rollouts": having, "episode": first + 1, "above": above},
         "by_episode": _curves(np.arange(n_episodes) + 1, reward, shares, even, layers, rng),
         "since_first_reward": None,
     }
@@ -175,11 +175,13 @@ def learning_text(learning: Mapping[str, Any]) -> str:
     ends = "" if low is None else f" [{low:.1f}, {high:.1f}]"
     is_last = last + 1 == len(reward["mean"])
     best = "" if learning["best"] is None else f" of {learning['best']:.1f} possible"
-    first = learning["first_reward"]["episode"]
+    first, above = (learning["first_reward"][name] for name in ("episode", "above"))
+    above = f" above {above:g}" if above else ""
     earned = f"Reward an episode: {reward['mean'][0]:.1f} in the first, {reward['mean'][last]:.1f}"
     earned += f"{ends} in {'the last' if is_last else f'episode {last + 1}'}{best}. "
-    when = f"The first reward comes in episode {np.median(first):g} (median)" if len(first) else ""
-    never = f"{n_rollouts - len(first)} of {n_rollouts} rollouts earn none"
+    when = f"The first reward{above} comes in episode "
+    when = f"{when}{np.median(first):g} (median)" if len(first) else ""
+    never = f"{n_rollouts - len(first)} of {n_rollouts} rollouts earn none{above}"
     earned += "; ".join(filter(None, [when, never if len(first) < n_rollouts else ""])) + "."
     changes = [_sentence(name, change) for name, change in learning["changes"].items()]
     return "\n".join([title, *map(wrap, [earned, *changes])])

@@ -50,8 +50,9 @@ def fixed(value: float, decimals: int, sign: str = "") -> str:
 
 
 def counted(number: int, noun: str) -> str:
-    """`1 layer`, `4,000 layers`."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+    """`1 layer`, `4,000 layers`, `2 histories`."""
+    many = f"{noun[:-1]}ies" if noun.endswith("y") else f"{noun}s"
+    return f"{number:,} {noun if number == 1 else many}"
 
 
 def listed(layers: Sequence[int]) -> str:

@@ -87,8 +87,8 @@ class CompareConfig(Settings):
         0.05, "loss that would not matter, as a part of full history's return", fraction=True
     )
     rewarded_above: float | None = setting(
-        None, "rewards above it count as rewarded (default: 0, or the top quarter of those in an "
-        "adapter's samples where these are of more than two values)",
+        None, "rewards above it count as rewarded (default: 0; where those in an adapter's samples "
+        "are of more than two values the top quarter, of two not above 0 the higher)",
     )  # fmt: skip
     out: str = setting("figs/compression", "folder for pictures and numbers", "DIR")
     format: list[str] | None = setting(

@@ -201,8 +201,9 @@ def guide_text(guide: Mapping[str, Any]) -> str:
     legend = (
         f"share of the way from random sets (0%) to the best one found (100%), in KL at the "
         f"reference temperature, over k = {sizes} [95% interval over {counted(n, 'decision')}, "
-        f"{n_drop} for dropping]; in place: not numbered anew"
+        f"{n_drop} for dropping]"
     )
+    legend += "; in place: not numbered anew" if ("keep", "in place") in shown else ""
     return "\n".join([title, wrap(_meaning(first, leading)), *aligned(table, [0]), wrap(legend)])
 
 

@@ -113,7 +113,8 @@ def knockout_text(measured: Mapping[str, Any], n: int) -> str:
     sizes = " to ".join(map(str, dict.fromkeys((sizes[0], sizes[-1]))))
     legend = (
         f"attention to them is blocked in all layers, in {sizes} decisions; "
-        "through other tokens: hiding them from the query alone changes less than half as much"
+        "through other tokens: hiding them from the query alone changes less than half as much; "
+        "judged at the reference temperature"
     )
     return "\n".join(["READ DIRECTLY, OR COPIED BEFORE?", *aligned(table, [0, 4]), wrap(legend)])
 

@@ -32,6 +32,7 @@ BAND = (5, 95)  # percentiles of the draws
 ENOUGH, ENOUGH_FLIPS = 0.09, 0.25  # nats at the reference temperature, share of decisions
 ROUNDING = 1e-6  # of the largest: logits that differ by less are equal
 NOTHING = 1e-3  # nats: below, an action is as it was
+ALIKE = 1e-3  # of a random draw's divergence: one that differs by less is equal, but for rounding
 N_RESAMPLES = 2_000  # of the bootstrap over decisions
 UNMOVED = 0.05  # share of actions that change: as few count as none
 LARGEST = 0.6  # of the context: beyond, little is saved
@@ -94,22 +95,26 @@ class Effect:
         """
         if self.random is None:
             return None
-        if self.kl_reference < self.random.draws.min():
-            return "better"
-        return "worse" if self.kl_reference > self.random.draws.max() else "alike"
+        signs = self._beside_draws
+        return "better" if signs.min() > 0 else "worse" if signs.max() < 0 else "alike"
+
+    @property
+    def _beside_draws(self) -> np.ndarray:
+        """`(D,)` of the random draws: 1 where one moved actions more, -1 less, 0 as much."""
+        more = self.random.draws - self.kl_reference
+        return np.sign(more) * (abs(more) > ALIKE * np.maximum(self.random.draws, NOTHING))
 
     @property
     def verdict(self) -> str:
         """Whether it is better than chance at its size, in a sentence."""
-        draws = self.random.draws
-        n_draws = len(draws)
+        draws, n_draws = self.random.draws, len(self.random.draws)
         if self.against_random == "better":
             return f"Better than each of {n_draws} random draws."
         if self.against_random == "worse":
             return f"Worse than each of {n_draws} random draws: here the pattern misleads."
         if max(self.kl_reference, draws.max()) <= NOTHING:
             return "A random choice changes nothing either: at this size nothing is lost."
-        n_less = int((draws <= self.kl_reference).sum())
+        n_less = int((self._beside_draws <= 0).sum())
         less = f"{n_less} of {n_draws} random draws moved the action distribution no more."
         if n_less < n_draws / 2:
             return f"Not clearly better than random: {less}"

@@ -26,7 +26,7 @@ AS_CHANCE = 0.9  # of the flips of decisions drawn anew: as many are not nothing
 WORST = "least-attended"
 PHRASES = {
     "recent": "the latest {}",
-    "even": "{} evenly spaced ones",
+    "even": "{} evenly spaced {}",
     "top-k": "the {} most attended",
     "top-30": "the {} most attended",
 }
@@ -67,15 +67,19 @@ class MeasuredEffects:
         return next(name for name in ("other-task", *CONTROL_WORDS) if name in self.controls)
 
     @property
-    def unmoved(self) -> bool:
-        """Whether the history can be exchanged or left out and hardly any action changes.
+    def limits(self) -> dict[str, float]:
+        """Control -> the share of actions of which no more may change to count as nothing.
 
         Without history more do, for want of tokens, where those of another task change none.
         """
-        limits = {"empty": UNMOVED_EMPTY if "other-task" in self.controls else UNMOVED}
+        empty = UNMOVED_EMPTY if "other-task" in self.controls else UNMOVED
+        return dict.fromkeys(self.controls, UNMOVED) | {"empty": empty}
+
+    @property
+    def unmoved(self) -> bool:
+        """Whether the history can be exchanged or left out and hardly any action changes."""
         return bool(self.controls) and all(
-            max(one.changed, one.flips) <= limits.get(name, UNMOVED)
-            for name, one in self.controls.items()
+            max(one.changed, one.flips) <= self.limits[name] for name, one in self.controls.items()
         )
 
     @property
@@ -124,7 +128,7 @@ class MeasuredEffects:
                 "enough_nats": measure.ENOUGH,
                 "enough_flips": measure.ENOUGH_FLIPS,
                 "unmoved": UNMOVED,
-                "unmoved_empty": UNMOVED_EMPTY,
+                "unmoved_empty": self.limits["empty"],
             },
             "definitions": {
                 "flips": "share of decisions whose most likely action changes",
@@ -136,7 +140,8 @@ class MeasuredEffects:
                 "changed": "share of actions drawn with logits times beta that change (total "
                 "variation)",
                 "twins": "changed by other-task, else by empty, in models with permuted weights",
-                "against_random": "kl_reference below (better) or above (worse) that of every draw",
+                "against_random": "kl_reference below (better) or above (worse) that of every draw "
+                "by more than 0.1 %",
                 "enough": "fewest transitions from which on kl_reference stays within enough_nats "
                 "and flips within enough_flips",
             },
@@ -194,11 +199,12 @@ class MeasuredEffects:
 
     def _beside_random(self, name: str, effect: Effect) -> str:
         random, kept, worst = effect.random, effect.kept, self.at(WORST, round(effect.kept_mean))
+        ones = "one" if kept == "1" else "ones"
         text = (
-            f"Keeping {PHRASES[name].format(kept)} of {self.n} transitions changes the most "
+            f"Keeping {PHRASES[name].format(kept, ones)} of {self.n} transitions changes the most "
             f"likely action in {effect.flips:.0%} of {counted(len(self.samples), 'decision')} "
             f"(KL {nats(effect.kl_mean)} nats, 95th percentile {nats(effect.kl_p95)}); {kept} "
-            f"random ones: {random}"
+            f"random {ones}: {random}"
         )
         return text if worst is None else f"{text}; the {kept} least attended: {worst}"
 
@@ -229,7 +235,9 @@ class MeasuredEffects:
         words, changed = CONTROL_WORDS[self.main_control], self.controls[self.main_control].changed
         text += f". Of actions drawn at a reference temperature {words} changes {changed:.0%}"
         if self.unmoved:
-            return f"{text}: {UNMOVED:.0%} count as nothing, {UNMOVED_EMPTY:.0%} without history."
+            empty = self.limits["empty"]
+            more = f", {empty:.0%} without history" if empty > UNMOVED else ""
+            return f"{text}: {UNMOVED:.0%} count as nothing{more}."
         if self.twins:
             low, high = min(self.twins), max(self.twins)
             text += f", and {low:.0%} to {high:.0%} in {len(self.twins)} models with these weights "

@@ -18,7 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator, NullLocator
 
 from historylens.common.text import counted
-from historylens.pictures.page import FAINT, INK, REWARD, SOFT, Page
+from historylens.pictures.page import FAINT, INK, REWARD, SOFT, Page, text_width
 
 BAND = "#dfdfdf"
 COLOURS = (
@@ -120,7 +120,7 @@ def _draw_curves(
         axes.plot(x, y, zorder=order, clip_on=False, **strategy.style)
     axes.set_xscale("log")
     axes.set_xlim(kept[0] * 0.93, n_context)
-    ticks = kept[:: -(-len(kept) // 9)]  # at most 9
+    ticks = apart(kept)
     axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xlabel(f"transitions kept of {n_context:,} (log scale)", fontsize=9)
@@ -133,6 +133,16 @@ def _draw_curves(
         axes.yaxis.set_major_formatter("{:g}".format)
         axes.yaxis.set_minor_locator(NullLocator())
     axes.set_ylim(bottom=0.0)
+
+
+def apart(kept: Sequence[int]) -> list[int]:
+    """Those of ascending sizes whose names do not touch on the axis, the last among them."""
+    scale = WIDTH / np.log(kept[-1] / kept[0])
+    ticks = [kept[-1]]
+    for size in kept[-2::-1]:
+        room = (text_width(f"{size:,} ", 8.5) + text_width(f"{ticks[-1]:,} ", 8.5)) / 2
+        ticks += [size] if scale * np.log(ticks[-1] / size) > room else []
+    return ticks[::-1]
 
 
 def _draw_legend(page: Page, strategies: Sequence[Strategy], has_empty: bool) -> None:

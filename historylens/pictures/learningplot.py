@@ -37,10 +37,11 @@ def attention_over_learning(path: str | Path, learning: Mapping, *, title: str, 
     """Draw reward and attention over episodes, each with its 95 % interval over rollouts.
 
     `learning`: `kinds`, which of `KINDS` are known; `n_rollouts`; `n_decisions`; `best`, the mean
-    best possible reward an episode, or None; `by_episode` and `since_first_reward`, None without
-    any reward. These hold lists of `E`, None for a missing value: `episode`; `rollouts`, how many
-    are there; `reward` as `{"mean", "low", "high"}`; `layers`, each with `layer` and `shares`,
-    kind -> the same three; `even`, kind -> its share under uniform attention.
+    best possible reward an episode, or None; `first_reward`, whose `above` a reward has to be;
+    `by_episode` and `since_first_reward`, None without any reward. These hold lists of `E`, None
+    for a missing value: `episode`; `rollouts`, how many are there; `reward` as
+    `{"mean", "low", "high"}`; `layers`, each with `layer` and `shares`, kind -> the same three;
+    `even`, kind -> its share under uniform attention.
     """
     n_layers = len(learning["by_episode"]["layers"])
     height = TOP + REWARDS + n_layers * (BELOW + PANEL) + BELOW - 12
@@ -52,12 +53,14 @@ def attention_over_learning(path: str | Path, learning: Mapping, *, title: str, 
         "query itself; rewarded and same state are among them."
     )
     page.heading(LEFT, title, about)
-    rewards, shares = [], []
+    rewards, shares, above = [], [], learning["first_reward"]["above"]
+    above = f" above {above:g}" if above else ""
     for place, (name, (heading, unit)) in enumerate(VIEWS.items()):
         left, view = LEFT + place * (WIDTH + BESIDE), learning[name]
+        heading += above if place else ""
         page.text(left, TOP - 40, heading, 11, weight="bold")
         if view is None:
-            page.text(left, TOP + 20, "No rollout earned a reward.", 10, color=SOFT)
+            page.text(left, TOP + 20, f"No rollout earned a reward{above}.", 10, color=SOFT)
             continue
         rewards.append(_panel(page, (left, TOP, WIDTH, REWARDS), view, unit, "reward an episode"))
         _draw_reward(rewards[-1], view, learning["best"])

@@ -61,7 +61,7 @@ def summary(path: str | Path, values: Values, uniform: Values, *, layer: int, dp
             numbers += f", median {_short(median)}"
         if is_one(drawn, even):  # one bar of a width that suits the distance to uniform attention
             half = 0.02 * (1.0 if is_one(np.append(drawn, even)) else abs(mean - even))
-            drawn, bins = np.full(n_samples, mean), [mean - half, mean + half]
+            drawn, bins = np.full(n_samples, mean), [max(0.0, mean - half), mean + half]
         style = {"log_scale": log, "color": BLUE, "edgecolor": "white"}
         seaborn.histplot(x=drawn, bins=bins, ax=axes, **style)
         if few:
@@ -84,8 +84,9 @@ def course(
     path: str | Path, values: Values, uniform: Values, *, layers: Sequence[int], dpi: int
 ) -> None:
     """Draw each metric `(L, S)` across layers: mean, middle 80 %, samples where they are few."""
-    few = values["entropy"].shape[1] <= MAX_MARKED_SAMPLES
-    more = [("the middle 80 % of samples", BAND), *([("single samples", DOTS)] if few else [])]
+    n_samples = values["entropy"].shape[1]
+    few, band = 1 < n_samples <= MAX_MARKED_SAMPLES, ("the middle 80 % of samples", BAND)
+    more = [*([band] if n_samples > 1 else []), *([("single samples", DOTS)] if few else [])]
     page, plots = _page("Attention across layers", values, more, dpi)
     x = np.arange(len(layers))
     shown = x[:: max(1, len(x) // 12)]
@@ -104,7 +105,7 @@ def course(
         else:
             low, high = min(drawn.min(), even), max(drawn.max(), even)
             margin = 0.5 if is_one(np.append(drawn, even)) else 0.06 * (high - low)
-            axes.set_ylim(low - margin, high + margin)
+            axes.set_ylim(max(low - margin, -0.06 * (high + margin)), high + margin)  # none is < 0
         axes.set_xlim(-0.4, len(layers) - 0.6)
         axes.set_xticks(shown, [str(layers[i]) for i in shown])
         axes.set_xlabel("layer", fontsize=9)

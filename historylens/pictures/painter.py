@@ -13,6 +13,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import warnings
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -28,6 +29,7 @@ from historylens.common.errors import STOPS, note, told
 MAX_PROCESSES = 8
 MIN_PICTURES = 8  # for fewer, starting processes takes longer than it saves
 PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
+BOXES = "Glyph .* missing from|Matplotlib currently does not support"  # what a font lacks is a box
 IN_FLIGHT = 3  # pictures waiting for each process: their numbers lie in memory
 KILLED = (
     "the process that drew it was killed, probably for lack of memory: draw fewer samples "
@@ -63,6 +65,7 @@ class Painter:
     ) -> None:  # fmt: skip
         self.n_drawn, self._kept, self._drawn = 0, kept, drawn
         self._n_processes, self._formats = n_processes, formats
+        warnings.filterwarnings("ignore", BOXES, UserWarning)
         self._waiting: deque[tuple[Path, Callable[[], object], Future]] = deque()
         self._pool = _pool(n_processes) if n_processes > 1 else None
 
