@@ -49,8 +49,8 @@ def read_rewarded(
     """Above which reward a transition counts as rewarded, and that in words where it is told.
 
     What the flag says, else the adapter's REWARDED_ABOVE. Where neither does: 0 for rewards of at
-    most two values, but the middle of two of which none is above 0; else the top quarter.
-    UserError: it is no number.
+    most two values, but the middle of two where the higher is rare and not above 0; else the top
+    quarter. UserError: it is no number.
     """
     name, given = "--rewarded-above", flag
     if flag is None:
@@ -62,7 +62,8 @@ def read_rewarded(
         return float(given), f"rewards above {given:g}, as {name} says"
     rewards = np.concatenate([one.rewards for one in decisions])
     values = np.unique(rewards)
-    if len(values) == 1 or (len(values) == 2 and values[1] > 0):
+    is_usual = np.mean(rewards == values[-1]) > 0.5  # as where falling costs 1, and nothing else
+    if len(values) == 1 or (len(values) == 2 and (values[1] > 0 or is_usual)):
         return 0.0, ""
     above, what = float(np.quantile(rewards, 0.75)), "the top quarter"
     if len(values) == 2:
