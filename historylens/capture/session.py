@@ -195,6 +195,12 @@ class Session(TorchFunctionMode):
         calls.setdefault(name, None)
         if not self.options.chooses(name, list(calls).index(name)):
             return
+        transforms = torch._C._functorch.get_interpreter_stack() or ()
+        if any(one.key() == torch._C._functorch.TransformType.Vmap for one in transforms):
+            raise CaptureError(
+                f"{name} runs inside torch.func.vmap, which capture cannot follow. Run it once for "
+                f"each member instead, in a loop, or {OTHER_LAYERS}"
+            )
         with _plain_arithmetic():
             call = reader(name, self.options.heads, *args, **kwargs)
             if is_known and not (before and before.continues(*call.shape[2:])):
@@ -268,8 +274,8 @@ class Session(TorchFunctionMode):
 @contextmanager
 def _uncompiled() -> Iterator[None]:
     """Compiled functions run as they were written, so that what they call is seen."""
-    # Loaded where something was compiled; it is slow to import.
-    if "torch._dynamo.eval_frame" not in sys.modules:
+    # Loaded where something was compiled, or is to be; it is slow to import.
+    if not {"torch._dynamo.eval_frame", "torch.nn.attention.flex_attention"} & {*sys.modules}:
         yield
         return
     with torch.compiler.set_stance("force_eager"), warnings.catch_warnings():
