@@ -69,8 +69,11 @@ def test_what_is_loaded_is_said_in_words():
         "Context length": "8 to 24 transitions, 25 tokens at most; a transition is one token; "
         "token 0 decides; metrics are of whole transitions",
         "Device": "cpu",
-        "Samples": "3 decisions of the adapter, which has no more of the 4 asked for",
+        "Samples": "3 decisions of the adapter, which has no more of the 4 asked for; each counts "
+        "as a task of its own",
     }
+    told = agent_of(with_fields("task=i"), name="explicit_softmax").facts["Samples"]
+    assert told == "4 decisions of the adapter"
     assert agent.title == "Model of mine.py"
     assert agent.label_columns == ("number",)
     assert agent.meta == {"n_heads": [2, 2], "model": "Model", "rewarded_above": 0}

@@ -57,6 +57,7 @@ def load(
     parts = [name for name in dict.fromkeys(tokens.part) if name in tokens.parts]
     each = ", ".join(parts) if len(parts) > 1 else "one token"
     fewer = f", which has no more of the {n} asked for" if n_decisions < n else ""
+    fewer += "; each counts as a task of its own" if agent.decisions[0].task is None else ""
     beside = f"; beside them unseen: {', '.join(agent.unseen)}" if agent.unseen else ""
     agent.facts = {
         "Adapter": str(path),
