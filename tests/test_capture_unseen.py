@@ -181,6 +181,14 @@ def each_head(w, v):
     return torch.stack([part @ v[:, i] for i, part in enumerate(w.unbind(1))], 1)
 
 
+def joined(w, v):
+    return torch.cat(w.split(1, 1), 1) @ v
+
+
+def normalised(w, v):
+    return (w / w.sum(-1, keepdim=True)) @ v
+
+
 def added(w, v):
     return (w[:, :1] - 0.5 * w[:, 1:]) @ v
 
@@ -199,10 +207,10 @@ def averaged(w, v):
 
 @pytest.mark.parametrize("n_wide", [4, 6])  # of a head, in which 6 tokens meet as many axes
 @pytest.mark.parametrize("product", [
-    values_first, each_head, added, mixed_last, mixed_flat, averaged,
+    values_first, each_head, joined, normalised, added, mixed_last, mixed_flat, averaged,
 ])  # fmt: skip
 def test_weights_that_cannot_be_followed_to_the_values_are_refused(product, n_wide):
-    """In a batch with axes of any sizes; what reads them beside the values may do as it likes."""
+    """Of as many samples and heads as tokens; what is beside the values may do as it likes."""
     x = torch.randn(3, 6, 2 * n_wide)
 
     def forward(x, is_beside=False):
@@ -210,7 +218,7 @@ def test_weights_that_cannot_be_followed_to_the_values_are_refused(product, n_wi
         return product(w, v) + (w @ v if is_beside else 0)
 
     model = Given(forward)
-    if product in (values_first, each_head):
+    if product in (values_first, each_head, joined, normalised):
         check(run_twice(model, x)[0], (split(x) @ split(x).mT).double().softmax(-1))
     else:
         refused("^Given changes .*heads are mixed.*record_attention", model, x)

@@ -18,8 +18,9 @@ _KEEP = {
 }  # fmt: skip
 _TURN = {"__get__", "transpose", "permute", "swapaxes", "swapdims", "movedim"}  # .mT, or other axes
 _TAKE = {"__getitem__", "select", "narrow", "chunk", "split", "unbind", "index_select"}
-_MIX = {"linear", "conv1d", "conv2d"}  # may give more heads than they are given
+_JOIN = {"cat", "concat", "concatenate", "stack"}
 PRODUCTS = {"matmul", "__matmul__", "bmm", "einsum", "baddbmm"}
+_GROW = _KEEP | _JOIN | PRODUCTS | {"linear", "conv1d", "conv2d"}  # may give more than they get
 
 
 class Weights(NamedTuple):
@@ -54,7 +55,7 @@ class Followed(WeakIdKeyDictionary):
         x = min(held, key=lambda x: (not self[x].is_lost, self[x].whole is not None))
         names = tuple(dict.fromkeys(name for y in held for name in self[y].names))
         told = self[x]._replace(names=names)
-        is_one = told.is_lost or len(names) == 1
+        is_one = told.is_lost or len(held) == 1
         if kernel in PRODUCTS and is_one and _sums_over_keys(args, x, told):
             (self.lost if told.is_lost else self.met).update(names)
             is_new = told.is_changed and not told.is_lost
@@ -63,10 +64,14 @@ class Followed(WeakIdKeyDictionary):
         if kernel == "__setitem__":
             is_known = args[0] is x and told.whole is None and not told.is_lost
             self[args[0]] = told._replace(is_changed=True, is_lost=not is_known)
+        if kernel in _JOIN and not any(self[y].is_changed or self[y].is_lost for y in held):
+            self[output] = told._replace(whole=x)
+            return None
+        most = max(y.numel() for y in held)
         for y in output if isinstance(output, list | tuple) else [output]:
             if isinstance(y, Tensor) and y.is_floating_point():
                 after = _after(kernel, args, x, told, y)
-                if after is not None:
+                if after is not None and (kernel in _GROW or y.numel() <= most):
                     self[y] = after
         return None
 
@@ -87,10 +92,18 @@ def _after(kernel: str, args: list, x: Tensor, told: Weights, y: Tensor) -> Weig
         own, out = _terms(args, x) if kernel == "einsum" else ("", "")
         if out.endswith(own[-2:]):
             return told._replace(is_changed=True)
-    may_grow = kernel in PRODUCTS | _MIX
-    n_weights = max(1, told.shape[-2] * told.shape[-1])
-    is_none = y.numel() % n_weights or (y.numel() > x.numel() and not may_grow)
+    is_sum = y.shape in (x.shape[:-1], (*x.shape[:-1], 1))  # over keys, or queries
+    is_none = (is_sum and not told.is_lost) or not _may_be(y.shape, *told.shape[-2:])
     return None if is_none else told._replace(whole=None, is_lost=True)
+
+
+def _may_be(shape: Sequence[int], n_queries: int, n_keys: int) -> bool:
+    """Whether weights can have this shape: with an axis of queries and one of keys, or of both."""
+    others = list(shape)
+    if n_queries in others:
+        others.remove(n_queries)
+    is_split = len(others) < len(shape) and n_keys in others
+    return is_split or any(n and n % max(1, n_queries * n_keys) == 0 for n in shape)
 
 
 def _sums_over_keys(args: list, x: Tensor, told: Weights) -> bool:
