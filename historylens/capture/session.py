@@ -241,8 +241,9 @@ class Session(TorchFunctionMode):
             if call and name in self.weights.lost - self.weights.met:
                 raise CaptureError(
                     f"{name} changes its attention weights on their way to the values, as where "
-                    "heads are mixed, in a way that capture does not follow; hand in what meets "
-                    f"the values: historylens.record_attention(name, weights), or {OTHER_LAYERS}"
+                    "heads are mixed, in a way that capture does not follow; hand in what stands "
+                    "for them at the values, 0 or more: historylens.record_attention(name, "
+                    f"weights), or {OTHER_LAYERS}"
                 )
         for call in filter(None, self.record.calls.values()):
             self.options.check_complete(call[1])
