@@ -69,8 +69,11 @@ def test_what_is_loaded_is_said_in_words():
         "Context length": "8 to 24 transitions, 25 tokens at most; a transition is one token; "
         "token 0 decides; metrics are of whole transitions",
         "Device": "cpu",
-        "Samples": "3 decisions of the adapter, which has no more of the 4 asked for",
+        "Samples": "3 decisions of the adapter, which has no more of the 4 asked for; each counts "
+        "as a task of its own",
     }
+    told = agent_of(with_fields("task=i"), name="explicit_softmax").facts["Samples"]
+    assert told == "4 decisions of the adapter"
     assert agent.title == "Model of mine.py"
     assert agent.label_columns == ("number",)
     assert agent.meta == {"n_heads": [2, 2], "model": "Model", "rewarded_above": 0}
@@ -120,7 +123,7 @@ def test_states_are_of_one_type_in_every_batch():
 
 
 def test_it_acts_as_the_model_on_shorter_history_and_lets_a_lack_of_memory_pass():
-    too_much = "torch.empty(2**60) if history.size == 3 else model(states, history.a"
+    too_much = "torch.empty(2**60) if history.size == 4 else model(states, history.a"
     agent = agent_of(("model(states, history.a", too_much))
     history, kept = agent.history([0, 1]), torch.tensor([[0, 3, 5], [1, 2, 7]])
     parts = (history.states[..., 0], history.actions, history.rewards)
@@ -129,7 +132,7 @@ def test_it_acts_as_the_model_on_shorter_history_and_lets_a_lack_of_memory_pass(
     torch.testing.assert_close(agent.act(history.take(kept)), expected, rtol=0, atol=1e-6)
     assert agent.act(history.take(kept[:, :0])).shape == (2, 2)
     with pytest.raises(RuntimeError, match="memory"):  # so that the batch can be halved
-        agent.act(agent.history([0, 1, 2]))
+        agent.act(agent.history([0, 1, 2, 0]))
 
 
 def test_a_look_gives_the_attention_among_transitions(monkeypatch):
@@ -254,7 +257,7 @@ WRONG = [  # what is changed in the adapter, and what is said
     (*with_fields("states=None"), r"states: expected an array, got nothing"),
     (*with_fields("states=one.states[1:]"), r"states: expected shape \(30,\) or \(30, S\), as rew"),
     (*with_fields("next_states=3"), r"next_states: expected the shape of states"),
-    ("return model(", "model(", r"act\(\): expected action logits of shape \(2, A\).*got nothing"),
+    ("return model(", "model(", r"act\(\): expected action logits of shape \(3, A\).*got nothing"),
     ("self.norms[0](x)", "self.norms[0](x[..., 1:])", r"act\(\) raised .*\(mine\.py:32\)"),
     ('"reward"))', '"reward")[:2])', r"tokens\(\): expected a map of the 91 .*got one of 61 tok"),
     ('"reward"))', '"reward", "next"), decides=99)', r"expected a map of the 91 .*got one of 121"),

@@ -263,6 +263,46 @@ def test_queries_that_are_neither_all_tokens_nor_one_are_told(more, found):
         loaded(tokens=more)
 
 
+HEADS = """
+ORDER, CAPTURE = "{}", {{"softmax": "attends.*", "heads": H}}
+
+
+class Attend(Attend):
+    def forward(self, x):
+        q = split(x) if ORDER == "B * H" else split(x).transpose(0, 1)
+        q = q if ORDER == "H, B" else q.flatten(0, 1)
+        y = (q @ q.mT).softmax(-1) @ q
+        y = y.unflatten(0, (-1, H)) if ORDER == "B * H" else y.reshape(H, -1, *y.shape[-2:])
+        return (y if ORDER == "B * H" else y.transpose(0, 1)).transpose(1, 2).flatten(2)
+
+
+class Model(Model):
+    def forward(self, *history):
+        if ORDER != "agents":
+            return super().forward(*history)
+        return super().forward(*[torch.cat([x, x]) for x in history])[: len(history[0])]
+"""
+
+
+@pytest.mark.parametrize(("order", "said"), [
+    ("H * B", r"mine\.py: CAPTURE gives .* of attends\.0 is over \(H \* B, T, T\)"),
+    ("H, B", r"mine\.py: act\(\): expected .* of the 3 histories .* B = 2 and H = 3 in attends\.0"),
+    ("agents", r"act\(\): expected .* of the 3 histories .* B = 6 and H = 2 in attends\.0"),
+])  # fmt: skip
+def test_samples_that_are_not_the_first_axis_are_told(order, said):
+    assert loaded(tokens=HEADS.format("B * H")).layers == ("attends.0", "attends.1")
+    with pytest.raises(UserError, match=said):
+        loaded(tokens=HEADS.format(order))
+
+
+def test_logits_by_chance_are_a_note(capsys):
+    dropout = "\nown = act\ndef act(model, history):\n    return own(model, history).mul_({})\n"
+    loaded(tokens=dropout.format("1 + 1e-6 * torch.rand(history.size, 1)"))
+    assert not capsys.readouterr().err
+    loaded(tokens=dropout.format("torch.rand(history.size, 1)"))
+    assert "note: act() gives the same history twice other logits" in capsys.readouterr().err
+
+
 def test_what_cannot_be_tried_is_passed_over():
     path = Path(written())
     text = path.read_text().replace("rng.integers(A, size=N)", "np.zeros(N, dtype=int)")

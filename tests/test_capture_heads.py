@@ -51,6 +51,10 @@ def tokens_first(weights, v):
     return torch.einsum("bhij,bjhd->bihd", weights, v.transpose(1, 2)).transpose(1, 2)
 
 
+def tokens_first_out(weights, v):
+    return torch.einsum("bhij,bhjd->bihd", weights, v).transpose(1, 2)
+
+
 def three_axes(attend):
     return lambda *qkv: attend(*(x.flatten(0, 1) for x in qkv)).unflatten(0, (-1, H))
 
@@ -65,6 +69,7 @@ WAYS = {
     "bmm": lambda: Own(eager(bmm)),
     "einsum": lambda: Own(eager(lambda w, v: torch.einsum("bhij,bhjd->bhid", w, v))),
     "tokens first": lambda: Own(eager(tokens_first)),
+    "tokens first, not in values": lambda: Own(eager(tokens_first_out)),
     "3 axes": lambda: Own(three_axes(partial(sdpa, is_causal=True))),
     "softmax of 3 axes": lambda: Own(three_axes(eager(torch.bmm))),
 }
@@ -199,16 +204,19 @@ def test_of_some_layers_the_others_are_left_as_they_are(way):
     assert {name.split(".")[0] for name in seen} == {"1"}
 
 
-@pytest.mark.parametrize("is_eager", [False, True])
+@pytest.mark.parametrize("way", ["sdpa", "eager", "no value"])
 @torch.no_grad()
-def test_keys_of_no_token_stay_in_sight(is_eager):
-    """Two memory keys before the tokens, as x-transformers has them."""
+def test_keys_of_no_token_stay_in_sight(way):
+    """Two memory keys before the tokens, as x-transformers has them, or a sink as gpt-oss has."""
     memory = torch.randn(1, H, 2, D // H)
 
     def attend(q, k, v):
+        if way == "no value":
+            scores = (q @ k.mT).masked_fill(~causal(q), -torch.inf)
+            return functional.pad(scores, (0, 1)).softmax(-1)[..., :-1] @ v
         k, v = (torch.cat([memory.expand(B, -1, -1, -1), x], 2) for x in (k, v))
         seen = torch.cat([torch.ones(T, 2, dtype=torch.bool), causal(q)], 1)
-        if not is_eager:
+        if way == "sdpa":
             return sdpa(q, k, v, seen)
         return (q @ k.mT / math.sqrt(D // H)).masked_fill(~seen, -torch.inf).softmax(-1) @ v
 

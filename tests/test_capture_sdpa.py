@@ -1,5 +1,7 @@
 """Attention of a module's own calls: scaled dot products and softmax, equal to eager weights."""
 
+import subprocess
+import sys
 import warnings
 from functools import partial
 
@@ -203,11 +205,13 @@ fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 in_numpy = CrossAttention(lambda q, k, v: torch.from_numpy(q.numpy() + v.numpy()))
 nest = partial(torch.nested.nested_tensor, layout=torch.jagged)
 nested = Given(lambda q, *_: attend(*[nest([*q])] * 3))
+mapped = Given(torch.func.vmap(lambda q, *_: (q @ q.mT)[None].softmax(-1)[0] @ q))
 
 
 @pytest.mark.parametrize(("unread", "message"), [
     (Given(lambda *qkv: fused(*qkv)[0]), rf"^1 calls {fused.__name__}, .*layers="),
     (in_numpy, r"^1 is a CrossAttention that ran, but .*seen.*layers="),
+    (mapped, r"^1 runs inside torch\.func\.vmap, .*layers="),
     (nested, "^1 calls scaled_dot_product_attention with nested tensors"),
     (Given(flex_attention), "^1 calls flex_attention, a kernel .*scaled_dot_product.*layers="),
 ])  # fmt: skip
@@ -220,6 +224,20 @@ def test_what_cannot_be_read_is_an_error_though_other_layers_are_seen(unread, me
     with warnings.catch_warnings(action="ignore"):
         refused(message, model, q)
     assert run_twice(model, q, layers=["0"]).names == ("0",)
+
+
+def test_flex_attention_is_refused_as_well_where_it_is_the_first_to_be_compiled():
+    code = """
+import torch; from torch.nn.attention.flex_attention import flex_attention
+from historylens.capture import capture
+class Model(torch.nn.Module):
+    def forward(self, x):
+        return flex_attention(x, x, x)
+with capture(model := Model()):
+    model(torch.randn(1, 2, 16, 16))
+"""
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "CaptureError: Model calls flex_attention, a kernel" in found.stderr
 
 
 def test_calls_outside_the_model_do_not_count():

@@ -135,6 +135,14 @@ def beside(w):
     return functional.dropout(w, 0.0).reshape(2, 2, 6, 6)
 
 
+def mixed(w):
+    return torch.einsum("bhij,hg->bgij", w, torch.tensor([[0.25, 1], [0.75, 2]]))
+
+
+def turned(w):
+    return by_mask(w).transpose(1, 2).contiguous().transpose(1, 2)
+
+
 class Changed(nn.Module):
     def __init__(self, change, multiply):
         super().__init__()
@@ -148,18 +156,87 @@ class Changed(nn.Module):
         return torch.einsum("bhij,bhjd->bhid", w, split(x)) if self.multiply else w @ split(x)
 
 
-@pytest.mark.parametrize("change", [by_mask, in_place, filled, assigned, renormalised, beside])
+CHANGES = [by_mask, in_place, filled, assigned, renormalised, beside, mixed, turned]
+
+
+@pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("multiply", [0, 1])
 def test_weights_are_recorded_as_they_meet_the_values(change, multiply):
     x, model = torch.randn(2, 6, 8), Changed(change, multiply)
     found = run_twice(model, x)[0]
-    forbidden = causal(6) & (change is not beside)
-    weights = model.weights(x).masked_fill(forbidden, 0)
+    forbidden = causal(6) & (change not in (beside, mixed))
+    weights = change(model.weights(x))
     check(found, (weights / weights.sum(-1, keepdim=True)).double(), forbidden)
 
 
 def test_weights_that_fall_below_zero_are_refused():
     refused("Changed: expected .*below 0", Changed(lambda w: w - 0.5, 0), torch.randn(1, 4, 8))
+
+
+def values_first(w, v):
+    return (v.mT @ w.mT).mT
+
+
+def each_head(w, v):
+    return torch.stack([part @ v[:, i] for i, part in enumerate(w.unbind(1))], 1)
+
+
+def joined(w, v):
+    return torch.cat(w.split(1, 1), 1) @ v
+
+
+def normalised(w, v):
+    return (w / w.sum(-1, keepdim=True)) @ v
+
+
+def added(w, v):
+    return (w[:, :1] - 0.5 * w[:, 1:]) @ v
+
+
+def mixed_last(w, v):
+    return functional.linear(w.permute(0, 2, 3, 1), torch.ones(2, 2)).permute(0, 3, 1, 2) @ v
+
+
+def mixed_flat(w, v):
+    return (torch.ones(2, 2) @ w.flatten(2)).unflatten(-1, w.shape[2:]) @ v
+
+
+def averaged(w, v):
+    return torch.einsum("bij,bhjd->bhid", w.mean(1), v)
+
+
+@pytest.mark.parametrize("n_wide", [4, 6])  # of a head, in which 6 tokens meet as many axes
+@pytest.mark.parametrize("product", [
+    values_first, each_head, joined, normalised, added, mixed_last, mixed_flat, averaged,
+])  # fmt: skip
+def test_weights_that_cannot_be_followed_to_the_values_are_refused(product, n_wide):
+    """Of as many samples and heads as tokens; what is beside the values may do as it likes."""
+    x = torch.randn(3, 6, 2 * n_wide)
+
+    def forward(x, is_beside=False):
+        w, v = (split(x) @ split(x).mT).softmax(-1), split(x)
+        return product(w, v) + (w @ v if is_beside else 0)
+
+    model = Given(forward)
+    if product in (values_first, each_head, joined, normalised):
+        check(run_twice(model, x)[0], (split(x) @ split(x).mT).double().softmax(-1))
+    else:
+        refused("^Given changes .*heads are mixed.*record_attention", model, x)
+        record = run_twice(model, x, True)
+        check(record[0], (split(x) @ split(x).mT).double().softmax(-1))
+
+
+def test_weights_of_two_softmaxes_put_together_are_refused_and_may_be_handed_in():
+    def forward(x, is_told=False):
+        one, two = (split(x) @ split(x).mT).softmax(-1), (-split(x) @ split(x).mT).softmax(-1)
+        both = one + 0.5 * two
+        if is_told:
+            record_attention("both", both)
+        return both @ split(x)
+
+    model, x = Given(Given(forward)), torch.randn(2, 5, 8)
+    refused("^inner changes .*record_attention", model, x)
+    assert run_twice(model, x, True).names == ("both",)
 
 
 # Compiled code

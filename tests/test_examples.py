@@ -3,6 +3,7 @@
 import csv
 import functools
 import json
+import re
 import sys
 from pathlib import Path
 from unittest import mock
@@ -141,10 +142,12 @@ def test_files_hold_labels_and_what_each_token_is_and_the_same_seed_gives_the_sa
     assert drawn["uniform_received"][-1] == pytest.approx(1 / 91, rel=1e-5)
 
 
-def test_heads_chooses_heads_and_keeps_their_numbers(jobs, tmp_path):
+def test_heads_chooses_heads_keeps_their_numbers_and_says_so(jobs, tmp_path, capsys):
     every, *_ = jobs("sar_mha")
     some, rows = analysed("sar_mha", tmp_path, "--heads", "3", "1", "--layers", "1", drawn=None)
     assert [row["head"] for row in rows[:3]] == ["1", "3", "mean"]
+    said = r"^Heads: +1, 3: metrics, insights and pictures are of these alone$"
+    assert re.search(said, capsys.readouterr().out, re.MULTILINE)
     both = [every["layers"][1]["head_means"]["entropy"][head] for head in (1, 3)]
     assert some["layers"][0]["head_means"]["entropy"] == both
     assert len(some["drawn"]["layers"]["1"]["0"]["query_rows"]["heads"]) == 2

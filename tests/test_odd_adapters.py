@@ -107,6 +107,7 @@ def test_a_task_is_any_whole_number_or_none(tmp_path, task):
 @pytest.mark.parametrize("given", [
     "x.long()", "x > 0", "x.to(torch.complex64)", "x.to('meta')", "x.tolist()", "None",
     "x.detach().numpy()", "x[0]", "x * float('nan')", "x.to_sparse()",
+    "x[:, :1]",
 ])  # fmt: skip
 def test_logits_of_odd_types_are_told(tmp_path, given):
     more = f"def act(model, history):\n    x = logits(model, history)\n    return {given}"

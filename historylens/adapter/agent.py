@@ -58,6 +58,7 @@ def load(
     parts = [name for name in dict.fromkeys(tokens.part) if name in tokens.parts]
     each = ", ".join(parts) if len(parts) > 1 else "one token"
     fewer = f", which has no more of the {n} asked for" if n_decisions < n else ""
+    fewer += "; each counts as a task of its own" if agent.decisions[0].task is None else ""
     beside = f"; beside them unseen: {', '.join(agent.unseen)}" if agent.unseen else ""
     agent.facts = {
         "Adapter": str(path),
@@ -98,7 +99,7 @@ class AdapterAgent(Agent):
     """A model that an adapter gives, and decisions of its samples: see `Agent`.
 
     Rewards `rewarded_above` count as rewarded; None: as the adapter or its samples say. `tell` gets
-    a line where modules mix tokens unseen.
+    a line where modules mix tokens unseen, or logits are by chance.
     """
 
     n_actions = 0  # that act() gives logits of; 0: not known yet
@@ -143,6 +144,12 @@ class AdapterAgent(Agent):
                 "tokens by no attention that can be read, and is missing in the results. If it "
                 "attends, hand its weights in: historylens.record_attention(name, weights)"
             )
+        one, same = self.act(self.history([0, 0])).double()
+        if (one - same).abs().max() > 1e-3 * one.abs().max():
+            tell(
+                "act() gives the same history twice other logits, as with dropout left on "
+                "(model.train()): results will differ from run to run"
+            )
         self.title = f"{type(self.model).__name__} of {adapter.path.name}"
         self.label_columns = tuple(dict.fromkeys(k for one in self.decisions for k in one.labels))
 
@@ -151,11 +158,11 @@ class AdapterAgent(Agent):
         """Action logits `(B, A)` on any history that the model can read."""
         check, size = self.adapter.check, history.size
         name = "act()" if history.n else "act() on an empty history (n = 0)"
-        expected = f"action logits of shape ({size}, A) for {size} histories"
+        expected = f"action logits of shape ({size}, A), A > 1, for {size} histories"
         with self.adapter.blamed(name):
             logits = self.adapter.module.act(self.model, history)
             is_fit = isinstance(logits, Tensor) and logits.is_floating_point()
-            is_fit = is_fit and logits.ndim == 2 and logits.shape[1] > 0
+            is_fit = is_fit and logits.ndim == 2 and logits.shape[1] > 1
             check(is_fit and len(logits) == size, name, expected, kind(logits))
             check(logits.isfinite().all(), name, "finite logits", "some that are not")
             self.n_actions = self.n_actions or logits.shape[1]

@@ -25,18 +25,19 @@ PREVIOUS = '("previous action", "previous reward", "state")'
 def tried(agent: "AdapterAgent") -> tuple[Record, dict[str, str]]:
     """A captured pass, and modules beside its layers that mix tokens, with their classes.
 
-    UserError: act() fails, or the map of tokens is not the model's. It is, unless changing one
-    action or the last layer's output shows otherwise; what cannot be tried, because it raises or
-    its numbers do not fit, is passed over.
+    UserError: act() fails, samples and heads are not told apart, or the map of tokens is not the
+    model's. It is, unless changing one action or the last layer's output shows otherwise; what
+    cannot be tried, because it raises or its numbers do not fit, is passed over.
     """
     path, history, said, unseen = agent.adapter.path, agent.history([0]), None, {}
     given = "tokens()" if agent.adapter.get("tokens") is not None else "no tokens(), so"
-    same = [i for i, one in enumerate(agent.decisions) if one.n == history.n][:2]
-    record = _first_pass(agent, agent.history(same), given)
-    for wrong in (_fed_elsewhere, _decided_elsewhere):
+    same = [i for i, one in enumerate(agent.decisions) if one.n == history.n] * 3
+    record = _first_pass(agent, agent.history(same[:3]), given)
+    checks = {_swapped: "CAPTURE", _fed_elsewhere: given, _decided_elsewhere: given}
+    for wrong, told in checks.items():
         with suppress(Exception):
             said = wrong(agent, history, record)
-        expect(said is None, f"{path}: {given} {said}")
+        expect(said is None, f"{path}: {told} {said}")
     with suppress(Exception):
         known, run = [*record.names, *record.places], lambda: agent.act(history)
         unseen = mixing_modules(agent.model, known, len(agent.tokens(history)[0]), run)
@@ -63,10 +64,13 @@ def _first_pass(agent: "AdapterAgent", history: History, given: str) -> Record:
         expected = f"a map of the {size} tokens that {name} attends over (with {before})"
         check(size == own, given, expected, f"one of {own} tokens{more}")
     for name, (_, seen) in ((name, call) for name, call in record.calls.items() if call):
-        n_heads, n_queries = seen.layer.query_rows.shape[1], seen.n_queries
+        (n_samples, n_heads, _), n_queries = seen.layer.query_rows.shape, seen.n_queries
         expected = f"layers where all {own} tokens attend, or only the one that decides"
         found = f"{name}, where {n_queries} do (in {n_heads} heads)"
         check(n_queries in (1, own), "layers()", f"{expected}; scores are (B, H, Tq, Tk)", found)
+        expected = f"attention (B, H, Tq, Tk) of the {history.size} histories in the batch"
+        found = f"B = {n_samples} and H = {n_heads} in {name}; record_attention() takes other axes"
+        check(n_samples == history.size, "act()", expected, f"{found} once they are in order")
     if misled is not None:
         raise misled
     return record
@@ -77,6 +81,24 @@ def _passed(agent: "AdapterAgent", history: History, **options: Any) -> Record:
     with agent.adapter.blamed("act()"), capture(agent.model, **options) as record:
         agent.act(history)
     return record
+
+
+def _swapped(agent: "AdapterAgent", history: History, record: Record) -> str | None:
+    """What is wrong where attention of 3 axes holds samples within heads."""
+    if "heads" not in agent.capture_options:
+        return None
+    alone = _passed(agent, history, **where_of(agent.tokens(history)))
+    for own, layer in zip(alone, record, strict=True):
+        rows = layer.query_rows  # (B, H, T)
+        turned = rows.flatten(0, 1).unflatten(0, (-1, len(rows))).transpose(0, 1)
+        error, other = ((x[:1] - own.query_rows).abs().max() for x in (rows, turned))
+        if error > 1e-5 and other < error / 10:
+            return (
+                f"gives heads of attention over (B * H, T, T), but that of {layer.name} is over "
+                "(H * B, T, T), samples within heads: bring its scores to (B, H, T, T), or hand "
+                "its weights in so: historylens.record_attention(name, weights)"
+            )
+    return None
 
 
 def _fed_elsewhere(agent: "AdapterAgent", history: History, _record: Record) -> str | None:

@@ -140,6 +140,9 @@ def run(argv: Sequence[str], parser: argparse.ArgumentParser, kind: type, load: 
         facts = {**agent.facts, **(of_play(job) if config.plays else {})}
         if not config.plays:
             facts["Samples"] += f"; {job.n_drawn} drawn"
+        if config.heads:
+            which = ", ".join(map(str, job.heads[0]))
+            facts["Heads"] = f"{which}: metrics, insights and pictures are of these alone"
         if group.is_main:
             told = f", {group.size} processes" if group.size > 1 else ""
             print(labelled(facts | {"Device": facts["Device"] + told}), flush=True)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from historylens.capture.follow import PRODUCTS
 from historylens.capture.inputs import (
     MultiHead,
     read_multi_head,
@@ -30,7 +31,7 @@ from historylens.capture.inputs import (
 )
 from historylens.capture.layers import roots_of
 from historylens.capture.record import Options
-from historylens.capture.session import PRODUCTS, Session
+from historylens.capture.session import Session
 
 _PROJECTIONS = {"linear": (0, 1, False), "addmm": (1, 2, True)}  # places of x and W; whether x @ W
 Change = Callable[[Tensor], Tensor]  # of what the heads of a layer give, (B, H, Tq, d)
@@ -87,7 +88,7 @@ class _Heads(Session):
     def __torch_function__(
         self, func: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
-        mixed = self.weights_in(args) if func.__name__ in PRODUCTS else None
+        mixed = self.weights.whole_in(args) if func.__name__ in PRODUCTS else None
         if mixed is not None and not self._follows(mixed[0]):
             mixed = None
         self.newest = ""
@@ -104,10 +105,10 @@ class _Heads(Session):
         elif reader is read_multi_head:
             return self._of_multi_head(name, output, MultiHead(*args, **(kwargs or {})))
         elif name in self.hide:  # a softmax: without them, the others share what they held
-            weights = output.reshape(self.weights_in((output,))[1])
+            weights = output.reshape(self.weights.whole_in((output,))[1])
             weights = weights.masked_fill(self._hidden(name)[:, None], 0)
             hidden = (weights / weights.sum(-1, keepdim=True)).reshape(output.shape)
-            self.replace_weights(output, hidden)
+            self.weights[hidden] = self.weights[output]
             return hidden
         return output
 
@@ -122,8 +123,8 @@ class _Heads(Session):
         if not isinstance(values, Tensor):
             return output
         if output.shape[:-1] == (size, n_queries, n_heads) and n_heads not in (n_queries, n_keys):
-            heads = (x.transpose(1, 2) for x in (values, output))
-            return self._follow_heads(name, *heads).transpose(1, 2)
+            values = values.transpose(1, 2) if values.shape[1] == n_keys else values
+            return self._follow_heads(name, values, output.transpose(1, 2)).transpose(1, 2)
         is_whole = output.shape[:-1].numel() == size * n_heads * n_queries
         if not is_whole or output.shape[-2] != n_queries or values.shape[-2] != n_keys:
             return output  # of other axes
@@ -186,7 +187,8 @@ class _Heads(Session):
             output = self.change[name](output).to(output.dtype)
         values = values.repeat_interleave(output.shape[1] // values.shape[1], 1)
         seen = self.seen(name)
-        values = values[:, :, seen.extra[0] : values.shape[2] - seen.extra[1]]  # those of tokens
+        if values.shape[2] > sum(seen.passes):  # those of tokens
+            values = values[:, :, seen.extra[0] : values.shape[2] - seen.extra[1]]
         parts = (values, output, seen.layer.query_rows, projection)
         self.heads[name] = HeadOutput(*(x if x is None else x.detach() for x in parts))
         return output

@@ -10,14 +10,15 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils.weak import WeakIdKeyDictionary
 
+from historylens.capture.follow import Followed, Weights
 from historylens.capture.inputs import (
+    OTHER_LAYERS,
     WAY_OUT,
     WITH_SDPA,
     Call,
@@ -39,14 +40,6 @@ from historylens.capture.layers import (
 from historylens.capture.masks import Mask
 from historylens.capture.record import Options, Record, Seen
 
-# What weights go through on their way to the values, and come out as they are.
-_LEAVES = {
-    "to", "type", "type_as", "float", "half", "bfloat16", "double", "contiguous", "clone", "detach",
-    "view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "expand", "nan_to_num",
-}  # fmt: skip
-PRODUCTS = {"matmul", "__matmul__", "bmm", "einsum", "baddbmm"}
-_TURNS = {"__get__", "transpose", "permute", "swapaxes", "swapdims", "movedim"}  # no weights then
-
 
 @dataclass(eq=False)
 class _Run:
@@ -56,14 +49,6 @@ class _Run:
     name: str
     n_calls: int = 0
     attended: bool = False
-
-
-class _Weights(NamedTuple):
-    """Weights that a softmax gave, on their way to the values."""
-
-    name: str  # of the layer
-    shape: torch.Size  # (B, H, Tq, Tk), whichever axes they have
-    changed: bool = False
 
 
 class Session(TorchFunctionMode):
@@ -77,7 +62,7 @@ class Session(TorchFunctionMode):
         attending = [x for module, x in self._names.items() if forward_of(module) in known]
         self.record = Record(filter(options.chooses, attending), tuple(roots), self.take_weights)
         self.running: list[_Run] = []  # the innermost last
-        self._weights = WeakIdKeyDictionary()  # tensors of weights -> _Weights
+        self.weights = Followed()
         self.newest = ""  # the layer of the last call, if that attended
         self._unread: dict[str, str] = {}  # what ran and should have attended, and its class
         self._mask = Mask()  # of the last call
@@ -127,8 +112,8 @@ class Session(TorchFunctionMode):
         kwargs, reader = kwargs or {}, reader_of(func)
         if reader is None or not self.running:
             output = func(*args, **kwargs)
-            if self._weights.data:
-                self._follow(func.__name__, args, output)
+            if self.weights.data:
+                self._follow(func.__name__, (*args, *kwargs.values()), output)
             return output
         run, self.newest = self.running[-1], ""
         # The second: inside a compiled function that fell back to plain Python.
@@ -145,7 +130,7 @@ class Session(TorchFunctionMode):
         if self.newest:
             n_heads = self.options.heads if self.seen(self.newest) else 1
             shape = with_heads(self.newest, scores, n_heads, "scores").shape
-            self._weights[output] = _Weights(self.newest, shape)
+            self.weights[output] = Weights((self.newest,), shape)
         return output
 
     def _take_softmax(self, run: _Run, scores: Tensor | None) -> None:
@@ -180,9 +165,9 @@ class Session(TorchFunctionMode):
 
     def take_weights(self, name: str, weights: Tensor, mask: Tensor | None) -> None:
         """Record weights that the model's code hands in, and not the softmax that they are of."""
-        told = self._weights.get(weights)
-        if told is not None:
-            self.record.calls.pop(told.name, None)
+        if weights in self.weights:
+            for unmixed in self.weights[weights].names:
+                self.record.calls.pop(unmixed, None)
         for unread in [x for x in self._unread if matches(x, name) or matches(name, x)]:
             del self._unread[unread]
         number, own = 1, name  # a function that serves several layers gives one name for all
@@ -210,6 +195,12 @@ class Session(TorchFunctionMode):
         calls.setdefault(name, None)
         if not self.options.chooses(name, list(calls).index(name)):
             return
+        transforms = torch._C._functorch.get_interpreter_stack() or ()
+        if any(one.key() == torch._C._functorch.TransformType.Vmap for one in transforms):
+            raise CaptureError(
+                f"{name} runs inside torch.func.vmap, which capture cannot follow. Run it once for "
+                f"each member instead, in a loop, or {OTHER_LAYERS}"
+            )
         with _plain_arithmetic():
             call = reader(name, self.options.heads, *args, **kwargs)
             if is_known and not (before and before.continues(*call.shape[2:])):
@@ -223,37 +214,14 @@ class Session(TorchFunctionMode):
             self._mask = call.mask
             calls[name] = before, self.options.attention(name, call, before)
 
-    def weights_in(self, args: tuple) -> tuple[str, torch.Size] | None:
-        """Layer and shape `(B, H, Tq, Tk)` of weights from a softmax that are among arguments."""
-        if not self._weights.data:
-            return None
-        held = [x for x in args if isinstance(x, Tensor) and x in self._weights]
-        return self._weights[held[0]][:2] if held else None
-
-    def replace_weights(self, old: Tensor, new: Tensor) -> None:
-        """Follow these weights from now on instead of those."""
-        self._weights[new] = self._weights[old]
-
     def _follow(self, kernel: str, args: tuple, output: Any) -> None:
         """Follow weights to the values: what they have become by then is the attention."""
-        held = next((x for x in args if isinstance(x, Tensor) and x in self._weights), None)
-        if held is None or kernel in _TURNS:
-            return
-        told = self._weights[held]
-        if kernel in PRODUCTS:
-            if told.changed and (call := self.record.calls.get(told.name)):
-                with _plain_arithmetic():
-                    weights = held.reshape(told.shape)
-                    allowed = (weights != 0).any(-3, keepdim=True)
-                    read = read_weights(told.name, self.options.heads, weights, allowed)
-                    seen = self.options.attention(told.name, read, call[0])
-                    self.record.calls[told.name] = call[0], seen
-        elif kernel == "__setitem__":
-            self._weights[held] = told._replace(changed=True)
-        elif isinstance(output, Tensor) and output.is_floating_point():
-            leaves = kernel in _LEAVES or "dropout" in kernel
-            if output.numel() == held.numel() and output.shape[-2:] == held.shape[-2:]:
-                self._weights[output] = told._replace(changed=told.changed or not leaves)
+        name, weights = self.weights.step(kernel, args, output) or ("", None)
+        if call := self.record.calls.get(name):
+            with _plain_arithmetic():
+                allowed = (weights != 0).any(-3, keepdim=True)
+                read = read_weights(name, self.options.heads, weights, allowed)
+                self.record.calls[name] = call[0], self.options.attention(name, read, call[0])
 
     @property
     def _way_out(self) -> str:
@@ -269,6 +237,14 @@ class Session(TorchFunctionMode):
                 f"{self._way_out}, or choose the other layers: "
                 "capture(model, layers=[...])"
             )
+        for name, call in self.record.calls.items():
+            if call and name in self.weights.lost - self.weights.met:
+                raise CaptureError(
+                    f"{name} changes its attention weights on their way to the values, as where "
+                    "heads are mixed, in a way that capture does not follow; hand in what stands "
+                    "for them at the values, 0 or more: historylens.record_attention(name, "
+                    f"weights), or {OTHER_LAYERS}"
+                )
         for call in filter(None, self.record.calls.values()):
             self.options.check_complete(call[1])
         calls = list(enumerate(self.record.calls))
@@ -299,8 +275,8 @@ class Session(TorchFunctionMode):
 @contextmanager
 def _uncompiled() -> Iterator[None]:
     """Compiled functions run as they were written, so that what they call is seen."""
-    # Loaded where something was compiled; it is slow to import.
-    if "torch._dynamo.eval_frame" not in sys.modules:
+    # Loaded where something was compiled, or is to be; it is slow to import.
+    if not {"torch._dynamo.eval_frame", "torch.nn.attention.flex_attention"} & {*sys.modules}:
         yield
         return
     with torch.compiler.set_stance("force_eager"), warnings.catch_warnings():
