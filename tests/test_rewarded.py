@@ -9,7 +9,7 @@ import pytest
 import torch
 from agents import Recorder
 from conftest import refused
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from historylens.adapter.agent import load, load_acting
@@ -62,6 +62,8 @@ def decision(rewards):
 
 
 @given(st.lists(st.lists(st.integers(-3, 3), min_size=1, max_size=9), min_size=1, max_size=3))
+@example([[-1, -1, 0]])
+@example([[-1, 0, 0]])
 def test_by_default_it_is_0_for_two_values_if_one_is_above_and_else_the_top_quarter(rewards):
     above, told = read_rewarded(Says(), [decision(one) for one in rewards], None)
     drawn = sorted(reward for one in rewards for reward in one)
