@@ -136,6 +136,12 @@ class AdapterAgent(Agent):
         record, self.unseen = tried(self)
         self.sees_all = not self.unseen and all(record.calls.values())  # None: not chosen
         self.layers, self.n_heads = record.names, tuple(x.query_rows.shape[1] for x in record)
+        self._tell_doubts(tell)
+        self.title = f"{type(self.model).__name__} of {adapter.path.name}"
+        self.label_columns = tuple(dict.fromkeys(k for one in self.decisions for k in one.labels))
+
+    def _tell_doubts(self, tell: Callable[[str], None]) -> None:
+        """Say where modules mix tokens unseen, or logits are by chance."""
         if self.unseen:
             (name, kind_of), *others = self.unseen.items()
             more = f" and {len(others)} more" if others else ""
@@ -150,8 +156,6 @@ class AdapterAgent(Agent):
                 "act() gives the same history twice other logits, as with dropout left on "
                 "(model.train()): results will differ from run to run"
             )
-        self.title = f"{type(self.model).__name__} of {adapter.path.name}"
-        self.label_columns = tuple(dict.fromkeys(k for one in self.decisions for k in one.labels))
 
     @torch.inference_mode()
     def act(self, history: History, positions: Tensor | None = None) -> Tensor:
