@@ -104,18 +104,6 @@ class Call:
         """Scores below this are masked where their weight is 0; `-inf` where nothing tells."""
         return floor_of(self.q)
 
-    def sees(self, query: int) -> Tensor:
-        """`(Tk,)` bool, whether some head of a query sees a key in some sample."""
-        if self.k is None and not self.given:
-            scores = pick(self.q, query)
-            seen = (scores > -torch.inf) & (scores >= self.floor)
-        else:
-            like = self.q.new_zeros(1, 1, self.shape[-1], dtype=torch.float32)
-            bias, low = self.mask.of_query(query, like)
-            seen = torch.ones_like(like, dtype=torch.bool) if bias is None else bias > -torch.inf
-            seen = seen if low is None else seen & ~low
-        return seen.flatten(0, -2).any(0)
-
     def extra_keys(self) -> tuple[int, int]:
         """How many keys before and behind the others are no tokens: memory, attention sinks.
 
@@ -128,21 +116,47 @@ class Call:
             return self.extra
         if n_extra <= 0 or n_queries < 2 or (self.k is not None and not self.mask.biases):
             return 0, 0
-        seen = self.sees(0)
+
+        def sees(query: int) -> Tensor:  # (Tk,), with some head, in some sample
+            return self.row(query)[1].flatten(0, -2).any(0)
+
+        seen = sees(0)
         before = int(seen.int().cumprod(0).sum()) - 1
         expected = torch.ones_like(seen)
         expected[before + 1 : before + n_queries] = False
         is_causal = 0 <= before <= n_extra and torch.equal(seen, expected)
         for row in {1, n_queries - 1} if is_causal else ():
-            seen, own = self.sees(row), before + row
+            seen, own = sees(row), before + row
             is_causal &= bool(seen[own] and not seen[own + 1 : before + n_queries].any())
         return (before, n_extra - before) if is_causal else (0, 0)
 
-    def row_scores(self, query: int | Tensor) -> Tensor:
-        """Scores `(B, H, Tk)` of one query a sample, before the mask, up to a constant a row.
+    def row(self, query: int | Tensor) -> tuple[Tensor, Tensor | None]:
+        """Weights `(B, H, Tk)` of one query a sample, and which keys it may see: see `weigh`.
 
         Its position, `0 <= query < Tq`, holds for all samples or is `(B,)` int64.
         """
+        scores = self._row_scores(query)
+        return self.weigh(scores, *self.mask.of_query(query, scores))
+
+    def weigh(self, scores: Tensor, bias: Tensor | None, low: Tensor | None) -> tuple:
+        """Weights of rows of scores `(..., R, Tk)`, and a bool of keys seen that broadcasts to
+        them, None for all. A row sums to 1, or is zeros where it sees nothing, as in fused kernels.
+        """
+        weights = (scores if bias is None else scores + bias).softmax(-1)
+        if self.given:
+            weights = weights.nan_to_num(0.0)  # rows of zeros
+        elif self.k is None:  # scores hold their mask
+            bias = scores
+            low = scores < self.floor if self.floor > -torch.inf else None
+        if bias is None:
+            return weights, None
+        seen = bias > -torch.inf
+        if low is not None:
+            seen = seen & ~(low & (weights == 0))
+        return weights.masked_fill_(~seen.any(-1, keepdim=True), 0.0), seen
+
+    def _row_scores(self, query: int | Tensor) -> Tensor:
+        """Scores `(B, H, Tk)` before the mask, up to a constant a row."""
         q = wide(pick(self.q, query))  # (B, H, d)
         if self.k is None:
             return q

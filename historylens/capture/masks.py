@@ -1,8 +1,5 @@
 """Which keys a query may see, and where a mask of large negative numbers begins.
 
-    mask = Mask((bias,), causal=True)
-    total, low = mask.of_rows(0, slice(0, 4), slice(10, 20), scores)   # to add; what may be masked
-
 A mask forbids by -inf, by a bool, or by a large negative number. The last is told from a bias by
 `floor_of`; a key so low is forbidden where its weight is exactly 0, so that a row which is masked
 altogether, and attends evenly then, still counts.
@@ -25,8 +22,7 @@ def floor_of(values: Tensor) -> float:
     """Below this, biases or scores `(B, H, Tq, Tk)` are a mask's; -inf where only -inf forbids.
 
     What is graded (ALiBi of any slope, relative positions, scores) goes down in steps, at most to
-    its double. A mask jumps. So from `NEAR` on, all is graded as far as something lies within twice
-    of what was reached.
+    its double, from `NEAR` on. A mask jumps.
     """
     for axis, stride in enumerate(values.stride()):
         values = values.narrow(axis, 0, 1) if stride == 0 else values
@@ -66,11 +62,9 @@ class Mask:
     @cached_property
     def key(self) -> tuple:
         """Equal for masks of the same tensors, unchanged, as long as one of them is kept."""
-        biases = [
-            (x.data_ptr(), x.shape, x.stride(), object() if x.is_inference() else x._version)
-            for x in self.biases
-        ]
-        return self.allows, self.causal, biases
+        versions = [object() if x.is_inference() else x._version for x in self.biases]
+        places = [(x.data_ptr(), x.shape, x.stride()) for x in self.biases]
+        return self.allows, self.causal, places, versions
 
     def of_rows(self, sample: int, heads: slice, rows: slice | Tensor, like: Tensor) -> Added:
         """What to add to scores `like` `(h, R, Tk)` of rows of a sample; None if all is seen.
@@ -80,34 +74,22 @@ class Mask:
         parts = []
         for bias in self.biases:
             n_samples, n_heads, n_rows, _ = bias.shape
-            which_heads = heads if n_heads > 1 else slice(None)
-            which_rows = rows if n_rows > 1 else slice(None)
-            parts.append(bias[sample % n_samples, which_heads, which_rows])
-        index = None
-        if self.causal:
-            index = torch.arange(rows.start, rows.stop) if isinstance(rows, slice) else rows
-        total, low = self._total(parts, index, like)
-        total = None if total is None else total.expand(*total.shape[:-2], *like.shape[-2:])
-        return total, low
+            own = heads if n_heads > 1 else slice(None), rows if n_rows > 1 else slice(None)
+            parts.append(bias[sample % n_samples, *own])
+        index = torch.arange(rows.start, rows.stop) if isinstance(rows, slice) else rows
+        return self._total(parts, index, like)
 
     def of_query(self, query: int | Tensor, like: Tensor) -> Added:
-        """The same for scores `like` `(B, H, Tk)` of one query a sample.
+        """The same for scores `like` `(B, H, Tk)` of one query, for all samples or `(B,)`."""
+        parts = [pick(bias, query) for bias in self.biases]
+        return self._total(parts, torch.as_tensor(query).reshape(-1, 1), like)
 
-        Its position holds for all samples or is `(B,)` int64.
-        """
-        index = None
-        if self.causal and (isinstance(query, Tensor) or query < like.shape[-1] - 1):
-            index = torch.as_tensor(query).reshape(-1, 1)  # the last one sees everything
-        elif not self.biases:
-            return None, None
-        return self._total([pick(bias, query) for bias in self.biases], index, like)
-
-    def _total(self, parts: Sequence[Tensor], index: Tensor | None, like: Tensor) -> Added:
+    def _total(self, parts: Sequence[Tensor], index: Tensor, like: Tensor) -> Added:
         """Sum of parts of the biases and of the causal mask of the queries at `index`."""
         floors = zip(parts, self.floors, strict=True)
         low = [part < floor for part, floor in floors if floor > -torch.inf]
         parts = [_additive(~bias if self.allows else bias, like) for bias in parts]
-        if index is not None:
+        if self.causal:
             keys = torch.arange(like.shape[-1], device=like.device)
             parts.append(_additive(keys > index.to(like.device)[..., None], like))
         total = reduce(torch.add, parts) if parts else None

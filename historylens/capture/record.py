@@ -244,8 +244,7 @@ class Options:
         inside = [min(max(place, 0), n_queries - 1) for place in places]
         reached = [place == kept for place, kept in zip(places, inside, strict=True)]
         query = torch.tensor(inside) if is_each else inside[0]
-        scores = call.row_scores(query)
-        weights, seen = rows.weigh(call, scores, *call.mask.of_query(query, scores))
+        weights, seen = call.row(query)
         if seen is None:
             visible = weights.new_ones(n_samples, weights.shape[-1], dtype=torch.bool)
         elif (seen.any(-1).all(-1).cpu() | ~torch.tensor(reached)).all():

@@ -66,29 +66,6 @@ class MapGrid:
         return torch.cat([values[..., : self.n_first], middle, values[..., -1:]], dim=-1)
 
 
-def weigh(
-    call: Call, scores: Tensor, bias: Tensor | None, low: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    """Attention weights of rows of scores `(..., R, Tk)`, and which keys they may see.
-
-    A row sums to 1, or is zeros where it may see nothing, as in the fused kernels. What it sees is
-    a bool that broadcasts to the weights, None for everything. `bias` and `low` are of the mask,
-    unless the scores hold it already.
-    """
-    weights = (scores if bias is None else scores + bias).softmax(-1)
-    if call.given:
-        weights = weights.nan_to_num(0.0)  # rows of zeros
-    elif call.k is None:
-        bias = scores
-        low = scores < call.floor if call.floor > -torch.inf else None
-    if bias is None:
-        return weights, None
-    seen = bias > -torch.inf
-    if low is not None:
-        seen = seen & ~(low & (weights == 0))
-    return weights.masked_fill_(~seen.any(-1, keepdim=True), 0.0), seen
-
-
 def received(call: Call, padded: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Attention `(B, H, T)` that each token receives, averaged over the queries that may see it.
 
@@ -171,9 +148,9 @@ def _merged(call: Call, samples: Sequence[int]) -> Call:
 def _weights(call: Call, b: int, heads: slice, rows: slice | Tensor) -> tuple[Tensor, Tensor]:
     """Weights `(h, R, T)` of rows and which of them are allowed, which broadcasts to them."""
     scores = _scores(call, b, heads, rows)
-    weights, seen = weigh(call, scores, *call.mask.of_rows(b, heads, rows, scores))
-    if seen is None:
-        seen = weights.new_ones(1, dtype=torch.bool).expand(weights.shape[-2:])
+    weights, seen = call.weigh(scores, *call.mask.of_rows(b, heads, rows, scores))
+    seen = weights.new_ones(1, dtype=torch.bool) if seen is None else seen
+    seen = seen.expand(*seen.shape[:-2], *weights.shape[-2:])
     return call.on_tokens(weights), call.on_tokens(seen)
 
 
