@@ -63,7 +63,7 @@ def _first_pass(agent: "AdapterAgent", history: History, given: str) -> Record:
     for name, size in sizes.items():
         expected = f"a map of the {size} tokens that {name} attends over (with {before})"
         check(size == own, given, expected, f"one of {own} tokens{more}")
-    for name, (_, seen) in ((name, call) for name, call in record.calls.items() if call):
+    for name, seen in ((name, seen) for name, seen in record.calls.items() if seen):
         (n_samples, n_heads, _), n_queries = seen.layer.query_rows.shape, seen.n_queries
         expected = f"layers where all {own} tokens attend, or only the one that decides"
         found = f"{name}, where {n_queries} do (in {n_heads} heads)"
@@ -126,7 +126,7 @@ def _fed_elsewhere(agent: "AdapterAgent", history: History, _record: Record) -> 
 def _decided_elsewhere(agent: "AdapterAgent", history: History, record: Record) -> str | None:
     """What is wrong where the output of the token that decides does not reach the logits."""
     tokens, logits, last = agent.tokens(history)[0], agent.act(history), record.names[-1]
-    if record.calls[last][1].n_queries < len(tokens):  # its only query decides
+    if record.calls[last].n_queries < len(tokens):  # its only query decides
         return None
 
     def matters(row: int | None) -> Tensor:

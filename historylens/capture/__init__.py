@@ -26,7 +26,6 @@ from torch import Tensor, nn
 from torch.overrides import _get_current_function_mode_stack
 
 from historylens.capture.inputs import CaptureError
-from historylens.capture.layers import roots_of
 from historylens.capture.record import LayerAttention, Options, Record
 from historylens.capture.session import Session
 
@@ -77,7 +76,7 @@ def capture(
             an argument does not fit. It names the layer and the way out.
     """
     options = Options(received, maps, map_size, query, padding, layers, softmax, heads, inputs)
-    with Session(roots_of(model_or_layers), options).attached() as session:
+    with Session(model_or_layers, options).attached() as session:
         yield session.record
         session.check_complete()
 

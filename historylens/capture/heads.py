@@ -5,8 +5,6 @@
     seen["layers.0"].output                                           # (B, H, T, d)
     with heads(model, change={"layers.0": torch.zeros_like}):         # without that layer's
         model(*inputs)
-    with heads(model, hide={"layers.0": hidden}):                     # unseen keys, (B, Tq, Tk)
-        model(*inputs)
 
 It works where the heads' outputs lie side by side before a projection: in `nn.MultiheadAttention`,
 with `scaled_dot_product_attention`, and where weights from a softmax are multiplied with values.
@@ -21,19 +19,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from historylens.capture import inputs
 from historylens.capture.follow import PRODUCTS
-from historylens.capture.inputs import (
-    MultiHead,
-    read_multi_head,
-    read_sdpa,
-    reader_of,
-    with_heads,
-)
-from historylens.capture.layers import roots_of
 from historylens.capture.record import Options
 from historylens.capture.session import Session
 
 _PROJECTIONS = {"linear": (0, 1, False), "addmm": (1, 2, True)}  # places of x and W; whether x @ W
+_SDPA = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")  # its arguments by place
 Change = Callable[[Tensor], Tensor]  # of what the heads of a layer give, (B, H, Tq, d)
 
 
@@ -52,7 +44,7 @@ class HeadOutput:
     values: Tensor
     output: Tensor
     query_rows: Tensor
-    projection: Tensor | None = None
+    projection: Tensor | None
 
     def added(self) -> Tensor:
         """What the heads together add to the query token for each key: `(B, Tk, D)`.
@@ -83,29 +75,23 @@ class _Heads(Session):
     change: Mapping[str, Change]
     hide: Mapping[str, Tensor]
     heads: dict[str, HeadOutput]
-    follows_all: bool  # or only what is changed or hidden
 
-    def __torch_function__(
-        self, func: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None
-    ) -> Any:
-        mixed = self.weights.whole_in(args) if func.__name__ in PRODUCTS else None
-        if mixed is not None and not self._follows(mixed[0]):
-            mixed = None
-        self.newest = ""
-        output = super().__torch_function__(func, types, args, kwargs)
-        if mixed is not None:
-            return self._of_product(*mixed, output, args)
-        name, reader = self.newest, reader_of(func)
+    def changed(self, func: Callable, args: tuple, kwargs: dict, output: Any) -> Any:
+        """With other heads, where a layer attends or its weights meet the values."""
+        name, kernel, reader = self.newest, func.__name__, inputs.reader_of(func)
         if not name:
-            self._find_projection(func.__name__, args)
-        elif not self._follows(name):
+            self._find_projection(kernel, args)
+            mixed = self.weights.whole_in(args) if kernel in PRODUCTS else None
+            is_wanted = mixed and self._follows(mixed[0])
+            return self._of_product(*mixed, output, args) if is_wanted else output
+        if not self._follows(name):
             return output
-        elif reader is read_sdpa:
-            return self._of_sdpa(name, output, *args, **(kwargs or {}))
-        elif reader is read_multi_head:
-            return self._of_multi_head(name, output, MultiHead(*args, **(kwargs or {})))
-        elif name in self.hide:  # a softmax: without them, the others share what they held
-            weights = output.reshape(self.weights.whole_in((output,))[1])
+        if reader is inputs.read_sdpa:
+            return self._of_sdpa(name, output, dict(zip(_SDPA, args, strict=False)) | kwargs)
+        if reader is inputs.read_multi_head:
+            return self._of_multi_head(name, output, inputs.MultiHead(*args, **kwargs))
+        if name in self.hide:  # a softmax: without them, the others share what they held
+            weights = output.reshape(self.weights[output].shape)
             weights = weights.masked_fill(self._hidden(name)[:, None], 0)
             hidden = (weights / weights.sum(-1, keepdim=True)).reshape(output.shape)
             self.weights[hidden] = self.weights[output]
@@ -114,8 +100,8 @@ class _Heads(Session):
 
     def _follows(self, name: str) -> bool:
         """Whether a layer that has attended is wanted, and chosen by `layers`."""
-        is_wanted = self.follows_all or name in self.change or name in self.hide
-        return is_wanted and self.seen(name) is not None
+        wanted = {*self.change, *self.hide}
+        return (not wanted or name in wanted) and self.seen(name) is not None
 
     def _of_product(self, name: str, shape: Sequence[int], output: Tensor, args: tuple) -> Tensor:
         """Of weights that a softmax gave `(B, H, Tq, Tk)`, with values; heads or tokens first."""
@@ -136,49 +122,43 @@ class _Heads(Session):
         """What is hidden `(B, Tq, Tk)` among all keys of a layer, those of no token too."""
         return functional.pad(self.hide[name], self.seen(name).extra)
 
-    def _of_sdpa(self, name: str, output: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
-        given = dict(zip(names, args, strict=False)) | kwargs
+    def _of_sdpa(self, name: str, output: Tensor, given: dict[str, Any]) -> Tensor:
         if name in self.hide:
-            hidden, n_axes = self._hidden(name), given["query"].dim()
-            if n_axes == 3:
+            hidden = self._hidden(name)
+            if output.dim() == 3:
                 hidden = hidden.repeat_interleave(len(output) // len(hidden), 0)
-            hidden = hidden[:, None] if n_axes == 4 else hidden
-            mask = _added(given.get("attn_mask"), hidden, output.dtype, allows=True)
-            if given.get("is_causal"):
-                mask = mask.masked_fill(_ahead(hidden), -torch.inf)
+            hidden = hidden[:, None] if output.dim() == 4 else hidden
+            is_causal, mask = given.get("is_causal"), given.get("attn_mask")
+            mask = _added(mask, hidden, output.dtype, allows=True, causal=is_causal)
             given |= {"attn_mask": mask, "is_causal": False}
             output = functional.scaled_dot_product_attention(**given)
-        n_heads = self.options.heads
-        heads = with_heads(name, output, n_heads, "outputs")
-        values = with_heads(name, given["value"], n_heads, "values")
+        heads, values = (
+            inputs.with_heads(name, x, self.options.heads, what)
+            for x, what in ((output, "outputs"), (given["value"], "values"))
+        )
         return self._follow_heads(name, values, heads).reshape(output.shape)
 
-    def _of_multi_head(self, name: str, output: tuple, given: MultiHead) -> tuple:
+    def _of_multi_head(self, name: str, output: tuple, given: inputs.MultiHead) -> tuple:
         attend, n_heads = functional.multi_head_attention_forward, given.num_heads
-        is_batch = given.query.dim() == 3  # (T, B, D)
         if name in self.hide:
             hidden = self.hide[name].repeat_interleave(n_heads, 0)  # (B * H, Tq, Tk)
             is_bare = given.is_causal and given.key_padding_mask is None and not given.need_weights
-            added = None if is_bare else given.attn_mask
-            mask = _added(added, hidden, given.query.dtype, allows=False)
-            mask = mask.masked_fill(_ahead(hidden), -torch.inf) if is_bare else mask
+            mask = None if is_bare else given.attn_mask
+            mask = _added(mask, hidden, given.query.dtype, allows=False, causal=is_bare)
             given = given._replace(attn_mask=mask, is_causal=False)
             output = attend(**given._asdict())
         whole = torch.eye(given.embed_dim_to_check, dtype=output[0].dtype, device=output[0].device)
         bare = given._replace(out_proj_weight=whole, out_proj_bias=None, need_weights=False)
         inner = attend(**bare._asdict())[0]
         inner = inner.reshape(len(given.query), -1, n_heads, len(whole) // n_heads)
-        weight, bias = given.v_proj_weight, given.in_proj_bias
-        weight = weight if given.use_separate_proj_weight else given.in_proj_weight.chunk(3)[2]
-        values = functional.linear(given.value, weight, None if bias is None else bias.chunk(3)[2])
+        values = inputs.projection_of(given).of(given.value, 2)
         values = values.reshape(len(values), -1, *inner.shape[2:]).permute(1, 2, 0, 3)
         heads = self._follow_heads(name, values, inner.permute(1, 2, 0, 3), given.out_proj_weight)
         if name not in self.change:
             return output
         joined = heads.permute(2, 0, 1, 3).flatten(2)  # (T, B, D)
         joined = functional.linear(joined, given.out_proj_weight, given.out_proj_bias)
-        return (joined if is_batch else joined[:, 0], *output[1:])
+        return joined.reshape(output[0].shape), *output[1:]
 
     def _follow_heads(
         self, name: str, values: Tensor, output: Tensor, projection: Tensor | None = None
@@ -208,20 +188,18 @@ class _Heads(Session):
             latest.projection = weight.T if is_turned else weight
 
 
-def _ahead(hidden: Tensor) -> Tensor:
-    """`(Tq, Tk)` bool, keys that a causal mask forbids."""
-    return torch.ones(hidden.shape[-2:], dtype=torch.bool, device=hidden.device).triu(1)
-
-
-def _added(mask: Tensor | None, hidden: Tensor, dtype: torch.dtype, allows: bool) -> Tensor:
+def _added(
+    mask: Tensor | None, hidden: Tensor, dtype: torch.dtype, *, allows: bool, causal: bool
+) -> Tensor:
     """A mask, of which a bool `allows` or forbids, and what is hidden, as a float to add."""
     added = torch.zeros((), dtype=dtype, device=hidden.device)
+    if causal:
+        hidden = hidden | torch.ones_like(hidden).triu(1)
     if mask is not None and mask.dtype == torch.bool:
-        added = added.masked_fill(~mask if allows else mask, -torch.inf)
+        hidden = hidden | (~mask if allows else mask)
     elif mask is not None:
         added = mask.to(dtype)
-    shape = torch.broadcast_shapes(added.shape, hidden.shape)
-    return added.expand(shape).masked_fill(hidden, -torch.inf)
+    return added.masked_fill(hidden, -torch.inf)
 
 
 @contextmanager
@@ -245,11 +223,10 @@ def heads(
         Name of a layer -> `HeadOutput`: of all where nothing is changed or hidden, else of these.
         A layer whose heads cannot be told apart is missing, and nothing is changed there.
     """
-    changed = {**(change or {}), **(hide or {})}
-    if changed and not any("#" in name for name in changed):
-        options = options | {"layers": [*changed]}  # nothing need be read of the others
-    session = _Heads(roots_of(model), Options(received=False, **options))
+    wanted = {**(change or {}), **(hide or {})}
+    if wanted and not any("#" in name for name in wanted):
+        options = options | {"layers": [*wanted]}  # nothing need be read of the others
+    session = _Heads(model, Options(received=False, **options))
     session.change, session.hide, session.heads = change or {}, hide or {}, {}
-    session.follows_all = not session.change and not session.hide
     with session.attached():
         yield session.heads

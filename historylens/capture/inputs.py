@@ -12,7 +12,7 @@ self-attention), `d` width of a head, `D` width of the model.
 import inspect
 import math
 from collections import namedtuple
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from typing import Any, NamedTuple
@@ -28,7 +28,6 @@ WAY_OUT = (
     '(Hugging Face: attn_implementation="sdpa" or "eager"), or hand its weights in: '
     "historylens.record_attention(name, weights)"
 )
-WITH_SDPA = 'attend with scaled_dot_product_attention (Hugging Face: attn_implementation="sdpa")'
 LAYERS = "capture(model, layers=[...])"
 OTHER_LAYERS = f"choose the other layers: {LAYERS}"
 
@@ -41,11 +40,11 @@ class Projection(NamedTuple):
     """How a multi-head attention makes queries and keys of `H` heads from its inputs."""
 
     n_heads: int
-    weights: tuple[Tensor, Tensor]  # of queries (D, D), of keys (D, kdim)
-    biases: tuple[Tensor | None, Tensor | None]  # the same, (D,)
+    weights: Sequence[Tensor]  # of queries (D, D), of keys (D, kdim), of values (D, vdim)
+    biases: Sequence[Tensor | None]  # the same, (D,)
 
     def of(self, x: Tensor, which: int) -> Tensor:
-        """Queries (which = 0) or keys (1) `(B, T, D)` of all heads, of inputs `(B, T, D)`."""
+        """Queries (0), keys (1) or values (2) `(..., D)` of all heads, of inputs `(..., D)`."""
         weight, bias = self.weights[which], self.biases[which]
         if weight.dtype != x.dtype:
             weight, bias = weight.to(x.dtype), bias if bias is None else bias.to(x.dtype)
@@ -209,17 +208,21 @@ def read_multi_head(name: str, _n_heads: int | None, *args: Any, **kwargs: Any) 
             f"{name} adds keys of its own (add_bias_kv, add_zero_attn), which are no token of the "
             f"input; {OTHER_LAYERS}"
         )
-    weights = given.q_proj_weight, given.k_proj_weight
-    if not given.use_separate_proj_weight:
-        weights = given.in_proj_weight.chunk(3)[:2]
-    biases = (None, None) if given.in_proj_bias is None else given.in_proj_bias.chunk(3)[:2]
-    projection = Projection(given.num_heads, weights, biases)
     q = k = _inputs(given.query)
     if given.key is not given.query:
         k = _inputs(given.key)
     mask, padded = _multi_head_mask(given, len(q))
     scale = 1.0 / math.sqrt(q.shape[-1] // given.num_heads)
-    return Call(q, k, mask, scale, projection, padded)
+    return Call(q, k, mask, scale, projection_of(given), padded)
+
+
+def projection_of(given: MultiHead) -> Projection:
+    """What such a call makes queries, keys and values with."""
+    weights = given.q_proj_weight, given.k_proj_weight, given.v_proj_weight
+    if not given.use_separate_proj_weight:
+        weights = given.in_proj_weight.chunk(3)
+    biases = [None] * 3 if given.in_proj_bias is None else given.in_proj_bias.chunk(3)
+    return Projection(given.num_heads, weights, biases)
 
 
 def _inputs(x: Tensor) -> Tensor:

@@ -13,9 +13,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 
-from historylens.capture.layers import matches, names_of, roots_of
-from historylens.capture.record import Options
-from historylens.capture.session import Session
+from historylens.capture.record import Options, matches
+from historylens.capture.session import Session, names_of
 
 SMALLEST_CHANGE = 1e-4  # of the largest output, that counts as one
 
@@ -29,7 +28,7 @@ def mixing_modules(
     lies in a layer, is called again with another token: it mixes if the output at the rest changes.
     Of modules inside each other it is the innermost. What fails when called again is passed over.
     """
-    names, found, busy = names_of(roots_of(model)), {}, []
+    names, found, busy = names_of({"": model}), {}, []
 
     def probe(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         name = names.get(module)
@@ -85,11 +84,8 @@ class _Disturbed(Session):
     target: str
     row: int | None
 
-    def __torch_function__(
-        self, func: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None
-    ) -> Any:
-        self.newest = ""
-        output = super().__torch_function__(func, types, args, kwargs)
+    def changed(self, func: Callable, args: tuple, kwargs: dict, output: Any) -> Any:
+        """Another row."""
         if self.newest != self.target:
             return output
         is_pair = isinstance(output, tuple)  # of multi_head_attention_forward, (T, B, D) first
@@ -108,7 +104,7 @@ def disturbed(model: nn.Module, layer: str, row: int | None, **options: Any) -> 
 
     `options` are those of `capture` that say what is attention.
     """
-    session = _Disturbed(roots_of(model), Options(received=False, **options))
+    session = _Disturbed(model, Options(received=False, **options))
     session.target, session.row = layer, row
     with session.attached():
         yield

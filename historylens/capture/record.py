@@ -1,13 +1,13 @@
 """What a capture keeps of every attention call, and leaves behind: the layers in order.
 
 seen = options.attention("layers.0", call)                              # Seen
-seen = options.attention("layers.0", later_call, seen)                  # of both passes
-seen.layer                                                              # LayerAttention
+options.attention("layers.0", later_call, seen).layer                   # LayerAttention, of both
 """
 
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor
@@ -15,7 +15,6 @@ from torch.nn import functional
 
 from historylens.capture import rows
 from historylens.capture.inputs import LAYERS, Call, CaptureError
-from historylens.capture.layers import matches
 
 
 @dataclass(frozen=True)
@@ -61,8 +60,9 @@ class Seen:
     n_queries: int  # of all passes
     passes: tuple[int, ...]  # tokens of each part of the columns of maps
     extra: tuple[int, int]  # keys that are no tokens, before and behind the others
-    reached: list[bool]  # of each sample, or all: whether the query token was among the queries
-    counts: Tensor | None = None  # (B, H, T), queries over which received attention is averaged
+    reached: Tensor  # (B,) or (1,) for all, bool: whether the query token was among the queries
+    counts: Tensor | None  # (B, H, T), queries over which received attention is averaged
+    before: "Seen | None"  # the same before the last pass
 
     @property
     def is_of_self(self) -> bool:
@@ -77,7 +77,7 @@ class Seen:
     def after(self, before: "Seen") -> "Seen":
         """The same with what earlier passes showed."""
         old, new, counts = before.layer, self.layer, self.counts
-        n_more, own = self.n_queries - before.n_queries, torch.tensor(self.reached)[:, None]
+        n_more, own = self.n_queries - before.n_queries, self.reached[:, None]
 
         def longer(values: Tensor, n: int = n_more, fill: float = 0) -> Tensor:
             return functional.pad(values, (0, n), value=fill)
@@ -97,7 +97,7 @@ class Seen:
             wider = longer(old.maps, len(new.map_cols) - len(old.map_cols), torch.nan)
             found["maps"] = torch.cat([wider, new.maps], 2)
             found["map_rows"] = torch.cat([old.map_rows, new.map_rows + before.n_queries])
-        reached = [a or b for a, b in zip(self.reached, before.reached, strict=True)]
+        reached = self.reached | before.reached
         return replace(self, layer=replace(new, **found), counts=counts, reached=reached)
 
 
@@ -109,21 +109,18 @@ class Record(Sequence[LayerAttention]):
     Attributes:
         waiting: names of the layers that have to run and have not yet.
         places: names of the modules that attended in sight, or handed weights in.
-        calls: by name, in order, what is seen before a layer's last pass and after; None for what
-            is not kept.
+        calls: by name, in order, what is seen of each layer; None of what is not kept.
     """
 
-    def __init__(self, waiting: Iterable[str], roots: Sequence[str], take: Callable) -> None:
+    def __init__(self, waiting: Iterable[str], roots: Iterable[str], take: Callable) -> None:
         self.waiting, self.places, self._take = dict.fromkeys(waiting), set(), take
-        self.calls: dict[str, tuple[Seen | None, Seen] | None] = {}
+        self.calls: dict[str, Seen | None] = {}
         self._order = {root: i for i, root in enumerate(roots)}
 
     @property
     def _layers(self) -> list[LayerAttention]:
         """In order; "layer 3", "layer 3.attn" and "layer 3 #2" are of the root "layer 3"."""
-        layers, n = [call[1].layer for call in self.calls.values() if call], len(self._order)
-        if "" in self._order:  # a model
-            return layers
+        layers, n = [seen.layer for seen in self.calls.values() if seen], len(self._order)
         return sorted(layers, key=lambda x: self._order.get(re.split(r"\.| #", x.name)[0], n))
 
     @property
@@ -145,7 +142,7 @@ class Record(Sequence[LayerAttention]):
             )
 
     def __len__(self) -> int:
-        return sum(call is not None for call in self.calls.values())
+        return len(self._layers)
 
     def __getitem__(self, index: int | slice) -> LayerAttention | list[LayerAttention]:
         self.check_all_ran()
@@ -156,15 +153,12 @@ class Record(Sequence[LayerAttention]):
         )
 
 
-_WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
-
-
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Options:
     """The arguments of `capture`, checked, and what is kept of an attention call for them."""
 
     received: bool = True
-    maps: Sequence[int] = ()
+    maps: Sequence[int] | None = None
     map_size: int = 512
     query: int | Tensor = -1
     padding: Tensor | None = None
@@ -174,29 +168,30 @@ class Options:
     inputs: bool = False
 
     def __post_init__(self) -> None:
-        softmax = (self.softmax,) if isinstance(self.softmax, str) else self.softmax
-        layers = [self.layers] if isinstance(self.layers, str | int) else self.layers
-        vars(self).update(softmax=softmax, layers=layers, maps=tuple(self.maps or ()))  # frozen
-        query, padding = self.query, self.padding
+        self.maps = tuple(self.maps or ())
+        self.softmax = (self.softmax,) if isinstance(self.softmax, str) else self.softmax
+        self.layers = [self.layers] if isinstance(self.layers, str | int) else self.layers
         _expect(self.map_size >= 8, "a map_size of at least 8", self.map_size)
-        if isinstance(query, Tensor):
-            is_whole = query.dim() == 1 and query.dtype in _WHOLE
+        query, self._is_each = self.query, isinstance(self.query, Tensor)
+        if self._is_each:
+            is_whole = torch.can_cast(query.dtype, torch.int64) and query.dtype != torch.bool
             found = f"{query.dtype} {tuple(query.shape)}"
-            _expect(is_whole, "a query of whole numbers (B,), one position a sample", found)
-        vars(self)["_places"] = query.tolist() if isinstance(query, Tensor) else [query]
-        if padding is not None:
-            is_bool = padding.dtype == torch.bool
-            _expect(is_bool, "a bool padding (B, T), True for padding", padding.dtype)
-        if layers is not None:
-            is_choice = layers and all(isinstance(x, str) or x >= 0 for x in layers)
+            wanted = "a query of whole numbers (B,), one position a sample"
+            _expect(is_whole and query.dim() == 1, wanted, found)
+        self._places = query.cpu().long() if self._is_each else torch.tensor([query])
+        if self.padding is not None:
+            dtype = self.padding.dtype
+            _expect(dtype == torch.bool, "a bool padding (B, T), True for padding", dtype)
+        if self.layers is not None:
+            is_choice = self.layers and all(isinstance(x, str) or x >= 0 for x in self.layers)
             wanted = "layers by name or by number from 0 in the order in which they run"
-            _expect(is_choice, wanted, list(layers))
+            _expect(is_choice, wanted, list(self.layers))
 
     def chooses(self, name: str, number: int | None = None) -> bool:
         """Whether to capture a layer of this name, or the `number`-th that runs."""
         return self.layers is None or any(matches(name, x, number) for x in self.layers)
 
-    def attention(self, name: str, call: Call, before: Seen | None = None) -> Seen:
+    def attention(self, name: str, call: Call, before: Seen | None) -> Seen:
         """What is kept of a call that reads on `before`. It raises where an option does not fit."""
         n_samples, _, n_queries, n_keys = call.shape
         if any(not 0 <= sample < n_samples for sample in self.maps):
@@ -214,8 +209,8 @@ class Options:
             *passes, last = before.passes
             is_whole = last + n_queries <= self.map_size  # then a column each
             passes += [last + n_queries] if is_whole else [last, n_queries]
-            known = zip(before.reached, self._places, strict=True)  # from the end: another one now
-            before = replace(before, reached=[found and place >= 0 for found, place in known])
+            is_other = self._places < 0  # from the end, it is another token now
+            before = replace(before, reached=before.reached & ~is_other, before=None)
         if self.inputs and n_queries == n_tokens:
             found["inputs"] = call.inputs().cpu()
         if self.received or self.maps:
@@ -227,27 +222,26 @@ class Options:
             images, map_rows, map_cols = rows.maps(call, self.maps, self.map_size, passes)
             images = images.to("cpu", torch.float32)
             found |= {"maps": images, "map_rows": map_rows, "map_cols": map_cols}
-        layer = LayerAttention(name, **found)
-        seen = Seen(layer, start + n_queries, tuple(passes), call.extra, reached, counts)
+        told = start + n_queries, tuple(passes), call.extra, reached, counts, before
+        seen = Seen(LayerAttention(name, **found), *told)
         return seen.after(before) if before else seen
 
-    def _query_rows(self, name: str, call: Call, start: int) -> tuple[dict[str, Tensor], list]:
-        """Fields of the query's rows, and whether it is among the queries, of each sample or all.
+    def _query_rows(self, name: str, call: Call, start: int) -> tuple[dict[str, Tensor], Tensor]:
+        """Fields of the query's rows, and whether it is among the queries, as in `Seen`.
 
         `start` queries came in earlier passes.
         """
         n_samples, _, n_queries, _ = call.shape
-        is_each, places = isinstance(self.query, Tensor), self._places
-        fits = len(places) == n_samples or not is_each
+        places = self._places
+        fits = len(places) == n_samples or not self._is_each
         _expect(fits, f"one query a sample ({n_samples})", len(places), name)
-        places = [place + n_queries if place < 0 else place - start for place in places]
-        inside = [min(max(place, 0), n_queries - 1) for place in places]
-        reached = [place == kept for place, kept in zip(places, inside, strict=True)]
-        query = torch.tensor(inside) if is_each else inside[0]
-        weights, seen = call.row(query)
+        places = torch.where(places < 0, places + n_queries, places - start)
+        inside = places.clamp(0, n_queries - 1)
+        reached = places == inside
+        weights, seen = call.row(inside if self._is_each else inside.item())
         if seen is None:
             visible = weights.new_ones(n_samples, weights.shape[-1], dtype=torch.bool)
-        elif (seen.any(-1).all(-1).cpu() | ~torch.tensor(reached)).all():
+        elif (seen.any(-1).all(-1).cpu() | ~reached).all():
             visible = seen.expand(weights.shape).any(1)
         else:
             raise CaptureError(
@@ -277,14 +271,22 @@ class Options:
     def check_complete(self, seen: Seen) -> None:
         """Raise `CaptureError` if a layer has run without the query token, or padding is left."""
         name, size = seen.layer.name, (len(seen.layer.visible), seen.n_queries)
-        if not all(seen.reached):
-            is_each = isinstance(self.query, Tensor)
-            what = f"positions {self._places}" if is_each else f"position {self.query}"
+        if not seen.reached.all():
+            places = self._places.tolist()
+            what = f"positions {places}" if self._is_each else f"position {self.query}"
             where = f"{name} has {seen.n_queries} queries, none at {what}"
             raise CaptureError(f"{where}; choose the layers that have: {LAYERS}")
         if self.padding is not None and seen.is_of_self and self.received:
             found = tuple(self.padding.shape)
             _expect(found == size, f"a padding of shape {size}", found, name)
+
+
+def matches(name: str, chosen: str | int, number: int | None = None) -> bool:
+    """Whether a layer is chosen: by its number, its name or one above it, or by wildcards."""
+    if isinstance(chosen, int):
+        return chosen == number
+    name = name.split(" #")[0]
+    return name == chosen or name.startswith(f"{chosen}.") or fnmatchcase(name, chosen)
 
 
 def _expect(fits: bool, wanted: str, found: object, name: str = "") -> None:

@@ -1,14 +1,15 @@
 """Follows a model while it runs: forward hooks, and a mode that sees every call of torch.
 
-with Session(roots_of(model), options).attached() as session:
+with Session(model, options).attached() as session:
     model(*inputs)
 session.record
 """
 
+import re
 import sys
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,29 +17,15 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from historylens.capture import inputs
 from historylens.capture.follow import Followed, Weights
-from historylens.capture.inputs import (
-    OTHER_LAYERS,
-    WAY_OUT,
-    WITH_SDPA,
-    Call,
-    CaptureError,
-    read_softmax,
-    read_weights,
-    reader_of,
-    scores_of,
-    with_heads,
-)
-from historylens.capture.layers import (
-    compiled_error,
-    forward_of,
-    matches,
-    may_attend,
-    names_of,
-    should_attend,
-)
+from historylens.capture.inputs import OTHER_LAYERS, Call, CaptureError
 from historylens.capture.masks import Mask
-from historylens.capture.record import Options, Record, Seen
+from historylens.capture.record import Options, Record, Seen, matches
+
+# Class names that end so are expected to attend: LlamaAttention, CausalSelfAttention, FlashAttn2.
+_ATTENTION_NAME = re.compile(r"(attention|attn|mha)\d*d?$", re.IGNORECASE)
+_PASS_ON = nn.ModuleList, nn.TransformerEncoder, nn.TransformerDecoder  # they only call their parts
 
 
 @dataclass(eq=False)
@@ -54,13 +41,13 @@ class _Run:
 class Session(TorchFunctionMode):
     """Follows the running modules of a model, and records the attention calls that they make."""
 
-    def __init__(self, roots: dict[str, nn.Module], options: Options) -> None:
+    def __init__(self, model_or_layers: nn.Module | Sequence[nn.Module], options: Options) -> None:
         super().__init__()
-        self._roots, self.options = roots, options
-        self._names = names_of(roots)
+        self._roots, self.options = _roots_of(model_or_layers), options
+        self._names = names_of(self._roots)
         known = nn.TransformerEncoderLayer.forward, nn.MultiheadAttention.forward
-        attending = [x for module, x in self._names.items() if forward_of(module) in known]
-        self.record = Record(filter(options.chooses, attending), tuple(roots), self.take_weights)
+        attending = [x for module, x in self._names.items() if _forward_of(module) in known]
+        self.record = Record(filter(options.chooses, attending), self._roots, self.take_weights)
         self.running: list[_Run] = []  # the innermost last
         self.weights = Followed()
         self.newest = ""  # the layer of the last call, if that attended
@@ -73,9 +60,9 @@ class Session(TorchFunctionMode):
         """A block in which the session sees what runs."""
         hooks = []
         try:
-            for module in filter(may_attend, self._names):
-                hooks.append(module.register_forward_pre_hook(self.enter))
-                hooks.append(module.register_forward_hook(self.leave, always_call=True))
+            for module in filter(_may_attend, self._names):
+                hooks.append(module.register_forward_pre_hook(self._enter))
+                hooks.append(module.register_forward_hook(self._leave, always_call=True))
             with _uncompiled(), self:
                 yield self
         finally:
@@ -83,8 +70,7 @@ class Session(TorchFunctionMode):
                 hook.remove()
             self._mask = Mask()  # the record lives on, the model's mask need not
 
-    def enter(self, module: nn.Module, args: tuple) -> None:
-        """Note that a module starts."""
+    def _enter(self, module: nn.Module, args: tuple) -> None:
         name = self._names.get(module)
         if name is None:
             return
@@ -97,65 +83,79 @@ class Session(TorchFunctionMode):
                 "padded tensors and a key padding mask"
             )
 
-    def leave(self, module: nn.Module, _args: tuple, _output: object) -> None:
-        """Note that a module has ended, or failed."""
+    def _leave(self, module: nn.Module, _args: tuple, _output: object) -> None:
         if not any(run.module is module for run in self.running):
             return
         while (run := self.running.pop()).module is not module:
             pass  # what an interrupt left above it has ended too
-        if not run.attended and should_attend(type(module)):
+        name_tells = _ATTENTION_NAME.search(type(module).__name__)
+        if not run.attended and (name_tells or isinstance(module, nn.TransformerEncoderLayer)):
             self._unread[run.name] = type(module).__name__
 
     def __torch_function__(
         self, func: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
-        kwargs, reader = kwargs or {}, reader_of(func)
+        kwargs, self.newest = kwargs or {}, ""
+        output = self._seen_through(func, args, kwargs)
+        return self.changed(func, args, kwargs, output)
+
+    def changed(self, func: Callable, args: tuple, kwargs: dict, output: Any) -> Any:
+        """What the model gets of a call instead of `output`; `newest` has been set."""
+        return output
+
+    def _seen_through(self, func: Callable, args: tuple, kwargs: dict) -> Any:
+        """Run a call, and record it if it attends, or follow the weights that it works on."""
+        reader = inputs.reader_of(func)
         if reader is None or not self.running:
             output = func(*args, **kwargs)
             if self.weights.data:
                 self._follow(func.__name__, (*args, *kwargs.values()), output)
             return output
-        run, self.newest = self.running[-1], ""
+        run = self.running[-1]
         # The second: inside a compiled function that fell back to plain Python.
         callback = torch._C._dynamo.eval_frame.get_eval_frame_callback()
         if torch.compiler.is_compiling() or callback not in (None, False):
-            raise compiled_error(run.name)
-        if reader is not read_softmax:
+            raise CaptureError(
+                f"{run.name} runs code that torch.compile compiles while it is captured, which "
+                'capture cannot follow. Call torch.compiler.set_stance("force_eager") before: at '
+                "the top of the adapter file, before load() runs; or attend with "
+                'scaled_dot_product_attention (Hugging Face: attn_implementation="sdpa")'
+            )
+        if reader is not inputs.read_softmax:
             output = func(*args, **kwargs)  # PyTorch's own complaint about a shape comes first
             self._take(run, reader, args, kwargs)
             return output
-        scores = scores_of(args, kwargs)
+        scores = inputs.scores_of(args, kwargs)
         self._take_softmax(run, scores)  # before it may overwrite its input
         output = func(*args, **kwargs)
         if self.newest:
             n_heads = self.options.heads if self.seen(self.newest) else 1
-            shape = with_heads(self.newest, scores, n_heads, "scores").shape
+            shape = inputs.with_heads(self.newest, scores, n_heads, "scores").shape
             self.weights[output] = Weights((self.newest,), shape)
         return output
 
     def _take_softmax(self, run: _Run, scores: Tensor | None) -> None:
-        """Record a softmax over the last axis if it is attention."""
+        """Record a softmax over the last axis if it is attention: named so, or of 4 axes and
+        square, reading on, or with keys for all tokens and some of their own.
+        """
         if scores is None:
             return
-        caller = run
-        if isinstance(run.module, nn.Softmax) and len(self.running) > 1:
-            caller = self.running[-2]  # an nn.Softmax is a part of the attention around it
+        # An nn.Softmax is a part of the attention around it.
+        caller = self.running[-2:][0] if isinstance(run.module, nn.Softmax) else run
         chosen = self.options.softmax
-        is_named = any(matches(run.name, x) or matches(caller.name, x) for x in chosen)
-        if is_named or (scores.dim() == 4 and self._is_attention(caller, scores)):
-            self._take(caller, read_softmax, (scores,), {})
+        is_taken = any(matches(run.name, x) or matches(caller.name, x) for x in chosen)
+        if scores.dim() == 4 and not is_taken:
+            n_queries, n_keys = scores.shape[2:]
+            reads_on = self._reads_on(caller.name, n_queries, n_keys)
+            is_taken = n_queries == n_keys or reads_on or any(Call(scores, None).extra_keys())
+        if is_taken:
+            self._take(caller, inputs.read_softmax, (scores,), {})
         elif scores.dim() > 2:
             self._hint = self._hint or (
                 f" (a softmax over {tuple(scores.shape)} in {run.name} is not taken for attention "
                 f'unless you say so: capture(model, softmax="{run.name}"), with heads=H if it has '
                 "3 axes; 4 are to be (B, H, Tq, Tk))"
             )
-
-    def _is_attention(self, caller: _Run, scores: Tensor) -> bool:
-        """Whether scores are square, read on, or have keys for all tokens and some of their own."""
-        n_queries, n_keys = scores.shape[2:]
-        reads_on = self._reads_on(caller.name, n_queries, n_keys)
-        return n_queries == n_keys or reads_on or any(Call(scores, None).extra_keys())
 
     def _take(self, run: _Run, reader: Callable[..., Call], args: tuple, kwargs: dict) -> None:
         """Record an attention call of a running module, if it is wanted."""
@@ -174,16 +174,16 @@ class Session(TorchFunctionMode):
         while own in self.record.calls and not self._reads_on(own, *weights.shape[-2:]):
             number += 1
             own = f"{name} #{number}"
-        self._keep(own, read_weights, (weights, mask), {})
+        self._keep(own, inputs.read_weights, (weights, mask), {})
+
+    def seen(self, name: str) -> Seen | None:
+        """A layer as far as it is recorded."""
+        return self.record.calls.get(name)
 
     def _reads_on(self, name: str, n_queries: int, n_keys: int) -> bool:
         """Whether a call goes on with a layer that has been recorded."""
         seen = self.seen(name)
         return seen is not None and seen.continues(n_queries, n_keys)
-
-    def seen(self, name: str) -> Seen | None:
-        """A layer as far as it is recorded."""
-        return (self.record.calls.get(name) or (None, None))[1]
 
     def _keep(self, name: str, reader: Callable[..., Call], args: tuple, kwargs: dict) -> None:
         """Record what is read of a call, by its layer's name, if it is wanted."""
@@ -191,8 +191,7 @@ class Session(TorchFunctionMode):
             around.attended = True
         self.record.places |= {run.name for run in self.running[-1:]}
         calls, self.newest = self.record.calls, name
-        is_known, before = name in calls, self.seen(name)
-        calls.setdefault(name, None)
+        is_known, before = name in calls, calls.setdefault(name, None)
         if not self.options.chooses(name, list(calls).index(name)):
             return
         transforms = torch._C._functorch.get_interpreter_stack() or ()
@@ -203,7 +202,7 @@ class Session(TorchFunctionMode):
             )
         with _plain_arithmetic():
             call = reader(name, self.options.heads, *args, **kwargs)
-            if is_known and not (before and before.continues(*call.shape[2:])):
+            if is_known and not self._reads_on(name, *call.shape[2:]):
                 raise CaptureError(
                     f"{name} ran twice inside one capture. Run the model once per `with "
                     "capture(...)`, in an adapter once per act(), and not in backward; a layer "
@@ -212,64 +211,106 @@ class Session(TorchFunctionMode):
             if call.mask.key == self._mask.key:  # what is known of it counts for all layers
                 call.mask = self._mask
             self._mask = call.mask
-            calls[name] = before, self.options.attention(name, call, before)
+            calls[name] = self.options.attention(name, call, before)
 
     def _follow(self, kernel: str, args: tuple, output: Any) -> None:
         """Follow weights to the values: what they have become by then is the attention."""
         name, weights = self.weights.step(kernel, args, output) or ("", None)
-        if call := self.record.calls.get(name):
+        if seen := self.seen(name):
             with _plain_arithmetic():
                 allowed = (weights != 0).any(-3, keepdim=True)
-                read = read_weights(name, self.options.heads, weights, allowed)
-                self.record.calls[name] = call[0], self.options.attention(name, read, call[0])
-
-    @property
-    def _way_out(self) -> str:
-        """What came nearest to attention, and what to do; of a softmax, not to write one."""
-        return f"{self._hint}. Do so, or {WITH_SDPA}" if self._hint else f". {WAY_OUT}"
+                read = inputs.read_weights(name, self.options.heads, weights, allowed)
+                self.record.calls[name] = self.options.attention(name, read, seen.before)
 
     def check_complete(self) -> None:
         """Refuse a record that lacks a layer: it attended unseen, did not run, or is not there."""
-        self.record.check_all_ran()
+        record, chosen = self.record, self.options.layers or ()
+        record.check_all_ran()
+        way_out = f". {inputs.WAY_OUT}"
+        if self._hint:  # of a softmax, not to write one
+            sdpa = 'scaled_dot_product_attention (Hugging Face: attn_implementation="sdpa")'
+            way_out = f"{self._hint}. Do so, or attend with {sdpa}"
         for name in filter(self.options.chooses, self._unread):
             raise CaptureError(
                 f"{name} is a {self._unread[name]} that ran, but its attention was not seen"
-                f"{self._way_out}, or choose the other layers: "
-                "capture(model, layers=[...])"
+                f"{way_out}, or {OTHER_LAYERS}"
             )
-        for name, call in self.record.calls.items():
-            if call and name in self.weights.lost - self.weights.met:
+        for name, seen in record.calls.items():
+            if seen and name in self.weights.lost - self.weights.met:
                 raise CaptureError(
                     f"{name} changes its attention weights on their way to the values, as where "
                     "heads are mixed, in a way that capture does not follow; hand in what stands "
                     "for them at the values, 0 or more: historylens.record_attention(name, "
                     f"weights), or {OTHER_LAYERS}"
                 )
-        for call in filter(None, self.record.calls.values()):
-            self.options.check_complete(call[1])
-        calls = list(enumerate(self.record.calls))
-        missing = {
-            layer
-            for layer in self.options.layers or ()
-            if not any(matches(name, layer, number) for number, name in calls)
-        }
-        if missing:
-            missing = sorted(missing, key=str)
-            seen = ", ".join(self.record.calls) or "none"
+        for seen in filter(None, record.calls.values()):
+            self.options.check_complete(seen)
+        calls = list(enumerate(record.calls))
+        found = {x for x in chosen if any(matches(name, x, number) for number, name in calls)}
+        if missing := sorted({*chosen} - found, key=str):
+            seen = ", ".join(record.calls) or "none"
             raise CaptureError(f"found no attention for layers={missing}; layers that ran: {seen}")
         for name, root in self._roots.items():
             is_root = self._names[root] == name  # and no part of another
-            if is_root and not any(matches(found, name) for found in self.record.names):
+            if is_root and not any(matches(found, name) for found in record.names):
                 raise CaptureError(
-                    f"{name} is a {type(root).__name__}, in which no attention was seen"
-                    f"{self._way_out}"
+                    f"{name} is a {type(root).__name__}, in which no attention was seen{way_out}"
                 )
-        if not len(self.record):
+        if not record.names:
             raise CaptureError(
                 f"found no nn.TransformerEncoderLayer in {type(root).__name__}, no "
                 "nn.MultiheadAttention, no call of scaled_dot_product_attention and no softmax "
-                f"over (B, H, T, T) by a module of it that ran{self._way_out}"
+                f"over (B, H, T, T) by a module of it that ran{way_out}"
             )
+
+
+def _roots_of(model_or_layers: nn.Module | Sequence[nn.Module]) -> dict[str, nn.Module]:
+    """The model by the name "", or its layers: "layer 0", "layer 1", ..."""
+    if isinstance(model_or_layers, nn.Module) and not isinstance(model_or_layers, nn.ModuleList):
+        return {"": model_or_layers}
+    layers = list(model_or_layers)
+    if not layers:
+        raise CaptureError("expected a model or its transformer layers, got an empty list")
+    if len(set(layers)) < len(layers):
+        raise CaptureError("a layer stands twice in the list; give each layer once")
+    return {f"layer {i}": layer for i, layer in enumerate(layers)}
+
+
+def names_of(roots: dict[str, nn.Module]) -> dict[nn.Module, str]:
+    """The name of every module. The attention of PyTorch's encoder layer goes by the layer's."""
+    names, done = {}, set()
+
+    def visit(module: nn.Module, path: str) -> None:
+        if module in done:
+            return
+        done.add(module)
+        name = names.setdefault(module, path or type(module).__name__)
+        if _forward_of(module) is nn.TransformerEncoderLayer.forward:
+            names.setdefault(module.self_attn, name)
+        for part, child in module._modules.items():
+            if child is not None:  # "_orig_mod" is in a wrapper of torch.compile
+                visit(child, path if part == "_orig_mod" else f"{path}.{part}".lstrip("."))
+
+    for prefix, root in roots.items():
+        visit(root, prefix)
+    return names
+
+
+def _forward_of(module: nn.Module) -> Callable | None:
+    """The function behind a module's forward, None for a scripted one."""
+    return getattr(type(module), "forward", None)
+
+
+def _may_attend(module: nn.Module) -> bool:
+    """Whether a module is worth a hook: PyTorch's own without parts, or around theirs, are not."""
+    if isinstance(module, torch.jit.ScriptModule):  # takes no hooks, and nothing in it is seen
+        return False
+    if isinstance(module, nn.Softmax) or "forward" in vars(module):
+        return True
+    if type(module) is nn.TransformerEncoderLayer:
+        return type(module.self_attn) is not nn.MultiheadAttention
+    is_own = type(module).__module__.startswith("torch.nn.modules.")
+    return not is_own or (bool(module._modules) and type(module) not in _PASS_ON)
 
 
 @contextmanager
@@ -284,14 +325,8 @@ def _uncompiled() -> Iterator[None]:
         yield
 
 
-def _plain_arithmetic() -> AbstractContextManager:
-    """Without gradients, autocast or inference mode, so that the record is of ordinary tensors."""
-    are_on = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
-    is_plain = not any(are_on) and not torch._C._is_any_autocast_enabled()
-    return nullcontext() if is_plain else _switched_off()  # which costs time
-
-
 @contextmanager
-def _switched_off() -> Iterator[None]:
+def _plain_arithmetic() -> Iterator[None]:
+    """Without gradients, autocast or inference mode, so that the record is of ordinary tensors."""
     with torch._C._DisableAutocast(), torch.inference_mode(False), torch.no_grad():
         yield
