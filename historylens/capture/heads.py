@@ -25,7 +25,6 @@ from historylens.capture.record import Options
 from historylens.capture.session import Session
 
 _PROJECTIONS = {"linear": (0, 1, False), "addmm": (1, 2, True)}  # places of x and W; whether x @ W
-_SDPA = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")  # its arguments by place
 Change = Callable[[Tensor], Tensor]  # of what the heads of a layer give, (B, H, Tq, d)
 
 
@@ -87,7 +86,7 @@ class _Heads(Session):
         if not self._follows(name):
             return output
         if reader is inputs.read_sdpa:
-            return self._of_sdpa(name, output, dict(zip(_SDPA, args, strict=False)) | kwargs)
+            return self._of_sdpa(name, output, inputs.ScaledDot(*args, **kwargs))
         if reader is inputs.read_multi_head:
             return self._of_multi_head(name, output, inputs.MultiHead(*args, **kwargs))
         if name in self.hide:  # a softmax: without them, the others share what they held
@@ -122,19 +121,19 @@ class _Heads(Session):
         """What is hidden `(B, Tq, Tk)` among all keys of a layer, those of no token too."""
         return functional.pad(self.hide[name], self.seen(name).extra)
 
-    def _of_sdpa(self, name: str, output: Tensor, given: dict[str, Any]) -> Tensor:
+    def _of_sdpa(self, name: str, output: Tensor, given: inputs.ScaledDot) -> Tensor:
         if name in self.hide:
             hidden = self._hidden(name)
             if output.dim() == 3:
                 hidden = hidden.repeat_interleave(len(output) // len(hidden), 0)
             hidden = hidden[:, None] if output.dim() == 4 else hidden
-            is_causal, mask = given.get("is_causal"), given.get("attn_mask")
-            mask = _added(mask, hidden, output.dtype, allows=True, causal=is_causal)
-            given |= {"attn_mask": mask, "is_causal": False}
-            output = functional.scaled_dot_product_attention(**given)
+            is_causal = given.is_causal
+            mask = _added(given.attn_mask, hidden, output.dtype, allows=True, causal=is_causal)
+            given = given._replace(attn_mask=mask, is_causal=False)
+            output = functional.scaled_dot_product_attention(**given._asdict())
         heads, values = (
             inputs.with_heads(name, x, self.options.heads, what)
-            for x, what in ((output, "outputs"), (given["value"], "values"))
+            for x, what in ((output, "outputs"), (given.value, "values"))
         )
         return self._follow_heads(name, values, heads).reshape(output.shape)
 

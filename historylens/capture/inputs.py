@@ -4,9 +4,8 @@
     call = read("blocks.0.attn", n_heads, *args, **kwargs)
 
 A reader takes the name of the calling module, for errors, the number of heads for tensors with 3
-axes, `(B * H, T, d)`, and the arguments of the call. It raises `CaptureError` where it cannot read.
-Dropout of weights is left out. Axes: `B` samples, `H` heads, `Tq` queries, `Tk` keys (both `T` in
-self-attention), `d` width of a head, `D` width of the model.
+axes, `(B * H, T, d)`, and the arguments of the call. Axes: `B` samples, `H` heads, `Tq` queries,
+`Tk` keys (both `T` in self-attention), `d` width of a head, `D` width of the model.
 """
 
 import inspect
@@ -45,10 +44,9 @@ class Projection(NamedTuple):
 
     def of(self, x: Tensor, which: int) -> Tensor:
         """Queries (0), keys (1) or values (2) `(..., D)` of all heads, of inputs `(..., D)`."""
-        weight, bias = self.weights[which], self.biases[which]
-        if weight.dtype != x.dtype:
-            weight, bias = weight.to(x.dtype), bias if bias is None else bias.to(x.dtype)
-        return functional.linear(x, weight, bias)
+        bias = self.biases[which]
+        bias = bias if bias is None else bias.to(x.dtype)
+        return functional.linear(x, self.weights[which].to(x.dtype), bias)
 
     def heads(self, x: Tensor, which: int) -> Tensor:
         """The same `(B, H, T, d)` of inputs `(B, 1, T, D)`."""
@@ -56,10 +54,8 @@ class Projection(NamedTuple):
         return values.transpose(1, 2).contiguous()
 
     def folded_query(self, x: Tensor) -> Tensor:
-        """A query `(B, H, kdim)` of an input `(B, 1, D)`, to score the inputs of the keys with.
-
-        `q (W x + b) = (q W) x + q b`: it saves projecting every key, and the constant `q b` does
-        not change the softmax.
+        """A query `(B, H, kdim)` of an input `(B, 1, D)`, to score the inputs of the keys with, as
+        `q (W x + b) = (q W) x + q b`. The constant `q b` does not change the softmax.
         """
         q, weight = self.of(x, 0), self.weights[1].to(x.dtype)
         q = q.view(len(x), self.n_heads, -1).transpose(0, 1)  # (H, B, d)
@@ -99,15 +95,12 @@ class Call:
         return functional.pad(values, (self.missing, 0)) if self.missing else values
 
     @cached_property
-    def floor(self) -> float:
-        """Scores below this are masked where their weight is 0; `-inf` where nothing tells."""
+    def _floor(self) -> float:
         return floor_of(self.q)
 
     def extra_keys(self) -> tuple[int, int]:
-        """How many keys before and behind the others are no tokens: memory, attention sinks.
-
-        They are what the first query sees beside itself, under a causal mask; without one nothing
-        tells them from the tokens of another sequence.
+        """How many keys before and behind the others are no tokens (memory, attention sinks): what
+        the first query sees beside itself under a causal mask. Without one nothing tells them.
         """
         _, _, n_queries, n_keys = self.shape
         n_extra = n_keys - n_queries
@@ -116,7 +109,7 @@ class Call:
         if n_extra <= 0 or n_queries < 2 or (self.k is not None and not self.mask.biases):
             return 0, 0
 
-        def sees(query: int) -> Tensor:  # (Tk,), with some head, in some sample
+        def sees(query: int) -> Tensor:  # (Tk,), by some head of some sample
             return self.row(query)[1].flatten(0, -2).any(0)
 
         seen = sees(0)
@@ -146,7 +139,7 @@ class Call:
             weights = weights.nan_to_num(0.0)  # rows of zeros
         elif self.k is None:  # scores hold their mask
             bias = scores
-            low = scores < self.floor if self.floor > -torch.inf else None
+            low = scores < self._floor if self._floor > -torch.inf else None
         if bias is None:
             return weights, None
         seen = bias > -torch.inf
@@ -189,10 +182,12 @@ def wide(values: Tensor) -> Tensor:
     return values.float() if values.dtype.itemsize < 4 else values
 
 
-# The arguments of nn.functional.multi_head_attention_forward by name.
+# The arguments of nn.functional's two attentions.
 _PARAMETERS = inspect.signature(functional.multi_head_attention_forward).parameters
 _DEFAULTS = [p.default for p in _PARAMETERS.values() if p.default is not p.empty]
 MultiHead = namedtuple("MultiHead", _PARAMETERS, defaults=_DEFAULTS)
+_NAMES = "query key value attn_mask dropout_p is_causal scale enable_gqa"
+ScaledDot = namedtuple("ScaledDot", _NAMES, defaults=(None, 0.0, False, None, False))
 
 
 def read_multi_head(name: str, _n_heads: int | None, *args: Any, **kwargs: Any) -> Call:
@@ -208,9 +203,10 @@ def read_multi_head(name: str, _n_heads: int | None, *args: Any, **kwargs: Any) 
             f"{name} adds keys of its own (add_bias_kv, add_zero_attn), which are no token of the "
             f"input; {OTHER_LAYERS}"
         )
-    q = k = _inputs(given.query)
-    if given.key is not given.query:
-        k = _inputs(given.key)
+    q, k = (
+        x[None, None] if x.dim() == 2 else x.transpose(0, 1).unsqueeze(1)  # (B, 1, T, D)
+        for x in (given.query, given.key)
+    )
     mask, padded = _multi_head_mask(given, len(q))
     scale = 1.0 / math.sqrt(q.shape[-1] // given.num_heads)
     return Call(q, k, mask, scale, projection_of(given), padded)
@@ -223,11 +219,6 @@ def projection_of(given: MultiHead) -> Projection:
         weights = given.in_proj_weight.chunk(3)
     biases = [None] * 3 if given.in_proj_bias is None else given.in_proj_bias.chunk(3)
     return Projection(given.num_heads, weights, biases)
-
-
-def _inputs(x: Tensor) -> Tensor:
-    """Inputs `(B, 1, T, D)` of `(T, B, D)` or `(T, D)`."""
-    return x[None, None] if x.dim() == 2 else x.transpose(0, 1).unsqueeze(1)
 
 
 def _multi_head_mask(given: MultiHead, n_samples: int) -> tuple[Mask, Tensor | None]:
@@ -249,23 +240,9 @@ def _multi_head_mask(given: MultiHead, n_samples: int) -> tuple[Mask, Tensor | N
     return Mask(tuple(biases)), padded
 
 
-def read_sdpa(
-    name: str,
-    n_heads: int | None,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Call:
-    """What a call of `nn.functional.scaled_dot_product_attention` attends with.
-
-    Queries and keys are those of the call, so rotary positions, normalised queries and a scale of
-    one's own are exact.
-    """
+def read_sdpa(name: str, n_heads: int | None, *args: Any, **kwargs: Any) -> Call:
+    """What a call of `nn.functional.scaled_dot_product_attention` attends with."""
+    query, key, _, bias, _, is_causal, scale, enable_gqa = ScaledDot(*args, **kwargs)
     if query.is_nested or key.is_nested:
         raise CaptureError(
             f"{name} calls scaled_dot_product_attention with nested tensors, which capture does "
@@ -276,7 +253,7 @@ def read_sdpa(
         query, key = (x.expand(*leading, *x.shape[-2:]) for x in (query, key))
     q, k = (with_heads(name, x, n_heads, "queries") for x in (query, key))
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
-    bias, n_keys, extra = attn_mask, key.shape[-2], None
+    n_keys, extra = key.shape[-2], None
     if bias is None:
         return Call(q, k, Mask(causal=is_causal), scale)
     if hasattr(bias, "_materialize"):  # torch.nn.attention.bias.CausalBias, slow to import
@@ -293,14 +270,8 @@ def read_softmax(name: str, n_heads: int | None, scores: Tensor) -> Call:
     return Call(with_heads(name, scores, n_heads, "scores"), None)
 
 
-def read_weights(
-    name: str, n_heads: int | None, weights: Tensor, mask: Tensor | None = None
-) -> Call:
-    """Attention by its weights `(B, H, Tq, Tk)`, divided by their sum where that is not 1.
-
-    `mask` as for `scaled_dot_product_attention`; without it a query may see all, or all up to its
-    own position where no weight lies behind that.
-    """
+def read_weights(name: str, n_heads: int | None, weights: Tensor, mask: Tensor | None) -> Call:
+    """Attention by its weights: see `record_attention`."""
     weights = wide(with_heads(name, weights.detach(), n_heads, "weights"))
     if not (weights >= 0).all():
         raise CaptureError(f"{name}: expected attention weights of 0 or more, got some below 0")
@@ -338,9 +309,7 @@ def with_heads(name: str, values: Tensor, n_heads: int | None, what: str) -> Ten
 _READERS = {
     "scaled_dot_product_attention": read_sdpa,
     "multi_head_attention_forward": read_multi_head,
-    "softmax": read_softmax,
-    "special_softmax": read_softmax,
-    "_softmax": read_softmax,
+    **dict.fromkeys(("softmax", "special_softmax", "_softmax"), read_softmax),
 }
 
 
