@@ -118,10 +118,10 @@ def test_map_grid_covers_every_token_once_and_ends_with_the_query(n_tokens, size
 def test_block_size_does_not_change_the_result(block, mask, monkeypatch):
     torch.manual_seed(0)
     call = Call(*torch.randn(2, 2, 3, 41, 4).unbind(), mask)
-    whole = rows.received(call), rows.maps(call, [1], 16)
+    whole = rows.received(call), rows.maps(call, [1], 16, [41])
     monkeypatch.setattr(rows, "BLOCK_SCORES_CPU", block)
     monkeypatch.setattr(rows, "MIN_BLOCK_ROWS", 3)
-    found = rows.received(call), rows.maps(call, [1], 16)
+    found = rows.received(call), rows.maps(call, [1], 16, [41])
     torch.testing.assert_close(found, whole, equal_nan=True)
 
 

@@ -6,17 +6,12 @@
     record[0].query_rows                                   # (B, H, T) of the first layer
 
 Fused kernels return no attention weights. So capture reads what each attention is computed from,
-computes the rows once more, and keeps what analysis needs: the query token's row, the attention
-that each position receives, and maps of bounded size, never a T x T matrix of its own.
-
-Forward hooks name the module that runs, and a `TorchFunctionMode` sees its calls of softmax, of
-`nn.functional.scaled_dot_product_attention` and of `nn.functional.multi_head_attention_forward`, to
-which `nn.MultiheadAttention`, PyTorch's encoder and decoder layers and subclasses of them come.
+computes the rows once more, and keeps what analysis needs, never a T x T matrix of its own. Forward
+hooks name the module that runs, and a `TorchFunctionMode` sees its calls of attention functions.
 
 While a mode is on, PyTorch leaves the fast path of its own layers. So the outputs are, bit for bit,
-those with `torch.backends.mha.set_fastpath_enabled(False)`; the fast path differs from them in the
-last digits, and at padded positions, which it may skip. (It also takes a float mask for a bool one:
-a bias that is not 0 or -inf, such as ALiBi, is lost there.)
+those with `torch.backends.mha.set_fastpath_enabled(False)`. (The fast path differs in the last
+digits and at padded positions, and takes a float mask for a bool one: ALiBi is lost there.)
 """
 
 from collections.abc import Iterator, Sequence
@@ -48,8 +43,7 @@ def capture(
 ) -> Iterator[Record]:
     """Record the attention of one forward pass that runs inside the `with` block.
 
-    Several passes count as one where each reads on: its keys are those of the passes before, kept
-    in a cache, and its own.
+    Several passes count as one where each reads on: its keys are those before, cached, and its own.
 
     Args:
         model_or_layers: a model, whose attention is found, or its layers one by one.
@@ -60,16 +54,15 @@ def capture(
             numbers; negative from the end. In a padded batch: `lengths - 1`.
         padding: `(B, T)` bool, True where a token is padding, for models whose mask does not tell
             (a `key_padding_mask` does). Received attention leaves padded queries out.
-        layers: names or numbers (in the order in which they run) of the layers to capture, all by
-            default. A name stands for what is below it too, and may hold wildcards.
+        layers: names (of what is below them too, or with wildcards) or numbers, in the order in
+            which they run, of the layers to capture; all by default.
         softmax: names of modules, with wildcards, whose softmax over the last axis is attention
             whatever its shape. One over `(B, H, T, T)` is without being named.
         heads: `H`, for attention that comes as `(B * H, T, T)` or from queries `(B * H, T, d)`.
         inputs: also what each token feeds into its query and key.
 
     Yields:
-        The record, filled when the forward has run. Hooks and mode are gone when the block ends;
-        the fast path of PyTorch's layers is off inside it.
+        The record, filled when the forward has run. Hooks and mode are gone when the block ends.
 
     Raises:
         CaptureError: there is no attention, a layer's cannot be read, did not run or ran twice, or
@@ -84,9 +77,8 @@ def capture(
 def record_attention(name: str, weights: Tensor, mask: Tensor | None = None) -> None:
     """Hand the weights of an attention that cannot be read to the captures that are on.
 
-    To be called in the forward of the module that attends: after a kernel such as flash attention,
-    for which the weights are computed once more, or where they come from no softmax (ReLU or
-    sigmoid attention). Without a capture it does nothing.
+    To be called in the forward of the module that attends: after a kernel, for which the weights
+    are computed once more, or where they come from no softmax. Without a capture it does nothing.
 
     Args:
         name: the layer's name in the record, by which `layers=` chooses it.

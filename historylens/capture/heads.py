@@ -100,7 +100,7 @@ class _Heads(Session):
     def _follows(self, name: str) -> bool:
         """Whether a layer that has attended is wanted, and chosen by `layers`."""
         wanted = {*self.change, *self.hide}
-        return (not wanted or name in wanted) and self.seen(name) is not None
+        return (not wanted or name in wanted) and self.record.calls.get(name) is not None
 
     def _of_product(self, name: str, shape: Sequence[int], output: Tensor, args: tuple) -> Tensor:
         """Of weights that a softmax gave `(B, H, Tq, Tk)`, with values; heads or tokens first."""
@@ -119,7 +119,7 @@ class _Heads(Session):
 
     def _hidden(self, name: str) -> Tensor:
         """What is hidden `(B, Tq, Tk)` among all keys of a layer, those of no token too."""
-        return functional.pad(self.hide[name], self.seen(name).extra)
+        return functional.pad(self.hide[name], self.record.calls[name].extra)
 
     def _of_sdpa(self, name: str, output: Tensor, given: inputs.ScaledDot) -> Tensor:
         if name in self.hide:
@@ -165,7 +165,7 @@ class _Heads(Session):
         if name in self.change:
             output = self.change[name](output).to(output.dtype)
         values = values.repeat_interleave(output.shape[1] // values.shape[1], 1)
-        seen = self.seen(name)
+        seen = self.record.calls[name]
         if values.shape[2] > sum(seen.passes):  # those of tokens
             values = values[:, :, seen.extra[0] : values.shape[2] - seen.extra[1]]
         parts = (values, output, seen.layer.query_rows, projection)

@@ -26,7 +26,7 @@ def mixing_modules(
 
     While `run()` runs the model, each module that reads `(B, T, D)`, and neither is, contains nor
     lies in a layer, is called again with another token: it mixes if the output at the rest changes.
-    Of modules inside each other it is the innermost. What fails when called again is passed over.
+    Of modules inside each other it is the innermost. What fails then is passed over.
     """
     names, found, busy = names_of({"": model}), {}, []
 
@@ -92,7 +92,7 @@ class _Disturbed(Session):
         changed = _first(output).clone()
         rows = changed if is_pair else changed.movedim(-2, 0)
         if self.row is not None:
-            start = self.seen(self.target).n_queries - len(rows)  # of earlier passes
+            start = self.record.calls[self.target].n_queries - len(rows)  # of earlier passes
             rows = rows[self.row - start : self.row - start + 1] if self.row >= start else rows[:0]
         rows.neg_().add_(1)
         return (changed, *output[1:]) if is_pair else changed

@@ -21,24 +21,22 @@ from historylens.capture.inputs import LAYERS, Call, CaptureError
 class LayerAttention:
     """Attention of one layer, float32 on the CPU, before any dropout of weights.
 
-    `H` are the query's heads. In self-attention `Tq = Tk = T`, of all passes together where the
-    model read its tokens in several; in cross-attention queries and keys are different tokens.
+    `H` are the query's heads; `Tk = T` in self-attention, of all passes together. What was not
+    asked for is None.
 
     Attributes:
         name: the layer's name in the model.
-        query_rows: `(B, H, Tk)` attention row of the query token: the last, unless another was
-            asked for. It sums to 1 with `extra`.
+        query_rows: `(B, H, Tk)` attention row of the query token; sums to 1 with `extra`.
         visible: `(B, Tk)` bool, the keys that the mask lets some head of the query token see.
         received: `(B, H, Tk)` attention that each position receives, averaged over the queries
-            allowed to see it, padded queries left out; NaN where there are none. None if not asked
-            for.
+            allowed to see it, padded queries left out; NaN where there are none.
         maps: `(M, H, R, C)` attention maps of the chosen samples, NaN where forbidden. A column is
-            the mean weight of its tokens. None if not asked for.
+            the mean weight of its tokens.
         map_rows: `(R,)` int64, token index of each map row; the last is the last token's.
         map_cols: `(C,)` int64, first token index of each map column.
         extra: `(B, H)` what the query's row has on keys that are no tokens (memory, sinks). None if
             there are none.
-        inputs: `(B, T, F)` what each token feeds into its query and key. None if not asked for.
+        inputs: `(B, T, F)` what each token feeds into its query and key.
     """
 
     name: str
@@ -102,9 +100,7 @@ class Seen:
 
 
 class Record(Sequence[LayerAttention]):
-    """The captured layers in the order in which they ran, complete once the forward has run.
-
-    Layers that were given one by one keep the order in which they were given.
+    """The captured layers as they ran, or in the order in which they were given one by one.
 
     Attributes:
         waiting: names of the layers that have to run and have not yet.
@@ -227,10 +223,7 @@ class Options:
         return seen.after(before) if before else seen
 
     def _query_rows(self, name: str, call: Call, start: int) -> tuple[dict[str, Tensor], Tensor]:
-        """Fields of the query's rows, and whether it is among the queries, as in `Seen`.
-
-        `start` queries came in earlier passes.
-        """
+        """Fields of the query's rows, and what it has `reached`; `start` queries came before."""
         n_samples, _, n_queries, _ = call.shape
         places = self._places
         fits = len(places) == n_samples or not self._is_each

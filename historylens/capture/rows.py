@@ -1,10 +1,6 @@
 """Attention arithmetic in row blocks: exact softmax rows, never a whole T x T matrix.
 
-A block holds as many rows as fit the processor's cache, so that the softmax and the column sums
-cost no trip to main memory:
-
-    call = Call(q / math.sqrt(q.shape[-1]), k, Mask(causal=True))
-    columns = received(call)                                                 # (B, H, T)
+    columns, counts = received(call)                                         # (B, H, T)
     images, map_rows, map_cols = maps(call, samples=[0], size=512)
 
 Axes as in `inputs.py`; `R`, `C` rows and columns of a map.
@@ -34,8 +30,6 @@ class MapGrid:
     Up to `size` tokens the map is the matrix itself. Beyond, the first tokens and the query token
     keep a column each and the rest is cut into bins of equal width. A row is the row of the last
     token of its bin, so the causal triangle stays a triangle and the last row is the query token's.
-    The value of a bin is the mean weight of its tokens that may be seen, so that uniform attention
-    stays `1 / T` however wide the bins.
     """
 
     rows: Tensor  # (R,) int64, token index of each map row
@@ -69,9 +63,8 @@ class MapGrid:
 def received(call: Call, padded: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Attention `(B, H, T)` that each token receives, averaged over the queries that may see it.
 
-    Column means of the attention matrix of a prepared call over its allowed entries, `T - j` of
-    them in column `j` under a causal mask; NaN where no query may see a key. Queries that are
-    `padded` `(B, Tq)` are left out. With it, how many queries those are, of the same shape.
+    Column means of the attention matrix of a prepared call over its allowed entries; NaN where
+    there are none. Queries that are `padded` `(B, Tq)` are left out. With it, how many there are.
     """
     shape, n_keys = call.shape[:2], call.n_tokens
     if padded is None:
@@ -99,24 +92,21 @@ def received(call: Call, padded: Tensor | None = None) -> tuple[Tensor, Tensor]:
     return total / count, count
 
 
-def maps(
-    call: Call, samples: Sequence[int], size: int, passes: Sequence[int] = ()
-) -> tuple[Tensor, Tensor, Tensor]:
+def maps(call: Call, samples: Sequence[int], size: int, passes: list[int]) -> tuple[Tensor, ...]:
     """Attention maps `(M, H, R, C)` of samples of a prepared call, on a `MapGrid` of that size.
 
-    NaN where every token of the bin is forbidden to the row. With them the token of each row
-    `(R,)` and the first token of each column `(C,)`, int64 on the CPU. Where the tokens came in
-    several `passes`, of so many tokens each, there is a grid for each.
+    The mean weight of the tokens of a bin that may be seen, so that uniform attention stays `1 / T`
+    however wide the bins; NaN where there are none. With them the token of each row `(R,)` and the
+    first token of each column `(C,)`, int64 on the CPU. Each of `passes`, so many tokens, has a
+    grid.
     """
     shape, limit = (len(samples), call.shape[1]), _block_scores(call.q.device)
     if math.prod(shape) * call.shape[3] * MIN_BLOCK_ROWS <= limit:  # blocks of as many rows stay
         merged = _merged(call, samples)
         call, samples = merged, samples if merged is call else [0]
     _, n_heads, n_queries, n_keys = call.shape
-    passes = list(passes) or [call.n_tokens]
     grids = [MapGrid.of(n, size) for n in passes]
-    starts = torch.tensor(passes).cumsum(0) - torch.tensor(passes)
-    cols = torch.cat([grid.cols + start for grid, start in zip(grids, starts, strict=True)])
+    cols = torch.cat([grid.cols + sum(passes[:i]) for i, grid in enumerate(grids)])
 
     def pool(values: Tensor) -> Tensor:
         parts = zip(grids, values.split(passes, -1), strict=True)
@@ -147,7 +137,7 @@ def _merged(call: Call, samples: Sequence[int]) -> Call:
 
 def _weights(call: Call, b: int, heads: slice, rows: slice | Tensor) -> tuple[Tensor, Tensor]:
     """Weights `(h, R, T)` of rows and which of them are allowed, which broadcasts to them."""
-    scores = _scores(call, b, heads, rows)
+    scores = _scores(call, b, heads, rows, None)
     weights, seen = call.weigh(scores, *call.mask.of_rows(b, heads, rows, scores))
     seen = weights.new_ones(1, dtype=torch.bool) if seen is None else seen
     seen = seen.expand(*seen.shape[:-2], *weights.shape[-2:])
@@ -156,7 +146,7 @@ def _weights(call: Call, b: int, heads: slice, rows: slice | Tensor) -> tuple[Te
 
 def _causal_weights(call: Call, b: int, heads: slice, rows: slice) -> Tensor:
     """Weights `(h, R, C)` of rows under a causal mask; the keys after all of these are left out."""
-    scores = _scores(call, b, heads, rows, n_keys=rows.stop)
+    scores = _scores(call, b, heads, rows, rows.stop)
     n_keys = scores.shape[-1]
     near = slice(min(rows.start, n_keys), n_keys)  # where the mask cuts through the rows
     ahead = torch.ones(rows.stop - rows.start, n_keys - near.start, dtype=torch.bool)
@@ -164,18 +154,14 @@ def _causal_weights(call: Call, b: int, heads: slice, rows: slice) -> Tensor:
     return scores.softmax(-1)
 
 
-def _scores(
-    call: Call, b: int, heads: slice, rows: slice | Tensor, n_keys: int | None = None
-) -> Tensor:
-    """Scores `(h, R, Tk)` of rows, of the first keys only if asked."""
+def _scores(call: Call, b: int, heads: slice, rows: slice | Tensor, n_keys: int | None) -> Tensor:
+    """Scores `(h, R, Tk)` of rows, of the first `n_keys` or all."""
     q, k = call.q, call.k
     if k is None:
         return wide(q[b, heads, rows])
     group = q.shape[1] // k.shape[1]
-    shared = heads
-    if group > 1:
-        shared = torch.arange(heads.start, heads.stop, device=k.device) // group
-    return q[b, heads, rows] @ k[b, shared, :n_keys].mT
+    own = heads if group == 1 else torch.arange(heads.start, heads.stop, device=k.device) // group
+    return q[b, heads, rows] @ k[b, own, :n_keys].mT
 
 
 def _block_scores(device: torch.device) -> int:

@@ -21,11 +21,10 @@ from historylens.capture import inputs
 from historylens.capture.follow import Followed, Weights
 from historylens.capture.inputs import OTHER_LAYERS, Call, CaptureError
 from historylens.capture.masks import Mask
-from historylens.capture.record import Options, Record, Seen, matches
+from historylens.capture.record import Options, Record, matches
 
 # Class names that end so are expected to attend: LlamaAttention, CausalSelfAttention, FlashAttn2.
 _ATTENTION_NAME = re.compile(r"(attention|attn|mha)\d*d?$", re.IGNORECASE)
-_PASS_ON = nn.ModuleList, nn.TransformerEncoder, nn.TransformerDecoder  # they only call their parts
 
 
 @dataclass(eq=False)
@@ -129,7 +128,7 @@ class Session(TorchFunctionMode):
         self._take_softmax(run, scores)  # before it may overwrite its input
         output = func(*args, **kwargs)
         if self.newest:
-            n_heads = self.options.heads if self.seen(self.newest) else 1
+            n_heads = self.options.heads if self.record.calls[self.newest] else 1
             shape = inputs.with_heads(self.newest, scores, n_heads, "scores").shape
             self.weights[output] = Weights((self.newest,), shape)
         return output
@@ -176,13 +175,9 @@ class Session(TorchFunctionMode):
             own = f"{name} #{number}"
         self._keep(own, inputs.read_weights, (weights, mask), {})
 
-    def seen(self, name: str) -> Seen | None:
-        """A layer as far as it is recorded."""
-        return self.record.calls.get(name)
-
     def _reads_on(self, name: str, n_queries: int, n_keys: int) -> bool:
         """Whether a call goes on with a layer that has been recorded."""
-        seen = self.seen(name)
+        seen = self.record.calls.get(name)
         return seen is not None and seen.continues(n_queries, n_keys)
 
     def _keep(self, name: str, reader: Callable[..., Call], args: tuple, kwargs: dict) -> None:
@@ -216,7 +211,7 @@ class Session(TorchFunctionMode):
     def _follow(self, kernel: str, args: tuple, output: Any) -> None:
         """Follow weights to the values: what they have become by then is the attention."""
         name, weights = self.weights.step(kernel, args, output) or ("", None)
-        if seen := self.seen(name):
+        if seen := self.record.calls.get(name):
             with _plain_arithmetic():
                 allowed = (weights != 0).any(-3, keepdim=True)
                 read = inputs.read_weights(name, self.options.heads, weights, allowed)
@@ -248,8 +243,8 @@ class Session(TorchFunctionMode):
         calls = list(enumerate(record.calls))
         found = {x for x in chosen if any(matches(name, x, number) for number, name in calls)}
         if missing := sorted({*chosen} - found, key=str):
-            seen = ", ".join(record.calls) or "none"
-            raise CaptureError(f"found no attention for layers={missing}; layers that ran: {seen}")
+            ran = ", ".join(record.calls) or "none"
+            raise CaptureError(f"found no attention for layers={missing}; layers that ran: {ran}")
         for name, root in self._roots.items():
             is_root = self._names[root] == name  # and no part of another
             if is_root and not any(matches(found, name) for found in record.names):
@@ -297,20 +292,16 @@ def names_of(roots: dict[str, nn.Module]) -> dict[nn.Module, str]:
 
 
 def _forward_of(module: nn.Module) -> Callable | None:
-    """The function behind a module's forward, None for a scripted one."""
-    return getattr(type(module), "forward", None)
+    return getattr(type(module), "forward", None)  # a scripted one has none
 
 
 def _may_attend(module: nn.Module) -> bool:
-    """Whether a module is worth a hook: PyTorch's own without parts, or around theirs, are not."""
+    """Whether a module is worth a hook: none of PyTorch's own without parts, as a linear layer."""
     if isinstance(module, torch.jit.ScriptModule):  # takes no hooks, and nothing in it is seen
         return False
-    if isinstance(module, nn.Softmax) or "forward" in vars(module):
-        return True
-    if type(module) is nn.TransformerEncoderLayer:
-        return type(module.self_attn) is not nn.MultiheadAttention
     is_own = type(module).__module__.startswith("torch.nn.modules.")
-    return not is_own or (bool(module._modules) and type(module) not in _PASS_ON)
+    is_simple = is_own and not module._modules and "forward" not in vars(module)
+    return not is_simple or isinstance(module, nn.Softmax)
 
 
 @contextmanager
