@@ -43,7 +43,7 @@ class HeadOutput:
     values: Tensor
     output: Tensor
     query_rows: Tensor
-    projection: Tensor | None
+    projection: Tensor | None = None
 
     def added(self) -> Tensor:
         """What the heads together add to the query token for each key: `(B, Tk, D)`.
@@ -127,8 +127,7 @@ class _Heads(Session):
             if output.dim() == 3:
                 hidden = hidden.repeat_interleave(len(output) // len(hidden), 0)
             hidden = hidden[:, None] if output.dim() == 4 else hidden
-            is_causal = given.is_causal
-            mask = _added(given.attn_mask, hidden, output.dtype, allows=True, causal=is_causal)
+            mask = _added(given.attn_mask, hidden, output, allows=True, causal=given.is_causal)
             given = given._replace(attn_mask=mask, is_causal=False)
             output = functional.scaled_dot_product_attention(**given._asdict())
         heads, values = (
@@ -143,7 +142,7 @@ class _Heads(Session):
             hidden = self.hide[name].repeat_interleave(n_heads, 0)  # (B * H, Tq, Tk)
             is_bare = given.is_causal and given.key_padding_mask is None and not given.need_weights
             mask = None if is_bare else given.attn_mask
-            mask = _added(mask, hidden, given.query.dtype, allows=False, causal=is_bare)
+            mask = _added(mask, hidden, given.query, allows=False, causal=is_bare)
             given = given._replace(attn_mask=mask, is_causal=False)
             output = attend(**given._asdict())
         whole = torch.eye(given.embed_dim_to_check, dtype=output[0].dtype, device=output[0].device)
@@ -152,24 +151,22 @@ class _Heads(Session):
         inner = inner.reshape(len(given.query), -1, n_heads, len(whole) // n_heads)
         values = inputs.projection_of(given).of(given.value, 2)
         values = values.reshape(len(values), -1, *inner.shape[2:]).permute(1, 2, 0, 3)
-        heads = self._follow_heads(name, values, inner.permute(1, 2, 0, 3), given.out_proj_weight)
+        heads = self._follow_heads(name, values, inner.permute(1, 2, 0, 3))
+        self.heads[name].projection = given.out_proj_weight.detach()
         if name not in self.change:
             return output
         joined = heads.permute(2, 0, 1, 3).flatten(2)  # (T, B, D)
         joined = functional.linear(joined, given.out_proj_weight, given.out_proj_bias)
         return joined.reshape(output[0].shape), *output[1:]
 
-    def _follow_heads(
-        self, name: str, values: Tensor, output: Tensor, projection: Tensor | None = None
-    ) -> Tensor:
+    def _follow_heads(self, name: str, values: Tensor, output: Tensor) -> Tensor:
         if name in self.change:
             output = self.change[name](output).to(output.dtype)
         values = values.repeat_interleave(output.shape[1] // values.shape[1], 1)
         seen = self.record.calls[name]
         if values.shape[2] > sum(seen.passes):  # those of tokens
             values = values[:, :, seen.extra[0] : values.shape[2] - seen.extra[1]]
-        parts = (values, output, seen.layer.query_rows, projection)
-        self.heads[name] = HeadOutput(*(x if x is None else x.detach() for x in parts))
+        self.heads[name] = HeadOutput(values.detach(), output.detach(), seen.layer.query_rows)
         return output
 
     def _find_projection(self, kernel: str, args: tuple) -> None:
@@ -188,16 +185,16 @@ class _Heads(Session):
 
 
 def _added(
-    mask: Tensor | None, hidden: Tensor, dtype: torch.dtype, *, allows: bool, causal: bool
+    mask: Tensor | None, hidden: Tensor, like: Tensor, *, allows: bool, causal: bool
 ) -> Tensor:
     """A mask, of which a bool `allows` or forbids, and what is hidden, as a float to add."""
-    added = torch.zeros((), dtype=dtype, device=hidden.device)
+    added = like.new_zeros(())
     if causal:
         hidden = hidden | torch.ones_like(hidden).triu(1)
     if mask is not None and mask.dtype == torch.bool:
         hidden = hidden | (~mask if allows else mask)
     elif mask is not None:
-        added = mask.to(dtype)
+        added = mask.to(like.dtype)
     return added.masked_fill(hidden, -torch.inf)
 
 

@@ -5,8 +5,8 @@ with disturbed(model, record.names[-1], row=20):            # that row of its ou
     model(*inputs)
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, suppress
 from copy import deepcopy
 from typing import Any
 
@@ -98,13 +98,13 @@ class _Disturbed(Session):
         return (changed, *output[1:]) if is_pair else changed
 
 
-@contextmanager
-def disturbed(model: nn.Module, layer: str, row: int | None, **options: Any) -> Iterator[None]:
+def disturbed(
+    model: nn.Module, layer: str, row: int | None, **options: Any
+) -> AbstractContextManager:
     """A block in which a row of what a layer's attention gives is another; all rows for None.
 
     `options` are those of `capture` that say what is attention.
     """
     session = _Disturbed(model, Options(received=False, **options))
     session.target, session.row = layer, row
-    with session.attached():
-        yield
+    return session.attached()

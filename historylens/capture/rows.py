@@ -78,10 +78,7 @@ def received(call: Call, padded: Tensor | None = None) -> tuple[Tensor, Tensor]:
         first = torch.arange(n_keys, device=device) if is_causal else 0
         count += torch.as_tensor(n_queries - first).clamp(min=0)
     for b, heads, rows in _blocks(call):
-        if by_position and is_causal:
-            weights = _causal_weights(call, b, heads, rows)
-        else:
-            weights, seen = _weights(call, b, heads, rows)
+        weights, seen = _weights(call, b, heads, rows, cut=by_position and is_causal)
         if padded is not None:
             real = ~padded[b, rows].to(device)
             weights, seen = weights[:, real], seen[..., real, :]
@@ -135,33 +132,31 @@ def _merged(call: Call, samples: Sequence[int]) -> Call:
     return replace(call, q=q, k=k)
 
 
-def _weights(call: Call, b: int, heads: slice, rows: slice | Tensor) -> tuple[Tensor, Tensor]:
-    """Weights `(h, R, T)` of rows and which of them are allowed, which broadcasts to them."""
-    scores = _scores(call, b, heads, rows, None)
+def _weights(
+    call: Call, b: int, heads: slice, rows: slice | Tensor, cut: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """Weights `(h, R, T)` of rows and which of them are allowed, which broadcasts to them.
+
+    Under a bare causal mask it may be `cut`: the keys after all of these rows are left out.
+    """
+    q, k = call.q[b, heads, rows], call.k
+    if k is None:
+        scores = wide(q)
+    else:
+        group, own = call.q.shape[1] // k.shape[1], heads
+        if group > 1:
+            own = torch.arange(heads.start, heads.stop, device=k.device) // group
+        scores = q @ k[b, own, : rows.stop if cut else None].mT
+    if cut:
+        n_rows, n_keys = scores.shape[-2:]
+        near = slice(min(rows.start, n_keys), n_keys)  # where the mask cuts through the rows
+        ahead = torch.ones(n_rows, n_keys - near.start, dtype=torch.bool, device=scores.device)
+        scores[..., near].masked_fill_(ahead.triu_(1), -torch.inf)
+        return scores.softmax(-1), None
     weights, seen = call.weigh(scores, *call.mask.of_rows(b, heads, rows, scores))
     seen = weights.new_ones(1, dtype=torch.bool) if seen is None else seen
     seen = seen.expand(*seen.shape[:-2], *weights.shape[-2:])
     return call.on_tokens(weights), call.on_tokens(seen)
-
-
-def _causal_weights(call: Call, b: int, heads: slice, rows: slice) -> Tensor:
-    """Weights `(h, R, C)` of rows under a causal mask; the keys after all of these are left out."""
-    scores = _scores(call, b, heads, rows, rows.stop)
-    n_keys = scores.shape[-1]
-    near = slice(min(rows.start, n_keys), n_keys)  # where the mask cuts through the rows
-    ahead = torch.ones(rows.stop - rows.start, n_keys - near.start, dtype=torch.bool)
-    scores[..., near].masked_fill_(ahead.to(scores.device).triu_(1), -torch.inf)
-    return scores.softmax(-1)
-
-
-def _scores(call: Call, b: int, heads: slice, rows: slice | Tensor, n_keys: int | None) -> Tensor:
-    """Scores `(h, R, Tk)` of rows, of the first `n_keys` or all."""
-    q, k = call.q, call.k
-    if k is None:
-        return wide(q[b, heads, rows])
-    group = q.shape[1] // k.shape[1]
-    own = heads if group == 1 else torch.arange(heads.start, heads.stop, device=k.device) // group
-    return q[b, heads, rows] @ k[b, own, :n_keys].mT
 
 
 def _block_scores(device: torch.device) -> int:

@@ -1,15 +1,10 @@
-"""Follows a model while it runs: forward hooks, and a mode that sees every call of torch.
-
-with Session(model, options).attached() as session:
-    model(*inputs)
-session.record
-"""
+"""Follows a model while it runs: forward hooks, and a mode that sees every call of torch."""
 
 import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,17 +52,12 @@ class Session(TorchFunctionMode):
     @contextmanager
     def attached(self) -> Iterator["Session"]:
         """A block in which the session sees what runs."""
-        hooks = []
-        try:
+        with ExitStack() as hooks, _uncompiled(), self:
             for module in filter(_may_attend, self._names):
-                hooks.append(module.register_forward_pre_hook(self._enter))
-                hooks.append(module.register_forward_hook(self._leave, always_call=True))
-            with _uncompiled(), self:
-                yield self
-        finally:
-            for hook in hooks:
-                hook.remove()
-            self._mask = Mask()  # the record lives on, the model's mask need not
+                hooks.enter_context(module.register_forward_pre_hook(self._enter))
+                hooks.enter_context(module.register_forward_hook(self._leave, always_call=True))
+            yield self
+        self._mask = Mask()  # the record lives on, the model's mask need not
 
     def _enter(self, module: nn.Module, args: tuple) -> None:
         name = self._names.get(module)
@@ -274,20 +264,12 @@ def _roots_of(model_or_layers: nn.Module | Sequence[nn.Module]) -> dict[str, nn.
 def names_of(roots: dict[str, nn.Module]) -> dict[nn.Module, str]:
     """The name of every module. The attention of PyTorch's encoder layer goes by the layer's."""
     names, done = {}, set()
-
-    def visit(module: nn.Module, path: str) -> None:
-        if module in done:
-            return
-        done.add(module)
-        name = names.setdefault(module, path or type(module).__name__)
-        if _forward_of(module) is nn.TransformerEncoderLayer.forward:
-            names.setdefault(module.self_attn, name)
-        for part, child in module._modules.items():
-            if child is not None:  # "_orig_mod" is in a wrapper of torch.compile
-                visit(child, path if part == "_orig_mod" else f"{path}.{part}".lstrip("."))
-
     for prefix, root in roots.items():
-        visit(root, prefix)
+        for path, module in root.named_modules(done, prefix):
+            parts = [part for part in path.split(".") if part != "_orig_mod"]  # of torch.compile
+            name = names.setdefault(module, ".".join(parts) or type(module).__name__)
+            if _forward_of(module) is nn.TransformerEncoderLayer.forward:
+                names.setdefault(module.self_attn, name)
     return names
 
 
