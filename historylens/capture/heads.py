@@ -1,10 +1,8 @@
 """Heads told apart: what each gives, and what a model does when that, or what it reads, is another.
 
-    with heads(model) as seen:
+    with heads(model, change={"layers.0": torch.zeros_like}) as seen:
         model(*inputs)
-    seen["layers.0"].output                                           # (B, H, T, d)
-    with heads(model, change={"layers.0": torch.zeros_like}):         # without that layer's
-        model(*inputs)
+    seen["layers.0"].query_rows                                       # (B, H, T)
 
 It works where the heads' outputs lie side by side before a projection: in `nn.MultiheadAttention`,
 with `scaled_dot_product_attention`, and where weights from a softmax are multiplied with values.
@@ -46,10 +44,8 @@ class HeadOutput:
     projection: Tensor | None = None
 
     def added(self) -> Tensor:
-        """What the heads together add to the query token for each key: `(B, Tk, D)`.
-
-        `sum_h a_hj f_h(v_j)`, with the weights `a` of the query and `f` the projection; over all
-        keys it sums to the layer's output, its bias apart (Kobayashi et al. 2020, equation 3).
+        """What the heads together add to the query token for each key, `(B, Tk, D)`: equation 3 of
+        Kobayashi et al. 2020. Over all keys it sums to the layer's output, its bias apart.
         """
         weighted = self.query_rows[..., None].to(self.values) * self.values  # (B, H, Tk, d)
         return functional.linear(weighted.transpose(1, 2).flatten(2), self.projection)

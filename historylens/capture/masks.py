@@ -67,9 +67,8 @@ class Mask:
         return self.allows, self.causal, places, versions
 
     def of_rows(self, sample: int, heads: slice, rows: slice | Tensor, like: Tensor) -> Added:
-        """What to add to scores `like` `(h, R, Tk)` of rows of a sample; None if all is seen.
-
-        With it a bool that is True where a large negative number may forbid, None for nowhere.
+        """What to add to scores `like` `(h, R, Tk)` of rows of a sample, None for nothing, and
+        where a large negative number may forbid, a bool, None for nowhere.
         """
         parts = []
         for bias in self.biases:

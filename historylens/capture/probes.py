@@ -1,12 +1,7 @@
-"""What a model does when something in it is changed: passes beside the one that is recorded.
+"""What a model does when something in it is changed: passes beside the one that is recorded."""
 
-mixing_modules(model, record.names, n_tokens, run)          # {"blocks.1.mix": "Mixer"}
-with disturbed(model, record.names[-1], row=20):            # that row of its output is another
-    model(*inputs)
-"""
-
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from copy import deepcopy
 from typing import Any
 
@@ -25,8 +20,8 @@ def mixing_modules(
     """Modules that mix tokens beside the captured `layers`, and their classes.
 
     While `run()` runs the model, each module that reads `(B, T, D)`, and neither is, contains nor
-    lies in a layer, is called again with another token: it mixes if the output at the rest changes.
-    Of modules inside each other it is the innermost. What fails then is passed over.
+    lies in a layer or a module found, is called again with another token: it mixes if the output at
+    the rest changes. What fails then is passed over.
     """
     names, found, busy = names_of({"": model}), {}, []
 
@@ -47,7 +42,7 @@ def mixing_modules(
 
 
 def _mixes(module: nn.Module, args: tuple, kwargs: dict, output: Any, n_tokens: int) -> bool:
-    """Whether an output at a token depends on another token of the first input."""
+    """Whether the output at a token depends on another token of the first input."""
     given = {**dict(enumerate(args)), **kwargs}
     place, x = next((key, x) for key, x in given.items() if isinstance(x, Tensor))
 
@@ -79,32 +74,27 @@ def _first(output: Any) -> Tensor:
 
 
 class _Disturbed(Session):
-    """Gives on another output of an attention than it has."""
-
     target: str
     row: int | None
 
     def changed(self, func: Callable, args: tuple, kwargs: dict, output: Any) -> Any:
-        """Another row."""
+        """What the target gives, with another row, or all others for None."""
         if self.newest != self.target:
             return output
         is_pair = isinstance(output, tuple)  # of multi_head_attention_forward, (T, B, D) first
         changed = _first(output).clone()
         rows = changed if is_pair else changed.movedim(-2, 0)
         if self.row is not None:
-            start = self.record.calls[self.target].n_queries - len(rows)  # of earlier passes
-            rows = rows[self.row - start : self.row - start + 1] if self.row >= start else rows[:0]
+            row = self.row - self.record.calls[self.target].n_queries + len(rows)  # of this pass
+            rows = rows[max(row, 0) : max(row + 1, 0)]
         rows.neg_().add_(1)
         return (changed, *output[1:]) if is_pair else changed
 
 
-def disturbed(
-    model: nn.Module, layer: str, row: int | None, **options: Any
-) -> AbstractContextManager:
-    """A block in which a row of what a layer's attention gives is another; all rows for None.
-
-    `options` are those of `capture` that say what is attention.
-    """
+@contextmanager
+def disturbed(model: nn.Module, layer: str, row: int | None, **options: Any) -> Iterator[None]:
+    """A block in which a row of what a layer's attention gives is another; all rows for None."""
     session = _Disturbed(model, Options(received=False, **options))
     session.target, session.row = layer, row
-    return session.attached()
+    with session.attached():
+        yield

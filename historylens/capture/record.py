@@ -1,8 +1,4 @@
-"""What a capture keeps of every attention call, and leaves behind: the layers in order.
-
-seen = options.attention("layers.0", call)                              # Seen
-options.attention("layers.0", later_call, seen).layer                   # LayerAttention, of both
-"""
+"""What a capture keeps of every attention call, and leaves behind: the layers in order."""
 
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -191,10 +187,8 @@ class Options:
         """What is kept of a call that reads on `before`. It raises where an option does not fit."""
         n_samples, _, n_queries, n_keys = call.shape
         if any(not 0 <= sample < n_samples for sample in self.maps):
-            raise CaptureError(
-                f"{name}: maps were asked for samples {list(self.maps)}, "
-                f"expected numbers in 0..{n_samples - 1}, the samples of the batch"
-            )
+            wanted = f"expected numbers in 0..{n_samples - 1}, the samples of the batch"
+            raise CaptureError(f"{name}: maps were asked for samples {list(self.maps)}, {wanted}")
         start = before.n_queries if before else 0
         call.extra = before.extra if before else call.extra_keys()
         n_tokens = start + n_queries if before else n_keys - sum(call.extra)
@@ -224,8 +218,7 @@ class Options:
 
     def _query_rows(self, name: str, call: Call, start: int) -> tuple[dict[str, Tensor], Tensor]:
         """Fields of the query's rows, and what it has `reached`; `start` queries came before."""
-        n_samples, _, n_queries, _ = call.shape
-        places = self._places
+        (n_samples, _, n_queries, _), places = call.shape, self._places
         fits = len(places) == n_samples or not self._is_each
         _expect(fits, f"one query a sample ({n_samples})", len(places), name)
         places = torch.where(places < 0, places + n_queries, places - start)
@@ -241,9 +234,8 @@ class Options:
                 f"{name}: the mask lets the query token see nothing (by default the last token is "
                 "the query). Say which token is: capture(model, query=...), one position or (B,)"
             )
-        on_tokens = call.on_tokens(weights)
-        found = {"query_rows": on_tokens.to("cpu", torch.float32)}
-        found["visible"] = call.on_tokens(visible).cpu()
+        on_tokens, visible = call.on_tokens(weights), call.on_tokens(visible).cpu()
+        found = {"query_rows": on_tokens.to("cpu", torch.float32), "visible": visible}
         if any(call.extra):
             found["extra"] = (weights.sum(-1) - on_tokens.sum(-1)).to("cpu", torch.float32)
         return found, reached
@@ -252,8 +244,7 @@ class Options:
         """Which queries are padding: as the call says itself, and as the user says."""
         n_samples, _, n_queries, _ = call.shape
         padding, end = self.padding, start + n_queries
-        is_self = call.n_tokens == end
-        if padding is None or not (is_self or padding.shape == (n_samples, n_queries)):
+        if padding is None or (call.n_tokens != end and padding.shape != (n_samples, n_queries)):
             return call.padded
         own = padding[:, start:end]
         found = f"{tuple(padding.shape)}; choose the layers that it fits: {LAYERS}"
