@@ -52,8 +52,8 @@ def capture(
         map_size: largest number of rows and of columns of a map, at least 8.
         query: position of the query token, whose row is kept, for all samples or `(B,)` whole
             numbers; negative from the end. In a padded batch: `lengths - 1`.
-        padding: `(B, T)` bool, True where a token is padding, for models whose mask does not tell
-            (a `key_padding_mask` does). Received attention leaves padded queries out.
+        padding: `(B, T)` bool, True where a token is padding, whose query is left out of received
+            attention; for models whose mask does not tell (a `key_padding_mask` does).
         layers: names (of what is below them too, or with wildcards) or numbers, in the order in
             which they run, of the layers to capture; all by default.
         softmax: names of modules, with wildcards, whose softmax over the last axis is attention
@@ -66,7 +66,7 @@ def capture(
 
     Raises:
         CaptureError: there is no attention, a layer's cannot be read, did not run or ran twice, or
-            an argument does not fit. It names the layer and the way out.
+            an argument does not fit.
     """
     options = Options(received, maps, map_size, query, padding, layers, softmax, heads, inputs)
     with Session(model_or_layers, options).attached() as session:
@@ -83,9 +83,8 @@ def record_attention(name: str, weights: Tensor, mask: Tensor | None = None) -> 
     Args:
         name: the layer's name in the record, by which `layers=` chooses it.
         weights: `(B, H, Tq, Tk)`, 0 or more; rows that do not sum to 1 are divided by their sum.
-        mask: which keys a query may see, as for `scaled_dot_product_attention`: bool, True where it
-            may, or a float to add; broadcasts to the weights. By default all, or all up to the
-            query's own position where no weight lies behind that.
+        mask: which keys a query may see, as for `scaled_dot_product_attention`. By default all, or
+            all up to the query's own position where no weight lies behind that.
 
     Raises:
         CaptureError: weights below 0, or an option of the capture does not fit.

@@ -54,9 +54,8 @@ class HeadOutput:
         """How much of what the heads add to the query token is due to each key, `(B, Tk)` each.
 
         The norm of what is added for it (Kobayashi et al. 2020, arXiv 2004.10102), as a share of
-        the sum of these; and its part along the sum `y` of all, `<x_j, y> / <y, y>`, which adds up
-        to 1 and is negative where a key works against the rest (after Kobayashi et al. 2021, arXiv
-        2109.07152, without the residual stream and the normalisation behind it).
+        the sum of these; and its part along the sum `y` of all, `<x_j, y> / <y, y>`, negative where
+        a key works against the rest (after Kobayashi et al. 2021, arXiv 2109.07152).
         """
         added = self.added().double()
         whole, norms = added.sum(1, keepdim=True), added.norm(dim=-1)
@@ -180,9 +179,7 @@ class _Heads(Session):
             latest.projection = weight.T if is_turned else weight
 
 
-def _added(
-    mask: Tensor | None, hidden: Tensor, like: Tensor, *, allows: bool, causal: bool
-) -> Tensor:
+def _added(mask: Tensor | None, hidden: Tensor, like: Tensor, allows: bool, causal: bool) -> Tensor:
     """A mask, of which a bool `allows` or forbids, and what is hidden, as a float to add."""
     added = like.new_zeros(())
     if causal:

@@ -1,8 +1,5 @@
 """What an attention call is computed from: one record, whichever way a model computes it.
 
-    read = reader_of(nn.functional.scaled_dot_product_attention)
-    call = read("blocks.0.attn", n_heads, *args, **kwargs)
-
 A reader takes the name of the calling module, for errors, the number of heads for tensors with 3
 axes, `(B * H, T, d)`, and the arguments of the call. Axes: `B` samples, `H` heads, `Tq` queries,
 `Tk` keys (both `T` in self-attention), `d` width of a head, `D` width of the model.
@@ -127,7 +124,14 @@ class Call:
 
         Its position, `0 <= query < Tq`, holds for all samples or is `(B,)` int64.
         """
-        scores = self._row_scores(query)
+        q = scores = wide(pick(self.q, query))  # (B, H, d)
+        if self.k is not None:
+            k = wide(self.k).flatten(0, 1)  # (B Hk, Tk, d)
+            if self.projection is not None:  # the inputs of the keys are one head then
+                q = self.projection.folded_query(q)  # (B, H, kdim)
+            grouped = q.reshape(len(k), -1, k.shape[-1])  # (B Hk, H / Hk, d)
+            scores = torch.baddbmm(k.new_empty(()), grouped, k.mT, beta=0, alpha=self.scale)
+            scores = scores.view(*q.shape[:2], -1)
         return self.weigh(scores, *self.mask.of_query(query, scores))
 
     def weigh(self, scores: Tensor, bias: Tensor | None, low: Tensor | None) -> tuple:
@@ -147,24 +151,12 @@ class Call:
             seen = seen & ~(low & (weights == 0))
         return weights.masked_fill_(~seen.any(-1, keepdim=True), 0.0), seen
 
-    def _row_scores(self, query: int | Tensor) -> Tensor:
-        """Scores `(B, H, Tk)` before the mask, up to a constant a row."""
-        q = wide(pick(self.q, query))  # (B, H, d)
-        if self.k is None:
-            return q
-        k = wide(self.k).flatten(0, 1)  # (B Hk, Tk, d)
-        if self.projection is not None:  # the inputs of the keys are one head then
-            q = self.projection.folded_query(q)  # (B, H, kdim)
-        grouped = q.reshape(len(k), -1, k.shape[-1])  # (B Hk, H / Hk, d)
-        scores = torch.baddbmm(k.new_empty(()), grouped, k.mT, beta=0, alpha=self.scale)
-        return scores.view(*q.shape[:2], -1)
-
     def inputs(self) -> Tensor:
         """What each token feeds in, `(B, T, F)`, in self-attention: query, key, or both by one."""
-        before, n_tokens = (self.extra or (0, 0))[0], self.q.shape[2]
+        before = self.extra[0]
         if self.k is None:  # its score with itself
             return self.q.diagonal(before, dim1=2, dim2=3).transpose(1, 2)
-        keys = self.k[:, :, before : before + n_tokens]
+        keys = self.k[:, :, before : before + self.q.shape[2]]
         return torch.cat([x.transpose(1, 2).flatten(2) for x in (self.q, keys)], -1)
 
     def prepared(self) -> "Call":
@@ -194,15 +186,11 @@ def read_multi_head(name: str, _n_heads: int | None, *args: Any, **kwargs: Any) 
     """What a call of `nn.functional.multi_head_attention_forward` attends with."""
     given = MultiHead(*args, **kwargs)
     if given.static_k is not None:
-        raise CaptureError(
-            f"{name} passes static_k to multi_head_attention_forward, which capture does not read; "
-            "leave it out with layers="
-        )
+        what = f"{name} passes static_k to multi_head_attention_forward"
+        raise CaptureError(f"{what}, which capture does not read; leave it out with layers=")
     if given.bias_k is not None or given.add_zero_attn:
-        raise CaptureError(
-            f"{name} adds keys of its own (add_bias_kv, add_zero_attn), which are no token of the "
-            f"input; {OTHER_LAYERS}"
-        )
+        what = f"{name} adds keys of its own (add_bias_kv, add_zero_attn)"
+        raise CaptureError(f"{what}, which are no token of the input; {OTHER_LAYERS}")
     q, k = (
         x[None, None] if x.dim() == 2 else x.transpose(0, 1).unsqueeze(1)  # (B, 1, T, D)
         for x in (given.query, given.key)
@@ -244,10 +232,9 @@ def read_sdpa(name: str, n_heads: int | None, *args: Any, **kwargs: Any) -> Call
     """What a call of `nn.functional.scaled_dot_product_attention` attends with."""
     query, key, _, bias, _, is_causal, scale, enable_gqa = ScaledDot(*args, **kwargs)
     if query.is_nested or key.is_nested:
-        raise CaptureError(
-            f"{name} calls scaled_dot_product_attention with nested tensors, which capture does "
-            "not read; give the model padded tensors and a mask"
-        )
+        what = f"{name} calls scaled_dot_product_attention with nested tensors"
+        way_out = "give the model padded tensors and a mask"
+        raise CaptureError(f"{what}, which capture does not read; {way_out}")
     if query.shape[:-2] != key.shape[:-2] and not enable_gqa:
         leading = torch.broadcast_shapes(query.shape[:-2], key.shape[:-2])
         query, key = (x.expand(*leading, *x.shape[-2:]) for x in (query, key))
@@ -322,9 +309,7 @@ def reader_of(func: Callable) -> Callable[..., Call] | None:
         return _READERS.get(name)
 
     def refuse(name: str, *_args: Any, **_kwargs: Any) -> Call:
-        raise CaptureError(
-            f"{name} calls {kernel}, a kernel whose attention capture cannot read. {WAY_OUT}, or "
-            f"{OTHER_LAYERS}"
-        )
+        what = f"{name} calls {kernel}, a kernel whose attention capture cannot read"
+        raise CaptureError(f"{what}. {WAY_OUT}, or {OTHER_LAYERS}")
 
     return refuse

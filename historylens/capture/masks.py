@@ -14,7 +14,6 @@ from torch import Tensor
 
 NEAR = -450.0  # down to twice this, numbers are no mask
 CHUNK_CPU, CHUNK_GPU = 2**18, 2**26  # numbers looked at together
-
 Added = tuple[Tensor | None, Tensor | None]  # what is added to scores; where it may be a mask's
 
 

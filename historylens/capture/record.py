@@ -102,10 +102,11 @@ class Record(Sequence[LayerAttention]):
         waiting: names of the layers that have to run and have not yet.
         places: names of the modules that attended in sight, or handed weights in.
         calls: by name, in order, what is seen of each layer; None of what is not kept.
+        add: takes in weights that cannot be read, as `record_attention` does.
     """
 
     def __init__(self, waiting: Iterable[str], roots: Iterable[str], take: Callable) -> None:
-        self.waiting, self.places, self._take = dict.fromkeys(waiting), set(), take
+        self.waiting, self.places, self.add = dict.fromkeys(waiting), set(), take
         self.calls: dict[str, Seen | None] = {}
         self._order = {root: i for i, root in enumerate(roots)}
 
@@ -119,10 +120,6 @@ class Record(Sequence[LayerAttention]):
     def names(self) -> tuple[str, ...]:
         """The names of the layers captured so far, in order."""
         return tuple(layer.name for layer in self._layers)
-
-    def add(self, name: str, weights: Tensor, mask: Tensor | None = None) -> None:
-        """Take in attention that cannot be read: see `record_attention`."""
-        self._take(name, weights, mask)
 
     def check_all_ran(self) -> None:
         """Raise `CaptureError` if a layer has not run yet."""

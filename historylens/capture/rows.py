@@ -9,6 +9,7 @@ Axes as in `inputs.py`; `R`, `C` rows and columns of a map.
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -63,8 +64,8 @@ class MapGrid:
 def received(call: Call, padded: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Attention `(B, H, T)` that each token receives, averaged over the queries that may see it.
 
-    Column means of the attention matrix of a prepared call over its allowed entries; NaN where
-    there are none. Queries that are `padded` `(B, Tq)` are left out. With it, how many there are.
+    Of a prepared call; NaN where there are none. Queries that are `padded` `(B, Tq)` are left out.
+    With it, how many queries those are.
     """
     shape, n_keys = call.shape[:2], call.n_tokens
     if padded is None:
@@ -92,10 +93,9 @@ def received(call: Call, padded: Tensor | None = None) -> tuple[Tensor, Tensor]:
 def maps(call: Call, samples: Sequence[int], size: int, passes: list[int]) -> tuple[Tensor, ...]:
     """Attention maps `(M, H, R, C)` of samples of a prepared call, on a `MapGrid` of that size.
 
-    The mean weight of the tokens of a bin that may be seen, so that uniform attention stays `1 / T`
-    however wide the bins; NaN where there are none. With them the token of each row `(R,)` and the
-    first token of each column `(C,)`, int64 on the CPU. Each of `passes`, so many tokens, has a
-    grid.
+    The mean weight of the tokens of a bin that may be seen, NaN where there are none. With them the
+    token of each row `(R,)` and the first token of each column `(C,)`, int64 on the CPU. Each of
+    `passes`, so many tokens, has a grid.
     """
     shape, limit = (len(samples), call.shape[1]), _block_scores(call.q.device)
     if math.prod(shape) * call.shape[3] * MIN_BLOCK_ROWS <= limit:  # blocks of as many rows stay
@@ -169,8 +169,6 @@ def _blocks(call: Call) -> Iterator[tuple[int, slice, slice]]:
     n_scores = _block_scores(call.q.device)
     per_block = min(n_heads, max(1, n_scores // (n_keys * min(MIN_BLOCK_ROWS, n_queries))))
     n_rows = min(n_queries, max(MIN_BLOCK_ROWS, n_scores // (n_keys * per_block)))
-    for b in range(n_samples):
-        for head in range(0, n_heads, per_block):
-            for row in range(0, n_queries, n_rows):
-                heads = slice(head, min(head + per_block, n_heads))
-                yield b, heads, slice(row, min(row + n_rows, n_queries))
+    heads = [slice(i, min(i + per_block, n_heads)) for i in range(0, n_heads, per_block)]
+    rows = [slice(i, min(i + n_rows, n_queries)) for i in range(0, n_queries, n_rows)]
+    return product(range(n_samples), heads, rows)

@@ -40,7 +40,10 @@ class Session(TorchFunctionMode):
         self._roots, self.options = _roots_of(model_or_layers), options
         self._names = names_of(self._roots)
         known = nn.TransformerEncoderLayer.forward, nn.MultiheadAttention.forward
-        attending = [x for module, x in self._names.items() if _forward_of(module) in known]
+        forwards = [
+            (x, getattr(type(module), "forward", None)) for module, x in self._names.items()
+        ]
+        attending = [x for x, forward in forwards if forward in known]
         self.record = Record(filter(options.chooses, attending), self._roots, self.take_weights)
         self.running: list[_Run] = []  # the innermost last
         self.weights = Followed()
@@ -67,10 +70,8 @@ class Session(TorchFunctionMode):
         self.record.waiting.pop(name, None)
         is_mha = isinstance(module, nn.MultiheadAttention)
         if is_mha and any(isinstance(x, Tensor) and x.is_nested for x in args):  # needs a fast path
-            raise CaptureError(
-                f"{name} was called with nested tensors, which capture does not read; give it "
-                "padded tensors and a key padding mask"
-            )
+            what = f"{name} was called with nested tensors, which capture does not read"
+            raise CaptureError(f"{what}; give it padded tensors and a key padding mask")
 
     def _leave(self, module: nn.Module, _args: tuple, _output: object) -> None:
         if not any(run.module is module for run in self.running):
@@ -152,7 +153,7 @@ class Session(TorchFunctionMode):
         name = run.name if run.n_calls == 1 else f"{run.name} #{run.n_calls}"
         self._keep(name, reader, args, kwargs)
 
-    def take_weights(self, name: str, weights: Tensor, mask: Tensor | None) -> None:
+    def take_weights(self, name: str, weights: Tensor, mask: Tensor | None = None) -> None:
         """Record weights that the model's code hands in, and not the softmax that they are of."""
         if weights in self.weights:
             for unmixed in self.weights[weights].names:
@@ -181,10 +182,9 @@ class Session(TorchFunctionMode):
             return
         transforms = torch._C._functorch.get_interpreter_stack() or ()
         if any(one.key() == torch._C._functorch.TransformType.Vmap for one in transforms):
-            raise CaptureError(
-                f"{name} runs inside torch.func.vmap, which capture cannot follow. Run it once for "
-                f"each member instead, in a loop, or {OTHER_LAYERS}"
-            )
+            what = f"{name} runs inside torch.func.vmap, which capture cannot follow"
+            way_out = f"Run it once for each member instead, in a loop, or {OTHER_LAYERS}"
+            raise CaptureError(f"{what}. {way_out}")
         with _plain_arithmetic():
             call = reader(name, self.options.heads, *args, **kwargs)
             if is_known and not self._reads_on(name, *call.shape[2:]):
@@ -216,10 +216,8 @@ class Session(TorchFunctionMode):
             sdpa = 'scaled_dot_product_attention (Hugging Face: attn_implementation="sdpa")'
             way_out = f"{self._hint}. Do so, or attend with {sdpa}"
         for name in filter(self.options.chooses, self._unread):
-            raise CaptureError(
-                f"{name} is a {self._unread[name]} that ran, but its attention was not seen"
-                f"{way_out}, or {OTHER_LAYERS}"
-            )
+            what = f"{name} is a {self._unread[name]} that ran, but its attention was not seen"
+            raise CaptureError(f"{what}{way_out}, or {OTHER_LAYERS}")
         for name, seen in record.calls.items():
             if seen and name in self.weights.lost - self.weights.met:
                 raise CaptureError(
@@ -238,9 +236,8 @@ class Session(TorchFunctionMode):
         for name, root in self._roots.items():
             is_root = self._names[root] == name  # and no part of another
             if is_root and not any(matches(found, name) for found in record.names):
-                raise CaptureError(
-                    f"{name} is a {type(root).__name__}, in which no attention was seen{way_out}"
-                )
+                what = f"{name} is a {type(root).__name__}, in which no attention was seen"
+                raise CaptureError(f"{what}{way_out}")
         if not record.names:
             raise CaptureError(
                 f"found no nn.TransformerEncoderLayer in {type(root).__name__}, no "
@@ -268,13 +265,9 @@ def names_of(roots: dict[str, nn.Module]) -> dict[nn.Module, str]:
         for path, module in root.named_modules(done, prefix):
             parts = [part for part in path.split(".") if part != "_orig_mod"]  # of torch.compile
             name = names.setdefault(module, ".".join(parts) or type(module).__name__)
-            if _forward_of(module) is nn.TransformerEncoderLayer.forward:
+            if getattr(type(module), "forward", None) is nn.TransformerEncoderLayer.forward:
                 names.setdefault(module.self_attn, name)
     return names
-
-
-def _forward_of(module: nn.Module) -> Callable | None:
-    return getattr(type(module), "forward", None)  # a scripted one has none
 
 
 def _may_attend(module: nn.Module) -> bool:
