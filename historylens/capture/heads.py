@@ -70,8 +70,10 @@ class _Heads(Session):
     hide: Mapping[str, Tensor]
     heads: dict[str, HeadOutput]
 
-    def changed(self, func: Callable, args: tuple, kwargs: dict, output: Any) -> Any:
-        """With other heads, where a layer attends or its weights meet the values."""
+    def __torch_function__(
+        self, func: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        output, kwargs = super().__torch_function__(func, types, args, kwargs), kwargs or {}
         name, kernel, reader = self.newest, func.__name__, inputs.reader_of(func)
         if not name:
             self._find_projection(kernel, args)

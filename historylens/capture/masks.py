@@ -75,19 +75,21 @@ class Mask:
             own = heads if n_heads > 1 else slice(None), rows if n_rows > 1 else slice(None)
             parts.append(bias[sample % n_samples, *own])
         index = torch.arange(rows.start, rows.stop) if isinstance(rows, slice) else rows
-        return self._total(parts, index, like)
+        return self._total(parts, index if self.causal else None, like)
 
     def of_query(self, query: int | Tensor, like: Tensor) -> Added:
         """The same for scores `like` `(B, H, Tk)` of one query, for all samples or `(B,)`."""
-        parts = [pick(bias, query) for bias in self.biases]
-        return self._total(parts, torch.as_tensor(query).reshape(-1, 1), like)
+        index = None
+        if self.causal and (isinstance(query, Tensor) or query < like.shape[-1] - 1):
+            index = torch.as_tensor(query).reshape(-1, 1)  # the last one sees everything
+        return self._total([pick(bias, query) for bias in self.biases], index, like)
 
-    def _total(self, parts: Sequence[Tensor], index: Tensor, like: Tensor) -> Added:
+    def _total(self, parts: Sequence[Tensor], index: Tensor | None, like: Tensor) -> Added:
         """Sum of parts of the biases and of the causal mask of the queries at `index`."""
         floors = zip(parts, self.floors, strict=True)
         low = [part < floor for part, floor in floors if floor > -torch.inf]
         parts = [_additive(~bias if self.allows else bias, like) for bias in parts]
-        if self.causal:
+        if index is not None:
             keys = torch.arange(like.shape[-1], device=like.device)
             parts.append(_additive(keys > index.to(like.device)[..., None], like))
         total = reduce(torch.add, parts) if parts else None

@@ -77,8 +77,8 @@ class _Disturbed(Session):
     target: str
     row: int | None
 
-    def changed(self, func: Callable, args: tuple, kwargs: dict, output: Any) -> Any:
-        """What the target gives, with another row, or all others for None."""
+    def __torch_function__(self, *call: Any) -> Any:
+        output = super().__torch_function__(*call)
         if self.newest != self.target:
             return output
         is_pair = isinstance(output, tuple)  # of multi_head_attention_forward, (T, B, D) first

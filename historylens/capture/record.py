@@ -167,7 +167,7 @@ class Options:
             found = f"{query.dtype} {tuple(query.shape)}"
             wanted = "a query of whole numbers (B,), one position a sample"
             _expect(is_whole and query.dim() == 1, wanted, found)
-        self._places = query.cpu().long() if self._is_each else torch.tensor([query])
+        self._places = query.tolist() if self._is_each else [query]
         if self.padding is not None:
             dtype = self.padding.dtype
             _expect(dtype == torch.bool, "a bool padding (B, T), True for padding", dtype)
@@ -196,7 +196,7 @@ class Options:
             *passes, last = before.passes
             is_whole = last + n_queries <= self.map_size  # then a column each
             passes += [last + n_queries] if is_whole else [last, n_queries]
-            is_other = self._places < 0  # from the end, it is another token now
+            is_other = torch.tensor(self._places) < 0  # from the end, it is another token now
             before = replace(before, reached=before.reached & ~is_other, before=None)
         if self.inputs and n_queries == n_tokens:
             found["inputs"] = call.inputs().cpu()
@@ -215,13 +215,13 @@ class Options:
 
     def _query_rows(self, name: str, call: Call, start: int) -> tuple[dict[str, Tensor], Tensor]:
         """Fields of the query's rows, and what it has `reached`; `start` queries came before."""
-        (n_samples, _, n_queries, _), places = call.shape, self._places
-        fits = len(places) == n_samples or not self._is_each
-        _expect(fits, f"one query a sample ({n_samples})", len(places), name)
-        places = torch.where(places < 0, places + n_queries, places - start)
-        inside = places.clamp(0, n_queries - 1)
-        reached = places == inside
-        weights, seen = call.row(inside if self._is_each else inside.item())
+        (n_samples, _, n_queries, _), n_given = call.shape, len(self._places)
+        fits = n_given == n_samples or not self._is_each
+        _expect(fits, f"one query a sample ({n_samples})", n_given, name)
+        places = [place + n_queries if place < 0 else place - start for place in self._places]
+        reached = torch.tensor([place in range(n_queries) for place in places])
+        inside = [min(max(place, 0), n_queries - 1) for place in places]
+        weights, seen = call.row(torch.tensor(inside) if self._is_each else inside[0])
         if seen is None:
             visible = weights.new_ones(n_samples, weights.shape[-1], dtype=torch.bool)
         elif (seen.any(-1).all(-1).cpu() | ~reached).all():
@@ -253,8 +253,7 @@ class Options:
         """Raise `CaptureError` if a layer has run without the query token, or padding is left."""
         name, size = seen.layer.name, (len(seen.layer.visible), seen.n_queries)
         if not seen.reached.all():
-            places = self._places.tolist()
-            what = f"positions {places}" if self._is_each else f"position {self.query}"
+            what = f"positions {self._places}" if self._is_each else f"position {self.query}"
             where = f"{name} has {seen.n_queries} queries, none at {what}"
             raise CaptureError(f"{where}; choose the layers that have: {LAYERS}")
         if self.padding is not None and seen.is_of_self and self.received:

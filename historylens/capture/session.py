@@ -20,6 +20,7 @@ from historylens.capture.record import Options, Record, matches
 
 # Class names that end so are expected to attend: LlamaAttention, CausalSelfAttention, FlashAttn2.
 _ATTENTION_NAME = re.compile(r"(attention|attn|mha)\d*d?$", re.IGNORECASE)
+_PASS_ON = nn.ModuleList, nn.TransformerEncoder, nn.TransformerDecoder  # they only call their parts
 
 
 @dataclass(eq=False)
@@ -85,17 +86,7 @@ class Session(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
-        kwargs, self.newest = kwargs or {}, ""
-        output = self._seen_through(func, args, kwargs)
-        return self.changed(func, args, kwargs, output)
-
-    def changed(self, func: Callable, args: tuple, kwargs: dict, output: Any) -> Any:
-        """What the model gets of a call instead of `output`; `newest` has been set."""
-        return output
-
-    def _seen_through(self, func: Callable, args: tuple, kwargs: dict) -> Any:
-        """Run a call, and record it if it attends, or follow the weights that it works on."""
-        reader = inputs.reader_of(func)
+        kwargs, self.newest, reader = kwargs or {}, "", inputs.reader_of(func)
         if reader is None or not self.running:
             output = func(*args, **kwargs)
             if self.weights.data:
@@ -271,12 +262,15 @@ def names_of(roots: dict[str, nn.Module]) -> dict[nn.Module, str]:
 
 
 def _may_attend(module: nn.Module) -> bool:
-    """Whether a module is worth a hook: none of PyTorch's own without parts, as a linear layer."""
+    """Whether a module is worth a hook: PyTorch's own without parts, or around theirs, are not."""
     if isinstance(module, torch.jit.ScriptModule):  # takes no hooks, and nothing in it is seen
         return False
+    if isinstance(module, nn.Softmax) or "forward" in vars(module):
+        return True
+    if type(module) is nn.TransformerEncoderLayer:
+        return type(module.self_attn) is not nn.MultiheadAttention
     is_own = type(module).__module__.startswith("torch.nn.modules.")
-    is_simple = is_own and not module._modules and "forward" not in vars(module)
-    return not is_simple or isinstance(module, nn.Softmax)
+    return not is_own or (bool(module._modules) and type(module) not in _PASS_ON)
 
 
 @contextmanager
