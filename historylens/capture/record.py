@@ -30,8 +30,7 @@ class LayerAttention:
             the mean weight of its tokens.
         map_rows: `(R,)` int64, token index of each map row; the last is the last token's.
         map_cols: `(C,)` int64, first token index of each map column.
-        extra: `(B, H)` what the query's row has on keys that are no tokens (memory, sinks). None if
-            there are none.
+        extra: `(B, H)` what the query's row has on keys that are no tokens; None without such.
         inputs: `(B, T, F)` what each token feeds into its query and key.
     """
 

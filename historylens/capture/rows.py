@@ -132,9 +132,7 @@ def _merged(call: Call, samples: Sequence[int]) -> Call:
     return replace(call, q=q, k=k)
 
 
-def _weights(
-    call: Call, b: int, heads: slice, rows: slice | Tensor, cut: bool = False
-) -> tuple[Tensor, Tensor | None]:
+def _weights(call: Call, b: int, heads: slice, rows: slice | Tensor, cut: bool = False) -> tuple:
     """Weights `(h, R, T)` of rows and which of them are allowed, which broadcasts to them.
 
     Under a bare causal mask it may be `cut`: the keys after all of these rows are left out.

@@ -41,10 +41,9 @@ class Session(TorchFunctionMode):
         self._roots, self.options = _roots_of(model_or_layers), options
         self._names = names_of(self._roots)
         known = nn.TransformerEncoderLayer.forward, nn.MultiheadAttention.forward
-        forwards = [
-            (x, getattr(type(module), "forward", None)) for module, x in self._names.items()
+        attending = [
+            x for m, x in self._names.items() if getattr(type(m), "forward", None) in known
         ]
-        attending = [x for x, forward in forwards if forward in known]
         self.record = Record(filter(options.chooses, attending), self._roots, self.take_weights)
         self.running: list[_Run] = []  # the innermost last
         self.weights = Followed()
@@ -79,9 +78,9 @@ class Session(TorchFunctionMode):
             return
         while (run := self.running.pop()).module is not module:
             pass  # what an interrupt left above it has ended too
-        name_tells = _ATTENTION_NAME.search(type(module).__name__)
-        if not run.attended and (name_tells or isinstance(module, nn.TransformerEncoderLayer)):
-            self._unread[run.name] = type(module).__name__
+        kind, is_layer = type(module).__name__, isinstance(module, nn.TransformerEncoderLayer)
+        if not run.attended and (is_layer or _ATTENTION_NAME.search(kind)):
+            self._unread[run.name] = kind
 
     def __torch_function__(
         self, func: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None
@@ -107,7 +106,8 @@ class Session(TorchFunctionMode):
             self._take(run, reader, args, kwargs)
             return output
         scores = inputs.scores_of(args, kwargs)
-        self._take_softmax(run, scores)  # before it may overwrite its input
+        if scores is not None:
+            self._take_softmax(run, scores)  # before it may overwrite its input
         output = func(*args, **kwargs)
         if self.newest:
             n_heads = self.options.heads if self.record.calls[self.newest] else 1
@@ -115,12 +115,8 @@ class Session(TorchFunctionMode):
             self.weights[output] = Weights((self.newest,), shape)
         return output
 
-    def _take_softmax(self, run: _Run, scores: Tensor | None) -> None:
-        """Record a softmax over the last axis if it is attention: named so, or of 4 axes and
-        square, reading on, or with keys for all tokens and some of their own.
-        """
-        if scores is None:
-            return
+    def _take_softmax(self, run: _Run, scores: Tensor) -> None:
+        """Record a softmax if it is named, or square, reads on, or has keys that are no tokens."""
         # An nn.Softmax is a part of the attention around it.
         caller = self.running[-2:][0] if isinstance(run.module, nn.Softmax) else run
         chosen = self.options.softmax
@@ -202,10 +198,9 @@ class Session(TorchFunctionMode):
         """Refuse a record that lacks a layer: it attended unseen, did not run, or is not there."""
         record, chosen = self.record, self.options.layers or ()
         record.check_all_ran()
-        way_out = f". {inputs.WAY_OUT}"
-        if self._hint:  # of a softmax, not to write one
-            sdpa = 'scaled_dot_product_attention (Hugging Face: attn_implementation="sdpa")'
-            way_out = f"{self._hint}. Do so, or attend with {sdpa}"
+        sdpa = 'scaled_dot_product_attention (Hugging Face: attn_implementation="sdpa")'
+        hint = f"{self._hint}. Do so, or attend with {sdpa}"  # of a softmax, not to write one
+        way_out = hint if self._hint else f". {inputs.WAY_OUT}"
         for name in filter(self.options.chooses, self._unread):
             what = f"{name} is a {self._unread[name]} that ran, but its attention was not seen"
             raise CaptureError(f"{what}{way_out}, or {OTHER_LAYERS}")
