@@ -7,7 +7,7 @@ that follows (analysis, effects, comparison) knows nothing else.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,6 +26,7 @@ from historylens.history import LOOKS, Decision, History, HistoryBuffer
 from historylens.tokens import NONE, PADDING, Tokens, sum_rows
 
 N_LAST_ROWS = 8  # transitions whose attention rows are in last_rows
+WHOLE = {"received", "last_rows"}  # fields of a History that whole maps are looked at for
 
 
 class Unreadable(UserError):
@@ -119,25 +120,18 @@ class Agent(ABC):
 
 @torch.inference_mode()
 def attend(
-    agent: Agent,
-    history: History,
-    layers: Sequence[int] | None = None,
-    *,
-    received: bool = False,
-    maps: Sequence[int] = (),
-    map_size: int = 512,
+    agent: Agent, history: History, layers: Sequence[int] | None = None, **options: Any
 ) -> tuple[Tensor, list[LayerAttention]]:
     """One forward pass on a history without padding: action logits `(B, A)`, and the attention.
 
-    `layers` are numbers of the layers to capture, None: all; the other options are those of
-    `capture`, which may raise `CaptureError`.
+    `layers` are numbers of the layers to capture, None: all; `options` (received, maps, map_size)
+    are those of `capture`, which may raise `CaptureError`.
     """
     names = [agent.layers[i] for i in (range(len(agent.layers)) if layers is None else layers)]
-    options = {"received": received, "maps": maps, "map_size": map_size}
-    options |= {**agent.capture_options, **where_of(agent.tokens(history))}
+    told = {**agent.capture_options, **where_of(agent.tokens(history))}
     if not any("#" in name for name in names):  # several calls of one module are told by number
-        options["layers"] = names
-    with capture(agent.model, **options) as record:
+        told["layers"] = names
+    with capture(agent.model, **{"received": False, **options, **told}) as record:
         logits = agent.forward(history)
     by_name = {layer.name: layer for layer in record}
     return logits, [by_name[name] for name in names]
@@ -165,14 +159,13 @@ def run_heads(
     `change` and `hide` as for `historylens.capture.heads`, by the number of a layer. A layer whose
     heads cannot be told apart, or that reads its tokens in several passes, is missing.
     """
-    named = [
-        {agent.layers[i]: value for i, value in (given or {}).items()} for given in (change, hide)
-    ]
-    tokens = agent.tokens(history)
+    tokens, names = agent.tokens(history), agent.layers
     options = {**agent.capture_options, **where_of(tokens)}
-    with heads(agent.model, change=named[0], hide=named[1], **options) as seen:
+    changed = {names[i]: value for i, value in (change or {}).items()}
+    hidden = {names[i]: value for i, value in (hide or {}).items()}
+    with heads(agent.model, change=changed, hide=hidden, **options) as seen:
         logits = agent.forward(history)
-    layers = {i: seen[name] for i, name in enumerate(agent.layers) if name in seen}
+    layers = {i: seen[name] for i, name in enumerate(names) if name in seen}
     return logits, {i: x for i, x in layers.items() if x.output.shape[2] == len(tokens[0])}
 
 
@@ -185,25 +178,29 @@ def look(agent: Agent, history: History, wanted: Collection[str]) -> History:
     wanted = [name for name in LOOKS if name in wanted]
     if not wanted:
         return history
-    size, is_whole = history.size, bool({*wanted} & {"received", "last_rows"})
-    if is_whole:
+    size = history.size
+    if WHOLE & {*wanted}:
         n_tokens = len(agent.tokens(history.rows(slice(0, 1)))[0])
         size = max(1, MAX_WEIGHTS // (n_tokens**2 * sum(agent.n_heads)))
-    starts = range(0, history.size, size)
-    parts = [_look(agent, history.rows(slice(i, i + size)), wanted) for i in starts]
-    found = {name: torch.cat([part[name] for part in parts]) for name in wanted}
+    parts = [history.rows(slice(i, i + size)) for i in range(0, history.size, size)]
+    looks = [_look(agent, part, {*wanted}) for part in parts]
+    found = {name: torch.cat([one[name] for one in looks]) for name in wanted}
     return replace(history, **{k: x.float().to(history.device) for k, x in found.items()})
 
 
-def _look(agent: Agent, history: History, wanted: Sequence[str]) -> dict[str, Tensor]:
+def _look(agent: Agent, history: History, wanted: set[str]) -> dict[str, Tensor]:
     """What one pass shows of attention; a second is for whole maps beside heads told apart."""
-    tokens, known, layers = agent.tokens(history), {}, []
-    if {*wanted} & {"norm", "contribution"}:
-        told = run_heads(agent, history)[1]
-        known = _shares(agent, told.values(), tokens)
-        layers = [told[i] for i in range(len(agent.layers)) if i in told]
-    is_whole = bool({*wanted} & {"received", "last_rows"})
-    if not is_whole and not {*wanted} & {"query_attention", "head_attention"}:
+    tokens, known, layers, is_whole = agent.tokens(history), {}, [], bool(WHOLE & wanted)
+    if {"norm", "contribution"} & wanted:
+        layers = [*run_heads(agent, history)[1].values()]
+        shares = [layer.shares() for layer in layers if layer.projection is not None]
+        what = "expected heads side by side before a linear projection, as contributions take"
+        if not shares:
+            raise Unreadable(f"{agent.title}: {what}, got none")
+        for name, values in zip(("norm", "contribution"), zip(*shares, strict=True), strict=True):
+            mean = torch.stack(values).mean(0).cpu().numpy()  # (B, T)
+            known[name] = torch.from_numpy(sum_rows(mean, tokens)[:, :-1])
+    if not is_whole and not {"query_attention", "head_attention"} & wanted:
         return known
     if is_whole or len(layers) < len(agent.layers):
         maps = {"maps": range(history.size), "map_size": max(8, len(tokens[0]))}
@@ -211,10 +208,8 @@ def _look(agent: Agent, history: History, wanted: Sequence[str]) -> dict[str, Te
     if is_whole and any(layer.maps.shape[2] < len(tokens[0]) for layer in layers):
         what = "expected layers where every token attends, got one where only the query does"
         raise Unreadable(f"{agent.title}: {what}")
-    by_head = [
-        torch.from_numpy(sum_rows(layer.query_rows, tokens)[..., :-1]) for layer in layers
-    ]  # (B, H, n) float64
-    most = max(agent.n_heads)
+    by_head = [torch.from_numpy(sum_rows(layer.query_rows, tokens)[..., :-1]) for layer in layers]
+    most = max(agent.n_heads)  # by_head: (B, H, n) float64
     padded = [functional.pad(x, (0, 0, 0, most - x.shape[1]), value=np.nan) for x in by_head]
     known["head_attention"] = torch.stack(padded, 1)
     known["query_attention"] = torch.stack([x.mean(1) for x in by_head]).mean(0)
@@ -226,19 +221,6 @@ def _look(agent: Agent, history: History, wanted: Sequence[str]) -> dict[str, Te
         among = torch.from_numpy(among / np.stack(counts)[:, :, None])
         known |= {"received": among.sum(1), "last_rows": among[:, -N_LAST_ROWS:]}
     return known
-
-
-def _shares(
-    agent: Agent, layers: Iterable[HeadOutput], tokens: Sequence[Tokens]
-) -> dict[str, Tensor]:
-    """Norms and contributions `(B, n)`, mean over the layers that show them."""
-    shown = [layer.shares() for layer in layers if layer.projection is not None]
-    if not shown:
-        what = "expected heads side by side before a linear projection, as contributions take"
-        raise Unreadable(f"{agent.title}: {what}, got none")
-    means = [torch.stack(values).mean(0).cpu().numpy() for values in zip(*shown, strict=True)]
-    summed = [sum_rows(values[:, None], tokens)[:, 0, :-1] for values in means]
-    return dict(zip(("norm", "contribution"), map(torch.from_numpy, summed), strict=True))
 
 
 @torch.inference_mode()
@@ -288,8 +270,7 @@ def rollout(
         rewards.append(np.array(earned))
         is_cut = (t + 1) % rooms.horizon == 0
         ends[:, t] = is_cut | np.asarray(ended)
-        moved = tensor(actions), tensor(earned), tensor(reached), tensor(ends[:, t])
-        buffer.append(states, *moved)
+        buffer.append(states, *map(tensor, (actions, earned, reached)), done=tensor(ends[:, t]))
         states = tensor(rooms.reset() if is_cut else rooms.states)
         if bar is not None:
             bar.update(len(states))

@@ -52,39 +52,31 @@ def run_command(main: Callable[[], None]) -> None:
     """
     _set_up_console()
     os.environ["MPLBACKEND"] = "agg"  # pictures are files
-    before = {number: signal.signal(number, _stop) for number in _heard()}
     code, line = 0, ""
-    try:
-        main()
-        if any(error.errno != errno.EPIPE for error in _Console.lost):
-            code, line = 1, "error: the console could not show all text; the files are whole"
-    except UserError as error:
-        code, line = 2, f"error: {error}"
-    except KeyboardInterrupt as error:
-        number = error.args[0] if error.args else signal.SIGINT
-        code, line = 128 + number, STOPS[number]
-    except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        code, line = 2, f"error: {where}{error.strerror or told(error)}; {WHOLE}"
-    except BaseException as error:
-        if isinstance(error, SystemExit) and isinstance(error.code, int | None):
-            code = error.code
-        elif is_out_of_memory(error):
-            code, line = 2, f"error: out of memory: {told(error)}; {WHOLE}"
-        else:
-            code, line = 1, _unexpected(error)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler or signal.SIG_DFL)
+    with _on_stops(_stop):
+        try:
+            main()
+            if any(error.errno != errno.EPIPE for error in _Console.lost):
+                code, line = 1, "error: the console could not show all text; the files are whole"
+        except UserError as error:
+            code, line = 2, f"error: {error}"
+        except KeyboardInterrupt as error:
+            number = error.args[0] if error.args else signal.SIGINT
+            code, line = 128 + number, STOPS[number]
+        except OSError as error:
+            where = f"{error.filename}: " if error.filename else ""
+            code, line = 2, f"error: {where}{error.strerror or told(error)}; {WHOLE}"
+        except BaseException as error:
+            if isinstance(error, SystemExit) and isinstance(error.code, int | None):
+                code = error.code
+            elif is_out_of_memory(error):
+                code, line = 2, f"error: out of memory: {told(error)}; {WHOLE}"
+            else:
+                code, line = 1, _unexpected(error)
     if line:
         print("".join(c if c.isprintable() else " " for c in line), file=sys.stderr)
     if code:
         sys.exit(code)
-
-
-def _heard() -> list[int]:
-    """Those of `STOPS` that are not to be ignored, as `nohup` asks."""
-    return [number for number in STOPS if signal.getsignal(number) != signal.SIG_IGN]
 
 
 def _stop(number: int, _frame: object) -> None:
@@ -95,14 +87,22 @@ def _stop(number: int, _frame: object) -> None:
 def undivided() -> Iterator[None]:
     """Put Ctrl-C off until the block is done, so that what it changes is changed as a whole."""
     pressed: list[int] = []
-    before = {n: signal.signal(n, lambda number, _: pressed.append(number)) for n in _heard()}
+    with _on_stops(lambda number, _: pressed.append(number)):
+        yield
+    if pressed:
+        raise KeyboardInterrupt(pressed[0])
+
+
+@contextlib.contextmanager
+def _on_stops(handler: Callable[[int, object], None]) -> Iterator[None]:
+    """Have a block's `STOPS` handled, but for those that are to be ignored, as `nohup` asks."""
+    heard = [number for number in STOPS if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, handler) for number in heard}
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    if pressed:
-        raise KeyboardInterrupt(pressed[0])
+        for number, earlier in before.items():
+            signal.signal(number, earlier or signal.SIG_DFL)
 
 
 def _unexpected(error: BaseException) -> str:
