@@ -65,15 +65,13 @@ class Adapter:
             is_there, value = name in defined, self.get(name)
             missing = f"{path}: no {name}(): expected `def {signature}`{near}"
             expect(is_there or name not in REQUIRED, missing)
-            is_fit = not is_there or callable(value)
+            is_fit = callable(value) or not is_there
             self.check(is_fit, name, f"a function {signature}", kind(value))
 
     @property
     def files(self) -> list[Path]:
         """The file, and all that has been imported from beside it."""
-        loaded = [
-            getattr(module, "__dict__", {}).get("__file__") for module in sys.modules.values()
-        ]
+        loaded = [getattr(one, "__dict__", {}).get("__file__") for one in sys.modules.values()]
         paths = {Path(file).resolve() for file in loaded if isinstance(file, str)}
         adapter = self.path.resolve()
         return sorted(path for path in paths if path.is_file() and _is_users(path, adapter))
@@ -137,16 +135,14 @@ class _OldImport(importlib.abc.Loader):
 
 _OLD_IMPORT = _OldImport()
 _note_once = functools.cache(note)
+_OLD = "`from adapter import Decision, Tokens` is now `from historylens import Decision, Tokens`"
 
 
 def _once_of_adapter(name: str) -> type:
     """A module's `__getattr__`: names that `from adapter import ...` gave."""
     for known in (Decision, History, Tokens):
         if name == known.__name__:
-            _note_once(
-                "`from adapter import Decision, Tokens` is now "
-                "`from historylens import Decision, Tokens`"
-            )
+            _note_once(_OLD)
             return known
     raise AttributeError(f"module 'adapter' has no attribute {name!r}")
 
@@ -158,18 +154,14 @@ def _told(error: BaseException, path: Path) -> str:
             f"cannot be looked into: {error}; in this file, layers(model) chooses layers, and "
             "CAPTURE = {...} gives capture's arguments softmax and heads"
         )
-    said = told(error)
-    adapter, lines = path.resolve(), []
-    for frame in traceback.extract_tb(error.__traceback__):
-        file = Path(frame.filename)
-        if _is_users(file, adapter):
-            lines.append((file, frame.lineno))
+    said, place = told(error), str(path)  # where a call itself does not fit, as by its arguments
+    adapter, frames = path.resolve(), traceback.extract_tb(error.__traceback__)
+    lines = [(one.filename, one.lineno) for one in frames if _is_users(Path(one.filename), adapter)]
     if isinstance(error, SyntaxError) and error.filename:
         said = f"SyntaxError: {error.msg}"
-        lines.append((Path(error.filename), error.lineno))
-    place = str(path)  # where the call itself does not fit, for example its arguments
+        lines.append((error.filename, error.lineno))
     if lines:
-        file, line = lines[-1]  # the innermost
+        file, line = Path(lines[-1][0]), lines[-1][1]  # the innermost
         file = file.relative_to(Path.cwd()) if file.is_relative_to(Path.cwd()) else file
         place = f"{file}:{line}"
     hint = _way_to(error.name) if isinstance(error, ModuleNotFoundError) and error.name else ""

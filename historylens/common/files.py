@@ -1,8 +1,5 @@
 """The one way to write: a file is whole or it is not there, and folders are checked beforehand.
 
-with writable_folder("figs/attention") as out:
-    write_json(out / "metrics.json", {"entropy": 1.5})
-
 A full disk is an OSError that names the file; `run_command` makes a line of it.
 """
 
@@ -32,9 +29,8 @@ NUMBERS = {
     "comparison": ("results.json", b'{"schema_version": '),
 }
 Content = str | bytes | Mapping[str, Any] | Iterable[str] | Callable[[BinaryIO], object]
-_LEFT = re.compile(
-    r"\.(?:write-test-|.+\.(?:csv|html|json|npz|pdf|png|pt|svg|txt)\.)(\d+)(?:\.tmp)?"
-)
+_WRITTEN = "csv|html|json|npz|pdf|png|pt|svg|txt"
+_LEFT = re.compile(rf"\.(?:write-test-|.+\.(?:{_WRITTEN})\.)(\d+)(?:\.tmp)?")
 
 
 def write_atomically(path: str | Path, content: Content) -> None:
@@ -45,6 +41,11 @@ def write_atomically(path: str | Path, content: Content) -> None:
     """
     with staged({Path(path): content}):
         pass
+
+
+def write_json(path: str | Path, content: Mapping[str, Any]) -> None:
+    """Write plain types, numpy's, and paths as JSON; ValueError: NaN or infinity in it."""
+    write_atomically(path, content)
 
 
 @contextlib.contextmanager
@@ -83,28 +84,18 @@ def _pieces(content: Content) -> Iterable[bytes]:
         return [memory.getbuffer()]
     if isinstance(content, bytes):
         return [content]
-    texts = _json(content) if isinstance(content, Mapping) else content
-    return map(str.encode, [texts] if isinstance(texts, str) else texts)
+    if isinstance(content, Mapping):
+        encoder = json.JSONEncoder(allow_nan=False, default=_plain)
+        content = itertools.chain(encoder.iterencode(content), "\n")
+    return map(str.encode, [content] if isinstance(content, str) else content)
 
 
-def write_json(path: str | Path, content: Mapping[str, Any]) -> None:
-    """Write plain types, numpy's numbers and arrays, and paths as JSON, all at once or not at all.
-
-    ValueError: NaN or infinity somewhere in it. OSError: the file cannot be written.
-    """
-    write_atomically(path, content)
-
-
-def _json(content: Mapping[str, Any]) -> Iterable[str]:
-    def plain(value: object) -> Any:
-        if isinstance(value, np.generic | np.ndarray):
-            return value.tolist()
-        if isinstance(value, Path):
-            return str(value)
-        raise TypeError(f"expected plain types for JSON, got {type(value).__name__}: {value!r}")
-
-    encoder = json.JSONEncoder(allow_nan=False, default=plain)
-    return itertools.chain(encoder.iterencode(content), "\n")
+def _plain(value: object) -> Any:
+    if isinstance(value, np.generic | np.ndarray):
+        return value.tolist()
+    if isinstance(value, Path):
+        return str(value)
+    raise TypeError(f"expected plain types for JSON, got {type(value).__name__}: {value!r}")
 
 
 @contextlib.contextmanager
@@ -124,23 +115,19 @@ def writable_folder(out: str | Path, lock: bool = True) -> Iterator[Path]:
         why = f"({error.strerror}): choose another"
         raise UserError(f"cannot write to the output folder {out} {why}") from error
     try:
-        is_taken = number is not None and _is_taken(number)
-        expect(not is_taken, f"another run is writing to {out}: wait, or choose another")
+        if number is not None:
+            try:
+                fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                what = f"another run is writing to {out}: wait, or choose another"
+                raise UserError(what) from error
+            except OSError:  # a network folder without locks
+                pass
         _sweep(out)
         yield out
     finally:
         if number is not None:
             os.close(number)
-
-
-def _is_taken(folder: int) -> bool:
-    """Whether another process holds the lock of an open folder; else it is ours until closed."""
-    with contextlib.suppress(OSError):  # a network folder without locks
-        try:
-            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False
 
 
 def _sweep(out: Path) -> None:
@@ -173,8 +160,7 @@ def set_aside(folder: Path, names: Sequence[str]) -> Path | None:
     So what an interrupted move left goes where the rest is.
     """
     there = [name for name in names if os.path.lexists(folder / name)]
-    numbered = (folder / f"earlier-{number}" for number in itertools.count(1))
-    taken = {*there, names[-1]}
+    numbered, taken = (folder / f"earlier-{n}" for n in itertools.count(1)), {*there, names[-1]}
     aside = next(one for one in numbered if not any(os.path.lexists(one / n) for n in taken))
     for name in there:
         aside.mkdir(exist_ok=True)
@@ -190,6 +176,5 @@ def in_the_way(out: Path, path: Path) -> UserError:
 
 def rounded(values: np.ndarray, digits: int = 6) -> list[Any]:
     """Nested lists of floats with so many significant digits."""
-    if values.ndim > 1:
-        return [rounded(row, digits) for row in values]
-    return [float(f"{value:.{digits}g}") for value in values]
+    rows = values.ndim > 1
+    return [rounded(v, digits) if rows else float(f"{v:.{digits}g}") for v in values]

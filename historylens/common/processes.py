@@ -1,10 +1,7 @@
 """One job in several processes: each takes its share of the work, rank 0 writes and prints.
 
-    torchrun --nproc-per-node 4 visualize_attention.py --num-samples 5000
-
     with join() as group:  # the processes that torchrun started, or this one
         parts = group.gather([work(n) for n in group.share(100)])  # all parts on rank 0
-        group.spread(items, work, keep)  # or each takes the next, and rank 0 keeps what it gives
 
 Gloo carries python objects and CPU tensors, NCCL what lies on GPUs. One process sends nothing.
 """
@@ -56,8 +53,8 @@ class Group:
     def equal_slice(self, n_items: int) -> slice:
         """The part of `n_items` for this process, as long as that of every other, or UserError."""
         n_own, rest = divmod(n_items, self.size)
-        what = f"a batch size that {self.size} processes can share evenly"
-        expect(rest == 0, f"expected {what}, got {n_items}")
+        what = f"expected a batch size that {self.size} processes can share evenly"
+        expect(not rest, f"{what}, got {n_items}")
         return slice(self.rank * n_own, (self.rank + 1) * n_own)
 
     def device(self, device: torch.device) -> torch.device:
@@ -133,8 +130,8 @@ class Group:
         """`module` with gradients that are averaged over all processes as it runs backward."""
         if self.size == 1:
             return module
-        devices = None if device.type == "cpu" else [device]
-        return nn.parallel.DistributedDataParallel(module, device_ids=devices)
+        device_ids = None if device.type == "cpu" else [device]
+        return nn.parallel.DistributedDataParallel(module, device_ids=device_ids)
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
@@ -207,12 +204,11 @@ def _started_by_torchrun() -> Group:
     instead = "start several processes with `torchrun --nproc-per-node N`, or unset WORLD_SIZE"
     for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         expect(name in os.environ, f"WORLD_SIZE is {size}, but {name} is not set: {instead}")
-    told = {name: os.environ[name] for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT")}
-    for name, number in told.items():
-        is_fit = re.fullmatch("[0-9]{1,5}", number)
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT"):
+        is_fit = re.fullmatch("[0-9]{1,5}", number := os.environ[name])
         is_fit = is_fit and ("RANK" not in name or int(number) < int(size))
         expect(is_fit, f"{name} is {number!r} and WORLD_SIZE {size!r}: {instead}")
-    return Group(int(told["RANK"]), int(size), int(told["LOCAL_RANK"]))
+    return Group(int(os.environ["RANK"]), int(size), int(os.environ["LOCAL_RANK"]))
 
 
 def _brief(error: Exception) -> str:

@@ -1,8 +1,4 @@
-"""The one way to read a file that others may have made: what is wrong with it is one line.
-
-with reading(path, "a checkpoint", "choose another") as file:
-    names = checked_zip(file).namelist()
-"""
+"""The one way to read a file that others may have made: what is wrong with it is one line."""
 
 import contextlib
 import os

@@ -1,7 +1,6 @@
 """Settings as dataclasses, and the flags made of them: type, default, help and bounds stand once.
 
 seed: int = setting(0, "seed of the choice of decisions", at_least=0)  # field of a Settings
-config = from_flags(Config, parser.parse_args())  # after add_flags(parser, Config)
 """
 
 import argparse
@@ -16,6 +15,7 @@ from historylens.common.errors import expect
 
 T = TypeVar("T")
 MOST = 2**53  # of any number: beyond it floats skip whole ones
+BOUNDS = ("at_least", "at_most", "fraction")
 
 
 def setting(default: Any, help: str | None, metavar: str | None = None, **flag: Any) -> Any:
@@ -26,8 +26,8 @@ def setting(default: Any, help: str | None, metavar: str | None = None, **flag: 
     Without help it has no flag.
     """
     told = {"help": help, "metavar": metavar} | flag
-    metadata = {name: value for name, value in told.items() if value is not None}
-    return dataclasses.field(default=default, metadata=metadata)
+    told = {name: value for name, value in told.items() if value is not None}
+    return dataclasses.field(default=default, metadata=told)
 
 
 class Settings:
@@ -35,8 +35,8 @@ class Settings:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            value, least = getattr(self, field.name), field.metadata.get("at_least", -MOST)
-            most = field.metadata.get("at_most", MOST)
+            value, told = getattr(self, field.name), field.metadata
+            least, most = told.get("at_least", -MOST), told.get("at_most", MOST)
             expected = f"expected {flag_of(field.name)}"
             if value is None is field.default:
                 continue
@@ -47,10 +47,10 @@ class Settings:
                 if isinstance(got, int | float):
                     expect(got >= least, f"{expected} of at least {least}, got {got}")
                     expect(got <= most, f"{expected} of at most {most}, got {got}")
-                if "fraction" in field.metadata:
+                if "fraction" in told:
                     is_in = 0 <= got <= 1 and math.copysign(1, got) > 0  # -0.0 is below others
                     expect(is_in, f"{expected} between 0 and 1, got {got}")
-                choices = field.metadata.get("choices", [got])
+                choices = told.get("choices", [got])
                 expect(got in choices, f"{expected} of {', '.join(map(str, choices))}, got {got}")
 
 
@@ -68,9 +68,8 @@ def add_flags(parser: argparse.ArgumentParser, *configs: type) -> None:
             if field.name in known or "help" not in field.metadata:
                 continue
             known.add(field.name)
-            bounds = ("at_least", "at_most", "fraction")
-            options = {k: v for k, v in field.metadata.items() if k not in bounds}
-            if options.get("action") is None:
+            options = {k: v for k, v in field.metadata.items() if k not in BOUNDS}
+            if "action" not in options:
                 options = _of_type(field.type) | options
                 if field.default is not None:
                     options["help"] += " (default: %(default)s)"
