@@ -1,7 +1,4 @@
-"""The decisions that an adapter gives, read and checked: arrays of the shapes that a History has.
-
-decisions = read_decisions(Adapter("my_model.py"), n=10, seed=0)
-"""
+"""The decisions that an adapter gives, read and checked, as arrays of the shapes of a History."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -19,7 +16,6 @@ from historylens.metrics import NAMES
 MAX_TITLE = 80  # characters that fit a picture's width
 TAKEN = ("sample", "title", "layer", "head", "n_context", *NAMES)
 Check = Callable[[bool, str, str, object], None]  # whether an array fits, its name, expected, got
-HELD = "float32 or int64 holds"
 NEEDED, WHOLE = ("states", "actions", "rewards", "query_state"), ("actions", "episodes")
 
 
@@ -33,7 +29,7 @@ def read_decisions(adapter: Adapter, n: int, seed: int) -> list[Decision]:
     adapter.check(is_many, "samples()", "a list of Decision", kind(given))
     with adapter.blamed("samples()"):
         given = list(islice(given, n))  # runs a generator, which may have no end
-    adapter.check(len(given) > 0, "samples()", f"up to {n} decisions", "none")
+    adapter.check(given, "samples()", f"up to {n} decisions", "none")
     read = [_read(adapter, i, one) for i, one in enumerate(given)]
     sizes = sorted({one.states.shape[1] for one in read})
     adapter.check(len(sizes) == 1, "samples()", "states of one size", f"sizes {sizes}")
@@ -75,8 +71,7 @@ def read_rewarded(
 
 
 def as_array(values: object, whole: bool = False) -> np.ndarray:
-    """An array of int64 or float32 from a tensor, an array or a list; of objects if these do not
-    hold all that is in it.
+    """An array of int64 or float32, or of objects where these do not hold all that is in it.
 
     `whole`: they stand for whole numbers, which may be floats without a fraction.
     """
@@ -104,12 +99,13 @@ def _read(adapter: Adapter, index: int, given: Decision) -> Decision:
         if values is not None:
             with adapter.blamed(f"{where}.{name}"):
                 arrays[name] = as_array(values, whole=name in WHOLE)
-            check(arrays[name].dtype != object, name, f"numbers that {HELD}", kind(values))
+            is_fit = arrays[name].dtype != object
+            check(is_fit, name, "numbers that float32 or int64 holds", kind(values))
     arrays["rewards"] = rewards = arrays["rewards"].astype(np.float32)
     is_fit = rewards.ndim == 1 and len(rewards) > 0
     check(is_fit, "rewards", "shape (n,) with at least one transition", rewards.shape)
-    are_rewards = bool((np.abs(rewards) <= MOST).all())
-    check(are_rewards, "rewards", f"finite numbers, {MOST} at most", "others")
+    is_fit = (np.abs(rewards) <= MOST).all()
+    check(is_fit, "rewards", f"finite numbers, {MOST} at most", "others")
     _shape_states(check, arrays, n=len(rewards))
     arrays.setdefault("episodes", np.zeros(len(rewards), dtype=np.int64))
     for name in WHOLE:
@@ -118,27 +114,27 @@ def _read(adapter: Adapter, index: int, given: Decision) -> Decision:
         check(dtype == np.int64, name, "whole numbers", dtype)
     never_fall = (np.diff(arrays["episodes"]) >= 0).all()
     check(never_fall, "episodes", "numbers that never fall", "some that do")
-    latest, now = int(arrays["episodes"][-1]), given.query_episode
+    latest, now, task = int(arrays["episodes"][-1]), given.query_episode, given.task
     is_fit = now is None or (isinstance(now, int | np.integer) and latest <= now <= MOST)
     check(is_fit, "query_episode", f"a whole number from {latest} on, the latest episode", now)
-    is_whole = given.task is None or (_is_number(given.task) and given.task == int(given.task))
-    check(is_whole, "task", "a whole number", kind(given.task))
+    is_fit = task is None or (_is_number(task) and task == int(task))
+    check(is_fit, "task", "a whole number", kind(task))
     with adapter.blamed(f"{where}.title"):
         title = " ".join(_shown(given.title).split()) or f"sample {index}"
     title = title if len(title) <= MAX_TITLE else f"{title[: MAX_TITLE - 1]}…"
-    about = {"title": title, "task": given.task, "query_episode": now}
-    return Decision(**arrays, labels=_read_labels(check, given.labels), **about)
+    labels = _read_labels(check, given.labels)
+    return Decision(**arrays, title=title, labels=labels, task=task, query_episode=now)
 
 
 def _shape_states(check: Check, arrays: dict[str, np.ndarray], n: int) -> None:
     """Bring states and next states to `(n, S)`, the query state to `(S,)`, goals to `(m, S)`."""
-    states, query = arrays["states"], arrays["query_state"]
+    states, query, goal = arrays["states"], arrays["query_state"], arrays.get("goal")
     is_fit = states.ndim in (1, 2) and len(states) == n
     check(is_fit, "states", f"shape ({n},) or ({n}, S), as rewards say", states.shape)
     states, size = states.reshape(n, -1), states[0].size
     check(query.size == size, "query_state", f"{size} numbers, as states", query.shape)
     query = query.reshape(size)
-    if (goal := arrays.get("goal")) is not None:
+    if goal is not None:
         is_fit = goal.size == size or goal.shape[1:] == (size,)
         check(is_fit, "goal", f"{size} numbers, as states", goal.shape)
         arrays["goal"] = goal.reshape(-1, size)
@@ -151,13 +147,11 @@ def _shape_states(check: Check, arrays: dict[str, np.ndarray], n: int) -> None:
 def _read_labels(check: Check, labels: object) -> dict[str, int | float | str]:
     """Labels as plain values that a table and JSON can hold."""
     check(isinstance(labels, dict), "labels", "a dict", kind(labels))
-    plain = {}
+    plain, expected = {}, f"a finite number or a string, {MOST} at most"
     for name, value in labels.items():
         value = value.item() if hasattr(value, "item") and np.size(value) == 1 else value
         is_fit = isinstance(value, str) or _is_number(value)
-        check(
-            is_fit, f"labels[{name!r}]", f"a finite number or a string, {MOST} at most", kind(value)
-        )
+        check(is_fit, f"labels[{name!r}]", expected, kind(value))
         name = _shown(name)
         check(name not in TAKEN, "labels", "names that are no columns of metrics.csv", repr(name))
         plain[name] = _shown(value) if isinstance(value, str) else value

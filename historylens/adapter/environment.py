@@ -1,7 +1,5 @@
 """The environments of an adapter, in episodes of `HORIZON` steps or shorter ones.
 
-    rooms = GymRooms(Adapter("my_model.py"), state, horizon=20, goals=[0, 1, 1], seeds=[5, 6, 7])
-
 They speak the vector API of Gymnasium (https://gymnasium.farama.org); nothing here imports it. One
 that ends early begins anew at once, in each of the three modes of AutoresetMode: no action is lost.
 """
@@ -51,20 +49,14 @@ class GymRooms:
     """
 
     def __init__(
-        self,
-        adapter: Adapter,
-        state: np.ndarray,
-        horizon: int,
-        goals: np.ndarray,
-        seeds: Sequence[int],
+        self, adapter: Adapter, state: np.ndarray, horizon: int, goals: np.ndarray, seeds: Sequence
     ) -> None:
-        self._check, self._blamed, self._where = adapter.check, adapter.blamed, adapter.path
-        self.horizon, self._state, self._n = horizon, state, len(goals)
+        self._adapter, self.horizon, self._state, self._n = adapter, horizon, state, len(goals)
         self._env = adapter.call("make_env", np.asarray(goals).tolist())
         is_fit = all(callable(getattr(self._env, name, None)) for name in GIVEN)
-        self._check(is_fit, "make_env()", "a gymnasium.vector.VectorEnv", kind(self._env))
+        adapter.check(is_fit, "make_env()", "a gymnasium.vector.VectorEnv", kind(self._env))
         n_envs = getattr(self._env, "num_envs", self._n)
-        self._check(n_envs == self._n, "make_env()", f"{self._n} environments", n_envs)
+        adapter.check(n_envs == self._n, "make_env()", f"{self._n} environments", n_envs)
         self._seed: int | None = int(seeds[0])  # environment i takes it + i
         self._begun = np.zeros(self._n, dtype=bool)  # those that began anew in the last step
         self._due = self._begun  # those that ended in it, and have not begun anew
@@ -77,7 +69,7 @@ class GymRooms:
             self._reset(self._due)
             is_alone = not others.any() or self._mode != "NONE"
             is_alone &= np.array_equal(self._states[others], before[others], True)
-            expect(is_alone, f"{self._where}: make_env(): {TOGETHER}")
+            expect(is_alone, f"{self._adapter.path}: make_env(): {TOGETHER}")
         return self._states
 
     def reset(self) -> np.ndarray:
@@ -87,7 +79,6 @@ class GymRooms:
         return self._states
 
     def _reset(self, which: np.ndarray) -> None:
-        """Begin an episode in some, `(N,)` bool."""
         seed, self._seed = self._seed, None
         options = {"seed": seed} if which.all() else {"options": {"reset_mask": which.copy()}}
         self._states = self._read_states(self._call("reset", **options)[0])
@@ -100,14 +91,14 @@ class GymRooms:
         """
         _ = self.states
         states, rewards, terminated, truncated, infos = self._call("step", actions)
-        with self._blamed(f"what step() gives {OURS}"):
+        with self._adapter.blamed(f"what step() gives {OURS}"):
             rewards, infos = as_array(rewards), dict(infos)
             ended = np.logical_or(terminated, truncated).astype(bool)
         for what, values in (("rewards", rewards), ("ends", ended)):
             is_fit = values.dtype != object and values.shape == (self._n,)
-            is_fit = is_fit and bool((np.abs(values) <= MOST).all())
+            is_fit = is_fit and (np.abs(values) <= MOST).all()
             expected = f"{what} of shape ({self._n},), finite, {MOST} at most"
-            self._check(is_fit, f"step() {OURS}", expected, kind(values))
+            self._adapter.check(is_fit, f"step() {OURS}", expected, kind(values))
         self._states = reached = self._read_states(states)
         final = next((infos[key] for key in FINAL if key in infos), None)
         is_anew = final is not None or self._mode == "SAME_STEP"
@@ -125,30 +116,30 @@ class GymRooms:
 
     def _with_final(self, states: np.ndarray, final: Any) -> np.ndarray:
         """The states, and of those that began anew the last before, which `final` holds."""
-        last = list(states)
+        check, last = self._adapter.check, list(states)
         for i in np.flatnonzero(self._begun):
             is_fit = final is not None and len(final) == self._n and final[i] is not None
             expected = "infos['final_obs'] of every environment whose episode ended"
-            self._check(is_fit, f"step() {OURS}", expected, kind(final))
+            check(is_fit, f"step() {OURS}", expected, kind(final))
             last[i] = as_array(final[i]).reshape(-1)
-            is_fit, expected = last[i].shape == states[i].shape, f"{states[i].size} numbers"
-            self._check(is_fit, "infos['final_obs']", expected, kind(final[i]))
+            is_fit, expected = last[i].size == states[i].size, f"{states[i].size} numbers"
+            check(is_fit, "infos['final_obs']", expected, kind(final[i]))
         return self._read_states(np.stack(last))
 
     def _call(self, method: str, *args: Any, **options: Any) -> tuple:
-        with self._blamed(name := f"{method}() {OURS}"):
+        with self._adapter.blamed(name := f"{method}() {OURS}"):
             given = getattr(self._env, method)(*args, **options)
         is_fit = isinstance(given, tuple) and len(given) == len(GIVEN[method]) + 1
-        self._check(is_fit, name, f"{', '.join(GIVEN[method])} and a dict", kind(given))
+        self._adapter.check(is_fit, name, f"{', '.join(GIVEN[method])} and a dict", kind(given))
         return given
 
     def _read_states(self, given: Any) -> np.ndarray:
-        n, size, dtype = self._n, self._state.size, self._state.dtype
-        with self._blamed("what make_env()'s environment gives"):
+        check, n, size, dtype = self._adapter.check, self._n, self._state.size, self._state.dtype
+        with self._adapter.blamed("what make_env()'s environment gives"):
             states = as_array(given, whole=dtype == np.int64)
         is_fit = states.dtype != object and states.size == n * size and states.shape[:1] == (n,)
         is_whole = np.can_cast(states.dtype, dtype, "same_kind")
         expected = "states of {} numbers, as samples() has them"
-        self._check(is_fit, "make_env()", expected.format(size), kind(given))
-        self._check(is_whole, "make_env()", expected.format("whole"), kind(given))
+        check(is_fit, "make_env()", expected.format(size), kind(given))
+        check(is_whole, "make_env()", expected.format("whole"), kind(given))
         return states.reshape(n, size).astype(dtype)

@@ -97,7 +97,7 @@ class Adapter:
                 traceback.print_exc()
             raise UserError(f"{self.path}: {what} {_told(error, self.path)}") from error
 
-    def check(self, is_fit: bool, name: str, expected: str, got: object) -> None:
+    def check(self, is_fit: object, name: str, expected: str, got: object) -> None:
         """UserError where something that the file gives does not fit."""
         expect(is_fit, f"{self.path}: {name}: expected {expected}, got {got}")
 

@@ -93,8 +93,7 @@ def from_flags(config: type[T], flags: argparse.Namespace) -> T:
 
 def from_dict(config: type[T], values: dict[str, Any]) -> T:
     """Build a settings object from a flat dict, which may hold settings of others as well."""
-    names = {field.name for field in dataclasses.fields(config)}
-    return config(**{name: value for name, value in values.items() if name in names})
+    return config(**{k: v for k, v in values.items() if k in config.__dataclass_fields__})
 
 
 def to_dict(*configs: Any) -> dict[str, Any]:
