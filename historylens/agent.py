@@ -2,8 +2,6 @@
 
 The AD model that comes with the tool is an `Agent`, and so is what an adapter gives; everything
 that follows (analysis, effects, comparison) knows nothing else.
-
-    logits, attention = attend(agent, history, layers=[0, 3])            # one captured pass
 """
 
 from abc import ABC, abstractmethod
@@ -37,12 +35,11 @@ class Unreadable(UserError):
 class Environment:
     """Tasks that an agent can be put to.
 
-    `make` gives rooms of `B` tasks `(B,)` int, environments that step together; what happens by
-    chance in one depends on its own of seeds `(B,)`, which follow each other. `reset()` begins an
-    episode in all and gives states `(B, S)`, and is called again after every `horizon` steps.
-    `step(actions)` takes `(B,)` and gives the states reached `(B, S)`, rewards `(B,)`, and whether
-    an episode is over, `(B,)` bool or one for all. `states` are those to act in next: of one whose
-    episode ended before, they are those of the episode that it began anew.
+    `make` gives rooms of `B` tasks `(B,)` int, environments that step together; chance in one
+    depends on its own of seeds `(B,)`, which follow each other. `reset()`, also after every
+    `horizon` steps, begins an episode in all and gives states `(B, S)`. `step(actions)` takes
+    `(B,)` and gives the states reached `(B, S)`, rewards `(B,)`, and whether an episode is over,
+    `(B,)` bool or one for all. `states` are those to act in next, of the episode begun anew.
     """
 
     goals: tuple[str, ...]  # names of the tasks, by number
@@ -53,9 +50,7 @@ class Environment:
     goal_states: np.ndarray | None = None  # (G, S), or (G, m, S) in this order: goals, if known
 
     def __str__(self) -> str:
-        """How many tasks there are, and what is known of them."""
-        noun, which = self.named
-        return f"{counted(len(self.goals), noun)} {which}"
+        return f"{counted(len(self.goals), self.named[0])} {self.named[1]}"
 
 
 class Agent(ABC):
@@ -124,8 +119,7 @@ def attend(
 ) -> tuple[Tensor, list[LayerAttention]]:
     """One forward pass on a history without padding: action logits `(B, A)`, and the attention.
 
-    `layers` are numbers of the layers to capture, None: all; `options` (received, maps, map_size)
-    are those of `capture`, which may raise `CaptureError`.
+    `layers`: numbers of those to capture, None: all; `options`, and CaptureError: as of `capture`.
     """
     names = [agent.layers[i] for i in (range(len(agent.layers)) if layers is None else layers)]
     told = {**agent.capture_options, **where_of(agent.tokens(history))}
@@ -156,14 +150,14 @@ def run_heads(
 ) -> tuple[Tensor, dict[int, HeadOutput]]:
     """One forward pass with heads told apart: action logits `(B, A)`, and layers by their number.
 
-    `change` and `hide` as for `historylens.capture.heads`, by the number of a layer. A layer whose
+    `change` and `hide` as of `historylens.capture.heads`, by the number of a layer. A layer whose
     heads cannot be told apart, or that reads its tokens in several passes, is missing.
     """
     tokens, names = agent.tokens(history), agent.layers
     options = {**agent.capture_options, **where_of(tokens)}
-    changed = {names[i]: value for i, value in (change or {}).items()}
-    hidden = {names[i]: value for i, value in (hide or {}).items()}
-    with heads(agent.model, change=changed, hide=hidden, **options) as seen:
+    options["change"] = {names[i]: value for i, value in (change or {}).items()}
+    options["hide"] = {names[i]: value for i, value in (hide or {}).items()}
+    with heads(agent.model, **options) as seen:
         logits = agent.forward(history)
     layers = {i: seen[name] for i, name in enumerate(names) if name in seen}
     return logits, {i: x for i, x in layers.items() if x.output.shape[2] == len(tokens[0])}
@@ -250,8 +244,8 @@ def rollout(
 
     Gives rewards `(B, n_steps)`, and with which of these steps an episode ended, of the same shape.
     `policy.act(buffer, query_states)` gives action logits `(B, A)` on what the rooms have been
-    through, in states `(B, S)`; all of that lies on its `device`. `noises` are `B` generators of
-    the action noise; `tasks` `(B,)` are equal where two rooms are of the same task.
+    through, in states `(B, S)`; all of that lies on its `device`. `noises`: generators of the
+    action noise, one a room; `tasks` `(B,)` are equal where two rooms are of the same task.
     """
 
     def tensor(values: np.ndarray) -> Tensor:  # a copy: environments may use their arrays again

@@ -1,9 +1,4 @@
-"""The transitions before decisions: one `Decision`, a batch of them, and a store that grows.
-
-history = History.of([decision, other])            # B decisions, n transitions before each
-shorter = history.take(indices)                    # (B, k) indices
-logits = model(*shorter.inputs)                    # (B, A)
-"""
+"""The transitions before decisions: one `Decision`, a batch of them, and a store that grows."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -112,11 +107,10 @@ class History:
         shapes = {name: tuple(value.shape) for name, value in known.items()}
         actions, states = shapes["actions"], shapes["states"]
         if len(actions) != 2 or len(states) != 3:
-            expected = "actions of shape (B, n) and states of shape (B, n, S)"
-            raise ValueError(f"expected {expected}, got {actions} and {states}")
-        window = shapes.get("last_rows", (0, 0))[1]
-        layers = shapes.get("head_attention", (0, 0, 0))[1:3]
-        sizes = dict(zip("BnSWLH", (*actions, states[2], window, *layers), strict=True))
+            what = "actions of shape (B, n) and states of shape (B, n, S)"
+            raise ValueError(f"expected {what}, got {actions} and {states}")
+        more = shapes.get("last_rows", (0, 0))[1], *shapes.get("head_attention", (0, 0, 0))[1:3]
+        sizes = dict(zip("BnSWLH", (*actions, states[2], *more), strict=True))
         for name, shape in shapes.items():
             expected = tuple(sizes[axis] for axis in AXES[name])
             if shape != expected:
@@ -204,8 +198,8 @@ class History:
 class HistoryBuffer:
     """Transitions of `B` environments that step together, at most `n_steps`: a store that grows.
 
-    Histories, far longer than what a model can read at once, are views of it: nothing is copied. It
-    lies where the first states `(B, S)` do, and is of their type; `tasks` `(B,)` as in a `History`.
+    Histories are views of it: nothing is copied. It lies where the first states `(B, S)` do, and is
+    of their type; `tasks` `(B,)` as in a `History`.
     """
 
     def __init__(self, states: Tensor, n_steps: int, tasks: ArrayLike | None = None) -> None:
@@ -242,9 +236,9 @@ def spread_decisions(
 ) -> list[tuple[int, int]]:
     """Spread `n_samples` decisions, (history, step), over tasks, histories and stages of learning.
 
-    Tasks take turns, and so do the histories of each, whose numbers `by_task` holds. The stages
-    divide the eligible `steps`, ascending, into `n_samples` equal parts, one decision from each,
-    dealt out to the tasks in random order. Where fewer are eligible, all of them are taken.
+    Tasks take turns, and so do the histories of each, whose numbers `by_task` holds. The stages are
+    `n_samples` equal parts of the eligible `steps`, ascending; a decision from each is dealt out in
+    random order. Where fewer are eligible, all of them are taken.
     """
     if n_samples >= len(steps) * sum(map(len, by_task)):
         return [(int(h), int(t)) for histories in by_task for h in histories for t in steps]

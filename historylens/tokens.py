@@ -20,10 +20,7 @@ PREVIOUS = "previous"  # how parts begin that a model reads a step after their t
 
 @dataclass(frozen=True)
 class Tokens:
-    """The `T` tokens that a model reads before one decision, in its order.
-
-    A map that cannot be is a ValueError.
-    """
+    """The `T` tokens that a model reads before one decision, in its order; ValueError: no map."""
 
     transition: np.ndarray  # (T,) int, each token's, numbered from 0 in the order of time; -1: none
     part: tuple[str, ...]  # (T,) what each holds, "query" to act in, "padding" if it is masked out
@@ -62,10 +59,10 @@ class Tokens:
     ) -> "Tokens":
         """The parts of `n` transitions, and a query, which decides unless another token does.
 
-        Parts named "previous ..." are those of the transition before: the model reads `n + 1`
-        steps, each with what the step before brought. Of the first step they are of no transition;
-        of the last, whose own transition is still to come, they are all that is of one. Its last
-        token decides. `("previous transition",)` is a token a step that holds all of that.
+        Parts named "previous ..." are of the transition before: the model reads `n + 1` steps, each
+        with what the step before brought, of no transition in the first; in the last, whose own is
+        still to come, they alone are of one, and its last token decides. `("previous transition",)`
+        is a token a step that holds all of that.
         """
         parts = (parts,) if isinstance(parts, str) else tuple(parts)
         before = np.array([name.startswith(PREVIOUS) for name in parts], dtype=int)
@@ -112,8 +109,7 @@ class Tokens:
 def order_of_time(tokens: Tokens) -> np.ndarray:
     """Places `(P,)` of the tokens that pictures show, in time, last what decides.
 
-    Tokens of no transition stand first; those that the model reads after all transitions are of the
-    current step and stand behind these, beside what decides.
+    Tokens of no transition stand first, but behind all transitions where the model reads them so.
     """
     shown = np.array([i for i, name in enumerate(tokens.part) if name != PADDING])
     is_now = shown > np.flatnonzero(tokens.transition != NONE).max(initial=-1)
@@ -145,9 +141,9 @@ def uniform_rows(visible: np.ndarray) -> np.ndarray:
 
 
 def uniform_received(seen: np.ndarray) -> np.ndarray:
-    """`(T,)`: attention received where every token weighs all that it may see equally.
+    """`(T,)`: attention received, mean over those that may see it, where all weigh that equally.
 
-    The average over those that may see it, NaN without any; `seen (T, T)` bool: row sees column.
+    NaN without any; `seen (T, T)` bool: row sees column.
     """
     with np.errstate(invalid="ignore"):
         return uniform_rows(seen).sum(axis=0) / seen.sum(axis=0)

@@ -1,8 +1,5 @@
 """A model of the user's as an `Agent`.
 
-    agent = load("my_model.py", n=10, seed=0, device=torch.device("cpu"))
-    agent.act(agent.history([0, 1]))                   # (2, A), through the adapter's act()
-
 Loading runs the model once and checks that adapter and model fit each other: what is wrong is told
 in one line before anything is written.
 """

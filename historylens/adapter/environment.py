@@ -57,6 +57,11 @@ class GymRooms:
         adapter.check(is_fit, "make_env()", "a gymnasium.vector.VectorEnv", kind(self._env))
         n_envs = getattr(self._env, "num_envs", self._n)
         adapter.check(n_envs == self._n, "make_env()", f"{self._n} environments", n_envs)
+        told = getattr(self._env, "metadata", None)
+        mode = told.get("autoreset_mode") if isinstance(told, Mapping) else None
+        self._mode = str(
+            getattr(mode, "name", mode)
+        ).upper()  # how it begins anew; or NONE
         self._seed: int | None = int(seeds[0])  # environment i takes it + i
         self._begun = np.zeros(self._n, dtype=bool)  # those that began anew in the last step
         self._due = self._begun  # those that ended in it, and have not begun anew
@@ -106,13 +111,6 @@ class GymRooms:
         if self._begun.any():
             reached = self._with_final(reached, final)
         return reached, rewards.astype(np.float32), ended
-
-    @property
-    def _mode(self) -> str:
-        """How the environment begins anew, a name of `gymnasium.vector.AutoresetMode`, or NONE."""
-        told = getattr(self._env, "metadata", None)
-        mode = told.get("autoreset_mode") if isinstance(told, Mapping) else None
-        return str(getattr(mode, "name", mode)).upper()
 
     def _with_final(self, states: np.ndarray, final: Any) -> np.ndarray:
         """The states, and of those that began anew the last before, which `final` holds."""

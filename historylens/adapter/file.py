@@ -1,13 +1,10 @@
-"""Read a file of the user's code that says how to run a model.
+"""A file of the user's code that says how to run a model: it defines functions of `SIGNATURES`.
 
-    python visualize_attention.py --adapter my_model.py
-
-It defines the functions of `SIGNATURES`; `examples/` has more. What goes wrong in it is told in one
-line with the place in the file; with ADAPTER_TRACEBACK=1 set, the whole traceback as well.
+What goes wrong in it is told in one line with the place in the file; with ADAPTER_TRACEBACK=1 set,
+the whole traceback as well.
 """
 
 import contextlib
-import functools
 import importlib.abc
 import importlib.metadata
 import importlib.util
@@ -15,6 +12,7 @@ import os
 import sys
 import traceback
 from collections.abc import Iterator
+from functools import cache
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
@@ -62,10 +60,10 @@ class Adapter:
         defined = [name for name in SIGNATURES if self.get(name) is not None]
         near = f"; it defines {', '.join(f'{name}()' for name in defined)}" if defined else ""
         for name, signature in SIGNATURES.items():
-            is_there, value = name in defined, self.get(name)
+            value, is_optional = self.get(name), name not in REQUIRED
             missing = f"{path}: no {name}(): expected `def {signature}`{near}"
-            expect(is_there or name not in REQUIRED, missing)
-            is_fit = callable(value) or not is_there
+            expect(value is not None or is_optional, missing)
+            is_fit = value is None or callable(value)
             self.check(is_fit, name, f"a function {signature}", kind(value))
 
     @property
@@ -133,8 +131,7 @@ class _OldImport(importlib.abc.Loader):
         module.__getattr__ = _once_of_adapter
 
 
-_OLD_IMPORT = _OldImport()
-_note_once = functools.cache(note)
+_OLD_IMPORT, _note_once = _OldImport(), cache(note)
 _OLD = "`from adapter import Decision, Tokens` is now `from historylens import Decision, Tokens`"
 
 
