@@ -1,8 +1,4 @@
-"""What decides: a model with decisions to look at, and where there is one, its environment.
-
-The AD model that comes with the tool is an `Agent`, and so is what an adapter gives; everything
-that follows (analysis, effects, comparison) knows nothing else.
-"""
+"""What decides: an `Agent`, the AD model or an adapter's; analysis and comparison know no other."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -78,8 +74,7 @@ class Agent(ABC):
     def act(self, history: History, positions: Tensor | None = None) -> Tensor:
         """Action logits `(B, A)` on up to `n_max` transitions, without padding.
 
-        `positions` `(B, n + 1)` int64 say where each transition and, last, the query stands, to an
-        agent that `can_place` them; None: one behind the other.
+        `positions` `(B, n + 1)` int64, if it `can_place`: where each and, last, the query stands.
         """
 
     def forward(self, history: History) -> Tensor:

@@ -1,8 +1,4 @@
-"""A model of the user's as an `Agent`.
-
-Loading runs the model once and checks that adapter and model fit each other: what is wrong is told
-in one line before anything is written.
-"""
+"""A model of the user's as an `Agent`: loading runs and checks it, before anything is written."""
 
 import hashlib
 from collections.abc import Callable, Sequence
@@ -39,10 +35,7 @@ def load(
     tell: Tell = note,
     plays: bool = False,
 ) -> "AdapterAgent":
-    """The model of an adapter, with up to `n` decisions; UserError if something does not fit.
-
-    One that `plays` has its environment, and few decisions.
-    """
+    """The model of an adapter, with up to `n` decisions, or one that `plays`; UserError: no fit."""
     if plays:
         agent = load_acting(path, seed, device, rewarded_above, tell)
     else:
@@ -92,10 +85,7 @@ def load_acting(
 
 
 class AdapterAgent(Agent):
-    """A model that an adapter gives, and decisions of its samples: see `Agent`.
-
-    Rewards `above` count as rewarded; None: as the adapter or its samples say.
-    """
+    """An adapter's model and decisions; rewards `above` count as rewarded, None: as they say."""
 
     n_actions = 0  # that act() gives logits of; 0: not known yet
 

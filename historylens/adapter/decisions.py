@@ -20,10 +20,7 @@ NEEDED, WHOLE = ("states", "actions", "rewards", "query_state"), ("actions", "ep
 
 
 def read_decisions(adapter: Adapter, n: int, seed: int) -> list[Decision]:
-    """The decisions that an adapter's samples() gives, `n` at most; UserError if one does not fit.
-
-    States are int64 where those of all decisions are whole numbers, else float32.
-    """
+    """What an adapter's samples() gives, `n` decisions at most; UserError if one does not fit."""
     given = adapter.call("samples", n, seed)
     is_many = hasattr(given, "__iter__") and not isinstance(given, Decision)
     adapter.check(is_many, "samples()", "a list of Decision", kind(given))
@@ -35,7 +32,7 @@ def read_decisions(adapter: Adapter, n: int, seed: int) -> list[Decision]:
     adapter.check(len(sizes) == 1, "samples()", "states of one size", f"sizes {sizes}")
     names = ("states", "next_states", "query_state")
     is_whole = all(vars(one)[name].dtype == np.int64 for one in read for name in names)
-    dtype = np.int64 if is_whole else np.float32
+    dtype = np.int64 if is_whole else np.float32  # the same for all decisions
     return [replace(one, **{name: vars(one)[name].astype(dtype) for name in names}) for one in read]
 
 

@@ -1,7 +1,6 @@
 """The environments of an adapter, in episodes of `HORIZON` steps or shorter ones.
 
-They speak the vector API of Gymnasium (https://gymnasium.farama.org); nothing here imports it. One
-that ends early begins anew at once, in each of the three modes of AutoresetMode: no action is lost.
+They speak the vector API of Gymnasium (https://gymnasium.farama.org), which nothing here imports.
 """
 
 from collections.abc import Mapping, Sequence
@@ -41,11 +40,10 @@ def read_tasks(adapter: Adapter) -> tuple[tuple[str, ...], int]:
 
 
 class GymRooms:
-    """Environments of a Gymnasium vector environment.
+    """Rooms of an `Environment`, of tasks `goals`; one that ends early begins anew at once.
 
-    `state` `(S,)` is one of samples(): those here are of its size and type. What happens in
-    environment i depends on its own of `seeds`, `(N,)` int that follow each other; `goals` `(N,)`
-    int are the numbers of the tasks.
+    It does in each of the three modes of AutoresetMode, and no action is lost. `state` `(S,)` is
+    one of samples(): those here are of its size and type.
     """
 
     def __init__(
@@ -59,9 +57,7 @@ class GymRooms:
         adapter.check(n_envs == self._n, "make_env()", f"{self._n} environments", n_envs)
         told = getattr(self._env, "metadata", None)
         mode = told.get("autoreset_mode") if isinstance(told, Mapping) else None
-        self._mode = str(
-            getattr(mode, "name", mode)
-        ).upper()  # how it begins anew; or NONE
+        self._mode = str(getattr(mode, "name", mode)).upper()  # how it begins anew; or NONE
         self._seed: int | None = int(seeds[0])  # environment i takes it + i
         self._begun = np.zeros(self._n, dtype=bool)  # those that began anew in the last step
         self._due = self._begun  # those that ended in it, and have not begun anew
@@ -90,10 +86,7 @@ class GymRooms:
         self._due = np.zeros_like(which)
 
     def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Act once in all of them: states reached `(N, S)`, rewards `(N,)`, whose episode ended.
-
-        Those begin anew in `states`, whatever the mode.
-        """
+        """Act once in all of them: states reached `(N, S)`, rewards `(N,)`, whose episode ended."""
         _ = self.states
         states, rewards, terminated, truncated, infos = self._call("step", actions)
         with self._adapter.blamed(f"what step() gives {OURS}"):

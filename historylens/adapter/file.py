@@ -1,8 +1,4 @@
-"""A file of the user's code that says how to run a model: it defines functions of `SIGNATURES`.
-
-What goes wrong in it is told in one line with the place in the file; with ADAPTER_TRACEBACK=1 set,
-the whole traceback as well.
-"""
+"""A file of the user's code that says how to run a model: it defines functions of `SIGNATURES`."""
 
 import contextlib
 import importlib.abc
@@ -33,15 +29,12 @@ SIGNATURES = {
     "position": "position(state) -> (row, column)",  # for a map of the room
     "make_env": "make_env(goals) -> gymnasium.vector.VectorEnv",  # for a comparison
 }
-TRACEBACK = "ADAPTER_TRACEBACK"
+TRACEBACK = "ADAPTER_TRACEBACK"  # set, what goes wrong in the file is told with its traceback
 PACKAGE = Path(__file__).resolve().parents[1]
 
 
 class Adapter:
-    """A file of the user's code, run and checked, whose folder stays first on `sys.path`.
-
-    UserError: there is no such file, it is no Python, it raises, or a function is missing.
-    """
+    """A file, run and checked; its folder stays first on `sys.path`. UserError: it does not fit."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = path = Path(path)

@@ -9,12 +9,12 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator
-from typing import ClassVar
 
 WHOLE = "what lay there before is whole: mend that, and run the same command again"
 STOPS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
 if hasattr(signal, "SIGHUP"):  # the terminal is gone
     STOPS[signal.SIGHUP] = "hung up"
+_LOST: list[OSError] = []  # why text did not get to the console
 
 
 class UserError(ValueError):
@@ -45,10 +45,9 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def run_command(main: Callable[[], None]) -> None:
-    """Run a command, and exit as it ended.
+    """Run a command, and exit as it ended: 1: unexpected, with a traceback in a file.
 
-    2: a user's mistake, or the system refused something, memory too. 128 and a signal's number:
-    `STOPS`. 1: all else, with a traceback in a file.
+    2: a user's mistake, or the system refused something, memory too; 128 + a number of `STOPS`.
     """
     _set_up_console()
     os.environ["MPLBACKEND"] = "agg"  # pictures are files
@@ -56,7 +55,7 @@ def run_command(main: Callable[[], None]) -> None:
     with _on_stops(_stop):
         try:
             main()
-            if any(error.errno != errno.EPIPE for error in _Console.lost):
+            if any(error.errno != errno.EPIPE for error in _LOST):
                 code, line = 1, "error: the console could not show all text; the files are whole"
         except UserError as error:
             code, line = 2, f"error: {error}"
@@ -117,13 +116,11 @@ def _unexpected(error: BaseException) -> str:
 class _Console(io.FileIO):
     """A stream that drops what is not taken: by a pipe that is closed, a disk that is full."""
 
-    lost: ClassVar[list[OSError]] = []
-
     def write(self, data: bytes) -> int:
         try:
             return super().write(data)
         except OSError as error:
-            self.lost.append(error)
+            _LOST.append(error)
             return len(data)
 
 

@@ -1,7 +1,4 @@
-"""The one way to write: a file is whole or it is not there, and folders are checked beforehand.
-
-A full disk is an OSError that names the file; `run_command` makes a line of it.
-"""
+"""The one way to write: a file is whole or it is not there, and folders are checked beforehand."""
 
 import contextlib
 import io
@@ -155,16 +152,13 @@ def expect_no_results(out: Path, command: str) -> None:
 
 
 def set_aside(folder: Path, names: Sequence[str]) -> Path | None:
-    """Move what there is of `names`, the last one last, to the first `earlier-N` that has none.
-
-    So what an interrupted move left goes where the rest is.
-    """
+    """Move what there is of `names`, the last one last, to the first `earlier-N` that has none."""
     there = [name for name in names if os.path.lexists(folder / name)]
     numbered, taken = (folder / f"earlier-{n}" for n in itertools.count(1)), {*there, names[-1]}
     aside = next(one for one in numbered if not any(os.path.lexists(one / n) for n in taken))
     for name in there:
         aside.mkdir(exist_ok=True)
-        os.replace(folder / name, aside / name)
+        os.replace(folder / name, aside / name)  # what an interruption leaves goes there later
     return aside if there else None
 
 

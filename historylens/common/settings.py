@@ -1,7 +1,4 @@
-"""Settings as dataclasses, and the flags made of them: type, default, help and bounds stand once.
-
-seed: int = setting(0, "seed of the choice of decisions", at_least=0)  # field of a Settings
-"""
+"""Settings as dataclasses, and flags made of them: type, default, help and bounds stand once."""
 
 import argparse
 import dataclasses
