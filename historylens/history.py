@@ -206,12 +206,10 @@ class HistoryBuffer:
         size, width = states.shape
         self.n = 0  # transitions so far
         self._tasks = None if tasks is None else torch.as_tensor(tasks, device=states.device)
-        self._stores = (  # as the inputs of a History
-            states.new_empty(size, n_steps, width),
-            states.new_empty(size, n_steps, dtype=torch.int64),
-            states.new_empty(size, n_steps, dtype=torch.float32),
-            states.new_empty(size, n_steps, width),
-        )
+        both = states.new_empty(2, size, n_steps, width)  # states and next states
+        actions = states.new_empty(size, n_steps, dtype=torch.int64)
+        rewards = states.new_empty(size, n_steps, dtype=torch.float32)
+        self._stores = both[0], actions, rewards, both[1]
         self._episodes = states.new_zeros(size, n_steps + 1, dtype=torch.int64)
 
     def append(self, *transition: Tensor, done: Tensor | bool) -> None:

@@ -12,9 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from historylens.adapter.checks import tried
-from historylens.adapter.decisions import as_array, read_decisions, read_rewarded
-from historylens.adapter.environment import GymRooms, read_tasks
 from historylens.adapter.file import Adapter, kind
+from historylens.adapter.given import GymRooms, as_array, read_decisions, read_rewarded, read_tasks
 from historylens.agent import Agent, Environment
 from historylens.common.errors import note
 from historylens.common.text import counted

@@ -101,18 +101,19 @@ def writable_folder(out: str | Path, lock: bool = True) -> Iterator[Path]:
 
     What killed processes left half written, here and one folder deeper, is removed.
     """
-    out, number = Path(out), None
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        probe = out / f".write-test-{os.getpid()}"
-        probe.touch()
-        probe.unlink(missing_ok=True)
-        number = os.open(out, os.O_RDONLY) if lock and fcntl else None
-    except OSError as error:
-        why = f"({error.strerror}): choose another"
-        raise UserError(f"cannot write to the output folder {out} {why}") from error
-    try:
+    out = Path(out)
+    with contextlib.ExitStack() as held:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            probe = out / f".write-test-{os.getpid()}"
+            probe.touch()
+            probe.unlink(missing_ok=True)
+            number = os.open(out, os.O_RDONLY) if lock and fcntl else None
+        except OSError as error:
+            why = f"({error.strerror}): choose another"
+            raise UserError(f"cannot write to the output folder {out} {why}") from error
         if number is not None:
+            held.callback(os.close, number)
             try:
                 fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
@@ -122,9 +123,6 @@ def writable_folder(out: str | Path, lock: bool = True) -> Iterator[Path]:
                 pass
         _sweep(out)
         yield out
-    finally:
-        if number is not None:
-            os.close(number)
 
 
 def _sweep(out: Path) -> None:

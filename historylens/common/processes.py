@@ -1,8 +1,5 @@
 """One job in several processes: each takes its share of the work, rank 0 writes and prints.
 
-    with join() as group:  # the processes that torchrun started, or this one
-        parts = group.gather([work(n) for n in group.share(100)])  # all parts on rank 0
-
 Gloo carries python objects and CPU tensors, NCCL what lies on GPUs. One process sends nothing.
 """
 
@@ -84,10 +81,7 @@ class Group:
         return values[0]
 
     def spread(
-        self,
-        items: Sequence[Any],
-        work: Callable[[Any, Callable[[], None]], Any],
-        keep: Callable[[Any], None],
+        self, items: Sequence[Any], work: Callable[..., Any], keep: Callable[[Any], None]
     ) -> None:
         """Do `work(item, see)` on all items: each process takes the next one as it has finished.
 
