@@ -31,11 +31,10 @@ class Unreadable(UserError):
 class Environment:
     """Tasks that an agent can be put to.
 
-    `make` gives rooms of `B` tasks `(B,)` int, environments that step together; chance in one
-    depends on its own of seeds `(B,)`, which follow each other. `reset()`, also after every
-    `horizon` steps, begins an episode in all and gives states `(B, S)`. `step(actions)` takes
-    `(B,)` and gives the states reached `(B, S)`, rewards `(B,)`, and whether an episode is over,
-    `(B,)` bool or one for all. `states` are those to act in next, of the episode begun anew.
+    `make` gives rooms of tasks `(B,)` int that step together, where chance depends on seeds `(B,)`,
+    which follow each other. `reset()`, also after every `horizon` steps, begins an episode in all
+    and gives states `(B, S)`. `step(actions)` gives the states reached, rewards `(B,)`, and whether
+    an episode is over, `(B,)` or one for all; `states` are to act in next, of one begun anew.
     """
 
     goals: tuple[str, ...]  # names of the tasks, by number
@@ -159,10 +158,9 @@ def run_heads(
 
 
 def look(agent: Agent, history: History, wanted: Collection[str]) -> History:
-    """The history with its attention, averaged over layers and heads, from passes over it.
+    """The history with `wanted` fields of `LOOKS`: attention averaged over layers and heads.
 
-    Columns of a transition's tokens are summed, rows averaged. Of `wanted`, fields of `History`
-    that are none of `LOOKS` are left as they are. Unreadable: the model does not show a field.
+    Columns of a transition's tokens are summed, rows averaged. Unreadable: one is not shown.
     """
     wanted = [name for name in LOOKS if name in wanted]
     if not wanted:

@@ -23,12 +23,9 @@ LOOKS = "query_attention", "head_attention", "norm", "contribution", "received",
 
 @dataclass(frozen=True)
 class Decision:
-    """A state in which a model acts, and the `n` transitions before it in the order of time.
+    """A state in which a model acts, and the `n` transitions before it in the order of time."""
 
-    Arrays, tensors or lists; what else a transition holds may be columns of its state.
-    """
-
-    states: Any  # (n,) or (n, S), the state before each transition
+    states: Any  # (n,) or (n, S), array, tensor or list: before each, and whatever else it holds
     actions: Any  # (n,) int
     rewards: Any  # (n,)
     query_state: Any  # a number or (S,), the state to act in
@@ -61,10 +58,7 @@ class Decision:
 
 @dataclass(frozen=True)
 class History:
-    """Raw history before each of `B` decisions, and what is known of the attention to it.
-
-    Nothing is checked here: `checked` does, where histories enter. What is None is unknown.
-    """
+    """Raw history before each of `B` decisions, and what is known, not None, of attention to it."""
 
     states: Tensor  # (B, n, S), S numbers describe a state
     actions: Tensor  # (B, n) int
@@ -196,10 +190,9 @@ class History:
 
 
 class HistoryBuffer:
-    """Transitions of `B` environments that step together, at most `n_steps`: a store that grows.
+    """A store of up to `n_steps` transitions of `B` environments; histories are views of it.
 
-    Histories are views of it: nothing is copied. It lies where the first states `(B, S)` do, and is
-    of their type; `tasks` `(B,)` as in a `History`.
+    It lies where the first states `(B, S)` do, and is of their type.
     """
 
     def __init__(self, states: Tensor, n_steps: int, tasks: ArrayLike | None = None) -> None:
@@ -213,10 +206,7 @@ class HistoryBuffer:
         self._episodes = states.new_zeros(size, n_steps + 1, dtype=torch.int64)
 
     def append(self, *transition: Tensor, done: Tensor | bool) -> None:
-        """Append states `(B, S)`, actions `(B,)`, rewards `(B,)` and next states of all.
-
-        `done`, `(B,)` bool or one for all: with it an episode ends.
-        """
+        """Append states, actions, rewards and next states; with `done`, `(B,)`, an episode ends."""
         for store, values in zip(self._stores, transition, strict=True):
             store[:, self.n] = values
         self.n += 1

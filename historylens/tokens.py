@@ -1,7 +1,5 @@
 """What each token of a model is: which transition it belongs to, which part of it, which decides.
 
-    tokens = Tokens.of(n=20, parts=("state", "action", "reward"))  # 61 tokens, query last
-
 Metrics are about transitions, so they mean the same for all models. Axes: `T` tokens, `H` heads.
 """
 

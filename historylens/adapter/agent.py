@@ -208,9 +208,8 @@ class AdapterAgent(Agent):
             check(room is None, "ROOM", "position(state) beside it", "none")
             return None
         names = ("states", "next_states", "query_state", "goal")
-        known = (vars(one)[name] for one in self.decisions for name in names)
-        there = (x for x in known if x is not None and np.size(x))
-        sizes = [self.position(x).reshape(-1, 2).max(0) + 1 for x in there]
+        known = (vars(one)[name] for one in self.decisions for name in names)  # of goals not all
+        sizes = [self.position(x).reshape(-1, 2).max(0) + 1 for x in known if np.ndim(x) and len(x)]
         least = tuple(np.max(sizes, axis=0).tolist())
         room = least if room is None else room
         is_fit = isinstance(room, tuple | list) and [type(x) for x in room] == [int, int]

@@ -19,9 +19,8 @@ if TYPE_CHECKING:
 def tried(agent: "AdapterAgent") -> tuple[Record, dict[str, str]]:
     """A captured pass, and modules beside its layers that mix tokens, with their classes.
 
-    UserError: act() fails, samples and heads are not told apart, or the map of tokens is not the
-    model's. It is, unless changing one action or the last layer's output shows otherwise; what
-    cannot be tried, because it raises or its numbers do not fit, is passed over.
+    UserError: act() fails, samples and heads are not told apart, or changing one action or the last
+    layer's output shows that the map of tokens is not the model's. What raises is passed over.
     """
     history, said, unseen = agent.history([0]), None, {}
     given = "tokens()" if agent.adapter.get("tokens") is not None else "no tokens(), so"

@@ -21,7 +21,7 @@ from historylens.metrics import NAMES
 
 MAX_TITLE = 80  # characters that fit a picture's width
 TAKEN = ("sample", "title", "layer", "head", "n_context", *NAMES)
-Check = Callable[[bool, str, str, object], None]  # whether an array fits, its name, expected, got
+Check = Callable[[object, str, str, object], None]  # whether an array fits, its name, expected, got
 NEEDED, WHOLE = ("states", "actions", "rewards", "query_state"), ("actions", "episodes")
 # What a method of an environment gives, and a dict.
 GIVEN = {"reset": ["states"], "step": ["states", "rewards", "terminated", "truncated"]}
@@ -83,10 +83,7 @@ def read_rewarded(
 
 
 def as_array(values: object, whole: bool = False) -> np.ndarray:
-    """An array of int64 or float32, or of objects where these do not hold all that is in it.
-
-    `whole`: they stand for whole numbers, which may be floats without a fraction.
-    """
+    """An array of int64 or float32, of objects if these lose some; `whole` floats become int64."""
     if isinstance(values, Tensor):
         values = values.detach().cpu().numpy()
     array = np.asarray(values)
@@ -102,7 +99,7 @@ def _read(adapter: Adapter, index: int, given: Decision) -> Decision:
     where, arrays = f"samples()[{index}]", {}
     adapter.check(isinstance(given, Decision), where, "a Decision", kind(given))
 
-    def check(is_fit: bool, name: str, expected: str, got: object) -> None:
+    def check(is_fit: object, name: str, expected: str, got: object) -> None:
         adapter.check(is_fit, f"{where}.{name}", expected, got)
 
     for name in (*NEEDED, "next_states", "episodes", "goal"):
@@ -116,17 +113,15 @@ def _read(adapter: Adapter, index: int, given: Decision) -> Decision:
     arrays["rewards"] = rewards = arrays["rewards"].astype(np.float32)
     is_fit = rewards.ndim == 1 and len(rewards) > 0
     check(is_fit, "rewards", "shape (n,) with at least one transition", rewards.shape)
-    is_fit = (np.abs(rewards) <= MOST).all()
-    check(is_fit, "rewards", f"finite numbers, {MOST} at most", "others")
+    check((np.abs(rewards) <= MOST).all(), "rewards", f"finite numbers, {MOST} at most", "others")
     _shape_states(check, arrays, n=len(rewards))
-    arrays.setdefault("episodes", np.zeros(len(rewards), dtype=np.int64))
+    episodes = arrays.setdefault("episodes", np.zeros(len(rewards), dtype=np.int64))
     for name in WHOLE:
         shape, dtype = arrays[name].shape, arrays[name].dtype
         check(shape == rewards.shape, name, f"shape {rewards.shape}", shape)
         check(dtype == np.int64, name, "whole numbers", dtype)
-    never_fall = (np.diff(arrays["episodes"]) >= 0).all()
-    check(never_fall, "episodes", "numbers that never fall", "some that do")
-    latest, now, task = int(arrays["episodes"][-1]), given.query_episode, given.task
+    check((np.diff(episodes) >= 0).all(), "episodes", "numbers that never fall", "some that do")
+    latest, now, task = int(episodes[-1]), given.query_episode, given.task
     is_fit = now is None or (isinstance(now, int | np.integer) and latest <= now <= MOST)
     check(is_fit, "query_episode", f"a whole number from {latest} on, the latest episode", now)
     is_fit = task is None or (_is_number(task) and task == int(task))

@@ -97,10 +97,7 @@ def _plain(value: object) -> Any:
 
 @contextlib.contextmanager
 def writable_folder(out: str | Path, lock: bool = True) -> Iterator[Path]:
-    """Make an output folder for a block to write to, alone with `lock`; UserError: it is refused.
-
-    What killed processes left half written, here and one folder deeper, is removed.
-    """
+    """Make an output folder for a block to write to, alone with `lock`; UserError: refused."""
     out = Path(out)
     with contextlib.ExitStack() as held:
         try:
@@ -126,6 +123,7 @@ def writable_folder(out: str | Path, lock: bool = True) -> Iterator[Path]:
 
 
 def _sweep(out: Path) -> None:
+    """Remove what killed processes left half written, here and one folder deeper."""
     for path in (*out.glob(".*"), *out.glob("*/.*")):
         if match := _LEFT.fullmatch(path.name):
             with contextlib.suppress(PermissionError):  # another user's process lives

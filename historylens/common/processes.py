@@ -85,8 +85,7 @@ class Group:
     ) -> None:
         """Do `work(item, see)` on all items: each process takes the next one as it has finished.
 
-        Rank 0 calls `keep` with what each gave, as soon as that is there: whenever `work` calls
-        `see`. A UserError stops all, as `together` does.
+        Rank 0 calls `keep` with what is there whenever `work` calls `see`. A UserError stops all.
         """
         name, n_kept = f"spread {next(self._numbers)}", 0
 
@@ -129,10 +128,7 @@ class Group:
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
-        """A block that each process runs by itself: at its end all go on, or all stop with code 2.
-
-        A user's mistake that several processes meet is told once, by the first of them.
-        """
+        """A block at whose end all go on, or stop with code 2: the first of a mistake tells it."""
         mistake = said = None
         try:
             yield
@@ -159,10 +155,9 @@ ALONE = Group()
 
 @contextlib.contextmanager
 def join() -> Iterator[Group]:
-    """Join the processes that torchrun started beside this one, until the block ends.
+    """Join the processes that torchrun started beside this one; UserError: they are not found.
 
     A process that loses another says so in one line and exits with code 1, as torchrun then does.
-    UserError: torchrun's environment is incomplete, or the processes do not find each other.
     """
     group = _started_by_torchrun()
     if group.size == 1:
@@ -192,7 +187,6 @@ def join() -> Iterator[Group]:
 
 
 def _started_by_torchrun() -> Group:
-    """The group that torchrun's environment describes."""
     if (size := os.environ.get("WORLD_SIZE") or "1") == "1":
         return ALONE
     instead = "start several processes with `torchrun --nproc-per-node N`, or unset WORLD_SIZE"
