@@ -214,9 +214,8 @@ def _look(agent: Agent, history: History, wanted: set[str]) -> dict[str, Tensor]
 def act_in_parts(agent: Agent, history: History, positions: Tensor | None = None) -> Tensor:
     """`Agent.act` on histories of any lengths, padded in front; a pass for every length."""
     size = max(1, MAX_TOKENS_ACTING // (history.n + 1))
-    rows = torch.arange(history.size, device=history.device)
     logits, order = [], []
-    for some in rows.split(size):
+    for some in torch.arange(history.size, device=history.device).split(size):
         chosen = history if len(some) == history.size else history.rows(some)
         for own, part in chosen.by_count():
             placed = None if positions is None else positions[some[own], -part.n - 1 :]

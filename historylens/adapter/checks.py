@@ -122,8 +122,7 @@ def _decided_elsewhere(agent: "AdapterAgent", history: History, record: Record) 
 
     def matters(row: int | None) -> bool:
         with disturbed(agent.model, last, row, **agent.capture_options):
-            changed = agent.act(history)
-        return bool((changed - logits).abs().max() > 1e-6 * logits.abs().max())
+            return bool((agent.act(history) - logits).abs().max() > 1e-6 * logits.abs().max())
 
     if not matters(None) or matters(tokens.decides):
         return None

@@ -166,5 +166,4 @@ def in_the_way(out: Path, path: Path) -> UserError:
 
 def rounded(values: np.ndarray, digits: int = 6) -> list[Any]:
     """Nested lists of floats with so many significant digits."""
-    rows = values.ndim > 1
-    return [rounded(v, digits) if rows else float(f"{v:.{digits}g}") for v in values]
+    return [rounded(v, digits) if values.ndim > 1 else float(f"{v:.{digits}g}") for v in values]
