@@ -178,11 +178,9 @@ class History:
 
     def _transitions(self, choose: Callable[[Tensor], Tensor]) -> "History":
         """Some of the transitions: `choose` is given every field as `(B, n, ...)`."""
-        chosen = {}
-        for name, value in self._known().items():
-            if (axis := AXES[name].find("n")) > 0:
-                chosen[name] = choose(value.movedim(axis, 1)).movedim(1, axis)
-        return replace(self, **chosen)
+        axes = {name: AXES[name].index("n") for name in self._known() if "n" in AXES[name]}
+        chosen = {name: choose(vars(self)[name].movedim(i, 1)) for name, i in axes.items()}
+        return replace(self, **{name: chosen[name].movedim(1, i) for name, i in axes.items()})
 
     def unlooked(self) -> "History":
         """The same, with nothing known of the attention to it."""

@@ -218,7 +218,6 @@ class AdapterAgent(Agent):
         return tuple(room)
 
     def _read_capture_options(self) -> dict[str, Any]:
-        """The adapter's CAPTURE, and its layers() by name."""
         check, options = self.adapter.check, self.adapter.get("CAPTURE", {})
         is_fit = isinstance(options, dict) and {*options} <= {"softmax", "heads"}
         check(is_fit, "CAPTURE", "a dict with softmax and heads", repr(options))
@@ -230,6 +229,7 @@ class AdapterAgent(Agent):
         check(is_fit, "layers()", "a list of modules or their names", kind(layers))
         known = {module: name for name, module in self.model.named_modules()}
         for one in layers:
-            is_fit = isinstance(one, str) or one in known
-            check(is_fit, "layers()", "modules of the model", kind(one))
+            check(
+                isinstance(one, str) or one in known, "layers()", "modules of the model", kind(one)
+            )
         return options | {"layers": [known.get(layer, layer) for layer in layers]}

@@ -1,7 +1,6 @@
 """Does an adapter describe its model? A few passes show it, before anything is written."""
 
 from contextlib import suppress
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -97,9 +96,8 @@ def _fed_elsewhere(agent: "AdapterAgent", history: History, _record: Record) -> 
     number, tokens = history.n // 2, agent.tokens(history)
     known = {int(action) for one in agent.decisions for action in one.actions}
     pair = agent.history([0, 0])
-    actions = pair.actions.clone()
-    actions[1, number] = min(known - {int(actions[0, number])})
-    record = _passed(agent, replace(pair, actions=actions), inputs=True, **where_of(tokens * 2))
+    pair.actions[1, number] = min(known - {int(pair.actions[0, number])})
+    record = _passed(agent, pair, inputs=True, **where_of(tokens * 2))
     fed = record[0].inputs.double()  # (2, T, F)
     moved = (fed[0] - fed[1]).abs().amax(1) > 1e-5 * fed.abs().max()
     own = torch.from_numpy(tokens[0].transition == number)

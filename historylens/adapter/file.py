@@ -9,7 +9,6 @@ import sys
 import traceback
 from collections.abc import Iterator
 from functools import cache
-from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,7 +18,6 @@ from historylens.common.errors import UserError, expect, is_out_of_memory, note,
 from historylens.history import Decision, History
 from historylens.tokens import Tokens
 
-REQUIRED = ("load", "samples", "act")
 SIGNATURES = {
     "load": "load() -> nn.Module",
     "samples": "samples(n, seed) -> list[Decision]",
@@ -53,9 +51,9 @@ class Adapter:
         defined = [name for name in SIGNATURES if self.get(name) is not None]
         near = f"; it defines {', '.join(f'{name}()' for name in defined)}" if defined else ""
         for name, signature in SIGNATURES.items():
-            value, is_optional = self.get(name), name not in REQUIRED
+            value = self.get(name)
             missing = f"{path}: no {name}(): expected `def {signature}`{near}"
-            expect(value is not None or is_optional, missing)
+            expect(value is not None or name not in ("load", "samples", "act"), missing)
             is_fit = value is None or callable(value)
             self.check(is_fit, name, f"a function {signature}", kind(value))
 
@@ -117,8 +115,8 @@ def _put_first(folder: Path) -> None:
 class _OldImport(importlib.abc.Loader):
     """Finds a module `adapter`, from which adapters once imported their names."""
 
-    def find_spec(self, name: str, *_: object) -> ModuleSpec | None:
-        return ModuleSpec(name, self) if name == "adapter" else None
+    def find_spec(self, name: str, *_: object) -> Any:
+        return importlib.util.spec_from_loader(name, self) if name == "adapter" else None
 
     def exec_module(self, module: ModuleType) -> None:
         module.__getattr__ = _once_of_adapter

@@ -152,7 +152,6 @@ def _shape_states(check: Check, arrays: dict[str, np.ndarray], n: int) -> None:
 
 
 def _read_labels(check: Check, labels: object) -> dict[str, int | float | str]:
-    """Labels as plain values that a table and JSON can hold."""
     check(isinstance(labels, dict), "labels", "a dict", kind(labels))
     plain, expected = {}, f"a finite number or a string, {MOST} at most"
     for name, value in labels.items():

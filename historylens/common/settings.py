@@ -4,9 +4,8 @@ import argparse
 import dataclasses
 import math
 import types
-import typing
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args, get_origin
 
 from historylens.common.errors import expect
 
@@ -76,10 +75,10 @@ def add_flags(parser: argparse.ArgumentParser, *configs: type) -> None:
 def _of_type(kind: Any) -> dict[str, Any]:
     """What a flag takes for a setting of a type, of that or None, or of a list of them."""
     if isinstance(kind, types.UnionType):
-        kind = typing.get_args(kind)[0]
+        kind = get_args(kind)[0]
     more = {}
-    if typing.get_origin(kind) is list:
-        kind, more = typing.get_args(kind)[0], {"nargs": "+"}
+    if get_origin(kind) is list:
+        kind, more = get_args(kind)[0], {"nargs": "+"}
     return {"type": kind, "metavar": {int: "N", float: "X"}.get(kind), **more}
 
 
