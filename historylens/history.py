@@ -25,8 +25,8 @@ LOOKS = "query_attention", "head_attention", "norm", "contribution", "received",
 class Decision:
     """A state in which a model acts, and the `n` transitions before it in the order of time."""
 
-    states: Any  # (n,) or (n, S), array, tensor or list: before each, and whatever else it holds
-    actions: Any  # (n,) int
+    states: Any  # (n,) or (n, S), before each transition; columns may hold whatever else it has
+    actions: Any  # (n,) int, an array, tensor or list, as all the others
     rewards: Any  # (n,)
     query_state: Any  # a number or (S,), the state to act in
     next_states: Any = None  # as states; None: the state of the transition that follows

@@ -228,8 +228,6 @@ class AdapterAgent(Agent):
         is_fit = isinstance(layers, list | tuple | nn.ModuleList) and len(layers) > 0
         check(is_fit, "layers()", "a list of modules or their names", kind(layers))
         known = {module: name for name, module in self.model.named_modules()}
-        for one in layers:
-            check(
-                isinstance(one, str) or one in known, "layers()", "modules of the model", kind(one)
-            )
+        for x in layers:
+            check(isinstance(x, str) or x in known, "layers()", "modules of the model", kind(x))
         return options | {"layers": [known.get(layer, layer) for layer in layers]}
