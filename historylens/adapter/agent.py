@@ -35,11 +35,14 @@ def load(
     plays: bool = False,
 ) -> "AdapterAgent":
     """The model of an adapter, with up to `n` decisions, or one that `plays`; UserError: no fit."""
-    if plays:
-        agent = load_acting(path, seed, device, rewarded_above, tell)
-    else:
-        agent = AdapterAgent(Adapter(path), n, seed, device, rewarded_above)
-        agent.tell_doubts(tell)
+    adapter = Adapter(path)
+    tasks = read_tasks(adapter) if plays else None
+    agent = AdapterAgent(adapter, N_TRIED if plays else n, seed, device, rewarded_above)
+    agent.tell_doubts(tell)
+    if tasks is not None:
+        make = partial(GymRooms, adapter, agent.decisions[0].query_state, tasks[1])
+        make(np.zeros(1, dtype=int), [seed]).reset()
+        agent.environment = Environment(*tasks, make)
     model, decisions = type(agent.model).__name__, agent.decisions
     heads = " or ".join(map(str, sorted(set(agent.n_heads))))
     size = sum(p.numel() for p in agent.model.parameters())
@@ -68,16 +71,10 @@ def load(
 
 
 def load_acting(
-    path: str | Path, seed: int, device: torch.device, above: float | None = None, tell: Tell = note
+    path: str | Path, seed: int, device: torch.device, above: float | None = None
 ) -> "AdapterAgent":
     """The model of an adapter in its own environments; UserError if it lacks or misfits one."""
-    adapter = Adapter(path)
-    goals, horizon = read_tasks(adapter)
-    agent = AdapterAgent(adapter, N_TRIED, seed, device, above)
-    agent.tell_doubts(tell)
-    make = partial(GymRooms, adapter, agent.decisions[0].query_state, horizon)
-    make(np.zeros(1, dtype=int), [seed]).reset()
-    agent.environment = Environment(goals, horizon, make)
+    agent = load(path, N_TRIED, seed, device, above, plays=True)
     agent.facts = {"Adapter": str(path), **agent.rewarded}
     agent.meta = {"adapter": str(path), "rewarded_above": agent.rewarded_above}
     return agent
