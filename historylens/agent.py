@@ -232,9 +232,8 @@ def rollout(
     bar: tqdm | None = None,
     tasks: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Act for `n_steps` in `B` rooms that `Environment.make` gave.
+    """Act in `B` rooms of `Environment.make`: rewards, and where an episode ended, `(B, n_steps)`.
 
-    Gives rewards `(B, n_steps)`, and with which of these steps an episode ended, of the same shape.
     `policy.act(buffer, query_states)` gives action logits `(B, A)` on what the rooms have been
     through, in states `(B, S)`; all of that lies on its `device`. `noises`: generators of the
     action noise, one a room; `tasks` `(B,)` are equal where two rooms are of the same task.

@@ -222,9 +222,8 @@ def spread_decisions(
 ) -> list[tuple[int, int]]:
     """Spread `n_samples` decisions, (history, step), over tasks, histories and stages of learning.
 
-    Tasks take turns, and so do the histories of each, whose numbers `by_task` holds. The stages are
-    `n_samples` equal parts of the eligible `steps`, ascending; a decision from each is dealt out in
-    random order. Where fewer are eligible, all of them are taken.
+    Tasks, and the histories `by_task` of each, take turns. The stages are `n_samples` equal parts
+    of the eligible `steps`, ascending, a decision from each, dealt out in random order.
     """
     if n_samples >= len(steps) * sum(map(len, by_task)):
         return [(int(h), int(t)) for histories in by_task for h in histories for t in steps]

@@ -1,7 +1,6 @@
 """What an adapter gives, read and checked: decisions, and environments to act in.
 
-Decisions are brought to arrays of the shapes that a History has. Environments speak the vector API
-of Gymnasium (https://gymnasium.farama.org), which nothing here imports.
+These speak the vector API of Gymnasium (https://gymnasium.farama.org), which nothing here imports.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -56,9 +55,8 @@ def read_rewarded(
 ) -> tuple[float, str]:
     """Above which reward a transition counts as rewarded, and that in words where it is told.
 
-    What the flag says, else the adapter's REWARDED_ABOVE. Where neither does: 0 for rewards of at
-    most two values, but the middle of two where the higher is rare and not above 0; else the top
-    quarter. UserError: it is no number.
+    As the flag says, or REWARDED_ABOVE, a number; else 0 for rewards of at most two values, but the
+    middle of two where the higher is rare and not above 0; else the top quarter.
     """
     name, given = "--rewarded-above", flag
     if flag is None:
@@ -188,10 +186,9 @@ def read_tasks(adapter: Adapter) -> tuple[tuple[str, ...], int]:
 
 
 class GymRooms:
-    """Rooms of an `Environment`, of tasks `goals`; one that ends early begins anew at once.
+    """Rooms of an `Environment`, their states like `state` `(S,)`, which is one of samples().
 
-    It does in each of the three modes of AutoresetMode, and no action is lost. `state` `(S,)` is
-    one of samples(): those here are of its size and type.
+    One that ends early begins anew at once, in any AutoresetMode: no action is lost.
     """
 
     def __init__(

@@ -33,8 +33,7 @@ _LEFT = re.compile(rf"\.(?:write-test-|.+\.(?:{_WRITTEN})\.)(\d+)(?:\.tmp)?")
 def write_atomically(path: str | Path, content: Content) -> None:
     """Write a temporary file beside `path`, then rename it: readers never see half a file.
 
-    `content` is text, bytes, a long text in pieces that never lies in memory as a whole, plain
-    types for JSON, or what writes to an open binary file. OSError where it cannot be written.
+    `content`: text, bytes, pieces of a long text, plain types for JSON, or what writes to a file.
     """
     with staged({Path(path): content}):
         pass

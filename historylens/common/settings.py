@@ -17,9 +17,8 @@ BOUNDS = ("at_least", "at_most", "fraction")
 def setting(default: Any, help: str | None, metavar: str | None = None, **flag: Any) -> Any:
     """Declare a dataclass field: its default, its help, and what else its flag needs.
 
-    The type is that of the annotation, of its entries where that is a list. `at_least`, `at_most`
-    and `fraction` (between 0 and 1) are bounds that `Settings` checks, as it does `choices`.
-    Without help it has no flag.
+    The type is that of the annotation, or of its entries. `Settings` checks the bounds `at_least`,
+    `at_most` and `fraction` (between 0 and 1), and `choices`. Without help it has no flag.
     """
     told = {"help": help, "metavar": metavar} | flag
     told = {name: value for name, value in told.items() if value is not None}
