@@ -34,7 +34,7 @@ def load(
     tell: Tell = note,
     plays: bool = False,
 ) -> "AdapterAgent":
-    """The model of an adapter, with up to `n` decisions, or one that `plays`; UserError: no fit."""
+    """An adapter's model, with up to `n` decisions, or to play; UserError: it does not fit."""
     adapter = Adapter(path)
     tasks = read_tasks(adapter) if plays else None
     agent = AdapterAgent(adapter, N_TRIED if plays else n, seed, device, rewarded_above)
