@@ -12,12 +12,5 @@ from historylens.compression import compress_history
 from historylens.history import Decision, History
 from historylens.tokens import Tokens
 
-__all__ = [
-    "CaptureError",
-    "Decision",
-    "History",
-    "Tokens",
-    "capture",
-    "compress_history",
-    "record_attention",
-]
+__all__ = ["CaptureError", "Decision", "History", "Tokens"]
+__all__ += ["capture", "compress_history", "record_attention"]

@@ -1,13 +1,7 @@
-"""What decides: a model with decisions to look at, and where there is one, its environment.
-
-The AD model that comes with the tool is an `Agent`, and so is what an adapter gives; everything
-that follows (analysis, effects, comparison) knows nothing else.
-
-    logits, attention = attend(agent, history, layers=[0, 3])            # one captured pass
-"""
+"""What decides: an `Agent`, the AD model or an adapter's; analysis and comparison know no other."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,6 +20,7 @@ from historylens.history import LOOKS, Decision, History, HistoryBuffer
 from historylens.tokens import NONE, PADDING, Tokens, sum_rows
 
 N_LAST_ROWS = 8  # transitions whose attention rows are in last_rows
+WHOLE = {"received", "last_rows"}  # fields of a History that whole maps are looked at for
 
 
 class Unreadable(UserError):
@@ -36,12 +31,10 @@ class Unreadable(UserError):
 class Environment:
     """Tasks that an agent can be put to.
 
-    `make` gives rooms of `B` tasks `(B,)` int, environments that step together; what happens by
-    chance in one depends on its own of seeds `(B,)`, which follow each other. `reset()` begins an
-    episode in all and gives states `(B, S)`, and is called again after every `horizon` steps.
-    `step(actions)` takes `(B,)` and gives the states reached `(B, S)`, rewards `(B,)`, and whether
-    an episode is over, `(B,)` bool or one for all. `states` are those to act in next: of one whose
-    episode ended before, they are those of the episode that it began anew.
+    `make` gives rooms of tasks `(B,)` int that step together, where chance depends on seeds `(B,)`,
+    which follow each other. `reset()`, also after every `horizon` steps, begins an episode in all
+    and gives states `(B, S)`. `step(actions)` gives the states reached, rewards `(B,)`, and whether
+    an episode is over, `(B,)` or one for all; `states` are to act in next, of one begun anew.
     """
 
     goals: tuple[str, ...]  # names of the tasks, by number
@@ -52,9 +45,7 @@ class Environment:
     goal_states: np.ndarray | None = None  # (G, S), or (G, m, S) in this order: goals, if known
 
     def __str__(self) -> str:
-        """How many tasks there are, and what is known of them."""
-        noun, which = self.named
-        return f"{counted(len(self.goals), noun)} {which}"
+        return f"{counted(len(self.goals), self.named[0])} {self.named[1]}"
 
 
 class Agent(ABC):
@@ -82,8 +73,7 @@ class Agent(ABC):
     def act(self, history: History, positions: Tensor | None = None) -> Tensor:
         """Action logits `(B, A)` on up to `n_max` transitions, without padding.
 
-        `positions` `(B, n + 1)` int64 say where each transition and, last, the query stands, to an
-        agent that `can_place` them; None: one behind the other.
+        `positions` `(B, n + 1)` int64, if it `can_place`: where each and, last, the query stands.
         """
 
     def forward(self, history: History) -> Tensor:
@@ -119,25 +109,17 @@ class Agent(ABC):
 
 @torch.inference_mode()
 def attend(
-    agent: Agent,
-    history: History,
-    layers: Sequence[int] | None = None,
-    *,
-    received: bool = False,
-    maps: Sequence[int] = (),
-    map_size: int = 512,
+    agent: Agent, history: History, layers: Sequence[int] | None = None, **options: Any
 ) -> tuple[Tensor, list[LayerAttention]]:
     """One forward pass on a history without padding: action logits `(B, A)`, and the attention.
 
-    `layers` are numbers of the layers to capture, None: all; the other options are those of
-    `capture`, which may raise `CaptureError`.
+    `layers`: numbers of those to capture, None: all; `options`, and CaptureError: as of `capture`.
     """
     names = [agent.layers[i] for i in (range(len(agent.layers)) if layers is None else layers)]
-    options = {"received": received, "maps": maps, "map_size": map_size}
-    options |= {**agent.capture_options, **where_of(agent.tokens(history))}
+    told = {**agent.capture_options, **where_of(agent.tokens(history))}
     if not any("#" in name for name in names):  # several calls of one module are told by number
-        options["layers"] = names
-    with capture(agent.model, **options) as record:
+        told["layers"] = names
+    with capture(agent.model, **{"received": False, **options, **told}) as record:
         logits = agent.forward(history)
     by_name = {layer.name: layer for layer in record}
     return logits, [by_name[name] for name in names]
@@ -162,48 +144,50 @@ def run_heads(
 ) -> tuple[Tensor, dict[int, HeadOutput]]:
     """One forward pass with heads told apart: action logits `(B, A)`, and layers by their number.
 
-    `change` and `hide` as for `historylens.capture.heads`, by the number of a layer. A layer whose
+    `change` and `hide` as of `historylens.capture.heads`, by the number of a layer. A layer whose
     heads cannot be told apart, or that reads its tokens in several passes, is missing.
     """
-    named = [
-        {agent.layers[i]: value for i, value in (given or {}).items()} for given in (change, hide)
-    ]
-    tokens = agent.tokens(history)
+    tokens, names = agent.tokens(history), agent.layers
     options = {**agent.capture_options, **where_of(tokens)}
-    with heads(agent.model, change=named[0], hide=named[1], **options) as seen:
+    options["change"] = {names[i]: value for i, value in (change or {}).items()}
+    options["hide"] = {names[i]: value for i, value in (hide or {}).items()}
+    with heads(agent.model, **options) as seen:
         logits = agent.forward(history)
-    layers = {i: seen[name] for i, name in enumerate(agent.layers) if name in seen}
+    layers = {i: seen[name] for i, name in enumerate(names) if name in seen}
     return logits, {i: x for i, x in layers.items() if x.output.shape[2] == len(tokens[0])}
 
 
 def look(agent: Agent, history: History, wanted: Collection[str]) -> History:
-    """The history with its attention, averaged over layers and heads, from passes over it.
+    """The history with `wanted` fields of `LOOKS`: attention averaged over layers and heads.
 
-    Columns of a transition's tokens are summed, rows averaged. Of `wanted`, fields of `History`
-    that are none of `LOOKS` are left as they are. Unreadable: the model does not show a field.
+    Columns of a transition's tokens are summed, rows averaged. Unreadable: one is not shown.
     """
     wanted = [name for name in LOOKS if name in wanted]
     if not wanted:
         return history
-    size, is_whole = history.size, bool({*wanted} & {"received", "last_rows"})
-    if is_whole:
+    size = history.size
+    if WHOLE & {*wanted}:
         n_tokens = len(agent.tokens(history.rows(slice(0, 1)))[0])
         size = max(1, MAX_WEIGHTS // (n_tokens**2 * sum(agent.n_heads)))
-    starts = range(0, history.size, size)
-    parts = [_look(agent, history.rows(slice(i, i + size)), wanted) for i in starts]
-    found = {name: torch.cat([part[name] for part in parts]) for name in wanted}
+    parts = [history.rows(slice(i, i + size)) for i in range(0, history.size, size)]
+    looks = [_look(agent, part, {*wanted}) for part in parts]
+    found = {name: torch.cat([one[name] for one in looks]) for name in wanted}
     return replace(history, **{k: x.float().to(history.device) for k, x in found.items()})
 
 
-def _look(agent: Agent, history: History, wanted: Sequence[str]) -> dict[str, Tensor]:
+def _look(agent: Agent, history: History, wanted: set[str]) -> dict[str, Tensor]:
     """What one pass shows of attention; a second is for whole maps beside heads told apart."""
-    tokens, known, layers = agent.tokens(history), {}, []
-    if {*wanted} & {"norm", "contribution"}:
-        told = run_heads(agent, history)[1]
-        known = _shares(agent, told.values(), tokens)
-        layers = [told[i] for i in range(len(agent.layers)) if i in told]
-    is_whole = bool({*wanted} & {"received", "last_rows"})
-    if not is_whole and not {*wanted} & {"query_attention", "head_attention"}:
+    tokens, known, layers, is_whole = agent.tokens(history), {}, [], bool(WHOLE & wanted)
+    if {"norm", "contribution"} & wanted:
+        layers = [*run_heads(agent, history)[1].values()]
+        shares = [layer.shares() for layer in layers if layer.projection is not None]
+        what = "expected heads side by side before a linear projection, as contributions take"
+        if not shares:
+            raise Unreadable(f"{agent.title}: {what}, got none")
+        for name, values in zip(("norm", "contribution"), zip(*shares, strict=True), strict=True):
+            mean = torch.stack(values).mean(0).cpu().numpy()  # (B, T)
+            known[name] = torch.from_numpy(sum_rows(mean, tokens)[:, :-1])
+    if not is_whole and not {"query_attention", "head_attention"} & wanted:
         return known
     if is_whole or len(layers) < len(agent.layers):
         maps = {"maps": range(history.size), "map_size": max(8, len(tokens[0]))}
@@ -211,10 +195,8 @@ def _look(agent: Agent, history: History, wanted: Sequence[str]) -> dict[str, Te
     if is_whole and any(layer.maps.shape[2] < len(tokens[0]) for layer in layers):
         what = "expected layers where every token attends, got one where only the query does"
         raise Unreadable(f"{agent.title}: {what}")
-    by_head = [
-        torch.from_numpy(sum_rows(layer.query_rows, tokens)[..., :-1]) for layer in layers
-    ]  # (B, H, n) float64
-    most = max(agent.n_heads)
+    by_head = [torch.from_numpy(sum_rows(layer.query_rows, tokens)[..., :-1]) for layer in layers]
+    most = max(agent.n_heads)  # by_head: (B, H, n) float64
     padded = [functional.pad(x, (0, 0, 0, most - x.shape[1]), value=np.nan) for x in by_head]
     known["head_attention"] = torch.stack(padded, 1)
     known["query_attention"] = torch.stack([x.mean(1) for x in by_head]).mean(0)
@@ -228,26 +210,12 @@ def _look(agent: Agent, history: History, wanted: Sequence[str]) -> dict[str, Te
     return known
 
 
-def _shares(
-    agent: Agent, layers: Iterable[HeadOutput], tokens: Sequence[Tokens]
-) -> dict[str, Tensor]:
-    """Norms and contributions `(B, n)`, mean over the layers that show them."""
-    shown = [layer.shares() for layer in layers if layer.projection is not None]
-    if not shown:
-        what = "expected heads side by side before a linear projection, as contributions take"
-        raise Unreadable(f"{agent.title}: {what}, got none")
-    means = [torch.stack(values).mean(0).cpu().numpy() for values in zip(*shown, strict=True)]
-    summed = [sum_rows(values[:, None], tokens)[:, 0, :-1] for values in means]
-    return dict(zip(("norm", "contribution"), map(torch.from_numpy, summed), strict=True))
-
-
 @torch.inference_mode()
 def act_in_parts(agent: Agent, history: History, positions: Tensor | None = None) -> Tensor:
     """`Agent.act` on histories of any lengths, padded in front; a pass for every length."""
     size = max(1, MAX_TOKENS_ACTING // (history.n + 1))
-    rows = torch.arange(history.size, device=history.device)
     logits, order = [], []
-    for some in rows.split(size):
+    for some in torch.arange(history.size, device=history.device).split(size):
         chosen = history if len(some) == history.size else history.rows(some)
         for own, part in chosen.by_count():
             placed = None if positions is None else positions[some[own], -part.n - 1 :]
@@ -264,12 +232,11 @@ def rollout(
     bar: tqdm | None = None,
     tasks: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Act for `n_steps` in `B` rooms that `Environment.make` gave.
+    """Act in `B` rooms of `Environment.make`: rewards, and where an episode ended, `(B, n_steps)`.
 
-    Gives rewards `(B, n_steps)`, and with which of these steps an episode ended, of the same shape.
     `policy.act(buffer, query_states)` gives action logits `(B, A)` on what the rooms have been
-    through, in states `(B, S)`; all of that lies on its `device`. `noises` are `B` generators of
-    the action noise; `tasks` `(B,)` are equal where two rooms are of the same task.
+    through, in states `(B, S)`; all of that lies on its `device`. `noises`: generators of the
+    action noise, one a room; `tasks` `(B,)` are equal where two rooms are of the same task.
     """
 
     def tensor(values: np.ndarray) -> Tensor:  # a copy: environments may use their arrays again
@@ -288,8 +255,7 @@ def rollout(
         rewards.append(np.array(earned))
         is_cut = (t + 1) % rooms.horizon == 0
         ends[:, t] = is_cut | np.asarray(ended)
-        moved = tensor(actions), tensor(earned), tensor(reached), tensor(ends[:, t])
-        buffer.append(states, *moved)
+        buffer.append(states, *map(tensor, (actions, earned, reached)), done=tensor(ends[:, t]))
         states = tensor(rooms.reset() if is_cut else rooms.states)
         if bar is not None:
             bar.update(len(states))

@@ -1,9 +1,4 @@
-"""The transitions before decisions: one `Decision`, a batch of them, and a store that grows.
-
-history = History.of([decision, other])            # B decisions, n transitions before each
-shorter = history.take(indices)                    # (B, k) indices
-logits = model(*shorter.inputs)                    # (B, A)
-"""
+"""The transitions before decisions: one `Decision`, a batch of them, and a store that grows."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -28,39 +23,20 @@ LOOKS = "query_attention", "head_attention", "norm", "contribution", "received",
 
 @dataclass(frozen=True)
 class Decision:
-    """A state in which a model acts, and the `n` transitions before it in the order of time.
+    """A state in which a model acts, and the `n` transitions before it in the order of time."""
 
-    Arrays, tensors or lists; what else a transition holds may be columns of its state.
-
-    Attributes:
-        states: `(n,)` or `(n, S)`, the state before each transition.
-        actions: `(n,)` int.
-        rewards: `(n,)`.
-        query_state: a number or `(S,)`, the state to act in.
-        next_states: as `states`; None: the state of the transition that follows.
-        episodes: `(n,)` int, number of the episode of each transition, never falling; None: one.
-        title: says which decision this is, in the titles of pictures.
-        labels: columns of metrics.csv that name it.
-        task: number of the task, for comparisons between decisions of different tasks.
-        query_episode: number of the episode in which the decision is made; None: that of the latest
-            transition.
-        goal: a state `(S,)` that is the goal, or `(m, S)` several in the order in which they count,
-            to be marked in maps of a room; None: not known.
-        rewarded_above: rewards above it count as rewarded. Of an adapter's samples it is not read:
-            REWARDED_ABOVE says it for all of them.
-    """
-
-    states: Any
-    actions: Any
-    rewards: Any
-    query_state: Any
-    next_states: Any = None
-    episodes: Any = None
-    title: str = ""
-    labels: dict[str, int | float | str] = field(default_factory=dict)
-    task: int | None = None
-    query_episode: int | None = None
-    goal: Any = None
+    states: Any  # (n,) or (n, S), before each transition; columns may hold whatever else it has
+    actions: Any  # (n,) int, an array, tensor or list, as all the others
+    rewards: Any  # (n,)
+    query_state: Any  # a number or (S,), the state to act in
+    next_states: Any = None  # as states; None: the state of the transition that follows
+    episodes: Any = None  # (n,) int, number of each one's episode, never falling; None: one
+    title: str = ""  # says which decision this is, in the titles of pictures
+    labels: dict[str, int | float | str] = field(default_factory=dict)  # columns of metrics.csv
+    task: int | None = None  # its number, for comparisons between decisions of different tasks
+    query_episode: int | None = None  # the decision's own; None: that of the latest transition
+    goal: Any = None  # a state (S,), or (m, S) in the order in which they count, to mark in maps
+    # Rewards above it count as rewarded. An adapter says it by REWARDED_ABOVE, for all its samples.
     rewarded_above: float = 0.0
 
     @property
@@ -82,46 +58,27 @@ class Decision:
 
 @dataclass(frozen=True)
 class History:
-    """Raw history before each of `B` decisions, and what is known of the attention to it.
+    """Raw history before each of `B` decisions, and what is known, not None, of attention to it."""
 
-    Nothing is checked here: `checked` does, where histories enter. What is None is unknown.
-
-    Attributes:
-        states, next_states: `(B, n, S)`, `S` numbers describe a state.
-        actions: `(B, n)` int.
-        rewards: `(B, n)`.
-        query_states: `(B, S)`, the state in which to act.
-        episodes: `(B, n)` int, number of the episode of each transition, never falling.
-        query_episodes: `(B,)` int, numbers of the episodes in which to act.
-        tasks: `(B,)` int, equal where two histories are of the same task.
-        received: `(B, n)`, attention that each transition received from the tokens after it, the
-            query not included, summed over them.
-        last_rows: `(B, W, n)`, attention rows of the last `W` transitions.
-        query_attention: `(B, n)`, the query's attention to each transition, after the softmax.
-        head_attention: `(B, L, H, n)`, the same of each head; NaN where a layer has fewer.
-        norm, contribution: `(B, n)`, the same weighed by what is read, see `HeadOutput`.
-        kept: `(B, n)` int64, which transitions of the raw history these are, ascending; a decision
-            that keeps fewer than another has `PADDING` in front, and any transition there
-            (`by_count` splits such a batch). None: nothing was left out, or these are new tokens.
-        rewarded_above: rewards above it count as rewarded.
-    """
-
-    states: Tensor
-    actions: Tensor
-    rewards: Tensor
-    next_states: Tensor
-    query_states: Tensor | None = None
-    episodes: Tensor | None = None
-    query_episodes: Tensor | None = None
-    tasks: Tensor | None = None
-    received: Tensor | None = None
-    last_rows: Tensor | None = None
-    query_attention: Tensor | None = None
-    head_attention: Tensor | None = None
-    norm: Tensor | None = None
-    contribution: Tensor | None = None
+    states: Tensor  # (B, n, S), S numbers describe a state
+    actions: Tensor  # (B, n) int
+    rewards: Tensor  # (B, n)
+    next_states: Tensor  # (B, n, S)
+    query_states: Tensor | None = None  # (B, S), the state in which to act
+    episodes: Tensor | None = None  # (B, n) int, number of each one's episode, never falling
+    query_episodes: Tensor | None = None  # (B,) int, those in which to act
+    tasks: Tensor | None = None  # (B,) int, equal where two histories are of the same task
+    received: Tensor | None = None  # (B, n), attention from the tokens after it but the query, sum
+    last_rows: Tensor | None = None  # (B, W, n), attention rows of the last W transitions
+    query_attention: Tensor | None = None  # (B, n), the query's to each, after the softmax
+    head_attention: Tensor | None = None  # (B, L, H, n), that of each head; NaN: a layer has fewer
+    norm: Tensor | None = None  # (B, n), the same weighed by what is read, see HeadOutput
+    contribution: Tensor | None = None  # (B, n), as norm
+    # (B, n) int64, which transitions of the raw history these are, ascending; a decision that keeps
+    # fewer than another has PADDING in front, and any transition there (`by_count` splits such a
+    # batch). None: nothing was left out, or these are new tokens.
     kept: Tensor | None = None
-    rewarded_above: float = 0.0
+    rewarded_above: float = 0.0  # rewards above it count as rewarded
 
     @classmethod
     def of(cls, decisions: Sequence[Decision], device: torch.device | str = "cpu") -> "History":
@@ -131,12 +88,12 @@ class History:
             parts = [getattr(decision, name) for decision in decisions]
             if any(part is None for part in parts):
                 return None
-            values = torch.from_numpy(np.stack(parts)).to(device)  # int64 or float32
+            values = torch.from_numpy(np.stack(parts)).to(device)
             return values.float() if values.is_floating_point() else values.long()
 
         names = ("states", "actions", "rewards", "next_states", "query_state", "episodes")
-        more = map(stacked, (*names, "query_episode", "task"))
-        return cls(*more, rewarded_above=decisions[0].rewarded_above)
+        known = map(stacked, (*names, "query_episode", "task"))
+        return cls(*known, rewarded_above=decisions[0].rewarded_above)
 
     def checked(self) -> "History":
         """The same, of tensors; ValueError: shapes that do not fit, or attention below 0 or NaN."""
@@ -144,11 +101,10 @@ class History:
         shapes = {name: tuple(value.shape) for name, value in known.items()}
         actions, states = shapes["actions"], shapes["states"]
         if len(actions) != 2 or len(states) != 3:
-            expected = "actions of shape (B, n) and states of shape (B, n, S)"
-            raise ValueError(f"expected {expected}, got {actions} and {states}")
-        window = shapes.get("last_rows", (0, 0))[1]
-        layers = shapes.get("head_attention", (0, 0, 0))[1:3]
-        sizes = dict(zip("BnSWLH", (*actions, states[2], window, *layers), strict=True))
+            what = "actions of shape (B, n) and states of shape (B, n, S)"
+            raise ValueError(f"expected {what}, got {actions} and {states}")
+        more = shapes.get("last_rows", (0, 0))[1], *shapes.get("head_attention", (0, 0, 0))[1:3]
+        sizes = dict(zip("BnSWLH", (*actions, states[2], *more), strict=True))
         for name, shape in shapes.items():
             expected = tuple(sizes[axis] for axis in AXES[name])
             if shape != expected:
@@ -222,11 +178,9 @@ class History:
 
     def _transitions(self, choose: Callable[[Tensor], Tensor]) -> "History":
         """Some of the transitions: `choose` is given every field as `(B, n, ...)`."""
-        chosen = {}
-        for name, value in self._known().items():
-            if (axis := AXES[name].find("n")) > 0:
-                chosen[name] = choose(value.movedim(axis, 1)).movedim(1, axis)
-        return replace(self, **chosen)
+        axes = {name: AXES[name].index("n") for name in self._known() if "n" in AXES[name]}
+        chosen = {name: choose(vars(self)[name].movedim(i, 1)) for name, i in axes.items()}
+        return replace(self, **{name: chosen[name].movedim(1, i) for name, i in axes.items()})
 
     def unlooked(self) -> "History":
         """The same, with nothing known of the attention to it."""
@@ -234,41 +188,26 @@ class History:
 
 
 class HistoryBuffer:
-    """Transitions of `B` environments that step together, at most `n_steps`: a store that grows.
+    """A store of up to `n_steps` transitions of `B` environments; histories are views of it.
 
-    Histories, far longer than what a model can read at once, are views of it: nothing is copied. It
-    lies where the first states `(B, S)` do, and is of their type; `tasks` `(B,)` as in a `History`.
+    It lies where the first states `(B, S)` do, and is of their type.
     """
 
     def __init__(self, states: Tensor, n_steps: int, tasks: ArrayLike | None = None) -> None:
         size, width = states.shape
         self.n = 0  # transitions so far
         self._tasks = None if tasks is None else torch.as_tensor(tasks, device=states.device)
-        self._stores = (
-            states.new_empty(size, n_steps, width),
-            states.new_empty(size, n_steps, dtype=torch.int64),
-            states.new_empty(size, n_steps, dtype=torch.float32),
-            states.new_empty(size, n_steps, width),
-        )
+        both = states.new_empty(2, size, n_steps, width)  # states and next states
+        actions = states.new_empty(size, n_steps, dtype=torch.int64)
+        rewards = states.new_empty(size, n_steps, dtype=torch.float32)
+        self._stores = both[0], actions, rewards, both[1]
         self._episodes = states.new_zeros(size, n_steps + 1, dtype=torch.int64)
 
-    def append(
-        self,
-        states: Tensor,
-        actions: Tensor,
-        rewards: Tensor,
-        next_states: Tensor,
-        done: Tensor | bool,
-    ) -> None:
-        """Append a transition of every environment, `(B, S)` or `(B,)`.
-
-        `done`, `(B,)` or one for all: with it an episode ends.
-        """
-        transition = (states, actions, rewards, next_states)
+    def append(self, *transition: Tensor, done: Tensor | bool) -> None:
+        """Append states, actions, rewards and next states; with `done`, `(B,)`, an episode ends."""
         for store, values in zip(self._stores, transition, strict=True):
             store[:, self.n] = values
         self.n += 1
-        done = torch.as_tensor(done, device=self._episodes.device)
         self._episodes[:, self.n] = self._episodes[:, self.n - 1] + done
 
     def history(self, query_states: Tensor, first: int = 0) -> History:
@@ -283,9 +222,8 @@ def spread_decisions(
 ) -> list[tuple[int, int]]:
     """Spread `n_samples` decisions, (history, step), over tasks, histories and stages of learning.
 
-    Tasks take turns, and so do the histories of each, whose numbers `by_task` holds. The stages
-    divide the eligible `steps`, ascending, into `n_samples` equal parts, one decision from each,
-    dealt out to the tasks in random order. Where fewer are eligible, all of them are taken.
+    Tasks, and the histories `by_task` of each, take turns. The stages are `n_samples` equal parts
+    of the eligible `steps`, ascending, a decision from each, dealt out in random order.
     """
     if n_samples >= len(steps) * sum(map(len, by_task)):
         return [(int(h), int(t)) for histories in by_task for h in histories for t in steps]

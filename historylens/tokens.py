@@ -1,9 +1,5 @@
 """What each token of a model is: which transition it belongs to, which part of it, which decides.
 
-    tokens = Tokens.of(n=20, parts=("state", "action", "reward"))        # 61 tokens, query last
-    sum_rows(layer.query_rows, [tokens] * len(batch))                    # (B, H, 61) -> (B, H, 21)
-
-A model may read three tokens a transition, a query before or after its history, padding anywhere.
 Metrics are about transitions, so they mean the same for all models. Axes: `T` tokens, `H` heads.
 """
 
@@ -21,44 +17,31 @@ PREVIOUS = "previous"  # how parts begin that a model reads a step after their t
 
 @dataclass(frozen=True)
 class Tokens:
-    """The `T` tokens that a model reads before one decision, in its order.
+    """The `T` tokens that a model reads before one decision, in its order; ValueError: no map."""
 
-    A map that cannot be is a ValueError.
-
-    Attributes:
-        transition: `(T,)` int, number of each token's transition in the order of time, from 0; -1
-            for a token of none.
-        part: `(T,)` what each token holds, for example "state", "action", "reward" or
-            "transition"; "query" for the state in which to act, "padding" for what is masked out.
-        decides: the token whose output gives the action; negative numbers count from the end.
-    """
-
-    transition: np.ndarray
-    part: tuple[str, ...]
-    decides: int = -1
+    transition: np.ndarray  # (T,) int, each token's, numbered from 0 in the order of time; -1: none
+    part: tuple[str, ...]  # (T,) what each holds, "query" to act in, "padding" if it is masked out
+    decides: int = -1  # the token whose output gives the action; negative: from the end
 
     def __post_init__(self) -> None:
-        numbers = np.asarray(self.transition)
-        if numbers.ndim != 1 or not np.issubdtype(numbers.dtype, np.integer) or not numbers.size:
-            raise ValueError(
-                "expected the transition of each token as whole numbers (T,) with T of at least 1, "
-                f"got shape {numbers.shape} of {numbers.dtype}"
-            )
-        size, lowest, decides = len(numbers), int(numbers.min()), int(self.decides)
+        numbers, size = np.asarray(self.transition), np.size(self.transition)
+        if numbers.ndim != 1 or not np.issubdtype(numbers.dtype, np.integer) or not size:
+            what = "the transition of each token as whole numbers (T,) with T of at least 1"
+            raise ValueError(f"expected {what}, got shape {numbers.shape} of {numbers.dtype}")
         part = (self.part,) * size if isinstance(self.part, str) else tuple(self.part)
         if len(part) != size:
             raise ValueError(f"expected the part of each of {size} tokens, got {len(part)}")
+        decides, lowest = int(self.decides), int(numbers.min())
         if not -size <= decides < size:
             raise ValueError(f"expected the token that decides in 0..{size - 1}, got {decides}")
         if lowest < NONE:
             raise ValueError(f"expected transitions from 0, or -1 for none, got {lowest}")
-        missing = set(range(int(numbers.max()) + 1)) - set(numbers.tolist())
-        if missing:
+        if missing := {*range(int(numbers.max()) + 1)} - {*numbers.tolist()}:
             raise ValueError(f"no token is of transition {min(missing)}")
-        decides %= size
         for i, name in enumerate(part):
             if name == PADDING and numbers[i] != NONE:
                 raise ValueError(f"token {i} is padding, so expected it to be of no transition")
+        decides %= size
         if part[decides] == PADDING:
             raise ValueError(f"token {decides} decides, so expected it not to be padding")
         vars(self).update(transition=numbers.astype(np.int64), part=part, decides=decides)  # frozen
@@ -73,26 +56,26 @@ class Tokens:
     ) -> "Tokens":
         """The parts of `n` transitions, and a query, which decides unless another token does.
 
-        Parts named "previous ..." are those of the transition before: the model reads `n + 1`
-        steps, each with what the step before brought. Of the first step they are of no transition;
-        of the last, whose own transition is still to come, they are all that is of one. Its last
-        token decides. `("previous transition",)` is a token a step that holds all of that.
+        Parts named "previous ..." are of the transition before: the model reads `n + 1` steps, each
+        with what the step before brought, of no transition in the first; in the last, whose own is
+        still to come, they alone are of one, and its last token decides. `("previous transition",)`
+        is a token a step that holds all of that.
         """
         parts = (parts,) if isinstance(parts, str) else tuple(parts)
         before = np.array([name.startswith(PREVIOUS) for name in parts], dtype=int)
-        if before.any():
-            if query != "last":
-                raise ValueError(f"expected query as 'last' beside {parts}, got {query!r}")
-            steps = np.arange(n + 1)[:, None] - before  # n of the last step: its state, the query
-            names = [*parts * n, *(p if b else QUERY for p, b in zip(parts, before, strict=True))]
-            numbers = np.where(steps == n, NONE, steps).ravel()  # -1 of the first step: NONE
-            return cls(numbers, names, -1 if decides is None else decides)
+        if before.any() and query != "last":
+            raise ValueError(f"expected query as 'last' beside {parts}, got {query!r}")
+        if query not in ("last", "first"):
+            raise ValueError(f"expected query as 'last' or 'first', got {query!r}")
         numbers, names = np.repeat(np.arange(n), len(parts)), parts * n
         if query == "first":
             return cls(np.append(NONE, numbers), (QUERY, *names), decides or 0)
-        if query != "last":
-            raise ValueError(f"expected query as 'last' or 'first', got {query!r}")
-        return cls(np.append(numbers, NONE), (*names, QUERY), -1 if decides is None else decides)
+        numbers, ending = np.append(numbers, NONE), (QUERY,)
+        if before.any():
+            steps = np.arange(n + 1)[:, None] - before  # n of the last step: its state, the query
+            numbers = np.where(steps == n, NONE, steps).ravel()  # -1 of the first step: NONE
+            ending = [name if is_of else QUERY for name, is_of in zip(parts, before, strict=True)]
+        return cls(numbers, (*names, *ending), -1 if decides is None else decides)
 
     def __len__(self) -> int:
         return len(self.transition)
@@ -123,8 +106,7 @@ class Tokens:
 def order_of_time(tokens: Tokens) -> np.ndarray:
     """Places `(P,)` of the tokens that pictures show, in time, last what decides.
 
-    Tokens of no transition stand first; those that the model reads after all transitions are of the
-    current step and stand behind these, beside what decides.
+    Tokens of no transition stand first, but behind all transitions where the model reads them so.
     """
     shown = np.array([i for i, name in enumerate(tokens.part) if name != PADDING])
     is_now = shown > np.flatnonzero(tokens.transition != NONE).max(initial=-1)
@@ -138,8 +120,7 @@ def sum_rows(rows: np.ndarray, tokens: Sequence[Tokens]) -> np.ndarray:
     `(B, ..., n + 1)` float64: each transition's weight in the order of time, then what lies on
     tokens of no transition, where a model of one token a transition has the query's own weight.
     """
-    rows = np.asarray(rows, dtype=np.float64)
-    n = tokens[0].n
+    rows, n = np.asarray(rows, dtype=np.float64), tokens[0].n
     summed = totals = np.zeros((*rows.shape[:-1], n + 1))
     if all(one is tokens[0] for one in tokens):  # one map for the whole batch
         tokens, rows, totals = tokens[:1], rows[None], summed[None]
@@ -157,9 +138,9 @@ def uniform_rows(visible: np.ndarray) -> np.ndarray:
 
 
 def uniform_received(seen: np.ndarray) -> np.ndarray:
-    """`(T,)`: attention received where every token weighs all that it may see equally.
+    """`(T,)`: attention received, mean over those that may see it, where all weigh that equally.
 
-    The average over those that may see it, NaN without any; `seen (T, T)` bool: row sees column.
+    NaN without any; `seen (T, T)` bool: row sees column.
     """
     with np.errstate(invalid="ignore"):
         return uniform_rows(seen).sum(axis=0) / seen.sum(axis=0)

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from compare_compression import main
-from historylens.adapter.environment import GymRooms
 from historylens.adapter.file import Adapter
+from historylens.adapter.given import GymRooms
 from historylens.agent import rollout
 from historylens.common.errors import UserError
 from historylens.pictures import returns

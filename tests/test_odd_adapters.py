@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from historylens.adapter.agent import load
-from historylens.adapter.environment import GymRooms, read_tasks
+from historylens.adapter.given import GymRooms, read_tasks
 from historylens.common.errors import UserError
 
 ADAPTER = """

@@ -138,7 +138,7 @@ def test_decisions_may_keep_different_counts(positions, placed):
     buffer = HistoryBuffer(torch.empty(3, 1, dtype=torch.float64), 6)
     for t in range(6):  # of which the model reads the latest four
         state = 10.0 ** torch.full((3, 1), t, dtype=torch.float64)
-        buffer.append(state, torch.zeros(3).long(), torch.zeros(3), state, False)
+        buffer.append(state, torch.zeros(3).long(), torch.zeros(3), state, done=False)
     agent = Recorder(4, lambda h: h.states.sum(dim=1) * torch.tensor([0.0, 1.0]), lambda h: weights)
     policy = policy_of(agent, "threshold", 3, None, positions)
     assert policy.act(buffer, torch.zeros(3, 1))[:, 1].tolist() == [10100, 1000, 100000]

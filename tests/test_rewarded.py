@@ -13,7 +13,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from historylens.adapter.agent import load, load_acting
-from historylens.adapter.decisions import read_rewarded
+from historylens.adapter.given import read_rewarded
 from historylens.common.errors import UserError
 from historylens.comparison.policy import CompressedPolicy
 from historylens.compression import METHODS, compress_history

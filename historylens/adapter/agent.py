@@ -1,11 +1,4 @@
-"""A model of the user's as an `Agent`.
-
-    agent = load("my_model.py", n=10, seed=0, device=torch.device("cpu"))
-    agent.act(agent.history([0, 1]))                   # (2, A), through the adapter's act()
-
-Loading runs the model once and checks that adapter and model fit each other: what is wrong is told
-in one line before anything is written.
-"""
+"""A model of the user's as an `Agent`: loading runs and checks it, before anything is written."""
 
 import hashlib
 from collections.abc import Callable, Sequence
@@ -19,18 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from historylens.adapter.checks import tried
-from historylens.adapter.decisions import as_array, read_decisions, read_rewarded
-from historylens.adapter.environment import GymRooms, read_tasks
 from historylens.adapter.file import Adapter, kind
+from historylens.adapter.given import GymRooms, as_array, read_decisions, read_rewarded, read_tasks
 from historylens.agent import Agent, Environment
 from historylens.common.errors import note
 from historylens.common.text import counted
 from historylens.history import Decision, History
 from historylens.tokens import Tokens
 
-CAPTURE = ("softmax", "heads")  # arguments of capture that an adapter may give
 MAX_SIDE = 200  # rows, and columns, of a room
 N_TRIED = 10  # samples by which rewarded transitions are told; a comparison reads no more
+Tell = Callable[[str], None]  # gets lines for the user
 
 
 def load(
@@ -39,79 +31,62 @@ def load(
     seed: int,
     device: torch.device,
     rewarded_above: float | None = None,
-    tell: Callable[[str], None] = note,
+    tell: Tell = note,
     plays: bool = False,
 ) -> "AdapterAgent":
-    """The model of an adapter, with up to `n` decisions; UserError if something does not fit.
-
-    `tell` gets lines for the user. One that `plays` has its environment, and few decisions.
-    """
-    if plays:
-        agent = load_acting(path, seed, device, rewarded_above, tell)
-    else:
-        agent = AdapterAgent(Adapter(path), n, seed, device, rewarded_above, tell)
+    """An adapter's model, with up to `n` decisions, or to play; UserError: it does not fit."""
+    adapter = Adapter(path)
+    tasks = read_tasks(adapter) if plays else None
+    agent = AdapterAgent(adapter, N_TRIED if plays else n, seed, device, rewarded_above)
+    agent.tell_doubts(tell)
+    if tasks is not None:
+        make = partial(GymRooms, adapter, agent.decisions[0].query_state, tasks[1])
+        make(np.zeros(1, dtype=int), [seed]).reset()
+        agent.environment = Environment(*tasks, make)
+    model, decisions = type(agent.model).__name__, agent.decisions
     heads = " or ".join(map(str, sorted(set(agent.n_heads))))
     size = sum(p.numel() for p in agent.model.parameters())
-    first, *_, last = sorted(one.n for one in agent.decisions) * 2
-    lengths = f"{first} to {last}" if first < last else f"{last}"
-    tokens, n_decisions = agent.tokens(agent.history([agent.longest]))[0], len(agent.decisions)
+    beside = f"; beside them unseen: {', '.join(agent.unseen)}" if agent.unseen else ""
+    counts = [one.n for one in decisions]
+    lengths = " to ".join(map(str, sorted({min(counts), max(counts)})))
+    tokens = agent.tokens(agent.history([agent.longest]))[0]
     parts = [name for name in dict.fromkeys(tokens.part) if name in tokens.parts]
     each = ", ".join(parts) if len(parts) > 1 else "one token"
-    fewer = f", which has no more of the {n} asked for" if n_decisions < n else ""
-    fewer += "; each counts as a task of its own" if agent.decisions[0].task is None else ""
-    beside = f"; beside them unseen: {', '.join(agent.unseen)}" if agent.unseen else ""
+    fewer = f", which has no more of the {n} asked for" if len(decisions) < n else ""
+    fewer += "; each counts as a task of its own" if decisions[0].task is None else ""
     agent.facts = {
         "Adapter": str(path),
-        "Model": f"{type(agent.model).__name__}: {counted(len(agent.layers), 'layer')} x {heads} "
+        "Model": f"{model}: {counted(len(agent.layers), 'layer')} x {heads} "
         f"head{'s' * (heads != '1')}, {size:,} parameters{beside}",
         "Context length": f"{lengths} transition{'s' * (lengths != '1')}, "
         f"{counted(len(tokens), 'token')} at most; a transition is {each}; token {tokens.decides} "
         "decides; metrics are of whole transitions",
-        "Device": str(agent.device),
-        "Samples": f"{counted(n_decisions, 'decision')} of the adapter{fewer}",
+        "Device": str(device),
+        "Samples": f"{counted(len(decisions), 'decision')} of the adapter{fewer}",
         **agent.rewarded,
     }
-    model = {"n_heads": list(agent.n_heads), "model": type(agent.model).__name__}
-    agent.meta = {**model, "rewarded_above": agent.rewarded_above}
+    agent.meta = {"n_heads": list(agent.n_heads), "model": model}
+    agent.meta["rewarded_above"] = agent.rewarded_above
     return agent
 
 
 def load_acting(
-    path: str | Path,
-    seed: int,
-    device: torch.device,
-    rewarded_above: float | None = None,
-    tell: Callable[[str], None] = note,
+    path: str | Path, seed: int, device: torch.device, above: float | None = None
 ) -> "AdapterAgent":
     """The model of an adapter in its own environments; UserError if it lacks or misfits one."""
-    adapter = Adapter(path)
-    goals, horizon = read_tasks(adapter)
-    agent = AdapterAgent(adapter, N_TRIED, seed, device, rewarded_above, tell)
-    make = partial(GymRooms, adapter, agent.decisions[0].query_state, horizon)
-    make(np.zeros(1, dtype=int), [seed]).reset()
-    agent.environment = Environment(goals, horizon, make)
+    agent = load(path, N_TRIED, seed, device, above, plays=True)
     agent.facts = {"Adapter": str(path), **agent.rewarded}
     agent.meta = {"adapter": str(path), "rewarded_above": agent.rewarded_above}
     return agent
 
 
 class AdapterAgent(Agent):
-    """A model that an adapter gives, and decisions of its samples: see `Agent`.
-
-    Rewards `rewarded_above` count as rewarded; None: as the adapter or its samples say. `tell` gets
-    a line where modules mix tokens unseen, or logits are by chance.
-    """
+    """An adapter's model and decisions; rewards `above` count as rewarded, None: as they say."""
 
     n_actions = 0  # that act() gives logits of; 0: not known yet
 
     def __init__(
-        self,
-        adapter: Adapter,
-        n: int,
-        seed: int,
-        device: torch.device,
-        rewarded_above: float | None = None,
-        tell: Callable[[str], None] = note,
+        self, adapter: Adapter, n: int, seed: int, device: torch.device, above: float | None
     ) -> None:
         self.adapter, self.device = adapter, device
         with torch.random.fork_rng(devices=[]):
@@ -121,26 +96,24 @@ class AdapterAgent(Agent):
         with adapter.blamed(f"moving the model to {device}"):
             self.model = model.to(device).eval()
         decisions = read_decisions(adapter, n, seed)
-        self.rewarded_above, told = read_rewarded(adapter, decisions[:N_TRIED], rewarded_above)
+        self.rewarded_above, told = read_rewarded(adapter, decisions[:N_TRIED], above)
         self.rewarded = {"Rewarded": told} if told else {}
         self.decisions = [replace(one, rewarded_above=self.rewarded_above) for one in decisions]
         self.room = self._read_room()
         self.longest = longest = max(range(len(decisions)), key=self.length)
         self.n_max = n_max = adapter.get("N_MAX", most := self.length(longest))
-        is_count = isinstance(n_max, int) and n_max > 0
-        what = f"at most N_MAX = {n_max} transitions"
         expected = "a whole number, the transitions that the model can read"
-        adapter.check(is_count, "N_MAX", expected, repr(n_max))
-        adapter.check(most <= n_max, f"samples()[{longest}]", what, most)
+        adapter.check(isinstance(n_max, int) and n_max > 0, "N_MAX", expected, repr(n_max))
+        expected = f"at most N_MAX = {n_max} transitions"
+        adapter.check(most <= n_max, f"samples()[{longest}]", expected, most)
         self.capture_options = self._read_capture_options()
         record, self.unseen = tried(self)
         self.sees_all = not self.unseen and all(record.calls.values())  # None: not chosen
         self.layers, self.n_heads = record.names, tuple(x.query_rows.shape[1] for x in record)
-        self._tell_doubts(tell)
         self.title = f"{type(self.model).__name__} of {adapter.path.name}"
         self.label_columns = tuple(dict.fromkeys(k for one in self.decisions for k in one.labels))
 
-    def _tell_doubts(self, tell: Callable[[str], None]) -> None:
+    def tell_doubts(self, tell: Tell) -> None:
         """Say where modules mix tokens unseen, or logits are by chance."""
         if self.unseen:
             (name, kind_of), *others = self.unseen.items()
@@ -197,16 +170,17 @@ class AdapterAgent(Agent):
 
     def position(self, states: np.ndarray) -> np.ndarray:
         """Cells `(..., 2)` int of states `(..., S)`; UserError: the adapter gives none for one."""
-        flat, check = states.reshape(-1, states.shape[-1]), self.adapter.check
+        flat = states.reshape(-1, states.shape[-1])
         distinct, places = np.unique(flat, axis=0, return_inverse=True)
         cells = np.empty((len(distinct), 2), dtype=np.int64)
+        expected = f"a row and a column, whole numbers in 0..{MAX_SIDE - 1}"
         for i, state in enumerate(distinct):
             with self.adapter.blamed("position()"):
                 cell = as_array(self.adapter.module.position(state), whole=True)
             is_fit = cell.dtype == np.int64 and cell.shape == (2,)
             is_fit = is_fit and cell.min() >= 0 and cell.max() < MAX_SIDE
-            expected = f"a row and a column, whole numbers in 0..{MAX_SIDE - 1}"
-            check(is_fit, "position()", expected, f"{cell.tolist()} for {state.tolist()}")
+            got = f"{cell.tolist()} for {state.tolist()}"
+            self.adapter.check(is_fit, "position()", expected, got)
             cells[i] = cell
         return cells[places].reshape(*states.shape[:-1], 2)
 
@@ -231,9 +205,8 @@ class AdapterAgent(Agent):
             check(room is None, "ROOM", "position(state) beside it", "none")
             return None
         names = ("states", "next_states", "query_state", "goal")
-        known = (vars(one)[name] for one in self.decisions for name in names)
-        there = (x for x in known if x is not None and np.size(x))
-        sizes = [self.position(x).reshape(-1, 2).max(0) + 1 for x in there]
+        known = (vars(one)[name] for one in self.decisions for name in names)  # of goals not all
+        sizes = [self.position(x).reshape(-1, 2).max(0) + 1 for x in known if np.ndim(x) and len(x)]
         least = tuple(np.max(sizes, axis=0).tolist())
         room = least if room is None else room
         is_fit = isinstance(room, tuple | list) and [type(x) for x in room] == [int, int]
@@ -242,10 +215,9 @@ class AdapterAgent(Agent):
         return tuple(room)
 
     def _read_capture_options(self) -> dict[str, Any]:
-        """The adapter's CAPTURE, and its layers() by name."""
         check, options = self.adapter.check, self.adapter.get("CAPTURE", {})
-        is_fit = isinstance(options, dict) and set(options) <= set(CAPTURE)
-        check(is_fit, "CAPTURE", f"a dict with {' and '.join(CAPTURE)}", repr(options))
+        is_fit = isinstance(options, dict) and {*options} <= {"softmax", "heads"}
+        check(is_fit, "CAPTURE", "a dict with softmax and heads", repr(options))
         if self.adapter.get("layers") is None:
             return dict(options)
         layers = self.adapter.call("layers", self.model)
@@ -253,7 +225,6 @@ class AdapterAgent(Agent):
         is_fit = isinstance(layers, list | tuple | nn.ModuleList) and len(layers) > 0
         check(is_fit, "layers()", "a list of modules or their names", kind(layers))
         known = {module: name for name, module in self.model.named_modules()}
-        for layer in layers:
-            is_fit = isinstance(layer, str) or layer in known
-            check(is_fit, "layers()", "modules of the model", kind(layer))
+        for x in layers:
+            check(isinstance(x, str) or x in known, "layers()", "modules of the model", kind(x))
         return options | {"layers": [known.get(layer, layer) for layer in layers]}

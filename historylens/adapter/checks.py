@@ -1,14 +1,9 @@
-"""Does an adapter describe its model? A few passes show it, before anything is written.
-
-record, unseen = tried(agent)      # layers that attend, what else mixes tokens; or UserError
-"""
+"""Does an adapter describe its model? A few passes show it, before anything is written."""
 
 from contextlib import suppress
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from historylens.agent import where_of
 from historylens.capture import CaptureError, Record, capture
@@ -19,17 +14,14 @@ from historylens.history import History
 if TYPE_CHECKING:
     from historylens.adapter.agent import AdapterAgent
 
-PREVIOUS = '("previous action", "previous reward", "state")'
-
 
 def tried(agent: "AdapterAgent") -> tuple[Record, dict[str, str]]:
     """A captured pass, and modules beside its layers that mix tokens, with their classes.
 
-    UserError: act() fails, samples and heads are not told apart, or the map of tokens is not the
-    model's. It is, unless changing one action or the last layer's output shows otherwise; what
-    cannot be tried, because it raises or its numbers do not fit, is passed over.
+    UserError: act() fails, samples and heads are not told apart, or changing one action or the last
+    layer's output shows that the map of tokens is not the model's. What raises is passed over.
     """
-    path, history, said, unseen = agent.adapter.path, agent.history([0]), None, {}
+    history, said, unseen = agent.history([0]), None, {}
     given = "tokens()" if agent.adapter.get("tokens") is not None else "no tokens(), so"
     same = [i for i, one in enumerate(agent.decisions) if one.n == history.n] * 3
     record = _first_pass(agent, agent.history(same[:3]), given)
@@ -37,7 +29,7 @@ def tried(agent: "AdapterAgent") -> tuple[Record, dict[str, str]]:
     for wrong, told in checks.items():
         with suppress(Exception):
             said = wrong(agent, history, record)
-        expect(said is None, f"{path}: {told} {said}")
+        expect(said is None, f"{agent.adapter.path}: {told} {said}")
     with suppress(Exception):
         known, run = [*record.names, *record.places], lambda: agent.act(history)
         unseen = mixing_modules(agent.model, known, len(agent.tokens(history)[0]), run)
@@ -45,9 +37,7 @@ def tried(agent: "AdapterAgent") -> tuple[Record, dict[str, str]]:
 
 
 def _first_pass(agent: "AdapterAgent", history: History, given: str) -> Record:
-    """A pass that shows whether adapter and model fit; where it fails, one without the map tells
-    whether that is what is wrong.
-    """
+    """Fit adapter and model? Where a pass fails, one without the map tells whether that is why."""
     where, misled = where_of(maps := agent.tokens(history)), None
     try:
         record = _passed(agent, history, **where)
@@ -56,12 +46,12 @@ def _first_pass(agent: "AdapterAgent", history: History, given: str) -> Record:
             raise
         record, misled = _passed(agent, history), error
     check, own = agent.adapter.check, len(maps[0])
-    before = f"{history.n} transitions before the decision"
     sizes = {layer.name: layer.query_rows.shape[-1] for layer in record}
     fitting = [name for name, size in sizes.items() if size == own]
     more = f", over which {fitting[0]} does; layers(model) may give such layers" if fitting else ""
+    before = f"(with {history.n} transitions before the decision)"
     for name, size in sizes.items():
-        expected = f"a map of the {size} tokens that {name} attends over (with {before})"
+        expected = f"a map of the {size} tokens that {name} attends over {before}"
         check(size == own, given, expected, f"one of {own} tokens{more}")
     for name, seen in ((name, seen) for name, seen in record.calls.items() if seen):
         (n_samples, n_heads, _), n_queries = seen.layer.query_rows.shape, seen.n_queries
@@ -105,10 +95,9 @@ def _fed_elsewhere(agent: "AdapterAgent", history: History, _record: Record) -> 
     """What is wrong where another action does not change the tokens of its transition."""
     number, tokens = history.n // 2, agent.tokens(history)
     known = {int(action) for one in agent.decisions for action in one.actions}
-    pair = history.rows(torch.zeros(2, dtype=torch.long, device=history.device))
-    actions = pair.actions.clone()
-    actions[1, number] = min(known - {int(actions[0, number])})
-    record = _passed(agent, replace(pair, actions=actions), inputs=True, **where_of(tokens * 2))
+    pair = agent.history([0, 0])
+    pair.actions[1, number] = min(known - {int(pair.actions[0, number])})
+    record = _passed(agent, pair, inputs=True, **where_of(tokens * 2))
     fed = record[0].inputs.double()  # (2, T, F)
     moved = (fed[0] - fed[1]).abs().amax(1) > 1e-5 * fed.abs().max()
     own = torch.from_numpy(tokens[0].transition == number)
@@ -118,8 +107,8 @@ def _fed_elsewhere(agent: "AdapterAgent", history: History, _record: Record) -> 
     return (
         f"has token {mapped} of transition {number}, whose action changes token {where} instead; "
         "a model that reads (previous action, previous reward, state) is described by "
-        f"Tokens.of(history.n, parts={PREVIOUS}), or parts=('previous transition',) where these "
-        "are one token"
+        'Tokens.of(history.n, parts=("previous action", "previous reward", "state")), or '
+        "parts=('previous transition',) where these are one token"
     )
 
 
@@ -129,10 +118,9 @@ def _decided_elsewhere(agent: "AdapterAgent", history: History, record: Record) 
     if record.calls[last].n_queries < len(tokens):  # its only query decides
         return None
 
-    def matters(row: int | None) -> Tensor:
+    def matters(row: int | None) -> bool:
         with disturbed(agent.model, last, row, **agent.capture_options):
-            changed = agent.act(history)
-        return (changed - logits).abs().max() > 1e-6 * logits.abs().max()
+            return bool((agent.act(history) - logits).abs().max() > 1e-6 * logits.abs().max())
 
     if not matters(None) or matters(tokens.decides):
         return None

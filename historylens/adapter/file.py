@@ -1,13 +1,6 @@
-"""Read a file of the user's code that says how to run a model.
-
-    python visualize_attention.py --adapter my_model.py
-
-It defines the functions of `SIGNATURES`; `examples/` has more. What goes wrong in it is told in one
-line with the place in the file; with ADAPTER_TRACEBACK=1 set, the whole traceback as well.
-"""
+"""A file of the user's code that says how to run a model: it defines functions of `SIGNATURES`."""
 
 import contextlib
-import functools
 import importlib.abc
 import importlib.metadata
 import importlib.util
@@ -15,7 +8,7 @@ import os
 import sys
 import traceback
 from collections.abc import Iterator
-from importlib.machinery import ModuleSpec
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -25,7 +18,6 @@ from historylens.common.errors import UserError, expect, is_out_of_memory, note,
 from historylens.history import Decision, History
 from historylens.tokens import Tokens
 
-REQUIRED = ("load", "samples", "act")
 SIGNATURES = {
     "load": "load() -> nn.Module",
     "samples": "samples(n, seed) -> list[Decision]",
@@ -35,15 +27,12 @@ SIGNATURES = {
     "position": "position(state) -> (row, column)",  # for a map of the room
     "make_env": "make_env(goals) -> gymnasium.vector.VectorEnv",  # for a comparison
 }
-TRACEBACK = "ADAPTER_TRACEBACK"
+TRACEBACK = "ADAPTER_TRACEBACK"  # set, what goes wrong in the file is told with its traceback
 PACKAGE = Path(__file__).resolve().parents[1]
 
 
 class Adapter:
-    """A file of the user's code, run and checked, whose folder stays first on `sys.path`.
-
-    UserError: there is no such file, it is no Python, it raises, or a function is missing.
-    """
+    """A file, run and checked; its folder stays first on `sys.path`. UserError: it does not fit."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = path = Path(path)
@@ -62,18 +51,16 @@ class Adapter:
         defined = [name for name in SIGNATURES if self.get(name) is not None]
         near = f"; it defines {', '.join(f'{name}()' for name in defined)}" if defined else ""
         for name, signature in SIGNATURES.items():
-            is_there, value = name in defined, self.get(name)
+            value = self.get(name)
             missing = f"{path}: no {name}(): expected `def {signature}`{near}"
-            expect(is_there or name not in REQUIRED, missing)
-            is_fit = not is_there or callable(value)
+            expect(value is not None or name not in ("load", "samples", "act"), missing)
+            is_fit = value is None or callable(value)
             self.check(is_fit, name, f"a function {signature}", kind(value))
 
     @property
     def files(self) -> list[Path]:
         """The file, and all that has been imported from beside it."""
-        loaded = [
-            getattr(module, "__dict__", {}).get("__file__") for module in sys.modules.values()
-        ]
+        loaded = [getattr(one, "__dict__", {}).get("__file__") for one in sys.modules.values()]
         paths = {Path(file).resolve() for file in loaded if isinstance(file, str)}
         adapter = self.path.resolve()
         return sorted(path for path in paths if path.is_file() and _is_users(path, adapter))
@@ -99,7 +86,7 @@ class Adapter:
                 traceback.print_exc()
             raise UserError(f"{self.path}: {what} {_told(error, self.path)}") from error
 
-    def check(self, is_fit: bool, name: str, expected: str, got: object) -> None:
+    def check(self, is_fit: object, name: str, expected: str, got: object) -> None:
         """UserError where something that the file gives does not fit."""
         expect(is_fit, f"{self.path}: {name}: expected {expected}, got {got}")
 
@@ -128,25 +115,22 @@ def _put_first(folder: Path) -> None:
 class _OldImport(importlib.abc.Loader):
     """Finds a module `adapter`, from which adapters once imported their names."""
 
-    def find_spec(self, name: str, *_: object) -> ModuleSpec | None:
-        return ModuleSpec(name, self) if name == "adapter" else None
+    def find_spec(self, name: str, *_: object) -> Any:
+        return importlib.util.spec_from_loader(name, self) if name == "adapter" else None
 
     def exec_module(self, module: ModuleType) -> None:
         module.__getattr__ = _once_of_adapter
 
 
-_OLD_IMPORT = _OldImport()
-_note_once = functools.cache(note)
+_OLD_IMPORT, _note_once = _OldImport(), cache(note)
+_OLD = "`from adapter import Decision, Tokens` is now `from historylens import Decision, Tokens`"
 
 
 def _once_of_adapter(name: str) -> type:
     """A module's `__getattr__`: names that `from adapter import ...` gave."""
     for known in (Decision, History, Tokens):
         if name == known.__name__:
-            _note_once(
-                "`from adapter import Decision, Tokens` is now "
-                "`from historylens import Decision, Tokens`"
-            )
+            _note_once(_OLD)
             return known
     raise AttributeError(f"module 'adapter' has no attribute {name!r}")
 
@@ -158,18 +142,14 @@ def _told(error: BaseException, path: Path) -> str:
             f"cannot be looked into: {error}; in this file, layers(model) chooses layers, and "
             "CAPTURE = {...} gives capture's arguments softmax and heads"
         )
-    said = told(error)
-    adapter, lines = path.resolve(), []
-    for frame in traceback.extract_tb(error.__traceback__):
-        file = Path(frame.filename)
-        if _is_users(file, adapter):
-            lines.append((file, frame.lineno))
+    said, place = told(error), str(path)  # where a call itself does not fit, as by its arguments
+    adapter, frames = path.resolve(), traceback.extract_tb(error.__traceback__)
+    lines = [(one.filename, one.lineno) for one in frames if _is_users(Path(one.filename), adapter)]
     if isinstance(error, SyntaxError) and error.filename:
         said = f"SyntaxError: {error.msg}"
-        lines.append((Path(error.filename), error.lineno))
-    place = str(path)  # where the call itself does not fit, for example its arguments
+        lines.append((error.filename, error.lineno))
     if lines:
-        file, line = lines[-1]  # the innermost
+        file, line = Path(lines[-1][0]), lines[-1][1]  # the innermost
         file = file.relative_to(Path.cwd()) if file.is_relative_to(Path.cwd()) else file
         place = f"{file}:{line}"
     hint = _way_to(error.name) if isinstance(error, ModuleNotFoundError) and error.name else ""

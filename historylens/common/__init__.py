@@ -1,7 +1,4 @@
-"""What every part of the tool shares: errors, settings, files, console text, processes.
-
-Imported first: Ctrl-C ends a command in silence while it loads.
-"""
+"""What every part shares. Imported first: Ctrl-C ends a command in silence while it loads."""
 
 import os
 import signal

@@ -34,6 +34,5 @@ def expect_memory(n_bytes: float, lower: str) -> None:
     if hasattr(os, "sysconf"):
         there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         need, have = (f"{n / 2**30:,.0f} GiB" for n in (n_bytes, there))
-        expect(
-            n_bytes < there, f"about {need} of memory are needed, {have} are here: lower {lower}"
-        )
+        what = f"about {need} of memory are needed, {have} are here: lower {lower}"
+        expect(n_bytes < there, what)

@@ -9,12 +9,12 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator
-from typing import ClassVar
 
 WHOLE = "what lay there before is whole: mend that, and run the same command again"
 STOPS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
 if hasattr(signal, "SIGHUP"):  # the terminal is gone
     STOPS[signal.SIGHUP] = "hung up"
+_LOST: list[OSError] = []  # why text did not get to the console
 
 
 class UserError(ValueError):
@@ -45,46 +45,37 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def run_command(main: Callable[[], None]) -> None:
-    """Run a command, and exit as it ended.
+    """Run a command, and exit as it ended: 1: unexpected, with a traceback in a file.
 
-    2: a user's mistake, or the system refused something, memory too. 128 and a signal's number:
-    `STOPS`. 1: all else, with a traceback in a file.
+    2: a user's mistake, or the system refused something, memory too; 128 + a number of `STOPS`.
     """
     _set_up_console()
     os.environ["MPLBACKEND"] = "agg"  # pictures are files
-    before = {number: signal.signal(number, _stop) for number in _heard()}
     code, line = 0, ""
-    try:
-        main()
-        if any(error.errno != errno.EPIPE for error in _Console.lost):
-            code, line = 1, "error: the console could not show all text; the files are whole"
-    except UserError as error:
-        code, line = 2, f"error: {error}"
-    except KeyboardInterrupt as error:
-        number = error.args[0] if error.args else signal.SIGINT
-        code, line = 128 + number, STOPS[number]
-    except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        code, line = 2, f"error: {where}{error.strerror or told(error)}; {WHOLE}"
-    except BaseException as error:
-        if isinstance(error, SystemExit) and isinstance(error.code, int | None):
-            code = error.code
-        elif is_out_of_memory(error):
-            code, line = 2, f"error: out of memory: {told(error)}; {WHOLE}"
-        else:
-            code, line = 1, _unexpected(error)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler or signal.SIG_DFL)
+    with _on_stops(_stop):
+        try:
+            main()
+            if any(error.errno != errno.EPIPE for error in _LOST):
+                code, line = 1, "error: the console could not show all text; the files are whole"
+        except UserError as error:
+            code, line = 2, f"error: {error}"
+        except KeyboardInterrupt as error:
+            number = error.args[0] if error.args else signal.SIGINT
+            code, line = 128 + number, STOPS[number]
+        except OSError as error:
+            where = f"{error.filename}: " if error.filename else ""
+            code, line = 2, f"error: {where}{error.strerror or told(error)}; {WHOLE}"
+        except BaseException as error:
+            if isinstance(error, SystemExit) and isinstance(error.code, int | None):
+                code = error.code
+            elif is_out_of_memory(error):
+                code, line = 2, f"error: out of memory: {told(error)}; {WHOLE}"
+            else:
+                code, line = 1, _unexpected(error)
     if line:
         print("".join(c if c.isprintable() else " " for c in line), file=sys.stderr)
     if code:
         sys.exit(code)
-
-
-def _heard() -> list[int]:
-    """Those of `STOPS` that are not to be ignored, as `nohup` asks."""
-    return [number for number in STOPS if signal.getsignal(number) != signal.SIG_IGN]
 
 
 def _stop(number: int, _frame: object) -> None:
@@ -95,14 +86,22 @@ def _stop(number: int, _frame: object) -> None:
 def undivided() -> Iterator[None]:
     """Put Ctrl-C off until the block is done, so that what it changes is changed as a whole."""
     pressed: list[int] = []
-    before = {n: signal.signal(n, lambda number, _: pressed.append(number)) for n in _heard()}
+    with _on_stops(lambda number, _: pressed.append(number)):
+        yield
+    if pressed:
+        raise KeyboardInterrupt(pressed[0])
+
+
+@contextlib.contextmanager
+def _on_stops(handler: Callable[[int, object], None]) -> Iterator[None]:
+    """Have a block's `STOPS` handled, but for those that are to be ignored, as `nohup` asks."""
+    heard = [number for number in STOPS if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, handler) for number in heard}
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    if pressed:
-        raise KeyboardInterrupt(pressed[0])
+        for number, earlier in before.items():
+            signal.signal(number, earlier or signal.SIG_DFL)
 
 
 def _unexpected(error: BaseException) -> str:
@@ -117,13 +116,11 @@ def _unexpected(error: BaseException) -> str:
 class _Console(io.FileIO):
     """A stream that drops what is not taken: by a pipe that is closed, a disk that is full."""
 
-    lost: ClassVar[list[OSError]] = []
-
     def write(self, data: bytes) -> int:
         try:
             return super().write(data)
         except OSError as error:
-            self.lost.append(error)
+            _LOST.append(error)
             return len(data)
 
 

@@ -1,10 +1,4 @@
-"""The one way to write: a file is whole or it is not there, and folders are checked beforehand.
-
-with writable_folder("figs/attention") as out:
-    write_json(out / "metrics.json", {"entropy": 1.5})
-
-A full disk is an OSError that names the file; `run_command` makes a line of it.
-"""
+"""The one way to write: a file is whole or it is not there, and folders are checked beforehand."""
 
 import contextlib
 import io
@@ -32,19 +26,22 @@ NUMBERS = {
     "comparison": ("results.json", b'{"schema_version": '),
 }
 Content = str | bytes | Mapping[str, Any] | Iterable[str] | Callable[[BinaryIO], object]
-_LEFT = re.compile(
-    r"\.(?:write-test-|.+\.(?:csv|html|json|npz|pdf|png|pt|svg|txt)\.)(\d+)(?:\.tmp)?"
-)
+_WRITTEN = "csv|html|json|npz|pdf|png|pt|svg|txt"
+_LEFT = re.compile(rf"\.(?:write-test-|.+\.(?:{_WRITTEN})\.)(\d+)(?:\.tmp)?")
 
 
 def write_atomically(path: str | Path, content: Content) -> None:
     """Write a temporary file beside `path`, then rename it: readers never see half a file.
 
-    `content` is text, bytes, a long text in pieces that never lies in memory as a whole, plain
-    types for JSON, or what writes to an open binary file. OSError where it cannot be written.
+    `content`: text, bytes, pieces of a long text, plain types for JSON, or what writes to a file.
     """
     with staged({Path(path): content}):
         pass
+
+
+def write_json(path: str | Path, content: Mapping[str, Any]) -> None:
+    """Write plain types, numpy's, and paths as JSON; ValueError: NaN or infinity in it."""
+    write_atomically(path, content)
 
 
 @contextlib.contextmanager
@@ -83,67 +80,49 @@ def _pieces(content: Content) -> Iterable[bytes]:
         return [memory.getbuffer()]
     if isinstance(content, bytes):
         return [content]
-    texts = _json(content) if isinstance(content, Mapping) else content
-    return map(str.encode, [texts] if isinstance(texts, str) else texts)
+    if isinstance(content, Mapping):
+        encoder = json.JSONEncoder(allow_nan=False, default=_plain)
+        content = itertools.chain(encoder.iterencode(content), "\n")
+    return map(str.encode, [content] if isinstance(content, str) else content)
 
 
-def write_json(path: str | Path, content: Mapping[str, Any]) -> None:
-    """Write plain types, numpy's numbers and arrays, and paths as JSON, all at once or not at all.
-
-    ValueError: NaN or infinity somewhere in it. OSError: the file cannot be written.
-    """
-    write_atomically(path, content)
-
-
-def _json(content: Mapping[str, Any]) -> Iterable[str]:
-    def plain(value: object) -> Any:
-        if isinstance(value, np.generic | np.ndarray):
-            return value.tolist()
-        if isinstance(value, Path):
-            return str(value)
-        raise TypeError(f"expected plain types for JSON, got {type(value).__name__}: {value!r}")
-
-    encoder = json.JSONEncoder(allow_nan=False, default=plain)
-    return itertools.chain(encoder.iterencode(content), "\n")
+def _plain(value: object) -> Any:
+    if isinstance(value, np.generic | np.ndarray):
+        return value.tolist()
+    if isinstance(value, Path):
+        return str(value)
+    raise TypeError(f"expected plain types for JSON, got {type(value).__name__}: {value!r}")
 
 
 @contextlib.contextmanager
 def writable_folder(out: str | Path, lock: bool = True) -> Iterator[Path]:
-    """Make an output folder for a block to write to, alone with `lock`; UserError: it is refused.
-
-    What killed processes left half written, here and one folder deeper, is removed.
-    """
-    out, number = Path(out), None
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        probe = out / f".write-test-{os.getpid()}"
-        probe.touch()
-        probe.unlink(missing_ok=True)
-        number = os.open(out, os.O_RDONLY) if lock and fcntl else None
-    except OSError as error:
-        why = f"({error.strerror}): choose another"
-        raise UserError(f"cannot write to the output folder {out} {why}") from error
-    try:
-        is_taken = number is not None and _is_taken(number)
-        expect(not is_taken, f"another run is writing to {out}: wait, or choose another")
+    """Make an output folder for a block to write to, alone with `lock`; UserError: refused."""
+    out = Path(out)
+    with contextlib.ExitStack() as held:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            probe = out / f".write-test-{os.getpid()}"
+            probe.touch()
+            probe.unlink(missing_ok=True)
+            number = os.open(out, os.O_RDONLY) if lock and fcntl else None
+        except OSError as error:
+            why = f"({error.strerror}): choose another"
+            raise UserError(f"cannot write to the output folder {out} {why}") from error
+        if number is not None:
+            held.callback(os.close, number)
+            try:
+                fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                what = f"another run is writing to {out}: wait, or choose another"
+                raise UserError(what) from error
+            except OSError:  # a network folder without locks
+                pass
         _sweep(out)
         yield out
-    finally:
-        if number is not None:
-            os.close(number)
-
-
-def _is_taken(folder: int) -> bool:
-    """Whether another process holds the lock of an open folder; else it is ours until closed."""
-    with contextlib.suppress(OSError):  # a network folder without locks
-        try:
-            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False
 
 
 def _sweep(out: Path) -> None:
+    """Remove what killed processes left half written, here and one folder deeper."""
     for path in (*out.glob(".*"), *out.glob("*/.*")):
         if match := _LEFT.fullmatch(path.name):
             with contextlib.suppress(PermissionError):  # another user's process lives
@@ -168,17 +147,13 @@ def expect_no_results(out: Path, command: str) -> None:
 
 
 def set_aside(folder: Path, names: Sequence[str]) -> Path | None:
-    """Move what there is of `names`, the last one last, to the first `earlier-N` that has none.
-
-    So what an interrupted move left goes where the rest is.
-    """
+    """Move what there is of `names`, the last one last, to the first `earlier-N` that has none."""
     there = [name for name in names if os.path.lexists(folder / name)]
-    numbered = (folder / f"earlier-{number}" for number in itertools.count(1))
-    taken = {*there, names[-1]}
+    numbered, taken = (folder / f"earlier-{n}" for n in itertools.count(1)), {*there, names[-1]}
     aside = next(one for one in numbered if not any(os.path.lexists(one / n) for n in taken))
     for name in there:
         aside.mkdir(exist_ok=True)
-        os.replace(folder / name, aside / name)
+        os.replace(folder / name, aside / name)  # what an interruption leaves goes there later
     return aside if there else None
 
 
@@ -190,6 +165,4 @@ def in_the_way(out: Path, path: Path) -> UserError:
 
 def rounded(values: np.ndarray, digits: int = 6) -> list[Any]:
     """Nested lists of floats with so many significant digits."""
-    if values.ndim > 1:
-        return [rounded(row, digits) for row in values]
-    return [float(f"{value:.{digits}g}") for value in values]
+    return [rounded(v, digits) if values.ndim > 1 else float(f"{v:.{digits}g}") for v in values]

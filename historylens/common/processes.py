@@ -1,11 +1,5 @@
 """One job in several processes: each takes its share of the work, rank 0 writes and prints.
 
-    torchrun --nproc-per-node 4 visualize_attention.py --num-samples 5000
-
-    with join() as group:  # the processes that torchrun started, or this one
-        parts = group.gather([work(n) for n in group.share(100)])  # all parts on rank 0
-        group.spread(items, work, keep)  # or each takes the next, and rank 0 keeps what it gives
-
 Gloo carries python objects and CPU tensors, NCCL what lies on GPUs. One process sends nothing.
 """
 
@@ -56,8 +50,8 @@ class Group:
     def equal_slice(self, n_items: int) -> slice:
         """The part of `n_items` for this process, as long as that of every other, or UserError."""
         n_own, rest = divmod(n_items, self.size)
-        what = f"a batch size that {self.size} processes can share evenly"
-        expect(rest == 0, f"expected {what}, got {n_items}")
+        what = f"expected a batch size that {self.size} processes can share evenly"
+        expect(not rest, f"{what}, got {n_items}")
         return slice(self.rank * n_own, (self.rank + 1) * n_own)
 
     def device(self, device: torch.device) -> torch.device:
@@ -87,15 +81,11 @@ class Group:
         return values[0]
 
     def spread(
-        self,
-        items: Sequence[Any],
-        work: Callable[[Any, Callable[[], None]], Any],
-        keep: Callable[[Any], None],
+        self, items: Sequence[Any], work: Callable[..., Any], keep: Callable[[Any], None]
     ) -> None:
         """Do `work(item, see)` on all items: each process takes the next one as it has finished.
 
-        Rank 0 calls `keep` with what each gave, as soon as that is there: whenever `work` calls
-        `see`. A UserError stops all, as `together` does.
+        Rank 0 calls `keep` with what is there whenever `work` calls `see`. A UserError stops all.
         """
         name, n_kept = f"spread {next(self._numbers)}", 0
 
@@ -133,15 +123,12 @@ class Group:
         """`module` with gradients that are averaged over all processes as it runs backward."""
         if self.size == 1:
             return module
-        devices = None if device.type == "cpu" else [device]
-        return nn.parallel.DistributedDataParallel(module, device_ids=devices)
+        device_ids = None if device.type == "cpu" else [device]
+        return nn.parallel.DistributedDataParallel(module, device_ids=device_ids)
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
-        """A block that each process runs by itself: at its end all go on, or all stop with code 2.
-
-        A user's mistake that several processes meet is told once, by the first of them.
-        """
+        """A block at whose end all go on, or stop with code 2: the first of a mistake tells it."""
         mistake = said = None
         try:
             yield
@@ -168,10 +155,9 @@ ALONE = Group()
 
 @contextlib.contextmanager
 def join() -> Iterator[Group]:
-    """Join the processes that torchrun started beside this one, until the block ends.
+    """Join the processes that torchrun started beside this one; UserError: they are not found.
 
     A process that loses another says so in one line and exits with code 1, as torchrun then does.
-    UserError: torchrun's environment is incomplete, or the processes do not find each other.
     """
     group = _started_by_torchrun()
     if group.size == 1:
@@ -201,18 +187,16 @@ def join() -> Iterator[Group]:
 
 
 def _started_by_torchrun() -> Group:
-    """The group that torchrun's environment describes."""
     if (size := os.environ.get("WORLD_SIZE") or "1") == "1":
         return ALONE
     instead = "start several processes with `torchrun --nproc-per-node N`, or unset WORLD_SIZE"
     for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         expect(name in os.environ, f"WORLD_SIZE is {size}, but {name} is not set: {instead}")
-    told = {name: os.environ[name] for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT")}
-    for name, number in told.items():
-        is_fit = re.fullmatch("[0-9]{1,5}", number)
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT"):
+        is_fit = re.fullmatch("[0-9]{1,5}", number := os.environ[name])
         is_fit = is_fit and ("RANK" not in name or int(number) < int(size))
         expect(is_fit, f"{name} is {number!r} and WORLD_SIZE {size!r}: {instead}")
-    return Group(int(told["RANK"]), int(size), int(told["LOCAL_RANK"]))
+    return Group(int(os.environ["RANK"]), int(size), int(os.environ["LOCAL_RANK"]))
 
 
 def _brief(error: Exception) -> str:

@@ -1,8 +1,4 @@
-"""The one way to read a file that others may have made: what is wrong with it is one line.
-
-with reading(path, "a checkpoint", "choose another") as file:
-    names = checked_zip(file).namelist()
-"""
+"""The one way to read a file that others may have made: what is wrong with it is one line."""
 
 import contextlib
 import os
@@ -46,10 +42,9 @@ def most_unpacked(path: str | Path) -> int:
 
 
 def checked_zip(file: BinaryIO, *compression: int) -> zipfile.ZipFile:
-    """Open a zip file after every byte was held against its checksums, a piece at a time.
+    """Open a zip file of members stored, or compressed by one of `compression`, and not damaged.
 
-    Its members are stored, or compressed by one of `compression`. UserError: they unpack to too
-    much, or two programs may find other things in it. BadZipFile: it is damaged.
+    UserError: they unpack to too much, or two programs may find other things in it.
     """
     archive = zipfile.ZipFile(file)
     members = archive.infolist()
@@ -63,7 +58,7 @@ def checked_zip(file: BinaryIO, *compression: int) -> zipfile.ZipFile:
     expect(total <= most, f"it unpacks to {total:,} bytes: expected at most {most:,}")
     for member in members:
         with archive.open(member) as content:
-            while content.read(2**20):
+            while content.read(2**20):  # held against checksums
                 pass
     file.seek(0)
     return archive

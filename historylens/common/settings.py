@@ -1,33 +1,28 @@
-"""Settings as dataclasses, and the flags made of them: type, default, help and bounds stand once.
-
-seed: int = setting(0, "seed of the choice of decisions", at_least=0)  # field of a Settings
-config = from_flags(Config, parser.parse_args())  # after add_flags(parser, Config)
-"""
+"""Settings as dataclasses, and flags made of them: type, default, help and bounds stand once."""
 
 import argparse
 import dataclasses
 import math
 import types
-import typing
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args, get_origin
 
 from historylens.common.errors import expect
 
 T = TypeVar("T")
 MOST = 2**53  # of any number: beyond it floats skip whole ones
+BOUNDS = ("at_least", "at_most", "fraction")
 
 
 def setting(default: Any, help: str | None, metavar: str | None = None, **flag: Any) -> Any:
     """Declare a dataclass field: its default, its help, and what else its flag needs.
 
-    The type is that of the annotation, of its entries where that is a list. `at_least`, `at_most`
-    and `fraction` (between 0 and 1) are bounds that `Settings` checks, as it does `choices`.
-    Without help it has no flag.
+    The type is that of the annotation, or of its entries. `Settings` checks the bounds `at_least`,
+    `at_most` and `fraction` (between 0 and 1), and `choices`. Without help it has no flag.
     """
     told = {"help": help, "metavar": metavar} | flag
-    metadata = {name: value for name, value in told.items() if value is not None}
-    return dataclasses.field(default=default, metadata=metadata)
+    told = {name: value for name, value in told.items() if value is not None}
+    return dataclasses.field(default=default, metadata=told)
 
 
 class Settings:
@@ -35,8 +30,8 @@ class Settings:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            value, least = getattr(self, field.name), field.metadata.get("at_least", -MOST)
-            most = field.metadata.get("at_most", MOST)
+            value, told = getattr(self, field.name), field.metadata
+            least, most = told.get("at_least", -MOST), told.get("at_most", MOST)
             expected = f"expected {flag_of(field.name)}"
             if value is None is field.default:
                 continue
@@ -47,10 +42,10 @@ class Settings:
                 if isinstance(got, int | float):
                     expect(got >= least, f"{expected} of at least {least}, got {got}")
                     expect(got <= most, f"{expected} of at most {most}, got {got}")
-                if "fraction" in field.metadata:
+                if "fraction" in told:
                     is_in = 0 <= got <= 1 and math.copysign(1, got) > 0  # -0.0 is below others
                     expect(is_in, f"{expected} between 0 and 1, got {got}")
-                choices = field.metadata.get("choices", [got])
+                choices = told.get("choices", [got])
                 expect(got in choices, f"{expected} of {', '.join(map(str, choices))}, got {got}")
 
 
@@ -68,9 +63,8 @@ def add_flags(parser: argparse.ArgumentParser, *configs: type) -> None:
             if field.name in known or "help" not in field.metadata:
                 continue
             known.add(field.name)
-            bounds = ("at_least", "at_most", "fraction")
-            options = {k: v for k, v in field.metadata.items() if k not in bounds}
-            if options.get("action") is None:
+            options = {k: v for k, v in field.metadata.items() if k not in BOUNDS}
+            if "action" not in options:
                 options = _of_type(field.type) | options
                 if field.default is not None:
                     options["help"] += " (default: %(default)s)"
@@ -80,10 +74,10 @@ def add_flags(parser: argparse.ArgumentParser, *configs: type) -> None:
 def _of_type(kind: Any) -> dict[str, Any]:
     """What a flag takes for a setting of a type, of that or None, or of a list of them."""
     if isinstance(kind, types.UnionType):
-        kind = typing.get_args(kind)[0]
+        kind = get_args(kind)[0]
     more = {}
-    if typing.get_origin(kind) is list:
-        kind, more = typing.get_args(kind)[0], {"nargs": "+"}
+    if get_origin(kind) is list:
+        kind, more = get_args(kind)[0], {"nargs": "+"}
     return {"type": kind, "metavar": {int: "N", float: "X"}.get(kind), **more}
 
 
@@ -94,8 +88,7 @@ def from_flags(config: type[T], flags: argparse.Namespace) -> T:
 
 def from_dict(config: type[T], values: dict[str, Any]) -> T:
     """Build a settings object from a flat dict, which may hold settings of others as well."""
-    names = {field.name for field in dataclasses.fields(config)}
-    return config(**{name: value for name, value in values.items() if name in names})
+    return config(**{k: v for k, v in values.items() if k in config.__dataclass_fields__})
 
 
 def to_dict(*configs: Any) -> dict[str, Any]:
