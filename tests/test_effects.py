@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import make_dataclass, replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from historylens.agent import run_heads
 from historylens.common.errors import UserError
 from historylens.compression import METHODS
 from historylens.effects import STANDARD, measure_effects
-from historylens.effects.measure import Effect, budgets, has_own_size, spread
+from historylens.effects.measure import Effect, Trial, budgets, has_own_size, spread
 from historylens.effects.report import UNMOVED, MeasuredEffects
 from historylens.insights.patterns import PATTERNS
 
@@ -102,7 +103,8 @@ def test_an_effect_sums_up_decisions_and_draws():
     kept = torch.tensor([[-1, -1, 2], [-1, 1, 2], [0, 1, 2], [0, 1, 2]] * 2)
     shorter = replace(make_history(8, 3), tasks=torch.arange(8), kept=kept)
     planted = agent(logits=lambda h: torch.stack([-h.tasks, h.tasks], dim=1).double())
-    effect = Effect.of(planted, torch.zeros(4, 2), shorter, n_keep=3)
+    trial = SimpleNamespace(agent=planted, full=torch.zeros(4, 2), beta=1.0)
+    effect = Trial.effect(trial, shorter, n_keep=3)
     values = np.log(np.cosh(np.arange(8)))  # of KL(even || softmax of -x and x)
     assert (effect.kept_mean, effect.kept_min, effect.kept_max, effect.flips) == (2.25, 1, 3, 7 / 8)
     assert effect.kl_mean == pytest.approx(values.mean())

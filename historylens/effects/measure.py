@@ -7,6 +7,7 @@
 Axes: `B` decisions, `n` transitions before each, `D` draws of what is random (else 1), `A` actions.
 """
 
+import itertools
 import math
 import zlib
 from collections.abc import Sequence
@@ -60,32 +61,6 @@ class Effect:
     kl_reference: float  # mean KL there
     draws: np.ndarray  # (D,) float64, mean KL of each draw there
     random: Self | None = None  # of as many drawn at random; None of these, and of controls
-
-    @classmethod
-    def of(
-        cls,
-        agent: Agent,
-        full: Tensor,
-        shorter: History,
-        n_keep: int,
-        beta: float = 1.0,
-        random: Self | None = None,
-    ) -> Self:
-        """What `D * B` compressed histories do, draw after draw, beside logits `(B, A)` on all.
-
-        `beta` takes them to the reference temperature.
-        """
-        logits, kept, size = act_in_parts(agent, shorter), shorter.counts, len(full)
-        full = full.repeat(len(logits) // size, 1)  # (D * B, A)
-        kl, reference = (kl_divergence(full, logits, x).cpu().numpy() for x in (1.0, beta))
-        flips = (full.argmax(-1) != logits.argmax(-1)).cpu().numpy()
-        changed = float(action_changes(full, logits, beta).mean())
-        by_draw = [x.reshape(-1, size).mean(axis=1) for x in (flips, kl, reference)]
-        bands = [np.percentile(x, BAND).tolist() if len(x) > 1 else None for x in by_draw[:2]]
-        counts = float(kept.double().mean()), int(kept.min()), int(kept.max())
-        means = float(flips.mean()), float(kl.mean()), float(np.percentile(kl, 95))
-        moved = changed, float(reference.mean()), by_draw[2]
-        return cls(n_keep, *counts, size, *means, *bands, *moved, random)
 
     @property
     def against_random(self) -> str | None:
@@ -156,18 +131,14 @@ class Resampled:
 def moved(full: Tensor, other: Tensor, resampled: Resampled, beta: float) -> dict[str, Any]:
     """How far actions moved from logits `full` to `other` `(B, A)`, with intervals, plain values.
 
-    KL(full || other) in nats, flips, and the share of drawn actions that change at the reference
-    temperature, which `beta` gives.
+    `kl`, `flips` and `changed` as in an `Effect`; `beta` gives the reference temperature.
     """
-    measured = {
-        "kl": kl_divergence(full, other),
-        "flips": (full.argmax(-1) != other.argmax(-1)).double(),
-        "changed": action_changes(full, other, beta),
-    }
+    kl, flips = kl_divergence(full, other), (full.argmax(-1) != other.argmax(-1)).double()
+    measured = {"kl": kl, "flips": flips, "changed": action_changes(full, other, beta)}
     found = {}
     for name, values in measured.items():
-        low, high = resampled.interval(values := values.cpu().numpy())
-        found |= {name: float(values.mean()), f"{name}_interval": [float(low), float(high)]}
+        interval = resampled.interval(values := values.cpu().numpy()).tolist()
+        found |= {name: float(values.mean()), f"{name}_interval": interval}
     return found
 
 
@@ -217,12 +188,9 @@ def enough(curve: Sequence[Effect]) -> int | None:
 
     Within `ENOUGH` nats at the reference temperature, with `ENOUGH_FLIPS` at most.
     """
-    fewest = None
-    for one in reversed(curve):
-        if one.kl_reference > ENOUGH or one.flips > ENOUGH_FLIPS:
-            break
-        fewest = one.n_keep
-    return fewest
+    well = (one.kl_reference <= ENOUGH and one.flips <= ENOUGH_FLIPS for one in reversed(curve))
+    n_well = sum(itertools.takewhile(bool, well))
+    return curve[-n_well].n_keep if n_well else None
 
 
 def budgets(n: int) -> list[int]:
@@ -258,8 +226,7 @@ class Trial:
 
     def __init__(self, agent: Agent, n_wanted: int, seed: int) -> None:
         lengths = ((i, agent.length(i)) for i in range(len(agent.decisions)))
-        groups = alike((i, n) for i, n in lengths if n)
-        most = max(groups, key=len)
+        most = max(alike((i, n) for i, n in lengths if n), key=len)
         self.samples = [most[i] for i in spread(len(most), n_wanted)]
         self.agent, self.seed = agent, seed
         self.not_run: dict[str, str] = {}  # control or method -> why it could not be run
@@ -276,14 +243,37 @@ class Trial:
         """Places `(R,)` of `n_wanted` of the decisions, evenly spaced; all where they are fewer."""
         return torch.tensor(spread(len(self.samples), n_wanted), device=self.history.device)
 
+    def generator(self, name: str, n_keep: int = 0) -> np.random.Generator:
+        """The random stream of something that is measured."""
+        return np.random.default_rng((self.seed, zlib.crc32(name.encode()), n_keep))
+
+    def effect(
+        self, shorter: History, n_keep: int, random: Effect | None = None, full: Any = None
+    ) -> Effect:
+        """What `D * B` compressed histories do, draw after draw, beside all of each.
+
+        `full`: logits `(B, A)` on that, where only some of the decisions are made again.
+        """
+        full = self.full if full is None else full
+        logits, kept, size = act_in_parts(self.agent, shorter), shorter.counts, len(full)
+        full = full.repeat(len(logits) // size, 1)  # (D * B, A)
+        kl, reference = (kl_divergence(full, logits, x).cpu().numpy() for x in (1.0, self.beta))
+        flips = (full.argmax(-1) != logits.argmax(-1)).cpu().numpy()
+        changed = float(action_changes(full, logits, self.beta).mean())
+        by_draw = [x.reshape(-1, size).mean(axis=1) for x in (flips, kl, reference)]
+        bands = [np.percentile(x, BAND).tolist() if len(x) > 1 else None for x in by_draw[:2]]
+        counts = float(kept.double().mean()), int(kept.min()), int(kept.max())
+        means = float(flips.mean()), float(kl.mean()), float(np.percentile(kl, 95))
+        moved = changed, float(reference.mean()), by_draw[2]
+        return Effect(n_keep, *counts, size, *means, *bands, *moved, random)
+
     def controls(self) -> dict[str, Effect]:
         """What another history does to the actions, or none, where the model can run on it."""
         controls = {}
         for name in ("empty", *(name for name, one in METHODS.items() if one.kind == "control")):
             try:
                 rows, changed = self.exchanged(name)
-                one = Effect.of(self.agent, self.full[rows], changed, changed.n, self.beta)
-                controls[name] = one
+                controls[name] = self.effect(changed, changed.n, full=self.full[rows])
             except UserError as error:  # not every model can act without history
                 self.not_run[name] = str(error)
         return controls
@@ -315,14 +305,12 @@ class Trial:
                 history = self._drawn(DRAWN.get(name, 1))
                 shorter = METHODS[name].compress(history, n_keep, self.generator(name, n_keep))
                 try:
-                    one = Effect.of(self.agent, self.full, shorter, n_keep, self.beta, random)
+                    curves[name].append(self.effect(shorter, n_keep, random))
                 except UserError as error:  # means of states may be none that the model knows
                     if METHODS[name].kind != "merge":
                         raise
                     self.not_run[name] = str(error)
                     del curves[name]
-                else:
-                    curves[name].append(one)
                 random = curves["random"][-1]
             bar.update()
         for name in filter(has_own_size, names if self.n > 1 else ()):
@@ -339,12 +327,7 @@ class Trial:
         history, generator = self._drawn(N_DRAWS), self.generator(f"random as {name}")
         ranks = uniform(generator, history.rewards.shape, history.device).argsort(1).argsort(1)
         as_many = history.take(keep_where(ranks < shorter.counts.repeat(N_DRAWS)[:, None]))
-        random = Effect.of(self.agent, self.full, as_many, n_keep, self.beta)
-        return Effect.of(self.agent, self.full, shorter, n_keep, self.beta, random)
-
-    def generator(self, name: str, n_keep: int = 0) -> np.random.Generator:
-        """The random stream of something that is measured."""
-        return np.random.default_rng((self.seed, zlib.crc32(name.encode()), n_keep))
+        return self.effect(shorter, n_keep, random=self.effect(as_many, n_keep))
 
     def _drawn(self, n_draws: int) -> History:
         """Every decision `n_draws` times, draw after draw."""
