@@ -11,6 +11,7 @@ from agents import Recorder
 from compression_cases import decisions_of, make_history
 from hypothesis import given
 from hypothesis import strategies as st
+from tqdm import tqdm
 from wired import copied
 
 from historylens.agent import run_heads
@@ -21,6 +22,7 @@ from historylens.effects.measure import Effect, Trial, budgets, has_own_size, sp
 from historylens.effects.report import UNMOVED, MeasuredEffects
 from historylens.insights.patterns import PATTERNS
 
+BAR = tqdm(disable=True)
 CONTROLS = ["empty", "other-task", "shuffled-rewards"]
 DRAWN = {"random": 20, "decay": 5, "importance": 5}  # how often
 Told = make_dataclass("Told", ["pattern", ("effect", str, None)])  # what effects see of an Insight
@@ -63,7 +65,7 @@ def agent(n=24, logits=reading, decisions=None):
 
 def effects(patterns=tuple(PATTERNS), seed=0, n_samples=6, **given):
     insights = [Told(pattern) for pattern in patterns]
-    return measure_effects(agent(**given), [0], [[0]], insights, n_samples, seed)
+    return measure_effects(agent(**given), [0], [[0]], insights, n_samples, seed, BAR)
 
 
 @pytest.fixture(scope="module")
@@ -289,8 +291,10 @@ def test_of_layers_whose_heads_cannot_be_told_apart_nothing_is_said(monkeypatch)
         logits, seen = run_heads(*args)
         return logits, {0: seen[0]}
 
-    monkeypatch.setattr("historylens.effects.heads.run_heads", first_alone)
-    both, second = (measure_effects(copied(), x, [[0]] * len(x), [], 6, 0) for x in ([0, 1], [1]))
+    monkeypatch.setattr("historylens.effects.inside.run_heads", first_alone)
+    both, second = (
+        measure_effects(copied(), x, [[0]] * len(x), [], 6, 0, BAR) for x in ([0, 1], [1])
+    )
     assert {one["layer"] for one in both.heads["heads"]} == {0}
     assert "The heads of layer 1 cannot be told apart: left out." in both.text
     assert (second.heads, second.heads_picture) == (None, None)

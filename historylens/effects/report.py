@@ -15,8 +15,7 @@ from historylens.common.text import aligned, counted, wrap
 from historylens.compression import METHODS
 from historylens.effects import measure
 from historylens.effects.guide import guide_text
-from historylens.effects.heads import heads_text
-from historylens.effects.knockout import copied, knockout_text
+from historylens.effects.inside import copied, heads_text, knockout_text
 from historylens.effects.measure import UNMOVED, Effect, budgets, has_own_size, nats
 from historylens.insights import Insight
 from historylens.insights.patterns import PATTERNS
