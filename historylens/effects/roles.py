@@ -4,9 +4,8 @@
     role.name, role.text             # "rewarded", "83% on rewarded transitions, evenly 21%"
 
 A head counts as a mixture of the readings in `ROLES`, each even over its own tokens. Their parts
-make the rows likeliest (by expectation maximisation: Dempster, Laird and Rubin 1977), so that
-tokens of several kinds count for what explains all decisions: of two readings that hold as much for
-the narrower one, unless what only the other has is read as well. The rules:
+make the rows likeliest (by expectation maximisation: Dempster, Laird and Rubin 1977): of two
+readings that hold as much for the narrower one, unless what only the other has is read as well.
 
 - a role has a part of at least `MAIN` of all attention; "uniform" an entropy over transitions of
   `EVENNESS` of that of even reading, too. A head without any is "mixed";
@@ -20,6 +19,7 @@ Axes: `B` decisions, `H` heads, `T` tokens, `n` transitions, `C` readings, `U` s
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -40,9 +40,7 @@ class Role:
     """What a head reads, in figures that are means over the decisions that have such tokens."""
 
     name: str  # of `ROLES`, or "mixed", whose figures are those of its largest part
-    # Attention on its tokens, of all. Of "uniform" the entropy over transitions, of that of even
-    # reading.
-    share: float
+    share: float  # of all attention; of "uniform" the entropy, of that of even reading
     even: float  # the same of uniform attention
     part: float  # of the mixture, the figure that fired
     text: str  # share and even in words
@@ -120,21 +118,15 @@ ROLES: dict[str, tuple[str, Callable[[Keys], list[np.ndarray]]]] = {
 
 
 def roles_of(
-    rows: np.ndarray,
-    visible: np.ndarray,
-    tokens: Sequence[Tokens],
-    history: History,
-    actions: np.ndarray,
+    rows: np.ndarray, visible: np.ndarray, tokens: Sequence[Tokens], history: History, actions: Any
 ) -> list[Role]:
-    """A role for each of `H` heads; without any transition all are "sink".
+    """A role for each of `H` heads.
 
     `rows (B, H, T)` are attention rows of the query token; what one lacks to 1 lies on keys that
     are no tokens (learned sinks), and counts as on the query token. `visible (B, T)` bool: keys
     that the mask lets the query see. `tokens` are a map each of the `B` decisions, `history` is
     without padding, and `actions (B,)` int are the most likely ones now.
     """
-    if not history.n:
-        return [Role("sink", 1.0, 1.0, 1.0, "100% on its own token")] * rows.shape[1]
     rows = np.append(rows, uniform_rows(visible)[:, None], axis=1)  # (B, H + 1, T)
     rows[range(len(rows)), :, [one.decides for one in tokens]] += np.clip(1 - rows.sum(-1), 0, 1)
     keys = Keys(visible, tokens, history, actions)
@@ -158,9 +150,8 @@ def _role(part: np.ndarray, share: np.ndarray, even: np.ndarray) -> Role:
     most, second = np.argsort(-part, kind="stable")[:2]
     texts = [f"{share[i]:.0%} {ROLES[names[i]][0]}, evenly {even[i]:.0%}" for i in (most, second)]
     fires = part[most] >= MAIN and (names[most] != "uniform" or share[most] >= EVENNESS)
-    figures = (float(figure[most]) for figure in (share, even, part))
-    text = texts[0] if fires else "; ".join(texts)
-    return Role(names[most] if fires else "mixed", *figures, text)
+    name, text = (names[most], texts[0]) if fires else ("mixed", "; ".join(texts))
+    return Role(name, float(share[most]), float(even[most]), float(part[most]), text)
 
 
 def _fit(rows: np.ndarray, masks: np.ndarray, rests: np.ndarray) -> np.ndarray:
