@@ -92,39 +92,32 @@ def _insight(name: str, scope: Scope, more: str = "") -> Insight:
 
 def _sharpest_head(metrics: Metrics) -> str:
     """A sentence where the head average hides a head that picks from the history."""
-    shares, n = [], np.maximum(metrics.n_context, 1)
+    found, n = [], np.maximum(metrics.n_context, 1)
     for place, layer in enumerate(metrics.layers):
         values = metrics.of_heads("effective_tokens", place)
         for head, own in zip(metrics.heads[place], values.T, strict=True):
-            shares.append((float((own / n).mean()), layer, head, float(own.mean())))
-    share, layer, head, tokens = min(shares)
-    if share >= BROAD_SHARE:
-        return ""
-    return f" Single heads are sharper: head {head} of layer {layer} reads {tokens:.1f} in effect."
+            found.append((float((own / n).mean()), layer, head, float(own.mean())))
+    share, layer, head, tokens = min(found)
+    told = f" Single heads are sharper: head {head} of layer {layer} reads {tokens:.1f} in effect."
+    return told if share < BROAD_SHARE else ""
 
 
 def remarks(metrics: Metrics) -> list[str]:
     """What the rules cannot say at this context length, or miss: one sentence each."""
     overall = scopes(metrics)[0]
     entropy, is_uniform = verdicts(overall)["uniform"]
-    even = float(overall.uniform["entropy"].mean())
+    even, text = float(overall.uniform["entropy"].mean()), ""
     if overall.n.max() == 0:
-        return ["Without a history there is nothing to read but the query itself."]
-    if overall.n.max() == 1:
-        return [
-            "With one context token there is nothing to choose from: the recent/distant ratio is 1 "
-            "and the entropy below 0.37 nats whatever the model does."
-        ]
-    if not is_uniform and even <= UNIFORM_ENTROPY:
+        text = "Without a history there is nothing to read but the query itself."
+    elif overall.n.max() == 1:
+        text = "With one context token there is nothing to choose from: the recent/distant ratio "
+        text += "is 1 and the entropy below 0.37 nats whatever the model does."
+    elif not is_uniform and even <= UNIFORM_ENTROPY:
         spread = "broad" if overall.is_broad else "narrow"
-        return [
-            f"Uniform attention cannot be recognised by its threshold at {overall.length}: reading "
-            f"every token equally gives an entropy of {even:.2f} nats, not above "
-            f"{UNIFORM_ENTROPY}. For its length attention is {spread}: {overall.normalised}."
-        ]
-    if not is_uniform and overall.is_broad:
-        return [
-            f"The entropy of {entropy:.2f} nats is not above {UNIFORM_ENTROPY}, yet what the model "
-            f"gives to its history is spread broadly: {overall.normalised}."
-        ]
-    return []
+        text = f"Uniform attention cannot be recognised by its threshold at {overall.length}: "
+        text += f"reading every token equally gives an entropy of {even:.2f} nats, not above "
+        text += f"{UNIFORM_ENTROPY}. For its length attention is {spread}: {overall.normalised}."
+    elif not is_uniform and overall.is_broad:
+        text = f"The entropy of {entropy:.2f} nats is not above {UNIFORM_ENTROPY}, yet what the "
+        text += f"model gives to its history is spread broadly: {overall.normalised}."
+    return [text] if text else []
