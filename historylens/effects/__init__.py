@@ -61,7 +61,7 @@ def measure_effects(
         about = trial.samples, trial.n, seed, patterns, controls, trial.not_run, trial.beta
         measured = MeasuredEffects(None, *about, n_actions=trial.full.shape[1])
         if controls and not measured.unmoved:
-            measured = replace(measured, twins=_twins(trial, measured.main_control))
+            measured = replace(measured, twins=moved_twins(trial, measured.main_control))
         if measured.ignores_history:
             return measured
         guide = measure_guide(trial, chosen, bar)
@@ -81,34 +81,26 @@ def measure_effects(
         return MeasuredEffects(f"not measured, {agent.device} ran out of memory.")
 
 
-def _twins(trial: Trial, control: str) -> list[float]:
-    """What a control does in each twin; nothing where that does not work."""
-    try:
-        return moved_twins(trial, control)
-    except Exception as error:  # a model may fail as it likes with weights that are not its own
-        trial.not_run["twins"] = next(iter(str(error).splitlines()), type(error).__name__)
-        return []
-
-
 def moved_twins(trial: Trial, control: str) -> list[float]:
     """Share of actions that a control changes in each twin of the model, as `Effect.changed`.
 
     An untrained model is moved by another history as well. One that uses its history is moved more
     than each twin, in which the entries of every weight matrix are permuted (the parameter
-    randomisation of Adebayo et al. 2018, arXiv 1810.03292). UserError: there is nothing to shuffle,
-    or too much. The model's own weights are put back in any case, bit for bit.
+    randomisation of Adebayo et al. 2018, arXiv 1810.03292). Its own weights are put back in any
+    case, bit for bit. Empty, and noted in the trial, where that does not work.
     """
     agent, some = trial.agent, trial.decisions(N_TWIN_DECISIONS)
-    rows, other = trial.exchanged(control, some)
-    history = trial.history.rows(some[rows])
     matrices = [p for p in agent.model.parameters() if p.dim() > 1 and p.is_floating_point()]
-    n_weights = sum(p.numel() for p in matrices)
-    expect(n_weights, "it has no weight matrices")
-    n_twins = min(N_TWINS, MAX_WEIGHTS // n_weights)  # two passes each, less than a curve takes
-    expect(n_twins >= MIN_TWINS, f"it has too many weights ({n_weights:,})")
-    own, full, moved = [p.clone() for p in matrices], act_in_parts(agent, history), []
+    n_weights, own, moved = sum(p.numel() for p in matrices), [], []
     generator = torch.Generator().manual_seed(trial.seed)
     try:
+        rows, other = trial.exchanged(control, some)
+        expect(n_weights, "it has no weight matrices")
+        n_twins = min(N_TWINS, MAX_WEIGHTS // n_weights)  # two passes each, less than a curve takes
+        expect(n_twins >= MIN_TWINS, f"it has too many weights ({n_weights:,})")
+        history = trial.history.rows(some[rows])
+        full = act_in_parts(agent, history)
+        own += [p.clone() for p in matrices]
         for _ in range(n_twins):
             for matrix, values in zip(matrices, own, strict=True):
                 order = torch.randperm(values.numel(), generator=generator).to(values.device)
@@ -116,7 +108,10 @@ def moved_twins(trial: Trial, control: str) -> list[float]:
             logits, others = act_in_parts(agent, history), act_in_parts(agent, other)
             expect(not torch.equal(logits, full), "act() is the same whatever its model's weights")
             moved.append(float(action_changes(logits, others, sharpness(logits)).mean()))
+    except Exception as error:  # a model may fail as it likes with weights that are not its own
+        trial.not_run["twins"] = next(iter(str(error).splitlines()), type(error).__name__)
+        return []
     finally:
-        for matrix, values in zip(matrices, own, strict=True):
+        for matrix, values in zip(matrices, own, strict=False):  # or none were exchanged
             matrix.copy_(values)
     return moved

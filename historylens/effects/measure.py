@@ -64,10 +64,7 @@ class Effect:
 
     @property
     def against_random(self) -> str | None:
-        """Whether `kl_reference` is "better" or "worse" than each random draw's, or "alike".
-
-        Better (worse) than all of 20 draws happens to a random choice once in 21 times.
-        """
+        """Whether it is "better" or "worse" than all random draws (by chance 1 in 21), or "alike"."""
         if self.random is None:
             return None
         signs = self._beside_draws
@@ -117,9 +114,9 @@ class Resampled:
         self._weights = generator.multinomial(n_decisions, even, N_RESAMPLES) / n_decisions
 
     def interval(self, values: np.ndarray, per: np.ndarray | None = None) -> np.ndarray:
-        """Ends `(2, ...)` of the 95 % interval of the mean of `values (B, ...)`.
+        """Ends `(2, ...)` of the 95 % interval of the mean of `values (B, ...)`, over that of `per`.
 
-        With `per` `(B, ...)`, of the ratio of both means; NaN where that is 0.
+        NaN where the latter is 0.
         """
         means = np.tensordot(self._weights, values, 1)
         if per is not None:
@@ -129,10 +126,7 @@ class Resampled:
 
 
 def moved(full: Tensor, other: Tensor, resampled: Resampled, beta: float) -> dict[str, Any]:
-    """How far actions moved from logits `full` to `other` `(B, A)`, with intervals, plain values.
-
-    `kl`, `flips` and `changed` as in an `Effect`; `beta` gives the reference temperature.
-    """
+    """`kl`, `flips` and `changed` as in an `Effect`, from logits `(B, A)`, with their intervals."""
     kl, flips = kl_divergence(full, other), (full.argmax(-1) != other.argmax(-1)).double()
     measured = {"kl": kl, "flips": flips, "changed": action_changes(full, other, beta)}
     found = {}
@@ -175,19 +169,13 @@ def sharpness(full: Tensor) -> float:
 
 
 def action_changes(full: Tensor, other: Tensor, beta: float) -> Tensor:
-    """Share of the actions drawn that have to change, from logits `(..., A)`: `(...)` float64.
-
-    The total variation of the two action distributions at the temperature that `beta` gives.
-    """
+    """Share of actions drawn that have to change (total variation), as `kl_divergence`."""
     p, q = ((logits.double() * beta).softmax(-1) for logits in (full, other))
     return (p - q).abs().sum(-1) / 2
 
 
 def enough(curve: Sequence[Effect]) -> int | None:
-    """Fewest transitions from which on actions stay as they are; None: more than measured.
-
-    Within `ENOUGH` nats at the reference temperature, with `ENOUGH_FLIPS` at most.
-    """
+    """Fewest transitions from which on no more than `ENOUGH` changes; None: none measured."""
     well = (one.kl_reference <= ENOUGH and one.flips <= ENOUGH_FLIPS for one in reversed(curve))
     n_well = sum(itertools.takewhile(bool, well))
     return curve[-n_well].n_keep if n_well else None
@@ -219,9 +207,8 @@ def spread(n_samples: int, n_wanted: int) -> list[int]:
 class Trial:
     """Decisions of an agent that are made again on compressed history.
 
-    `samples`: up to `n_wanted` of the length, above 0, that most have, so that they can share a
-    pass. Each method and size draws from a stream of its own: what else is measured changes
-    nothing.
+    Up to `n_wanted`, of the length that most have, so that they can share a pass. Each method and
+    size draws from a stream of its own: what else is measured changes nothing.
     """
 
     def __init__(self, agent: Agent, n_wanted: int, seed: int) -> None:
@@ -250,10 +237,7 @@ class Trial:
     def effect(
         self, shorter: History, n_keep: int, random: Effect | None = None, full: Any = None
     ) -> Effect:
-        """What `D * B` compressed histories do, draw after draw, beside all of each.
-
-        `full`: logits `(B, A)` on that, where only some of the decisions are made again.
-        """
+        """What `D * B` shorter histories do, draw after draw; `full`: logits of some decisions."""
         full = self.full if full is None else full
         logits, kept, size = act_in_parts(self.agent, shorter), shorter.counts, len(full)
         full = full.repeat(len(logits) // size, 1)  # (D * B, A)
@@ -279,9 +263,9 @@ class Trial:
         return controls
 
     def exchanged(self, name: str, some: Tensor | None = None) -> tuple[Tensor, History]:
-        """The decisions that a control can show something of, and their histories under it.
+        """Those of `some` decisions (places) that a control can change, and their histories then.
 
-        Of `some` of them (their places), by default all. UserError: there are none.
+        UserError: there are none.
         """
         history = self.history if some is None else self.history.rows(some)
         rows = torch.arange(history.size, device=history.device)
