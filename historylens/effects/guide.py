@@ -73,10 +73,9 @@ def measure_guide(
 ) -> dict[str, Any] | None:
     """Both questions for each reading, as plain values; `bar` moves on by 1 a question and place.
 
-    With positions renumbered, and where the model can be told positions also with each transition
-    left in its place. Of single layers and heads only the first, kept and renumbered; dropping
-    reads long contexts, so that it is measured at every other budget, on fewer decisions. None:
-    there is nothing to choose from.
+    With positions renumbered, and where the model can be told positions also in place. Single
+    layers and heads are only kept and renumbered; dropping reads long contexts, so that it is
+    measured at every other budget, on fewer decisions. None: there is nothing to choose from.
     """
     scores, n = readings(trial, heads), trial.n
     sizes = [k for k in budgets(n) if k <= -(-n // LARGEST_SHARE)]
@@ -103,10 +102,7 @@ def measure_guide(
 def _moved(
     trial: Trial, rows: Tensor, scores: Sequence[Tensor], k: int, question: str, in_place: bool
 ) -> np.ndarray:
-    """KL(full || changed) `(2, R + n_sets, B)` of what readings rank highest, then of random sets.
-
-    As it is, and at the reference temperature.
-    """
+    """KL, plain and at the reference temperature, `(2, R + n_sets, B)`: readings, random sets."""
     history, generator = trial.history.rows(rows), trial.generator(f"sets to {question}", k)
     drawn = uniform(generator, (N_SETS[question], *history.rewards.shape), history.device)
     ranked = torch.cat([torch.stack([x[rows] for x in scores]), drawn])  # (R + n_sets, B, n)
@@ -123,11 +119,7 @@ def _moved(
 def _shares(
     trial: Trial, both: np.ndarray, names: Sequence[str], rows: Tensor, question: str
 ) -> dict[str, Any]:
-    """Readings between random sets and the best one, from KL `(2, R + n_sets, B, K)`.
-
-    Shares are of KL at the reference temperature: what guides a model does not depend on how sharp
-    its policy is.
-    """
+    """Readings between random sets and the best one, from KL `(2, R + n_sets, B, K)`."""
     best = both.min(axis=1) if question == "keep" else both.max(axis=1)  # (2, B, K)
     random = both[:, len(names) :].mean(axis=1)
     resampled = Resampled(len(rows), trial.generator("guide"))
@@ -187,11 +179,10 @@ def guide_text(guide: Mapping[str, Any]) -> str:
         own = [guide[q][p]["readings"].get(name) for q, p in shown]
         table.append([name, *(_cell(x and x["overall"]) for x in own)])
     n, n_drop = (len(guide[question]["renumbered"]["samples"]) for question in QUESTIONS)
-    legend = (
-        f"share of the way from random sets (0%) to the best one found (100%), in KL at the "
-        f"reference temperature, over k = {', '.join(map(str, guide['keep']['budgets']))} "
-        f"[95% interval over {counted(n, 'decision')}, {n_drop} for dropping]"
-    )
+    sizes = ", ".join(map(str, guide["keep"]["budgets"]))
+    legend = "share of the way from random sets (0%) to the best one found (100%), in KL at the "
+    legend += f"reference temperature, over k = {sizes} [95% interval over "
+    legend += f"{counted(n, 'decision')}, {n_drop} for dropping]"
     legend += "; in place: not numbered anew" if ("keep", "in place") in shown else ""
     return "\n".join([title, wrap(_meaning(first, leading)), *aligned(table, [0]), wrap(legend)])
 

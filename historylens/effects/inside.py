@@ -3,14 +3,11 @@
     measured = measure_heads(trial, {0: [0, 1, 2, 3], 1: [0]}, bar=tqdm())
     print(heads_text(measured)); measured["heads"][0]["mean"]["kl"]
 
-*Which heads act?* A head's output, at all tokens, is replaced by its mean over decisions, and by
-what it gives under another task's history, so that only what it has read is exchanged (path
-patching, Wang et al. 2022, arXiv 2211.00593). Heads that back each other up show only together: the
-row "all" of their layer.
-
-*Read directly, or copied before?* Hidden from the query alone, a transition can still act through
-tokens that have read it; hidden from all tokens it cannot (attention knockout, Geva et al. 2023,
-arXiv 2304.14767). Positions stay, and tokens of one transition go on seeing each other.
+A head's output, at all tokens, is replaced by its mean over decisions, and by what it gives under
+another task's history (path patching, Wang et al. 2022, arXiv 2211.00593). Heads that back each
+other up show only together: the row "all" of their layer. Hidden from the query alone, a transition
+can still act through tokens that have read it; hidden from all tokens it cannot (attention
+knockout, Geva et al. 2023, arXiv 2304.14767). Tokens of one transition go on seeing each other.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -53,7 +50,10 @@ def measure_heads(trial: Trial, heads: Mapping[int, Sequence[int]], bar: tqdm) -
 
     UserError: the heads of none of them can be told apart, or there is one decision.
     """
-    agent, rows = trial.agent, _affordable(trial)
+    agent = trial.agent
+    one = run_heads(agent, trial.history.rows(trial.decisions(1)))[1].values()
+    n_numbers = sum(layer.output.numel() for layer in one)  # that all heads give
+    rows = trial.decisions(max(2, min(N_EXCHANGED, MAX_WEIGHTS // max(1, n_numbers))))
     expect(len(rows) > 1, "expected two decisions or more, to have a mean of, got one")
     history = trial.history.rows(rows)
     full, own = run_heads(agent, history)
@@ -92,13 +92,6 @@ def measure_heads(trial: Trial, heads: Mapping[int, Sequence[int]], bar: tqdm) -
     }
 
 
-def _affordable(trial: Trial) -> Tensor:
-    """Decisions whose outputs of all heads can be held at once."""
-    layers = run_heads(trial.agent, trial.history.rows(trial.decisions(1)))[1].values()
-    n_numbers = sum(layer.output.numel() for layer in layers)
-    return trial.decisions(max(2, min(N_EXCHANGED, MAX_WEIGHTS // max(1, n_numbers))))
-
-
 def heads_text(measured: Mapping[str, Any]) -> str:
     """The heads that move the action most, and what they read."""
     kinds = [kind for kind in KINDS if kind in measured["heads"][0]]
@@ -114,10 +107,8 @@ def heads_text(measured: Mapping[str, Any]) -> str:
         table.append((where, reads, *cells, f"{one[kinds[-1]]['flips']:.0%}"))
     other = ", or for that under another task's history" if "other-task" in kinds else ""
     n_shown, of_all = len(table) - 1, counted(len(single), "head")
-    legend = (
-        f"head-LAYER-HEAD: {n_shown} of {of_all}, by what happens when their output is exchanged "
-        f"for its mean{other}; KL in nats [95%]"
-    )
+    legend = f"head-LAYER-HEAD: {n_shown} of {of_all}, by what happens when their output is "
+    legend += f"exchanged for its mean{other}; KL in nats [95%]"
     lines = [title, *aligned(table, [0, 1]), wrap(legend)]
     if measured["not_told_apart"]:
         where = listed(measured["not_told_apart"])
@@ -203,11 +194,9 @@ def knockout_text(measured: Mapping[str, Any], n: int) -> str:
         table.append((name, f"{one['n_mean']:.0f}", *cells, one["verdict"]))
     sizes = sorted(len(one["all"]["samples"]) for one in measured["sets"].values())
     sizes = " to ".join(map(str, dict.fromkeys((sizes[0], sizes[-1]))))
-    legend = (
-        f"attention to them is blocked in all layers, in {sizes} decisions; through other tokens: "
-        "hiding them from the query alone changes less than half as much; judged at the reference "
-        "temperature"
-    )
+    legend = f"attention to them is blocked in all layers, in {sizes} decisions; through other "
+    legend += "tokens: hiding them from the query alone changes less than half as much; judged at "
+    legend += "the reference temperature"
     return "\n".join(["READ DIRECTLY, OR COPIED BEFORE?", *aligned(table, [0, 4]), wrap(legend)])
 
 
@@ -216,8 +205,7 @@ def copied(measured: Mapping[str, Any] | None) -> str | None:
     one = (measured or {"sets": {}})["sets"].get(OLDER)
     if one is None or one["verdict"] != "read through other tokens":
         return None
-    return (
-        f"What is {OLDER} transitions acts through newer tokens that have read it (KL "
-        f"{nats(one['all']['kl'])} when no token can see it, {nats(one['query']['kl'])} when only "
-        "the query cannot): dropping it takes that too."
-    )
+    whole, alone = (nats(one[key]["kl"]) for key in ("all", "query"))
+    text = f"What is {OLDER} transitions acts through newer tokens that have read it (KL {whole} "
+    text += f"when no token can see it, {alone} when only the query cannot): dropping it takes "
+    return text + "that too."

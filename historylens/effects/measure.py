@@ -64,7 +64,7 @@ class Effect:
 
     @property
     def against_random(self) -> str | None:
-        """Whether it is "better" or "worse" than all random draws (by chance 1 in 21), or "alike"."""
+        """Whether "better" or "worse" than all random draws (by chance 1 in 21), or "alike"."""
         if self.random is None:
             return None
         signs = self._beside_draws
@@ -79,16 +79,15 @@ class Effect:
     @property
     def verdict(self) -> str:
         """Whether it is better than chance at its size, in a sentence."""
-        draws, n_draws = self.random.draws, len(self.random.draws)
-        if self.against_random == "better":
-            return f"Better than each of {n_draws} random draws."
+        n, n_less = len(self.random.draws), int((self._beside_draws <= 0).sum())
+        if n_less == 0:
+            return f"Better than each of {n} random draws."
         if self.against_random == "worse":
-            return f"Worse than each of {n_draws} random draws: here the pattern misleads."
-        if max(self.kl_reference, draws.max()) <= NOTHING:
+            return f"Worse than each of {n} random draws: here the pattern misleads."
+        if max(self.kl_reference, self.random.draws.max()) <= NOTHING:
             return "A random choice changes nothing either: at this size nothing is lost."
-        n_less = int((self._beside_draws <= 0).sum())
-        less = f"{n_less} of {n_draws} random draws moved the action distribution no more."
-        if n_less < n_draws / 2:
+        less = f"{n_less} of {n} random draws moved the action distribution no more."
+        if n_less < n / 2:
             return f"Not clearly better than random: {less}"
         return f"No better than random: {less} The pattern is no guide to what can go here."
 
@@ -114,10 +113,7 @@ class Resampled:
         self._weights = generator.multinomial(n_decisions, even, N_RESAMPLES) / n_decisions
 
     def interval(self, values: np.ndarray, per: np.ndarray | None = None) -> np.ndarray:
-        """Ends `(2, ...)` of the 95 % interval of the mean of `values (B, ...)`, over that of `per`.
-
-        NaN where the latter is 0.
-        """
+        """95 % interval `(2, ...)` of the mean of `values (B, ...)`, over that of `per`; or NaN."""
         means = np.tensordot(self._weights, values, 1)
         if per is not None:
             per = np.tensordot(self._weights, per, 1)
@@ -184,13 +180,8 @@ def enough(curve: Sequence[Effect]) -> int | None:
 def budgets(n: int) -> list[int]:
     """Sizes at which methods are measured on `n` transitions: 1, 2, 5, 10, ... and 30 %."""
     ladder = {step * 10**power for power in range(len(str(n))) for step in (1, 2, 5)}
-    sizes = {size for size in ladder if size <= max(1, LARGEST * n)} | {share_of(n)}
+    sizes = {size for size in ladder if size <= max(1, LARGEST * n)} | {-(-n * TOP_PERCENT // 100)}
     return sorted(size for size in sizes if size < n)
-
-
-def share_of(n: int) -> int:
-    """30 % of `n`, rounded up, as "top-30" keeps."""
-    return -(-n * TOP_PERCENT // 100)
 
 
 def has_own_size(name: str) -> bool:
@@ -298,20 +289,17 @@ class Trial:
                 random = curves["random"][-1]
             bar.update()
         for name in filter(has_own_size, names if self.n > 1 else ()):
+            shorter = METHODS[name].compress(self.history, self.n - 1)
+            history, generator = self._drawn(N_DRAWS), self.generator(f"random as {name}")
+            ranks = uniform(generator, history.rewards.shape, history.device).argsort(1).argsort(1)
+            as_many = history.take(keep_where(ranks < shorter.counts.repeat(N_DRAWS)[:, None]))
             try:
-                curves[name] = [self._at_own_size(name)]
+                random = self.effect(as_many, self.n - 1)
+                curves[name] = [self.effect(shorter, self.n - 1, random)]
             except UserError as error:  # it may keep nothing of some history
                 self.not_run[name] = str(error)
             bar.update()
         return curves
-
-    def _at_own_size(self, name: str) -> Effect:
-        n_keep = self.n - 1
-        shorter = METHODS[name].compress(self.history, n_keep)
-        history, generator = self._drawn(N_DRAWS), self.generator(f"random as {name}")
-        ranks = uniform(generator, history.rewards.shape, history.device).argsort(1).argsort(1)
-        as_many = history.take(keep_where(ranks < shorter.counts.repeat(N_DRAWS)[:, None]))
-        return self.effect(shorter, n_keep, random=self.effect(as_many, n_keep))
 
     def _drawn(self, n_draws: int) -> History:
         """Every decision `n_draws` times, draw after draw."""

@@ -56,25 +56,25 @@ class MeasuredEffects:
     twins: Sequence[float] = ()  # `changed` by the main control in each; empty: none was run
 
     @property
+    def _decisions(self) -> str:
+        return counted(len(self.samples), "decision")
+
+    @property
     def main_control(self) -> str:
         """Another task's history; where none is at hand, what comes closest."""
         return next(name for name in ("other-task", *CONTROL_WORDS) if name in self.controls)
 
     @property
-    def limits(self) -> dict[str, float]:
-        """Control -> the share of actions of which no more may change to count as nothing.
-
-        Without history more do, for want of tokens, where those of another task change none.
-        """
-        empty = UNMOVED_EMPTY if "other-task" in self.controls else UNMOVED
-        return dict.fromkeys(self.controls, UNMOVED) | {"empty": empty}
+    def unmoved_empty(self) -> float:
+        """The share of actions that may change without history, for want of tokens."""
+        return UNMOVED_EMPTY if "other-task" in self.controls else UNMOVED
 
     @property
     def unmoved(self) -> bool:
         """Whether the history can be exchanged or left out and hardly any action changes."""
-        return bool(self.controls) and all(
-            max(one.changed, one.flips) <= self.limits[name] for name, one in self.controls.items()
-        )
+        most = dict.fromkeys(self.controls, UNMOVED) | {"empty": self.unmoved_empty}
+        each = [max(one.changed, one.flips) <= most[name] for name, one in self.controls.items()]
+        return bool(each) and all(each)
 
     @property
     def ignores_history(self) -> bool:
@@ -122,7 +122,7 @@ class MeasuredEffects:
                 "enough_nats": measure.ENOUGH,
                 "enough_flips": measure.ENOUGH_FLIPS,
                 "unmoved": UNMOVED,
-                "unmoved_empty": self.limits["empty"],
+                "unmoved_empty": self.unmoved_empty,
             },
             "definitions": {
                 "flips": "share of decisions whose most likely action changes",
@@ -174,8 +174,7 @@ class MeasuredEffects:
         """What the advice of a pattern does to the action, beside random and worst choices."""
         if self.ignores_history:
             return f"{self._ignored} (numbers below)."
-        name, wanted = PATTERNS[pattern].headline
-        most = measure.share_of(self.n) if wanted is None else wanted
+        name, most = PATTERNS[pattern].headline
         n_keep = max((size for size in budgets(self.n) if size <= most), default=0)
         effect = self.at(name, n_keep)
         if effect is None:
@@ -192,12 +191,10 @@ class MeasuredEffects:
     def _beside_random(self, name: str, effect: Effect) -> str:
         random, kept, worst = effect.random, effect.kept, self.at(WORST, round(effect.kept_mean))
         ones = "one" if kept == "1" else "ones"
-        text = (
-            f"Keeping {PHRASES[name].format(kept, ones)} of {self.n} transitions changes the most "
-            f"likely action in {effect.flips:.0%} of {counted(len(self.samples), 'decision')} "
-            f"(KL {nats(effect.kl_mean)} nats, 95th percentile {nats(effect.kl_p95)}); {kept} "
-            f"random {ones}: {random}"
-        )
+        text = f"Keeping {PHRASES[name].format(kept, ones)} of {self.n} transitions changes the "
+        text += f"most likely action in {effect.flips:.0%} of {self._decisions} (KL "
+        text += f"{nats(effect.kl_mean)} nats, 95th percentile {nats(effect.kl_p95)}); {kept} "
+        text += f"random {ones}: {random}"
         return text if worst is None else f"{text}; the {kept} least attended: {worst}"
 
     def _nothing(self, name: str) -> str:
@@ -216,8 +213,7 @@ class MeasuredEffects:
         if not self.unmoved:
             words = CONTROL_WORDS | {"empty": "the lack of any history"}
             why = f"{words[self.main_control]} moves the model no more than an untrained one"
-        decisions = counted(len(self.samples), "decision")
-        return f"No compression can be judged: over {decisions} {why}"
+        return f"No compression can be judged: over {self._decisions} {why}"
 
     @property
     def _proof(self) -> str:
@@ -225,12 +221,11 @@ class MeasuredEffects:
         words, changed = CONTROL_WORDS[self.main_control], self.controls[self.main_control].changed
         text = f"Of actions drawn at a reference temperature {words} changes {changed:.0%}"
         if self.unmoved:
-            empty = self.limits["empty"]
+            empty = self.unmoved_empty
             more = f", {empty:.0%} without history" if empty > UNMOVED else ""
             return f"{text}: {UNMOVED:.0%} count as nothing{more}."
-        low, high, n = min(self.twins), max(self.twins), len(self.twins)
-        text += f", and {low:.0%} to {high:.0%} in {n} models with these weights shuffled"
-        return text + (": untrained ones move as much." if changed <= high else ".")
+        text += f", and {min(self.twins):.0%} to {max(self.twins):.0%} in {len(self.twins)} models "
+        return text + "with these weights shuffled: untrained ones move as much."
 
     @property
     def text(self) -> str:
@@ -238,8 +233,7 @@ class MeasuredEffects:
         title = "EFFECT OF DROPPING HISTORY"
         if not self.samples:
             return "" if self.reason is None else wrap(f"{title}: {self.reason}")
-        about = f"{counted(len(self.samples), 'decision')}, {counted(self.n, 'transition')} each"
-        lines = [f"{title} ({about})"]
+        lines = [f"{title} ({self._decisions}, {counted(self.n, 'transition')} each)"]
         said = "; ".join(f"{CONTROL_WORDS[name]} {one}" for name, one in self.controls.items())
         if self.ignores_history:
             lines.append(wrap(f"{self._ignored}: {said}. {self._proof}"))
@@ -274,10 +268,8 @@ class MeasuredEffects:
                 curve = self.curves[name]
                 cells = [f"{one.flips:.0%}{MARKS[one.against_random]}" for one in curve]
                 table.append((name, *cells, str(measure.enough(curve) or f"> {sizes[-1]}")))
-        legend = (
-            f"decisions whose action changes; {len(others[:N_SHOWN])} of {len(others)} methods; "
-            f"+ (-): KL below (above) {measure.N_DRAWS} random draws; enough: fewest from which on "
-            f"KL <= {measure.ENOUGH}, at a reference temperature, and changes <= "
-            f"{measure.ENOUGH_FLIPS:.0%}"
-        )
+        legend = f"decisions whose action changes; {len(others[:N_SHOWN])} of {len(others)} methods"
+        legend += f"; + (-): KL below (above) {measure.N_DRAWS} random draws; enough: fewest from "
+        legend += f"which on KL <= {measure.ENOUGH}, at a reference temperature, and changes <= "
+        legend += f"{measure.ENOUGH_FLIPS:.0%}"
         return [*aligned(table, left=[0]), wrap(legend), *own_sizes]

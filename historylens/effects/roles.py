@@ -6,13 +6,10 @@
 A head counts as a mixture of the readings in `ROLES`, each even over its own tokens. Their parts
 make the rows likeliest (by expectation maximisation: Dempster, Laird and Rubin 1977): of two
 readings that hold as much for the narrower one, unless what only the other has is read as well.
-
-- a role has a part of at least `MAIN` of all attention; "uniform" an entropy over transitions of
-  `EVENNESS` of that of even reading, too. A head without any is "mixed";
-- of readings with the same tokens in all decisions only the first in `ROLES` counts; where they
-  are nearly the same, noise can halve them between two roles: "mixed", and both are said;
-- where no role has that part, "same state" has that of "same state and action" as well;
-- in a decision where a reading has no tokens, or nearly all, its part is left to sink and uniform.
+A role has a part of at least `MAIN`; "uniform" an entropy of `EVENNESS` of that of even reading,
+too. A head without any is "mixed". Of readings with the same tokens in all decisions only the first
+in `ROLES` counts. Where no role has that part, "same state" has that of "same state and action" as
+well. Where a reading has no tokens, or nearly all, its part is left to sink and uniform.
 
 Axes: `B` decisions, `H` heads, `T` tokens, `n` transitions, `C` readings, `U` sets of like tokens.
 """
@@ -76,20 +73,16 @@ class Keys:
         return self.history & (self.transition == first) & ~self.latest(self.n)
 
     def starts(self) -> np.ndarray:
-        """Those of the first transition of each episode.
-
-        Of the oldest in view only if that episode seems whole: there are others, none is longer.
-        """
+        """Those of the first transition of each episode; of the oldest if no other is longer."""
         starts = np.diff(self.episodes, axis=1, prepend=self.episodes[:, :1]) != 0
         lengths = [np.unique(episodes, return_counts=True)[1] for episodes in self.episodes]
         starts[:, 0] = [len(one) > 1 and one[0] == one.max() for one in lengths]
         return self.of(starts)
 
     def following(self) -> list[np.ndarray]:
-        """Those after a token that holds this state, and those of the next transition.
+        """Those after a token that holds this state, those of the next transition, and of another.
 
-        A state is held by the token named so, or the first of its transition. The last reading is
-        without what is of this state again, as in a cell in which the agent stays.
+        A state is held by the token named so, or the first of its transition.
         """
         found = np.zeros_like(self.visible)
         for here, same, one in zip(found, self.same, self.tokens, strict=True):
@@ -120,12 +113,11 @@ ROLES: dict[str, tuple[str, Callable[[Keys], list[np.ndarray]]]] = {
 def roles_of(
     rows: np.ndarray, visible: np.ndarray, tokens: Sequence[Tokens], history: History, actions: Any
 ) -> list[Role]:
-    """A role for each of `H` heads.
+    """A role for each of `H` heads, from attention rows of the query token `(B, H, T)`.
 
-    `rows (B, H, T)` are attention rows of the query token; what one lacks to 1 lies on keys that
-    are no tokens (learned sinks), and counts as on the query token. `visible (B, T)` bool: keys
-    that the mask lets the query see. `tokens` are a map each of the `B` decisions, `history` is
-    without padding, and `actions (B,)` int are the most likely ones now.
+    What one lacks to 1 lies on keys that are no tokens (learned sinks), and counts as on the query
+    token. `visible (B, T)` bool: keys that the mask lets the query see. `history` is without
+    padding; `actions (B,)` int are the most likely ones now.
     """
     rows = np.append(rows, uniform_rows(visible)[:, None], axis=1)  # (B, H + 1, T)
     rows[range(len(rows)), :, [one.decides for one in tokens]] += np.clip(1 - rows.sum(-1), 0, 1)

@@ -38,17 +38,10 @@ def scopes(metrics: Metrics) -> list[Scope]:
     """All layers together first, then every layer, whose values are views of the first's."""
     n_layers, source = len(metrics.layers), counted(metrics.n_samples, "sample")
     values = {name: metrics.of(name) for name in NAMES}  # (L, S) each
-    uniform = {name: metrics.of_uniform(name) for name in NAMES}
-    n = metrics.n_context
-    overall = Scope(
-        None,
-        {name: each.ravel() for name, each in values.items()},
-        {name: np.tile(each, n_layers) for name, each in uniform.items()},
-        np.tile(n, n_layers),
-        f"{source} x {counted(n_layers, 'layer')}",
-    )
+    rest = {name: metrics.of_uniform(name) for name in NAMES}, metrics.n_context
+    overall = Scope(None, values, *rest, f"{source} x {counted(n_layers, 'layer')}")
     return [overall] + [
-        Scope(layer, {name: each[place] for name, each in values.items()}, uniform, n, source)
+        Scope(layer, {name: each[place] for name, each in values.items()}, *rest, source)
         for place, layer in enumerate(metrics.layers)
     ]
 
@@ -92,14 +85,13 @@ def _insight(name: str, scope: Scope, more: str = "") -> Insight:
 
 def _sharpest_head(metrics: Metrics) -> str:
     """A sentence where the head average hides a head that picks from the history."""
-    found, n = [], np.maximum(metrics.n_context, 1)
-    for place, layer in enumerate(metrics.layers):
-        values = metrics.of_heads("effective_tokens", place)
-        for head, own in zip(metrics.heads[place], values.T, strict=True):
-            found.append((float((own / n).mean()), layer, head, float(own.mean())))
-    share, layer, head, tokens = min(found)
-    told = f" Single heads are sharper: head {head} of layer {layer} reads {tokens:.1f} in effect."
-    return told if share < BROAD_SHARE else ""
+    tokens = metrics.values[:, :, :-1, NAMES.index("effective_tokens")]  # (S, L, H)
+    shares = (tokens / np.maximum(metrics.n_context, 1)[:, None, None]).mean(0)
+    place, i = np.unravel_index(np.nanargmin(shares), shares.shape)
+    if shares[place, i] >= BROAD_SHARE:
+        return ""
+    where = f"head {metrics.heads[place][i]} of layer {metrics.layers[place]}"
+    return f" Single heads are sharper: {where} reads {tokens[:, place, i].mean():.1f} in effect."
 
 
 def remarks(metrics: Metrics) -> list[str]:

@@ -25,12 +25,12 @@ FAINT_MASS = 0.05  # below this weight on the whole context the history is hardl
 
 @dataclass(frozen=True)
 class Scope:
-    """The `K` attention rows that a statement is about: one layer's, or those of all layers."""
+    """The attention rows that a statement is about: one layer's `(S,)`, or all layers' `(L, S)`."""
 
     layer: int | None  # its number; None for all
-    values: dict[str, np.ndarray]  # name -> (K,), metrics of the head-averaged rows
-    uniform: dict[str, np.ndarray]  # name -> (K,), the same under uniform attention
-    n: np.ndarray  # (K,), context tokens
+    values: dict[str, np.ndarray]  # name -> metrics of the head-averaged rows
+    uniform: dict[str, np.ndarray]  # name -> (S,), the same under uniform attention
+    n: np.ndarray  # (S,), context tokens
     source: str  # where the rows come from, in words
 
     def mean(self, name: str) -> float:
@@ -39,7 +39,7 @@ class Scope:
 
     @property
     def context_mass(self) -> np.ndarray:
-        """`(K,)`: weight on the whole context."""
+        """Weight on the whole context, of each row."""
         return self.values["mean_context_attention"] * self.n
 
     @property
@@ -62,7 +62,7 @@ class Scope:
 
 
 def is_sparse(values: Mapping[str, np.ndarray]) -> np.ndarray:
-    """Rows `(K,)` with 1 to 5 positions above 0.1 that hold at least half of the context mass."""
+    """Rows with 1 to 5 positions above 0.1 that hold at least half of the context mass."""
     held = values["strong_share"] >= SPARSE_MASS - TOLERANCE  # so there is one
     return (values["strong_positions"] <= SPARSE_POSITIONS) & held
 
@@ -167,7 +167,7 @@ class Pattern:
     example: str
     strategy: str  # the one that compress_history takes
     measured: tuple[str, ...]  # methods whose effect is measured for it, beside random choice
-    headline: tuple[str, int | None]  # that the line of effects is about: how many; None: 30 %
+    headline: tuple[str, int]  # that the line of effects is about, and how many it keeps at most
 
 
 PATTERNS = {
@@ -220,7 +220,7 @@ PATTERNS = {
         example="keep the 30% of positions that are attended most",
         strategy="top-k",
         measured=("top-k", "prune-low", "importance", "top-30"),
-        headline=("top-30", None),
+        headline=("top-30", 30),
     ),
     "sparse": Pattern(
         title="Sparse attention",
