@@ -194,7 +194,7 @@ def test_the_history_is_used_where_it_moves_more_than_in_every_twin(changed, fli
 def test_twins_have_the_same_numbers_in_other_places_and_the_weights_are_put_back():
     agent, sets = shipped(), []
     agent.model.embed_context.weight[0, 0] = -0.0  # other bits than 0
-    trial, act = Trial(agent, 5, 0), agent.act
+    trial, act = Trial(agent, 5, 0, BAR), agent.act
 
     def noted(history, positions=None):
         sets.append({n: t.clone() for n, t in agent.model.state_dict().items()})
@@ -210,7 +210,7 @@ def test_twins_have_the_same_numbers_in_other_places_and_the_weights_are_put_bac
             assert torch.equal(one[name], same[name])
             assert torch.equal(one[name], two[name]) == (tensor.dim() < 2)
             assert torch.equal(one[name].flatten().sort()[0], mine.flatten().sort()[0])
-    twice = [moved_twins(Trial(shipped(), 5, seed), "other-task") for seed in (0, 0, 1)]
+    twice = [moved_twins(Trial(shipped(), 5, seed, BAR), "other-task") for seed in (0, 0, 1)]
     assert twice[0] == twice[1] != twice[2]
 
 

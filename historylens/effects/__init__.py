@@ -51,7 +51,7 @@ def measure_effects(
     patterns = [pattern for pattern in PATTERNS if pattern in advised]
     names = list(dict.fromkeys([*STANDARD, *(n for p in patterns for n in PATTERNS[p].measured)]))
     try:
-        trial = Trial(agent, n_samples, seed)
+        trial = Trial(agent, n_samples, seed, bar)
         if trial.history.norm is None:
             names = [name for name in names if name not in ("norm", "contribution")]
         n_sizes = len(budgets(trial.n)) + sum(map(has_own_size, names))
@@ -64,12 +64,12 @@ def measure_effects(
             measured = replace(measured, twins=moved_twins(trial, measured.main_control))
         if measured.ignores_history:
             return measured
-        guide = measure_guide(trial, chosen, bar)
+        guide = measure_guide(trial, chosen)
         names += [best_head(guide)] if best_head(guide) else []
-        found = {"guide": guide, "curves": trial.curves(names, bar)}
+        found = {"guide": guide, "curves": trial.curves(names)}
         for name, measure in (("heads", measure_heads), ("knockout", measure_knockout)):
             try:
-                found[name] = measure(trial, chosen, bar)
+                found[name] = measure(trial, chosen)
             except (CaptureError, UserError) as error:  # heads that cannot be told apart
                 trial.not_run[name] = str(error)
         return replace(measured, **found)
@@ -84,10 +84,9 @@ def measure_effects(
 def moved_twins(trial: Trial, control: str) -> list[float]:
     """Share of actions that a control changes in each twin of the model, as `Effect.changed`.
 
-    An untrained model is moved by another history as well. One that uses its history is moved more
-    than each twin, in which the entries of every weight matrix are permuted (the parameter
-    randomisation of Adebayo et al. 2018, arXiv 1810.03292). Its own weights are put back in any
-    case, bit for bit. Empty, and noted in the trial, where that does not work.
+    A model that uses its history is moved more than each of them, in which the entries of every
+    weight matrix are permuted (Adebayo et al. 2018, arXiv 1810.03292). Its own weights are put back
+    in any case, bit for bit. Empty, and noted in the trial, where that does not work.
     """
     agent, some = trial.agent, trial.decisions(N_TWIN_DECISIONS)
     matrices = [p for p in agent.model.parameters() if p.dim() > 1 and p.is_floating_point()]

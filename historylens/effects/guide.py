@@ -1,6 +1,6 @@
 """How far attention is a guide to what matters: keep, or drop, what a reading of it ranks highest.
 
-    guide = measure_guide(trial, heads={0: [0, 1, 2, 3], 1: [0]}, bar=tqdm())
+    guide = measure_guide(trial, heads={0: [0, 1, 2, 3], 1: [0]})
     print(guide_text(guide)); guide["keep"]["renumbered"]["readings"]["attention"]["overall"]
 
 *Sufficiency*: how little the action distribution moves when only the `k` highest are kept.
@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from tqdm import tqdm
 
 from historylens.agent import Agent, act_in_parts, attend
 from historylens.common.batches import MAX_WEIGHTS
@@ -50,8 +49,7 @@ def readings(trial: Trial, heads: Mapping[int, Sequence[int]]) -> dict[str, Tens
 def rollout(agent: Agent, history: History) -> Tensor | None:
     """Attention rollout of the query `(B, n)` (Abnar and Zuidema 2020, arXiv 2005.00928).
 
-    Row of the query in the product of all layers' `(A + I) / 2`, `A` the mean over heads. None:
-    whole maps are too large, or of other tokens than the model's.
+    None: whole maps are too large, or of other tokens than the model's.
     """
     tokens = agent.tokens(history)
     size, n_tokens = history.size, len(tokens[0])
@@ -68,14 +66,12 @@ def rollout(agent: Agent, history: History) -> Tensor | None:
     return torch.from_numpy(sum_rows(rows[:, None].numpy(), tokens)[:, 0, :-1]).to(history.device)
 
 
-def measure_guide(
-    trial: Trial, heads: Mapping[int, Sequence[int]], bar: tqdm
-) -> dict[str, Any] | None:
-    """Both questions for each reading, as plain values; `bar` moves on by 1 a question and place.
+def measure_guide(trial: Trial, heads: Mapping[int, Sequence[int]]) -> dict[str, Any] | None:
+    """Both questions for each reading, as plain values; None: there is nothing to choose from.
 
     With positions renumbered, and where the model can be told positions also in place. Single
     layers and heads are only kept and renumbered; dropping reads long contexts, so that it is
-    measured at every other budget, on fewer decisions. None: there is nothing to choose from.
+    measured at every other budget, on fewer decisions.
     """
     scores, n = readings(trial, heads), trial.n
     sizes = [k for k in budgets(n) if k <= -(-n // LARGEST_SHARE)]
@@ -95,7 +91,7 @@ def measure_guide(
             rows = trial.decisions(max(1, MAX_TOKENS_SETS // per_decision))
             kl = [_moved(trial, rows, [*some.values()], k, question, is_in_place) for k in own]
             result[question][place] = _shares(trial, np.stack(kl, 3), [*some], rows, question)
-            bar.update()
+            trial.bar.update()
     return result
 
 
@@ -116,9 +112,7 @@ def _moved(
     return kl.view(2, -1, len(rows)).cpu().numpy()
 
 
-def _shares(
-    trial: Trial, both: np.ndarray, names: Sequence[str], rows: Tensor, question: str
-) -> dict[str, Any]:
+def _shares(trial: Trial, both: np.ndarray, names: list[str], rows: Tensor, question: str) -> dict:
     """Readings between random sets and the best one, from KL `(2, R + n_sets, B, K)`."""
     best = both.min(axis=1) if question == "keep" else both.max(axis=1)  # (2, B, K)
     random = both[:, len(names) :].mean(axis=1)

@@ -1,6 +1,6 @@
 """What acts inside the model: heads that give something else, and transitions that are hidden.
 
-    measured = measure_heads(trial, {0: [0, 1, 2, 3], 1: [0]}, bar=tqdm())
+    measured = measure_heads(trial, {0: [0, 1, 2, 3], 1: [0]})
     print(heads_text(measured)); measured["heads"][0]["mean"]["kl"]
 
 A head's output, at all tokens, is replaced by its mean over decisions, and by what it gives under
@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from historylens.agent import attend, run_heads
 from historylens.common.batches import MAX_WEIGHTS
@@ -45,8 +44,8 @@ SETS = {
 }
 
 
-def measure_heads(trial: Trial, heads: Mapping[int, Sequence[int]], bar: tqdm) -> dict[str, Any]:
-    """Effects and roles of heads of some layers, as plain values; `bar` moves on by 1 a layer.
+def measure_heads(trial: Trial, heads: Mapping[int, Sequence[int]]) -> dict[str, Any]:
+    """Effects and roles of heads of some layers, as plain values.
 
     UserError: the heads of none of them can be told apart, or there is one decision.
     """
@@ -82,7 +81,7 @@ def measure_heads(trial: Trial, heads: Mapping[int, Sequence[int]], bar: tqdm) -
                     logits, _ = run_heads(agent, history, change)
                     entry[kind] = moved(full, logits, resampled, trial.beta)
                 shown.append(entry)
-        bar.update()
+        trial.bar.update()
     return {
         "samples": [trial.samples[i] for i in rows.tolist()],
         "note": "KL(full || changed), nats; changed: share of drawn actions that change at the "
@@ -120,9 +119,7 @@ def _ends(interval: Sequence[float]) -> str:
     return "[{}, {}]".format(*("0" if x < NOTHING else nats(x) for x in interval))
 
 
-def hidden_from(
-    tokens: Sequence[Tokens], chosen: np.ndarray, from_all: bool, device: torch.device
-) -> Tensor:
+def hidden_from(tokens: Sequence[Tokens], chosen: np.ndarray, from_all: bool) -> Tensor:
     """Keys `(B, T, T)` bool that hide `chosen (B, n)` transitions, from the query or all tokens."""
     number = np.stack([one.transition for one in tokens])  # (B, T)
     is_key = np.take_along_axis(chosen, number.clip(min=0), 1) & (number != NONE)
@@ -131,14 +128,13 @@ def hidden_from(
         is_query &= number == NONE
         is_query[range(len(tokens)), [one.decides for one in tokens]] = True
     other = number[:, :, None] != number[:, None, :]
-    return torch.from_numpy(is_query[:, :, None] & is_key[:, None, :] & other).to(device)
+    return torch.from_numpy(is_query[:, :, None] & is_key[:, None, :] & other)
 
 
-def measure_knockout(trial: Trial, layers: Iterable[int], bar: tqdm) -> dict[str, Any]:
+def measure_knockout(trial: Trial, layers: Iterable[int]) -> dict[str, Any]:
     """What hiding each of `SETS` does, in all layers and in each of some, as plain values.
 
-    `bar` moves on by 1 a set. UserError: the attention of some layer cannot be blocked, or no two
-    decisions have such transitions.
+    UserError: some layer's attention cannot be blocked, or no two decisions have such transitions.
     """
     agent, found = trial.agent, {}
     told = run_heads(agent, trial.history.rows(trial.decisions(1)))[1]
@@ -151,7 +147,7 @@ def measure_knockout(trial: Trial, layers: Iterable[int], bar: tqdm) -> dict[str
             having = torch.nonzero(chosen.any(1))[:, 0]
             if len(having) > 1:
                 found[name] = _measure_set(trial, chosen, having, [*layers])
-        bar.update()
+        trial.bar.update()
     expect(found, "expected two decisions or more with such transitions before them, got fewer")
     return {
         "note": "KL(full || with these transitions hidden), nats, of the decisions that have some; "
@@ -160,9 +156,7 @@ def measure_knockout(trial: Trial, layers: Iterable[int], bar: tqdm) -> dict[str
     }
 
 
-def _measure_set(
-    trial: Trial, chosen: Tensor, having: Tensor, layers: Sequence[int]
-) -> dict[str, Any]:
+def _measure_set(trial: Trial, chosen: Tensor, having: Tensor, layers: Sequence[int]) -> dict:
     """A set of transitions `(B, n)`, in the decisions that have some."""
     result: dict[str, Any] = {"n_mean": float(chosen[having].sum(1).double().mean())}
     every = [range(len(trial.agent.layers))]
@@ -172,7 +166,7 @@ def _measure_set(
         resampled = Resampled(len(rows), trial.generator("knockout"))
         tokens, own = trial.agent.tokens(history), chosen[rows].cpu().numpy()
         for key in FROM:
-            hidden = hidden_from(tokens, own, key == "all", history.device)
+            hidden = hidden_from(tokens, own, key == "all").to(history.device)
             found = []
             for part in parts:
                 logits, _ = run_heads(trial.agent, history, hide=dict.fromkeys(part, hidden))

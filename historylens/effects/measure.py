@@ -1,8 +1,8 @@
 """Decisions made again on compressed history: methods at a few sizes, beside random drops.
 
-    trial = Trial(agent, n_wanted=10, seed=0)
+    trial = Trial(agent, n_wanted=10, seed=0, bar=tqdm())    # the bar moves on by 1 a step
     trial.controls()["empty"].flips
-    trial.curves(["recent", "top-k"], tqdm())["recent"][0].against_random
+    trial.curves(["recent", "top-k"])["recent"][0].against_random
 
 Axes: `B` decisions, `n` transitions before each, `D` draws of what is random (else 1), `A` actions.
 """
@@ -202,11 +202,11 @@ class Trial:
     size draws from a stream of its own: what else is measured changes nothing.
     """
 
-    def __init__(self, agent: Agent, n_wanted: int, seed: int) -> None:
+    def __init__(self, agent: Agent, n_wanted: int, seed: int, bar: tqdm) -> None:
         lengths = ((i, agent.length(i)) for i in range(len(agent.decisions)))
         most = max(alike((i, n) for i, n in lengths if n), key=len)
         self.samples = [most[i] for i in spread(len(most), n_wanted)]
-        self.agent, self.seed = agent, seed
+        self.agent, self.seed, self.bar = agent, seed, bar
         self.not_run: dict[str, str] = {}  # control or method -> why it could not be run
         history = agent.history(self.samples).latest(agent.n_max)
         self.n, self.full = history.n, agent.act(history)  # (B, A) action logits
@@ -268,10 +268,10 @@ class Trial:
             expect((tasks != tasks[0]).any(), "all decisions are of one task")
         return rows, METHODS[name].compress(history.rows(rows), 0, self.generator(name))
 
-    def curves(self, names: Sequence[str], bar: tqdm) -> dict[str, list[Effect]]:
+    def curves(self, names: Sequence[str]) -> dict[str, list[Effect]]:
         """What methods, and "random" before them, do at `budgets(n)`, or at their own size.
 
-        `bar` moves on by 1 a size. UserError: the model cannot be run on less history.
+        UserError: the model cannot be run on less history.
         """
         curves = {name: [] for name in ("random", *names) if not has_own_size(name)}
         for n_keep in budgets(self.n):
@@ -287,7 +287,7 @@ class Trial:
                     self.not_run[name] = str(error)
                     del curves[name]
                 random = curves["random"][-1]
-            bar.update()
+            self.bar.update()
         for name in filter(has_own_size, names if self.n > 1 else ()):
             shorter = METHODS[name].compress(self.history, self.n - 1)
             history, generator = self._drawn(N_DRAWS), self.generator(f"random as {name}")
@@ -298,7 +298,7 @@ class Trial:
                 curves[name] = [self.effect(shorter, self.n - 1, random)]
             except UserError as error:  # it may keep nothing of some history
                 self.not_run[name] = str(error)
-            bar.update()
+            self.bar.update()
         return curves
 
     def _drawn(self, n_draws: int) -> History:

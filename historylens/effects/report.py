@@ -55,7 +55,6 @@ class MeasuredEffects:
     knockout: Mapping[str, Any] | None = None  # as `measure_knockout` gives it
     twins: Sequence[float] = ()  # `changed` by the main control in each; empty: none was run
 
-    @property
     def _decisions(self) -> str:
         return counted(len(self.samples), "decision")
 
@@ -173,7 +172,7 @@ class MeasuredEffects:
     def line(self, pattern: str) -> str:
         """What the advice of a pattern does to the action, beside random and worst choices."""
         if self.ignores_history:
-            return f"{self._ignored} (numbers below)."
+            return f"{self._ignored()} (numbers below)."
         name, most = PATTERNS[pattern].headline
         n_keep = max((size for size in budgets(self.n) if size <= most), default=0)
         effect = self.at(name, n_keep)
@@ -192,7 +191,7 @@ class MeasuredEffects:
         random, kept, worst = effect.random, effect.kept, self.at(WORST, round(effect.kept_mean))
         ones = "one" if kept == "1" else "ones"
         text = f"Keeping {PHRASES[name].format(kept, ones)} of {self.n} transitions changes the "
-        text += f"most likely action in {effect.flips:.0%} of {self._decisions} (KL "
+        text += f"most likely action in {effect.flips:.0%} of {self._decisions()} (KL "
         text += f"{nats(effect.kl_mean)} nats, 95th percentile {nats(effect.kl_p95)}); {kept} "
         text += f"random {ones}: {random}"
         return text if worst is None else f"{text}; the {kept} least attended: {worst}"
@@ -207,15 +206,13 @@ class MeasuredEffects:
             text += f"; {changes} {self.controls['empty']}"
         return f"{text}."
 
-    @property
     def _ignored(self) -> str:
         why = "the model ignores its history"
         if not self.unmoved:
             words = CONTROL_WORDS | {"empty": "the lack of any history"}
             why = f"{words[self.main_control]} moves the model no more than an untrained one"
-        return f"No compression can be judged: over {self._decisions} {why}"
+        return f"No compression can be judged: over {self._decisions()} {why}"
 
-    @property
     def _proof(self) -> str:
         """What the verdict that the history is ignored rests on."""
         words, changed = CONTROL_WORDS[self.main_control], self.controls[self.main_control].changed
@@ -233,10 +230,10 @@ class MeasuredEffects:
         title = "EFFECT OF DROPPING HISTORY"
         if not self.samples:
             return "" if self.reason is None else wrap(f"{title}: {self.reason}")
-        lines = [f"{title} ({self._decisions}, {counted(self.n, 'transition')} each)"]
+        lines = [f"{title} ({self._decisions()}, {counted(self.n, 'transition')} each)"]
         said = "; ".join(f"{CONTROL_WORDS[name]} {one}" for name, one in self.controls.items())
         if self.ignores_history:
-            lines.append(wrap(f"{self._ignored}: {said}. {self._proof}"))
+            lines.append(wrap(f"{self._ignored()}: {said}. {self._proof()}"))
         else:
             lines += self._tables() if budgets(self.n) else []
             lines += [wrap(f"For comparison: {said}.")] if said else []
