@@ -56,10 +56,9 @@ def measure(rows: ArrayLike, last_episode: ArrayLike, rewarded: ArrayLike) -> np
     """
     rows = np.asarray(rows, dtype=np.float64)
     if not np.isfinite(rows).all() or (rows < 0).any() or (rows.sum(-1) > 1.05).any():
-        raise ValueError(
-            "expected attention weights after the softmax: finite, not negative, each row with "
-            "a sum of at most 1; got rows that are not (scores before the softmax?)"
-        )
+        what = "expected attention weights after the softmax: finite, not negative, each row with "
+        what += "a sum of at most 1; got rows that are not (scores before the softmax?)"
+        raise ValueError(what)
     context = rows[..., :-1]  # (..., n)
     n = context.shape[-1]
     if n == 0:
@@ -101,11 +100,8 @@ def measure_one(row: ArrayLike) -> dict[str, float]:
 
 
 def uniform_received(n_tokens: int) -> np.ndarray:
-    """`(T,)`: average attention that a token receives where all read themselves and the past alike.
-
-    Token j receives `1 / (i + 1)` from every token `i >= j`.
-    """
-    weights = 1.0 / np.arange(1, n_tokens + 1)
+    """`(T,)`: average attention received where all tokens read themselves and the past alike."""
+    weights = 1.0 / np.arange(1, n_tokens + 1)  # token i reads i + 1 tokens
     return np.cumsum(weights[::-1])[::-1] / np.arange(n_tokens, 0, -1)
 
 
@@ -177,10 +173,7 @@ class Metrics:
         return {name: float(self.of_uniform(name).mean()) for name in NAMES}
 
     def summaries(self, place: int | None = None) -> dict[str, dict[str, float]]:
-        """Mean, std (of the population) and median of each metric, of the layer at a place.
-
-        Of the head-averaged rows of all samples; None: of those of all layers together.
-        """
+        """Mean, std and median of each metric over samples, in the layer at a place or in all."""
         chosen, rules = slice(None) if place is None else place, (np.mean, np.std, np.median)
         values = {name: self.of(name)[chosen] for name in NAMES}
         return {name: {f.__name__: float(f(x)) for f in rules} for name, x in values.items()}

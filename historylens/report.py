@@ -1,9 +1,7 @@
-"""Numbers -> console text, `metrics.json` and `metrics.csv`.
+"""Numbers -> console text of at most 100 columns, `metrics.json` and `metrics.csv`.
 
-Blocks are returned as strings of at most 100 columns; printing is the command's affair.
-
-    print(layer_table(metrics))
-    write_json(out / "metrics.json", metrics_json(metrics, agent.decisions, ...))
+print(layer_table(metrics))
+write_json(out / "metrics.json", metrics_json(metrics, agent.decisions, ...))
 """
 
 import csv
@@ -20,7 +18,7 @@ from historylens.common.files import rounded
 from historylens.common.text import aligned, cap, counted, fixed, listed, wrap
 from historylens.history import Decision
 from historylens.insights import Insight, remarks, scopes, verdicts
-from historylens.insights.patterns import PATTERNS, Scope
+from historylens.insights.patterns import PATTERNS
 from historylens.metrics import DESCRIPTIONS, NAMES, Metrics, uniform_received
 from historylens.tokens import Tokens
 
@@ -79,9 +77,8 @@ def insight_blocks(insights: Sequence[Insight], metrics: Metrics) -> str:
     blocks = []
     for told in insight_parts(insights, metrics):
         lines = [told["headline"], f"   {told['advice']}" if told["advice"] else None]
-        lines += [
-            wrap(text, f"   {mark} " if mark else "   ", "      ") for mark, text in told["lines"]
-        ]
+        for mark, text in told["lines"]:
+            lines.append(wrap(text, f"   {mark} " if mark else "   ", "      "))
         blocks.append("\n".join(filter(None, lines)))
     return "\n\n".join(blocks)
 
@@ -132,14 +129,13 @@ def metrics_json(
     decisions: Sequence[Decision],
     insights: Sequence[Insight],
     meta: Mapping[str, Any],
-    drawn: Mapping[int, Mapping[int, Mapping[str, Any]]],
+    drawn: Mapping[int, Mapping[int, Any]],
     tokens: Mapping[int, Tokens],
 ) -> dict[str, Any]:
     """Everything that was measured, as plain numbers: the content of `metrics.json`.
 
-    `meta` holds settings of the run, `drawn` layer -> sample -> the arrays in its pictures, and
-    `tokens` what the tokens of these samples are. Whole attention maps are left out (`T * T`
-    numbers a head would make the file unreadable): their last row is in `drawn`.
+    `meta` holds settings of the run, `drawn` layer -> sample -> the arrays in its pictures without
+    whole maps, which would make the file unreadable, and `tokens` what their tokens are.
     """
     plain = {len(one) for one in tokens.values() if one.is_plain}
     return {
@@ -148,7 +144,16 @@ def metrics_json(
         "meta": dict(meta),
         "definitions": DESCRIPTIONS,
         "samples": [_sample_json(i, one, tokens.get(i)) for i, one in enumerate(decisions)],
-        "layers": [_layer_json(metrics, *one) for one in enumerate(scopes(metrics)[1:])],
+        "layers": [
+            {
+                "layer": scope.layer,
+                "over_samples": metrics.summaries(place),
+                "head_means": {name: metrics.of_heads(name, place).mean(0) for name in NAMES},
+                "per_sample": {name: metrics.of(name)[place] for name in NAMES},
+                "patterns": [name for name, (_, holds) in verdicts(scope).items() if holds],
+            }
+            for place, scope in enumerate(scopes(metrics)[1:])
+        ],
         "overall": metrics.summaries(),
         "uniform": metrics.uniform_mean(),
         "insights": [asdict(insight) for insight in insights],
@@ -174,23 +179,10 @@ def _sample_json(index: int, decision: Decision, tokens: Tokens | None) -> dict[
     return entry
 
 
-def _layer_json(metrics: Metrics, place: int, scope: Scope) -> dict[str, Any]:
-    return {
-        "layer": scope.layer,
-        "over_samples": metrics.summaries(place),
-        "head_means": {name: metrics.of_heads(name, place).mean(0) for name in NAMES},
-        "per_sample": {name: metrics.of(name)[place] for name in NAMES},
-        "patterns": [name for name, (_, holds) in verdicts(scope).items() if holds],
-    }
-
-
 def csv_lines(
     metrics: Metrics, decisions: Sequence[Decision], label_columns: Sequence[str]
 ) -> Iterator[str]:
-    """One row a sample, layer and head (a number or `mean`), below the names of the columns.
-
-    `label_columns` are empty where a sample has no such label.
-    """
+    """One row a sample, layer and head (a number or `mean`), below the names of the columns."""
     back = SimpleNamespace(write=str)  # a file whose write() gives the text back
     line = csv.writer(back, lineterminator="\n").writerow
     yield line(["sample", *label_columns, "layer", "head", "n_context", *NAMES])

@@ -5,8 +5,7 @@
 
 *Sufficiency*: how little the action distribution moves when only the `k` highest are kept.
 *Comprehensiveness*: how far it moves when they are dropped (DeYoung et al. 2020, arXiv 1911.03429).
-Both as a share of the way from random sets (0) to the best set found (1). Of one of many equal
-transitions, leaving it out alone shows nothing: that is why sets are kept or dropped.
+Both as a share of the way from random sets (0) to the best set found (1).
 """
 
 from collections.abc import Mapping, Sequence

@@ -102,8 +102,11 @@ def heads_text(measured: Mapping[str, Any]) -> str:
         where = f"head-{one['layer']}-{one['head']}"  # as the strategy that keeps what it reads
         reads = "{name}: {share:.0%} ({even:.0%})".format(**one["role"])
         reads = "mixed" if one["role"]["name"] == "mixed" else reads
-        cells = [f"{nats(one[k]['kl'])} {_ends(one[k]['kl_interval'])}" for k in kinds]
-        table.append((where, reads, *cells, f"{one[kinds[-1]]['flips']:.0%}"))
+        cells = []
+        for found in (one[kind] for kind in kinds):
+            low, high = ("0" if x < NOTHING else nats(x) for x in found["kl_interval"])
+            cells.append(f"{nats(found['kl'])} [{low}, {high}]")
+        table.append((where, reads, *cells, f"{found['flips']:.0%}"))
     other = ", or for that under another task's history" if "other-task" in kinds else ""
     n_shown, of_all = len(table) - 1, counted(len(single), "head")
     legend = f"head-LAYER-HEAD: {n_shown} of {of_all}, by what happens when their output is "
@@ -113,10 +116,6 @@ def heads_text(measured: Mapping[str, Any]) -> str:
         where = listed(measured["not_told_apart"])
         lines.append(wrap(f"The heads of {where} cannot be told apart: left out."))
     return "\n".join(lines)
-
-
-def _ends(interval: Sequence[float]) -> str:
-    return "[{}, {}]".format(*("0" if x < NOTHING else nats(x) for x in interval))
 
 
 def hidden_from(tokens: Sequence[Tokens], chosen: np.ndarray, from_all: bool) -> Tensor:

@@ -4,12 +4,11 @@
     role.name, role.text             # "rewarded", "83% on rewarded transitions, evenly 21%"
 
 A head counts as a mixture of the readings in `ROLES`, each even over its own tokens. Their parts
-make the rows likeliest (by expectation maximisation: Dempster, Laird and Rubin 1977): of two
-readings that hold as much for the narrower one, unless what only the other has is read as well.
-A role has a part of at least `MAIN`; "uniform" an entropy of `EVENNESS` of that of even reading,
-too. A head without any is "mixed". Of readings with the same tokens in all decisions only the first
-in `ROLES` counts. Where no role has that part, "same state" has that of "same state and action" as
-well. Where a reading has no tokens, or nearly all, its part is left to sink and uniform.
+make the rows likeliest (by expectation maximisation: Dempster, Laird and Rubin 1977). A role has a
+part of at least `MAIN`; "uniform" an entropy of `EVENNESS` of that of even reading, too. A head
+without any is "mixed". Of readings with the same tokens in all decisions only the first in `ROLES`
+counts. Where no role has that part, "same state" has that of "same state and action" as well. Where
+a reading has no tokens, or nearly all, its part is left to sink and uniform.
 
 Axes: `B` decisions, `H` heads, `T` tokens, `n` transitions, `C` readings, `U` sets of like tokens.
 """

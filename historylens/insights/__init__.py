@@ -1,10 +1,9 @@
 """Numbers -> patterns -> advice: what attention suggests about compressing history.
 
-Four rules with absolute thresholds on the head-averaged attention rows. Each insight says where the
-length of the context makes them mislead; none proves anything, only dropping the history does.
-
     for insight in find_patterns(metrics):
         print(insight.headline, insight.evidence, insight.caveat or "")
+
+Four rules with absolute thresholds. None proves anything: only dropping the history does.
 """
 
 from dataclasses import dataclass

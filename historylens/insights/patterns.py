@@ -1,8 +1,6 @@
 """The one table of patterns: what each looks at, says, advises, and has measured.
 
-    evidence, measured, caveat, by_rule_only = PATTERNS["recency"].read(scope)
-
-A `Scope` is what such a statement is about: the attention rows of one layer, or of all of them.
+evidence, measured, caveat, by_rule_only = PATTERNS["recency"].read(scope)
 """
 
 from collections.abc import Callable, Mapping
