@@ -50,9 +50,8 @@ def measure(rows: ArrayLike, last_episode: ArrayLike, rewarded: ArrayLike) -> np
     """Every metric of rows `(..., T)`, the query's own weight last: `(..., M)` float64, as `NAMES`.
 
     `last_episode` and `rewarded` `(..., n)` bool say which context tokens are so; broadcast against
-    rows. A quarter is one token where `n < 4`: with `n = 1` both are the same one and the ratio is
-    1; a context without mass has ratio 0. With no context (`T = 1`) all is 0 but `mass_self`.
-    ValueError: weights that cannot come from a softmax.
+    rows. A quarter is one token where `n < 4`; a context without mass has ratio 0. With no context
+    (`T = 1`) all is 0 but `mass_self`. ValueError: weights that cannot come from a softmax.
     """
     rows = np.asarray(rows, dtype=np.float64)
     if not np.isfinite(rows).all() or (rows < 0).any() or (rows.sum(-1) > 1.05).any():
@@ -113,22 +112,20 @@ class Metrics:
     ) -> None:
         self.n_samples = n_samples
         self.layers, self.heads = tuple(layers), tuple(map(tuple, heads))  # their numbers
-        # (S, L, H + 1, M): of every head's own row and, last, of the row averaged over heads (not
-        # averaged metrics); NaN where a layer has fewer heads than the largest.
+        # (S, L, H + 1, M): of every head's own row and, last, of the row averaged over heads; NaN
+        # where a layer has fewer heads than the largest.
         shape = (n_samples, len(layers), max(map(len, heads)) + 1, len(NAMES))
         self.values = np.full(shape, np.nan)
-        # (S, M), of the row that weighs all that the query may see equally.
-        self.uniform = np.full((n_samples, len(NAMES)), np.nan)
+        self.uniform = np.full((n_samples, len(NAMES)), np.nan)  # (S, M), of even reading
         self.n_context = np.full(n_samples, -1)  # (S,), -1 until it is measured
 
     def put(
         self, indices: Sequence[int], rows: Sequence[np.ndarray], even: np.ndarray, history: History
     ) -> None:
-        """Measure a batch of `B` samples, and put its metrics in their place.
+        """Measure a batch of `B` samples: `rows (B, H, n + 1)` of each layer.
 
-        `rows` are one `(B, H, n + 1)` a layer, the query's attention to each transition, then what
-        lies on tokens of none; `even` `(B, n + 1)` weigh all that it may see equally. A history
-        without episodes counts as one.
+        These are the query's attention to each transition, then what lies on tokens of none;
+        `even (B, n + 1)` weigh all that it may see equally.
         """
         episodes = history.episodes
         episodes = torch.zeros_like(history.actions) if episodes is None else episodes
@@ -146,12 +143,10 @@ class Metrics:
         arrays = (self.values, self.uniform, self.n_context)
         own = np.flatnonzero(self.n_context >= 0)
         parts = group.gather(None if group.is_main else (own, [array[own] for array in arrays]))
-        if parts is None:
-            return None
-        for indices, theirs in parts[1:]:
+        for indices, theirs in parts[1:] if group.is_main else ():
             for array, values in zip(arrays, theirs, strict=True):
                 array[indices] = values
-        return self
+        return self if group.is_main else None
 
     # Copies in one order of memory: sums then do not depend on how values are stored.
 

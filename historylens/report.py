@@ -91,11 +91,10 @@ def insight_parts(insights: Sequence[Insight], metrics: Metrics) -> list[dict[st
         "lines": [],
     }
     parts = [_parts([insight]) for insight in insights if insight.layer is None] or [nothing]
-    noted = [("ℹ️ ", text) for text in remarks(metrics)]
-    parts += [{"headline": "", "advice": "", "lines": [line]} for line in noted]
+    empty = {"headline": "", "advice": "", "lines": []}
+    parts += [empty | {"lines": [("ℹ️ ", text)]} for text in remarks(metrics)]
     in_layers = [insight for insight in insights if insight.layer is not None]
-    if in_layers:
-        parts.append({"headline": "WHERE LAYERS DIFFER FROM THE WHOLE", "advice": "", "lines": []})
+    parts += [empty | {"headline": "WHERE LAYERS DIFFER FROM THE WHOLE"}] if in_layers else []
     groups = itertools.groupby(in_layers, key=lambda insight: insight.pattern)
     return parts + [_parts(list(same)) for _, same in groups]
 

@@ -20,7 +20,6 @@ from historylens.effects.report import WORST, MeasuredEffects
 from historylens.insights import Insight
 from historylens.insights.patterns import PATTERNS
 
-# Whatever patterns advise.
 STANDARD = ("recent", "even", "top-k", "norm", "contribution", "rewarded-recent", WORST)
 N_TWIN_DECISIONS = 16  # at most
 N_TWINS = 19  # an untrained model is moved more than all of them once in 20 times

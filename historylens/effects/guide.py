@@ -197,9 +197,8 @@ def _meaning(first: Mapping[str, Any], leading: str) -> str:
     else:
         text += f"; {latest}, which is not clearly different."
     if leading != "attention":
-        is_clear = over_attention["interval"][0] > 0
-        text += f" Ranking by {leading} goes {share[leading]:.0%}"
-        text += ", clearly more." if is_clear else ", not clearly more."
+        clearly = "clearly" if over_attention["interval"][0] > 0 else "not clearly"
+        text += f" Ranking by {leading} goes {share[leading]:.0%}, {clearly} more."
     return text
 
 

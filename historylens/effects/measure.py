@@ -1,7 +1,6 @@
 """Decisions made again on compressed history: methods at a few sizes, beside random drops.
 
     trial = Trial(agent, n_wanted=10, seed=0, bar=tqdm())    # the bar moves on by 1 a step
-    trial.controls()["empty"].flips
     trial.curves(["recent", "top-k"])["recent"][0].against_random
 
 Axes: `B` decisions, `n` transitions before each, `D` draws of what is random (else 1), `A` actions.
@@ -43,8 +42,7 @@ LARGEST = 0.6  # of the context: beyond, little is saved
 class Effect:
     """What one way of compressing did to the actions of `B` decisions, in each of `D` draws.
 
-    KL is KL(full || compressed) of the action distributions, in nats. What is measured at the
-    reference temperature (see `sharpness`) does not depend on the policy's own.
+    KL is KL(full || compressed), in nats; of the reference temperature see `sharpness`.
     """
 
     n_keep: int  # transitions asked for
@@ -146,10 +144,9 @@ def kl_divergence(full: Tensor, other: Tensor, beta: float = 1.0) -> Tensor:
 
 
 def sharpness(full: Tensor) -> float:
-    """Factor that takes logits `(B, A)` to the reference temperature; 0: all actions are alike.
+    """Factor that takes logits `(B, A)` to the reference temperature: mean entropy half of `ln A`.
 
-    There the mean entropy is half of `ln A`: what is measured is the same for logits times any
-    number. Decisions without any preference, up to rounding, have no say.
+    Decisions without any preference, up to rounding, have no say; 0: none has one.
     """
     z = full.double()
     span = z.amax(-1) - z.amin(-1)
@@ -198,8 +195,7 @@ def spread(n_samples: int, n_wanted: int) -> list[int]:
 class Trial:
     """Decisions of an agent that are made again on compressed history.
 
-    Up to `n_wanted`, of the length that most have, so that they can share a pass. Each method and
-    size draws from a stream of its own: what else is measured changes nothing.
+    Up to `n_wanted`, of the length that most have. Each method and size draws from its own stream.
     """
 
     def __init__(self, agent: Agent, n_wanted: int, seed: int, bar: tqdm) -> None:
@@ -226,10 +222,9 @@ class Trial:
         return np.random.default_rng((self.seed, zlib.crc32(name.encode()), n_keep))
 
     def effect(
-        self, shorter: History, n_keep: int, random: Effect | None = None, full: Any = None
+        self, full: Tensor, shorter: History, n_keep: int, random: Effect | None = None
     ) -> Effect:
-        """What `D * B` shorter histories do, draw after draw; `full`: logits of some decisions."""
-        full = self.full if full is None else full
+        """What `D * B` shorter histories do, draw after draw, beside logits `(B, A)` on all."""
         logits, kept, size = act_in_parts(self.agent, shorter), shorter.counts, len(full)
         full = full.repeat(len(logits) // size, 1)  # (D * B, A)
         kl, reference = (kl_divergence(full, logits, x).cpu().numpy() for x in (1.0, self.beta))
@@ -248,16 +243,13 @@ class Trial:
         for name in ("empty", *(name for name, one in METHODS.items() if one.kind == "control")):
             try:
                 rows, changed = self.exchanged(name)
-                controls[name] = self.effect(changed, changed.n, full=self.full[rows])
+                controls[name] = self.effect(self.full[rows], changed, changed.n)
             except UserError as error:  # not every model can act without history
                 self.not_run[name] = str(error)
         return controls
 
     def exchanged(self, name: str, some: Tensor | None = None) -> tuple[Tensor, History]:
-        """Those of `some` decisions (places) that a control can change, and their histories then.
-
-        UserError: there are none.
-        """
+        """Those of `some` decisions that a control can change, and changed; UserError: none."""
         history = self.history if some is None else self.history.rows(some)
         rows = torch.arange(history.size, device=history.device)
         if name == "shuffled-rewards":  # says nothing where all rewards are equal
@@ -269,7 +261,7 @@ class Trial:
         return rows, METHODS[name].compress(history.rows(rows), 0, self.generator(name))
 
     def curves(self, names: Sequence[str]) -> dict[str, list[Effect]]:
-        """What methods, and "random" before them, do at `budgets(n)`, or at their own size.
+        """What methods, and "random" before them, do at `budgets(n)` or their own size.
 
         UserError: the model cannot be run on less history.
         """
@@ -280,7 +272,7 @@ class Trial:
                 history = self._drawn(DRAWN.get(name, 1))
                 shorter = METHODS[name].compress(history, n_keep, self.generator(name, n_keep))
                 try:
-                    curves[name].append(self.effect(shorter, n_keep, random))
+                    curves[name].append(self.effect(self.full, shorter, n_keep, random))
                 except UserError as error:  # means of states may be none that the model knows
                     if METHODS[name].kind != "merge":
                         raise
@@ -294,8 +286,8 @@ class Trial:
             ranks = uniform(generator, history.rewards.shape, history.device).argsort(1).argsort(1)
             as_many = history.take(keep_where(ranks < shorter.counts.repeat(N_DRAWS)[:, None]))
             try:
-                random = self.effect(as_many, self.n - 1)
-                curves[name] = [self.effect(shorter, self.n - 1, random)]
+                random = self.effect(self.full, as_many, self.n - 1)
+                curves[name] = [self.effect(self.full, shorter, self.n - 1, random)]
             except UserError as error:  # it may keep nothing of some history
                 self.not_run[name] = str(error)
             self.bar.update()

@@ -77,10 +77,7 @@ class MeasuredEffects:
 
     @property
     def ignores_history(self) -> bool:
-        """Whether hardly any action changes, or no more than in a twin with shuffled weights.
-
-        Flips as frequent as among decisions drawn anew are no neglect, whatever twins do.
-        """
+        """Whether hardly any action changes, or no more than in a twin and less than by chance."""
         if not self.twins:
             return self.unmoved
         one, chance = self.controls[self.main_control], 1 - 1 / self.n_actions
@@ -201,9 +198,8 @@ class MeasuredEffects:
         if name in self.not_run:
             return f"Not measured: {self.not_run[name]}."
         text = f"With {counted(self.n, 'transition')} there is nothing to choose from"
-        if "empty" in self.controls:
-            changes = "dropping all history changes the most likely action in"
-            text += f"; {changes} {self.controls['empty']}"
+        if empty := self.controls.get("empty"):
+            text += f"; dropping all history changes the most likely action in {empty}"
         return f"{text}."
 
     def _ignored(self) -> str:

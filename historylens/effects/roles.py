@@ -79,12 +79,10 @@ class Keys:
         return self.of(starts)
 
     def following(self) -> list[np.ndarray]:
-        """Those after a token that holds this state, those of the next transition, and of another.
-
-        A state is held by the token named so, or the first of its transition.
-        """
+        """Those after a token that holds this state, of the next transition, and if of another."""
         found = np.zeros_like(self.visible)
         for here, same, one in zip(found, self.same, self.tokens, strict=True):
+            # The token named so, or the first of its transition, holds its state.
             other = ["state" not in name and "obs" not in name for name in one.part]
             order = np.lexsort((other, one.transition))
             holds = order[np.searchsorted(one.transition[order], range(self.n))]  # (n,)
@@ -146,9 +144,9 @@ def _role(part: np.ndarray, share: np.ndarray, even: np.ndarray) -> Role:
 
 
 def _fit(rows: np.ndarray, masks: np.ndarray, rests: np.ndarray) -> np.ndarray:
-    """Parts `(H, C)` of readings, masks `(C, B, T)`, in rows `(B, H, T)`.
+    """Parts `(H, C)` of masks `(C, B, T)`, the last of all keys, in rows `(B, H, T)`.
 
-    Those that rest, `(C,)` bool, share in every decision what others leave; the last sees all keys.
+    Those that rest, `(C,)` bool, share in every decision what others leave.
     """
     sizes = masks.sum(-1)  # (C, B)
     says = (sizes > 0) & (rests[:, None] | (sizes < NEARLY_ALL * sizes[-1]))

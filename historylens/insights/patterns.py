@@ -65,8 +65,7 @@ def is_sparse(values: Mapping[str, np.ndarray]) -> np.ndarray:
     return (values["strong_positions"] <= SPARSE_POSITIONS) & held
 
 
-# What a pattern reads off a scope where its rule holds: the evidence, the numbers in it, where the
-# rule misleads, if it does, and whether the length-normalised figures then say otherwise.
+# Evidence, its numbers, where the rule misleads, and whether the figures for the length contradict.
 Reading = tuple[str, dict[str, float], str | None, bool]
 
 
