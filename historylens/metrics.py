@@ -1,20 +1,16 @@
 """Attention rows in, numbers out: the four summary metrics and those that cover their blind spots.
 
-A row is what the query token reads: `p[:n]` lies on the context, `p[n]` on the query token itself
-(and on what else belongs to no transition). Axes: `S` samples, of which `B` in a batch, `L` layers,
-`H` heads, `n` context tokens, `M` metrics.
-
     metrics = Metrics(n_samples=5000, layers=[0, 1], heads=[[0, 1, 2, 3]] * 2)
-    metrics.put(indices, rows, uniform_rows, history)           # a batch, in any order
+    metrics.put(indices, rows, even, history)                   # a batch, in any order
     metrics.gather(group).of("entropy").mean()                  # of all processes, on rank 0
 
-No metric is ever NaN or infinite. Where a context carries no mass at all, nothing is read:
-`effective_tokens`, `tokens_for_90_percent`, `normalised_entropy` and `mean_distance` are 0, a value
-they cannot take otherwise (`normalised_entropy`: unless a single token holds everything).
+A row is what the query token reads: `p[:n]` lies on the context, `p[n]` on the query token itself
+(and on what else belongs to no transition). Axes: `S` samples, of which `B` in a batch, `L` layers,
+`H` heads, `n` context tokens, `M` metrics. None is ever NaN or infinite: where a context has no
+mass, `effective_tokens`, `tokens_for_90_percent`, `normalised_entropy` and `mean_distance` are 0.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -54,18 +50,14 @@ def measure(rows: ArrayLike, last_episode: ArrayLike, rewarded: ArrayLike) -> np
     """Every metric of rows `(..., T)`, the query's own weight last: `(..., M)` float64, as `NAMES`.
 
     `last_episode` and `rewarded` `(..., n)` bool say which context tokens are so; broadcast against
-    rows. A quarter is one token where `n < 4`: with `n = 1` both are the same one and the ratio is
-    1; a context without mass has ratio 0. With no context (`T = 1`) all is 0 but `mass_self`.
-    ValueError: no token, or weights that cannot come from a softmax.
+    rows. A quarter is one token where `n < 4`; a context without mass has ratio 0. With no context
+    (`T = 1`) all is 0 but `mass_self`. ValueError: weights that cannot come from a softmax.
     """
     rows = np.asarray(rows, dtype=np.float64)
-    if rows.ndim < 1 or rows.shape[-1] < 1:
-        raise ValueError(f"expected rows (..., T), the query last (T >= 1), got shape {rows.shape}")
     if not np.isfinite(rows).all() or (rows < 0).any() or (rows.sum(-1) > 1.05).any():
-        raise ValueError(
-            "expected attention weights after the softmax: finite, not negative, each row with "
-            "a sum of at most 1; got rows that are not (scores before the softmax?)"
-        )
+        what = "expected attention weights after the softmax: finite, not negative, each row with "
+        what += "a sum of at most 1; got rows that are not (scores before the softmax?)"
+        raise ValueError(what)
     context = rows[..., :-1]  # (..., n)
     n = context.shape[-1]
     if n == 0:
@@ -107,21 +99,9 @@ def measure_one(row: ArrayLike) -> dict[str, float]:
 
 
 def uniform_received(n_tokens: int) -> np.ndarray:
-    """`(T,)`: average attention that a token receives where all read themselves and the past alike.
-
-    Token j receives `1 / (i + 1)` from every token `i >= j`; the average over those.
-    """
+    """`(T,)`: average attention received where all tokens read themselves and the past alike."""
     weights = 1.0 / np.arange(1, n_tokens + 1)  # token i reads i + 1 tokens
     return np.cumsum(weights[::-1])[::-1] / np.arange(n_tokens, 0, -1)
-
-
-@dataclass(frozen=True)
-class Summary:
-    """A metric over many decisions."""
-
-    mean: float
-    std: float  # of the population
-    median: float
 
 
 class Metrics:
@@ -132,26 +112,20 @@ class Metrics:
     ) -> None:
         self.n_samples = n_samples
         self.layers, self.heads = tuple(layers), tuple(map(tuple, heads))  # their numbers
-        # (S, L, H + 1, M): of every head's own row and, last, of the row averaged over heads (not
-        # averaged metrics); NaN where a layer has fewer heads than the largest.
+        # (S, L, H + 1, M): of every head's own row and, last, of the row averaged over heads; NaN
+        # where a layer has fewer heads than the largest.
         shape = (n_samples, len(layers), max(map(len, heads)) + 1, len(NAMES))
         self.values = np.full(shape, np.nan)
-        # (S, M), of the row that weighs all that the query may see equally.
-        self.uniform = np.full((n_samples, len(NAMES)), np.nan)
+        self.uniform = np.full((n_samples, len(NAMES)), np.nan)  # (S, M), of even reading
         self.n_context = np.full(n_samples, -1)  # (S,), -1 until it is measured
 
     def put(
-        self,
-        indices: Sequence[int],
-        rows: Sequence[np.ndarray],
-        uniform_rows: np.ndarray,
-        history: History,
+        self, indices: Sequence[int], rows: Sequence[np.ndarray], even: np.ndarray, history: History
     ) -> None:
-        """Measure a batch of `B` samples, and put its metrics in their place.
+        """Measure a batch of `B` samples: `rows (B, H, n + 1)` of each layer.
 
-        `rows` are one `(B, H, n + 1)` a layer, the query's attention to each transition, then what
-        lies on tokens of none; `uniform_rows` `(B, n + 1)` weigh all that it may see equally. A
-        history without episodes counts as one.
+        These are the query's attention to each transition, then what lies on tokens of none;
+        `even (B, n + 1)` weigh all that it may see equally.
         """
         episodes = history.episodes
         episodes = torch.zeros_like(history.actions) if episodes is None else episodes
@@ -161,23 +135,18 @@ class Metrics:
             values = measure(heads, last[:, None], rewarded[:, None])  # (B, H, M)
             self.values[indices, layer, : heads.shape[1]] = values
             self.values[indices, layer, -1] = measure(heads.mean(1), last, rewarded)
-        self.uniform[indices] = measure(uniform_rows, last, rewarded)
+        self.uniform[indices] = measure(even, last, rewarded)
         self.n_context[indices] = history.n
 
     def gather(self, group: Group) -> "Metrics | None":
-        """The metrics of all processes, on rank 0; None on others. ValueError: one is missing."""
+        """The metrics of all processes, on rank 0; None on others."""
         arrays = (self.values, self.uniform, self.n_context)
         own = np.flatnonzero(self.n_context >= 0)
         parts = group.gather(None if group.is_main else (own, [array[own] for array in arrays]))
-        if parts is None:
-            return None
-        for indices, theirs in parts[1:]:
+        for indices, theirs in parts[1:] if group.is_main else ():
             for array, values in zip(arrays, theirs, strict=True):
                 array[indices] = values
-        if (self.n_context < 0).any():
-            missing = int(self.n_context.argmin())
-            raise ValueError(f"expected every sample to be measured, {missing} is missing")
-        return self
+        return self if group.is_main else None
 
     # Copies in one order of memory: sums then do not depend on how values are stored.
 
@@ -198,12 +167,8 @@ class Metrics:
         """Each metric of the rows that weigh all equally, mean over samples."""
         return {name: float(self.of_uniform(name).mean()) for name in NAMES}
 
-    def summaries(self, place: int | None = None) -> dict[str, Summary]:
-        """Each metric of the head-averaged rows, over the samples of the layer at a place.
-
-        None: over all `L * S` pairs; the spread then holds differences between layers as well.
-        """
-        chosen = slice(None) if place is None else place
+    def summaries(self, place: int | None = None) -> dict[str, dict[str, float]]:
+        """Mean, std and median of each metric over samples, in the layer at a place or in all."""
+        chosen, rules = slice(None) if place is None else place, (np.mean, np.std, np.median)
         values = {name: self.of(name)[chosen] for name in NAMES}
-        statistics = np.mean, np.std, np.median
-        return {name: Summary(*(float(f(x)) for f in statistics)) for name, x in values.items()}
+        return {name: {f.__name__: float(f(x)) for f in rules} for name, x in values.items()}

@@ -1,15 +1,14 @@
-"""Numbers -> console text, `metrics.json` and `metrics.csv`.
+"""Numbers -> console text of at most 100 columns, `metrics.json` and `metrics.csv`.
 
-Blocks are returned as strings of at most 100 columns; printing is the command's affair.
-
-    print(layer_table(metrics))
-    write_json(out / "metrics.json", metrics_json(metrics, agent.decisions, ...))
+print(layer_table(metrics))
+write_json(out / "metrics.json", metrics_json(metrics, agent.decisions, ...))
 """
 
 import csv
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,35 +19,29 @@ from historylens.common.text import aligned, cap, counted, fixed, listed, wrap
 from historylens.history import Decision
 from historylens.insights import Insight, remarks, scopes, verdicts
 from historylens.insights.patterns import PATTERNS
-from historylens.metrics import DESCRIPTIONS, NAMES, Metrics, Summary, uniform_received
+from historylens.metrics import DESCRIPTIONS, NAMES, Metrics, uniform_received
 from historylens.tokens import Tokens
 
 SCHEMA_VERSION = 1
+FOUR = partial(fixed, decimals=4)
 PARTED = 0.1  # mean and median differ by more than this share: the median is shown as well
 
 
 def layer_table(metrics: Metrics) -> str:
     """The metrics of every layer: mean ± std over samples, uniform attention in the last row."""
-    n = scopes(metrics)[0].length
-    title = f"METRICS PER LAYER (mean ± std over samples; {n} context tokens, "
-    title += f"{counted(metrics.n_samples, 'sample')})"
+    n, samples = scopes(metrics)[0].length, counted(metrics.n_samples, "sample")
+    title = f"METRICS PER LAYER (mean ± std over samples; {n} context tokens, {samples})"
     names = ("mean attention", "concentration", "entropy", "/ ln n", "tokens", "recent/distant")
     table = [("layer", *names, "median")]
-    for place, layer in enumerate(metrics.layers):
-        summaries = metrics.summaries(place)
-        first = [_plus_minus(summaries[name]) for name in NAMES[:3]]
-        evenness = f"{summaries['normalised_entropy'].mean:.2f}"
-        tokens = f"{summaries['effective_tokens'].mean:.1f}"
-        table.append((str(layer), *first, evenness, tokens, *_ratio(summaries)))
-    even = metrics.uniform_mean()  # without a spread, aligned with the means
-    first = [f"{even[name]:.4f}".ljust(len("0.0000 ± 0.0000")) for name in NAMES[:3]]
-    ratio = f"{even['recent_distant_ratio']:.2f}".ljust(len("0.00 ± 0.00"))
-    evenness, tokens = f"{even['normalised_entropy']:.2f}", f"{even['effective_tokens']:.1f}"
-    table.append(("uniform", *first, evenness, tokens, ratio, ""))
-    legend = (
-        "/ ln n: entropy over its maximum; tokens: read in effect; recent/distant: last quarter "
-        "over first"
-    )
+    rows = {str(layer): metrics.summaries(place) for place, layer in enumerate(metrics.layers)}
+    rows["uniform"] = {name: {"mean": x, "median": x} for name, x in metrics.uniform_mean().items()}
+    for label, found in rows.items():
+        first = [_plus_minus(found[name]) for name in NAMES[:3]]
+        evenness = f"{found['normalised_entropy']['mean']:.2f}"
+        tokens = f"{found['effective_tokens']['mean']:.1f}"
+        table.append((label, *first, evenness, tokens, *_ratio(found)))
+    legend = "/ ln n: entropy over its maximum; tokens: read in effect; recent/distant: "
+    legend += "last quarter over first"
     legend += "" if metrics.n_context.all() else "; without history all is 0"
     return "\n".join([title, *aligned(table), wrap(legend)])
 
@@ -65,16 +58,18 @@ def overall_block(metrics: Metrics) -> str:
     return "\n".join(lines)
 
 
-def _plus_minus(summary: Summary) -> str:
-    return f"{fixed(summary.mean, 4)} ± {fixed(summary.std, 4)}"
+def _plus_minus(summary: Mapping[str, float], told: Callable[[float], str] = FOUR) -> str:
+    """Mean and std; a mean without any is aligned with the others."""
+    spread = f" ± {told(summary.get('std', 0.0))}"
+    return told(summary["mean"]) + (spread if "std" in summary else " " * len(spread))
 
 
-def _ratio(summaries: Mapping[str, Summary]) -> tuple[str, str]:
+def _ratio(summaries: Mapping[str, Mapping[str, float]]) -> tuple[str, str]:
     """The recent/distant ratio, and its median where that tells another story, else ""."""
     ratio = summaries["recent_distant_ratio"]
-    parted = abs(ratio.mean - ratio.median) > PARTED * min(ratio.mean, ratio.median)
-    parted = parted and cap(ratio.mean) != cap(ratio.median)
-    return f"{cap(ratio.mean)} ± {cap(ratio.std)}", cap(ratio.median) if parted else ""
+    mean, median = ratio["mean"], ratio["median"]
+    is_other = abs(mean - median) > PARTED * min(mean, median) and cap(mean) != cap(median)
+    return _plus_minus(ratio, cap), cap(median) if is_other else ""
 
 
 def insight_blocks(insights: Sequence[Insight], metrics: Metrics) -> str:
@@ -82,9 +77,8 @@ def insight_blocks(insights: Sequence[Insight], metrics: Metrics) -> str:
     blocks = []
     for told in insight_parts(insights, metrics):
         lines = [told["headline"], f"   {told['advice']}" if told["advice"] else None]
-        lines += [
-            wrap(text, f"   {mark} " if mark else "   ", "      ") for mark, text in told["lines"]
-        ]
+        for mark, text in told["lines"]:
+            lines.append(wrap(text, f"   {mark} " if mark else "   ", "      "))
         blocks.append("\n".join(filter(None, lines)))
     return "\n\n".join(blocks)
 
@@ -97,11 +91,10 @@ def insight_parts(insights: Sequence[Insight], metrics: Metrics) -> list[dict[st
         "lines": [],
     }
     parts = [_parts([insight]) for insight in insights if insight.layer is None] or [nothing]
-    noted = [("ℹ️ ", text) for text in remarks(metrics)]
-    parts += [{"headline": "", "advice": "", "lines": [line]} for line in noted]
+    empty = {"headline": "", "advice": "", "lines": []}
+    parts += [empty | {"lines": [("ℹ️ ", text)]} for text in remarks(metrics)]
     in_layers = [insight for insight in insights if insight.layer is not None]
-    if in_layers:
-        parts.append({"headline": "WHERE LAYERS DIFFER FROM THE WHOLE", "advice": "", "lines": []})
+    parts += [empty | {"headline": "WHERE LAYERS DIFFER FROM THE WHOLE"}] if in_layers else []
     groups = itertools.groupby(in_layers, key=lambda insight: insight.pattern)
     return parts + [_parts(list(same)) for _, same in groups]
 
@@ -135,14 +128,13 @@ def metrics_json(
     decisions: Sequence[Decision],
     insights: Sequence[Insight],
     meta: Mapping[str, Any],
-    drawn: Mapping[int, Mapping[int, Mapping[str, Any]]],
+    drawn: Mapping[int, Mapping[int, Any]],
     tokens: Mapping[int, Tokens],
 ) -> dict[str, Any]:
     """Everything that was measured, as plain numbers: the content of `metrics.json`.
 
-    `meta` holds settings of the run, `drawn` layer -> sample -> the arrays in its pictures, and
-    `tokens` what the tokens of these samples are. Whole attention maps are left out (`T * T`
-    numbers a head would make the file unreadable): their last row is in `drawn`.
+    `meta` holds settings of the run, `drawn` layer -> sample -> the arrays in its pictures without
+    whole maps, which would make the file unreadable, and `tokens` what their tokens are.
     """
     plain = {len(one) for one in tokens.values() if one.is_plain}
     return {
@@ -151,8 +143,17 @@ def metrics_json(
         "meta": dict(meta),
         "definitions": DESCRIPTIONS,
         "samples": [_sample_json(i, one, tokens.get(i)) for i, one in enumerate(decisions)],
-        "layers": [_layer_json(metrics, place) for place in range(len(metrics.layers))],
-        "overall": {name: asdict(summary) for name, summary in metrics.summaries().items()},
+        "layers": [
+            {
+                "layer": scope.layer,
+                "over_samples": metrics.summaries(place),
+                "head_means": {name: metrics.of_heads(name, place).mean(0) for name in NAMES},
+                "per_sample": {name: metrics.of(name)[place] for name in NAMES},
+                "patterns": [name for name, (_, holds) in verdicts(scope).items() if holds],
+            }
+            for place, scope in enumerate(scopes(metrics)[1:])
+        ],
+        "overall": metrics.summaries(),
         "uniform": metrics.uniform_mean(),
         "insights": [asdict(insight) for insight in insights],
         "remarks": remarks(metrics),
@@ -177,24 +178,10 @@ def _sample_json(index: int, decision: Decision, tokens: Tokens | None) -> dict[
     return entry
 
 
-def _layer_json(metrics: Metrics, place: int) -> dict[str, Any]:
-    patterns = verdicts(scopes(metrics)[1 + place])
-    return {
-        "layer": metrics.layers[place],
-        "over_samples": {name: asdict(s) for name, s in metrics.summaries(place).items()},
-        "head_means": {name: metrics.of_heads(name, place).mean(0) for name in NAMES},
-        "per_sample": {name: metrics.of(name)[place] for name in NAMES},
-        "patterns": [name for name, (_, holds) in patterns.items() if holds],
-    }
-
-
 def csv_lines(
     metrics: Metrics, decisions: Sequence[Decision], label_columns: Sequence[str]
 ) -> Iterator[str]:
-    """One row a sample, layer and head (a number or `mean`), below the names of the columns.
-
-    `label_columns` are empty where a sample has no such label.
-    """
+    """One row a sample, layer and head (a number or `mean`), below the names of the columns."""
     back = SimpleNamespace(write=str)  # a file whose write() gives the text back
     line = csv.writer(back, lineterminator="\n").writerow
     yield line(["sample", *label_columns, "layer", "head", "n_context", *NAMES])

@@ -90,9 +90,8 @@ def few_effects():
     """Few decisions of what costs most, where the effects of heads and sets are not looked at."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("historylens.effects.guide.MAX_TOKENS_SETS", 5_000)
-        patch.setattr("historylens.effects.heads.N_DECISIONS", 4)
-        for limit, n in (("N_DECISIONS", 4), ("N_DECISIONS_BY_LAYER", 2)):
-            patch.setattr(f"historylens.effects.knockout.{limit}", n)
+        for limit, n in (("N_EXCHANGED", 4), ("N_HIDDEN", 4), ("N_HIDDEN_BY_LAYER", 2)):
+            patch.setattr(f"historylens.effects.inside.{limit}", n)
         yield
 
 

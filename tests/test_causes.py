@@ -27,9 +27,14 @@ from historylens.agent import look
 from historylens.common.errors import UserError
 from historylens.common.text import WIDTH, columns
 from historylens.effects.guide import best_head, guide_text, measure_guide, readings, rollout
-from historylens.effects.heads import heads_text, measure_heads
-from historylens.effects.knockout import copied as warning
-from historylens.effects.knockout import hidden_from, knockout_text, measure_knockout
+from historylens.effects.inside import copied as warning
+from historylens.effects.inside import (
+    heads_text,
+    hidden_from,
+    knockout_text,
+    measure_heads,
+    measure_knockout,
+)
 from historylens.effects.measure import Resampled, Trial, kl_divergence
 from historylens.effects.roles import ROLES
 from historylens.history import History
@@ -39,10 +44,10 @@ BAR = tqdm(disable=True)
 
 
 def heads_of(agent):
-    trial = Trial(agent, 99, seed=0)
+    trial = Trial(agent, 99, 0, BAR)
     trial.controls()
-    every = range(len(agent.layers))
-    measured = measure_heads(trial, every, [range(n) for n in agent.n_heads], BAR)
+    every = {layer: range(n) for layer, n in enumerate(agent.n_heads)}
+    measured = measure_heads(trial, every)
     json.dumps(measured, allow_nan=False)
     return measured, {(one["layer"], one["head"]): one for one in measured["heads"]}
 
@@ -78,9 +83,9 @@ def test_heads_that_back_each_other_up_show_together():
      (copied, "read through other tokens", ["all"])],
 )  # fmt: skip
 def test_what_is_read_directly_is_told_from_what_was_copied_before(agent, verdict, by_layer):
-    trial = Trial(agent(), 99, seed=0)
+    trial = Trial(agent(), 99, 0, BAR)
     layers = range(len(trial.agent.layers))
-    sets = measure_knockout(trial, layers, BAR)["sets"]
+    sets = measure_knockout(trial, layers)["sets"]
     assert sets["rewarded"]["verdict"] == sets["older than 10"]["verdict"] == verdict
     for key in ("query", "all"):
         expected = key in by_layer
@@ -99,20 +104,20 @@ def test_what_is_read_directly_is_told_from_what_was_copied_before(agent, verdic
 def test_what_is_hidden_is_hidden_from_all_tokens_or_from_those_of_no_transition():
     tokens = [Tokens.of(2, ("state", "action")), Tokens.of(2, ("state", "action"))]
     chosen = np.array([[True, False], [False, False]])
-    every, query = (hidden_from(tokens, chosen, x, "cpu").int() for x in (True, False))
+    every, query = (hidden_from(tokens, chosen, x).int() for x in (True, False))
     assert every[1].sum() == query[1].sum() == 0
     assert every[0].tolist() == [[0] * 5] * 2 + [[1, 1, 0, 0, 0]] * 3
     assert query[0].tolist() == [[0] * 5] * 4 + [[1, 1, 0, 0, 0]]
     first = Tokens(np.array([-1, 0, 1]), ("query", "transition", "transition"), decides=2)
-    (found,) = hidden_from([first], chosen[:1], False, "cpu").int().tolist()
+    (found,) = hidden_from([first], chosen[:1], False).int().tolist()
     assert found == [[0, 1, 0], [0, 0, 0], [0, 1, 0]]
 
 
 def test_nothing_is_said_of_copies_where_some_layers_are_not_looked_at():
-    trial = Trial(copied(), 99, seed=0)
+    trial = Trial(copied(), 99, 0, BAR)
     trial.agent.sees_all = False
     with pytest.raises(UserError, match="some layers are not"):
-        measure_knockout(trial, [0], BAR)
+        measure_knockout(trial, [0])
 
 
 class OneHead(WiredAgent):
@@ -132,12 +137,12 @@ class OneHead(WiredAgent):
 def test_heads_that_cannot_be_told_apart_are_said_to_be_so():
     agent = OneHead()
     agent.layers = ["Wired"]
-    trial = Trial(agent, 99, seed=0)
+    trial = Trial(agent, 99, 0, BAR)
     assert "expected heads side by side" in trial.not_run["norm and contribution"]
     with pytest.raises(UserError, match="heads"):
-        measure_heads(trial, [0], [[0]], BAR)
+        measure_heads(trial, {0: [0]})
     with pytest.raises(UserError, match="heads"):
-        measure_knockout(trial, [0], BAR)
+        measure_knockout(trial, [0])
 
 
 @pytest.fixture(scope="module")
@@ -146,15 +151,15 @@ def trial(tiny_config):
     agent.can_place = True
     context, queries = random_window(tiny_config, n_samples=5, n=11)
     agent.decisions = decisions_of(History(*context, query_states=queries[:, -1]))
-    return Trial(agent, 5, seed=0)
+    return Trial(agent, 5, 0, BAR)
 
 
 def test_the_guide_equals_sets_kept_and_dropped_one_by_one(trial):
-    found = measure_guide(trial, [0, 1], [[0, 1], [1]], BAR)
+    found = measure_guide(trial, {0: [0, 1], 1: [1]})
     json.dumps(found, allow_nan=False)
     assert found["keep"]["budgets"] == [1, 2]
     assert found["drop"]["budgets"] == [2]
-    scores = readings(trial, [0, 1], [[0, 1], [1]])
+    scores = readings(trial, {0: [0, 1], 1: [1]})
     names = ["attention", "norm", "contribution", "rollout", "recency"]
     names += ["layer 0", "layer 0 head 0", "layer 0 head 1", "layer 1", "layer 1 head 1"]
     assert [*scores] == names
@@ -205,8 +210,8 @@ def plain_kl(trial, b, scores, k, question, place):
 
 
 def test_attention_is_a_guide_to_a_model_that_reads_rewards_and_recency_is_not():
-    trial = Trial(one_decides(n_decisions=12), 99, seed=0)
-    found = measure_guide(trial, [0], [[0, 1]], BAR)
+    trial = Trial(one_decides(n_decisions=12), 99, 0, BAR)
+    found = measure_guide(trial, {0: [0, 1]})
     shares = {k: x["overall"]["share"] for k, x in found["keep"]["renumbered"]["readings"].items()}
     assert shares["layer 0 head 0"] == pytest.approx(1, abs=1e-6)
     assert shares["recency"] < 0.3
@@ -273,14 +278,14 @@ def test_heads_and_knockout_equal_a_plain_walk_of_the_encoder(trial):
     model, history = trial.agent.model, trial.history
     x = model.embed(*history.inputs).double()
     full, seen = walk(model, x)
-    for one in measure_heads(trial, [0, 1], [[0, 1], [0, 1]], BAR)["heads"]:
+    for one in measure_heads(trial, {0: [0, 1], 1: [0, 1]})["heads"]:
         if one["head"] != "all":
             values, weights = (part[:, one["head"]] for part in seen[one["layer"]])
             mean = (weights @ values).mean(0, keepdim=True).expand_as(x)
             other = walk(model, x, None, (one["layer"], one["head"], mean))[0]
             kl = float(kl_divergence(full, other).mean())
             assert one["mean"]["kl"] == pytest.approx(kl, abs=1e-5)
-    found = measure_knockout(trial, [0, 1], BAR)["sets"]["rewarded"]
+    found = measure_knockout(trial, [0, 1])["sets"]["rewarded"]
     for key in ("query", "all"):
         hidden = functional.pad(history.rewarded, (0, 1))[:, None].expand(-1, 12, -1).clone()
         hidden &= ~torch.eye(12, dtype=torch.bool)
@@ -292,7 +297,7 @@ def test_heads_and_knockout_equal_a_plain_walk_of_the_encoder(trial):
 
 def test_where_no_transition_matters_there_is_no_guide():
     flat = WiredAgent(Layer((rewarded, OWN, BROUGHT)), decide=lambda x: 0 * x[:, BROUGHT])
-    found = measure_guide(Trial(flat, 99, seed=0), [0], [[0]], BAR)
+    found = measure_guide(Trial(flat, 99, 0, BAR), {0: [0]})
     assert found["keep"]["renumbered"]["best_reading"] is None
     assert "Not defined" in guide_text(found)
     assert best_head(found) is None
@@ -312,15 +317,15 @@ def test_intervals_hold_means_and_ratios_of_means():
 
 def test_few_decisions_give_no_verdict_on_attention_and_one_neither_an_interval_nor_heads():
     for n in (6, 5, 1):
-        trial = Trial(one_decides(n_decisions=12), n, seed=0)
-        found = measure_guide(trial, [0], [[0, 1]], BAR)
+        trial = Trial(one_decides(n_decisions=12), n, 0, BAR)
+        found = measure_guide(trial, {0: [0, 1]})
         said = " ".join(guide_text(found).split())
         assert (f"So few decisions ({n}) say nothing of others." in said) == (n < 6)
         assert ("clearly" in said or "knows more" in said) == (n == 6)
     shown = found["keep"]["renumbered"]["readings"]["layer 0 head 0"]["overall"]
     assert (shown["share"], shown["interval"]) == (pytest.approx(1, abs=1e-6), None)
     with pytest.raises(UserError, match="two decisions or more, to have a mean of, got one"):
-        measure_heads(trial, [0], [[0, 1]], BAR)
+        measure_heads(trial, {0: [0, 1]})
 
 
 @pytest.mark.parametrize("name", ROLES)

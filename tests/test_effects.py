@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import make_dataclass, replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,16 +11,18 @@ from agents import Recorder
 from compression_cases import decisions_of, make_history
 from hypothesis import given
 from hypothesis import strategies as st
+from tqdm import tqdm
 from wired import copied
 
 from historylens.agent import run_heads
 from historylens.common.errors import UserError
 from historylens.compression import METHODS
 from historylens.effects import STANDARD, measure_effects
-from historylens.effects.measure import Effect, budgets, has_own_size, spread
+from historylens.effects.measure import Effect, Trial, budgets, has_own_size, spread
 from historylens.effects.report import UNMOVED, MeasuredEffects
 from historylens.insights.patterns import PATTERNS
 
+BAR = tqdm(disable=True)
 CONTROLS = ["empty", "other-task", "shuffled-rewards"]
 DRAWN = {"random": 20, "decay": 5, "importance": 5}  # how often
 Told = make_dataclass("Told", ["pattern", ("effect", str, None)])  # what effects see of an Insight
@@ -62,7 +65,7 @@ def agent(n=24, logits=reading, decisions=None):
 
 def effects(patterns=tuple(PATTERNS), seed=0, n_samples=6, **given):
     insights = [Told(pattern) for pattern in patterns]
-    return measure_effects(agent(**given), [0], [[0]], insights, n_samples, seed)
+    return measure_effects(agent(**given), [0], [[0]], insights, n_samples, seed, BAR)
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +105,8 @@ def test_an_effect_sums_up_decisions_and_draws():
     kept = torch.tensor([[-1, -1, 2], [-1, 1, 2], [0, 1, 2], [0, 1, 2]] * 2)
     shorter = replace(make_history(8, 3), tasks=torch.arange(8), kept=kept)
     planted = agent(logits=lambda h: torch.stack([-h.tasks, h.tasks], dim=1).double())
-    effect = Effect.of(planted, torch.zeros(4, 2), shorter, n_keep=3)
+    trial = SimpleNamespace(agent=planted, beta=1.0)
+    effect = Trial.effect(trial, torch.zeros(4, 2), shorter, n_keep=3)
     values = np.log(np.cosh(np.arange(8)))  # of KL(even || softmax of -x and x)
     assert (effect.kept_mean, effect.kept_min, effect.kept_max, effect.flips) == (2.25, 1, 3, 7 / 8)
     assert effect.kl_mean == pytest.approx(values.mean())
@@ -287,8 +291,10 @@ def test_of_layers_whose_heads_cannot_be_told_apart_nothing_is_said(monkeypatch)
         logits, seen = run_heads(*args)
         return logits, {0: seen[0]}
 
-    monkeypatch.setattr("historylens.effects.heads.run_heads", first_alone)
-    both, second = (measure_effects(copied(), x, [[0]] * len(x), [], 6, 0) for x in ([0, 1], [1]))
+    monkeypatch.setattr("historylens.effects.inside.run_heads", first_alone)
+    both, second = (
+        measure_effects(copied(), x, [[0]] * len(x), [], 6, 0, BAR) for x in ([0, 1], [1])
+    )
     assert {one["layer"] for one in both.heads["heads"]} == {0}
     assert "The heads of layer 1 cannot be told apart: left out." in both.text
     assert (second.heads, second.heads_picture) == (None, None)

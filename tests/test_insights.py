@@ -68,7 +68,7 @@ def test_planted_attention_is_recognised_and_nothing_else_fires(name, n):
 def test_recency_goes_by_the_median_over_samples_strictly_above_the_threshold():
     even, latest = uniform(20), planted(20, [19])
     rare, often = (np.stack([latest, x, even])[:, None] for x in (even, latest))
-    assert measured(rare).summaries()["recent_distant_ratio"].mean > 1e6
+    assert measured(rare).summaries()["recent_distant_ratio"]["mean"] > 1e6
     at = np.array([0.1, 0.1, 0.05, 0.05, 0.05, 0.05, 0.2, 0.2, 0.2])  # the ratio is 2
     above = at + np.array([0, 0, 0, 0, 0, 0, 0.001, 0, -0.001])
     assert ["recency" in found(rows) for rows in (rare, often, at, above)] == [False, True] * 2

@@ -84,8 +84,8 @@ def test_measuring_is_in_float64_whatever_the_type_and_what_is_no_attention_is_r
         assert measure_one(np.array([0.1] * 5 + [0.5], dtype))["strong_positions"] == 0
     values = measure(torch.full((2, 3, 9), 1 / 9), True, False)
     assert (values.shape, values.dtype) == ((2, 3, 16), np.float64)
-    for row in ([0.5, np.nan], [0.5, np.inf], [-0.5, 0.5], [3.0, 1.0], []):
-        with pytest.raises(ValueError, match="softmax" if row else "T >= 1"):
+    for row in ([0.5, np.nan], [0.5, np.inf], [-0.5, 0.5], [3.0, 1.0]):
+        with pytest.raises(ValueError, match="softmax"):
             measure_one(row)
 
 
@@ -137,8 +137,8 @@ def test_aggregates_are_of_the_population_of_head_averaged_rows_and_layers_may_d
     np.testing.assert_array_equal(metrics.of("entropy"), entropies)  # (L, S)
     for values, place in ((entropies, None), (entropies[1], 1)):
         found = metrics.summaries(place)["entropy"]
-        expected = values.mean(), values.std(ddof=0), np.median(values)
-        assert (found.mean, found.std, found.median) == expected
+        expected = {"mean": values.mean(), "std": values.std(ddof=0), "median": np.median(values)}
+        assert found == expected
     heads = [[measure_one(row)["entropy"] for row in sample] for sample in rows[1]]
     np.testing.assert_array_equal(metrics.of_heads("entropy", 1), heads)  # (S, H)
     metrics = measured(rows[0][:, :2], rows[1], numbers=[1, 3])
@@ -164,8 +164,6 @@ def test_batches_in_any_order_and_of_any_length_are_put_in_their_place():
     metrics = Metrics(5, range(2), [range(3)] * 2)
     put(metrics, [3, 4], rows)
     put(metrics, [1], rows)
-    with pytest.raises(ValueError, match="0 is missing"):
-        metrics.gather(ALONE)
     put(metrics, [0, 2], rows)
     assert_same(metrics.gather(ALONE), measured(*rows))
     metrics = Metrics(4, [0], [range(3)])

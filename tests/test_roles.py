@@ -259,12 +259,6 @@ def test_short_histories(n):
         assert heads(kinds, *histories(11, size=8, n=n, restless=1.0), name) == kinds
 
 
-def test_without_any_transition_heads_can_only_read_the_query():
-    history, actions = histories(11, size=8, n=1)
-    roles = roles_of(np.ones((8, 2, 1)), np.ones((8, 1), bool), [], history.latest(0), actions)
-    assert [role.name for role in roles] == ["sink", "sink"]
-
-
 def test_the_figures_are_in_the_words():
     states, rewards = np.arange(23)[:, None], np.isin(np.arange(23), [3, 7, 8, 15, 20])
     one = Decision(states, 0 * states[:, 0], 1 * rewards, np.array([99]), states, 0 * states[:, 0])

@@ -11,13 +11,13 @@ from compression_cases import decisions_of, make_history
 from conftest import ad_agent
 from hypothesis import given
 from hypothesis import strategies as st
-from test_effects import attention, moved, one_hot, reading
+from test_effects import BAR, attention, moved, one_hot, reading
 from test_planted_effects import early_rewards, model_of_rewards
 from torch import nn
 
 from ad.agent import load_for_analysis
 from config import ModelConfig, VisualizeConfig
-from historylens.effects import measure_effects
+from historylens.effects import measure_effects, moved_twins
 from historylens.effects.measure import (
     ENOUGH,
     ENOUGH_FLIPS,
@@ -28,7 +28,6 @@ from historylens.effects.measure import (
     sharpness,
 )
 from historylens.effects.report import MeasuredEffects
-from historylens.effects.twins import moved_twins
 from model import ADTransformer
 
 TEMPERATURES = (0.01, 100)
@@ -88,7 +87,7 @@ def times(agent, factor):
 
 
 def found_of(agent):
-    return measure_effects(agent, [0], [[0]], [], 10, 0)
+    return measure_effects(agent, [0], [[0]], [], 10, 0, BAR)
 
 
 def verdict(found):
@@ -191,25 +190,18 @@ def test_the_history_is_used_where_it_moves_more_than_in_every_twin(changed, fli
     assert found.ignores_history is ignores
 
 
-def exchanged(agent):
-    trial = Trial(agent, 5, 0)
-    rows, other = trial.exchanged("other-task")
-    return trial.history.rows(rows), other
-
-
+@torch.no_grad()
 def test_twins_have_the_same_numbers_in_other_places_and_the_weights_are_put_back():
     agent, sets = shipped(), []
-    with torch.no_grad():
-        agent.model.embed_context.weight[0, 0] = -0.0  # other bits than 0
-    history, other = exchanged(shipped())
-    act = agent.act
+    agent.model.embed_context.weight[0, 0] = -0.0  # other bits than 0
+    trial, act = Trial(agent, 5, 0, BAR), agent.act
 
     def noted(history, positions=None):
         sets.append({n: t.clone() for n, t in agent.model.state_dict().items()})
         return act(history, positions)
 
     agent.act = noted
-    assert len(moved_twins(agent, history, other, seed=0)) == 19
+    assert len(moved_twins(trial, "other-task")) == 19
     first, *others = sets  # its own, and two passes of each twin
     for name, tensor in agent.model.state_dict().items():
         mine = first[name]
@@ -218,8 +210,7 @@ def test_twins_have_the_same_numbers_in_other_places_and_the_weights_are_put_bac
             assert torch.equal(one[name], same[name])
             assert torch.equal(one[name], two[name]) == (tensor.dim() < 2)
             assert torch.equal(one[name].flatten().sort()[0], mine.flatten().sort()[0])
-    again = shipped()
-    twice = [moved_twins(again, history, other, seed=seed) for seed in (0, 0, 1)]
+    twice = [moved_twins(Trial(shipped(), 5, seed, BAR), "other-task") for seed in (0, 0, 1)]
     assert twice[0] == twice[1] != twice[2]
 
 

@@ -1,12 +1,11 @@
 """How far attention is a guide to what matters: keep, or drop, what a reading of it ranks highest.
 
-    guide = measure_guide(trial, layers=[0, 1], heads=[[0, 1, 2, 3]] * 2, bar=tqdm())
+    guide = measure_guide(trial, heads={0: [0, 1, 2, 3], 1: [0]})
     print(guide_text(guide)); guide["keep"]["renumbered"]["readings"]["attention"]["overall"]
 
 *Sufficiency*: how little the action distribution moves when only the `k` highest are kept.
 *Comprehensiveness*: how far it moves when they are dropped (DeYoung et al. 2020, arXiv 1911.03429).
-Both as a share of the way from random sets (0) to the best set found (1). Of one of many equal
-transitions, leaving it out alone shows nothing: that is why sets are kept or dropped.
+Both as a share of the way from random sets (0) to the best set found (1).
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,12 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from tqdm import tqdm
 
 from historylens.agent import Agent, act_in_parts, attend
 from historylens.common.batches import MAX_WEIGHTS
 from historylens.common.text import aligned, counted, wrap
-from historylens.compression.method import keep_best, keep_where, uniform
+from historylens.compression.method import ages, best_first, uniform
 from historylens.effects.measure import NOTHING, Resampled, Trial, budgets, kl_divergence
 from historylens.history import History
 from historylens.tokens import sum_rows
@@ -34,24 +32,23 @@ FEW = 6  # decisions: fewer agree by chance more often than an interval of 95 % 
 QUESTIONS = {"keep": "keep highest", "drop": "drop them"}
 
 
-def readings(trial: Trial, layers: Sequence[int], heads: Sequence[Sequence[int]]) -> dict:
+def readings(trial: Trial, heads: Mapping[int, Sequence[int]]) -> dict[str, Tensor]:
     """Scores `(B, n)` float64 by name, of what a look at attention ranks transitions by."""
     history = trial.history
-    main = {"attention": history.query_attention, "norm": history.norm}
-    main |= {"contribution": history.contribution, "rollout": rollout(trial.agent, history)}
-    main |= {"recency": torch.arange(history.n, device=history.device).expand(history.size, -1)}
-    for layer, own in zip(layers, heads, strict=True):
+    found = {"attention": history.query_attention, "norm": history.norm}
+    found |= {"contribution": history.contribution, "rollout": rollout(trial.agent, history)}
+    found["recency"] = -ages(history)
+    for layer, own in heads.items():
         by_head = history.head_attention[:, layer, list(own)]
-        main[f"layer {layer}"] = by_head.mean(1)
-        main |= {f"layer {layer} head {h}": by_head[:, i] for i, h in enumerate(own)}
-    return {name: scores.double() for name, scores in main.items() if scores is not None}
+        found[f"layer {layer}"] = by_head.mean(1)
+        found |= {f"layer {layer} head {h}": by_head[:, i] for i, h in enumerate(own)}
+    return {name: scores.double() for name, scores in found.items() if scores is not None}
 
 
 def rollout(agent: Agent, history: History) -> Tensor | None:
     """Attention rollout of the query `(B, n)` (Abnar and Zuidema 2020, arXiv 2005.00928).
 
-    Row of the query in the product of all layers' `(A + I) / 2`, `A` the mean over heads. None:
-    whole maps are too large, or of other tokens than the model's.
+    None: whole maps are too large, or of other tokens than the model's.
     """
     tokens = agent.tokens(history)
     size, n_tokens = history.size, len(tokens[0])
@@ -68,71 +65,54 @@ def rollout(agent: Agent, history: History) -> Tensor | None:
     return torch.from_numpy(sum_rows(rows[:, None].numpy(), tokens)[:, 0, :-1]).to(history.device)
 
 
-def measure_guide(
-    trial: Trial, layers: Sequence[int], heads: Sequence[Sequence[int]], bar: tqdm
-) -> dict[str, Any] | None:
-    """Both questions for each reading, as plain values; `bar` moves on by 1 a question and place.
+def measure_guide(trial: Trial, heads: Mapping[int, Sequence[int]]) -> dict[str, Any] | None:
+    """Both questions for each reading, as plain values; None: there is nothing to choose from.
 
-    With positions renumbered, and where the model can be told positions also with each transition
-    left in its place. Of single layers and heads only the first, kept and renumbered; dropping
-    reads long contexts, so that it is measured at every other budget, on fewer decisions.
+    With positions renumbered, and where the model can be told positions also in place. Single
+    layers and heads are only kept and renumbered; dropping reads long contexts, so that it is
+    measured at every other budget, on fewer decisions.
     """
-    scores, n = readings(trial, layers, heads), trial.n
+    scores, n = readings(trial, heads), trial.n
     sizes = [k for k in budgets(n) if k <= -(-n // LARGEST_SHARE)]
-    if not sizes:  # nothing to choose from
+    if not sizes:
         return None
     result: dict[str, Any] = {"n_sets": N_SETS}
+    result |= {"keep": {"budgets": sizes}, "drop": {"budgets": sizes[::-2][::-1]}}
     for question, n_sets in N_SETS.items():
-        result[question] = {}
+        own = result[question]["budgets"]
+        n_kept = [k if question == "keep" else n - k for k in own]
         for place, is_in_place in PLACES.items():
             if is_in_place and not trial.agent.can_place:
                 continue
             is_first = question == "keep" and not is_in_place
-            some = {k: x for k, x in scores.items() if is_first or "layer" not in k}
-            own = sizes if question == "keep" else sizes[::-2][::-1]
-            per_set = [1 + (k if question == "keep" else n - k) for k in own]
-            per_decision = sum(per_set) * (len(some) + n_sets)
+            some = {name: x for name, x in scores.items() if is_first or "layer" not in name}
+            per_decision = sum(k + 1 for k in n_kept) * (len(some) + n_sets)
             rows = trial.decisions(max(1, MAX_TOKENS_SETS // per_decision))
-            kl = np.stack(
-                [_moved(trial, rows, [*some.values()], k, question, is_in_place) for k in own], 3
-            )  # (2, R + n_sets, B, K)
-            result[question]["budgets"] = own
-            result[question][place] = _shares(trial, kl, [*some], rows, question)
-            bar.update()
+            kl = [_moved(trial, rows, [*some.values()], k, question, is_in_place) for k in own]
+            result[question][place] = _shares(trial, np.stack(kl, 3), [*some], rows, question)
+            trial.bar.update()
     return result
 
 
 def _moved(
     trial: Trial, rows: Tensor, scores: Sequence[Tensor], k: int, question: str, in_place: bool
 ) -> np.ndarray:
-    """KL(full || changed) `(2, R + n_sets, B)` of what readings rank highest, then of random sets.
-
-    As it is, and at the reference temperature.
-    """
-    history, n, n_sets = trial.history.rows(rows), trial.n, N_SETS[question]
-    drawn = uniform(trial.generator(f"sets to {question}", k), (n_sets, *history.rewards.shape),
-                    history.device)  # fmt: skip
-    ranked = torch.cat([torch.stack([x[rows] for x in scores]), drawn]).flatten(0, 1)
-    indices = keep_best(k, ranked)
-    if question == "drop":
-        is_in = torch.zeros_like(ranked, dtype=torch.bool).scatter_(1, indices, True)
-        indices = keep_where(~is_in)
-    many = history.rows(torch.arange(len(rows), device=rows.device).repeat(len(scores) + n_sets))
-    positions = pad(indices, (0, 1), value=n) if in_place else None
+    """KL, plain and at the reference temperature, `(2, R + n_sets, B)`: readings, random sets."""
+    history, generator = trial.history.rows(rows), trial.generator(f"sets to {question}", k)
+    drawn = uniform(generator, (N_SETS[question], *history.rewards.shape), history.device)
+    ranked = torch.cat([torch.stack([x[rows] for x in scores]), drawn])  # (R + n_sets, B, n)
+    order = best_first(ranked.flatten(0, 1))
+    indices = (order[:, :k] if question == "keep" else order[:, k:]).sort(dim=1).values
+    many = history.rows(torch.arange(len(rows), device=rows.device).repeat(len(ranked)))
+    positions = pad(indices, (0, 1), value=trial.n) if in_place else None
     logits = act_in_parts(trial.agent, many.take(indices), positions)
-    full = trial.full[rows].repeat(len(scores) + n_sets, 1)
+    full = trial.full[rows].repeat(len(ranked), 1)
     kl = torch.stack([kl_divergence(full, logits, beta) for beta in (1.0, trial.beta)])
     return kl.view(2, -1, len(rows)).cpu().numpy()
 
 
-def _shares(
-    trial: Trial, both: np.ndarray, names: Sequence[str], rows: Tensor, question: str
-) -> dict[str, Any]:
-    """Readings between random sets and the best one, from KL `(2, R + n_sets, B, K)`.
-
-    Shares are of KL at the reference temperature: what guides a model does not depend on how sharp
-    its policy is.
-    """
+def _shares(trial: Trial, both: np.ndarray, names: list[str], rows: Tensor, question: str) -> dict:
+    """Readings between random sets and the best one, from KL `(2, R + n_sets, B, K)`."""
     best = both.min(axis=1) if question == "keep" else both.max(axis=1)  # (2, B, K)
     random = both[:, len(names) :].mean(axis=1)
     resampled = Resampled(len(rows), trial.generator("guide"))
@@ -153,10 +133,10 @@ def _shares(
         by_budget = [share(x, y) for x, y in zip(gained.T, per.T, strict=True)]
         overall = share(gained.sum(1), per.sum(1))
         shown[name] = means(both[:, i]) | {"by_budget": by_budget, "overall": overall}
-    ranked = [k for k in names if k != "recency" and shown[k]["overall"]["share"] is not None]
-    leading = max(ranked, key=lambda k: shown[k]["overall"]["share"], default=None)
-    beside = {}
-    if leading is not None:
+    overall = {name: one["overall"]["share"] for name, one in shown.items() if name != "recency"}
+    leading, beside = None, {}
+    if overall["attention"] is not None:  # then none is
+        leading = max(overall, key=overall.get)
         for one, other in ((leading, "attention"), ("attention", "recency")):
             beside[f"{one} - {other}"] = share((gains[one] - gains[other]).sum(1), per.sum(1))
     return {
@@ -171,14 +151,11 @@ def _shares(
 
 def best_head(guide: Mapping[str, Any] | None) -> str | None:
     """The method that keeps what the best single head ranks highest."""
-    if guide is None:
+    first = guide and guide["keep"]["renumbered"]
+    if first is None or first["best_reading"] is None:
         return None
-    shown = guide["keep"]["renumbered"]["readings"]
-    shares = {k: x["overall"]["share"] for k, x in shown.items() if " head " in k}
-    name = max(shares, key=lambda k: shares[k] or 0.0, default=None)
-    if name is None or shares[name] is None:
-        return None
-    return "head-{1}-{3}".format(*name.split())
+    shares = {k: x["overall"]["share"] for k, x in first["readings"].items() if " head " in k}
+    return "head-{1}-{3}".format(*max(shares, key=shares.get).split())
 
 
 def guide_text(guide: Mapping[str, Any]) -> str:
@@ -187,22 +164,18 @@ def guide_text(guide: Mapping[str, Any]) -> str:
     first = guide["keep"]["renumbered"]
     title, leading = "HOW FAR ATTENTION IS A GUIDE", first["best_reading"]
     if leading is None:
-        return (
-            f"{title}\nNot defined: random transitions do as well as the best ones that were found."
-        )
-    header = ["ranked by"]
-    header += [QUESTIONS[q] + (", in place" if p == "in place" else "") for q, p in shown]
-    table = [header]
+        why = "random transitions do as well as the best ones that were found"
+        return f"{title}\nNot defined: {why}."
+    header = [QUESTIONS[q] + (", in place" if p == "in place" else "") for q, p in shown]
+    table = [["ranked by", *header]]
     for name in dict.fromkeys((leading, "attention", "recency")):
         own = [guide[q][p]["readings"].get(name) for q, p in shown]
         table.append([name, *(_cell(x and x["overall"]) for x in own)])
-    n, sizes = len(first["samples"]), ", ".join(map(str, guide["keep"]["budgets"]))
-    n_drop = len(guide["drop"]["renumbered"]["samples"])
-    legend = (
-        f"share of the way from random sets (0%) to the best one found (100%), in KL at the "
-        f"reference temperature, over k = {sizes} [95% interval over {counted(n, 'decision')}, "
-        f"{n_drop} for dropping]"
-    )
+    n, n_drop = (len(guide[question]["renumbered"]["samples"]) for question in QUESTIONS)
+    sizes = ", ".join(map(str, guide["keep"]["budgets"]))
+    legend = "share of the way from random sets (0%) to the best one found (100%), in KL at the "
+    legend += f"reference temperature, over k = {sizes} [95% interval over "
+    legend += f"{counted(n, 'decision')}, {n_drop} for dropping]"
     legend += "; in place: not numbered anew" if ("keep", "in place") in shown else ""
     return "\n".join([title, wrap(_meaning(first, leading)), *aligned(table, [0]), wrap(legend)])
 
@@ -224,9 +197,8 @@ def _meaning(first: Mapping[str, Any], leading: str) -> str:
     else:
         text += f"; {latest}, which is not clearly different."
     if leading != "attention":
-        is_clear = over_attention["interval"][0] > 0
-        text += f" Ranking by {leading} goes {share[leading]:.0%}"
-        text += ", clearly more." if is_clear else ", not clearly more."
+        clearly = "clearly" if over_attention["interval"][0] > 0 else "not clearly"
+        text += f" Ranking by {leading} goes {share[leading]:.0%}, {clearly} more."
     return text
 
 

@@ -1,12 +1,12 @@
 """Decisions made again on compressed history: methods at a few sizes, beside random drops.
 
-    trial = Trial(agent, n_wanted=10, seed=0)
-    trial.controls()["empty"].flips
-    trial.curves(["recent", "top-k"], tqdm())["recent"][0].against_random
+    trial = Trial(agent, n_wanted=10, seed=0, bar=tqdm())    # the bar moves on by 1 a step
+    trial.curves(["recent", "top-k"])["recent"][0].against_random
 
 Axes: `B` decisions, `n` transitions before each, `D` draws of what is random (else 1), `A` actions.
 """
 
+import itertools
 import math
 import zlib
 from collections.abc import Sequence
@@ -42,8 +42,7 @@ LARGEST = 0.6  # of the context: beyond, little is saved
 class Effect:
     """What one way of compressing did to the actions of `B` decisions, in each of `D` draws.
 
-    KL is KL(full || compressed) of the action distributions, in nats. What is measured at the
-    reference temperature (see `sharpness`) does not depend on the policy's own.
+    KL is KL(full || compressed), in nats; of the reference temperature see `sharpness`.
     """
 
     n_keep: int  # transitions asked for
@@ -61,38 +60,9 @@ class Effect:
     draws: np.ndarray  # (D,) float64, mean KL of each draw there
     random: Self | None = None  # of as many drawn at random; None of these, and of controls
 
-    @classmethod
-    def of(
-        cls,
-        agent: Agent,
-        full: Tensor,
-        shorter: History,
-        n_keep: int,
-        beta: float = 1.0,
-        random: Self | None = None,
-    ) -> Self:
-        """What `D * B` compressed histories do, draw after draw, beside logits `(B, A)` on all.
-
-        `beta` takes them to the reference temperature.
-        """
-        logits, kept, size = act_in_parts(agent, shorter), shorter.counts, len(full)
-        full = full.repeat(len(logits) // size, 1)  # (D * B, A)
-        kl, reference = (kl_divergence(full, logits, x).cpu().numpy() for x in (1.0, beta))
-        flips = (full.argmax(-1) != logits.argmax(-1)).cpu().numpy()
-        changed = float(action_changes(full, logits, beta).mean())
-        by_draw = [x.reshape(-1, size).mean(axis=1) for x in (flips, kl, reference)]
-        bands = [np.percentile(x, BAND).tolist() if len(x) > 1 else None for x in by_draw[:2]]
-        counts = float(kept.double().mean()), int(kept.min()), int(kept.max())
-        means = float(flips.mean()), float(kl.mean()), float(np.percentile(kl, 95))
-        moved = changed, float(reference.mean()), by_draw[2]
-        return cls(n_keep, *counts, size, *means, *bands, *moved, random)
-
     @property
     def against_random(self) -> str | None:
-        """Whether `kl_reference` is "better" or "worse" than each random draw's, or "alike".
-
-        Better (worse) than all of 20 draws happens to a random choice once in 21 times.
-        """
+        """Whether "better" or "worse" than all random draws (by chance 1 in 21), or "alike"."""
         if self.random is None:
             return None
         signs = self._beside_draws
@@ -107,16 +77,15 @@ class Effect:
     @property
     def verdict(self) -> str:
         """Whether it is better than chance at its size, in a sentence."""
-        draws, n_draws = self.random.draws, len(self.random.draws)
-        if self.against_random == "better":
-            return f"Better than each of {n_draws} random draws."
+        n, n_less = len(self.random.draws), int((self._beside_draws <= 0).sum())
+        if n_less == 0:
+            return f"Better than each of {n} random draws."
         if self.against_random == "worse":
-            return f"Worse than each of {n_draws} random draws: here the pattern misleads."
-        if max(self.kl_reference, draws.max()) <= NOTHING:
+            return f"Worse than each of {n} random draws: here the pattern misleads."
+        if max(self.kl_reference, self.random.draws.max()) <= NOTHING:
             return "A random choice changes nothing either: at this size nothing is lost."
-        n_less = int((self._beside_draws <= 0).sum())
-        less = f"{n_less} of {n_draws} random draws moved the action distribution no more."
-        if n_less < n_draws / 2:
+        less = f"{n_less} of {n} random draws moved the action distribution no more."
+        if n_less < n / 2:
             return f"Not clearly better than random: {less}"
         return f"No better than random: {less} The pattern is no guide to what can go here."
 
@@ -142,10 +111,7 @@ class Resampled:
         self._weights = generator.multinomial(n_decisions, even, N_RESAMPLES) / n_decisions
 
     def interval(self, values: np.ndarray, per: np.ndarray | None = None) -> np.ndarray:
-        """Ends `(2, ...)` of the 95 % interval of the mean of `values (B, ...)`.
-
-        With `per` `(B, ...)`, of the ratio of both means; NaN where that is 0.
-        """
+        """95 % interval `(2, ...)` of the mean of `values (B, ...)`, over that of `per`; or NaN."""
         means = np.tensordot(self._weights, values, 1)
         if per is not None:
             per = np.tensordot(self._weights, per, 1)
@@ -154,20 +120,13 @@ class Resampled:
 
 
 def moved(full: Tensor, other: Tensor, resampled: Resampled, beta: float) -> dict[str, Any]:
-    """How far actions moved from logits `full` to `other` `(B, A)`, with intervals, plain values.
-
-    KL(full || other) in nats, flips, and the share of drawn actions that change at the reference
-    temperature, which `beta` gives.
-    """
-    measured = {
-        "kl": kl_divergence(full, other),
-        "flips": (full.argmax(-1) != other.argmax(-1)).double(),
-        "changed": action_changes(full, other, beta),
-    }
+    """`kl`, `flips` and `changed` as in an `Effect`, from logits `(B, A)`, with their intervals."""
+    kl, flips = kl_divergence(full, other), (full.argmax(-1) != other.argmax(-1)).double()
+    measured = {"kl": kl, "flips": flips, "changed": action_changes(full, other, beta)}
     found = {}
     for name, values in measured.items():
-        low, high = resampled.interval(values := values.cpu().numpy())
-        found |= {name: float(values.mean()), f"{name}_interval": [float(low), float(high)]}
+        interval = resampled.interval(values := values.cpu().numpy()).tolist()
+        found |= {name: float(values.mean()), f"{name}_interval": interval}
     return found
 
 
@@ -185,10 +144,9 @@ def kl_divergence(full: Tensor, other: Tensor, beta: float = 1.0) -> Tensor:
 
 
 def sharpness(full: Tensor) -> float:
-    """Factor that takes logits `(B, A)` to the reference temperature; 0: all actions are alike.
+    """Factor that takes logits `(B, A)` to the reference temperature: mean entropy half of `ln A`.
 
-    There the mean entropy is half of `ln A`: what is measured is the same for logits times any
-    number. Decisions without any preference, up to rounding, have no say.
+    Decisions without any preference, up to rounding, have no say; 0: none has one.
     """
     z = full.double()
     span = z.amax(-1) - z.amin(-1)
@@ -204,37 +162,23 @@ def sharpness(full: Tensor) -> float:
 
 
 def action_changes(full: Tensor, other: Tensor, beta: float) -> Tensor:
-    """Share of the actions drawn that have to change, from logits `(..., A)`: `(...)` float64.
-
-    The total variation of the two action distributions at the temperature that `beta` gives.
-    """
+    """Share of actions drawn that have to change (total variation), as `kl_divergence`."""
     p, q = ((logits.double() * beta).softmax(-1) for logits in (full, other))
     return (p - q).abs().sum(-1) / 2
 
 
 def enough(curve: Sequence[Effect]) -> int | None:
-    """Fewest transitions from which on actions stay as they are; None: more than measured.
-
-    Within `ENOUGH` nats at the reference temperature, with `ENOUGH_FLIPS` at most.
-    """
-    fewest = None
-    for one in reversed(curve):
-        if one.kl_reference > ENOUGH or one.flips > ENOUGH_FLIPS:
-            break
-        fewest = one.n_keep
-    return fewest
+    """Fewest transitions from which on no more than `ENOUGH` changes; None: none measured."""
+    well = (one.kl_reference <= ENOUGH and one.flips <= ENOUGH_FLIPS for one in reversed(curve))
+    n_well = sum(itertools.takewhile(bool, well))
+    return curve[-n_well].n_keep if n_well else None
 
 
 def budgets(n: int) -> list[int]:
     """Sizes at which methods are measured on `n` transitions: 1, 2, 5, 10, ... and 30 %."""
     ladder = {step * 10**power for power in range(len(str(n))) for step in (1, 2, 5)}
-    sizes = {size for size in ladder if size <= max(1, LARGEST * n)} | {share_of(n)}
+    sizes = {size for size in ladder if size <= max(1, LARGEST * n)} | {-(-n * TOP_PERCENT // 100)}
     return sorted(size for size in sizes if size < n)
-
-
-def share_of(n: int) -> int:
-    """30 % of `n`, rounded up, as "top-30" keeps."""
-    return -(-n * TOP_PERCENT // 100)
 
 
 def has_own_size(name: str) -> bool:
@@ -251,17 +195,14 @@ def spread(n_samples: int, n_wanted: int) -> list[int]:
 class Trial:
     """Decisions of an agent that are made again on compressed history.
 
-    `samples`: up to `n_wanted` of the length, above 0, that most have, so that they can share a
-    pass. Each method and size draws from a stream of its own: what else is measured changes
-    nothing.
+    Up to `n_wanted`, of the length that most have. Each method and size draws from its own stream.
     """
 
-    def __init__(self, agent: Agent, n_wanted: int, seed: int) -> None:
+    def __init__(self, agent: Agent, n_wanted: int, seed: int, bar: tqdm) -> None:
         lengths = ((i, agent.length(i)) for i in range(len(agent.decisions)))
-        groups = alike((i, n) for i, n in lengths if n)
-        most = max(groups, key=len)
+        most = max(alike((i, n) for i, n in lengths if n), key=len)
         self.samples = [most[i] for i in spread(len(most), n_wanted)]
-        self.agent, self.seed = agent, seed
+        self.agent, self.seed, self.bar = agent, seed, bar
         self.not_run: dict[str, str] = {}  # control or method -> why it could not be run
         history = agent.history(self.samples).latest(agent.n_max)
         self.n, self.full = history.n, agent.act(history)  # (B, A) action logits
@@ -276,23 +217,39 @@ class Trial:
         """Places `(R,)` of `n_wanted` of the decisions, evenly spaced; all where they are fewer."""
         return torch.tensor(spread(len(self.samples), n_wanted), device=self.history.device)
 
+    def generator(self, name: str, n_keep: int = 0) -> np.random.Generator:
+        """The random stream of something that is measured."""
+        return np.random.default_rng((self.seed, zlib.crc32(name.encode()), n_keep))
+
+    def effect(
+        self, full: Tensor, shorter: History, n_keep: int, random: Effect | None = None
+    ) -> Effect:
+        """What `D * B` shorter histories do, draw after draw, beside logits `(B, A)` on all."""
+        logits, kept, size = act_in_parts(self.agent, shorter), shorter.counts, len(full)
+        full = full.repeat(len(logits) // size, 1)  # (D * B, A)
+        kl, reference = (kl_divergence(full, logits, x).cpu().numpy() for x in (1.0, self.beta))
+        flips = (full.argmax(-1) != logits.argmax(-1)).cpu().numpy()
+        changed = float(action_changes(full, logits, self.beta).mean())
+        by_draw = [x.reshape(-1, size).mean(axis=1) for x in (flips, kl, reference)]
+        bands = [np.percentile(x, BAND).tolist() if len(x) > 1 else None for x in by_draw[:2]]
+        counts = float(kept.double().mean()), int(kept.min()), int(kept.max())
+        means = float(flips.mean()), float(kl.mean()), float(np.percentile(kl, 95))
+        moved = changed, float(reference.mean()), by_draw[2]
+        return Effect(n_keep, *counts, size, *means, *bands, *moved, random)
+
     def controls(self) -> dict[str, Effect]:
         """What another history does to the actions, or none, where the model can run on it."""
         controls = {}
         for name in ("empty", *(name for name, one in METHODS.items() if one.kind == "control")):
             try:
                 rows, changed = self.exchanged(name)
-                one = Effect.of(self.agent, self.full[rows], changed, changed.n, self.beta)
-                controls[name] = one
+                controls[name] = self.effect(self.full[rows], changed, changed.n)
             except UserError as error:  # not every model can act without history
                 self.not_run[name] = str(error)
         return controls
 
     def exchanged(self, name: str, some: Tensor | None = None) -> tuple[Tensor, History]:
-        """The decisions that a control can show something of, and their histories under it.
-
-        Of `some` of them (their places), by default all. UserError: there are none.
-        """
+        """Those of `some` decisions that a control can change, and changed; UserError: none."""
         history = self.history if some is None else self.history.rows(some)
         rows = torch.arange(history.size, device=history.device)
         if name == "shuffled-rewards":  # says nothing where all rewards are equal
@@ -303,10 +260,10 @@ class Trial:
             expect((tasks != tasks[0]).any(), "all decisions are of one task")
         return rows, METHODS[name].compress(history.rows(rows), 0, self.generator(name))
 
-    def curves(self, names: Sequence[str], bar: tqdm) -> dict[str, list[Effect]]:
-        """What methods, and "random" before them, do at `budgets(n)`, or at their own size.
+    def curves(self, names: Sequence[str]) -> dict[str, list[Effect]]:
+        """What methods, and "random" before them, do at `budgets(n)` or their own size.
 
-        `bar` moves on by 1 a size. UserError: the model cannot be run on less history.
+        UserError: the model cannot be run on less history.
         """
         curves = {name: [] for name in ("random", *names) if not has_own_size(name)}
         for n_keep in budgets(self.n):
@@ -315,36 +272,26 @@ class Trial:
                 history = self._drawn(DRAWN.get(name, 1))
                 shorter = METHODS[name].compress(history, n_keep, self.generator(name, n_keep))
                 try:
-                    one = Effect.of(self.agent, self.full, shorter, n_keep, self.beta, random)
+                    curves[name].append(self.effect(self.full, shorter, n_keep, random))
                 except UserError as error:  # means of states may be none that the model knows
                     if METHODS[name].kind != "merge":
                         raise
                     self.not_run[name] = str(error)
                     del curves[name]
-                else:
-                    curves[name].append(one)
                 random = curves["random"][-1]
-            bar.update()
+            self.bar.update()
         for name in filter(has_own_size, names if self.n > 1 else ()):
+            shorter = METHODS[name].compress(self.history, self.n - 1)
+            history, generator = self._drawn(N_DRAWS), self.generator(f"random as {name}")
+            ranks = uniform(generator, history.rewards.shape, history.device).argsort(1).argsort(1)
+            as_many = history.take(keep_where(ranks < shorter.counts.repeat(N_DRAWS)[:, None]))
             try:
-                curves[name] = [self._at_own_size(name)]
+                random = self.effect(self.full, as_many, self.n - 1)
+                curves[name] = [self.effect(self.full, shorter, self.n - 1, random)]
             except UserError as error:  # it may keep nothing of some history
                 self.not_run[name] = str(error)
-            bar.update()
+            self.bar.update()
         return curves
-
-    def _at_own_size(self, name: str) -> Effect:
-        n_keep = self.n - 1
-        shorter = METHODS[name].compress(self.history, n_keep)
-        history, generator = self._drawn(N_DRAWS), self.generator(f"random as {name}")
-        ranks = uniform(generator, history.rewards.shape, history.device).argsort(1).argsort(1)
-        as_many = history.take(keep_where(ranks < shorter.counts.repeat(N_DRAWS)[:, None]))
-        random = Effect.of(self.agent, self.full, as_many, n_keep, self.beta)
-        return Effect.of(self.agent, self.full, shorter, n_keep, self.beta, random)
-
-    def generator(self, name: str, n_keep: int = 0) -> np.random.Generator:
-        """The random stream of something that is measured."""
-        return np.random.default_rng((self.seed, zlib.crc32(name.encode()), n_keep))
 
     def _drawn(self, n_draws: int) -> History:
         """Every decision `n_draws` times, draw after draw."""

@@ -6,7 +6,6 @@ insights = effects.attached(insights)                              # a line for 
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -15,8 +14,7 @@ from historylens.common.text import aligned, counted, wrap
 from historylens.compression import METHODS
 from historylens.effects import measure
 from historylens.effects.guide import guide_text
-from historylens.effects.heads import heads_text
-from historylens.effects.knockout import copied, knockout_text
+from historylens.effects.inside import copied, heads_text, knockout_text
 from historylens.effects.measure import UNMOVED, Effect, budgets, has_own_size, nats
 from historylens.insights import Insight
 from historylens.insights.patterns import PATTERNS
@@ -24,12 +22,8 @@ from historylens.insights.patterns import PATTERNS
 UNMOVED_EMPTY = 0.3  # as UNMOVED, without history: lack of tokens alone moves some
 AS_CHANCE = 0.9  # of the flips of decisions drawn anew: as many are not nothing, whatever twins do
 WORST = "least-attended"
-PHRASES = {
-    "recent": "the latest {}",
-    "even": "{} evenly spaced {}",
-    "top-k": "the {} most attended",
-    "top-30": "the {} most attended",
-}
+PHRASES = {"recent": "the latest {}", "even": "{} evenly spaced {}"}
+PHRASES |= dict.fromkeys(("top-k", "top-30"), "the {} most attended")
 CONTROL_WORDS = {
     "empty": "no history at all",
     "other-task": "another task's history",
@@ -52,14 +46,17 @@ class MeasuredEffects:
     controls: Mapping[str, Effect] = field(default_factory=dict)  # of those that could be run
     not_run: Mapping[str, str] = field(default_factory=dict)  # control, method -> why it was not
     beta: float = 1.0  # takes logits to the reference temperature
+    n_actions: int = 2
     # Method -> effects at `budgets(n)`, "random" among them; of one that keeps as many as it needs,
     # the one effect of that. Empty where the history is ignored.
     curves: Mapping[str, Sequence[Effect]] = field(default_factory=dict)
     guide: Mapping[str, Any] | None = None  # as `measure_guide` gives it
     heads: Mapping[str, Any] | None = None  # as `measure_heads` gives it
     knockout: Mapping[str, Any] | None = None  # as `measure_knockout` gives it
-    n_actions: int = 2
     twins: Sequence[float] = ()  # `changed` by the main control in each; empty: none was run
+
+    def _decisions(self) -> str:
+        return counted(len(self.samples), "decision")
 
     @property
     def main_control(self) -> str:
@@ -67,27 +64,20 @@ class MeasuredEffects:
         return next(name for name in ("other-task", *CONTROL_WORDS) if name in self.controls)
 
     @property
-    def limits(self) -> dict[str, float]:
-        """Control -> the share of actions of which no more may change to count as nothing.
-
-        Without history more do, for want of tokens, where those of another task change none.
-        """
-        empty = UNMOVED_EMPTY if "other-task" in self.controls else UNMOVED
-        return dict.fromkeys(self.controls, UNMOVED) | {"empty": empty}
+    def unmoved_empty(self) -> float:
+        """The share of actions that may change without history, for want of tokens."""
+        return UNMOVED_EMPTY if "other-task" in self.controls else UNMOVED
 
     @property
     def unmoved(self) -> bool:
         """Whether the history can be exchanged or left out and hardly any action changes."""
-        return bool(self.controls) and all(
-            max(one.changed, one.flips) <= self.limits[name] for name, one in self.controls.items()
-        )
+        most = dict.fromkeys(self.controls, UNMOVED) | {"empty": self.unmoved_empty}
+        each = [max(one.changed, one.flips) <= most[name] for name, one in self.controls.items()]
+        return bool(each) and all(each)
 
     @property
     def ignores_history(self) -> bool:
-        """Whether hardly any action changes, or no more than in a twin with shuffled weights.
-
-        Flips as frequent as among decisions drawn anew are no neglect, whatever twins do.
-        """
+        """Whether hardly any action changes, or no more than in a twin and less than by chance."""
         if not self.twins:
             return self.unmoved
         one, chance = self.controls[self.main_control], 1 - 1 / self.n_actions
@@ -128,7 +118,7 @@ class MeasuredEffects:
                 "enough_nats": measure.ENOUGH,
                 "enough_flips": measure.ENOUGH_FLIPS,
                 "unmoved": UNMOVED,
-                "unmoved_empty": self.limits["empty"],
+                "unmoved_empty": self.unmoved_empty,
             },
             "definitions": {
                 "flips": "share of decisions whose most likely action changes",
@@ -166,24 +156,21 @@ class MeasuredEffects:
     @property
     def heads_picture(self) -> dict[str, Any] | None:
         """Arguments of `headplot.head_effects`; None where there is nothing to draw."""
-        if not self.heads or not self.heads["heads"]:
+        if not self.heads:
             return None
         return {"heads": self.heads["heads"], "n_decisions": len(self.heads["samples"])}
 
     def attached(self, insights: Sequence[Insight]) -> list[Insight]:
         """Insights with what their advice did: on the last one of each pattern, for all of it."""
-        attached = list(insights)
         last = {insight.pattern: place for place, insight in enumerate(insights) if self.samples}
-        for pattern, place in last.items():
-            attached[place] = replace(attached[place], effect=self.line(pattern))
-        return attached
+        lines = {place: self.line(pattern) for pattern, place in last.items()}
+        return [replace(one, effect=lines.get(place)) for place, one in enumerate(insights)]
 
     def line(self, pattern: str) -> str:
         """What the advice of a pattern does to the action, beside random and worst choices."""
         if self.ignores_history:
-            return f"{self._ignored} (numbers below)."
-        name, wanted = PATTERNS[pattern].headline
-        most = measure.share_of(self.n) if wanted is None else wanted
+            return f"{self._ignored()} (numbers below)."
+        name, most = PATTERNS[pattern].headline
         n_keep = max((size for size in budgets(self.n) if size <= most), default=0)
         effect = self.at(name, n_keep)
         if effect is None:
@@ -200,12 +187,10 @@ class MeasuredEffects:
     def _beside_random(self, name: str, effect: Effect) -> str:
         random, kept, worst = effect.random, effect.kept, self.at(WORST, round(effect.kept_mean))
         ones = "one" if kept == "1" else "ones"
-        text = (
-            f"Keeping {PHRASES[name].format(kept, ones)} of {self.n} transitions changes the most "
-            f"likely action in {effect.flips:.0%} of {counted(len(self.samples), 'decision')} "
-            f"(KL {nats(effect.kl_mean)} nats, 95th percentile {nats(effect.kl_p95)}); {kept} "
-            f"random {ones}: {random}"
-        )
+        text = f"Keeping {PHRASES[name].format(kept, ones)} of {self.n} transitions changes the "
+        text += f"most likely action in {effect.flips:.0%} of {self._decisions()} (KL "
+        text += f"{nats(effect.kl_mean)} nats, 95th percentile {nats(effect.kl_p95)}); {kept} "
+        text += f"random {ones}: {random}"
         return text if worst is None else f"{text}; the {kept} least attended: {worst}"
 
     def _nothing(self, name: str) -> str:
@@ -213,36 +198,27 @@ class MeasuredEffects:
         if name in self.not_run:
             return f"Not measured: {self.not_run[name]}."
         text = f"With {counted(self.n, 'transition')} there is nothing to choose from"
-        if "empty" in self.controls:
-            empty = self.controls["empty"]
+        if empty := self.controls.get("empty"):
             text += f"; dropping all history changes the most likely action in {empty}"
         return f"{text}."
 
-    @property
     def _ignored(self) -> str:
-        decisions = counted(len(self.samples), "decision")
         why = "the model ignores its history"
         if not self.unmoved:
             words = CONTROL_WORDS | {"empty": "the lack of any history"}
-            given = words[self.main_control]
-            why = f"{given} moves the model no more than an untrained one"
-        return f"No compression can be judged: over {decisions} {why}"
+            why = f"{words[self.main_control]} moves the model no more than an untrained one"
+        return f"No compression can be judged: over {self._decisions()} {why}"
 
-    @property
     def _proof(self) -> str:
-        """What each control does, and what the verdict rests on."""
-        text = "; ".join(f"{CONTROL_WORDS[name]} {one}" for name, one in self.controls.items())
+        """What the verdict that the history is ignored rests on."""
         words, changed = CONTROL_WORDS[self.main_control], self.controls[self.main_control].changed
-        text += f". Of actions drawn at a reference temperature {words} changes {changed:.0%}"
+        text = f"Of actions drawn at a reference temperature {words} changes {changed:.0%}"
         if self.unmoved:
-            empty = self.limits["empty"]
+            empty = self.unmoved_empty
             more = f", {empty:.0%} without history" if empty > UNMOVED else ""
             return f"{text}: {UNMOVED:.0%} count as nothing{more}."
-        if self.twins:
-            low, high = min(self.twins), max(self.twins)
-            text += f", and {low:.0%} to {high:.0%} in {len(self.twins)} models with these weights "
-            text += "shuffled" + (": untrained ones move as much" if changed <= high else "")
-        return f"{text}."
+        text += f", and {min(self.twins):.0%} to {max(self.twins):.0%} in {len(self.twins)} models "
+        return text + "with these weights shuffled: untrained ones move as much."
 
     @property
     def text(self) -> str:
@@ -250,15 +226,13 @@ class MeasuredEffects:
         title = "EFFECT OF DROPPING HISTORY"
         if not self.samples:
             return "" if self.reason is None else wrap(f"{title}: {self.reason}")
-        about = f"{counted(len(self.samples), 'decision')}, {counted(self.n, 'transition')} each"
-        lines = [f"{title} ({about})"]
+        lines = [f"{title} ({self._decisions()}, {counted(self.n, 'transition')} each)"]
+        said = "; ".join(f"{CONTROL_WORDS[name]} {one}" for name, one in self.controls.items())
         if self.ignores_history:
-            lines.append(wrap(f"{self._ignored}: {self._proof}"))
+            lines.append(wrap(f"{self._ignored()}: {said}. {self._proof()}"))
         else:
-            lines += self._tables()
-            if self.controls:
-                said = "; ".join(f"{CONTROL_WORDS[k]} {one}" for k, one in self.controls.items())
-                lines.append(wrap(f"For comparison: {said}."))
+            lines += self._tables() if budgets(self.n) else []
+            lines += [wrap(f"For comparison: {said}.")] if said else []
         for name, reason in self.not_run.items():
             text = f"{CONTROL_WORDS.get(name, name)}: could not be run, {reason}."
             lines.append(wrap(text, "", "  "))
@@ -270,28 +244,25 @@ class MeasuredEffects:
 
     def _tables(self) -> list[str]:
         """Flips by transitions kept, a line a method, least harmful first; then own sizes."""
-        rows, own_sizes, sizes = [], [], budgets(self.n)
+        sizes, own_sizes, harm = budgets(self.n), [], {}
         for name, curve in self.curves.items():
             if has_own_size(name):
-                own = curve[0]
+                (own,) = curve
                 kept = f"{own.kept} ({own.kept_min} to {own.kept_max})"
                 text = f"{name} keeps {kept}: {own}; as many random ones {own.random}"
                 own_sizes.append(wrap(text, "", "  "))
-            elif sizes:
+            else:
+                harm[name] = np.mean([one.kl_reference for one in curve])
+        ranked = sorted(harm, key=harm.get)
+        others = [name for name in ranked if name not in ("random", WORST)]
+        table = [("kept", *map(str, sizes), "enough")]
+        for name in ranked:
+            if name not in others[N_SHOWN:]:
+                curve = self.curves[name]
                 cells = [f"{one.flips:.0%}{MARKS[one.against_random]}" for one in curve]
-                row = (name, *cells, str(measure.enough(curve) or f"> {sizes[-1]}"))
-                rows.append((np.mean([one.kl_reference for one in curve]), row))
-        if not sizes:
-            return own_sizes
-        rows = [row for _, row in sorted(rows, key=itemgetter(0))]
-        others = [row for row in rows if row[0] not in ("random", WORST)]
-        shown = {row[0] for row in others[:N_SHOWN]} | {"random", WORST}
-        rows = [row for row in rows if row[0] in shown]
-        legend = (
-            f"decisions whose action changes; {len(others[:N_SHOWN])} of {len(others)} methods; "
-            f"+ (-): KL below (above) {measure.N_DRAWS} random draws; enough: fewest from which on "
-            f"KL <= {measure.ENOUGH}, at a reference temperature, and changes <= "
-            f"{measure.ENOUGH_FLIPS:.0%}"
-        )
-        table = aligned([("kept", *map(str, sizes), "enough"), *rows], left=[0])
-        return [*table, wrap(legend), *own_sizes]
+                table.append((name, *cells, str(measure.enough(curve) or f"> {sizes[-1]}")))
+        legend = f"decisions whose action changes; {len(others[:N_SHOWN])} of {len(others)} methods"
+        legend += f"; + (-): KL below (above) {measure.N_DRAWS} random draws; enough: fewest from "
+        legend += f"which on KL <= {measure.ENOUGH}, at a reference temperature, and changes <= "
+        legend += f"{measure.ENOUGH_FLIPS:.0%}"
+        return [*aligned(table, left=[0]), wrap(legend), *own_sizes]

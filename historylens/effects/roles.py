@@ -4,22 +4,18 @@
     role.name, role.text             # "rewarded", "83% on rewarded transitions, evenly 21%"
 
 A head counts as a mixture of the readings in `ROLES`, each even over its own tokens. Their parts
-make the rows likeliest (by expectation maximisation: Dempster, Laird and Rubin 1977), so that
-tokens of several kinds count for what explains all decisions: of two readings that hold as much for
-the narrower one, unless what only the other has is read as well. The rules:
-
-- a role has a part of at least `MAIN` of all attention; "uniform" an entropy over transitions of
-  `EVENNESS` of that of even reading, too. A head without any is "mixed";
-- of readings with the same tokens in all decisions only the first in `ROLES` counts; where they
-  are nearly the same, noise can halve them between two roles: "mixed", and both are said;
-- where no role has that part, "same state" has that of "same state and action" as well;
-- in a decision where a reading has no tokens, or nearly all, its part is left to sink and uniform.
+make the rows likeliest (by expectation maximisation: Dempster, Laird and Rubin 1977). A role has a
+part of at least `MAIN`; "uniform" an entropy of `EVENNESS` of that of even reading, too. A head
+without any is "mixed". Of readings with the same tokens in all decisions only the first in `ROLES`
+counts. Where no role has that part, "same state" has that of "same state and action" as well. Where
+a reading has no tokens, or nearly all, its part is left to sink and uniform.
 
 Axes: `B` decisions, `H` heads, `T` tokens, `n` transitions, `C` readings, `U` sets of like tokens.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -40,9 +36,7 @@ class Role:
     """What a head reads, in figures that are means over the decisions that have such tokens."""
 
     name: str  # of `ROLES`, or "mixed", whose figures are those of its largest part
-    # Attention on its tokens, of all. Of "uniform" the entropy over transitions, of that of even
-    # reading.
-    share: float
+    share: float  # of all attention; of "uniform" the entropy, of that of even reading
     even: float  # the same of uniform attention
     part: float  # of the mixture, the figure that fired
     text: str  # share and even in words
@@ -78,23 +72,17 @@ class Keys:
         return self.history & (self.transition == first) & ~self.latest(self.n)
 
     def starts(self) -> np.ndarray:
-        """Those of the first transition of each episode.
-
-        Of the oldest in view only if that episode seems whole: there are others, none is longer.
-        """
+        """Those of the first transition of each episode; of the oldest if no other is longer."""
         starts = np.diff(self.episodes, axis=1, prepend=self.episodes[:, :1]) != 0
         lengths = [np.unique(episodes, return_counts=True)[1] for episodes in self.episodes]
         starts[:, 0] = [len(one) > 1 and one[0] == one.max() for one in lengths]
         return self.of(starts)
 
     def following(self) -> list[np.ndarray]:
-        """Those after a token that holds this state, and those of the next transition.
-
-        A state is held by the token named so, or the first of its transition. The last reading is
-        without what is of this state again, as in a cell in which the agent stays.
-        """
+        """Those after a token that holds this state, of the next transition, and if of another."""
         found = np.zeros_like(self.visible)
         for here, same, one in zip(found, self.same, self.tokens, strict=True):
+            # The token named so, or the first of its transition, holds its state.
             other = ["state" not in name and "obs" not in name for name in one.part]
             order = np.lexsort((other, one.transition))
             holds = order[np.searchsorted(one.transition[order], range(self.n))]  # (n,)
@@ -120,21 +108,14 @@ ROLES: dict[str, tuple[str, Callable[[Keys], list[np.ndarray]]]] = {
 
 
 def roles_of(
-    rows: np.ndarray,
-    visible: np.ndarray,
-    tokens: Sequence[Tokens],
-    history: History,
-    actions: np.ndarray,
+    rows: np.ndarray, visible: np.ndarray, tokens: Sequence[Tokens], history: History, actions: Any
 ) -> list[Role]:
-    """A role for each of `H` heads; without any transition all are "sink".
+    """A role for each of `H` heads, from attention rows of the query token `(B, H, T)`.
 
-    `rows (B, H, T)` are attention rows of the query token; what one lacks to 1 lies on keys that
-    are no tokens (learned sinks), and counts as on the query token. `visible (B, T)` bool: keys
-    that the mask lets the query see. `tokens` are a map each of the `B` decisions, `history` is
-    without padding, and `actions (B,)` int are the most likely ones now.
+    What one lacks to 1 lies on keys that are no tokens (learned sinks), and counts as on the query
+    token. `visible (B, T)` bool: keys that the mask lets the query see. `history` is without
+    padding; `actions (B,)` int are the most likely ones now.
     """
-    if not history.n:
-        return [Role("sink", 1.0, 1.0, 1.0, "100% on its own token")] * rows.shape[1]
     rows = np.append(rows, uniform_rows(visible)[:, None], axis=1)  # (B, H + 1, T)
     rows[range(len(rows)), :, [one.decides for one in tokens]] += np.clip(1 - rows.sum(-1), 0, 1)
     keys = Keys(visible, tokens, history, actions)
@@ -158,15 +139,14 @@ def _role(part: np.ndarray, share: np.ndarray, even: np.ndarray) -> Role:
     most, second = np.argsort(-part, kind="stable")[:2]
     texts = [f"{share[i]:.0%} {ROLES[names[i]][0]}, evenly {even[i]:.0%}" for i in (most, second)]
     fires = part[most] >= MAIN and (names[most] != "uniform" or share[most] >= EVENNESS)
-    figures = (float(figure[most]) for figure in (share, even, part))
-    text = texts[0] if fires else "; ".join(texts)
-    return Role(names[most] if fires else "mixed", *figures, text)
+    name, text = (names[most], texts[0]) if fires else ("mixed", "; ".join(texts))
+    return Role(name, float(share[most]), float(even[most]), float(part[most]), text)
 
 
 def _fit(rows: np.ndarray, masks: np.ndarray, rests: np.ndarray) -> np.ndarray:
-    """Parts `(H, C)` of readings, masks `(C, B, T)`, in rows `(B, H, T)`.
+    """Parts `(H, C)` of masks `(C, B, T)`, the last of all keys, in rows `(B, H, T)`.
 
-    Those that rest, `(C,)` bool, share in every decision what others leave; the last sees all keys.
+    Those that rest, `(C,)` bool, share in every decision what others leave.
     """
     sizes = masks.sum(-1)  # (C, B)
     says = (sizes > 0) & (rests[:, None] | (sizes < NEARLY_ALL * sizes[-1]))

@@ -1,10 +1,9 @@
 """Numbers -> patterns -> advice: what attention suggests about compressing history.
 
-Four rules with absolute thresholds on the head-averaged attention rows. Each insight says where the
-length of the context makes them mislead; none proves anything, only dropping the history does.
-
     for insight in find_patterns(metrics):
         print(insight.headline, insight.evidence, insight.caveat or "")
+
+Four rules with absolute thresholds. None proves anything: only dropping the history does.
 """
 
 from dataclasses import dataclass
@@ -38,17 +37,10 @@ def scopes(metrics: Metrics) -> list[Scope]:
     """All layers together first, then every layer, whose values are views of the first's."""
     n_layers, source = len(metrics.layers), counted(metrics.n_samples, "sample")
     values = {name: metrics.of(name) for name in NAMES}  # (L, S) each
-    uniform = {name: metrics.of_uniform(name) for name in NAMES}
-    n = metrics.n_context
-    overall = Scope(
-        None,
-        {name: each.ravel() for name, each in values.items()},
-        {name: np.tile(each, n_layers) for name, each in uniform.items()},
-        np.tile(n, n_layers),
-        f"{source} x {counted(n_layers, 'layer')}",
-    )
+    rest = {name: metrics.of_uniform(name) for name in NAMES}, metrics.n_context
+    overall = Scope(None, values, *rest, f"{source} x {counted(n_layers, 'layer')}")
     return [overall] + [
-        Scope(layer, {name: each[place] for name, each in values.items()}, uniform, n, source)
+        Scope(layer, {name: each[place] for name, each in values.items()}, *rest, source)
         for place, layer in enumerate(metrics.layers)
     ]
 
@@ -92,39 +84,31 @@ def _insight(name: str, scope: Scope, more: str = "") -> Insight:
 
 def _sharpest_head(metrics: Metrics) -> str:
     """A sentence where the head average hides a head that picks from the history."""
-    shares, n = [], np.maximum(metrics.n_context, 1)
-    for place, layer in enumerate(metrics.layers):
-        values = metrics.of_heads("effective_tokens", place)
-        for head, own in zip(metrics.heads[place], values.T, strict=True):
-            shares.append((float((own / n).mean()), layer, head, float(own.mean())))
-    share, layer, head, tokens = min(shares)
-    if share >= BROAD_SHARE:
+    tokens = metrics.values[:, :, :-1, NAMES.index("effective_tokens")]  # (S, L, H)
+    shares = (tokens / np.maximum(metrics.n_context, 1)[:, None, None]).mean(0)
+    place, i = np.unravel_index(np.nanargmin(shares), shares.shape)
+    if shares[place, i] >= BROAD_SHARE:
         return ""
-    return f" Single heads are sharper: head {head} of layer {layer} reads {tokens:.1f} in effect."
+    where = f"head {metrics.heads[place][i]} of layer {metrics.layers[place]}"
+    return f" Single heads are sharper: {where} reads {tokens[:, place, i].mean():.1f} in effect."
 
 
 def remarks(metrics: Metrics) -> list[str]:
     """What the rules cannot say at this context length, or miss: one sentence each."""
     overall = scopes(metrics)[0]
     entropy, is_uniform = verdicts(overall)["uniform"]
-    even = float(overall.uniform["entropy"].mean())
+    even, text = float(overall.uniform["entropy"].mean()), ""
     if overall.n.max() == 0:
-        return ["Without a history there is nothing to read but the query itself."]
-    if overall.n.max() == 1:
-        return [
-            "With one context token there is nothing to choose from: the recent/distant ratio is 1 "
-            "and the entropy below 0.37 nats whatever the model does."
-        ]
-    if not is_uniform and even <= UNIFORM_ENTROPY:
+        text = "Without a history there is nothing to read but the query itself."
+    elif overall.n.max() == 1:
+        text = "With one context token there is nothing to choose from: the recent/distant ratio "
+        text += "is 1 and the entropy below 0.37 nats whatever the model does."
+    elif not is_uniform and even <= UNIFORM_ENTROPY:
         spread = "broad" if overall.is_broad else "narrow"
-        return [
-            f"Uniform attention cannot be recognised by its threshold at {overall.length}: reading "
-            f"every token equally gives an entropy of {even:.2f} nats, not above "
-            f"{UNIFORM_ENTROPY}. For its length attention is {spread}: {overall.normalised}."
-        ]
-    if not is_uniform and overall.is_broad:
-        return [
-            f"The entropy of {entropy:.2f} nats is not above {UNIFORM_ENTROPY}, yet what the model "
-            f"gives to its history is spread broadly: {overall.normalised}."
-        ]
-    return []
+        text = f"Uniform attention cannot be recognised by its threshold at {overall.length}: "
+        text += f"reading every token equally gives an entropy of {even:.2f} nats, not above "
+        text += f"{UNIFORM_ENTROPY}. For its length attention is {spread}: {overall.normalised}."
+    elif not is_uniform and overall.is_broad:
+        text = f"The entropy of {entropy:.2f} nats is not above {UNIFORM_ENTROPY}, yet what the "
+        text += f"model gives to its history is spread broadly: {overall.normalised}."
+    return [text] if text else []

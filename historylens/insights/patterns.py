@@ -1,8 +1,6 @@
 """The one table of patterns: what each looks at, says, advises, and has measured.
 
-    evidence, measured, caveat, by_rule_only = PATTERNS["recency"].read(scope)
-
-A `Scope` is what such a statement is about: the attention rows of one layer, or of all of them.
+evidence, measured, caveat, by_rule_only = PATTERNS["recency"].read(scope)
 """
 
 from collections.abc import Callable, Mapping
@@ -25,12 +23,12 @@ FAINT_MASS = 0.05  # below this weight on the whole context the history is hardl
 
 @dataclass(frozen=True)
 class Scope:
-    """The `K` attention rows that a statement is about: one layer's, or those of all layers."""
+    """The attention rows that a statement is about: one layer's `(S,)`, or all layers' `(L, S)`."""
 
     layer: int | None  # its number; None for all
-    values: dict[str, np.ndarray]  # name -> (K,), metrics of the head-averaged rows
-    uniform: dict[str, np.ndarray]  # name -> (K,), the same under uniform attention
-    n: np.ndarray  # (K,), context tokens
+    values: dict[str, np.ndarray]  # name -> metrics of the head-averaged rows
+    uniform: dict[str, np.ndarray]  # name -> (S,), the same under uniform attention
+    n: np.ndarray  # (S,), context tokens
     source: str  # where the rows come from, in words
 
     def mean(self, name: str) -> float:
@@ -39,7 +37,7 @@ class Scope:
 
     @property
     def context_mass(self) -> np.ndarray:
-        """`(K,)`: weight on the whole context."""
+        """Weight on the whole context, of each row."""
         return self.values["mean_context_attention"] * self.n
 
     @property
@@ -50,8 +48,7 @@ class Scope:
     @property
     def length(self) -> str:
         """`n` in words."""
-        low, high = int(self.n.min()), int(self.n.max())
-        return f"n = {low}" if low == high else f"n = {low} to {high}"
+        return "n = " + " to ".join(f"{n}" for n in dict.fromkeys((self.n.min(), self.n.max())))
 
     @property
     def normalised(self) -> str:
@@ -63,13 +60,12 @@ class Scope:
 
 
 def is_sparse(values: Mapping[str, np.ndarray]) -> np.ndarray:
-    """Rows `(K,)` with 1 to 5 positions above 0.1 that hold at least half of the context mass."""
+    """Rows with 1 to 5 positions above 0.1 that hold at least half of the context mass."""
     held = values["strong_share"] >= SPARSE_MASS - TOLERANCE  # so there is one
     return (values["strong_positions"] <= SPARSE_POSITIONS) & held
 
 
-# What a pattern reads off a scope where its rule holds: the evidence, the numbers in it, where the
-# rule misleads, if it does, and whether the length-normalised figures then say otherwise.
+# Evidence, its numbers, where the rule misleads, and whether the figures for the length contradict.
 Reading = tuple[str, dict[str, float], str | None, bool]
 
 
@@ -79,47 +75,38 @@ def _recency(scope: Scope) -> Reading:
     last = scope.values["mass_last_quarter"]
     held = float(np.divide(last, mass, out=np.zeros_like(mass), where=mass > 0).mean())
     even = float((scope.uniform["mass_last_quarter"] * (1 + 1 / np.maximum(scope.n, 1))).mean())
-    evidence = (
-        f"The median recent/distant ratio is {cap(median)} (mean {cap(mean)}), above "
-        f"{RECENCY_RATIO}: the last quarter of the context holds {held:.0%} of the attention on "
-        f"history, evenly {even:.0%}."
-    )
+    evidence = f"The median recent/distant ratio is {cap(median)} (mean {cap(mean)}), above "
+    evidence += f"{RECENCY_RATIO}: the last quarter of the context holds {held:.0%} of the "
+    evidence += f"attention on history, evenly {even:.0%}."
     measured = {"median_ratio": median, "mean_ratio": mean, "last_quarter_share": held}
-    measured["threshold"] = RECENCY_RATIO
     caveat = None
     if held < even:
-        caveat = (
-            f"Both quarters are faint: the ratio compares small numbers, and the last quarter "
-            f"holds only {held:.0%} of the attention on history. Most of it lies elsewhere."
-        )
+        caveat = "Both quarters are faint: the ratio compares small numbers, and the last quarter "
+        caveat += f"holds only {held:.0%} of the attention on history. Most of it lies elsewhere."
     elif scope.n.max() < 4:
-        caveat = (
-            f"At {scope.length} a quarter is one token: the ratio only compares the latest "
-            "transition with the first."
-        )
-    return evidence, measured, caveat, held < even
+        caveat = f"At {scope.length} a quarter is one token: the ratio only compares the latest "
+        caveat += "transition with the first."
+    return evidence, measured | {"threshold": RECENCY_RATIO}, caveat, held < even
 
 
 def _entropy(side: str, threshold: float, scope: Scope) -> tuple[str, dict[str, float]]:
     """Evidence of an entropy below or above a threshold, and the numbers in it."""
     names = ("entropy", "normalised_entropy", "effective_tokens", "tokens_for_90_percent")
     measured = {name: scope.mean(name) for name in names} | {"threshold": threshold}
-    evidence = (
-        f"The mean entropy is {measured['entropy']:.2f} nats, {side} {threshold}: in effect "
-        f"{measured['effective_tokens']:.1f} of {scope.n.mean():.0f} tokens are read, and "
-        f"{measured['tokens_for_90_percent']:.1f} tokens hold 90% of the attention on history."
-    )
-    return evidence, measured
+    entropy, _, read, most, _ = measured.values()
+    evidence = f"The mean entropy is {entropy:.2f} nats, {side} {threshold}: in effect {read:.1f} "
+    evidence += f"of {scope.n.mean():.0f} tokens are read, and {most:.1f} tokens hold 90% of the "
+    return evidence + "attention on history.", measured
 
 
 def _uniform(scope: Scope) -> Reading:
-    caveat = (
-        f"Entropy > {UNIFORM_ENTROPY} nats calls this uniform, but over {scope.length} tokens it "
-        f"is {scope.normalised}: the model effectively reads "
-        f"{scope.mean('effective_tokens'):.1f} tokens, so it does pick from its history."
-    )
-    is_broad = scope.is_broad
-    return *_entropy("above", UNIFORM_ENTROPY, scope), None if is_broad else caveat, not is_broad
+    evidence, measured = _entropy("above", UNIFORM_ENTROPY, scope)
+    if scope.is_broad:
+        return evidence, measured, None, False
+    read = scope.mean("effective_tokens")
+    caveat = f"Entropy > {UNIFORM_ENTROPY} nats calls this uniform, but over {scope.length} tokens "
+    caveat += f"it is {scope.normalised}: the model effectively reads {read:.1f} tokens, so it "
+    return evidence, measured, caveat + "does pick from its history.", True
 
 
 def _focused(scope: Scope) -> Reading:
@@ -128,28 +115,20 @@ def _focused(scope: Scope) -> Reading:
     alone = float(np.log(np.maximum(scope.values["effective_tokens"], 1)).mean())
     caveat = None
     if mass < FAINT_MASS:
-        caveat = (
-            f"The query keeps {1 - mass:.1%} of its attention on itself: the entropy is low "
-            "because the history is hardly read here, not because the model picks from it."
-        )
+        caveat = f"The query keeps {1 - mass:.1%} of its attention on itself: the entropy is low "
+        caveat += "because the history is hardly read here, not because the model picks from it."
     elif even < FOCUSED_ENTROPY:
-        spread = "read broadly" if scope.is_broad else "read selectively"
-        caveat = (
-            f"The threshold cannot discriminate at {scope.length}: even uniform attention has an "
-            f"entropy of {even:.2f} nats. For its length the history is {spread}: "
-            f"{scope.normalised}."
-        )
+        spread = "broadly" if scope.is_broad else "selectively"
+        caveat = f"The threshold cannot discriminate at {scope.length}: even uniform attention has "
+        caveat += f"an entropy of {even:.2f} nats. For its length the history is read {spread}: "
+        caveat += f"{scope.normalised}."
     elif alone >= FOCUSED_ENTROPY:
-        caveat = (
-            f"Only {mass:.0%} of the attention lies on history. That part alone has an entropy of "
-            f"{alone:.2f} nats, not below {FOCUSED_ENTROPY}: {read:.1f} tokens in effect, "
-            f"{scope.normalised}."
-        )
+        caveat = f"Only {mass:.0%} of the attention lies on history. That part alone has an "
+        caveat += f"entropy of {alone:.2f} nats, not below {FOCUSED_ENTROPY}: {read:.1f} tokens in "
+        caveat += f"effect, {scope.normalised}."
     elif scope.is_broad:
-        caveat = (
-            f"The context is short: over {scope.length} tokens the entropy is "
-            f"{scope.normalised}, {read:.1f} tokens in effect, which is most of them."
-        )
+        caveat = f"The context is short: over {scope.length} tokens the entropy is "
+        caveat += f"{scope.normalised}, {read:.1f} tokens in effect, which is most of them."
     misleads = mass < FAINT_MASS or scope.is_broad
     return *_entropy("below", FOCUSED_ENTROPY, scope), caveat, misleads
 
@@ -158,22 +137,17 @@ def _sparse(scope: Scope) -> Reading:
     sparse = is_sparse(scope.values)
     names = ("strong_positions", "strong_share")
     count, held = (float(scope.values[name][sparse].mean()) for name in names)
-    share = float(sparse.mean())
-    evidence = (
-        f"In {share:.0%} of {counted(sparse.size, 'attention row')} ({scope.source}) at most "
-        f"{SPARSE_POSITIONS} positions are above {STRONG_WEIGHT} and hold at least half of the "
-        f"attention on history; there, {count:.1f} positions hold {held:.0%} of it on average."
-    )
+    share, rows = float(sparse.mean()), counted(sparse.size, "attention row")
+    evidence = f"In {share:.0%} of {rows} ({scope.source}) at most {SPARSE_POSITIONS} positions "
+    evidence += f"are above {STRONG_WEIGHT} and hold at least half of the attention on history; "
+    evidence += f"there, {count:.1f} positions hold {held:.0%} of it on average."
     measured = {"share_of_rows": share, "strong_positions": count, "strong_share": held}
     measured["threshold"] = SPARSE_MAJORITY
     if is_sparse(scope.uniform).mean() <= SPARSE_MAJORITY:
         return evidence, measured, None, False
-    caveat = (
-        f"The rule cannot discriminate at {scope.length}: uniform attention, too, has at most "
-        f"{SPARSE_POSITIONS} positions above {STRONG_WEIGHT}. For its length the "
-        f"entropy says: {scope.normalised}."
-    )
-    return evidence, measured, caveat, scope.is_broad
+    caveat = f"The rule cannot discriminate at {scope.length}: uniform attention, too, has at most "
+    caveat += f"{SPARSE_POSITIONS} positions above {STRONG_WEIGHT}. For its length the entropy "
+    return evidence, measured, f"{caveat}says: {scope.normalised}.", scope.is_broad
 
 
 @dataclass(frozen=True)
@@ -190,8 +164,7 @@ class Pattern:
     example: str
     strategy: str  # the one that compress_history takes
     measured: tuple[str, ...]  # methods whose effect is measured for it, beside random choice
-    # The one that the line of effects is about, at how many transitions; None: 30 % of the context.
-    headline: tuple[str, int | None]
+    headline: tuple[str, int]  # that the line of effects is about, and how many it keeps at most
 
 
 PATTERNS = {
@@ -244,7 +217,7 @@ PATTERNS = {
         example="keep the 30% of positions that are attended most",
         strategy="top-k",
         measured=("top-k", "prune-low", "importance", "top-30"),
-        headline=("top-30", None),
+        headline=("top-30", 30),
     ),
     "sparse": Pattern(
         title="Sparse attention",
