@@ -1,8 +1,4 @@
-"""Distances between transitions by what they say, points or clusters that cover a history, means.
-
-points = features(history)                                  # (B, n, F)
-medoids = k_medoids(points, 10)                             # (B, 10), in no order
-"""
+"""Points or clusters that cover a history, by what its transitions say: `features`, and means."""
 
 from dataclasses import replace
 
@@ -103,9 +99,9 @@ def k_means(points: Tensor, n_clusters: int) -> Tensor:
 
 def cluster_means(points: Tensor, labels: Tensor, n_clusters: int) -> Tensor:
     """Mean `(B, K, F)` of the points in each cluster, none of which is empty."""
-    means = points.new_zeros(len(points), n_clusters, points.shape[2])
-    into = labels[:, :, None].expand_as(points)
-    return means.scatter_reduce(1, into, points, "mean", include_self=False)
+    zeros = points.new_zeros(len(points), n_clusters, points.shape[2])
+    counts = zeros[..., 0].scatter_add(1, labels, torch.ones_like(points[..., 0]))
+    return zeros.scatter_add(1, labels[..., None].expand_as(points), points) / counts[..., None]
 
 
 def _fill_empty(labels: Tensor, starts: Tensor) -> Tensor:
@@ -129,31 +125,22 @@ def pool(history: History, labels: Tensor, n_tokens: int) -> History:
     """
     size, n, width = history.states.shape
     time = torch.arange(1.0, n + 1, dtype=torch.float64, device=labels.device).expand(size, n)
-
-    def sums(values: Tensor, into: Tensor, n_groups: int) -> Tensor:
-        return time.new_zeros(size, n_groups).scatter_add(1, into, values.double())
-
-    def latest(into: Tensor, n_groups: int) -> Tensor:
-        return time.new_zeros(size, n_groups).scatter_reduce(1, into, time, "amax")
-
-    counts = sums(torch.ones_like(time), labels, n_tokens)
-    columns = (*history.states.unbind(2), *history.next_states.unbind(2), history.rewards, time)
-    means = torch.stack([sums(column, labels, n_tokens) / counts for column in columns], dim=2)
+    columns = [history.states, history.next_states, history.rewards[..., None], time[..., None]]
+    means = cluster_means(torch.cat([part.double() for part in columns], 2), labels, n_tokens)
     states, next_states, rewards, times = means.split([width, width, 1, 1], dim=2)  # (B, K, ...)
     n_actions = int(history.actions.max()) + 1
-    pairs, n_pairs = labels * n_actions + history.actions.long(), n_tokens * n_actions
+    pairs = labels * n_actions + history.actions.long()
+    none = time.new_zeros(size, n_tokens * n_actions)
     # Among equally frequent actions the one taken last: its time breaks the tie, below one count.
-    taken = sums(torch.ones_like(time), pairs, n_pairs) + latest(pairs, n_pairs) / (n + 1)
-    last = latest(labels, n_tokens).long() - 1
-    merged = History(
-        states.float(),
-        taken.view(size, n_tokens, n_actions).argmax(dim=2).to(history.actions.dtype),
-        rewards[..., 0].float(),
-        next_states.float(),
-        history.query_states,
-        None if history.episodes is None else history.episodes.gather(1, last),
-        history.query_episodes,
-        history.tasks,
-        rewarded_above=history.rewarded_above,
+    taken = none.scatter_add(1, pairs, torch.ones_like(time))
+    taken += none.scatter_reduce(1, pairs, time, "amax") / (n + 1)
+    last = labels.new_zeros(size, n_tokens).scatter_reduce(1, labels, time.long(), "amax") - 1
+    merged = replace(
+        history.unlooked(),
+        states=states.float(),
+        actions=taken.view(size, n_tokens, n_actions).argmax(dim=2).to(history.actions.dtype),
+        rewards=rewards[..., 0].float(),
+        next_states=next_states.float(),
+        episodes=None if history.episodes is None else history.episodes.gather(1, last),
     )
     return replace(merged.take(times[..., 0].argsort(dim=1, stable=True)), kept=None)
