@@ -18,7 +18,7 @@ from ad.darkroom import DarkRoom
 from config import ModelConfig
 from historylens.agent import rollout
 from historylens.common.errors import UserError
-from historylens.comparison.policy import POSITIONS, CompressedPolicy, original_positions
+from historylens.comparison.policy import POSITIONS, CompressedPolicy, Cost, original_positions
 from historylens.compression.method import METHODS
 from historylens.history import LOOKS, PADDING, HistoryBuffer
 
@@ -147,7 +147,7 @@ def test_decisions_may_keep_different_counts(positions, placed):
     cost = policy.cost
     assert (cost.kept_min, cost.kept_max, cost.kept_sum, cost.over_budget) == (1, 2, 4, 3)
     assert cost.tokens_read == 3 * 5 + 4 + 3
-    cost.count([3], n_keep=3, n_raw=6, n_max=4)
+    cost = Cost.sum([cost, Cost(kept_min=3, kept_max=3), Cost()])
     assert (cost.kept_min, cost.kept_max) == (1, 3)
 
 

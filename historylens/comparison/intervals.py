@@ -1,22 +1,17 @@
 """How sure a comparison of returns is: bootstrap intervals and non-inferiority verdicts.
 
-Reported as Agarwal et al. 2021 (rliable, arXiv 2108.13264) ask for: the mean and the interquartile
-mean (IQM) over runs, with stratified bootstrap intervals. A goal is a stratum; seeds are drawn anew
-within each. Scores are `(G, R)`: `G` goals, `R` seeds (runs) of each.
+As Agarwal et al. 2021 (rliable, arXiv 2108.13264) ask for: the mean and the interquartile mean
+(IQM) over runs, with stratified bootstrap intervals. Scores are `(G, R)`: `G` goals, which are the
+strata, and `R` seeds (runs) of each, which are drawn anew.
 
-    difference = Bootstrap(n_goals=8, n_seeds=16).mean(arm - full)      # Estimate(value, low, high)
-    strict = Bootstrap(n_goals=8, n_seeds=16).mean(arm - full, n_compared=18)
+    own, strict = mean(arm - full), mean(arm - full, n_compared=18)  # Estimate(value, low, high)
     at_risk = Collapses.of(arm, full).bound(18) * full.mean(axis=1).max()  # reward an episode
-    verdict(difference, 0.05 * full.mean(), at_risk, strict)            # "safe"
+    verdict(own, 0.05 * full.mean(), at_risk, strict)  # "safe"
 
 The plain bootstrap is too narrow for few seeds. Its deviations are therefore scaled by
 `sqrt(R / (R - 1))`, as a sample's variance is, and by Student's quantile over the normal one, with
 Satterthwaite's degrees of freedom: where one goal has all the noise, its seeds alone count. The
-interval of a mean also moves towards the longer tail, as Johnson 1978 moves the t interval.
-The intervals speak of the goals at hand and of new seeds, not of goals never tried.
-
-An arm that collapses in one run of ten may not have done so yet, and no resample shows it: how
-often it may has a bound of its own, `1 - 0.05 ** (1 / N)` without a collapse in `N` runs.
+intervals speak of the goals at hand and of new seeds, not of goals never tried.
 """
 
 import math
@@ -35,6 +30,8 @@ N_RESAMPLES_IQM = 2_000  # these cost more
 TRIM = 0.25  # share of the runs that the IQM leaves out at either end
 MANY = 1000  # degrees of freedom from which Student's t counts as normal
 MAX_SKEWNESS = 0.5  # of a mean over runs: what is estimated beyond it is noise of few seeds
+GOOD = ("better", "safe")  # verdicts: shown to lose less than the margin
+SO_FAR = "safe so far"  # verdict: so by its own interval, but not yet for all arms together
 COLLAPSE = 0.5  # a run has collapsed that loses more than this share of full history's return
 
 
@@ -66,71 +63,66 @@ class Estimate:
         return f"{value} [{fixed(self.low, 2, sign)}, {fixed(self.high, 2, sign)}]"
 
 
-class Bootstrap:
-    """Stratified bootstrap over the seeds of each goal, with the same draws for every statistic."""
+def mean(scores: np.ndarray, seed: int = 0, n_compared: float = 1) -> Estimate:
+    """Mean over all runs of `scores (G, R)`; the interval is for one of `n_compared`."""
+    return means(scores[None], seed, n_compared)[0]
 
-    def __init__(
-        self, n_goals: int, n_seeds: int, seed: int = 0, n_resamples: int = N_RESAMPLES
-    ) -> None:
-        self.n_goals, self.n_seeds = n_goals, n_seeds
-        self._counts = _resamples(n_goals, n_seeds, seed, n_resamples)
 
-    def mean(self, scores: np.ndarray, n_compared: float = 1) -> Estimate:
-        """Mean over all runs of `scores (G, R)`; the interval is for one of `n_compared`."""
-        return self.means(scores[None], n_compared)[0]
+def means(scores: np.ndarray, seed: int = 0, n_compared: float = 1) -> list[Estimate]:
+    """The same of `N` studies, `scores (N, G, R)`."""
+    values = scores.mean(axis=(1, 2)).tolist()
+    if scores.shape[2] == 1:
+        return [Estimate(value) for value in values]
+    ends = bounds(scores, seed, n_compared).tolist()
+    return [Estimate(value, *pair) for value, pair in zip(values, ends, strict=True)]
 
-    def means(self, scores: np.ndarray, n_compared: float = 1) -> list[Estimate]:
-        """The same of `N` studies, `scores (N, G, R)`."""
-        values = scores.mean(axis=(1, 2)).tolist()
-        if self.n_seeds == 1:
-            return [Estimate(value) for value in values]
-        ends = self.bounds(scores, n_compared).tolist()
-        return [Estimate(value, *pair) for value, pair in zip(values, ends, strict=True)]
 
-    def bounds(self, scores: np.ndarray, n_compared: float = 1) -> np.ndarray:
-        """Ends `(N, 2)` of the intervals of the means of `N` studies, `scores (N, G, R)`, R > 1."""
-        size = self.n_goals * self.n_seeds
-        resampled = scores.reshape(-1, size) @ self._counts.T / size  # (N, resamples)
-        tail = (1 - LEVEL) / 2 / n_compared
-        ends = self._ends(scores.mean(axis=(1, 2)), resampled, scores, tail)
-        return ends + skew_shift(scores, NormalDist().inv_cdf(1 - tail))[:, None]
+def bounds(scores: np.ndarray, seed: int = 0, n_compared: float = 1) -> np.ndarray:
+    """Ends `(N, 2)` of the intervals of the means of `N` studies, `scores (N, G, R)`, R > 1."""
+    n_studies, n_goals, n_seeds = scores.shape
+    runs = scores.reshape(n_studies, -1)
+    resampled = runs @ _resamples(n_goals, n_seeds, seed).T / runs.shape[1]  # (N, resamples)
+    tail = (1 - LEVEL) / 2 / n_compared
+    ends = _ends(scores.mean(axis=(1, 2)), resampled, scores, tail)
+    return ends + skew_shift(scores, NormalDist().inv_cdf(1 - tail))[:, None]
 
-    def iqm(self, scores: np.ndarray) -> Estimate:
-        """Mean of the middle half of all runs of `scores (G, R)`, with its interval."""
-        order = scores.ravel().argsort(kind="stable")
-        values, n_cut = scores.ravel()[order], int(TRIM * scores.size)
-        counts = np.vstack([np.ones(scores.size), self._counts[:N_RESAMPLES_IQM, order]])
-        # Of each run as many draws as lie between the two cuts.
-        within = counts.cumsum(axis=1).clip(n_cut, scores.size - n_cut)
-        kept = np.diff(within, axis=1, prepend=n_cut)
-        means = kept @ values / (scores.size - 2 * n_cut)
-        if self.n_seeds == 1:
-            return Estimate(float(means[0]))
-        ends = self._ends(means[:1], means[None, 1:], scores[None], (1 - LEVEL) / 2)
-        return Estimate(float(means[0]), *ends[0].tolist())
 
-    def _ends(
-        self, values: np.ndarray, resampled: np.ndarray, scores: np.ndarray, tail: float
-    ) -> np.ndarray:
-        """Scaled percentile intervals `(N, 2)` of `values (N,)`, resampled `(N, resamples)`."""
-        freedom = (degrees_of_freedom(scores) + 1e-9).astype(int).tolist()  # rounded down
-        scale = np.array([student_quantile(1 - tail, each) for each in freedom])
-        scale *= math.sqrt(self.n_seeds / (self.n_seeds - 1)) / NormalDist().inv_cdf(1 - tail)
-        low, high = np.quantile(resampled, [tail, 1 - tail], axis=1) - values
-        ends = np.stack([np.minimum(low, 0), np.maximum(high, 0)], axis=1)
-        return values[:, None] + scale[:, None] * ends
+def iqm(scores: np.ndarray, seed: int = 0) -> Estimate:
+    """Mean of the middle half of all runs of `scores (G, R)`, with its interval."""
+    order = scores.ravel().argsort(kind="stable")
+    values, n_cut = scores.ravel()[order], int(TRIM * scores.size)
+    drawn = _resamples(*scores.shape, seed)[:N_RESAMPLES_IQM, order]
+    counts = np.vstack([np.ones(scores.size), drawn])
+    # Of each run as many draws as lie between the two cuts.
+    within = counts.cumsum(axis=1).clip(n_cut, scores.size - n_cut)
+    kept = np.diff(within, axis=1, prepend=n_cut)
+    means = kept @ values / (scores.size - 2 * n_cut)
+    if scores.shape[1] == 1:
+        return Estimate(float(means[0]))
+    ends = _ends(means[:1], means[None, 1:], scores[None], (1 - LEVEL) / 2)
+    return Estimate(float(means[0]), *ends[0].tolist())
 
 
 @lru_cache(maxsize=4)
-def _resamples(n_goals: int, n_seeds: int, seed: int, n_resamples: int) -> np.ndarray:
+def _resamples(n_goals: int, n_seeds: int, seed: int) -> np.ndarray:
     """How often each run is drawn: a resample is a row of weights, `(resamples, G * R)`."""
-    even, size = np.full(n_seeds, 1 / n_seeds), (n_resamples, n_goals)
+    even, size = np.full(n_seeds, 1 / n_seeds), (N_RESAMPLES, n_goals)
     counts = np.random.default_rng(seed).multinomial(n_seeds, even, size)
-    return counts.reshape(n_resamples, -1).astype(np.float64)
+    return counts.reshape(N_RESAMPLES, -1).astype(np.float64)
+
+
+def _ends(values: np.ndarray, resampled: np.ndarray, scores: np.ndarray, tail: float) -> np.ndarray:
+    """Scaled percentile intervals `(N, 2)` of `values (N,)`, resampled `(N, resamples)`."""
+    n_seeds, freedom = scores.shape[2], (degrees_of_freedom(scores) + 1e-9).astype(int).tolist()
+    scale = np.array([student_quantile(1 - tail, each) for each in freedom])  # of it rounded down
+    scale *= math.sqrt(n_seeds / (n_seeds - 1)) / NormalDist().inv_cdf(1 - tail)
+    low, high = np.quantile(resampled, [tail, 1 - tail], axis=1) - values
+    ends = np.stack([np.minimum(low, 0), np.maximum(high, 0)], axis=1)
+    return values[:, None] + scale[:, None] * ends
 
 
 def degrees_of_freedom(scores: np.ndarray) -> np.ndarray:
-    """Satterthwaite's degrees of freedom `(N,)` of the means of `scores (N, G, R)` over strata.
+    """Satterthwaite's `(N,)` of the means of `scores (N, G, R)` over strata.
 
     `G (R - 1)` where all strata vary alike, down to `R - 1` where only one does.
     """
@@ -229,8 +221,8 @@ class Collapses:
 
     def sentence(self) -> str:
         """`no collapse in 256 runs: more than 1.2 % is ruled out (95 %)`."""
-        also = f", and {self.full} others of full history: net" if self.full else ":"
-        said = f"{self.arm} of {self.n_runs} runs collapsed{also}"
+        said = f"{self.arm} of {self.n_runs} runs collapsed"
+        said += f", and {self.full} others of full history: net" if self.full else ":"
         said = said if self.arm else f"no collapse in {self.n_runs} runs:"
         return f"{said} more than {self.percent} % is ruled out ({100 * LEVEL:.0f} %)"
 
@@ -252,13 +244,12 @@ def largest_rate(n: int, n_runs: int, tail: float) -> float:
 def verdict(own: Estimate, margin: float, at_risk: float, strict: Estimate | None = None) -> str:
     """Judge an arm by its paired difference to full history, arm minus full.
 
-    `own` has its 95 % interval, `strict` one for all arms of the study together, None: the same;
-    `at_risk` is the reward that collapses may cost, of those not ruled out for all of them.
+    `own` has its 95 % interval, whose lower end is passed by chance in 2.5 %, `strict` one for all
+    arms of the study together, None: the same; `at_risk` is the reward that collapses may cost, of
+    those not ruled out for all of them.
     `safe`: `own` and `strict` lie above `-margin`, and neither margin nor gain is less than
-    `at_risk`: whatever is lost is less than the margin. `better`: so, and `strict` lies above 0.
-    `safe so far`: `own` alone lies above `-margin`. `worse`: `own` lies below it. Otherwise, and
-    without an interval (one seed), `inconclusive`. The lower end of a 95 % interval is passed by
-    chance in 2.5 %. With a margin of 0 (full history earns nothing) nothing is `safe`.
+    `at_risk`. `better`: so, and `strict` lies above 0. `safe so far`: `own` alone lies above
+    `-margin`. `worse`: `own` lies below it. Otherwise, and with one seed, `inconclusive`.
     """
     if own.is_open:
         return "inconclusive"
@@ -273,3 +264,53 @@ def verdict(own: Estimate, margin: float, at_risk: float, strict: Estimate | Non
 def late_scores(returns: np.ndarray) -> np.ndarray:
     """Mean over the second half of the episodes, a middle one included: `(G, R)` of `(G, R, E)`."""
     return np.asarray(returns, dtype=np.float64)[..., returns.shape[-1] // 2 :].mean(axis=-1)
+
+
+def margin_of(full: np.ndarray, margin_share: float) -> float:
+    """The margin in reward an episode: a share of the size of full history's scores `(G, r)`."""
+    return margin_share * abs(float(full.mean()))
+
+
+def judged(
+    arms: np.ndarray, full: np.ndarray, margin_share: float, n_compared: float, seed: int = 0,
+    least: float = 0.0,
+) -> list[tuple[Estimate, Collapses, str]]:  # fmt: skip
+    """Of `N` arms' scores `(N, G, r)`, paired with `full`: difference, collapses, verdict.
+
+    Verdicts are those of arms of `n_compared`. Where a run collapses that may cost as much as lies,
+    on any goal, between what full history earns and the `least` score that any run had; and no less
+    than what full history earns.
+    """
+    differences, margin = arms - full, margin_of(full, margin_share)
+    own, strict = means(differences, seed), means(differences, seed, n_compared)
+    collapses, usual = [Collapses.of(arm, full) for arm in arms], full.mean(axis=1)
+    stake = float(np.maximum(usual - least, np.abs(usual)).max())
+    at_risk = [each.bound(2 * n_compared) * stake for each in collapses]  # at 2.5 %, as `strict`
+    given = zip(own, at_risk, strict, strict=True)
+    said = [verdict(one, margin, risk, least) for one, risk, least in given]
+    return list(zip(own, collapses, said, strict=True))
+
+
+def shown_worse(
+    arms: np.ndarray, full: np.ndarray, margin_share: float, share: float, seed: int = 0
+) -> np.ndarray:
+    """Which `(N,)` bool of arms' scores `(N, G, r)` lose more than the margin against full's.
+
+    At a part `share` of the level: the same as one of `1 / share` comparisons.
+    """
+    if full.shape[1] == 1:
+        return np.zeros(len(arms), dtype=bool)
+    return bounds(arms - full, seed, 1 / share)[:, 1] < -margin_of(full, margin_share)
+
+
+def looks(n_seeds: int) -> dict[int, float]:
+    """Runs of each goal after which arms may stop, and the part of the level that each look spends.
+
+    An eighth, a quarter, a half, and all. That of `t` of the runs is `ln(1 + (e - 1) t)` (Lan and
+    DeMets 1983, in the way of Pocock 1977), and each look is a test at what was spent since the one
+    before: whatever their dependence, what loses less than the margin stops in at most 2.5 %.
+    """
+    early = (max(2, -(-n_seeds // part)) for part in (8, 4, 2))
+    ends = sorted({*(min(n, n_seeds) for n in early), n_seeds})
+    spent = [math.log1p((math.e - 1) * n / n_seeds) for n in ends]
+    return dict(zip(ends, np.diff(spent, prepend=0).tolist(), strict=True))

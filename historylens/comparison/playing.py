@@ -27,8 +27,8 @@ from historylens.agent import Agent, Unreadable, rollout
 from historylens.common.batches import MAX_ROOMS, even_parts
 from historylens.common.errors import UserError, expect, note
 from historylens.common.processes import ALONE, Group
+from historylens.comparison.intervals import looks
 from historylens.comparison.policy import CompressedPolicy
-from historylens.comparison.race import looks, shares
 from historylens.comparison.results import ResultsFile
 from historylens.comparison.study import EMPTY, FULL, RECENT, Arm, Result
 from historylens.compression.method import METHODS, Method, get_method
@@ -96,19 +96,19 @@ def plan(plays: Plays, names: Sequence[str], budgets: Sequence[int]) -> list[Arm
     controls = [name for name, method in METHODS.items() if method.kind == "control"]
     if len(environment.goals) == 1:
         controls.remove("other-task")
-    arms = [Arm(name) for name in (FULL, EMPTY, *controls)]
     chosen = [method for method in chosen if method.keeps not in ("all", "none")]
-    hidden = unreadable(plays, chosen)
+    hidden = _unreadable(plays, chosen)
     names = [method.name for method in chosen if method.name not in hidden]
     if hidden:
         said = f"without {', '.join(hidden)}: {next(iter(hidden.values()))}"
         expect(names, f"nothing is left to compare {said}")
         note(said)
     expect(names, "expected --strategies that keep a part of the history, got none")
+    arms = [Arm(name) for name in (FULL, EMPTY, *controls)]
     return arms + [Arm(name, budget) for name in names for budget in sorted(set(budgets))]
 
 
-def unreadable(plays: Plays, methods: Sequence[Method]) -> dict[str, str]:
+def _unreadable(plays: Plays, methods: Sequence[Method]) -> dict[str, str]:
     """Those that look at what the model does not show, and why; UserError: a head it lacks."""
     reasons, agent = {}, plays.agent
     for method in methods:
@@ -122,17 +122,19 @@ def unreadable(plays: Plays, methods: Sequence[Method]) -> dict[str, str]:
     return reasons
 
 
-def played_as(plays: Plays, arm: Arm) -> Arm:
+def _played_as(plays: Plays, arm: Arm) -> Arm:
     """The arm itself, or full history where that is the same: it keeps all that the model reads."""
     looks = arm.method.looks_at.endswith("attention")  # chooses among what the model can read
     is_full = arm.n_keep == plays.agent.n_max and (arm.name == RECENT or looks)
     return Arm(FULL) if is_full else arm
 
 
-def missing(plays: Plays, arms: Sequence[Arm], results: ResultsFile, until: int) -> list[Block]:
+def missing(
+    plays: Plays, arms: Sequence[Arm], results: ResultsFile, until: int | None = None
+) -> list[Block]:
     """What is still to be played of the first `until` seeds, that which takes longest first."""
-    own = [arm for arm in dict.fromkeys(arms) if played_as(plays, arm) == arm]
-    early = [seeds for seeds in plays.blocks if seeds.stop <= until]
+    own = [arm for arm in dict.fromkeys(arms) if _played_as(plays, arm) == arm]
+    early = [seeds for seeds in plays.blocks if until is None or seeds.stop <= until]
     blocks = [(a, s) for a in own for s in early if (a.key, s.start) not in results.blocks]
     return sorted(blocks, key=lambda block: plays.n_tokens(*block), reverse=True)
 
@@ -148,46 +150,33 @@ def play_arms(
 
     Those that a `race` lets go on after a look do, by results so far and its part of the level; an
     arm has the runs up to the look at which it stopped. Rank 0 has the `results`; the others have
-    None, and give nothing.
+    None, are told what to play, and give nothing.
     """
-    n_seeds, own = plays.n_seeds, {arm: played_as(plays, arm) for arm in arms}
-    until, going, todo = dict.fromkeys(own.values(), 0), [*own.values()], []
-    ends, parts = ([n_seeds], [1.0]) if race is None else (looks(n_seeds), shares(n_seeds))
-    if results is not None:
-        todo = missing(plays, arms, results, n_seeds)
-    total = sum(len(seeds) for _, seeds in todo) * plays.n_decisions
-    with tqdm(total=total, unit=" decisions", unit_scale=True, disable=not todo) as bar:
-        for end, share in zip(ends, parts, strict=True):
-            if results is not None:
-                todo = missing(plays, going, results, end)
-            _play_all(plays, group.broadcast(todo), results, bar, group)
-            if results is not None:
-                until |= dict.fromkeys(going, end)
-                if end < n_seeds and going:
-                    going = race([results.of(arm, end) for arm in dict.fromkeys(going)], share)
-                    todo = missing(plays, going, results, n_seeds)  # what stopped is not played
-                    bar.total = bar.n + sum(len(part) for _, part in todo) * plays.n_decisions
-    if results is None:
-        return []
-    return [replace(results.of(one, until[one]), arm=arm) for arm, one in own.items()]
-
-
-def _play_all(
-    plays: Plays, blocks: list[Block], results: ResultsFile | None, bar: tqdm, group: Group
-) -> None:
-    """Play blocks, by all processes, and keep each on rank 0."""
+    own = {arm: _played_as(plays, arm) for arm in arms} if results is not None else {}
+    going = list(dict.fromkeys(own.values()))
+    until, n_decisions = dict.fromkeys(going, 0), plays.n_decisions
 
     def work(block: Block, see: Callable[[], None]) -> tuple[int, Result]:
-        told = SimpleNamespace(update=lambda n_decisions: (bar.update(n_decisions), see()))
+        told = SimpleNamespace(update=lambda n: (bar.update(n), see()))
         bar.set_description(block[0].key)
         return group.rank, play(plays, *block, told)
 
     def keep(given: tuple[int, Result]) -> None:
         rank, result = given
         results.add(result)
-        bar.update(result.returns.shape[1] * plays.n_decisions * (rank > 0))
+        bar.update(result.returns.shape[1] * n_decisions * (rank > 0))
 
-    group.spread(blocks, work, keep)
+    def n_left() -> int:
+        return sum(len(seeds) for _, seeds in missing(plays, going, results)) * n_decisions
+
+    with tqdm(total=n_left(), unit=" decisions", unit_scale=True, disable=n_left() == 0) as bar:
+        for end, share in ({plays.n_seeds: 1.0} if race is None else looks(plays.n_seeds)).items():
+            group.spread(group.broadcast(missing(plays, going, results, end)), work, keep)
+            until |= dict.fromkeys(going, end)
+            if going and end < plays.n_seeds:
+                going = race([results.of(arm, end) for arm in going], share)
+                bar.total = bar.n + n_left()  # what stopped is not played
+    return [replace(results.of(one, until[one]), arm=arm) for arm, one in own.items()]
 
 
 def play(plays: Plays, arm: Arm, seeds: range | None = None, bar: Any = None) -> Result:

@@ -1,11 +1,9 @@
 """`results.json`: what the arms of a comparison earned, written block of runs by block.
 
-    results = open_results("figs/compression", fingerprint)
-    results.add(Result(arm, returns, cost))     # on disk now, whole or not at all
+    open_results("figs/compression", fingerprint).add(Result(arm, returns, cost))  # on disk now
 
-A block is an arm's runs of some seeds. The file names all that its returns depend on. Where that is
-the same, finished blocks are used again; where it differs or is damaged, what lies there is moved
-to a folder beside it.
+A block is an arm's runs of some seeds. Where all is the same that its returns depend on, finished
+blocks are used again; where it differs or the file is damaged, what lies there is moved aside.
 """
 
 import hashlib
@@ -53,8 +51,7 @@ class ResultsFile:
         """Keep a finished block. What told of fewer goes."""
         self.blocks[result.arm.key, result.first] = result
         self.write()
-        for name in FILES[:-1]:
-            (self.path.parent / name).unlink(missing_ok=True)
+        self.remove(FILES[:-1])
 
     def of(self, arm: Arm, n_seeds: int) -> Result:
         """What an arm earned in its first `n_seeds` runs of each goal, which are all there."""
@@ -70,23 +67,17 @@ class ResultsFile:
             self.path.with_name(name).unlink(missing_ok=True)
 
     def write(self, summary: Mapping[str, Any] | None = None) -> None:
-        """Write all blocks, in an order of their own, and once complete what returns say.
-
-        Whole rewards are without a fraction.
-        """
+        """Write all blocks, in an order of their own, and once complete what returns say."""
         arms, told = {}, {} if summary is None else {"summary": summary}
-        for key, first in sorted(self.blocks):
-            block = self.blocks[key, first]
+        for (key, first), block in sorted(self.blocks.items()):
             cost, returns = asdict(block.cost), block.returns
             seconds = {name: cost.pop(name) for name in ("seconds_selecting", "seconds_model")}
+            whole = returns.astype(np.int64)  # without a fraction
+            entry = {"first_seed": first, "returns": whole if (returns == whole).all() else returns}
+            entry |= {"cost": cost, "seconds": seconds}
+            entry |= {"ended_early": block.n_early} if block.n_early else {}
             arm = {"strategy": block.arm.name, "budget": block.arm.n_keep, "blocks": []}
-            arms.setdefault(key, arm)["blocks"].append({
-                "first_seed": first,
-                "returns": returns.astype(np.int64) if (returns % 1 == 0).all() else returns,
-                "cost": cost,
-                "seconds": seconds,
-                **({"ended_early": block.n_early} if block.n_early else {}),
-            })  # fmt: skip
+            arms.setdefault(key, arm)["blocks"].append(entry)
         head = {"schema_version": SCHEMA_VERSION, "fingerprint": self.fingerprint}
         head["digest"] = _digest(self.blocks)
         write_json(self.path, head | {"complete": bool(told), **told, "arms": arms})
@@ -94,8 +85,7 @@ class ResultsFile:
     def _read(self) -> str:
         if not self.path.exists():
             return f"without {self.path.name}"
-        mine, blocks = self.fingerprint, {}
-        stops = dict(mine["blocks"])
+        mine, blocks, stops = self.fingerprint, {}, dict(self.fingerprint["blocks"])
         try:
             content = json.loads(self.path.read_text(encoding="utf-8"))
             theirs = content["fingerprint"]
@@ -134,9 +124,9 @@ def _digest(blocks: Mapping[tuple[str, int], Result]) -> str:
 
 
 def open_results(folder: Path, fingerprint: Mapping[str, Any], name: str = RESULTS) -> ResultsFile:
-    """Take up what lies in `folder`, else set it aside; UserError where it cannot be written to.
+    """Take up what lies in `folder`, else set it aside.
 
-    Nor is it where an analysis wrote.
+    UserError: it cannot be written to, or an analysis wrote there.
     """
     expect_no_results(folder, "analysis")
     results = ResultsFile(folder / name, fingerprint)
@@ -146,9 +136,9 @@ def open_results(folder: Path, fingerprint: Mapping[str, Any], name: str = RESUL
         if (path.is_dir() and path.suffix != ".json") or not os.access(path, os.W_OK):
             raise in_the_way(folder, path)
     if not results.why:
-        n_found, n_arms = len(results.blocks), len({key for key, _ in results.blocks})
-        there = f"{counted(n_found, 'block')} of runs of {counted(n_arms, 'arm')}"
-        results.found = f"{results.path} has {there} of these settings"
+        n_arms = len({key for key, _ in results.blocks})
+        has = f"{counted(len(results.blocks), 'block')} of runs of {counted(n_arms, 'arm')}"
+        results.found = f"{results.path} has {has} of these settings"
     elif there:
         were = f"Files that are not of this comparison ({results.why}) were in {folder}"
         results.found = f"{were}: moved to {set_aside(folder, names)}"

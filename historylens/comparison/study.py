@@ -3,9 +3,9 @@
     study = judge(results, margin_share=0.05)     # .rows, .doubts, .recommended
 
 All arms, a method at a budget each, acted on the same goals with the same action noise, so each is
-compared with full history run by run, over the runs that it has: one that stopped early has `r` of
-the `R` seeds of each of `G` goals, the first ones. The score of a run is its return an episode over
-the second half of its `E` episodes; what is lost on the way is the adaptation loss.
+compared with full history run by run, over the runs that it has: the first `r` of the `R` seeds of
+each of `G` goals. The score of a run is its return an episode over the second half of its `E`
+episodes; what is lost on the way is the adaptation loss.
 """
 
 from collections.abc import Sequence
@@ -13,13 +13,22 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from historylens.comparison.intervals import Bootstrap, Collapses, Estimate, late_scores, verdict
+from historylens.comparison.intervals import (
+    GOOD,
+    SO_FAR,
+    Collapses,
+    Estimate,
+    iqm,
+    judged,
+    late_scores,
+    margin_of,
+    mean,
+    shown_worse,
+)
 from historylens.comparison.policy import Cost
 from historylens.compression.method import METHODS, Method
 
 FULL, EMPTY, RECENT = "full", "empty", "recent"
-GOOD = ("better", "safe")  # verdicts: shown to lose less than the margin
-SO_FAR = "safe so far"  # verdict: so by its own interval, but not yet for all arms together
 OPEN = (SO_FAR, "inconclusive")  # verdicts that more runs may settle
 Best = Sequence[float] | None  # G best possible returns an episode; parts of them where positive
 
@@ -102,27 +111,33 @@ class Confirmation:
 
 @dataclass(frozen=True)
 class Study:
-    """A judged comparison.
-
-    Recommended is, of the arms that are safe or better and save tokens, the smallest budget, and
-    among equal budgets the highest return; nothing where there is a doubt.
-    """
+    """A judged comparison."""
 
     rows: tuple[Row, ...]  # of all arms, the highest return first
-    full: Row
-    empty: Row
     full_by_episode: tuple[Estimate, ...]  # E of them, of full history
     margin_share: float  # the loss that would not matter, a part of full history's return
-    margin: float  # the same in reward an episode
-    doubts: tuple[str, ...]  # why no compression can be judged on this model
     n_seeds: int  # runs of each goal, of what played to the end
     least: float  # score that a run of some arm had; 0 where none was below
-    recommended: Row | None = None
     confirmation: Confirmation | None = None  # of the most promising arm, with none recommended
 
     def row(self, name: str, n_keep: int | None = None) -> Row | None:
         """The row of an arm, or None."""
         return next((row for row in self.rows if row.arm == Arm(name, n_keep)), None)
+
+    @property
+    def full(self) -> Row:
+        """Full history."""
+        return self.row(FULL)
+
+    @property
+    def empty(self) -> Row:
+        """No history."""
+        return self.row(EMPTY)
+
+    @property
+    def margin(self) -> float:
+        """The loss that would not matter, reward an episode."""
+        return self.margin_share * abs(self.full.mean.value)
 
     @property
     def n_compared(self) -> int:
@@ -144,6 +159,38 @@ class Study:
         return row.cost.tokens < self.full.cost.tokens
 
     @property
+    def doubts(self) -> tuple[str, ...]:
+        """Why no compression can be judged on this model."""
+        doubts, lost = [], self.empty.difference
+        if lost.is_open:
+            doubts.append("One seed a goal gives no interval: run at least two (--seeds).")
+        elif lost.high >= 0:
+            said = "Full history is not shown to earn more than an empty one"
+            gain = Estimate(-lost.value, -lost.high, -lost.low)
+            doubts.append(f"{said}: {gain.text('+')} reward an episode.")
+        for row in self.rows:
+            if row.arm.method.kind == "control" and row.verdict in (*GOOD, SO_FAR):
+                said = f"With the control {row.arm.name} it earns as much as with its own history"
+                doubts.append(f"{said}: difference {row.difference.text('+')}.")
+        return tuple(doubts)
+
+    @property
+    def recommended(self) -> Row | None:
+        """Of arms that are safe or better and save tokens the smallest budget, of those the best.
+
+        None where there is a doubt. With a confirmation: its arm, if these runs confirm it.
+        """
+        if self.confirmation is not None:
+            again = self.confirmation.row
+            return self.row(again.arm.name, again.arm.n_keep) if again.is_good else None
+        able = [
+            row for row in self.rows if row.arm.is_candidate and row.is_good and self.saves(row)
+        ]
+        if self.doubts or not able:
+            return None
+        return min(able, key=lambda row: (row.arm.n_keep or 0, -row.mean.value, row.cost.tokens))
+
+    @property
     def unsettled(self) -> list[Row]:
         """Open arms that save tokens, with none recommended, the most promising first.
 
@@ -153,12 +200,12 @@ class Study:
         if self.doubts or self.recommended is not None:
             return []
         rows = [row for row in self.candidates if row.verdict in OPEN and self.saves(row)]
-        rows.sort(key=lambda row: (-row.difference.value, row.cost.tokens, row.arm.key))
-        least = rows[0].difference.value - self.margin if rows else 0.0
+        near = max((row.difference.value for row in rows), default=0.0) - self.margin
 
-        def rank(row: Row) -> tuple[bool, float]:
-            is_near = row.verdict == SO_FAR or row.difference.value >= least
-            return row.verdict != SO_FAR, row.arm.n_keep if is_near else np.inf
+        def rank(row: Row) -> tuple:
+            is_near = row.verdict == SO_FAR or row.difference.value >= near
+            order = row.arm.n_keep if is_near else np.inf, -row.difference.value, row.cost.tokens
+            return row.verdict != SO_FAR, *order, row.arm.key
 
         return sorted(rows, key=rank)
 
@@ -170,34 +217,13 @@ def judge(results: list[Result], margin_share: float, best: Best = None, seed: i
     margin is a share of the size of full history's return. That any arm which loses it or more is
     called safe or better has a chance of 2.5 %: that is divided among all that compress.
     """
-    returns = {result.arm: result.returns for result in results}
-    full, empty = returns[Arm(FULL)], returns[Arm(EMPTY)]
-    n_compared = sum(result.arm.is_candidate for result in results)
-    rows = _compared(results, full, margin_share, n_compared, best, seed)
+    full = next(result.returns for result in results if result.arm == Arm(FULL))
+    n_compared, least = sum(result.arm.is_candidate for result in results), least_of(results)
+    rows = _compared(results, full, margin_share, n_compared, best, seed, least)
     rows.sort(key=lambda row: (-row.mean.value, row.kept, row.arm.key))
-    ends = earnable(results, best)
-    bootstrap, n_empty = Bootstrap(*full.shape[:2], seed), empty.shape[1]
-    by_episode = tuple(bootstrap.mean(one).within(*ends) for one in np.moveaxis(full, 2, 0))
-    gained = late_scores(full)[:, :n_empty] - late_scores(empty)
-    doubts, gain = [], Bootstrap(*gained.shape, seed).mean(gained)
-    if gain.is_open:
-        doubts.append("One seed a goal gives no interval: run at least two (--seeds).")
-    elif gain.low <= 0:
-        said = "Full history is not shown to earn more than an empty one"
-        doubts.append(f"{said}: {gain.text('+')} reward an episode.")
-    for row in rows:
-        if row.arm.method.kind == "control" and row.verdict in (*GOOD, SO_FAR):
-            said = f"With the control {row.arm.name} it earns as much as with its own history"
-            doubts.append(f"{said}: difference {row.difference.text('+')}.")
-    baselines = (next(row for row in rows if row.arm == Arm(name)) for name in (FULL, EMPTY))
-    margin = margin_of(late_scores(full), margin_share)
-    known = tuple(rows), *baselines, by_episode, margin_share, margin, tuple(doubts)
-    study = Study(*known, n_seeds=full.shape[1], least=least_of(results))
-    able = [row for row in rows if row.arm.is_candidate and row.is_good and study.saves(row)]
-    if doubts or not able:
-        return study
-    chosen = min(able, key=lambda row: (row.arm.n_keep or 0, -row.mean.value, row.cost.tokens))
-    return replace(study, recommended=chosen)
+    ends = _earnable(results, best)
+    by_episode = tuple(mean(one, seed).within(*ends) for one in np.moveaxis(full, 2, 0))
+    return Study(tuple(rows), by_episode, margin_share, full.shape[1], least)
 
 
 def confirm(
@@ -209,17 +235,40 @@ def confirm(
     comparison was chosen before its runs were played: it alone has the other 2.5 %, or the part
     `share` of it that the look at which it ended may spend.
     """
-    seen = full.returns, study.margin_share, 1 / share, best, seed, study.least
-    rows = _compared([arm, full], *seen)
+    least = least_of([arm, full], study.least)
+    seen = full.returns, study.margin_share, 1 / share, best, seed, least
     margin = margin_of(late_scores(full.returns), study.margin_share)
-    confirmation = Confirmation(*rows, margin, n_seeds=full.returns.shape[1])
-    recommended = study.row(arm.arm.name, arm.arm.n_keep) if rows[0].is_good else None
-    return replace(study, confirmation=confirmation, recommended=recommended)
+    again = Confirmation(*_compared([arm, full], *seen), margin, full.returns.shape[1])
+    return replace(study, confirmation=again)
 
 
-def margin_of(full: np.ndarray, margin_share: float) -> float:
-    """The margin in reward an episode: a share of the size of full history's scores `(G, r)`."""
-    return margin_share * abs(float(full.mean()))
+def going_on(
+    results: Sequence[Result], share: float, margin_share: float, seed: int = 0
+) -> list[Arm]:
+    """The arms that go on after a look, of `results` of the same runs, full history among them.
+
+    Full history does, controls until they are shown worse, others if they also save tokens. The
+    look has a part `share` of the level.
+    """
+    full = next(result for result in results if result.arm == Arm(FULL))
+    scores = np.stack([late_scores(result.returns) for result in results])  # (N, G, r)
+    worse = shown_worse(scores, late_scores(full.returns), margin_share, share, seed)
+    may = [x.arm.method.kind == "control" or x.cost.tokens < full.cost.tokens for x in results]
+    return [x.arm for i, x in enumerate(results) if x is full or (may[i] and not worse[i])]
+
+
+def undecided(
+    results: Sequence[Result], share: float, margin_share: float, seed: int = 0, least: float = 0.0
+) -> list[Arm]:
+    """Full history and the arm to confirm, unless this look shows the arm to be good or worse.
+
+    `least` is that of the study that chose the arm.
+    """
+    full, arm = (late_scores(result.returns) for result in results)
+    seen = arm[None], full, margin_share
+    [(_, _, said)] = judged(*seen, 1 / share, seed, least_of(results, least))
+    is_over = said in GOOD or shown_worse(*seen, share, seed)[0]
+    return [] if is_over else [result.arm for result in results]
 
 
 def least_of(results: Sequence[Result], least: float = 0.0) -> float:
@@ -227,52 +276,31 @@ def least_of(results: Sequence[Result], least: float = 0.0) -> float:
     return min(least, *(float(late_scores(result.returns).min()) for result in results))
 
 
-def judged(
-    arms: np.ndarray, full: np.ndarray, margin_share: float, n_compared: float,
-    bootstrap: Bootstrap, least: float = 0.0,
-) -> list[tuple[Estimate, Collapses, str]]:  # fmt: skip
-    """Of `N` arms' scores `(N, G, r)`, paired with `full`: difference, collapses, verdict.
-
-    Verdicts are those of arms of `n_compared`. Where a run collapses that may cost as much as lies,
-    on any goal, between what full history earns and the `least` score that any run had; and no less
-    than what full history earns.
-    """
-    differences, margin = arms - full, margin_of(full, margin_share)
-    own, strict = bootstrap.means(differences), bootstrap.means(differences, n_compared)
-    collapses, usual = [Collapses.of(arm, full) for arm in arms], full.mean(axis=1)
-    stake = float(np.maximum(usual - least, np.abs(usual)).max())
-    at_risk = [each.bound(2 * n_compared) * stake for each in collapses]  # at 2.5 %, as `strict`
-    given = zip(own, at_risk, strict, strict=True)
-    said = [verdict(one, margin, risk, least) for one, risk, least in given]
-    return list(zip(own, collapses, said, strict=True))
-
-
 def _compared(
     results: list[Result], full: np.ndarray, margin_share: float, n_compared: float, best: Best,
-    seed: int, least: float = 0.0,
+    seed: int, least: float,
 ) -> list[Row]:  # fmt: skip
     """A row of each result, of as many runs as it has."""
-    has_best = best is not None and min(best) > 0
-    (low, high), least, rows = earnable(results, best), least_of(results, least), []
-    of_best = low, 1.0  # 0 is 0 of any return
-    bootstraps = {n: Bootstrap(len(full), n, seed) for n in {r.returns.shape[1] for r in results}}
+    (low, high), rows = _earnable(results, best), []
+    highest, of_best = np.inf if best is None else max(best), (low, 1.0)  # 0 is 0 of any return
     for result in results:
-        n_runs, scores = result.returns.shape[1], late_scores(result.returns)
-        bootstrap, paired = bootstraps[n_runs], full[:, :n_runs]
-        parts = scores / np.asarray(best, dtype=np.float64)[:, None] if has_best else None
+        scores, paired = late_scores(result.returns), full[:, : result.returns.shape[1]]
         [(difference, collapses, said)] = judged(
-            scores[None], late_scores(paired), margin_share, n_compared, bootstrap, least
+            scores[None], late_scores(paired), margin_share, n_compared, seed, least
         )
+        parts = None
+        if best is not None and min(best) > 0:
+            parts = scores / np.asarray(best, dtype=np.float64)[:, None]
         row = Row(
             arm=result.arm,
-            mean=bootstrap.mean(scores).within(low, high),
-            iqm=bootstrap.iqm(scores).within(low, np.inf if best is None else max(best)),
-            part_of_best=bootstrap.mean(parts).within(*of_best) if has_best else None,
-            iqm_of_best=bootstrap.iqm(parts).within(*of_best) if has_best else None,
+            mean=mean(scores, seed).within(low, high),
+            iqm=iqm(scores, seed).within(low, highest),
+            part_of_best=None if parts is None else mean(parts, seed).within(*of_best),
+            iqm_of_best=None if parts is None else iqm(parts, seed).within(*of_best),
             difference=difference,
             collapses=collapses,
             verdict=None if result.arm == Arm(FULL) else said,
-            adaptation_loss=bootstrap.mean((paired - result.returns).mean(axis=2)),
+            adaptation_loss=mean((paired - result.returns).mean(axis=2), seed),
             by_episode=result.returns.mean(axis=(0, 1)),
             cost=result.cost,
         )
@@ -280,7 +308,7 @@ def _compared(
     return rows
 
 
-def earnable(results: Sequence[Result], best: Best) -> tuple[float, float]:
+def _earnable(results: Sequence[Result], best: Best) -> tuple[float, float]:
     """Ends between which a mean return can lie: no interval of one goes on beyond them.
 
     The best possible return where it is known, and 0 where no episode of any arm went below it, as
