@@ -21,7 +21,6 @@ from historylens.comparison.intervals import (
     verdict,
 )
 
-
 pytestmark = pytest.mark.usefixtures("few_resamples")
 
 
@@ -101,7 +100,7 @@ def test_late_scores_are_the_second_half_and_without_variance_have_a_point_never
 def test_the_verdict_of_an_interval_and_of_what_collapses_may_cost(
     low, high, margin, at_risk, expected
 ):
-    assert verdict(Estimate(0.0, low, high), margin, at_risk) == expected
+    assert verdict(*[Estimate(0.0, low, high)] * 2, margin, at_risk) == expected
 
 
 @given(st.integers(1, 300), st.data())
@@ -184,7 +183,7 @@ def share(names, full, arms, may_collapse=False):
     rates = map(Collapses.bound, map(Collapses.of, arms, full))
     at_risk = levels * (list(rates) if may_collapse else 0)
     judged = zip(estimates, 0.05 * levels, at_risk, strict=True)
-    return np.mean([verdict(*each) in names for each in judged])
+    return np.mean([verdict(each[0], *each) in names for each in judged])
 
 
 GOOD = ("safe", "better")

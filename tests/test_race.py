@@ -16,7 +16,7 @@ from historylens.comparison import playing
 from historylens.comparison.intervals import looks, shown_worse
 from historylens.comparison.playing import Plays, fingerprint, missing, plan, play, play_arms
 from historylens.comparison.policy import CompressedPolicy, Cost
-from historylens.comparison.results import open_results
+from historylens.comparison.results import ResultsFile
 from historylens.comparison.study import Arm, Result, going_on, undecided
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
@@ -95,7 +95,7 @@ ARMS = plan(PLAYS, ["rewarded-recent", "recent", "random", "even"], [4, 30])
 
 
 def raced(folder, margin, plays=PLAYS, arms=ARMS):
-    results, race = open_results(folder, fingerprint(plays)), margin
+    results, race = ResultsFile(folder, fingerprint(plays)), margin
     if margin is not None:
         race = partial(going_on, margin_share=margin, seed=plays.seed)
     return {each.arm: each for each in play_arms(plays, arms, results, race)}, results
@@ -140,7 +140,7 @@ def test_a_race_that_was_broken_off_or_played_to_the_end_before_ends_the_same(
 ):
     (race, kept), (_, complete) = both
     n_left, blocks = 7, [*kept.blocks.values()]
-    results = open_results(tmp_path, fingerprint(PLAYS))
+    results = ResultsFile(tmp_path, fingerprint(PLAYS))
     for block in blocks[:n_left]:
         results.add(block)
     played = []
@@ -160,7 +160,7 @@ def test_blocks_end_at_looks_and_what_takes_longest_is_played_first(tmp_path, mo
     assert PLAYS.blocks == [range(2), range(2, 4), range(4, 8)]
     monkeypatch.setattr(playing, "MAX_ROOMS", 9)  # three seeds of three goals
     assert PLAYS.blocks == [range(2), range(2, 4), range(4, 6), range(6, 8)]
-    results = open_results(tmp_path, fingerprint(PLAYS))
+    results = ResultsFile(tmp_path, fingerprint(PLAYS))
     todo = missing(PLAYS, ARMS, results, 4)
     assert {seeds.stop for _, seeds in todo} == {2, 4}
     sizes = [30 if arm.n_keep is None else arm.n_keep for arm, _ in todo if arm != EMPTY]

@@ -29,16 +29,7 @@ from historylens.comparison.intervals import N_RESAMPLES, looks
 from historylens.comparison.playing import Plays, fingerprint, missing, plan, play_arms
 from historylens.comparison.policy import POSITIONS
 from historylens.comparison.report import advice, recommendation, summary, table, write_csv
-from historylens.comparison.results import (
-    BY_BUDGET,
-    BY_EPISODE,
-    CONFIRMATION,
-    FILES,
-    PICTURES,
-    TABLE,
-    ResultsFile,
-    open_results,
-)
+from historylens.comparison.results import CONFIRMATION, DRAWN, FILES, ResultsFile
 from historylens.comparison.study import FULL, Arm, Study, confirm, going_on, judge, undecided
 from historylens.compression.method import METHODS
 
@@ -168,7 +159,7 @@ def compare(
             expect_memory(8 * n_numbers, "--seeds, --episodes or --confirm")
             if group.is_main:
                 out = held.enter_context(writable_folder(config.out))
-                results = open_results(out, fingerprint(plays))
+                results = ResultsFile(out, fingerprint(plays))
         if results is not None:
             facts = announced(config, plays, arms, results)
             more = {"Processes": f"{group.size} share the work"} if group.size > 1 else {}
@@ -201,7 +192,7 @@ def play_and_judge(
     new = replace(plays, n_seeds=config.confirm, seed=plays.seed + CONFIRMING)
     with group.together():
         if results is not None:
-            again = open_results(results.path.parent, fingerprint(new), CONFIRMATION)
+            again = ResultsFile(results.path.parent, fingerprint(new), CONFIRMATION)
             if again.why and again.found:
                 note(again.found)
     until = None if config.no_racing else partial(undecided, **of_look)
@@ -282,23 +273,21 @@ def finish(
     mean_best = None if best is None else sum(best) / len(environment.goals)
     picture = Picture(agent.title, subtitle, mean_best, agent.n_max)
     results.write()
-    results.remove(PICTURES)
-    names, formats = (BY_BUDGET, BY_EPISODE), tuple(dict.fromkeys(config.format or FORMATS[:1]))
+    formats = tuple(dict.fromkeys(config.format or FORMATS[:1]))
     with Painter(1, f"all numbers are in {results.path}", formats=formats) as painter:
-        for name, function in zip(names, (draw_by_budget, draw_by_episode), strict=True):
+        for name, function in zip(DRAWN, (draw_by_budget, draw_by_episode), strict=True):
             painter.draw(function, results.path.with_name(name), study, picture)
-    write_csv(results.path.with_name(TABLE), study)
-    meta = {**agent.meta, "task": agent.title, "goals": list(environment.goals)}
-    meta["best_by_goal"] = best
-    for name in ("horizon", "n_max", "seeds", "episodes", "seed", "positions"):
-        meta[name] = results.fingerprint[name]
-    # Last of the numbers: it says that all are there.
-    results.write(meta | ({"returns": early} if early else {}) | summary(study))
+    write_csv(results.path.with_suffix(".csv"), study)
+    goals, played = list(environment.goals), results.fingerprint
+    meta = {**agent.meta, "task": agent.title, "goals": goals, "best_by_goal": best}
+    names = ("horizon", "n_max", "seeds", "episodes", "seed", "positions")
+    meta |= {name: played[name] for name in names} | ({"returns": early} if early else {})
+    results.write(meta | summary(study))  # it says that all numbers are there
 
     told = {"headline": "Recommendation", "advice": recommendation(study), "lines": []}
     arms, verdicts = table(study), advice(study, positions)
     tables = [arms.partition("\n")[::2], ("VERDICTS", verdicts)]
-    figures = [Figure(results.path.with_name(f"{n}.png"), n.replace("_", " "), "") for n in names]
+    figures = [Figure(results.path.with_name(f"{n}.png"), n.replace("_", " "), "") for n in DRAWN]
     lasting = {name: text for name, text in facts.items() if name not in ("Work", "Found")}
     title = f"Compressed history: {agent.title}"
     write_page(results.path.parent, title, lasting, [told], tables, figures)

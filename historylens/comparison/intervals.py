@@ -1,12 +1,10 @@
 """How sure a comparison of returns is: bootstrap intervals and non-inferiority verdicts.
 
-As Agarwal et al. 2021 (rliable, arXiv 2108.13264) ask for: the mean and the interquartile mean
-(IQM) over runs, with stratified bootstrap intervals. Scores are `(G, R)`: `G` goals, which are the
-strata, and `R` seeds (runs) of each, which are drawn anew.
+Mean and interquartile mean (IQM) over runs with stratified bootstrap intervals, as Agarwal et al.
+2021 (rliable, arXiv 2108.13264) ask for. Scores are `(G, R)`: `G` goals, the strata, and `R` seeds
+(runs) of each, which are drawn anew.
 
-    own, strict = mean(arm - full), mean(arm - full, n_compared=18)  # Estimate(value, low, high)
-    at_risk = Collapses.of(arm, full).bound(18) * full.mean(axis=1).max()  # reward an episode
-    verdict(own, 0.05 * full.mean(), at_risk, strict)  # "safe"
+    [(difference, collapses, said)] = judged(arm[None], full, margin_share=0.05, n_compared=18)
 
 The plain bootstrap is too narrow for few seeds. Its deviations are therefore scaled by
 `sqrt(R / (R - 1))`, as a sample's variance is, and by Student's quantile over the normal one, with
@@ -57,10 +55,9 @@ class Estimate:
 
     def text(self, sign: str = "") -> str:
         """`12.34 [12.00, 12.70]`; the value alone where there is no interval."""
-        value = fixed(self.value, 2, sign)
-        if self.is_open:
-            return value
-        return f"{value} [{fixed(self.low, 2, sign)}, {fixed(self.high, 2, sign)}]"
+        ends = () if self.is_open else (self.low, self.high)
+        value, *ends = (fixed(number, 2, sign) for number in (self.value, *ends))
+        return f"{value} [{', '.join(ends)}]" if ends else value
 
 
 def mean(scores: np.ndarray, seed: int = 0, n_compared: float = 1) -> Estimate:
@@ -137,9 +134,9 @@ def degrees_of_freedom(scores: np.ndarray) -> np.ndarray:
 def skew_shift(scores: np.ndarray, z: float) -> np.ndarray:
     """How far percentile intervals of the means of `scores (N, G, R)` have to move: `(N,)`.
 
-    With the mean's standard error `s` and skewness `g`, an interval that is right to second order
-    lies `g s (1 + 2 z^2) / 6` beside the symmetric one (Johnson 1978). The percentile interval has
-    gone `g s (z^2 - 1) / 6` of that way; the rest is `g s (z^2 + 2) / 6`. Two seeds show no skew.
+    With the mean's standard error `s` and skewness `g`, one that is right to second order lies
+    `g s (1 + 2 z^2) / 6` beside the symmetric one (Johnson 1978), of which the percentile interval
+    has gone `g s (z^2 - 1) / 6`. Two seeds show no skew.
     """
     n_studies, n_goals, n = scores.shape
     if n < 3:
@@ -147,8 +144,7 @@ def skew_shift(scores: np.ndarray, z: float) -> np.ndarray:
     deviations = scores - scores.mean(axis=2, keepdims=True)
     error = np.sqrt((deviations**2).sum(axis=(1, 2)) / (n * (n - 1))) / n_goals
     third = (deviations**3).sum(axis=(1, 2)) / (n * (n - 1) * (n - 2)) / n_goals**3
-    cube = error**3
-    skewness = np.divide(third, cube, out=np.zeros_like(third), where=cube > 0)
+    skewness = np.divide(third, error**3, out=np.zeros_like(third), where=error**3 > 0)
     return skewness.clip(-MAX_SKEWNESS, MAX_SKEWNESS) * error * (z**2 + 2) / 6
 
 
@@ -162,7 +158,7 @@ def student_quantile(p: float, freedom: int) -> float:
 
 
 def bisected(is_below: Callable[[float], bool], low: float, high: float) -> float:
-    """Where, between `low` and `high`, what holds for smaller numbers ceases to hold."""
+    """Where between `low` and `high` what holds for smaller numbers ceases to hold."""
     for _ in range(60):
         middle = (low + high) / 2
         low, high = (middle, high) if is_below(middle) else (low, middle)
@@ -171,8 +167,7 @@ def bisected(is_below: Callable[[float], bool], low: float, high: float) -> floa
 
 def _student_cdf(angle: float, freedom: int) -> float:
     """P(T <= sqrt(freedom) tan(angle)), Abramowitz and Stegun 26.7.3 and 26.7.4."""
-    sine, cosine = math.sin(angle), math.cos(angle)
-    odd = freedom % 2
+    sine, cosine, odd = math.sin(angle), math.cos(angle), freedom % 2
     term = cosine if odd else 1.0
     total = 0.0 if freedom == 1 else term
     for k in range(2 + odd, freedom - 1, 2):
@@ -241,24 +236,22 @@ def largest_rate(n: int, n_runs: int, tail: float) -> float:
     return 1.0 if n == n_runs else bisected(is_likely, n / n_runs, 1.0)
 
 
-def verdict(own: Estimate, margin: float, at_risk: float, strict: Estimate | None = None) -> str:
+def verdict(own: Estimate, strict: Estimate, margin: float, at_risk: float) -> str:
     """Judge an arm by its paired difference to full history, arm minus full.
 
     `own` has its 95 % interval, whose lower end is passed by chance in 2.5 %, `strict` one for all
-    arms of the study together, None: the same; `at_risk` is the reward that collapses may cost, of
-    those not ruled out for all of them.
-    `safe`: `own` and `strict` lie above `-margin`, and neither margin nor gain is less than
-    `at_risk`. `better`: so, and `strict` lies above 0. `safe so far`: `own` alone lies above
-    `-margin`. `worse`: `own` lies below it. Otherwise, and with one seed, `inconclusive`.
+    arms of the study together; `at_risk` is what collapses not ruled out for all may cost.
+    `safe`: both lie above `-margin`, and `at_risk` is no more than margin or gain. `better`: so,
+    and `strict` lies above 0. `safe so far`: `own` alone lies above `-margin`. `worse`: `own` lies
+    below it. Otherwise, and with one seed, `inconclusive`.
     """
-    if own.is_open:
+    if own.is_open or own.low <= -margin <= own.high:
         return "inconclusive"
-    if own.low > -margin:
-        strict = strict or own
-        if strict.low <= -margin or at_risk > max(margin, strict.low):
-            return "safe so far"
-        return "better" if strict.low > 0 else "safe"
-    return "worse" if own.high < -margin else "inconclusive"
+    if own.low <= -margin:
+        return "worse"
+    if strict.low <= -margin or at_risk > max(margin, strict.low):
+        return SO_FAR
+    return "better" if strict.low > 0 else "safe"
 
 
 def late_scores(returns: np.ndarray) -> np.ndarray:
@@ -277,27 +270,24 @@ def judged(
 ) -> list[tuple[Estimate, Collapses, str]]:  # fmt: skip
     """Of `N` arms' scores `(N, G, r)`, paired with `full`: difference, collapses, verdict.
 
-    Verdicts are those of arms of `n_compared`. Where a run collapses that may cost as much as lies,
-    on any goal, between what full history earns and the `least` score that any run had; and no less
-    than what full history earns.
+    Verdicts are for `n_compared` arms. A run that collapses may cost as much as lies, on any goal,
+    between what full history earns and the `least` score of any run, or 0.
     """
     differences, margin = arms - full, margin_of(full, margin_share)
-    own, strict = means(differences, seed), means(differences, seed, n_compared)
-    collapses, usual = [Collapses.of(arm, full) for arm in arms], full.mean(axis=1)
+    both = zip(means(differences, seed), means(differences, seed, n_compared), strict=True)
+    usual, told = full.mean(axis=1), []
     stake = float(np.maximum(usual - least, np.abs(usual)).max())
-    at_risk = [each.bound(2 * n_compared) * stake for each in collapses]  # at 2.5 %, as `strict`
-    given = zip(own, at_risk, strict, strict=True)
-    said = [verdict(one, margin, risk, least) for one, risk, least in given]
-    return list(zip(own, collapses, said, strict=True))
+    for arm, (own, strict) in zip(arms, both, strict=True):
+        collapses = Collapses.of(arm, full)
+        at_risk = collapses.bound(2 * n_compared) * stake  # at 2.5 %, as `strict`
+        told.append((own, collapses, verdict(own, strict, margin, at_risk)))
+    return told
 
 
 def shown_worse(
     arms: np.ndarray, full: np.ndarray, margin_share: float, share: float, seed: int = 0
 ) -> np.ndarray:
-    """Which `(N,)` bool of arms' scores `(N, G, r)` lose more than the margin against full's.
-
-    At a part `share` of the level: the same as one of `1 / share` comparisons.
-    """
+    """Which arms `(N,)`, of scores `(N, G, r)`, lose more than the margin at `share` of a level."""
     if full.shape[1] == 1:
         return np.zeros(len(arms), dtype=bool)
     return bounds(arms - full, seed, 1 / share)[:, 1] < -margin_of(full, margin_share)

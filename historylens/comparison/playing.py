@@ -1,7 +1,7 @@
 """Play arms of compressed history in an agent's environment, paired, and keep what they earned.
 
     plays = Plays(agent, n_seeds=4, n_episodes=24)
-    played = play_arms(plays, plan(plays, names, budgets), open_results(out, fingerprint(plays)))
+    played = play_arms(plays, plan(plays, names, budgets), ResultsFile(out, fingerprint(plays)))
 
 Every arm acts on the same goals with the same action noise: that of an environment depends on the
 seed and the environment's number alone. An arm is played in blocks of its seeds, which are what
@@ -73,22 +73,20 @@ class Plays:
 def plan(plays: Plays, names: Sequence[str], budgets: Sequence[int]) -> list[Arm]:
     """The arms to play: full, empty and the controls, then each strategy at each budget.
 
-    With a single goal there is no other task, and that control is left out; so are strategies that
-    look at what the model does not show, and a note says so. UserError: an unknown strategy, none
-    that is left, or a budget that the model or the history cannot serve.
+    Without strategies that look at what the model does not show: a note says so. UserError: an
+    unknown strategy, none that is left, or a budget that the model or the history cannot serve.
     """
     agent, environment = plays.agent, plays.agent.environment
     n_steps = plays.n_episodes * environment.horizon
     expect(agent.n_max, f"{agent.title}: it reads no history: there is nothing to compress")
     readable = f"1..{agent.n_max}, the transitions that this model can read"
-    too_short = (
-        f"history shorter than the budget: {plays.n_episodes} episodes of {environment.horizon} "
-        f"steps never hold more than {n_steps - 1} transitions, and nothing is compressed at "
-        "--budgets {}: expected more --episodes or a smaller budget"
-    )
+    steps = f"{plays.n_episodes} episodes of {environment.horizon} steps"
+    too_short = f"history shorter than the budget: {steps} never hold more than {n_steps - 1} "
+    too_short += "transitions, and nothing is compressed at --budgets"
     for budget in budgets:
         expect(1 <= budget <= agent.n_max, f"expected --budgets in {readable}, got {budget}")
-        expect(budget < n_steps, too_short.format(budget))
+        instead = "expected more --episodes or a smaller budget"
+        expect(budget < n_steps, f"{too_short} {budget}: {instead}")
     try:
         chosen = [get_method(name) for name in dict.fromkeys(names)]
     except ValueError as error:
@@ -148,9 +146,8 @@ def play_arms(
 ) -> list[Result]:
     """Play what is missing, by all processes, keep each block as it is finished; gives all arms.
 
-    Those that a `race` lets go on after a look do, by results so far and its part of the level; an
-    arm has the runs up to the look at which it stopped. Rank 0 has the `results`; the others have
-    None, are told what to play, and give nothing.
+    At a look a `race` says which go on, by results so far and its part of the level. Rank 0 has the
+    `results`; the others have None, are told what to play, and give nothing.
     """
     own = {arm: _played_as(plays, arm) for arm in arms} if results is not None else {}
     going = list(dict.fromkeys(own.values()))
@@ -182,20 +179,18 @@ def play_arms(
 def play(plays: Plays, arm: Arm, seeds: range | None = None, bar: Any = None) -> Result:
     """Play an arm, all seeds or a block of them; `bar` is told of decisions by `update`.
 
-    Goals take turns: every batch of rooms holds several. Environments may end an episode before the
-    horizon, and begin anew. The return of such a block of `horizon` steps is its reward divided by
-    the episodes in it, of which the last is cut.
+    Where environments end episodes before the horizon, the return of a block of `horizon` steps is
+    its reward divided by the episodes in it, of which the last is cut.
     """
     seeds = range(plays.n_seeds) if seeds is None else seeds
-    agent, environment = plays.agent, plays.agent.environment
+    environment, parts = plays.agent.environment, []
     n_goals, n_steps = len(environment.goals), plays.n_episodes * environment.horizon
     # A seed of the block's own: what it draws does not depend on what is played beside it.
     seed = zlib.crc32(f"{plays.seed} {arm.key} {seeds.start}".encode())
     generator = torch.Generator().manual_seed(seed)
-    policy = CompressedPolicy(agent, arm.method, arm.n_keep, generator, plays.positions)
-    parts = []
+    policy = CompressedPolicy(plays.agent, arm.method, arm.n_keep, generator, plays.positions)
     for part in even_parts(n_goals * seeds.start, n_goals * seeds.stop, MAX_ROOMS):
-        goals = np.array(part) % n_goals
+        goals = np.array(part) % n_goals  # they take turns
         noises = [np.random.default_rng((plays.seed, number)) for number in part]
         rooms = environment.make(goals, [plays.seed + number for number in part])
         parts.append(rollout(rooms, policy, n_steps, noises, bar, goals))
@@ -209,10 +204,7 @@ def play(plays: Plays, arm: Arm, seeds: range | None = None, bar: Any = None) ->
 
 
 def fingerprint(plays: Plays) -> dict[str, Any]:
-    """Everything that the returns of an arm depend on, as plain values.
-
-    Changed code plays anew: `CODE`, all files beside that of the agent's class, and its model's.
-    """
+    """Everything that the returns of an arm depend on, code included, as plain values."""
     agent, root = plays.agent, Path(__file__).parents[1]
     paths = {path for pattern in CODE for path in root.glob(pattern)}
     paths.update(Path(inspect.getfile(type(agent))).parent.glob("*.py"))

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from historylens.agent import Agent, act_in_parts, look
-from historylens.common.errors import expect
 from historylens.compression.method import Generator, Method
 from historylens.history import LOOKS, PADDING, HistoryBuffer
 
@@ -58,24 +57,18 @@ class CompressedPolicy:
     What looks at attention chooses among the latest `n_max` transitions, all that the model can
     look at at once; a control changes those, and "full" keeps them. Everything else chooses among
     all transitions so far. The tokens of a merge, which have no old position, are numbered anew.
-
-    UserError: `n_keep` is no whole number in `0 .. n_max` of the agent.
     """
 
     agent: Agent
     method: Method
-    n_keep: int | None = None  # None: n_max; what keeps all or nothing does so whatever is asked
+    n_keep: int | None = None  # at most n_max, None: n_max; what keeps all or nothing does so
     generator: Generator | None = None  # of what is drawn; independent of the action noise
     positions: str = "reindexed"  # of POSITIONS: where kept transitions stand
     cost: Cost = field(default_factory=Cost)  # so far
 
     def __post_init__(self) -> None:
-        n_max = self.agent.n_max
-        n_keep = n_max if self.n_keep is None else self.n_keep
-        where = f"0..{n_max}, the transitions that the model can read before a decision"
-        is_readable = n_keep in range(n_max + 1)
-        expect(is_readable, f"expected n_keep as a whole number in {where}, got {n_keep!r}")
-        self.n_keep = {"all": n_max, "none": 0}.get(self.method.keeps, int(n_keep))
+        n_keep = self.agent.n_max if self.n_keep is None else self.n_keep
+        self.n_keep = {"all": self.agent.n_max, "none": 0}.get(self.method.keeps, n_keep)
         self.device = self.agent.device
         self._looks = bool({*LOOKS} & {*self.method.needs})
 

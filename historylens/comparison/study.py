@@ -2,10 +2,12 @@
 
     study = judge(results, margin_share=0.05)     # .rows, .doubts, .recommended
 
-All arms, a method at a budget each, acted on the same goals with the same action noise, so each is
-compared with full history run by run, over the runs that it has: the first `r` of the `R` seeds of
-each of `G` goals. The score of a run is its return an episode over the second half of its `E`
-episodes; what is lost on the way is the adaptation loss.
+All arms acted on the same goals with the same action noise, so each is compared with full history
+run by run, over the runs that it has: the first `r` of the `R` seeds of each of `G` goals. The
+score of a run is its return an episode over the second half of its `E` episodes.
+
+A race (Maron and Moore 1993) stops, at looks, what is shown worse or cannot be recommended: the
+runs go to the rest. `safe` and `better` are said once, when it is over.
 """
 
 from collections.abc import Sequence
@@ -13,18 +15,8 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from historylens.comparison.intervals import (
-    GOOD,
-    SO_FAR,
-    Collapses,
-    Estimate,
-    iqm,
-    judged,
-    late_scores,
-    margin_of,
-    mean,
-    shown_worse,
-)
+from historylens.comparison import intervals
+from historylens.comparison.intervals import GOOD, SO_FAR, Collapses, Estimate, late_scores
 from historylens.comparison.policy import Cost
 from historylens.compression.method import METHODS, Method
 
@@ -58,16 +50,12 @@ class Arm:
 
 @dataclass(frozen=True)
 class Result:
-    """What an arm earned, `returns` `(G, r, E)` reward of each episode, and what it cost.
-
-    Where environments ended early `n_early` times, an entry is the mean reward of the episodes of a
-    block of the horizon's steps.
-    """
+    """What an arm earned, `returns` `(G, r, E)` reward of each episode, and what it cost."""
 
     arm: Arm
     returns: np.ndarray
     cost: Cost = field(default_factory=Cost)
-    n_early: int = 0
+    n_early: int = 0  # ends of environments before the horizon; then `returns` are of blocks of it
     first: int = 0  # of the seeds that these runs are of
 
 
@@ -165,9 +153,9 @@ class Study:
         if lost.is_open:
             doubts.append("One seed a goal gives no interval: run at least two (--seeds).")
         elif lost.high >= 0:
+            gain = Estimate(-lost.value, -lost.high, -lost.low).text("+")
             said = "Full history is not shown to earn more than an empty one"
-            gain = Estimate(-lost.value, -lost.high, -lost.low)
-            doubts.append(f"{said}: {gain.text('+')} reward an episode.")
+            doubts.append(f"{said}: {gain} reward an episode.")
         for row in self.rows:
             if row.arm.method.kind == "control" and row.verdict in (*GOOD, SO_FAR):
                 said = f"With the control {row.arm.name} it earns as much as with its own history"
@@ -176,10 +164,7 @@ class Study:
 
     @property
     def recommended(self) -> Row | None:
-        """Of arms that are safe or better and save tokens the smallest budget, of those the best.
-
-        None where there is a doubt. With a confirmation: its arm, if these runs confirm it.
-        """
+        """The smallest budget that is safe or better and saves tokens, or what new runs confirm."""
         if self.confirmation is not None:
             again = self.confirmation.row
             return self.row(again.arm.name, again.arm.n_keep) if again.is_good else None
@@ -194,8 +179,7 @@ class Study:
     def unsettled(self) -> list[Row]:
         """Open arms that save tokens, with none recommended, the most promising first.
 
-        Those that are safe so far, by budget; then those that earn a margin less than the best of
-        them at most, by budget, too; then the others.
+        Safe so far, by budget; then at most a margin behind the best, by budget; then the others.
         """
         if self.doubts or self.recommended is not None:
             return []
@@ -213,31 +197,29 @@ class Study:
 def judge(results: list[Result], margin_share: float, best: Best = None, seed: int = 0) -> Study:
     """Compare every arm with full history; `seed` is that of the bootstrap.
 
-    `results` are of all arms, "full" and "empty" among them, on the same goals and first seeds. The
-    margin is a share of the size of full history's return. That any arm which loses it or more is
-    called safe or better has a chance of 2.5 %: that is divided among all that compress.
+    `results` are of all arms, "full" and "empty" among them, on the same goals and first seeds.
+    That any arm which loses the margin is called safe or better has a chance of 2.5 %.
     """
     full = next(result.returns for result in results if result.arm == Arm(FULL))
     n_compared, least = sum(result.arm.is_candidate for result in results), least_of(results)
     rows = _compared(results, full, margin_share, n_compared, best, seed, least)
     rows.sort(key=lambda row: (-row.mean.value, row.kept, row.arm.key))
     ends = _earnable(results, best)
-    by_episode = tuple(mean(one, seed).within(*ends) for one in np.moveaxis(full, 2, 0))
+    by_episode = tuple(intervals.mean(one, seed).within(*ends) for one in np.moveaxis(full, 2, 0))
     return Study(tuple(rows), by_episode, margin_share, full.shape[1], least)
 
 
 def confirm(
     study: Study, full: Result, arm: Result, best: Best = None, seed: int = 0, share: float = 1.0
 ) -> Study:
-    """The study with its most promising arm judged on new runs, and recommended if they confirm it.
+    """The study with its most promising arm judged on new runs of it and of full history.
 
-    `full` and `arm`, the first of `study.unsettled`, are of these runs, on the same goals. This one
-    comparison was chosen before its runs were played: it alone has the other 2.5 %, or the part
-    `share` of it that the look at which it ended may spend.
+    This one comparison was chosen before its runs were played: it alone has the other 2.5 %, or the
+    part `share` of it that the look at which it ended may spend.
     """
     least = least_of([arm, full], study.least)
     seen = full.returns, study.margin_share, 1 / share, best, seed, least
-    margin = margin_of(late_scores(full.returns), study.margin_share)
+    margin = intervals.margin_of(late_scores(full.returns), study.margin_share)
     again = Confirmation(*_compared([arm, full], *seen), margin, full.returns.shape[1])
     return replace(study, confirmation=again)
 
@@ -245,14 +227,13 @@ def confirm(
 def going_on(
     results: Sequence[Result], share: float, margin_share: float, seed: int = 0
 ) -> list[Arm]:
-    """The arms that go on after a look, of `results` of the same runs, full history among them.
+    """The arms that go on after a look with a part `share` of the level.
 
-    Full history does, controls until they are shown worse, others if they also save tokens. The
-    look has a part `share` of the level.
+    Full history does, controls until they are shown worse, others if they also save tokens.
     """
     full = next(result for result in results if result.arm == Arm(FULL))
     scores = np.stack([late_scores(result.returns) for result in results])  # (N, G, r)
-    worse = shown_worse(scores, late_scores(full.returns), margin_share, share, seed)
+    worse = intervals.shown_worse(scores, late_scores(full.returns), margin_share, share, seed)
     may = [x.arm.method.kind == "control" or x.cost.tokens < full.cost.tokens for x in results]
     return [x.arm for i, x in enumerate(results) if x is full or (may[i] and not worse[i])]
 
@@ -260,14 +241,11 @@ def going_on(
 def undecided(
     results: Sequence[Result], share: float, margin_share: float, seed: int = 0, least: float = 0.0
 ) -> list[Arm]:
-    """Full history and the arm to confirm, unless this look shows the arm to be good or worse.
-
-    `least` is that of the study that chose the arm.
-    """
+    """Full history and the arm to confirm, unless this look shows the arm to be good or worse."""
     full, arm = (late_scores(result.returns) for result in results)
     seen = arm[None], full, margin_share
-    [(_, _, said)] = judged(*seen, 1 / share, seed, least_of(results, least))
-    is_over = said in GOOD or shown_worse(*seen, share, seed)[0]
+    [(_, _, said)] = intervals.judged(*seen, 1 / share, seed, least_of(results, least))
+    is_over = said in GOOD or intervals.shown_worse(*seen, share, seed)[0]
     return [] if is_over else [result.arm for result in results]
 
 
@@ -285,7 +263,7 @@ def _compared(
     highest, of_best = np.inf if best is None else max(best), (low, 1.0)  # 0 is 0 of any return
     for result in results:
         scores, paired = late_scores(result.returns), full[:, : result.returns.shape[1]]
-        [(difference, collapses, said)] = judged(
+        [(difference, collapses, said)] = intervals.judged(
             scores[None], late_scores(paired), margin_share, n_compared, seed, least
         )
         parts = None
@@ -293,14 +271,14 @@ def _compared(
             parts = scores / np.asarray(best, dtype=np.float64)[:, None]
         row = Row(
             arm=result.arm,
-            mean=mean(scores, seed).within(low, high),
-            iqm=iqm(scores, seed).within(low, highest),
-            part_of_best=None if parts is None else mean(parts, seed).within(*of_best),
-            iqm_of_best=None if parts is None else iqm(parts, seed).within(*of_best),
+            mean=intervals.mean(scores, seed).within(low, high),
+            iqm=intervals.iqm(scores, seed).within(low, highest),
+            part_of_best=None if parts is None else intervals.mean(parts, seed).within(*of_best),
+            iqm_of_best=None if parts is None else intervals.iqm(parts, seed).within(*of_best),
             difference=difference,
             collapses=collapses,
             verdict=None if result.arm == Arm(FULL) else said,
-            adaptation_loss=mean((paired - result.returns).mean(axis=2), seed),
+            adaptation_loss=intervals.mean((paired - result.returns).mean(axis=2), seed),
             by_episode=result.returns.mean(axis=(0, 1)),
             cost=result.cost,
         )
@@ -309,12 +287,8 @@ def _compared(
 
 
 def _earnable(results: Sequence[Result], best: Best) -> tuple[float, float]:
-    """Ends between which a mean return can lie: no interval of one goes on beyond them.
-
-    The best possible return where it is known, and 0 where no episode of any arm went below it, as
-    where rewards are never negative, or above it.
-    """
-    least = min(float(result.returns.min()) for result in results)
-    most = max(float(result.returns.max()) for result in results)
-    known = np.inf if best is None else float(np.mean(best))
-    return 0.0 if least >= 0 else -np.inf, 0.0 if most <= 0 and best is None else known
+    """Ends of what a mean return can be: the best possible one, and 0 where all lies on a side."""
+    is_gain = all((result.returns >= 0).all() for result in results)
+    is_cost = all((result.returns <= 0).all() for result in results)
+    most = float(np.mean(best)) if best is not None else 0.0 if is_cost else np.inf
+    return 0.0 if is_gain else -np.inf, most
