@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 from historylens.comparison.intervals import (
     Collapses,
     Estimate,
-    bounds,
     degrees_of_freedom,
     iqm,
     largest_rate,
     late_scores,
     mean,
+    means,
     skew_shift,
     student_quantile,
     verdict,
@@ -177,9 +177,9 @@ def collapsing(rate, n_goals, n_seeds, noise, seed, n_studies=1000):
 
 
 def share(names, full, arms, may_collapse=False):
-    """How often one of the verdicts is said; `bounds` is what `mean` calls for each."""
+    """How often one of the verdicts is said; of many at once."""
     differences, levels = arms - full, full.mean(axis=(1, 2))
-    estimates = map(Estimate, differences.mean(axis=(1, 2)), *bounds(differences).T)
+    estimates = means(differences)
     rates = map(Collapses.bound, map(Collapses.of, arms, full))
     at_risk = levels * (list(rates) if may_collapse else 0)
     judged = zip(estimates, 0.05 * levels, at_risk, strict=True)
@@ -231,7 +231,7 @@ def test_with_enough_runs_the_truth_is_said_and_few_noisy_ones_are_inconclusive(
 @pytest.mark.parametrize("size", [(8, 4), (2, 3)])
 def test_intervals_hold_the_truth_as_often_as_they_say_many_at_once_as_one_at_a_time(size):
     _, arms = studies("normal", *size, loss=0.0, seed=7)
-    low, high = bounds(arms).T
+    low, high = np.array([(each.low, each.high) for each in means(arms)]).T
     assert 0.93 <= np.mean((low <= 12) & (high >= 12)) < 1
     one = mean(arms[3])
     assert (one.low, one.high) == pytest.approx((low[3], high[3]), rel=1e-12)

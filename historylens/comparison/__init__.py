@@ -241,16 +241,13 @@ def announced(
 
 
 def counting(plays: Plays, results: ResultsFile, study: Study | None = None) -> str:
-    """How returns are counted where environments ended early in runs; empty elsewhere.
-
-    The runs are those of a `study`, or all that lie there.
-    """
-    blocks, n_goals = list(results.blocks.values()), len(plays.agent.environment.goals)
+    """How returns are counted where runs, of a `study` or all, ended episodes early; else empty."""
+    blocks, environment = list(results.blocks.values()), plays.agent.environment
     if study is not None:
-        n_seeds = {row.arm: row.collapses.n_runs // n_goals for row in study.rows}
-        blocks = [one for one in blocks if one.first < n_seeds.get(one.arm, 0)]
-    n_early = sum(one.n_early for one in blocks)
-    block = f"{plays.agent.environment.horizon} steps"
+        runs = {row.arm: row.collapses.n_runs for row in study.rows}
+        goals = len(environment.goals)
+        blocks = [one for one in blocks if one.first * goals < runs.get(one.arm, 0)]
+    n_early, block = sum(one.n_early for one in blocks), f"{environment.horizon} steps"
     said = f"{n_early:,} episodes ended before {block} were over, and the next began at once: a "
     said += f"return is the reward of {block} divided by the episodes in them, the last one cut."
     return said if n_early else ""

@@ -7,8 +7,7 @@ Mean and interquartile mean (IQM) over runs with stratified bootstrap intervals,
     [(difference, collapses, said)] = judged(arm[None], full, margin_share=0.05, n_compared=18)
 
 The plain bootstrap is too narrow for few seeds. Its deviations are therefore scaled by
-`sqrt(R / (R - 1))`, as a sample's variance is, and by Student's quantile over the normal one, with
-Satterthwaite's degrees of freedom: where one goal has all the noise, its seeds alone count. The
+`sqrt(R / (R - 1))`, as a sample's variance is, and by Student's quantile over the normal one. The
 intervals speak of the goals at hand and of new seeds, not of goals never tried.
 """
 
@@ -67,21 +66,16 @@ def mean(scores: np.ndarray, seed: int = 0, n_compared: float = 1) -> Estimate:
 
 def means(scores: np.ndarray, seed: int = 0, n_compared: float = 1) -> list[Estimate]:
     """The same of `N` studies, `scores (N, G, R)`."""
-    values = scores.mean(axis=(1, 2)).tolist()
-    if scores.shape[2] == 1:
-        return [Estimate(value) for value in values]
-    ends = bounds(scores, seed, n_compared).tolist()
-    return [Estimate(value, *pair) for value, pair in zip(values, ends, strict=True)]
-
-
-def bounds(scores: np.ndarray, seed: int = 0, n_compared: float = 1) -> np.ndarray:
-    """Ends `(N, 2)` of the intervals of the means of `N` studies, `scores (N, G, R)`, R > 1."""
-    n_studies, n_goals, n_seeds = scores.shape
-    runs = scores.reshape(n_studies, -1)
+    (_, n_goals, n_seeds), values = scores.shape, scores.mean(axis=(1, 2))
+    if n_seeds == 1:
+        return [Estimate(value) for value in values.tolist()]
+    runs, tail = scores.reshape(len(scores), -1), (1 - LEVEL) / 2 / n_compared
     resampled = runs @ _resamples(n_goals, n_seeds, seed).T / runs.shape[1]  # (N, resamples)
-    tail = (1 - LEVEL) / 2 / n_compared
-    ends = _ends(scores.mean(axis=(1, 2)), resampled, scores, tail)
-    return ends + skew_shift(scores, NormalDist().inv_cdf(1 - tail))[:, None]
+    ends = _ends(values, resampled, scores, tail)
+    ends += skew_shift(scores, NormalDist().inv_cdf(1 - tail))[:, None]
+    return [
+        Estimate(value, *pair) for value, pair in zip(values.tolist(), ends.tolist(), strict=True)
+    ]
 
 
 def iqm(scores: np.ndarray, seed: int = 0) -> Estimate:
@@ -89,15 +83,14 @@ def iqm(scores: np.ndarray, seed: int = 0) -> Estimate:
     order = scores.ravel().argsort(kind="stable")
     values, n_cut = scores.ravel()[order], int(TRIM * scores.size)
     drawn = _resamples(*scores.shape, seed)[:N_RESAMPLES_IQM, order]
-    counts = np.vstack([np.ones(scores.size), drawn])
-    # Of each run as many draws as lie between the two cuts.
-    within = counts.cumsum(axis=1).clip(n_cut, scores.size - n_cut)
-    kept = np.diff(within, axis=1, prepend=n_cut)
-    means = kept @ values / (scores.size - 2 * n_cut)
+    within = np.vstack([np.ones(scores.size), drawn]).cumsum(axis=1)
+    within = within.clip(n_cut, scores.size - n_cut)
+    kept = np.diff(within, axis=1, prepend=n_cut)  # draws of each run between the two cuts
+    found = kept @ values / (scores.size - 2 * n_cut)
     if scores.shape[1] == 1:
-        return Estimate(float(means[0]))
-    ends = _ends(means[:1], means[None, 1:], scores[None], (1 - LEVEL) / 2)
-    return Estimate(float(means[0]), *ends[0].tolist())
+        return Estimate(float(found[0]))
+    ends = _ends(found[:1], found[None, 1:], scores[None], (1 - LEVEL) / 2)
+    return Estimate(float(found[0]), *ends[0].tolist())
 
 
 @lru_cache(maxsize=4)
@@ -119,16 +112,12 @@ def _ends(values: np.ndarray, resampled: np.ndarray, scores: np.ndarray, tail: f
 
 
 def degrees_of_freedom(scores: np.ndarray) -> np.ndarray:
-    """Satterthwaite's `(N,)` of the means of `scores (N, G, R)` over strata.
-
-    `G (R - 1)` where all strata vary alike, down to `R - 1` where only one does.
-    """
-    n_seeds = scores.shape[2]
+    """Satterthwaite's `(N,)`: `G (R - 1)` where all goals vary alike, `R - 1` where only one does."""
     variances = scores.var(axis=2, ddof=1)  # (N, G)
     largest = variances.max(axis=1, keepdims=True)
     # Relative to the largest: no overflow. Without any variance all strata count alike.
     variances = np.divide(variances, largest, out=np.ones_like(variances), where=largest > 0)
-    return variances.sum(axis=1) ** 2 / (variances**2).sum(axis=1) * (n_seeds - 1)
+    return variances.sum(axis=1) ** 2 / (variances**2).sum(axis=1) * (scores.shape[2] - 1)
 
 
 def skew_shift(scores: np.ndarray, z: float) -> np.ndarray:
@@ -189,15 +178,13 @@ class Collapses:
     def of(cls, arm: np.ndarray, full: np.ndarray) -> "Collapses":
         """Those of paired scores `(G, R)`: below half of what full history earns on the goal."""
         usual = full.mean(axis=1, keepdims=True)
-        least = usual - COLLAPSE * np.abs(usual)
-        fails, full_fails = arm < least, full < least
+        fails, full_fails = (each < usual - COLLAPSE * np.abs(usual) for each in (arm, full))
         return cls(int((fails > full_fails).sum()), int((full_fails > fails).sum()), arm.size)
 
     def bound(self, n_compared: float = 1) -> float:
-        """The rate of collapses above which is ruled out, for one of `n_compared` arms.
+        """The rate above which is ruled out, for one of `n_compared` arms, net of full history's.
 
-        Net of full history's own: the difference of the rates, and the root of the summed squares
-        of their errors (Newcombe 1998; Zou and Donner 2008); at least that of no collapse at all.
+        Newcombe 1998; Zou and Donner 2008; at least that of no collapse at all.
         """
         n, tail = self.n_runs, (1 - LEVEL) / n_compared
         arm, full = self.arm / n, self.full / n
@@ -259,11 +246,6 @@ def late_scores(returns: np.ndarray) -> np.ndarray:
     return np.asarray(returns, dtype=np.float64)[..., returns.shape[-1] // 2 :].mean(axis=-1)
 
 
-def margin_of(full: np.ndarray, margin_share: float) -> float:
-    """The margin in reward an episode: a share of the size of full history's scores `(G, r)`."""
-    return margin_share * abs(float(full.mean()))
-
-
 def judged(
     arms: np.ndarray, full: np.ndarray, margin_share: float, n_compared: float, seed: int = 0,
     least: float = 0.0,
@@ -273,7 +255,7 @@ def judged(
     Verdicts are for `n_compared` arms. A run that collapses may cost as much as lies, on any goal,
     between what full history earns and the `least` score of any run, or 0.
     """
-    differences, margin = arms - full, margin_of(full, margin_share)
+    differences, margin = arms - full, margin_share * abs(float(full.mean()))
     both = zip(means(differences, seed), means(differences, seed, n_compared), strict=True)
     usual, told = full.mean(axis=1), []
     stake = float(np.maximum(usual - least, np.abs(usual)).max())
@@ -288,17 +270,16 @@ def shown_worse(
     arms: np.ndarray, full: np.ndarray, margin_share: float, share: float, seed: int = 0
 ) -> np.ndarray:
     """Which arms `(N,)`, of scores `(N, G, r)`, lose more than the margin at `share` of a level."""
-    if full.shape[1] == 1:
-        return np.zeros(len(arms), dtype=bool)
-    return bounds(arms - full, seed, 1 / share)[:, 1] < -margin_of(full, margin_share)
+    margin = margin_share * abs(float(full.mean()))
+    highest = (each.high for each in means(arms - full, seed, 1 / share))  # None: of one seed
+    return np.array([high is not None and high < -margin for high in highest], dtype=bool)
 
 
 def looks(n_seeds: int) -> dict[int, float]:
     """Runs of each goal after which arms may stop, and the part of the level that each look spends.
 
-    An eighth, a quarter, a half, and all. That of `t` of the runs is `ln(1 + (e - 1) t)` (Lan and
-    DeMets 1983, in the way of Pocock 1977), and each look is a test at what was spent since the one
-    before: whatever their dependence, what loses less than the margin stops in at most 2.5 %.
+    What is spent after `t` of the runs is `ln(1 + (e - 1) t)` (Lan and DeMets 1983, in the way of
+    Pocock 1977): what loses less than the margin stops in at most 2.5 %.
     """
     early = (max(2, -(-n_seeds // part)) for part in (8, 4, 2))
     ends = sorted({*(min(n, n_seeds) for n in early), n_seeds})

@@ -1,8 +1,5 @@
 """Play arms of compressed history in an agent's environment, paired, and keep what they earned.
 
-    plays = Plays(agent, n_seeds=4, n_episodes=24)
-    played = play_arms(plays, plan(plays, names, budgets), ResultsFile(out, fingerprint(plays)))
-
 Every arm acts on the same goals with the same action noise: that of an environment depends on the
 seed and the environment's number alone. An arm is played in blocks of its seeds, which are what
 processes share, what is kept, and between which a race may end.
@@ -62,12 +59,6 @@ class Plays:
         """Seeds that are played together: none beyond a look, nor more than go well together."""
         most, looked = max(1, MAX_ROOMS // len(self.agent.environment.goals)), looks(self.n_seeds)
         return [part for pair in pairwise([0, *looked]) for part in even_parts(*pair, most)]
-
-    def n_tokens(self, arm: Arm, seeds: range) -> int:
-        """About as many as a block takes; attention is looked at in a slower pass."""
-        looked = 2 * self.agent.n_max * arm.method.looks_at.endswith("attention")
-        kept = 0 if arm.method.keeps == "none" else arm.n_keep or self.agent.n_max
-        return len(seeds) * (looked + kept)
 
 
 def plan(plays: Plays, names: Sequence[str], budgets: Sequence[int]) -> list[Arm]:
@@ -131,10 +122,16 @@ def missing(
     plays: Plays, arms: Sequence[Arm], results: ResultsFile, until: int | None = None
 ) -> list[Block]:
     """What is still to be played of the first `until` seeds, that which takes longest first."""
+
+    def n_tokens(block: Block) -> int:  # about; attention is looked at in a slower pass
+        (arm, seeds), n_max = block, plays.agent.n_max
+        kept = 0 if arm.method.keeps == "none" else arm.n_keep or n_max
+        return len(seeds) * (kept + 2 * n_max * arm.method.looks_at.endswith("attention"))
+
     own = [arm for arm in dict.fromkeys(arms) if _played_as(plays, arm) == arm]
     early = [seeds for seeds in plays.blocks if until is None or seeds.stop <= until]
     blocks = [(a, s) for a in own for s in early if (a.key, s.start) not in results.blocks]
-    return sorted(blocks, key=lambda block: plays.n_tokens(*block), reverse=True)
+    return sorted(blocks, key=n_tokens, reverse=True)
 
 
 def play_arms(

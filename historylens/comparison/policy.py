@@ -1,8 +1,4 @@
-"""What a model decides on compressed history, and what deciding costs.
-
-policy = CompressedPolicy(agent, METHODS["rewarded-recent"], n_keep=20)
-rewards, ends = rollout(agent.environment.make(tasks, seeds), policy, 800, noises)  # policy.cost
-"""
+"""What a model decides on compressed history, and what deciding costs."""
 
 import time
 from collections.abc import Sequence
@@ -106,13 +102,10 @@ class CompressedPolicy:
 
 
 def original_positions(kept: Tensor, n_raw: int, n_max: int) -> Tensor:
-    """Positions that kept transitions have in the full sliding window, where they fit.
+    """Positions `(B, k + 1)` int64 of `History.kept` `(B, k)` in the full sliding window.
 
-    Position j of the window is that of raw transition `n_raw - n_max + j`, if the window is full.
-    A transition from before it, and one whose place an older one took, moves to the next free one.
-
-    `kept` `(B, k)` are numbers of raw transitions as in `History.kept`. Gives `(B, k + 1)` int64,
-    ascending, any number where `kept` is padding; last the query's, `min(n_raw, n_max)`.
+    A transition from before the window, and one whose place an older one took, moves to the next
+    free one; any number where `kept` is padding; last the query's, `min(n_raw, n_max)`.
     """
     n_window = min(n_raw, n_max)
     n_before = (kept != PADDING).cumsum(dim=1) - 1  # kept transitions in front of each
@@ -121,7 +114,6 @@ def original_positions(kept: Tensor, n_raw: int, n_max: int) -> Tensor:
 
 
 def _seconds(device: torch.device | str) -> float:
-    """The time now, once the device has done what it was given."""
-    if torch.device(device).type == "cuda":
+    if torch.device(device).type == "cuda":  # it has yet to do what it was given
         torch.cuda.synchronize(device)
     return time.perf_counter()

@@ -1,6 +1,6 @@
 """`results.json`: what the arms of a comparison earned, written block of runs by block.
 
-    ResultsFile("figs/compression", fingerprint).add(Result(arm, returns, cost))  # on disk now
+    ResultsFile(folder, fingerprint).add(Result(arm, returns, cost))  # on disk now
 
 A block is an arm's runs of some seeds. Where all is the same that its returns depend on, finished
 blocks are used again; where it differs or the file is damaged, what lies there is moved aside.
@@ -36,10 +36,7 @@ class ResultsFile:
     UserError: the folder cannot be written to, or an analysis wrote there.
     """
 
-    def __init__(
-        self, folder: str | Path, fingerprint: Mapping[str, Any], name: str = RESULTS
-    ) -> None:
-        folder = Path(folder)
+    def __init__(self, folder: Path, fingerprint: Mapping[str, Any], name: str = RESULTS) -> None:
         files.expect_no_results(folder, "analysis")
         self.path, self.fingerprint = folder / name, dict(fingerprint)
         self.blocks: dict[tuple[str, int], Result] = {}  # by the key of the arm and the first seed

@@ -1,7 +1,5 @@
 """From the returns of compressed and of full history to a table, verdicts and one recommendation.
 
-    study = judge(results, margin_share=0.05)     # .rows, .doubts, .recommended
-
 All arms acted on the same goals with the same action noise, so each is compared with full history
 run by run, over the runs that it has: the first `r` of the `R` seeds of each of `G` goals. The
 score of a run is its return an episode over the second half of its `E` episodes.
@@ -102,8 +100,12 @@ class Study:
     """A judged comparison."""
 
     rows: tuple[Row, ...]  # of all arms, the highest return first
+    full: Row
+    empty: Row
     full_by_episode: tuple[Estimate, ...]  # E of them, of full history
     margin_share: float  # the loss that would not matter, a part of full history's return
+    margin: float  # the same in reward an episode
+    n_compared: int  # arms that were compared with full history, controls left out
     n_seeds: int  # runs of each goal, of what played to the end
     least: float  # score that a run of some arm had; 0 where none was below
     confirmation: Confirmation | None = None  # of the most promising arm, with none recommended
@@ -111,26 +113,6 @@ class Study:
     def row(self, name: str, n_keep: int | None = None) -> Row | None:
         """The row of an arm, or None."""
         return next((row for row in self.rows if row.arm == Arm(name, n_keep)), None)
-
-    @property
-    def full(self) -> Row:
-        """Full history."""
-        return self.row(FULL)
-
-    @property
-    def empty(self) -> Row:
-        """No history."""
-        return self.row(EMPTY)
-
-    @property
-    def margin(self) -> float:
-        """The loss that would not matter, reward an episode."""
-        return self.margin_share * abs(self.full.mean.value)
-
-    @property
-    def n_compared(self) -> int:
-        """Arms that were compared with full history, controls left out."""
-        return sum(row.arm.is_candidate for row in self.rows)
 
     @property
     def candidates(self) -> list[Row]:
@@ -204,9 +186,11 @@ def judge(results: list[Result], margin_share: float, best: Best = None, seed: i
     n_compared, least = sum(result.arm.is_candidate for result in results), least_of(results)
     rows = _compared(results, full, margin_share, n_compared, best, seed, least)
     rows.sort(key=lambda row: (-row.mean.value, row.kept, row.arm.key))
-    ends = _earnable(results, best)
+    both = [next(row for row in rows if row.arm == Arm(name)) for name in (FULL, EMPTY)]
+    margin, ends = margin_share * abs(both[0].mean.value), _earnable(results, best)
     by_episode = tuple(intervals.mean(one, seed).within(*ends) for one in np.moveaxis(full, 2, 0))
-    return Study(tuple(rows), by_episode, margin_share, full.shape[1], least)
+    told = by_episode, margin_share, margin, n_compared, full.shape[1], least
+    return Study(tuple(rows), *both, *told)
 
 
 def confirm(
@@ -219,9 +203,9 @@ def confirm(
     """
     least = least_of([arm, full], study.least)
     seen = full.returns, study.margin_share, 1 / share, best, seed, least
-    margin = intervals.margin_of(late_scores(full.returns), study.margin_share)
-    again = Confirmation(*_compared([arm, full], *seen), margin, full.returns.shape[1])
-    return replace(study, confirmation=again)
+    rows, n_seeds = _compared([arm, full], *seen), full.returns.shape[1]
+    margin = study.margin_share * abs(rows[1].mean.value)
+    return replace(study, confirmation=Confirmation(*rows, margin, n_seeds))
 
 
 def going_on(

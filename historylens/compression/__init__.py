@@ -21,8 +21,7 @@ __all__ = ["METHODS", "attention_pattern", "compress_history", "get_method"]
 def attention_pattern(attention_weights: Tensor | np.ndarray) -> str:
     """Say how the query reads its history: "recency", "sparse", "focused" or "uniform".
 
-    The first rule of `historylens.insights` that holds, in this order; what is read evenly for its
-    length, where those of concentration may hold as well, or fits no rule, counts as uniform.
+    The first rule of `historylens.insights` that holds; "uniform" as well where none does.
     `attention_weights` `(n,)`, not negative, are scaled to a sum of 1 where they exceed it.
     """
     weights = torch.as_tensor(attention_weights).detach().cpu().double().numpy()
@@ -54,22 +53,15 @@ def compress_history(
     Recency keeps the latest `k` transitions, sparse or focused attention the `k` most attended,
     uniform attention `k` evenly spaced ones: a guess, whose effect on the action is to be measured.
 
-    Args:
-        states, next_states: `(n, S)`, any number type; actions and rewards are `(n,)`.
-        attention_weights: `(n,)`, the query's attention to each transition after the softmax, or
-            `(n + 1,)` with the query's own last; None where `strategy` does not look at it.
-        k: transitions to keep.
-        strategy, generator: a strategy or a merge, whatever the attention; for one that draws.
-        rewarded_above: rewards above it count as rewarded.
-        known: further fields of `History` without their batch axis, for example `episodes (n,)`.
+    States are `(n, S)`, actions and rewards `(n,)`, `attention_weights` `(n,)`: the query's to each
+    transition after the softmax, or `(n + 1,)` with its own last; None where `strategy`, a method
+    whatever the attention, does not look at it. One that draws takes a `generator`; `known` are
+    further fields of `History` without their batch axis, such as `episodes (n,)`.
 
-    Returns:
-        States, actions, rewards and next states of `k` transitions in the order of time; those
-        given where nothing goes; fewer for strategies that keep "up to n_keep".
-
-    Raises:
-        ValueError: shapes that do not fit, attention that is negative or no number, an unknown
-            strategy, or one that looks at what is not given.
+    Gives states, actions, rewards and next states of `k` transitions in the order of time; those
+    given where nothing goes; fewer for strategies that keep "up to n_keep". ValueError: shapes that
+    do not fit, attention that is negative or no number, an unknown strategy, or one that looks at
+    what is not given.
     """
     context, n = (states, actions, rewards, next_states), len(actions)
     if attention_weights is not None:

@@ -11,7 +11,6 @@ import operator
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
@@ -23,8 +22,6 @@ from historylens.history import LOOKS, PADDING, History
 Generator = torch.Generator | np.random.Generator
 # Gives indices (B, k) of what is kept, ascending, padding in front; or another history.
 Rule = Callable[[History, int, Generator | None], Tensor | History]
-Kind = Literal["strategy", "merge", "control"]
-Keeps = Literal["n_keep", "up to n_keep", "all", "none"]
 HOW_TO_KNOW = {
     "episodes": "episode_ids(n, horizon, steps_taken)",
     "received": "what each transition receives from those after it, summed over them",
@@ -42,10 +39,10 @@ class Method:
     """A way to compress a history."""
 
     name: str  # key of METHODS
-    kind: Kind
+    kind: str  # "strategy", "merge" or "control"
     rule: str  # what it does, in one sentence
     source: str  # paper that proposed it, or what it serves for
-    keeps: Keeps  # exactly as many as asked, or what it keeps instead
+    keeps: str  # "n_keep", exactly as many as asked; "up to n_keep", "all" or "none"
     needs: tuple[str, ...] = ()  # fields of History by which it chooses
     apply: Rule | None = None  # only asked where `0 < n_keep < n`, but for controls
 
@@ -62,9 +59,8 @@ class Method:
     ) -> History:
         """Compress raw histories to `n_keep` transitions (tokens, of a merge) in the order of time.
 
-        From `n` on the history is returned as it is, but by "empty" and by controls, which leave
-        its shape. `kept` says which transitions are left, unless that is all or they are new; where
-        `keeps` is "up to n_keep" it is padded. ValueError: `n_keep` is no whole number or negative,
+        From `n` on the history itself, but by "empty" and by controls. `kept` says which are left,
+        unless that is all or they are new. ValueError: `n_keep` is no whole number of at least 0,
         or the history lacks what the method looks at: a field, or another task.
         """
         try:
@@ -117,7 +113,7 @@ METHODS = Methods(  # these two need no rule: compress() answers first
 
 
 def enter(
-    source: str, *needs: str, keeps: Keeps = "n_keep", kind: Kind = "strategy"
+    source: str, *needs: str, keeps: str = "n_keep", kind: str = "strategy"
 ) -> Callable[[Rule], Rule]:
     """Enter a rule in `METHODS`: `top_k` is "top-k", and its docstring says what it does."""
 
