@@ -3,9 +3,8 @@
     historylens compare --adapter my_model.py           # or python compare_compression.py
     compare(agent, CompareConfig(strategies=["recent"], budgets=[10, 20]))
 
-Each strategy at each budget acts beside full history, an empty one and two controls; pictures,
-numbers and a table end in one recommendation. An interrupted comparison goes on with the same
-command. All processes that torchrun started share the work; rank 0 writes and prints.
+All processes that torchrun started share the work; rank 0 writes and prints. An interrupted
+comparison goes on with the same command.
 """
 
 import argparse
@@ -124,10 +123,7 @@ Load = Callable[[argparse.Namespace, torch.device], tuple[Agent, str]]
 
 
 def run(argv: Sequence[str] | None, parser: argparse.ArgumentParser, load: Load) -> None:
-    """Parse the flags, load the agent, compare, with all processes that torchrun started.
-
-    `load` gives the agent from flags and device, and where its kept transitions stand.
-    """
+    """Parse the flags, `load` the agent and where its kept transitions stand, and compare."""
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # threads only wait for each other on batches as small as these
     with join() as group:
@@ -213,9 +209,8 @@ def announced(
     n_arms, n_runs = len({arm for arm, _ in todo}), sum(len(seeds) for _, seeds in todo)
     early = list(looks(plays.n_seeds))[:-1]
     is_racing = early and not config.no_racing
-    with_budget = [arm for arm in arms if arm.n_keep is not None]
-    names = ", ".join(dict.fromkeys(arm.name for arm in with_budget))
-    budgets = ", ".join(map(str, sorted({arm.n_keep for arm in with_budget})))
+    names = ", ".join(dict.fromkeys(arm.name for arm in arms if arm.n_keep))
+    budgets = ", ".join(map(str, sorted({arm.n_keep for arm in arms if arm.n_keep})))
     usual = "" if config.budgets else ", ".join(str(n) for n in BUDGETS if n > n_max)
     too_long = f" (the usual {usual} exceed that)" if usual else ""
     then = "where nothing shorter is shown to be safe, the most promising arm and full history "
@@ -263,11 +258,11 @@ def finish(
     from historylens.pictures.returns import Picture, draw_by_budget, draw_by_episode
 
     agent, environment, positions = plays.agent, plays.agent.environment, POSITIONS[plays.positions]
-    best, early = environment.best, counting(plays, results, study)
+    best, early, goals = environment.best, counting(plays, results, study), list(environment.goals)
     blocks = counted(plays.n_episodes, "block" if early else "episode")
     subtitle = f"{environment} x {counted(plays.n_seeds, 'seed')}, {blocks} of "
     subtitle += f"{environment.horizon} steps; {positions}"
-    mean_best = None if best is None else sum(best) / len(environment.goals)
+    mean_best = None if best is None else sum(best) / len(goals)
     picture = Picture(agent.title, subtitle, mean_best, agent.n_max)
     results.write()
     formats = tuple(dict.fromkeys(config.format or FORMATS[:1]))
@@ -275,10 +270,10 @@ def finish(
         for name, function in zip(DRAWN, (draw_by_budget, draw_by_episode), strict=True):
             painter.draw(function, results.path.with_name(name), study, picture)
     write_csv(results.path.with_suffix(".csv"), study)
-    goals, played = list(environment.goals), results.fingerprint
     meta = {**agent.meta, "task": agent.title, "goals": goals, "best_by_goal": best}
     names = ("horizon", "n_max", "seeds", "episodes", "seed", "positions")
-    meta |= {name: played[name] for name in names} | ({"returns": early} if early else {})
+    meta |= {name: results.fingerprint[name] for name in names}
+    meta |= {"returns": early} if early else {}
     results.write(meta | summary(study))  # it says that all numbers are there
 
     told = {"headline": "Recommendation", "advice": recommendation(study), "lines": []}
@@ -286,11 +281,10 @@ def finish(
     tables = [arms.partition("\n")[::2], ("VERDICTS", verdicts)]
     figures = [Figure(results.path.with_name(f"{n}.png"), n.replace("_", " "), "") for n in DRAWN]
     lasting = {name: text for name, text in facts.items() if name not in ("Work", "Found")}
-    title = f"Compressed history: {agent.title}"
-    write_page(results.path.parent, title, lasting, [told], tables, figures)
+    out, title = results.path.parent, f"Compressed history: {agent.title}"
+    write_page(out, title, lasting, [told], tables, figures)
+    more = () if study.confirmation is None else (CONFIRMATION,)
+    there = ", ".join(name for name in (*FILES, *more) if (out / name).exists())
     if early:
         print(f"\n{wrap(early)}")
-    print(f"\n{arms}\n\n{verdicts}")
-    more = () if study.confirmation is None else (CONFIRMATION,)
-    there = [name for name in (*FILES, *more) if results.path.with_name(name).exists()]
-    print(f"\nIn {results.path.parent}/: {', '.join(there)}.")
+    print(f"\n{arms}\n\n{verdicts}\n\nIn {out}/: {there}.")

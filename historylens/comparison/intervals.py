@@ -112,7 +112,7 @@ def _ends(values: np.ndarray, resampled: np.ndarray, scores: np.ndarray, tail: f
 
 
 def degrees_of_freedom(scores: np.ndarray) -> np.ndarray:
-    """Satterthwaite's `(N,)`: `G (R - 1)` where all goals vary alike, `R - 1` where only one does."""
+    """Satterthwaite's `(N,)`: `G (R - 1)` where goals vary alike, `R - 1` where only one does."""
     variances = scores.var(axis=2, ddof=1)  # (N, G)
     largest = variances.max(axis=1, keepdims=True)
     # Relative to the largest: no overflow. Without any variance all strata count alike.
@@ -182,14 +182,12 @@ class Collapses:
         return cls(int((fails > full_fails).sum()), int((full_fails > fails).sum()), arm.size)
 
     def bound(self, n_compared: float = 1) -> float:
-        """The rate above which is ruled out, for one of `n_compared` arms, net of full history's.
-
-        Newcombe 1998; Zou and Donner 2008; at least that of no collapse at all.
-        """
+        """The rate, net of full history's, above which is ruled out for one of `n_compared`."""
         n, tail = self.n_runs, (1 - LEVEL) / n_compared
         arm, full = self.arm / n, self.full / n
         above = largest_rate(self.arm, n, tail) - arm
         below = full - (1 - largest_rate(n - self.full, n, tail))
+        # Newcombe 1998; Zou and Donner 2008; at least that of no collapse at all.
         return max(arm - full + math.hypot(above, below), largest_rate(0, n, tail))
 
     @property

@@ -1,8 +1,7 @@
 """Play arms of compressed history in an agent's environment, paired, and keep what they earned.
 
-Every arm acts on the same goals with the same action noise: that of an environment depends on the
-seed and the environment's number alone. An arm is played in blocks of its seeds, which are what
-processes share, what is kept, and between which a race may end.
+Every arm acts on the same goals with the same action noise. It is played in blocks of its seeds,
+which are what processes share, what is kept, and between which a race may end.
 """
 
 import contextlib
@@ -28,7 +27,7 @@ from historylens.comparison.intervals import looks
 from historylens.comparison.policy import CompressedPolicy
 from historylens.comparison.results import ResultsFile
 from historylens.comparison.study import EMPTY, FULL, RECENT, Arm, Result
-from historylens.compression.method import METHODS, Method, get_method
+from historylens.compression.method import METHODS, get_method
 
 CODE = (  # files here, beside the agent's, that returns depend on
     "agent.py", "history.py", "tokens.py", "capture/*.py", "compression/*.py",
@@ -57,8 +56,8 @@ class Plays:
     @property
     def blocks(self) -> list[range]:
         """Seeds that are played together: none beyond a look, nor more than go well together."""
-        most, looked = max(1, MAX_ROOMS // len(self.agent.environment.goals)), looks(self.n_seeds)
-        return [part for pair in pairwise([0, *looked]) for part in even_parts(*pair, most)]
+        most, ends = max(1, MAX_ROOMS // len(self.agent.environment.goals)), looks(self.n_seeds)
+        return [part for pair in pairwise([0, *ends]) for part in even_parts(*pair, most)]
 
 
 def plan(plays: Plays, names: Sequence[str], budgets: Sequence[int]) -> list[Arm]:
@@ -85,8 +84,15 @@ def plan(plays: Plays, names: Sequence[str], budgets: Sequence[int]) -> list[Arm
     controls = [name for name, method in METHODS.items() if method.kind == "control"]
     if len(environment.goals) == 1:
         controls.remove("other-task")
-    chosen = [method for method in chosen if method.keeps not in ("all", "none")]
-    hidden = _unreadable(plays, chosen)
+    chosen, hidden = [method for method in chosen if method.keeps not in ("all", "none")], {}
+    for method in chosen:
+        if MAY_LACK & {*method.needs}:  # UserError: a head it lacks
+            policy = CompressedPolicy(agent, method, 1, torch.Generator().manual_seed(0))
+            room = environment.make(np.zeros(1, dtype=np.int64), [0])
+            try:
+                rollout(room, policy, 3, [np.random.default_rng(0)])
+            except Unreadable as error:
+                hidden[method.name] = str(error)
     names = [method.name for method in chosen if method.name not in hidden]
     if hidden:
         said = f"without {', '.join(hidden)}: {next(iter(hidden.values()))}"
@@ -97,25 +103,10 @@ def plan(plays: Plays, names: Sequence[str], budgets: Sequence[int]) -> list[Arm
     return arms + [Arm(name, budget) for name in names for budget in sorted(set(budgets))]
 
 
-def _unreadable(plays: Plays, methods: Sequence[Method]) -> dict[str, str]:
-    """Those that look at what the model does not show, and why; UserError: a head it lacks."""
-    reasons, agent = {}, plays.agent
-    for method in methods:
-        if MAY_LACK & {*method.needs}:
-            policy = CompressedPolicy(agent, method, 1, torch.Generator().manual_seed(0))
-            room = agent.environment.make(np.zeros(1, dtype=np.int64), [0])
-            try:
-                rollout(room, policy, 3, [np.random.default_rng(0)])
-            except Unreadable as error:
-                reasons[method.name] = str(error)
-    return reasons
-
-
 def _played_as(plays: Plays, arm: Arm) -> Arm:
     """The arm itself, or full history where that is the same: it keeps all that the model reads."""
-    looks = arm.method.looks_at.endswith("attention")  # chooses among what the model can read
-    is_full = arm.n_keep == plays.agent.n_max and (arm.name == RECENT or looks)
-    return Arm(FULL) if is_full else arm
+    of_window = arm.name == RECENT or arm.method.looks_at.endswith("attention")
+    return Arm(FULL) if of_window and arm.n_keep == plays.agent.n_max else arm
 
 
 def missing(

@@ -128,8 +128,7 @@ def _one_recommended(study: Study) -> str:
     said += f"better and saves tokens: it {reads}"
     rivals = [row for row in study.candidates if row.is_good and row is not best]
     equal = [row for row in rivals if row.arm.n_keep == best.arm.n_keep and study.saves(row)]
-    if equal:
-        also = ", ".join(row.arm.key for row in equal)
+    if also := ", ".join(row.arm.key for row in equal):
         said += f" At that budget it earns most of these; also safe or better: {also}."
     said += slower
     if rivals and rivals[0] is study.rows[0]:
@@ -157,7 +156,7 @@ def _record(row: Row) -> dict[str, Any]:
 def write_csv(path: str | Path, study: Study) -> None:
     """Write one row an arm, whole or not at all."""
     rows, text = [_record(row) for row in study.rows], io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer = csv.DictWriter(text, rows[0], lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     write_atomically(path, text.getvalue())

@@ -31,6 +31,7 @@ N_FIRST = 4  # transitions that "first-recent" keeps of the beginning, as Stream
 POOL_WIDTH = 5  # neighbouring transitions that share votes, as in SnapKV
 BLOCK = 5  # transitions behind one landmark
 TOP_PERCENT = 30  # of the history, kept by "top-30"
+UP_TO = "up to n_keep"
 SUMMARY_SHARE = 4  # one token in so many of "recent-summary" is a summary
 
 
@@ -118,11 +119,7 @@ def rewarded_recent(history: History, n_keep: int, generator: Generator | None) 
     return keep_best(n_keep, latest_half(history, n_keep), history.rewarded)
 
 
-@enter(
-    "Laskin et al. 2022, arXiv 2210.14215 (contexts of whole episodes)",
-    "episodes",
-    keeps="up to n_keep",
-)
+@enter("Laskin et al. 2022, arXiv 2210.14215 (contexts of whole episodes)", "episodes", keeps=UP_TO)
 def last_episodes(history: History, n_keep: int, generator: Generator | None) -> Tensor:
     """Keep the latest episodes, each whole or not at all, as many as fit; of a latest one that does
     not fit, its end.
@@ -187,18 +184,13 @@ def contribution(history: History, n_keep: int, generator: Generator | None) -> 
     return keep_best(n_keep, history.contribution)
 
 
-@enter("Goyal et al. 2020, arXiv 2001.08950 (PoWER-BERT)", "query_attention", keeps="up to n_keep")
+@enter("Goyal et al. 2020, arXiv 2001.08950 (PoWER-BERT)", "query_attention", keeps=UP_TO)
 def top_30(history: History, n_keep: int, generator: Generator | None) -> Tensor:
     """Keep the 30 % of the transitions that the query attends most, rounded up."""
-    n_top = -(-history.n * TOP_PERCENT // 100)
-    return keep_best(min(n_keep, n_top), history.query_attention)
+    return keep_best(min(n_keep, -(-history.n * TOP_PERCENT // 100)), history.query_attention)
 
 
-@enter(
-    "Kim et al. 2021, arXiv 2107.00910 (learned token pruning)",
-    "query_attention",
-    keeps="up to n_keep",
-)
+@enter("Kim et al. 2021, arXiv 2107.00910 (learned token pruning)", "query_attention", keeps=UP_TO)
 def threshold(history: History, n_keep: int, generator: Generator | None) -> Tensor:
     """Keep the transitions with an attention weight above 0.1."""
     strong = history.query_attention > STRONG_WEIGHT + TOLERANCE
@@ -206,7 +198,7 @@ def threshold(history: History, n_keep: int, generator: Generator | None) -> Ten
     return keep_where(strong & (ranks < n_keep))
 
 
-@enter("Lin et al. 2025, arXiv 2502.02770 (top-p pruning)", "query_attention", keeps="up to n_keep")
+@enter("Lin et al. 2025, arXiv 2502.02770 (top-p pruning)", "query_attention", keeps=UP_TO)
 def prune_low(history: History, n_keep: int, generator: Generator | None) -> Tensor:
     """Keep the fewest transitions that hold 90 % of the attention on history, and drop the rest."""
     mass = history.query_attention.double().sum(dim=1, keepdim=True)
