@@ -142,16 +142,15 @@ def compare(
 
     UserError, and no file touched: the settings do not fit the agent, or the folder is refused.
     """
-    n_seeds = config.seeds or SEEDS[config.full]
-    n_episodes = config.episodes or EPISODES[config.full]
+    sizes = config.seeds or SEEDS[config.full], config.episodes or EPISODES[config.full]
     facts, results = {}, None  # rank 0 has them
     with ExitStack() as held:
         with group.together(), group.told_once():
-            plays = Plays(agent, n_seeds, n_episodes, config.seed, positions)
+            plays = Plays(agent, *sizes, config.seed, positions)
             budgets = config.budgets or [n for n in (*BUDGETS, agent.n_max) if n <= agent.n_max]
             arms = plan(plays, config.strategies or STRATEGIES[config.full], budgets)
-            n_runs = len(agent.environment.goals) * max(n_seeds, config.confirm)
-            n_numbers = n_runs * (2 * N_RESAMPLES + n_episodes * agent.environment.horizon)
+            most = max(plays.n_seeds, config.confirm)
+            n_numbers = most * (2 * N_RESAMPLES * len(agent.environment.goals) + plays.n_decisions)
             expect_memory(8 * n_numbers, "--seeds, --episodes or --confirm")
             if group.is_main:
                 out = held.enter_context(writable_folder(config.out))

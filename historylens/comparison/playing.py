@@ -63,8 +63,7 @@ class Plays:
 def plan(plays: Plays, names: Sequence[str], budgets: Sequence[int]) -> list[Arm]:
     """The arms to play: full, empty and the controls, then each strategy at each budget.
 
-    Without strategies that look at what the model does not show: a note says so. UserError: an
-    unknown strategy, none that is left, or a budget that the model or the history cannot serve.
+    UserError: an unknown strategy, none for this model, or a budget that cannot be served.
     """
     agent, environment = plays.agent, plays.agent.environment
     n_steps = plays.n_episodes * environment.horizon

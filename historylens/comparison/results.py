@@ -2,8 +2,8 @@
 
     ResultsFile(folder, fingerprint).add(Result(arm, returns, cost))  # on disk now
 
-A block is an arm's runs of some seeds. Where all is the same that its returns depend on, finished
-blocks are used again; where it differs or the file is damaged, what lies there is moved aside.
+A block is an arm's runs of some seeds. Where all is the same that its returns depend on, it is
+used again; where that differs or the file is damaged, what lies there is moved aside.
 """
 
 import hashlib

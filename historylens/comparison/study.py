@@ -4,8 +4,8 @@ All arms acted on the same goals with the same action noise, so each is compared
 run by run, over the runs that it has: the first `r` of the `R` seeds of each of `G` goals. The
 score of a run is its return an episode over the second half of its `E` episodes.
 
-A race (Maron and Moore 1993) stops, at looks, what is shown worse or cannot be recommended: the
-runs go to the rest. `safe` and `better` are said once, when it is over.
+A race (Maron and Moore 1993) stops, at looks, what is shown worse or cannot be recommended; `safe`
+and `better` are said once, when it is over.
 """
 
 from collections.abc import Sequence
@@ -177,9 +177,8 @@ class Study:
 
 
 def judge(results: list[Result], margin_share: float, best: Best = None, seed: int = 0) -> Study:
-    """Compare every arm with full history; `seed` is that of the bootstrap.
+    """Compare every arm, "full" and "empty" among them; `seed` is that of the bootstrap.
 
-    `results` are of all arms, "full" and "empty" among them, on the same goals and first seeds.
     That any arm which loses the margin is called safe or better has a chance of 2.5 %.
     """
     full = next(result.returns for result in results if result.arm == Arm(FULL))
@@ -198,8 +197,7 @@ def confirm(
 ) -> Study:
     """The study with its most promising arm judged on new runs of it and of full history.
 
-    This one comparison was chosen before its runs were played: it alone has the other 2.5 %, or the
-    part `share` of it that the look at which it ended may spend.
+    It was chosen before they were played: it alone has the other 2.5 %, or a `share` of it.
     """
     least = least_of([arm, full], study.least)
     seen = full.returns, study.margin_share, 1 / share, best, seed, least
@@ -211,10 +209,7 @@ def confirm(
 def going_on(
     results: Sequence[Result], share: float, margin_share: float, seed: int = 0
 ) -> list[Arm]:
-    """The arms that go on after a look with a part `share` of the level.
-
-    Full history does, controls until they are shown worse, others if they also save tokens.
-    """
+    """Full history, and what is not shown worse at `share` of the level: controls, token savers."""
     full = next(result for result in results if result.arm == Arm(FULL))
     scores = np.stack([late_scores(result.returns) for result in results])  # (N, G, r)
     worse = intervals.shown_worse(scores, late_scores(full.returns), margin_share, share, seed)
@@ -244,21 +239,25 @@ def _compared(
 ) -> list[Row]:  # fmt: skip
     """A row of each result, of as many runs as it has."""
     (low, high), rows = _earnable(results, best), []
-    highest, of_best = np.inf if best is None else max(best), (low, 1.0)  # 0 is 0 of any return
+    highest = np.inf if best is None else max(best)
     for result in results:
         scores, paired = late_scores(result.returns), full[:, : result.returns.shape[1]]
         [(difference, collapses, said)] = intervals.judged(
             scores[None], late_scores(paired), margin_share, n_compared, seed, least
         )
-        parts = None
+        of_best = []
         if best is not None and min(best) > 0:
             parts = scores / np.asarray(best, dtype=np.float64)[:, None]
+            of_best = [intervals.mean(parts, seed), intervals.iqm(parts, seed)]
+        part_of_best, iqm_of_best = (
+            (x.within(low, 1.0) for x in of_best) if of_best else (None, None)
+        )
         row = Row(
             arm=result.arm,
             mean=intervals.mean(scores, seed).within(low, high),
             iqm=intervals.iqm(scores, seed).within(low, highest),
-            part_of_best=None if parts is None else intervals.mean(parts, seed).within(*of_best),
-            iqm_of_best=None if parts is None else intervals.iqm(parts, seed).within(*of_best),
+            part_of_best=part_of_best,
+            iqm_of_best=iqm_of_best,
             difference=difference,
             collapses=collapses,
             verdict=None if result.arm == Arm(FULL) else said,

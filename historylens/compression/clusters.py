@@ -27,10 +27,7 @@ def features(history: History) -> Tensor:
 
 
 def squared_distances(points: Tensor, centres: Tensor, squares: Tensor | None = None) -> Tensor:
-    """Squared Euclidean distances `(B, n, K)` of `(B, n, F)` to `(B, K, F)`, rounded.
-
-    `squares` `(B, n)`: the squared lengths of the points, where they are known.
-    """
+    """Squared distances `(B, n, K)` of `(B, n, F)`, of `squares` as lengths, to `(B, K, F)`."""
     squares = points.square().sum(dim=2) if squares is None else squares
     sums = squares[:, :, None] + centres.square().sum(dim=2)[:, None, :]
     found = torch.baddbmm(sums, points, centres.transpose(1, 2), alpha=-2)
@@ -38,10 +35,9 @@ def squared_distances(points: Tensor, centres: Tensor, squares: Tensor | None = 
 
 
 def farthest_points(points: Tensor, n_keep: int) -> Tensor:
-    """Farthest-point sampling (Gonzalez 1985): each new point is the one farthest from all before.
+    """Indices `(B, n_keep)` of points, each the one farthest from all before (Gonzalez 1985).
 
     Of points `(B, n, F)` in the order of time the latest is first, and comes first among equals.
-    `(B, n_keep)` indices in the order of choice, none twice.
     """
     size, n, _ = points.shape
     rows, squares = torch.arange(size, device=points.device), points.square().sum(dim=2)
@@ -59,14 +55,12 @@ def farthest_points(points: Tensor, n_keep: int) -> Tensor:
 
 
 def k_medoids(points: Tensor, n_keep: int) -> Tensor:
-    """Points with a small sum of squared distances from every point to the nearest of them.
+    """Indices `(B, n_keep)`, in no order, of central points of clusters (Park and Jun 2009).
 
     From `farthest_points` on, in turn, every point joins its nearest medoid and every cluster takes
-    the member nearest to all its members, so to their mean (Park and Jun 2009): it never rises.
-    `(B, n_keep)` indices of the points `(B, n, F)` in the order of time; in no order, none twice.
+    the member nearest to all its members, so to their mean.
     """
-    size, n, _ = points.shape
-    medoids = farthest_points(points, n_keep)
+    (size, n, _), medoids = points.shape, farthest_points(points, n_keep)
     numbers = torch.arange(n_keep, device=points.device).expand(size, n_keep)
     time = torch.arange(n, device=points.device).expand(size, n)
     for _ in range(MAX_ROUNDS):
@@ -87,8 +81,7 @@ def k_medoids(points: Tensor, n_keep: int) -> Tensor:
 def k_means(points: Tensor, n_clusters: int) -> Tensor:
     """Cluster `(B, n)` of each point, none empty, from `farthest_points` on (Lloyd 1982)."""
     starts = farthest_points(points, n_clusters)
-    centres = points.take_along_dim(starts[:, :, None], dim=1)
-    labels = starts.new_empty(0)
+    centres, labels = points.take_along_dim(starts[:, :, None], dim=1), starts.new_empty(0)
     for _ in range(MAX_ROUNDS):
         updated = _fill_empty(squared_distances(points, centres).argmin(dim=2), starts)
         if torch.equal(updated, labels):
@@ -129,8 +122,7 @@ def pool(history: History, labels: Tensor, n_tokens: int) -> History:
     means = cluster_means(torch.cat([part.double() for part in columns], 2), labels, n_tokens)
     states, next_states, rewards, times = means.split([width, width, 1, 1], dim=2)  # (B, K, ...)
     n_actions = int(history.actions.max()) + 1
-    pairs = labels * n_actions + history.actions.long()
-    none = time.new_zeros(size, n_tokens * n_actions)
+    pairs, none = labels * n_actions + history.actions, time.new_zeros(size, n_tokens * n_actions)
     # Among equally frequent actions the one taken last: its time breaks the tie, below one count.
     taken = none.scatter_add(1, pairs, torch.ones_like(time))
     taken += none.scatter_reduce(1, pairs, time, "amax") / (n + 1)

@@ -2,8 +2,8 @@
 
     shorter = METHODS["rewarded-recent"].compress(history, n_keep=20)  # shorter.kept is (B, 20)
 
-A *strategy* keeps real transitions, a *merge* makes new tokens of them, none of which was seen in
-training, and a *control* takes the history's information away and leaves its shape.
+A *strategy* keeps real transitions, a *merge* makes new tokens of them, and a *control* takes the
+history's information away and leaves its shape.
 """
 
 import difflib
