@@ -99,8 +99,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
     def load(flags: argparse.Namespace, device: torch.device) -> tuple[Agent, str]:
         why = "its load() chooses the model, and its act() where a kept transition stands"
         for name in of_checkpoints:
-            is_free = vars(flags)[name] is None
-            expect(is_free, f"--{name} has no meaning beside --adapter: {why}")
+            expect(vars(flags)[name] is None, f"--{name} has no meaning beside --adapter: {why}")
         what = "expected --adapter FILE, a Python file that says how to run your model"
         expect(flags.adapter is not None, what)
         return load_acting(flags.adapter, flags.seed, device, flags.rewarded_above), "reindexed"

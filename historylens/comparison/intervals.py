@@ -224,11 +224,10 @@ def largest_rate(n: int, n_runs: int, tail: float) -> float:
 def verdict(own: Estimate, strict: Estimate, margin: float, at_risk: float) -> str:
     """Judge an arm by its paired difference to full history, arm minus full.
 
-    `own` has its 95 % interval, whose lower end is passed by chance in 2.5 %, `strict` one for all
-    arms of the study together; `at_risk` is what collapses not ruled out for all may cost.
-    `safe`: both lie above `-margin`, and `at_risk` is no more than margin or gain. `better`: so,
-    and `strict` lies above 0. `safe so far`: `own` alone lies above `-margin`. `worse`: `own` lies
-    below it. Otherwise, and with one seed, `inconclusive`.
+    `own` has its 95 % interval, `strict` one for all arms of the study together; `at_risk` is what
+    collapses not ruled out for all may cost. `safe`: both lie above `-margin`, and `at_risk` is no
+    more than margin or gain. `better`: so, and `strict` lies above 0. `safe so far`: `own` alone
+    lies above `-margin`. `worse`: `own` lies below it. Otherwise `inconclusive`.
     """
     if own.is_open or own.low <= -margin <= own.high:
         return "inconclusive"

@@ -8,7 +8,7 @@ A race (Maron and Moore 1993) stops, at looks, what is shown worse or cannot be 
 and `better` are said once, when it is over.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -150,9 +150,8 @@ class Study:
         if self.confirmation is not None:
             again = self.confirmation.row
             return self.row(again.arm.name, again.arm.n_keep) if again.is_good else None
-        able = [
-            row for row in self.rows if row.arm.is_candidate and row.is_good and self.saves(row)
-        ]
+        good = (row for row in self.rows if row.arm.is_candidate and row.is_good)
+        able = [row for row in good if self.saves(row)]
         if self.doubts or not able:
             return None
         return min(able, key=lambda row: (row.arm.n_keep or 0, -row.mean.value, row.cost.tokens))
@@ -240,32 +239,31 @@ def _compared(
     """A row of each result, of as many runs as it has."""
     (low, high), rows = _earnable(results, best), []
     highest = np.inf if best is None else max(best)
+
+    def estimated(of: Callable, values: np.ndarray | None, high: float) -> Estimate | None:
+        return None if values is None else of(values, seed).within(low, high)
+
     for result in results:
         scores, paired = late_scores(result.returns), full[:, : result.returns.shape[1]]
-        [(difference, collapses, said)] = intervals.judged(
-            scores[None], late_scores(paired), margin_share, n_compared, seed, least
+        seen = scores[None], late_scores(paired), margin_share, n_compared, seed, least
+        [(difference, collapses, said)] = intervals.judged(*seen)
+        has_best = best is not None and min(best) > 0
+        parts = scores / np.asarray(best, dtype=np.float64)[:, None] if has_best else None
+        rows.append(
+            Row(
+                arm=result.arm,
+                mean=estimated(intervals.mean, scores, high),
+                iqm=estimated(intervals.iqm, scores, highest),
+                part_of_best=estimated(intervals.mean, parts, 1.0),
+                iqm_of_best=estimated(intervals.iqm, parts, 1.0),
+                difference=difference,
+                collapses=collapses,
+                verdict=None if result.arm == Arm(FULL) else said,
+                adaptation_loss=intervals.mean((paired - result.returns).mean(axis=2), seed),
+                by_episode=result.returns.mean(axis=(0, 1)),
+                cost=result.cost,
+            )
         )
-        of_best = []
-        if best is not None and min(best) > 0:
-            parts = scores / np.asarray(best, dtype=np.float64)[:, None]
-            of_best = [intervals.mean(parts, seed), intervals.iqm(parts, seed)]
-        part_of_best, iqm_of_best = (
-            (x.within(low, 1.0) for x in of_best) if of_best else (None, None)
-        )
-        row = Row(
-            arm=result.arm,
-            mean=intervals.mean(scores, seed).within(low, high),
-            iqm=intervals.iqm(scores, seed).within(low, highest),
-            part_of_best=part_of_best,
-            iqm_of_best=iqm_of_best,
-            difference=difference,
-            collapses=collapses,
-            verdict=None if result.arm == Arm(FULL) else said,
-            adaptation_loss=intervals.mean((paired - result.returns).mean(axis=2), seed),
-            by_episode=result.returns.mean(axis=(0, 1)),
-            cost=result.cost,
-        )
-        rows.append(row)
     return rows
 
 
