@@ -12,9 +12,7 @@ one to be confirmed: it is judged at each look.
 import numpy as np
 from setting import print_table, read_flags
 
-from historylens.comparison.intervals import Bootstrap
-from historylens.comparison.race import looks, shares, shown_worse
-from historylens.comparison.study import GOOD, judged
+from historylens.comparison.intervals import GOOD, judged, looks, shown_worse
 
 N_GOALS, MARGIN, FULL = 8, 0.05, 12.0  # a share of what full history earns, an episode
 SETTINGS = {  # share of the arms that lose, how many margins, and the noise
@@ -59,22 +57,21 @@ def rates(n_studies: int, n_seeds: int, n_arms: int, *setting: object) -> np.nda
     """
     rng, of = np.random.default_rng(n_seeds), np.zeros((2, 4))
     _, least, _ = COLLAPSES.get(setting[2], COLLAPSES["collapses"])  # as a control shows it
-    bootstraps = {n: Bootstrap(N_GOALS, n) for n in looks(n_seeds)}
     for _ in range(n_studies):
         full, arms, loses = scores_of(rng, n_arms, n_seeds, *setting)
         going, allowed, n_saved = np.arange(n_arms), ~loses | (setting[1] <= 1), 0
         good, is_one = going[:0], n_arms == 1
-        for n, share in zip(looks(n_seeds), shares(n_seeds), strict=True):
+        for n, share in looks(n_seeds).items():
             so_far = arms[going][:, :, :n], full[:, :n]
             if n == n_seeds or is_one:
                 among = 1 / share if is_one else n_arms
-                told = judged(*so_far, MARGIN, among, bootstraps[n], least)
+                told = judged(*so_far, MARGIN, among, least=least)
                 good = going[np.array([said in GOOD for _, _, said in told], dtype=bool)]
                 if is_one and len(good):
                     n_saved += n_seeds - n
                     break
             if n < n_seeds:
-                worse = shown_worse(*so_far, MARGIN, share, bootstraps[n])
+                worse = shown_worse(*so_far, MARGIN, share)
                 n_saved += (n_seeds - n) * worse.sum()
                 going = going[~worse]
         n_stopped = allowed.sum() - allowed[going].sum()

@@ -17,6 +17,7 @@ from config import ModelConfig
 from dataset import Histories
 from historylens.common.errors import run_command
 from historylens.common.files import write_atomically
+from historylens.comparison import intervals
 from model import ADTransformer
 
 torch.set_num_threads(1)
@@ -107,6 +108,15 @@ def without_drawing(patch):
     draw = Painter.draw
     patch.setattr(Painter, "draw", lambda self, _, path, *a, **k: draw(self, draw_quickly, path))
     patch.setattr("ad.learning_curve.draw_learning_curve", lambda _, path: draw_quickly(path))
+
+
+@pytest.fixture
+def few_resamples(monkeypatch):
+    """A tenth of the resamples of an interval, for tests of thousands of them."""
+    monkeypatch.setattr(intervals, "N_RESAMPLES", 1000)
+    intervals._resamples.cache_clear()
+    yield
+    intervals._resamples.cache_clear()
 
 
 @pytest.fixture

@@ -23,8 +23,7 @@ from historylens import analysis, comparison
 from historylens.agent import Environment
 from historylens.common.errors import run_command
 from historylens.comparison import WITH_BUDGET, CompareConfig, compare, playing
-from historylens.comparison.intervals import late_scores
-from historylens.comparison.race import looks, shares
+from historylens.comparison.intervals import late_scores, looks
 from historylens.comparison.results import CONFIRMATION, FILES
 
 CHECKPOINT = Path("checkpoints/tiny/ckpt-30.pt")
@@ -319,7 +318,7 @@ def test_the_most_promising_of_unsettled_arms_is_played_again_once(home, monkeyp
         sooner = confirming(24, margin=0.4)  # at a look
     (early,) = set(looks(24)) & set(map(int, re.findall(r"on (\d+) new seeds a goal", sooner)))
     assert early < 24
-    assert judged.call_args.args[-1] == shares(24)[looks(24).index(early)]
+    assert judged.call_args.args[-1] == looks(24)[early]
     assert results_of(FIGS)["summary"]["confirmation"]["seeds"] == early
     first = confirming(3)
     monkeypatch.setattr(playing, "play", None)

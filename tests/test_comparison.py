@@ -16,7 +16,7 @@ from historylens.comparison.intervals import Estimate, late_scores
 from historylens.comparison.playing import Plays, fingerprint, plan, play, play_arms
 from historylens.comparison.policy import CompressedPolicy, Cost
 from historylens.comparison.report import recommendation
-from historylens.comparison.results import FILES, open_results
+from historylens.comparison.results import FILES, ResultsFile
 from historylens.comparison.study import Arm, Result, judge
 from historylens.compression.method import METHODS
 
@@ -31,7 +31,7 @@ def arms(*names, budgets=(4,), agent=PLAYS.agent):
 
 
 def opened(folder, **change):
-    return open_results(folder, fingerprint(replace(PLAYS, **change)))
+    return ResultsFile(folder, fingerprint(replace(PLAYS, **change)))
 
 
 def test_baselines_and_controls_come_first_then_each_strategy_at_each_budget():
@@ -116,7 +116,7 @@ def test_what_keeps_the_whole_context_is_full_history_and_not_played_again(
     plays = Plays(ModelAgent(tiny_model, rooms), n_seeds=1, n_episodes=3)
     less, whole = (Arm(name, n_keep) for n_keep in (plays.agent.n_max - 1, plays.agent.n_max))
     wanted = [FULL, whole, less, Arm("even", plays.agent.n_max)]
-    results = open_results(tmp_path, fingerprint(plays))
+    results = ResultsFile(tmp_path, fingerprint(plays))
     full, same, *_ = play_arms(plays, wanted, results)
     assert {key for key, _ in results.blocks} == {arm.key for arm in wanted if arm != whole}
     assert same.arm == whole
@@ -216,7 +216,7 @@ KEEP_REWARDS, FORGET = ("rewarded-recent", "best-episodes"), ("recent", "first-r
 def compared(folder, plays, names, *more):
     """The returns of arms that keep `SHORT` or more on the planted task, and the judged study."""
     arms = [*plan(plays, names, [SHORT]), *more]
-    results = play_arms(plays, arms, open_results(folder, fingerprint(plays)))
+    results = play_arms(plays, arms, ResultsFile(folder, fingerprint(plays)))
     # A margin that 24 runs of 7 arms can hold: without a collapse they rule out more than 21 %.
     return {each.arm.key: each.returns for each in results}, judge(results, 0.25)
 

@@ -8,16 +8,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from historylens.comparison.intervals import (
-    Bootstrap,
     Collapses,
     Estimate,
     degrees_of_freedom,
+    iqm,
     largest_rate,
     late_scores,
+    mean,
+    means,
     skew_shift,
     student_quantile,
     verdict,
 )
+
+pytestmark = pytest.mark.usefixtures("few_resamples")
 
 
 def plain_iqm(values):
@@ -30,11 +34,10 @@ def plain_iqm(values):
 @given(st.integers(1, 5), st.integers(1, 6), st.integers(0, 2**20))
 def test_statistics_equal_a_loop_over_the_drawn_runs(n_goals, n_seeds, seed):
     scores = np.random.default_rng(seed).integers(0, 5, size=(n_goals, n_seeds)).astype(float)
-    bootstrap = Bootstrap(n_goals, n_seeds, seed=5, n_resamples=40)
     even = np.full(n_seeds, 1 / n_seeds)
-    counts = np.random.default_rng(5).multinomial(n_seeds, even, size=(40, n_goals))  # in strata
+    counts = np.random.default_rng(5).multinomial(n_seeds, even, size=(1000, n_goals))  # in strata
     drawn = [np.repeat(scores.ravel(), count.ravel()) for count in counts]
-    for estimate, plain in ((bootstrap.mean(scores), np.mean), (bootstrap.iqm(scores), plain_iqm)):
+    for estimate, plain in ((mean(scores, 5), np.mean), (iqm(scores, 5), plain_iqm)):
         assert estimate.value == pytest.approx(plain(scores.ravel()))
         if n_seeds == 1:
             assert (estimate.low, estimate.high) == (None, None)
@@ -65,8 +68,8 @@ def test_skewness_moves_the_interval_towards_the_long_tail():
 
 
 def test_many_comparisons_widen_the_interval():
-    noise, bootstrap = np.random.default_rng(0).normal(size=(8, 6)), Bootstrap(8, 6)
-    one, strict = bootstrap.mean(noise), bootstrap.mean(noise, 50)
+    noise = np.random.default_rng(0).normal(size=(8, 6))
+    one, strict = mean(noise), mean(noise, n_compared=50)
     assert strict.low < one.low < one.high < strict.high
 
 
@@ -74,7 +77,7 @@ def test_late_scores_are_the_second_half_and_without_variance_have_a_point_never
     for n_episodes, expected in ((5, 11.0), (4, 6.5), (1, 1.0)):  # the middle one included
         returns = np.array([[[1.0, 2.0, 3.0, 10.0, 20.0][:n_episodes]]])
         assert late_scores(returns).tolist() == [[expected]]
-    assert Bootstrap(2, 3).mean(np.full((2, 3), 4.0)) == Estimate(4.0, 4.0, 4.0)
+    assert mean(np.full((2, 3), 4.0)) == Estimate(4.0, 4.0, 4.0)
     assert Estimate(-0.001, -0.004, 0.123).text("+") == "+0.00 [+0.00, +0.12]"
     assert Estimate(1.0, None, None).text() == "1.00"
 
@@ -97,7 +100,7 @@ def test_late_scores_are_the_second_half_and_without_variance_have_a_point_never
 def test_the_verdict_of_an_interval_and_of_what_collapses_may_cost(
     low, high, margin, at_risk, expected
 ):
-    assert verdict(Estimate(0.0, low, high), margin, at_risk) == expected
+    assert verdict(*[Estimate(0.0, low, high)] * 2, margin, at_risk) == expected
 
 
 @given(st.integers(1, 300), st.data())
@@ -174,14 +177,13 @@ def collapsing(rate, n_goals, n_seeds, noise, seed, n_studies=1000):
 
 
 def share(names, full, arms, may_collapse=False):
-    """How often one of the verdicts is said; `bounds` is what `Bootstrap.mean` calls for each."""
+    """How often one of the verdicts is said; of many at once."""
     differences, levels = arms - full, full.mean(axis=(1, 2))
-    ends = Bootstrap(*full.shape[1:], n_resamples=1000).bounds(differences)
-    estimates = map(Estimate, differences.mean(axis=(1, 2)), *ends.T)
-    bounds = map(Collapses.bound, map(Collapses.of, arms, full))
-    at_risk = levels * (list(bounds) if may_collapse else 0)
+    estimates = means(differences)
+    rates = map(Collapses.bound, map(Collapses.of, arms, full))
+    at_risk = levels * (list(rates) if may_collapse else 0)
     judged = zip(estimates, 0.05 * levels, at_risk, strict=True)
-    return np.mean([verdict(*each) in names for each in judged])
+    return np.mean([verdict(each[0], *each) in names for each in judged])
 
 
 GOOD = ("safe", "better")
@@ -229,8 +231,7 @@ def test_with_enough_runs_the_truth_is_said_and_few_noisy_ones_are_inconclusive(
 @pytest.mark.parametrize("size", [(8, 4), (2, 3)])
 def test_intervals_hold_the_truth_as_often_as_they_say_many_at_once_as_one_at_a_time(size):
     _, arms = studies("normal", *size, loss=0.0, seed=7)
-    bootstrap = Bootstrap(*size, n_resamples=1000)
-    low, high = bootstrap.bounds(arms).T
+    low, high = np.array([(each.low, each.high) for each in means(arms)]).T
     assert 0.93 <= np.mean((low <= 12) & (high >= 12)) < 1
-    one = bootstrap.mean(arms[3])
+    one = mean(arms[3])
     assert (one.low, one.high) == pytest.approx((low[3], high[3]), rel=1e-12)

@@ -20,7 +20,7 @@ import compare_compression
 import train
 from historylens.common.files import set_aside
 from historylens.comparison import CompareConfig, compare, playing
-from historylens.comparison.results import CONFIRMATION, RESULTS, open_results
+from historylens.comparison.results import CONFIRMATION, RESULTS, ResultsFile
 
 
 @pytest.fixture
@@ -78,7 +78,7 @@ def test_damaged_results_are_set_aside_and_played_again(tmp_path, monkeypatch, c
     for number, bad in enumerate(damaged(text), start=1):
         path.write_text(bad)
         found, aside = (
-            open_results(path.parent, known, name).found,
+            ResultsFile(path.parent, known, name).found,
             path.parent / f"earlier-{number}",
         )
         assert re.search(rf"\((a damaged {name}|of another version)\).* moved to {aside}", found)

@@ -13,12 +13,11 @@ from hypothesis import strategies as st
 from levers import LeversAgent
 
 from historylens.comparison import playing
-from historylens.comparison.intervals import Bootstrap
+from historylens.comparison.intervals import looks, shown_worse
 from historylens.comparison.playing import Plays, fingerprint, missing, plan, play, play_arms
 from historylens.comparison.policy import CompressedPolicy, Cost
-from historylens.comparison.race import going_on, looks, shares, shown_worse, undecided
-from historylens.comparison.results import open_results
-from historylens.comparison.study import Arm, Result
+from historylens.comparison.results import ResultsFile
+from historylens.comparison.study import Arm, Result, going_on, undecided
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 from false_verdicts import SETTINGS, rates
@@ -31,29 +30,28 @@ FULL, EMPTY = Arm("full"), Arm("empty")
     (9, [2, 3, 5, 9]), (16, [2, 4, 8, 16]), (128, [16, 32, 64, 128]),
 ])  # fmt: skip
 def test_looks_are_after_an_eighth_a_quarter_a_half_and_all_of_the_seeds(n_seeds, expected):
-    assert looks(n_seeds) == expected
+    assert list(looks(n_seeds)) == expected
 
 
 @given(st.integers(1, 200))
 def test_the_looks_together_spend_the_level(n_seeds):
-    spent = shares(n_seeds)
-    assert len(spent) == len(looks(n_seeds))
+    spent = list(looks(n_seeds).values())
     assert min(spent) > 0
     assert sum(spent) == pytest.approx(1)
-    first = looks(n_seeds)[0] / n_seeds
+    first = next(iter(looks(n_seeds))) / n_seeds
     assert spent[0] == pytest.approx(math.log(1 + (math.e - 1) * first))
 
 
+@pytest.mark.usefixtures("few_resamples")
 def test_a_look_is_a_test_at_what_it_spends():
     """Of arms that lose the margin, as many are shown worse; normal noise, 8 goals of 8 seeds."""
     rng, full = np.random.default_rng(0), np.full((8, 8), 10.0)
     arms = full - 0.5 + rng.normal(size=(4000, 8, 8))
-    bootstrap = Bootstrap(8, 8, n_resamples=1000)
-    found = [shown_worse(arms, full, 0.05, share, bootstrap) for share in (1.0, 0.4)]
+    found = [shown_worse(arms, full, 0.05, share) for share in (1.0, 0.4)]
     for worse, level in zip(found, (0.025, 0.01), strict=True):
         assert 0.4 * level < worse.mean() < 1.3 * level
     assert (found[0] >= found[1]).all()
-    assert not shown_worse(arms[:, :, :1], full[:, :1], 0.05, 1.0, Bootstrap(8, 1)).any()
+    assert not shown_worse(arms[:, :, :1], full[:, :1], 0.05, 1.0).any()
 
 
 def result(arm, level, tokens, noise=0.1):
@@ -97,7 +95,7 @@ ARMS = plan(PLAYS, ["rewarded-recent", "recent", "random", "even"], [4, 30])
 
 
 def raced(folder, margin, plays=PLAYS, arms=ARMS):
-    results, race = open_results(folder, fingerprint(plays)), margin
+    results, race = ResultsFile(folder, fingerprint(plays)), margin
     if margin is not None:
         race = partial(going_on, margin_share=margin, seed=plays.seed)
     return {each.arm: each for each in play_arms(plays, arms, results, race)}, results
@@ -142,7 +140,7 @@ def test_a_race_that_was_broken_off_or_played_to_the_end_before_ends_the_same(
 ):
     (race, kept), (_, complete) = both
     n_left, blocks = 7, [*kept.blocks.values()]
-    results = open_results(tmp_path, fingerprint(PLAYS))
+    results = ResultsFile(tmp_path, fingerprint(PLAYS))
     for block in blocks[:n_left]:
         results.add(block)
     played = []
@@ -162,7 +160,7 @@ def test_blocks_end_at_looks_and_what_takes_longest_is_played_first(tmp_path, mo
     assert PLAYS.blocks == [range(2), range(2, 4), range(4, 8)]
     monkeypatch.setattr(playing, "MAX_ROOMS", 9)  # three seeds of three goals
     assert PLAYS.blocks == [range(2), range(2, 4), range(4, 6), range(6, 8)]
-    results = open_results(tmp_path, fingerprint(PLAYS))
+    results = ResultsFile(tmp_path, fingerprint(PLAYS))
     todo = missing(PLAYS, ARMS, results, 4)
     assert {seeds.stop for _, seeds in todo} == {2, 4}
     sizes = [30 if arm.n_keep is None else arm.n_keep for arm, _ in todo if arm != EMPTY]

@@ -13,10 +13,10 @@ from matplotlib import rcParams
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from historylens.comparison import WITH_BUDGET, report
-from historylens.comparison.intervals import Bootstrap, late_scores
+from historylens.comparison.intervals import judged as judged_scores
+from historylens.comparison.intervals import late_scores
 from historylens.comparison.policy import Cost
 from historylens.comparison.study import Arm, Result, confirm, judge
-from historylens.comparison.study import judged as judged_scores
 from historylens.pictures import returns
 from historylens.pictures.returns import Picture, draw_by_budget, draw_by_episode, finding, spread
 
@@ -123,7 +123,7 @@ def test_without_a_collapse_so_many_runs_are_needed_to_be_safe(n_compared, least
     for n_runs, expected in ((least, "safe"), (least - 1, "safe so far")):
         full = 10 + 0.01 * np.random.default_rng(0).normal(size=(1, n_runs))
         both = np.stack([full - 0.01, full - 0.02])
-        told = judged_scores(both, full, 0.05, n_compared, Bootstrap(1, n_runs))
+        told = judged_scores(both, full, 0.05, n_compared)
         assert [verdict for _, _, verdict in told] == [expected] * 2
 
 

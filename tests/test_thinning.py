@@ -43,7 +43,7 @@ def test_a_thinned_window_is_what_the_method_keeps_and_then_what_follows(name, n
     # Methods trained on keep what is asked and need no model.
     assert (method.kind, method.keeps) == ("strategy", "n_keep")
     assert method.looks_at in ("nothing", "history")
-    assert set(method.needs) <= {"episodes", "query_states"}
+    assert set(method.needs) <= {"episodes", "query_states", "states", "actions", "rewards"}
 
 
 def test_episodes_are_ranked_as_they_lie_before_the_thinning_by_hand():

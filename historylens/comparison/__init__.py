@@ -3,10 +3,8 @@
     historylens compare --adapter my_model.py           # or python compare_compression.py
     compare(agent, CompareConfig(strategies=["recent"], budgets=[10, 20]))
 
-Each strategy at each budget acts beside full history, an empty one and two controls. Writes
-`return_by_budget.png`, `return_by_episode.png` (or .pdf, .svg), `results.csv` and `results.json`,
-and prints a table that ends in one recommendation. An interrupted comparison goes on with the same
-command. All processes that torchrun started share the work; rank 0 writes and prints.
+All processes that torchrun started share the work; rank 0 writes and prints. An interrupted
+comparison goes on with the same command.
 """
 
 import argparse
@@ -26,22 +24,12 @@ from historylens.common.files import FORMATS, writable_folder
 from historylens.common.processes import ALONE, Group, join
 from historylens.common.settings import Settings, add_flags, from_flags, setting
 from historylens.common.text import counted, labelled, wrap
-from historylens.comparison.intervals import N_RESAMPLES
+from historylens.comparison.intervals import N_RESAMPLES, looks
 from historylens.comparison.playing import Plays, fingerprint, missing, plan, play_arms
 from historylens.comparison.policy import POSITIONS
-from historylens.comparison.race import going_on, looks, shares, undecided
 from historylens.comparison.report import advice, recommendation, summary, table, write_csv
-from historylens.comparison.results import (
-    BY_BUDGET,
-    BY_EPISODE,
-    CONFIRMATION,
-    FILES,
-    PICTURES,
-    TABLE,
-    ResultsFile,
-    open_results,
-)
-from historylens.comparison.study import FULL, Arm, Study, confirm, judge
+from historylens.comparison.results import CONFIRMATION, DRAWN, FILES, ResultsFile
+from historylens.comparison.study import FULL, Arm, Study, confirm, going_on, judge, undecided
 from historylens.compression.method import METHODS
 
 WITH_BUDGET = tuple(name for name, each in METHODS.items() if each.keeps not in ("all", "none"))
@@ -111,12 +99,10 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
     def load(flags: argparse.Namespace, device: torch.device) -> tuple[Agent, str]:
         why = "its load() chooses the model, and its act() where a kept transition stands"
         for name in of_checkpoints:
-            is_own = vars(flags)[name] is None
-            expect(is_own, f"--{name} has no meaning beside --adapter: {why}")
+            expect(vars(flags)[name] is None, f"--{name} has no meaning beside --adapter: {why}")
         what = "expected --adapter FILE, a Python file that says how to run your model"
         expect(flags.adapter is not None, what)
-        agent = load_acting(flags.adapter, flags.seed, device, flags.rewarded_above)
-        return agent, "reindexed"
+        return load_acting(flags.adapter, flags.seed, device, flags.rewarded_above), "reindexed"
 
     run(argv, parser, load)
 
@@ -136,10 +122,7 @@ Load = Callable[[argparse.Namespace, torch.device], tuple[Agent, str]]
 
 
 def run(argv: Sequence[str] | None, parser: argparse.ArgumentParser, load: Load) -> None:
-    """Parse the flags, load the agent, compare, with all processes that torchrun started.
-
-    `load` gives the agent from flags and device, and where its kept transitions stand.
-    """
+    """Parse the flags, `load` the agent and where its kept transitions stand, and compare."""
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # threads only wait for each other on batches as small as these
     with join() as group:
@@ -158,21 +141,19 @@ def compare(
 
     UserError, and no file touched: the settings do not fit the agent, or the folder is refused.
     """
-    n_seeds = config.seeds or SEEDS[config.full]
-    n_episodes = config.episodes or EPISODES[config.full]
+    sizes = config.seeds or SEEDS[config.full], config.episodes or EPISODES[config.full]
+    facts, results = {}, None  # rank 0 has them
     with ExitStack() as held:
         with group.together(), group.told_once():
-            plays = Plays(agent, n_seeds, n_episodes, config.seed, positions)
+            plays = Plays(agent, *sizes, config.seed, positions)
             budgets = config.budgets or [n for n in (*BUDGETS, agent.n_max) if n <= agent.n_max]
             arms = plan(plays, config.strategies or STRATEGIES[config.full], budgets)
-            n_runs = len(agent.environment.goals) * max(n_seeds, config.confirm)
-            n_numbers = n_runs * (2 * N_RESAMPLES + n_episodes * agent.environment.horizon)
+            most = max(plays.n_seeds, config.confirm)
+            n_numbers = most * (2 * N_RESAMPLES * len(agent.environment.goals) + plays.n_decisions)
             expect_memory(8 * n_numbers, "--seeds, --episodes or --confirm")
-            results = None  # rank 0 has them
             if group.is_main:
                 out = held.enter_context(writable_folder(config.out))
-                results = open_results(out, fingerprint(plays))
-        facts = {}
+                results = ResultsFile(out, fingerprint(plays))
         if results is not None:
             facts = announced(config, plays, arms, results)
             more = {"Processes": f"{group.size} share the work"} if group.size > 1 else {}
@@ -205,32 +186,16 @@ def play_and_judge(
     new = replace(plays, n_seeds=config.confirm, seed=plays.seed + CONFIRMING)
     with group.together():
         if results is not None:
-            again = open_results(results.path.parent, fingerprint(new), CONFIRMATION)
+            again = ResultsFile(results.path.parent, fingerprint(new), CONFIRMATION)
             if again.why and again.found:
                 note(again.found)
     until = None if config.no_racing else partial(undecided, **of_look)
     played = play_arms(new, [Arm(FULL), arm], again, until, group)
-    if again is not None:
-        again.write({"confirms": arm.key})
-        spent = dict(zip(looks(config.confirm), shares(config.confirm), strict=True))
-        share = spent[played[0].returns.shape[1]] if until else 1.0
-        study = confirm(study, *played, best, config.seed, share)
-    return study
-
-
-def finish(
-    config: CompareConfig, study: Study, plays: Plays, results: ResultsFile,
-    facts: Mapping[str, str],
-) -> None:  # fmt: skip
-    """Write all files, and print the table and what it comes to."""
-    save(study, plays, results, tuple(dict.fromkeys(config.format or FORMATS[:1])))
-    write_index(study, plays, results, facts)
-    if early := counting(plays, results, study):
-        print(f"\n{wrap(early)}")
-    print(f"\n{table(study)}\n\n{advice(study, POSITIONS[plays.positions])}")
-    more = () if study.confirmation is None else (CONFIRMATION,)
-    there = [name for name in (*FILES, *more) if results.path.with_name(name).exists()]
-    print(f"\nIn {results.path.parent}/: {', '.join(there)}.")
+    if again is None:
+        return None
+    again.write({"confirms": arm.key})
+    share = looks(config.confirm)[played[0].returns.shape[1]] if until else 1.0
+    return confirm(study, *played, best, config.seed, share)
 
 
 def announced(
@@ -238,13 +203,12 @@ def announced(
 ) -> dict[str, str]:
     """What is going to be done, and what was found, in words."""
     agent, environment, n_max = plays.agent, plays.agent.environment, plays.agent.n_max
-    todo = missing(plays, arms, results, plays.n_seeds)
+    todo = missing(plays, arms, results)
     n_arms, n_runs = len({arm for arm, _ in todo}), sum(len(seeds) for _, seeds in todo)
-    is_racing = not config.no_racing and len(looks(plays.n_seeds)) > 1
-    after = ", ".join(map(str, looks(plays.n_seeds)[:-1]))
-    with_budget = [arm for arm in arms if arm.n_keep is not None]
-    names = ", ".join(dict.fromkeys(arm.name for arm in with_budget))
-    budgets = ", ".join(map(str, sorted({arm.n_keep for arm in with_budget})))
+    early = list(looks(plays.n_seeds))[:-1]
+    is_racing = early and not config.no_racing
+    names = ", ".join(dict.fromkeys(arm.name for arm in arms if arm.n_keep))
+    budgets = ", ".join(map(str, sorted({arm.n_keep for arm in arms if arm.n_keep})))
     usual = "" if config.budgets else ", ".join(str(n) for n in BUDGETS if n > n_max)
     too_long = f" (the usual {usual} exceed that)" if usual else ""
     then = "where nothing shorter is shown to be safe, the most promising arm and full history "
@@ -258,8 +222,8 @@ def announced(
         f"{environment.horizon} steps; the same action noise in every arm",
         "Positions": POSITIONS[plays.positions],
         "Margin": f"{config.margin:.0%} of full history's return",
-        "Racing": f"after {after} seeds of all goals, what is shown worse or saves no tokens stops"
-        if is_racing else "",
+        "Racing": f"after {', '.join(map(str, early))} seeds of all goals, what is shown worse or "
+        "saves no tokens stops" if is_racing else "",
         "Work": f"{counted(n_arms, 'arm')}, {'at most ' if is_racing else ''}"
         f"{n_runs * plays.n_decisions:,} decisions",
         "Then": then if config.confirm else "",
@@ -270,54 +234,55 @@ def announced(
 
 
 def counting(plays: Plays, results: ResultsFile, study: Study | None = None) -> str:
-    """How returns are counted where environments ended early in runs; empty elsewhere.
-
-    The runs are those of a `study`, or all that lie there.
-    """
-    blocks, n_goals = list(results.blocks.values()), len(plays.agent.environment.goals)
+    """How returns are counted where runs, of a `study` or all, ended episodes early; else empty."""
+    blocks, environment = list(results.blocks.values()), plays.agent.environment
     if study is not None:
-        n_seeds = {row.arm: row.collapses.n_runs // n_goals for row in study.rows}
-        blocks = [one for one in blocks if one.first < n_seeds.get(one.arm, 0)]
-    n_early = sum(one.n_early for one in blocks)
-    block = f"{plays.agent.environment.horizon} steps"
+        runs = {row.arm: row.collapses.n_runs for row in study.rows}
+        goals = len(environment.goals)
+        blocks = [one for one in blocks if one.first * goals < runs.get(one.arm, 0)]
+    n_early, block = sum(one.n_early for one in blocks), f"{environment.horizon} steps"
     said = f"{n_early:,} episodes ended before {block} were over, and the next began at once: a "
     said += f"return is the reward of {block} divided by the episodes in them, the last one cut."
     return said if n_early else ""
 
 
-def save(study: Study, plays: Plays, results: ResultsFile, formats: Sequence[str]) -> None:
-    """Draw the pictures and write the numbers, `results.json` last: it says that all are there."""
+def finish(
+    config: CompareConfig, study: Study, plays: Plays, results: ResultsFile,
+    facts: Mapping[str, str],
+) -> None:  # fmt: skip
+    """Draw the pictures, write the numbers and the page, and print what it comes to."""
+    from historylens.pictures.browse import Figure, write_page
     from historylens.pictures.painter import Painter
     from historylens.pictures.returns import Picture, draw_by_budget, draw_by_episode
 
-    agent, environment = plays.agent, plays.agent.environment
-    goals, best, early = environment.goals, environment.best, counting(plays, results, study)
+    agent, environment, positions = plays.agent, plays.agent.environment, POSITIONS[plays.positions]
+    best, early, goals = environment.best, counting(plays, results, study), list(environment.goals)
     blocks = counted(plays.n_episodes, "block" if early else "episode")
     subtitle = f"{environment} x {counted(plays.n_seeds, 'seed')}, {blocks} of "
-    subtitle += f"{environment.horizon} steps; {POSITIONS[plays.positions]}"
+    subtitle += f"{environment.horizon} steps; {positions}"
     mean_best = None if best is None else sum(best) / len(goals)
     picture = Picture(agent.title, subtitle, mean_best, agent.n_max)
     results.write()
-    results.remove(PICTURES)
+    formats = tuple(dict.fromkeys(config.format or FORMATS[:1]))
     with Painter(1, f"all numbers are in {results.path}", formats=formats) as painter:
-        for name, function in ((BY_BUDGET, draw_by_budget), (BY_EPISODE, draw_by_episode)):
+        for name, function in zip(DRAWN, (draw_by_budget, draw_by_episode), strict=True):
             painter.draw(function, results.path.with_name(name), study, picture)
-    write_csv(results.path.with_name(TABLE), study)
-    meta = {**agent.meta, "task": agent.title, "goals": list(goals), "best_by_goal": best}
+    write_csv(results.path.with_suffix(".csv"), study)
+    meta = {**agent.meta, "task": agent.title, "goals": goals, "best_by_goal": best}
     names = ("horizon", "n_max", "seeds", "episodes", "seed", "positions")
     meta |= {name: results.fingerprint[name] for name in names}
-    results.write(meta | ({"returns": early} if early else {}) | summary(study))
-
-
-def write_index(study: Study, plays: Plays, results: ResultsFile, facts: Mapping[str, str]) -> None:
-    """Write the page that shows both pictures, the table, and what it comes to."""
-    from historylens.pictures.browse import Figure, write_page
+    meta |= {"returns": early} if early else {}
+    results.write(meta | summary(study))  # it says that all numbers are there
 
     told = {"headline": "Recommendation", "advice": recommendation(study), "lines": []}
-    verdicts = advice(study, POSITIONS[plays.positions])
-    tables = [table(study).partition("\n")[::2], ("VERDICTS", verdicts)]
-    names = (BY_BUDGET, BY_EPISODE)
-    figures = [Figure(results.path.with_name(f"{n}.png"), n.replace("_", " "), "") for n in names]
-    title = f"Compressed history: {plays.agent.title}"
+    arms, verdicts = table(study), advice(study, positions)
+    tables = [arms.partition("\n")[::2], ("VERDICTS", verdicts)]
+    figures = [Figure(results.path.with_name(f"{n}.png"), n.replace("_", " "), "") for n in DRAWN]
     lasting = {name: text for name, text in facts.items() if name not in ("Work", "Found")}
-    write_page(results.path.parent, title, lasting, [told], tables, figures)
+    out, title = results.path.parent, f"Compressed history: {agent.title}"
+    write_page(out, title, lasting, [told], tables, figures)
+    more = () if study.confirmation is None else (CONFIRMATION,)
+    there = ", ".join(name for name in (*FILES, *more) if (out / name).exists())
+    if early:
+        print(f"\n{wrap(early)}")
+    print(f"\n{arms}\n\n{verdicts}\n\nIn {out}/: {there}.")

@@ -1,11 +1,7 @@
 """Play arms of compressed history in an agent's environment, paired, and keep what they earned.
 
-    plays = Plays(agent, n_seeds=4, n_episodes=24)
-    played = play_arms(plays, plan(plays, names, budgets), open_results(out, fingerprint(plays)))
-
-Every arm acts on the same goals with the same action noise: that of an environment depends on the
-seed and the environment's number alone. An arm is played in blocks of its seeds, which are what
-processes share, what is kept, and between which a race may end.
+Every arm acts on the same goals with the same action noise. It is played in blocks of its seeds,
+which are what processes share, what is kept, and between which a race may end.
 """
 
 import contextlib
@@ -27,11 +23,11 @@ from historylens.agent import Agent, Unreadable, rollout
 from historylens.common.batches import MAX_ROOMS, even_parts
 from historylens.common.errors import UserError, expect, note
 from historylens.common.processes import ALONE, Group
+from historylens.comparison.intervals import looks
 from historylens.comparison.policy import CompressedPolicy
-from historylens.comparison.race import looks, shares
 from historylens.comparison.results import ResultsFile
 from historylens.comparison.study import EMPTY, FULL, RECENT, Arm, Result
-from historylens.compression.method import METHODS, Method, get_method
+from historylens.compression.method import METHODS, get_method
 
 CODE = (  # files here, beside the agent's, that returns depend on
     "agent.py", "history.py", "tokens.py", "capture/*.py", "compression/*.py",
@@ -60,35 +56,26 @@ class Plays:
     @property
     def blocks(self) -> list[range]:
         """Seeds that are played together: none beyond a look, nor more than go well together."""
-        most, looked = max(1, MAX_ROOMS // len(self.agent.environment.goals)), looks(self.n_seeds)
-        return [part for pair in pairwise([0, *looked]) for part in even_parts(*pair, most)]
-
-    def n_tokens(self, arm: Arm, seeds: range) -> int:
-        """About as many as a block takes; attention is looked at in a slower pass."""
-        looked = 2 * self.agent.n_max * arm.method.looks_at.endswith("attention")
-        kept = 0 if arm.method.keeps == "none" else arm.n_keep or self.agent.n_max
-        return len(seeds) * (looked + kept)
+        most, ends = max(1, MAX_ROOMS // len(self.agent.environment.goals)), looks(self.n_seeds)
+        return [part for pair in pairwise([0, *ends]) for part in even_parts(*pair, most)]
 
 
 def plan(plays: Plays, names: Sequence[str], budgets: Sequence[int]) -> list[Arm]:
     """The arms to play: full, empty and the controls, then each strategy at each budget.
 
-    With a single goal there is no other task, and that control is left out; so are strategies that
-    look at what the model does not show, and a note says so. UserError: an unknown strategy, none
-    that is left, or a budget that the model or the history cannot serve.
+    UserError: an unknown strategy, none for this model, or a budget that cannot be served.
     """
     agent, environment = plays.agent, plays.agent.environment
     n_steps = plays.n_episodes * environment.horizon
     expect(agent.n_max, f"{agent.title}: it reads no history: there is nothing to compress")
     readable = f"1..{agent.n_max}, the transitions that this model can read"
-    too_short = (
-        f"history shorter than the budget: {plays.n_episodes} episodes of {environment.horizon} "
-        f"steps never hold more than {n_steps - 1} transitions, and nothing is compressed at "
-        "--budgets {}: expected more --episodes or a smaller budget"
-    )
+    steps = f"{plays.n_episodes} episodes of {environment.horizon} steps"
+    too_short = f"history shorter than the budget: {steps} never hold more than {n_steps - 1} "
+    too_short += "transitions, and nothing is compressed at --budgets"
     for budget in budgets:
         expect(1 <= budget <= agent.n_max, f"expected --budgets in {readable}, got {budget}")
-        expect(budget < n_steps, too_short.format(budget))
+        instead = "expected more --episodes or a smaller budget"
+        expect(budget < n_steps, f"{too_short} {budget}: {instead}")
     try:
         chosen = [get_method(name) for name in dict.fromkeys(names)]
     except ValueError as error:
@@ -96,45 +83,45 @@ def plan(plays: Plays, names: Sequence[str], budgets: Sequence[int]) -> list[Arm
     controls = [name for name, method in METHODS.items() if method.kind == "control"]
     if len(environment.goals) == 1:
         controls.remove("other-task")
-    arms = [Arm(name) for name in (FULL, EMPTY, *controls)]
-    chosen = [method for method in chosen if method.keeps not in ("all", "none")]
-    hidden = unreadable(plays, chosen)
+    chosen, hidden = [method for method in chosen if method.keeps not in ("all", "none")], {}
+    for method in chosen:
+        if MAY_LACK & {*method.needs}:  # UserError: a head it lacks
+            policy = CompressedPolicy(agent, method, 1, torch.Generator().manual_seed(0))
+            room = environment.make(np.zeros(1, dtype=np.int64), [0])
+            try:
+                rollout(room, policy, 3, [np.random.default_rng(0)])
+            except Unreadable as error:
+                hidden[method.name] = str(error)
     names = [method.name for method in chosen if method.name not in hidden]
     if hidden:
         said = f"without {', '.join(hidden)}: {next(iter(hidden.values()))}"
         expect(names, f"nothing is left to compare {said}")
         note(said)
     expect(names, "expected --strategies that keep a part of the history, got none")
+    arms = [Arm(name) for name in (FULL, EMPTY, *controls)]
     return arms + [Arm(name, budget) for name in names for budget in sorted(set(budgets))]
 
 
-def unreadable(plays: Plays, methods: Sequence[Method]) -> dict[str, str]:
-    """Those that look at what the model does not show, and why; UserError: a head it lacks."""
-    reasons, agent = {}, plays.agent
-    for method in methods:
-        if MAY_LACK & {*method.needs}:
-            policy = CompressedPolicy(agent, method, 1, torch.Generator().manual_seed(0))
-            room = agent.environment.make(np.zeros(1, dtype=np.int64), [0])
-            try:
-                rollout(room, policy, 3, [np.random.default_rng(0)])
-            except Unreadable as error:
-                reasons[method.name] = str(error)
-    return reasons
-
-
-def played_as(plays: Plays, arm: Arm) -> Arm:
+def _played_as(plays: Plays, arm: Arm) -> Arm:
     """The arm itself, or full history where that is the same: it keeps all that the model reads."""
-    looks = arm.method.looks_at.endswith("attention")  # chooses among what the model can read
-    is_full = arm.n_keep == plays.agent.n_max and (arm.name == RECENT or looks)
-    return Arm(FULL) if is_full else arm
+    of_window = arm.name == RECENT or arm.method.looks_at.endswith("attention")
+    return Arm(FULL) if of_window and arm.n_keep == plays.agent.n_max else arm
 
 
-def missing(plays: Plays, arms: Sequence[Arm], results: ResultsFile, until: int) -> list[Block]:
+def missing(
+    plays: Plays, arms: Sequence[Arm], results: ResultsFile, until: int | None = None
+) -> list[Block]:
     """What is still to be played of the first `until` seeds, that which takes longest first."""
-    own = [arm for arm in dict.fromkeys(arms) if played_as(plays, arm) == arm]
-    early = [seeds for seeds in plays.blocks if seeds.stop <= until]
+
+    def n_tokens(block: Block) -> int:  # about; attention is looked at in a slower pass
+        (arm, seeds), n_max = block, plays.agent.n_max
+        kept = 0 if arm.method.keeps == "none" else arm.n_keep or n_max
+        return len(seeds) * (kept + 2 * n_max * arm.method.looks_at.endswith("attention"))
+
+    own = [arm for arm in dict.fromkeys(arms) if _played_as(plays, arm) == arm]
+    early = [seeds for seeds in plays.blocks if until is None or seeds.stop <= until]
     blocks = [(a, s) for a in own for s in early if (a.key, s.start) not in results.blocks]
-    return sorted(blocks, key=lambda block: plays.n_tokens(*block), reverse=True)
+    return sorted(blocks, key=n_tokens, reverse=True)
 
 
 def play_arms(
@@ -146,67 +133,51 @@ def play_arms(
 ) -> list[Result]:
     """Play what is missing, by all processes, keep each block as it is finished; gives all arms.
 
-    Those that a `race` lets go on after a look do, by results so far and its part of the level; an
-    arm has the runs up to the look at which it stopped. Rank 0 has the `results`; the others have
-    None, and give nothing.
+    At a look a `race` says which go on, by results so far and its part of the level. Rank 0 has the
+    `results`; the others have None, are told what to play, and give nothing.
     """
-    n_seeds, own = plays.n_seeds, {arm: played_as(plays, arm) for arm in arms}
-    until, going, todo = dict.fromkeys(own.values(), 0), [*own.values()], []
-    ends, parts = ([n_seeds], [1.0]) if race is None else (looks(n_seeds), shares(n_seeds))
-    if results is not None:
-        todo = missing(plays, arms, results, n_seeds)
-    total = sum(len(seeds) for _, seeds in todo) * plays.n_decisions
-    with tqdm(total=total, unit=" decisions", unit_scale=True, disable=not todo) as bar:
-        for end, share in zip(ends, parts, strict=True):
-            if results is not None:
-                todo = missing(plays, going, results, end)
-            _play_all(plays, group.broadcast(todo), results, bar, group)
-            if results is not None:
-                until |= dict.fromkeys(going, end)
-                if end < n_seeds and going:
-                    going = race([results.of(arm, end) for arm in dict.fromkeys(going)], share)
-                    todo = missing(plays, going, results, n_seeds)  # what stopped is not played
-                    bar.total = bar.n + sum(len(part) for _, part in todo) * plays.n_decisions
-    if results is None:
-        return []
-    return [replace(results.of(one, until[one]), arm=arm) for arm, one in own.items()]
-
-
-def _play_all(
-    plays: Plays, blocks: list[Block], results: ResultsFile | None, bar: tqdm, group: Group
-) -> None:
-    """Play blocks, by all processes, and keep each on rank 0."""
+    own = {arm: _played_as(plays, arm) for arm in arms} if results is not None else {}
+    going = list(dict.fromkeys(own.values()))
+    until, n_decisions = dict.fromkeys(going, 0), plays.n_decisions
 
     def work(block: Block, see: Callable[[], None]) -> tuple[int, Result]:
-        told = SimpleNamespace(update=lambda n_decisions: (bar.update(n_decisions), see()))
+        told = SimpleNamespace(update=lambda n: (bar.update(n), see()))
         bar.set_description(block[0].key)
         return group.rank, play(plays, *block, told)
 
     def keep(given: tuple[int, Result]) -> None:
         rank, result = given
         results.add(result)
-        bar.update(result.returns.shape[1] * plays.n_decisions * (rank > 0))
+        bar.update(result.returns.shape[1] * n_decisions * (rank > 0))
 
-    group.spread(blocks, work, keep)
+    def n_left() -> int:
+        return sum(len(seeds) for _, seeds in missing(plays, going, results)) * n_decisions
+
+    with tqdm(total=n_left(), unit=" decisions", unit_scale=True, disable=n_left() == 0) as bar:
+        for end, share in ({plays.n_seeds: 1.0} if race is None else looks(plays.n_seeds)).items():
+            group.spread(group.broadcast(missing(plays, going, results, end)), work, keep)
+            until |= dict.fromkeys(going, end)
+            if going and end < plays.n_seeds:
+                going = race([results.of(arm, end) for arm in going], share)
+                bar.total = bar.n + n_left()  # what stopped is not played
+    return [replace(results.of(one, until[one]), arm=arm) for arm, one in own.items()]
 
 
 def play(plays: Plays, arm: Arm, seeds: range | None = None, bar: Any = None) -> Result:
     """Play an arm, all seeds or a block of them; `bar` is told of decisions by `update`.
 
-    Goals take turns: every batch of rooms holds several. Environments may end an episode before the
-    horizon, and begin anew. The return of such a block of `horizon` steps is its reward divided by
-    the episodes in it, of which the last is cut.
+    Where environments end episodes before the horizon, the return of a block of `horizon` steps is
+    its reward divided by the episodes in it, of which the last is cut.
     """
     seeds = range(plays.n_seeds) if seeds is None else seeds
-    agent, environment = plays.agent, plays.agent.environment
+    environment, parts = plays.agent.environment, []
     n_goals, n_steps = len(environment.goals), plays.n_episodes * environment.horizon
     # A seed of the block's own: what it draws does not depend on what is played beside it.
     seed = zlib.crc32(f"{plays.seed} {arm.key} {seeds.start}".encode())
     generator = torch.Generator().manual_seed(seed)
-    policy = CompressedPolicy(agent, arm.method, arm.n_keep, generator, plays.positions)
-    parts = []
+    policy = CompressedPolicy(plays.agent, arm.method, arm.n_keep, generator, plays.positions)
     for part in even_parts(n_goals * seeds.start, n_goals * seeds.stop, MAX_ROOMS):
-        goals = np.array(part) % n_goals
+        goals = np.array(part) % n_goals  # they take turns
         noises = [np.random.default_rng((plays.seed, number)) for number in part]
         rooms = environment.make(goals, [plays.seed + number for number in part])
         parts.append(rollout(rooms, policy, n_steps, noises, bar, goals))
@@ -220,10 +191,7 @@ def play(plays: Plays, arm: Arm, seeds: range | None = None, bar: Any = None) ->
 
 
 def fingerprint(plays: Plays) -> dict[str, Any]:
-    """Everything that the returns of an arm depend on, as plain values.
-
-    Changed code plays anew: `CODE`, all files beside that of the agent's class, and its model's.
-    """
+    """Everything that the returns of an arm depend on, code included, as plain values."""
     agent, root = plays.agent, Path(__file__).parents[1]
     paths = {path for pattern in CODE for path in root.glob(pattern)}
     paths.update(Path(inspect.getfile(type(agent))).parent.glob("*.py"))

@@ -1,8 +1,4 @@
-"""A judged comparison as console text, `results.csv` and the summary in `results.json`.
-
-print(table(study)); print(advice(study, "kept transitions are numbered anew"))
-write_csv("figs/compression/results.csv", study)
-"""
+"""A judged comparison as console text, `results.csv` and the summary in `results.json`."""
 
 import csv
 import io
@@ -85,16 +81,12 @@ def recommendation(study: Study) -> str:
     """One strategy and budget for this checkpoint and why, or why there is none."""
     unsettled, again = study.unsettled, study.confirmation
     if study.doubts:
-        return (
-            "The model ignores its history, or is not shown to use it: no compression can be "
-            f"judged on it. {' '.join(study.doubts)}"
-        )
+        said = "The model ignores its history, or is not shown to use it: no compression can be "
+        return f"{said}judged on it. {' '.join(study.doubts)}"
     if study.recommended is not None:
         return _one_recommended(study)
-    said = (
-        "No recommendation: no strategy that reads fewer tokens than full history is shown to "
-        f"lose less than {study.margin_share:.0%} of its return at these budgets."
-    )
+    said = "No recommendation: no strategy that reads fewer tokens than full history is shown to "
+    said += f"lose less than {study.margin_share:.0%} of its return at these budgets."
     if not unsettled:
         return said
     row, n = unsettled[0], len(unsettled)
@@ -117,12 +109,11 @@ def _evidence(row: Row) -> str:
 def _one_recommended(study: Study) -> str:
     again = study.confirmation  # if any, the recommendation rests on it
     best, full = (again.row, again.full) if again else (study.recommended, study.full)
-    margin = again.margin if again else study.margin
+    margin, loss, slower = again.margin if again else study.margin, best.adaptation_loss, ""
     budget = "" if best.arm.n_keep is None else f" with {best.arm.n_keep} transitions"
     said = f"Recommended for this checkpoint: {best.arm.name}{budget} ({best.verdict}). "
     said += best.arm.method.rule
     reads = f"reads {best.cost.tokens:.1f} tokens a decision instead of {full.cost.tokens:.1f}."
-    loss, slower = best.adaptation_loss, ""
     if not loss.is_open and loss.low > margin:
         slower = f" But it adapts more slowly: {loss.text()} reward an episode over all episodes."
     if again is not None:
@@ -132,15 +123,12 @@ def _one_recommended(study: Study) -> str:
             f"episode there, full history {full.mean.text()}; paired, {best.difference.text('+')}, "
             f"with a margin of {margin:.2f}; {best.collapses.sentence()}. It {reads}{slower}"
         )
-    said += (
-        f" It earns {best.mean.value:.2f} reward an episode, full history {full.mean.value:.2f}: "
-        f"{_evidence(best)}. It is the smallest budget that is safe or better and saves tokens: "
-        f"it {reads}"
-    )
+    said += f" It earns {best.mean.value:.2f} reward an episode, full history "
+    said += f"{full.mean.value:.2f}: {_evidence(best)}. It is the smallest budget that is safe or "
+    said += f"better and saves tokens: it {reads}"
     rivals = [row for row in study.candidates if row.is_good and row is not best]
     equal = [row for row in rivals if row.arm.n_keep == best.arm.n_keep and study.saves(row)]
-    if equal:
-        also = ", ".join(row.arm.key for row in equal)
+    if also := ", ".join(row.arm.key for row in equal):
         said += f" At that budget it earns most of these; also safe or better: {also}."
     said += slower
     if rivals and rivals[0] is study.rows[0]:
@@ -152,23 +140,23 @@ def _record(row: Row) -> dict[str, Any]:
     """A row of `results.csv`, plain values; None where unknown."""
     record = {"strategy": row.arm.name, "budget": row.arm.n_keep}
     record |= {"kept": row.kept if row.verdict else None, "verdict": row.verdict}
-    names = ("iqm", "part_of_best", "iqm_of_best", "difference", "adaptation_loss")
-    estimates = {"return": row.mean} | {name: getattr(row, name) for name in names}
-    for name, estimate in estimates.items():
-        value = estimate or Estimate(None)
-        record |= {name: value.value, f"{name}_low": value.low, f"{name}_high": value.high}
-    runs, cost = row.collapses, row.cost
+    names = ("mean", "iqm", "part_of_best", "iqm_of_best", "difference", "adaptation_loss")
+    for name, each in {name: getattr(row, name) or Estimate(None) for name in names}.items():
+        name = "return" if name == "mean" else name
+        record |= {name: each.value, f"{name}_low": each.low, f"{name}_high": each.high}
+    runs, cost, ms = row.collapses, row.cost, 1000 / max(1, row.cost.decisions)  # of seconds
     record |= {"runs": runs.n_runs, "collapsed": runs.arm, "full_collapsed": runs.full}
-    ms = 1000 / max(1, cost.decisions)  # of seconds: milliseconds a decision
     record |= {"collapse_bound": runs.bound(), "tokens_per_decision": cost.tokens}
-    record["ms_selecting"] = cost.seconds_selecting * ms
-    return record | {"ms_model": cost.seconds_model * ms}
+    return record | {
+        "ms_selecting": cost.seconds_selecting * ms,
+        "ms_model": cost.seconds_model * ms,
+    }
 
 
 def write_csv(path: str | Path, study: Study) -> None:
     """Write one row an arm, whole or not at all."""
     rows, text = [_record(row) for row in study.rows], io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer = csv.DictWriter(text, rows[0], lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     write_atomically(path, text.getvalue())
@@ -176,12 +164,10 @@ def write_csv(path: str | Path, study: Study) -> None:
 
 def summary(study: Study) -> dict[str, Any]:
     """Everything in the pictures and in the table, as plain values."""
-    best, again = study.recommended, study.confirmation
-    confirmed = again and {
-        "seeds": again.n_seeds,
-        "margin": again.margin,
-        "rows": [_record(again.full), _record(again.row)],
-    }
+    best, confirmed = study.recommended, None
+    if again := study.confirmation:
+        rows = [_record(again.full), _record(again.row)]
+        confirmed = {"seeds": again.n_seeds, "margin": again.margin, "rows": rows}
     return {
         "level": LEVEL,
         "margin_share": study.margin_share,

@@ -1,60 +1,64 @@
 """`results.json`: what the arms of a comparison earned, written block of runs by block.
 
-    results = open_results("figs/compression", fingerprint)
-    results.add(Result(arm, returns, cost))     # on disk now, whole or not at all
+    ResultsFile(folder, fingerprint).add(Result(arm, returns, cost))  # on disk now
 
-A block is an arm's runs of some seeds. The file names all that its returns depend on. Where that is
-the same, finished blocks are used again; where it differs or is damaged, what lies there is moved
-to a folder beside it.
+A block is an arm's runs of some seeds. Where all is the same that its returns depend on, it is
+used again; where that differs or the file is damaged, what lies there is moved aside.
 """
 
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from historylens.common import files
 from historylens.common.errors import expect
-from historylens.common.files import (
-    FORMATS,
-    INDEX,
-    NUMBERS,
-    expect_no_results,
-    in_the_way,
-    set_aside,
-    write_json,
-)
 from historylens.common.settings import MOST
 from historylens.common.text import counted
 from historylens.comparison.policy import Cost
 from historylens.comparison.study import Arm, Result
 
 SCHEMA_VERSION = 2
-RESULTS, TABLE, CONFIRMATION = NUMBERS["comparison"][0], "results.csv", "confirmation.json"
-BY_BUDGET, BY_EPISODE = "return_by_budget", "return_by_episode"  # pictures, a file a format
-PICTURES = tuple(f"{name}.{form}" for form in FORMATS for name in (BY_BUDGET, BY_EPISODE))
-FILES = (INDEX, *PICTURES, TABLE, RESULTS)  # those that a comparison may have
+RESULTS, CONFIRMATION = files.NUMBERS["comparison"][0], "confirmation.json"
+DRAWN = ("return_by_budget", "return_by_episode")  # pictures, a file a format
+PICTURES = [f"{name}.{form}" for form in files.FORMATS for name in DRAWN]
+FILES = (files.INDEX, *PICTURES, "results.csv", RESULTS)  # those that a comparison may have
 
 
 class ResultsFile:
-    """A file of finished blocks, taken up where it has the same fingerprint: plain values."""
+    """A file of finished blocks, taken up where it has the same fingerprint, else set aside.
 
-    def __init__(self, path: Path, fingerprint: Mapping[str, Any]) -> None:
-        self.path, self.fingerprint = path, dict(fingerprint)
+    UserError: the folder cannot be written to, or an analysis wrote there.
+    """
+
+    def __init__(self, folder: Path, fingerprint: Mapping[str, Any], name: str = RESULTS) -> None:
+        files.expect_no_results(folder, "analysis")
+        self.path, self.fingerprint = folder / name, dict(fingerprint)
         self.blocks: dict[tuple[str, int], Result] = {}  # by the key of the arm and the first seed
-        self.why = self._read()  # why nothing was taken up; empty where something was
         self.found = ""  # what lay in the folder, in a line
+        self.why = self._read()  # why nothing was taken up; empty where something was
+        names = (name,) if name == CONFIRMATION else (CONFIRMATION, *FILES)
+        there = [folder / one for one in names if os.path.lexists(folder / one)]
+        for path in there:
+            if (path.is_dir() and path.suffix != ".json") or not os.access(path, os.W_OK):
+                raise files.in_the_way(folder, path)
+        if not self.why:
+            n_arms = len({key for key, _ in self.blocks})
+            has = f"{counted(len(self.blocks), 'block')} of runs of {counted(n_arms, 'arm')}"
+            self.found = f"{self.path} has {has} of these settings"
+        elif there:
+            were = f"Files that are not of this comparison ({self.why}) were in {folder}"
+            self.found = f"{were}: moved to {files.set_aside(folder, names)}"
 
     def add(self, result: Result) -> None:
-        """Keep a finished block. What told of fewer goes."""
+        """Keep a finished block."""
         self.blocks[result.arm.key, result.first] = result
         self.write()
-        for name in FILES[:-1]:
-            (self.path.parent / name).unlink(missing_ok=True)
 
     def of(self, arm: Arm, n_seeds: int) -> Result:
         """What an arm earned in its first `n_seeds` runs of each goal, which are all there."""
@@ -64,38 +68,28 @@ class ResultsFile:
         n_early = sum(part.n_early for part in parts)
         return Result(arm, returns, Cost.sum([part.cost for part in parts]), n_early)
 
-    def remove(self, names: Iterable[str]) -> None:
-        """Remove files beside it, where they are."""
-        for name in names:
-            self.path.with_name(name).unlink(missing_ok=True)
-
     def write(self, summary: Mapping[str, Any] | None = None) -> None:
-        """Write all blocks, in an order of their own, and once complete what returns say.
-
-        Whole rewards are without a fraction.
-        """
+        """Write all blocks and what complete ones say; without it, what told of fewer goes."""
         arms, told = {}, {} if summary is None else {"summary": summary}
-        for key, first in sorted(self.blocks):
-            block = self.blocks[key, first]
+        for (key, first), block in sorted(self.blocks.items()):
             cost, returns = asdict(block.cost), block.returns
             seconds = {name: cost.pop(name) for name in ("seconds_selecting", "seconds_model")}
+            whole = returns.astype(np.int64)  # without a fraction
+            entry = {"first_seed": first, "returns": whole if (returns == whole).all() else returns}
+            entry |= {"cost": cost, "seconds": seconds}
+            entry |= {"ended_early": block.n_early} if block.n_early else {}
             arm = {"strategy": block.arm.name, "budget": block.arm.n_keep, "blocks": []}
-            arms.setdefault(key, arm)["blocks"].append({
-                "first_seed": first,
-                "returns": returns.astype(np.int64) if (returns % 1 == 0).all() else returns,
-                "cost": cost,
-                "seconds": seconds,
-                **({"ended_early": block.n_early} if block.n_early else {}),
-            })  # fmt: skip
+            arms.setdefault(key, arm)["blocks"].append(entry)
         head = {"schema_version": SCHEMA_VERSION, "fingerprint": self.fingerprint}
-        head["digest"] = _digest(self.blocks)
-        write_json(self.path, head | {"complete": bool(told), **told, "arms": arms})
+        head |= {"digest": _digest(self.blocks), "complete": bool(told)}
+        files.write_json(self.path, {**head, **told, "arms": arms})
+        for name in () if told else FILES[:-1]:
+            self.path.with_name(name).unlink(missing_ok=True)
 
     def _read(self) -> str:
         if not self.path.exists():
             return f"without {self.path.name}"
-        mine, blocks = self.fingerprint, {}
-        stops = dict(mine["blocks"])
+        mine, blocks, stops = self.fingerprint, {}, dict(self.fingerprint["blocks"])
         try:
             content = json.loads(self.path.read_text(encoding="utf-8"))
             theirs = content["fingerprint"]
@@ -131,25 +125,3 @@ def _digest(blocks: Mapping[tuple[str, int], Result]) -> str:
         sha.update(repr((key, first, one.n_early, one.returns.shape, numbers)).encode())
         sha.update(one.returns.astype(np.float64).tobytes())
     return sha.hexdigest()
-
-
-def open_results(folder: Path, fingerprint: Mapping[str, Any], name: str = RESULTS) -> ResultsFile:
-    """Take up what lies in `folder`, else set it aside; UserError where it cannot be written to.
-
-    Nor is it where an analysis wrote.
-    """
-    expect_no_results(folder, "analysis")
-    results = ResultsFile(folder / name, fingerprint)
-    names = (name,) if name == CONFIRMATION else (CONFIRMATION, *FILES)
-    there = [one for one in names if os.path.lexists(folder / one)]
-    for path in (folder / one for one in there):
-        if (path.is_dir() and path.suffix != ".json") or not os.access(path, os.W_OK):
-            raise in_the_way(folder, path)
-    if not results.why:
-        n_found, n_arms = len(results.blocks), len({key for key, _ in results.blocks})
-        there = f"{counted(n_found, 'block')} of runs of {counted(n_arms, 'arm')}"
-        results.found = f"{results.path} has {there} of these settings"
-    elif there:
-        were = f"Files that are not of this comparison ({results.why}) were in {folder}"
-        results.found = f"{were}: moved to {set_aside(folder, names)}"
-    return results

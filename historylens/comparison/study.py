@@ -1,25 +1,24 @@
 """From the returns of compressed and of full history to a table, verdicts and one recommendation.
 
-    study = judge(results, margin_share=0.05)     # .rows, .doubts, .recommended
+All arms acted on the same goals with the same action noise, so each is compared with full history
+run by run, over the runs that it has: the first `r` of the `R` seeds of each of `G` goals. The
+score of a run is its return an episode over the second half of its `E` episodes.
 
-All arms, a method at a budget each, acted on the same goals with the same action noise, so each is
-compared with full history run by run, over the runs that it has: one that stopped early has `r` of
-the `R` seeds of each of `G` goals, the first ones. The score of a run is its return an episode over
-the second half of its `E` episodes; what is lost on the way is the adaptation loss.
+A race (Maron and Moore 1993) stops, at looks, what is shown worse or cannot be recommended; `safe`
+and `better` are said once, when it is over.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from historylens.comparison.intervals import Bootstrap, Collapses, Estimate, late_scores, verdict
+from historylens.comparison import intervals
+from historylens.comparison.intervals import GOOD, SO_FAR, Collapses, Estimate, late_scores
 from historylens.comparison.policy import Cost
 from historylens.compression.method import METHODS, Method
 
 FULL, EMPTY, RECENT = "full", "empty", "recent"
-GOOD = ("better", "safe")  # verdicts: shown to lose less than the margin
-SO_FAR = "safe so far"  # verdict: so by its own interval, but not yet for all arms together
 OPEN = (SO_FAR, "inconclusive")  # verdicts that more runs may settle
 Best = Sequence[float] | None  # G best possible returns an episode; parts of them where positive
 
@@ -49,16 +48,12 @@ class Arm:
 
 @dataclass(frozen=True)
 class Result:
-    """What an arm earned, `returns` `(G, r, E)` reward of each episode, and what it cost.
-
-    Where environments ended early `n_early` times, an entry is the mean reward of the episodes of a
-    block of the horizon's steps.
-    """
+    """What an arm earned, `returns` `(G, r, E)` reward of each episode, and what it cost."""
 
     arm: Arm
     returns: np.ndarray
     cost: Cost = field(default_factory=Cost)
-    n_early: int = 0
+    n_early: int = 0  # ends of environments before the horizon; then `returns` are of blocks of it
     first: int = 0  # of the seeds that these runs are of
 
 
@@ -102,11 +97,7 @@ class Confirmation:
 
 @dataclass(frozen=True)
 class Study:
-    """A judged comparison.
-
-    Recommended is, of the arms that are safe or better and save tokens, the smallest budget, and
-    among equal budgets the highest return; nothing where there is a doubt.
-    """
+    """A judged comparison."""
 
     rows: tuple[Row, ...]  # of all arms, the highest return first
     full: Row
@@ -114,20 +105,14 @@ class Study:
     full_by_episode: tuple[Estimate, ...]  # E of them, of full history
     margin_share: float  # the loss that would not matter, a part of full history's return
     margin: float  # the same in reward an episode
-    doubts: tuple[str, ...]  # why no compression can be judged on this model
+    n_compared: int  # arms that were compared with full history, controls left out
     n_seeds: int  # runs of each goal, of what played to the end
     least: float  # score that a run of some arm had; 0 where none was below
-    recommended: Row | None = None
     confirmation: Confirmation | None = None  # of the most promising arm, with none recommended
 
     def row(self, name: str, n_keep: int | None = None) -> Row | None:
         """The row of an arm, or None."""
         return next((row for row in self.rows if row.arm == Arm(name, n_keep)), None)
-
-    @property
-    def n_compared(self) -> int:
-        """Arms that were compared with full history, controls left out."""
-        return sum(row.arm.is_candidate for row in self.rows)
 
     @property
     def candidates(self) -> list[Row]:
@@ -144,82 +129,102 @@ class Study:
         return row.cost.tokens < self.full.cost.tokens
 
     @property
+    def doubts(self) -> tuple[str, ...]:
+        """Why no compression can be judged on this model."""
+        doubts, lost = [], self.empty.difference
+        if lost.is_open:
+            doubts.append("One seed a goal gives no interval: run at least two (--seeds).")
+        elif lost.high >= 0:
+            gain = Estimate(-lost.value, -lost.high, -lost.low).text("+")
+            said = "Full history is not shown to earn more than an empty one"
+            doubts.append(f"{said}: {gain} reward an episode.")
+        for row in self.rows:
+            if row.arm.method.kind == "control" and row.verdict in (*GOOD, SO_FAR):
+                said = f"With the control {row.arm.name} it earns as much as with its own history"
+                doubts.append(f"{said}: difference {row.difference.text('+')}.")
+        return tuple(doubts)
+
+    @property
+    def recommended(self) -> Row | None:
+        """The smallest budget that is safe or better and saves tokens, or what new runs confirm."""
+        if self.confirmation is not None:
+            again = self.confirmation.row
+            return self.row(again.arm.name, again.arm.n_keep) if again.is_good else None
+        good = (row for row in self.rows if row.arm.is_candidate and row.is_good)
+        able = [row for row in good if self.saves(row)]
+        if self.doubts or not able:
+            return None
+        return min(able, key=lambda row: (row.arm.n_keep or 0, -row.mean.value, row.cost.tokens))
+
+    @property
     def unsettled(self) -> list[Row]:
         """Open arms that save tokens, with none recommended, the most promising first.
 
-        Those that are safe so far, by budget; then those that earn a margin less than the best of
-        them at most, by budget, too; then the others.
+        Safe so far, by budget; then at most a margin behind the best, by budget; then the others.
         """
         if self.doubts or self.recommended is not None:
             return []
         rows = [row for row in self.candidates if row.verdict in OPEN and self.saves(row)]
-        rows.sort(key=lambda row: (-row.difference.value, row.cost.tokens, row.arm.key))
-        least = rows[0].difference.value - self.margin if rows else 0.0
+        near = max((row.difference.value for row in rows), default=0.0) - self.margin
 
-        def rank(row: Row) -> tuple[bool, float]:
-            is_near = row.verdict == SO_FAR or row.difference.value >= least
-            return row.verdict != SO_FAR, row.arm.n_keep if is_near else np.inf
+        def rank(row: Row) -> tuple:
+            is_near = row.verdict == SO_FAR or row.difference.value >= near
+            order = row.arm.n_keep if is_near else np.inf, -row.difference.value, row.cost.tokens
+            return row.verdict != SO_FAR, *order, row.arm.key
 
         return sorted(rows, key=rank)
 
 
 def judge(results: list[Result], margin_share: float, best: Best = None, seed: int = 0) -> Study:
-    """Compare every arm with full history; `seed` is that of the bootstrap.
+    """Compare every arm, "full" and "empty" among them; `seed` is that of the bootstrap.
 
-    `results` are of all arms, "full" and "empty" among them, on the same goals and first seeds. The
-    margin is a share of the size of full history's return. That any arm which loses it or more is
-    called safe or better has a chance of 2.5 %: that is divided among all that compress.
+    That any arm which loses the margin is called safe or better has a chance of 2.5 %.
     """
-    returns = {result.arm: result.returns for result in results}
-    full, empty = returns[Arm(FULL)], returns[Arm(EMPTY)]
-    n_compared = sum(result.arm.is_candidate for result in results)
-    rows = _compared(results, full, margin_share, n_compared, best, seed)
+    full = next(result.returns for result in results if result.arm == Arm(FULL))
+    n_compared, least = sum(result.arm.is_candidate for result in results), least_of(results)
+    rows = _compared(results, full, margin_share, n_compared, best, seed, least)
     rows.sort(key=lambda row: (-row.mean.value, row.kept, row.arm.key))
-    ends = earnable(results, best)
-    bootstrap, n_empty = Bootstrap(*full.shape[:2], seed), empty.shape[1]
-    by_episode = tuple(bootstrap.mean(one).within(*ends) for one in np.moveaxis(full, 2, 0))
-    gained = late_scores(full)[:, :n_empty] - late_scores(empty)
-    doubts, gain = [], Bootstrap(*gained.shape, seed).mean(gained)
-    if gain.is_open:
-        doubts.append("One seed a goal gives no interval: run at least two (--seeds).")
-    elif gain.low <= 0:
-        said = "Full history is not shown to earn more than an empty one"
-        doubts.append(f"{said}: {gain.text('+')} reward an episode.")
-    for row in rows:
-        if row.arm.method.kind == "control" and row.verdict in (*GOOD, SO_FAR):
-            said = f"With the control {row.arm.name} it earns as much as with its own history"
-            doubts.append(f"{said}: difference {row.difference.text('+')}.")
-    baselines = (next(row for row in rows if row.arm == Arm(name)) for name in (FULL, EMPTY))
-    margin = margin_of(late_scores(full), margin_share)
-    known = tuple(rows), *baselines, by_episode, margin_share, margin, tuple(doubts)
-    study = Study(*known, n_seeds=full.shape[1], least=least_of(results))
-    able = [row for row in rows if row.arm.is_candidate and row.is_good and study.saves(row)]
-    if doubts or not able:
-        return study
-    chosen = min(able, key=lambda row: (row.arm.n_keep or 0, -row.mean.value, row.cost.tokens))
-    return replace(study, recommended=chosen)
+    both = [next(row for row in rows if row.arm == Arm(name)) for name in (FULL, EMPTY)]
+    margin, ends = margin_share * abs(both[0].mean.value), _earnable(results, best)
+    by_episode = tuple(intervals.mean(one, seed).within(*ends) for one in np.moveaxis(full, 2, 0))
+    told = by_episode, margin_share, margin, n_compared, full.shape[1], least
+    return Study(tuple(rows), *both, *told)
 
 
 def confirm(
     study: Study, full: Result, arm: Result, best: Best = None, seed: int = 0, share: float = 1.0
 ) -> Study:
-    """The study with its most promising arm judged on new runs, and recommended if they confirm it.
+    """The study with its most promising arm judged on new runs of it and of full history.
 
-    `full` and `arm`, the first of `study.unsettled`, are of these runs, on the same goals. This one
-    comparison was chosen before its runs were played: it alone has the other 2.5 %, or the part
-    `share` of it that the look at which it ended may spend.
+    It was chosen before they were played: it alone has the other 2.5 %, or a `share` of it.
     """
-    seen = full.returns, study.margin_share, 1 / share, best, seed, study.least
-    rows = _compared([arm, full], *seen)
-    margin = margin_of(late_scores(full.returns), study.margin_share)
-    confirmation = Confirmation(*rows, margin, n_seeds=full.returns.shape[1])
-    recommended = study.row(arm.arm.name, arm.arm.n_keep) if rows[0].is_good else None
-    return replace(study, confirmation=confirmation, recommended=recommended)
+    least = least_of([arm, full], study.least)
+    seen = full.returns, study.margin_share, 1 / share, best, seed, least
+    rows, n_seeds = _compared([arm, full], *seen), full.returns.shape[1]
+    margin = study.margin_share * abs(rows[1].mean.value)
+    return replace(study, confirmation=Confirmation(*rows, margin, n_seeds))
 
 
-def margin_of(full: np.ndarray, margin_share: float) -> float:
-    """The margin in reward an episode: a share of the size of full history's scores `(G, r)`."""
-    return margin_share * abs(float(full.mean()))
+def going_on(
+    results: Sequence[Result], share: float, margin_share: float, seed: int = 0
+) -> list[Arm]:
+    """Full history, and what is not shown worse at `share` of the level: controls, token savers."""
+    full = next(result for result in results if result.arm == Arm(FULL))
+    scores = np.stack([late_scores(result.returns) for result in results])  # (N, G, r)
+    worse = intervals.shown_worse(scores, late_scores(full.returns), margin_share, share, seed)
+    may = [x.arm.method.kind == "control" or x.cost.tokens < full.cost.tokens for x in results]
+    return [x.arm for i, x in enumerate(results) if x is full or (may[i] and not worse[i])]
+
+
+def undecided(
+    results: Sequence[Result], share: float, margin_share: float, seed: int = 0, least: float = 0.0
+) -> list[Arm]:
+    """Full history and the arm to confirm, unless this look shows the arm to be good or worse."""
+    full, arm = (late_scores(result.returns) for result in results)
+    seen = arm[None], full, margin_share
+    [(_, _, said)] = intervals.judged(*seen, 1 / share, seed, least_of(results, least))
+    is_over = said in GOOD or intervals.shown_worse(*seen, share, seed)[0]
+    return [] if is_over else [result.arm for result in results]
 
 
 def least_of(results: Sequence[Result], least: float = 0.0) -> float:
@@ -227,66 +232,44 @@ def least_of(results: Sequence[Result], least: float = 0.0) -> float:
     return min(least, *(float(late_scores(result.returns).min()) for result in results))
 
 
-def judged(
-    arms: np.ndarray, full: np.ndarray, margin_share: float, n_compared: float,
-    bootstrap: Bootstrap, least: float = 0.0,
-) -> list[tuple[Estimate, Collapses, str]]:  # fmt: skip
-    """Of `N` arms' scores `(N, G, r)`, paired with `full`: difference, collapses, verdict.
-
-    Verdicts are those of arms of `n_compared`. Where a run collapses that may cost as much as lies,
-    on any goal, between what full history earns and the `least` score that any run had; and no less
-    than what full history earns.
-    """
-    differences, margin = arms - full, margin_of(full, margin_share)
-    own, strict = bootstrap.means(differences), bootstrap.means(differences, n_compared)
-    collapses, usual = [Collapses.of(arm, full) for arm in arms], full.mean(axis=1)
-    stake = float(np.maximum(usual - least, np.abs(usual)).max())
-    at_risk = [each.bound(2 * n_compared) * stake for each in collapses]  # at 2.5 %, as `strict`
-    given = zip(own, at_risk, strict, strict=True)
-    said = [verdict(one, margin, risk, least) for one, risk, least in given]
-    return list(zip(own, collapses, said, strict=True))
-
-
 def _compared(
     results: list[Result], full: np.ndarray, margin_share: float, n_compared: float, best: Best,
-    seed: int, least: float = 0.0,
+    seed: int, least: float,
 ) -> list[Row]:  # fmt: skip
     """A row of each result, of as many runs as it has."""
-    has_best = best is not None and min(best) > 0
-    (low, high), least, rows = earnable(results, best), least_of(results, least), []
-    of_best = low, 1.0  # 0 is 0 of any return
-    bootstraps = {n: Bootstrap(len(full), n, seed) for n in {r.returns.shape[1] for r in results}}
+    (low, high), rows = _earnable(results, best), []
+    highest = np.inf if best is None else max(best)
+
+    def estimated(of: Callable, values: np.ndarray | None, high: float) -> Estimate | None:
+        return None if values is None else of(values, seed).within(low, high)
+
     for result in results:
-        n_runs, scores = result.returns.shape[1], late_scores(result.returns)
-        bootstrap, paired = bootstraps[n_runs], full[:, :n_runs]
+        scores, paired = late_scores(result.returns), full[:, : result.returns.shape[1]]
+        seen = scores[None], late_scores(paired), margin_share, n_compared, seed, least
+        [(difference, collapses, said)] = intervals.judged(*seen)
+        has_best = best is not None and min(best) > 0
         parts = scores / np.asarray(best, dtype=np.float64)[:, None] if has_best else None
-        [(difference, collapses, said)] = judged(
-            scores[None], late_scores(paired), margin_share, n_compared, bootstrap, least
+        rows.append(
+            Row(
+                arm=result.arm,
+                mean=estimated(intervals.mean, scores, high),
+                iqm=estimated(intervals.iqm, scores, highest),
+                part_of_best=estimated(intervals.mean, parts, 1.0),
+                iqm_of_best=estimated(intervals.iqm, parts, 1.0),
+                difference=difference,
+                collapses=collapses,
+                verdict=None if result.arm == Arm(FULL) else said,
+                adaptation_loss=intervals.mean((paired - result.returns).mean(axis=2), seed),
+                by_episode=result.returns.mean(axis=(0, 1)),
+                cost=result.cost,
+            )
         )
-        row = Row(
-            arm=result.arm,
-            mean=bootstrap.mean(scores).within(low, high),
-            iqm=bootstrap.iqm(scores).within(low, np.inf if best is None else max(best)),
-            part_of_best=bootstrap.mean(parts).within(*of_best) if has_best else None,
-            iqm_of_best=bootstrap.iqm(parts).within(*of_best) if has_best else None,
-            difference=difference,
-            collapses=collapses,
-            verdict=None if result.arm == Arm(FULL) else said,
-            adaptation_loss=bootstrap.mean((paired - result.returns).mean(axis=2)),
-            by_episode=result.returns.mean(axis=(0, 1)),
-            cost=result.cost,
-        )
-        rows.append(row)
     return rows
 
 
-def earnable(results: Sequence[Result], best: Best) -> tuple[float, float]:
-    """Ends between which a mean return can lie: no interval of one goes on beyond them.
-
-    The best possible return where it is known, and 0 where no episode of any arm went below it, as
-    where rewards are never negative, or above it.
-    """
-    least = min(float(result.returns.min()) for result in results)
-    most = max(float(result.returns.max()) for result in results)
-    known = np.inf if best is None else float(np.mean(best))
-    return 0.0 if least >= 0 else -np.inf, 0.0 if most <= 0 and best is None else known
+def _earnable(results: Sequence[Result], best: Best) -> tuple[float, float]:
+    """Ends of what a mean return can be: the best possible one, and 0 where all lies on a side."""
+    is_gain = all((result.returns >= 0).all() for result in results)
+    is_cost = all((result.returns <= 0).all() for result in results)
+    most = float(np.mean(best)) if best is not None else 0.0 if is_cost else np.inf
+    return 0.0 if is_gain else -np.inf, most

@@ -1,9 +1,7 @@
 """Compressing the history that an in-context reinforcement learner reads: `METHODS`, by name.
 
-A guess from attention, or any method:
-
-    shorter = compress_history(states, actions, rewards, next_states, attention_weights, k=10)
-    shorter = get_method("top-k").compress(history, n_keep=10)                # a History
+shorter = compress_history(states, actions, rewards, next_states, attention_weights, k=10)
+shorter = get_method("top-k").compress(history, n_keep=10)  # any method, a History
 """
 
 import numpy as np
@@ -23,8 +21,7 @@ __all__ = ["METHODS", "attention_pattern", "compress_history", "get_method"]
 def attention_pattern(attention_weights: Tensor | np.ndarray) -> str:
     """Say how the query reads its history: "recency", "sparse", "focused" or "uniform".
 
-    The first rule of `historylens.insights` that holds, in this order; what is read evenly for its
-    length, where those of concentration may hold as well, or fits no rule, counts as uniform.
+    The first rule of `historylens.insights` that holds; "uniform" as well where none does.
     `attention_weights` `(n,)`, not negative, are scaled to a sum of 1 where they exceed it.
     """
     weights = torch.as_tensor(attention_weights).detach().cpu().double().numpy()
@@ -33,11 +30,9 @@ def attention_pattern(attention_weights: Tensor | np.ndarray) -> str:
     row = {name: np.array([value]) for name, value in values.items()}
     scope = Scope(None, row, row, np.array([len(weights)]), "one row")
     holds = {name for name, (_, rule_holds) in verdicts(scope).items() if rule_holds}
-    if "recency" in holds:
-        return "recency"
     if scope.is_broad or not weights.any():
-        return "uniform"
-    return next((name for name in ("sparse", "focused") if name in holds), "uniform")
+        holds -= {"sparse", "focused"}
+    return next((name for name in ("recency", "sparse", "focused") if name in holds), "uniform")
 
 
 def compress_history(
@@ -56,34 +51,24 @@ def compress_history(
     """Compress one history, by default in the way that its attention suggests.
 
     Recency keeps the latest `k` transitions, sparse or focused attention the `k` most attended,
-    uniform attention `k` evenly spaced ones (`attention_pattern`, `PATTERNS`). That is a guess
-    from attention; what it does to the action has to be measured.
+    uniform attention `k` evenly spaced ones: a guess, whose effect on the action is to be measured.
 
-    Args:
-        states, next_states: `(n, S)`, any number type; actions and rewards are `(n,)`.
-        attention_weights: `(n,)`, the query's attention to each transition after the softmax, or
-            `(n + 1,)` with the query's own last; None where `strategy` does not look at it.
-        k: transitions to keep.
-        strategy, generator: a strategy or a merge, whatever the attention; for one that draws.
-        rewarded_above: rewards above it count as rewarded.
-        known: further fields of `History` without their batch axis, for example `episodes (n,)`.
+    States are `(n, S)`, actions and rewards `(n,)`, `attention_weights` `(n,)`: the query's to each
+    transition after the softmax, or `(n + 1,)` with its own last; None where `strategy`, a method
+    whatever the attention, does not look at it. One that draws takes a `generator`; `known` are
+    further fields of `History` without their batch axis, such as `episodes (n,)`.
 
-    Returns:
-        States, actions, rewards and next states of `k` transitions in the order of time; those
-        given where nothing goes; fewer for strategies that keep "up to n_keep".
-
-    Raises:
-        ValueError: shapes that do not fit, attention that is negative or no number, an unknown
-            strategy, or one that looks at what is not given.
+    Gives states, actions, rewards and next states of `k` transitions in the order of time; those
+    given where nothing goes; fewer for strategies that keep "up to n_keep". ValueError: shapes that
+    do not fit, attention that is negative or no number, an unknown strategy, or one that looks at
+    what is not given.
     """
-    context = (states, actions, rewards, next_states)
-    n = len(actions)
+    context, n = (states, actions, rewards, next_states), len(actions)
     if attention_weights is not None:
         weights = torch.as_tensor(attention_weights)
-        if weights.shape not in ((n,), (n + 1,)):
+        if (shape := tuple(weights.shape)) not in ((n,), (n + 1,)):
             expected = f"({n},), or ({n + 1},) with the query's own last, for {n} transitions"
-            got = tuple(weights.shape)
-            raise ValueError(f"expected attention_weights of shape {expected}, got {got}")
+            raise ValueError(f"expected attention_weights of shape {expected}, got {shape}")
         known["query_attention"] = weights[:n]
     elif strategy is None:
         raise ValueError("expected attention_weights, or the name of a strategy to use without")

@@ -1,8 +1,4 @@
-"""Distances between transitions by what they say, points or clusters that cover a history, means.
-
-points = features(history)                                  # (B, n, F)
-medoids = k_medoids(points, 10)                             # (B, 10), in no order
-"""
+"""Points or clusters that cover a history, by what its transitions say: `features`, and means."""
 
 from dataclasses import replace
 
@@ -31,10 +27,7 @@ def features(history: History) -> Tensor:
 
 
 def squared_distances(points: Tensor, centres: Tensor, squares: Tensor | None = None) -> Tensor:
-    """Squared Euclidean distances `(B, n, K)` of `(B, n, F)` to `(B, K, F)`, rounded.
-
-    `squares` `(B, n)`: the squared lengths of the points, where they are known.
-    """
+    """Squared distances `(B, n, K)` of `(B, n, F)`, of `squares` as lengths, to `(B, K, F)`."""
     squares = points.square().sum(dim=2) if squares is None else squares
     sums = squares[:, :, None] + centres.square().sum(dim=2)[:, None, :]
     found = torch.baddbmm(sums, points, centres.transpose(1, 2), alpha=-2)
@@ -42,10 +35,9 @@ def squared_distances(points: Tensor, centres: Tensor, squares: Tensor | None = 
 
 
 def farthest_points(points: Tensor, n_keep: int) -> Tensor:
-    """Farthest-point sampling (Gonzalez 1985): each new point is the one farthest from all before.
+    """Indices `(B, n_keep)` of points, each the one farthest from all before (Gonzalez 1985).
 
     Of points `(B, n, F)` in the order of time the latest is first, and comes first among equals.
-    `(B, n_keep)` indices in the order of choice, none twice.
     """
     size, n, _ = points.shape
     rows, squares = torch.arange(size, device=points.device), points.square().sum(dim=2)
@@ -63,14 +55,12 @@ def farthest_points(points: Tensor, n_keep: int) -> Tensor:
 
 
 def k_medoids(points: Tensor, n_keep: int) -> Tensor:
-    """Points with a small sum of squared distances from every point to the nearest of them.
+    """Indices `(B, n_keep)`, in no order, of central points of clusters (Park and Jun 2009).
 
     From `farthest_points` on, in turn, every point joins its nearest medoid and every cluster takes
-    the member nearest to all its members, so to their mean (Park and Jun 2009): it never rises.
-    `(B, n_keep)` indices of the points `(B, n, F)` in the order of time; in no order, none twice.
+    the member nearest to all its members, so to their mean.
     """
-    size, n, _ = points.shape
-    medoids = farthest_points(points, n_keep)
+    (size, n, _), medoids = points.shape, farthest_points(points, n_keep)
     numbers = torch.arange(n_keep, device=points.device).expand(size, n_keep)
     time = torch.arange(n, device=points.device).expand(size, n)
     for _ in range(MAX_ROUNDS):
@@ -91,8 +81,7 @@ def k_medoids(points: Tensor, n_keep: int) -> Tensor:
 def k_means(points: Tensor, n_clusters: int) -> Tensor:
     """Cluster `(B, n)` of each point, none empty, from `farthest_points` on (Lloyd 1982)."""
     starts = farthest_points(points, n_clusters)
-    centres = points.take_along_dim(starts[:, :, None], dim=1)
-    labels = starts.new_empty(0)
+    centres, labels = points.take_along_dim(starts[:, :, None], dim=1), starts.new_empty(0)
     for _ in range(MAX_ROUNDS):
         updated = _fill_empty(squared_distances(points, centres).argmin(dim=2), starts)
         if torch.equal(updated, labels):
@@ -103,9 +92,9 @@ def k_means(points: Tensor, n_clusters: int) -> Tensor:
 
 def cluster_means(points: Tensor, labels: Tensor, n_clusters: int) -> Tensor:
     """Mean `(B, K, F)` of the points in each cluster, none of which is empty."""
-    means = points.new_zeros(len(points), n_clusters, points.shape[2])
-    into = labels[:, :, None].expand_as(points)
-    return means.scatter_reduce(1, into, points, "mean", include_self=False)
+    zeros = points.new_zeros(len(points), n_clusters, points.shape[2])
+    counts = zeros[..., 0].scatter_add(1, labels, torch.ones_like(points[..., 0]))
+    return zeros.scatter_add(1, labels[..., None].expand_as(points), points) / counts[..., None]
 
 
 def _fill_empty(labels: Tensor, starts: Tensor) -> Tensor:
@@ -129,31 +118,21 @@ def pool(history: History, labels: Tensor, n_tokens: int) -> History:
     """
     size, n, width = history.states.shape
     time = torch.arange(1.0, n + 1, dtype=torch.float64, device=labels.device).expand(size, n)
-
-    def sums(values: Tensor, into: Tensor, n_groups: int) -> Tensor:
-        return time.new_zeros(size, n_groups).scatter_add(1, into, values.double())
-
-    def latest(into: Tensor, n_groups: int) -> Tensor:
-        return time.new_zeros(size, n_groups).scatter_reduce(1, into, time, "amax")
-
-    counts = sums(torch.ones_like(time), labels, n_tokens)
-    columns = (*history.states.unbind(2), *history.next_states.unbind(2), history.rewards, time)
-    means = torch.stack([sums(column, labels, n_tokens) / counts for column in columns], dim=2)
+    columns = [history.states, history.next_states, history.rewards[..., None], time[..., None]]
+    means = cluster_means(torch.cat([part.double() for part in columns], 2), labels, n_tokens)
     states, next_states, rewards, times = means.split([width, width, 1, 1], dim=2)  # (B, K, ...)
     n_actions = int(history.actions.max()) + 1
-    pairs, n_pairs = labels * n_actions + history.actions.long(), n_tokens * n_actions
+    pairs, none = labels * n_actions + history.actions, time.new_zeros(size, n_tokens * n_actions)
     # Among equally frequent actions the one taken last: its time breaks the tie, below one count.
-    taken = sums(torch.ones_like(time), pairs, n_pairs) + latest(pairs, n_pairs) / (n + 1)
-    last = latest(labels, n_tokens).long() - 1
-    merged = History(
-        states.float(),
-        taken.view(size, n_tokens, n_actions).argmax(dim=2).to(history.actions.dtype),
-        rewards[..., 0].float(),
-        next_states.float(),
-        history.query_states,
-        None if history.episodes is None else history.episodes.gather(1, last),
-        history.query_episodes,
-        history.tasks,
-        rewarded_above=history.rewarded_above,
+    taken = none.scatter_add(1, pairs, torch.ones_like(time))
+    taken += none.scatter_reduce(1, pairs, time, "amax") / (n + 1)
+    last = labels.new_zeros(size, n_tokens).scatter_reduce(1, labels, time.long(), "amax") - 1
+    merged = replace(
+        history.unlooked(),
+        states=states.float(),
+        actions=taken.view(size, n_tokens, n_actions).argmax(dim=2).to(history.actions.dtype),
+        rewards=rewards[..., 0].float(),
+        next_states=next_states.float(),
+        episodes=None if history.episodes is None else history.episodes.gather(1, last),
     )
     return replace(merged.take(times[..., 0].argsort(dim=1, stable=True)), kept=None)

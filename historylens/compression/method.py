@@ -1,11 +1,9 @@
 """What a way to compress is, the registry of all of them, and the pieces that they are made of.
 
-    shorter = METHODS["rewarded-recent"].compress(history, n_keep=20)    # a History
-    shorter.kept                                                         # (B, 20), which it keeps
+    shorter = METHODS["rewarded-recent"].compress(history, n_keep=20)  # shorter.kept is (B, 20)
 
-A *strategy* keeps real transitions, a *merge* makes new tokens of them, none of which was seen in
-training, and a *control* takes the history's information away and leaves its shape. All work on raw
-history, never on one that was compressed before.
+A *strategy* keeps real transitions, a *merge* makes new tokens of them, and a *control* takes the
+history's information away and leaves its shape.
 """
 
 import difflib
@@ -13,21 +11,17 @@ import operator
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from historylens.common.errors import expect
-from historylens.history import PADDING, History
+from historylens.history import LOOKS, PADDING, History
 
 Generator = torch.Generator | np.random.Generator
 # Gives indices (B, k) of what is kept, ascending, padding in front; or another history.
 Rule = Callable[[History, int, Generator | None], Tensor | History]
-Kind = Literal["strategy", "merge", "control"]
-LooksAt = Literal["nothing", "history", "past attention", "query attention"]
-Keeps = Literal["n_keep", "up to n_keep", "all", "none"]
 HOW_TO_KNOW = {
     "episodes": "episode_ids(n, horizon, steps_taken)",
     "received": "what each transition receives from those after it, summed over them",
@@ -45,24 +39,29 @@ class Method:
     """A way to compress a history."""
 
     name: str  # key of METHODS
-    kind: Kind
+    kind: str  # "strategy", "merge" or "control"
     rule: str  # what it does, in one sentence
     source: str  # paper that proposed it, or what it serves for
-    looks_at: LooksAt  # the query's attention takes a pass over the whole history first
-    keeps: Keeps  # exactly as many as asked, or what it keeps instead
-    needs: tuple[str, ...] = ()  # optional fields of History that it reads
+    keeps: str  # "n_keep", exactly as many as asked; "up to n_keep", "all" or "none"
+    needs: tuple[str, ...] = ()  # fields of History by which it chooses
     apply: Rule | None = None  # only asked where `0 < n_keep < n`, but for controls
+
+    @property
+    def looks_at(self) -> str:
+        """What has to be known; the query's attention takes a pass over the whole history first."""
+        if {*self.needs} & {"received", "last_rows"}:
+            return "past attention"
+        attention, other = "query attention", "history" if self.needs else "nothing"
+        return attention if {*self.needs} & {*LOOKS} else other
 
     def compress(
         self, history: History, n_keep: int, generator: Generator | None = None
     ) -> History:
         """Compress raw histories to `n_keep` transitions (tokens, of a merge) in the order of time.
 
-        From `n` on the history is returned as it is, but by "empty" and by controls, whose history
-        has the shape of the given one. `kept` says which transitions they are, unless nothing was
-        left out or they are new; where `keeps` is "up to n_keep" it is padded. The same state of
-        the generator, the same result. ValueError: `n_keep` is no whole number or negative, or the
-        history lacks what the method looks at: a field, or another task.
+        From `n` on the history itself, but by "empty" and by controls. `kept` says which are left,
+        unless that is all or they are new. ValueError: `n_keep` is no whole number of at least 0,
+        or the history lacks what the method looks at: a field, or another task.
         """
         try:
             asked = operator.index(n_keep)
@@ -102,28 +101,25 @@ class Methods(dict[str, Method]):
 
         rule = f"Keep the transitions that head {head} of layer {layer} attends most."
         source, needs = "Gupta et al. 2021, arXiv 2106.06899, of one head", ("head_attention",)
-        return Method(name, "strategy", rule, source, "query attention", "n_keep", needs, of_head)
+        return Method(name, "strategy", rule, source, "n_keep", needs, of_head)
 
 
 METHODS = Methods(  # these two need no rule: compress() answers first
-    (name, Method(name, "strategy", sentence, "baseline", "nothing", keeps))
-    for name, sentence, keeps in (
-        ("full", "Keep the whole history, whatever is asked.", "all"),
-        ("empty", "Keep nothing, whatever is asked.", "none"),
-    )
+    full=Method(
+        "full", "strategy", "Keep the whole history, whatever is asked.", "baseline", "all"
+    ),
+    empty=Method("empty", "strategy", "Keep nothing, whatever is asked.", "baseline", "none"),
 )
 
 
 def enter(
-    name: str, source: str, looks_at: LooksAt = "nothing", *needs: str,
-    keeps: Keeps = "n_keep", kind: Kind = "strategy",
-) -> Callable[[Rule], Rule]:  # fmt: skip
-    """Enter a rule in `METHODS`; the first paragraph of its docstring says what it does."""
-    needs = needs or (("query_attention",) if looks_at == "query attention" else ())
+    source: str, *needs: str, keeps: str = "n_keep", kind: str = "strategy"
+) -> Callable[[Rule], Rule]:
+    """Enter a rule in `METHODS`: `top_k` is "top-k", and its docstring says what it does."""
 
     def entered(rule: Rule) -> Rule:
-        sentence = " ".join(rule.__doc__.split("\n\n")[0].split())
-        METHODS[name] = Method(name, kind, sentence, source, looks_at, keeps, needs, rule)
+        name, sentence = rule.__name__.replace("_", "-"), " ".join(rule.__doc__.split())
+        METHODS[name] = Method(name, kind, sentence, source, keeps, needs, rule)
         return rule
 
     return entered
@@ -170,10 +166,7 @@ def draw(history: History, log_weights: Tensor, n_keep: int, generator: Generato
 
 
 def best_first(*keys: Tensor) -> Tensor:
-    """Indices `(B, n)` by keys `(B, n)`, the most important first; the largest come first.
-
-    Where all keys are equal, the more recent transition does.
-    """
+    """Indices `(B, n)` by keys `(B, n)`, the most important first; the largest, then the latest."""
     n = keys[0].shape[1]
     order = torch.arange(n - 1, -1, -1, device=keys[0].device).expand_as(keys[0])
     for key in reversed(keys):

@@ -1,10 +1,7 @@
 """All ways to compress a history, rules of one sentence: strategies, merges, controls.
 
-Among equals the more recent transition stays. Past attention lies in the passes that the model has
-run already; the query's own takes a pass over the whole history first: it shows what could go, and
-saves no compute. A model whose action stays the same under a control does not read its history.
-
-    METHODS["top-k"].compress(history, n_keep=20)               # history.query_attention is known
+Among equals the more recent transition stays. What looks at the query's attention shows what could
+go, and saves no compute. A model whose action stays the same under a control ignores its history.
 """
 
 import math
@@ -29,56 +26,57 @@ from historylens.compression.method import (
 from historylens.history import History
 from historylens.metrics import MASS_SHARE, STRONG_WEIGHT, TOLERANCE
 
+TRANSITION = "states", "actions", "rewards", "next_states"
 N_FIRST = 4  # transitions that "first-recent" keeps of the beginning, as StreamingLLM does
 POOL_WIDTH = 5  # neighbouring transitions that share votes, as in SnapKV
 BLOCK = 5  # transitions behind one landmark
 TOP_PERCENT = 30  # of the history, kept by "top-30"
+UP_TO = "up to n_keep"
 SUMMARY_SHARE = 4  # one token in so many of "recent-summary" is a summary
 
 
-@enter("random", "baseline")
+@enter("baseline")
 def random(history: History, n_keep: int, generator: Generator | None) -> Tensor:
     """Keep transitions drawn at random, all equally likely."""
     return keep_best(n_keep, uniform(generator, (history.size, history.n), history.device))
 
 
-@enter("random-recent", "baseline; Zaheer et al. 2020, arXiv 2007.14062")
+@enter("baseline; Zaheer et al. 2020, arXiv 2007.14062")
 def random_recent(history: History, n_keep: int, generator: Generator | None) -> Tensor:
     """Keep the latest transitions for half of the budget, and older ones drawn at random."""
     drawn = uniform(generator, (history.size, history.n), history.device)
     return keep_best(n_keep, latest_half(history, n_keep), drawn)
 
 
-@enter("recent", "Laskin et al. 2022, arXiv 2210.14215 (the sliding context)")
+@enter("Laskin et al. 2022, arXiv 2210.14215 (the sliding context)")
 def recent(history: History, n_keep: int, generator: Generator | None) -> Tensor:
     """Keep the latest transitions and drop what is older."""
     return keep_best(n_keep, -ages(history))
 
 
-@enter("first-recent", "Xiao et al. 2023, arXiv 2309.17453 (StreamingLLM)")
+@enter("Xiao et al. 2023, arXiv 2309.17453 (StreamingLLM)")
 def first_recent(history: History, n_keep: int, generator: Generator | None) -> Tensor:
     """Keep the first 4 transitions (at most half of the budget) and the latest ones."""
     return keep_best(n_keep, ages(history) > history.n - min(N_FIRST, n_keep // 2))
 
 
-@enter("decay", "Aggarwal 2006 (biased reservoir sampling)")
+@enter("Aggarwal 2006 (biased reservoir sampling)")
 def decay(history: History, n_keep: int, generator: Generator | None) -> Tensor:
     """Draw transitions with a chance that halves with every n_keep steps back in time."""
     return draw(history, -ages(history).double() * math.log(2) / n_keep, n_keep, generator)
 
 
-@enter("decay-spaced", "Li et al. 2019, arXiv 1907.00235 (LogSparse)")
+@enter("Li et al. 2019, arXiv 1907.00235 (LogSparse)")
 def decay_spaced(history: History, n_keep: int, generator: Generator | None) -> Tensor:
     """Keep transitions whose ages grow by a constant factor, from the latest to the first."""
     back = [1]
     for j in range(1, n_keep):
         spaced = round(history.n ** (j / (n_keep - 1)))
         back.append(max(back[-1] + 1, min(spaced, history.n - (n_keep - 1 - j))))
-    indices = history.n - torch.tensor(back[::-1], device=history.device)
-    return indices.expand(history.size, -1)
+    return (history.n - torch.tensor(back[::-1], device=history.device)).expand(history.size, -1)
 
 
-@enter("even", "Child et al. 2019, arXiv 1904.10509 (strided attention)")
+@enter("Child et al. 2019, arXiv 1904.10509 (strided attention)")
 def even(history: History, n_keep: int, generator: Generator | None) -> Tensor:
     """Keep evenly spaced transitions, the first and the latest among them."""
     if n_keep == 1:
@@ -87,19 +85,19 @@ def even(history: History, n_keep: int, generator: Generator | None) -> Tensor:
     return (steps * (history.n - 1) // (n_keep - 1)).expand(history.size, -1)
 
 
-@enter("diverse", "Sener and Savarese 2018, arXiv 1708.00489 (farthest points)", "history")
+@enter("Sener and Savarese 2018, arXiv 1708.00489 (farthest points)", *TRANSITION)
 def diverse(history: History, n_keep: int, generator: Generator | None) -> Tensor:
     """Keep the latest transition, then again and again the one least like all that are kept."""
     return clusters.farthest_points(clusters.features(history), n_keep).sort(dim=1).values
 
 
-@enter("k-medoids", "Park and Jun 2009 (k-means-like k-medoids)", "history")
-def medoids(history: History, n_keep: int, generator: Generator | None) -> Tensor:
+@enter("Park and Jun 2009 (k-means-like k-medoids)", *TRANSITION)
+def k_medoids(history: History, n_keep: int, generator: Generator | None) -> Tensor:
     """Group like transitions and keep the most central one of each group."""
     return clusters.k_medoids(clusters.features(history), n_keep).sort(dim=1).values
 
 
-@enter("one-visit", "Isele and Cosgun 2018, arXiv 1802.10269 (coverage)", "history")
+@enter("Isele and Cosgun 2018, arXiv 1802.10269 (coverage)", "states", "actions")
 def one_visit(history: History, n_keep: int, generator: Generator | None) -> Tensor:
     """Keep the latest visit of each state and action, the latest of these first, and fill up with
     repeated visits.
@@ -113,7 +111,7 @@ def one_visit(history: History, n_keep: int, generator: Generator | None) -> Ten
     return keep_best(n_keep, (last[group] == time).view(history.size, history.n))
 
 
-@enter("rewarded-recent", "Isele and Cosgun 2018, arXiv 1802.10269 (reward)", "history")
+@enter("Isele and Cosgun 2018, arXiv 1802.10269 (reward)", "rewards")
 def rewarded_recent(history: History, n_keep: int, generator: Generator | None) -> Tensor:
     """Keep the latest transitions for half of the budget, then older rewarded ones, the latest
     first, and fill up with the latest of the rest.
@@ -121,8 +119,7 @@ def rewarded_recent(history: History, n_keep: int, generator: Generator | None) 
     return keep_best(n_keep, latest_half(history, n_keep), history.rewarded)
 
 
-@enter("last-episodes", "Laskin et al. 2022, arXiv 2210.14215 (contexts of whole episodes)",
-       "history", "episodes", keeps="up to n_keep")  # fmt: skip
+@enter("Laskin et al. 2022, arXiv 2210.14215 (contexts of whole episodes)", "episodes", keeps=UP_TO)
 def last_episodes(history: History, n_keep: int, generator: Generator | None) -> Tensor:
     """Keep the latest episodes, each whole or not at all, as many as fit; of a latest one that does
     not fit, its end.
@@ -132,8 +129,7 @@ def last_episodes(history: History, n_keep: int, generator: Generator | None) ->
     return keep_where(torch.where(fits.any(dim=1, keepdim=True), fits, ages(history) <= n_keep))
 
 
-@enter("best-episodes", "Liu and Abbeel 2023, arXiv 2305.16554 (episodes ranked by return)",
-       "history", "episodes")  # fmt: skip
+@enter("Liu and Abbeel 2023, arXiv 2305.16554 (episodes ranked by return)", "episodes")
 def best_episodes(history: History, n_keep: int, generator: Generator | None) -> Tensor:
     """Keep the episodes of highest return, the later first among equals, and of the last that fits
     only in part its end.
@@ -144,16 +140,14 @@ def best_episodes(history: History, n_keep: int, generator: Generator | None) ->
     return keep_best(n_keep, returns)
 
 
-@enter("nearest", "Schmied et al. 2024, arXiv 2410.07071 (retrieval for in-context RL)",
-       "history", "query_states")  # fmt: skip
+@enter("Schmied et al. 2024, arXiv 2410.07071 (retrieval for in-context RL)", "query_states")
 def nearest(history: History, n_keep: int, generator: Generator | None) -> Tensor:
     """Keep the transitions whose state lies nearest to the state in which to act."""
     distance = (history.states - history.query_states[:, None]).double().abs().sum(dim=2)
     return keep_best(n_keep, -distance)
 
 
-@enter("accumulated-recent", "Zhang et al. 2023, arXiv 2306.14048 (H2O)", "past attention",
-       "received")  # fmt: skip
+@enter("Zhang et al. 2023, arXiv 2306.14048 (H2O)", "received")
 def accumulated_recent(history: History, n_keep: int, generator: Generator | None) -> Tensor:
     """Keep the latest transitions for half of the budget, and older ones that have received most
     attention so far.
@@ -161,8 +155,7 @@ def accumulated_recent(history: History, n_keep: int, generator: Generator | Non
     return keep_best(n_keep, latest_half(history, n_keep), history.received)
 
 
-@enter("pooled-votes", "Li et al. 2024, arXiv 2404.14469 (SnapKV)", "past attention",
-       "last_rows")  # fmt: skip
+@enter("Li et al. 2024, arXiv 2404.14469 (SnapKV)", "last_rows")
 def pooled_votes(history: History, n_keep: int, generator: Generator | None) -> Tensor:
     """Keep the last transitions (as many as vote, at most half of the budget), and the older ones
     that those attend most, averaged over 5 neighbours.
@@ -173,36 +166,31 @@ def pooled_votes(history: History, n_keep: int, generator: Generator | None) -> 
     return keep_best(n_keep, voters & latest_half(history, n_keep), pooled)
 
 
-@enter("top-k", "Gupta et al. 2021, arXiv 2106.06899 (top-k attention)", "query attention")
+@enter("Gupta et al. 2021, arXiv 2106.06899 (top-k attention)", "query_attention")
 def top_k(history: History, n_keep: int, generator: Generator | None) -> Tensor:
     """Keep the transitions that the query attends most."""
     return keep_best(n_keep, history.query_attention)
 
 
-@enter("norm", "Kobayashi et al. 2020, arXiv 2004.10102 (norm of the weighted values)",
-       "query attention", "norm")  # fmt: skip
+@enter("Kobayashi et al. 2020, arXiv 2004.10102 (norm of the weighted values)", "norm")
 def norm(history: History, n_keep: int, generator: Generator | None) -> Tensor:
     """Keep the transitions for which the heads add the longest vectors to the query."""
     return keep_best(n_keep, history.norm)
 
 
-@enter("contribution", "after Kobayashi et al. 2021, arXiv 2109.07152 (along the output)",
-       "query attention", "contribution")  # fmt: skip
+@enter("after Kobayashi et al. 2021, arXiv 2109.07152 (along the output)", "contribution")
 def contribution(history: History, n_keep: int, generator: Generator | None) -> Tensor:
     """Keep the transitions to which most of what the heads add to the query is due."""
     return keep_best(n_keep, history.contribution)
 
 
-@enter("top-30", "Goyal et al. 2020, arXiv 2001.08950 (PoWER-BERT)", "query attention",
-       keeps="up to n_keep")  # fmt: skip
+@enter("Goyal et al. 2020, arXiv 2001.08950 (PoWER-BERT)", "query_attention", keeps=UP_TO)
 def top_30(history: History, n_keep: int, generator: Generator | None) -> Tensor:
     """Keep the 30 % of the transitions that the query attends most, rounded up."""
-    n_top = -(-history.n * TOP_PERCENT // 100)
-    return keep_best(min(n_keep, n_top), history.query_attention)
+    return keep_best(min(n_keep, -(-history.n * TOP_PERCENT // 100)), history.query_attention)
 
 
-@enter("threshold", "Kim et al. 2021, arXiv 2107.00910 (learned token pruning)",
-       "query attention", keeps="up to n_keep")  # fmt: skip
+@enter("Kim et al. 2021, arXiv 2107.00910 (learned token pruning)", "query_attention", keeps=UP_TO)
 def threshold(history: History, n_keep: int, generator: Generator | None) -> Tensor:
     """Keep the transitions with an attention weight above 0.1."""
     strong = history.query_attention > STRONG_WEIGHT + TOLERANCE
@@ -210,8 +198,7 @@ def threshold(history: History, n_keep: int, generator: Generator | None) -> Ten
     return keep_where(strong & (ranks < n_keep))
 
 
-@enter("prune-low", "Lin et al. 2025, arXiv 2502.02770 (top-p pruning)", "query attention",
-       keeps="up to n_keep")  # fmt: skip
+@enter("Lin et al. 2025, arXiv 2502.02770 (top-p pruning)", "query_attention", keeps=UP_TO)
 def prune_low(history: History, n_keep: int, generator: Generator | None) -> Tensor:
     """Keep the fewest transitions that hold 90 % of the attention on history, and drop the rest."""
     mass = history.query_attention.double().sum(dim=1, keepdim=True)
@@ -222,34 +209,29 @@ def prune_low(history: History, n_keep: int, generator: Generator | None) -> Ten
     return keep_where(ranks < n_needed.clamp(max=n_keep))
 
 
-@enter("importance", "Kool et al. 2019, arXiv 1903.06059 (Gumbel top-k)", "query attention")
+@enter("Kool et al. 2019, arXiv 1903.06059 (Gumbel top-k)", "query_attention")
 def importance(history: History, n_keep: int, generator: Generator | None) -> Tensor:
     """Draw transitions with the query's attention as their chance."""
     return draw(history, history.query_attention.double().log(), n_keep, generator)
 
 
-@enter("landmark", "Mohtashami and Jaggi 2023, arXiv 2305.16300 (landmark attention)",
-       "query attention")  # fmt: skip
+@enter("Mohtashami and Jaggi 2023, arXiv 2305.16300 (landmark attention)", "query_attention")
 def landmark(history: History, n_keep: int, generator: Generator | None) -> Tensor:
     """Keep the blocks of 5 transitions whose most attended one, the landmark, is attended most, and
     of a block that fits only in part its most attended ones.
     """
-    block = (ages(history) - 1) // BLOCK  # 0 is the latest
-    weights = history.query_attention
+    block, weights = (ages(history) - 1) // BLOCK, history.query_attention  # 0 is the latest
     marks = torch.zeros_like(weights).scatter_reduce(1, block, weights, "amax").gather(1, block)
     return keep_best(n_keep, marks, -block, weights)
 
 
-@enter("least-attended", "baseline: the worst choice, if attention says what matters",
-       "query attention")  # fmt: skip
+@enter("baseline: the worst choice, if attention says what matters", "query_attention")
 def least_attended(history: History, n_keep: int, generator: Generator | None) -> Tensor:
     """Keep the transitions that the query attends least."""
     return keep_best(n_keep, -history.query_attention)
 
 
-@enter("recent-summary",
-       "Rae et al. 2020, arXiv 1911.05507 (Compressive Transformer, mean pooling)",
-       kind="merge")  # fmt: skip
+@enter("Rae et al. 2020, arXiv 1911.05507 (Compressive Transformer, mean pooling)", kind="merge")
 def recent_summary(history: History, n_keep: int, generator: Generator | None) -> History:
     """Keep the latest transitions for three quarters of the budget, and average the older ones in
     consecutive groups of equal length.
@@ -261,33 +243,29 @@ def recent_summary(history: History, n_keep: int, generator: Generator | None) -
     return clusters.pool(history, torch.cat([groups, latest]).expand(history.size, -1), n_keep)
 
 
-@enter("centroids", "Lloyd 1982 (k-means)", "history", kind="merge")
+@enter("Lloyd 1982 (k-means)", *TRANSITION, kind="merge")
 def centroids(history: History, n_keep: int, generator: Generator | None) -> History:
     """Replace each k-means cluster of transitions by its centroid."""
     return clusters.pool(history, clusters.k_means(clusters.features(history), n_keep), n_keep)
 
 
-@enter("other-task", "control: the wrong task", kind="control", keeps="all")
+@enter("control: the wrong task", kind="control", keeps="all")
 def other_task(history: History, n_keep: int, generator: Generator | None) -> History:
     """Give each decision the history of another one in the batch, of another task where tasks are
     known.
     """
-    known = history.tasks is not None
-    tasks = history.tasks if known else torch.arange(history.size, device=history.device)
-    differs = tasks[:, None] != tasks[None, :]
+    tasks = torch.arange(history.size) if history.tasks is None else history.tasks
+    differs = (tasks[:, None] != tasks[None, :]).to(history.device)
     if not differs.any(dim=1).all():
         why = "so that each decision can be given another task's history"
         raise ValueError(f"expected a batch with histories of at least two tasks, {why}")
     drawn = uniform(generator, (history.size, history.size), history.device)
-    donors = history.rows(drawn.masked_fill(~differs, -1.0).argmax(dim=1))
-    own = {"query_states": history.query_states, "tasks": history.tasks}
-    return replace(donors.unlooked(), **own)
+    donors = history.rows(drawn.masked_fill(~differs, -1.0).argmax(dim=1)).unlooked()
+    return replace(donors, query_states=history.query_states, tasks=history.tasks)
 
 
-@enter("shuffled-rewards", "control; Min et al. 2022, arXiv 2202.12837", kind="control",
-       keeps="all")  # fmt: skip
+@enter("control; Min et al. 2022, arXiv 2202.12837", kind="control", keeps="all")
 def shuffled_rewards(history: History, n_keep: int, generator: Generator | None) -> History:
     """Deal the rewards of each history out anew among its transitions."""
-    drawn = uniform(generator, (history.size, history.n), history.device)
-    shuffled = history.rewards.gather(1, drawn.argsort(dim=1))
-    return replace(history.unlooked(), rewards=shuffled)
+    order = uniform(generator, (history.size, history.n), history.device).argsort(dim=1)
+    return replace(history.unlooked(), rewards=history.rewards.gather(1, order))
