@@ -11,8 +11,8 @@ from PIL import Image
 from test_pictures import has_white_border
 
 from historylens.pictures import timestrip
+from historylens.pictures.heatmap import pool, scale_of, to_colours
 from historylens.pictures.page import Page
-from historylens.pictures.shades import pool, scale_of, to_colours
 from historylens.pictures.timestrip import GAP, LEFT, QUERY, STRIP, TOP, Axis, attention_over_time
 
 RED, WHITE, GREYS = [0xE4, 0x57, 0x2E], [255, 255, 255], ([200] * 3, [238] * 3)

@@ -2,16 +2,14 @@
 
     deletion_curves("deletion_curves.png", strategies, empty, n_context=99, worst="least-attended")
 
-Left how often the most likely action changes, right how far the action distribution moves, both
-against the number of transitions kept. Axes are logarithmic but for that of flips; KL has a zero.
+Left how often the most likely action changes, right how far the action distribution moves.
 """
 
 import itertools
 import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -37,8 +35,7 @@ LEGEND, ROW, MORE = TOP + HEIGHT + 92, 20, 16  # place, height of a row, of a se
 COLUMNS = {"strategy": LEFT + 50, "advised for": LEFT + 178, "rule": LEFT + 300}
 
 
-@dataclass(frozen=True)
-class Strategy:
+class Strategy(NamedTuple):
     """A strategy as it is drawn."""
 
     name: str
@@ -53,13 +50,12 @@ def deletion_curves(
     path: str | Path, strategies: Mapping[str, Mapping[str, Any]],
     empty: Mapping[str, float] | None, *, n_context: int, worst: str, dpi: int,
 ) -> None:  # fmt: skip
-    """Draw effect against transitions kept.
+    """Draw effect against transitions kept, of `n_context`, where every line ends at nothing.
 
     `strategies`: name -> `{"rule", "advised_by", "sizes"}`; a size has `n_keep`, `kept_mean`,
     `flips`, `kl_mean`, `n_decisions`; of "random" also `flips_band` and `kl_band`, low and high. A
     strategy whose size has `random` keeps as many as it needs: a point. `empty`: `flips` and
-    `kl_mean` with no history, if known. `n_context`: transitions of the full context, where every
-    line ends at nothing. `worst`: the strategy that keeps what attention says matters least.
+    `kl_mean` with no history, if known. `worst` keeps what attention says matters least.
     """
     drawn = in_order(strategies, worst)
     height = sum(ROW + MORE * (len(strategy.rule) - 1) for strategy in drawn)
@@ -67,13 +63,13 @@ def deletion_curves(
     decisions = counted(drawn[0].sizes[0]["n_decisions"], "decision")
     about = f"Decisions made again on part of their {n_context:,} transitions, against all of them"
     chance = "; below the grey band: better than chance" if drawn[0].name == "random" else ""
-    title = f"Effect of dropping history · {decisions}"
-    page.heading(LEFT, title, f"{about}. Lower is better{chance}")
+    about += f". Lower is better{chance}"
+    page.heading(LEFT, f"Effect of dropping history · {decisions}", about)
+    kept = f"transitions kept of {n_context:,} (log scale)"
     for left, title, unit, quantity in PLOTS:
         page.text(left, TOP - 24, title, 11, weight="bold")
-        axes = page.plot(left, TOP, WIDTH, HEIGHT)
+        axes = page.plot(left, TOP, WIDTH, HEIGHT, kept, unit)
         _draw_curves(axes, drawn, quantity, empty, n_context)
-        axes.set_ylabel(unit, fontsize=9)
     _draw_legend(page, drawn, empty is not None)
     page.save(path)
 
@@ -86,9 +82,8 @@ def in_order(strategies: Mapping[str, Mapping[str, Any]], worst: str) -> list[St
     drawn = []
     for name in [name for name in looks if name in strategies]:
         entry, rule = strategies[name], strategies[name]["rule"].rstrip(".")
-        colour, marker = looks[name]
-        width = 2.2 if entry["advised_by"] else 1.3
-        style = {"color": colour, "marker": marker, "ms": 4.5, "lw": width}
+        style = dict(zip(("color", "marker"), looks[name], strict=True))
+        style |= {"ms": 4.5, "lw": 2.2 if entry["advised_by"] else 1.3}
         is_point = "random" in entry["sizes"][0]
         if name == "random":
             rule += "; band: the middle 90 % of the draws"
@@ -123,7 +118,6 @@ def _draw_curves(
     ticks = apart(kept)
     axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.set_xlabel(f"transitions kept of {n_context:,} (log scale)", fontsize=9)
     axes.grid(axis="y", color="#eeeeee", lw=0.8)
     axes.set_axisbelow(True)
     if value == "flips":

@@ -1,9 +1,6 @@
 """Which heads act, as a picture: a row a head, how far the action moves and what the head reads.
 
     head_effects("head_effects.png", measured["heads"], n_decisions=32, dpi=100)
-
-Two panels share the rows: what a head gives is exchanged for its mean over decisions, and for that
-under another task's history. KL with its 95 % interval; a layer's last row is all its heads.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,7 +11,7 @@ import numpy as np
 from matplotlib.ticker import NullLocator
 
 from historylens.common.text import counted
-from historylens.pictures.page import FAINT, HEAD_COLOURS, INK, SOFT, Page, in_lines
+from historylens.pictures.page import FAINT, HUES, INK, SOFT, Page, in_lines
 
 PANELS = {
     "mean": "exchanged for its mean over decisions",
@@ -45,7 +42,7 @@ def head_effects(
     page.heading(NAME, "Which heads act, and what they read", about)
     page.text(NAME, TOP - 13, "head", 9, color=SOFT)
     page.text(ROLE, TOP - 13, "reads (evenly: what even reading would give)", 9, color=SOFT)
-    colours = {one["layer"]: HEAD_COLOURS[one["layer"] % len(HEAD_COLOURS)] for one in drawn}
+    colours = {one["layer"]: HUES[one["layer"] % len(HUES)] for one in drawn}
     for place, kind in enumerate(kinds):
         axes = page.plot(LEFT + place * (WIDTH + GAP), TOP, WIDTH, height)
         _draw_panel(axes, drawn, kind, colours)

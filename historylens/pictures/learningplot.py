@@ -27,6 +27,7 @@ VIEWS = {  # columns: title, name of the axis
     "since_first_reward": ("Since each rollout's first reward", "episodes since the first reward"),
 }
 LEFT, WIDTH, BESIDE = 84, 470, 90  # of a column; between the two
+PAGE_WIDTH = LEFT + 2 * WIDTH + BESIDE + 36
 LEGEND, TOP = 80, 250
 REWARDS, PANEL, BELOW = 140, 170, 72  # heights, and what stands between two panels
 MAX_MARKED = 120  # episodes; beyond, points are not marked one by one
@@ -36,16 +37,15 @@ ENTRIES = {"loc": "upper left", "frameon": False, "fontsize": 9, "borderpad": 0}
 def attention_over_learning(path: str | Path, learning: Mapping, *, title: str, dpi: int) -> None:
     """Draw reward and attention over episodes, each with its 95 % interval over rollouts.
 
-    `learning`: `kinds`, which of `KINDS` are known; `n_rollouts`; `n_decisions`; `best`, the mean
-    best possible reward an episode, or None; `first_reward`, whose `above` a reward has to be;
-    `by_episode` and `since_first_reward`, None without any reward. These hold lists of `E`, None
-    for a missing value: `episode`; `rollouts`, how many are there; `reward` as
-    `{"mean", "low", "high"}`; `layers`, each with `layer` and `shares`, kind -> the same three;
-    `even`, kind -> its share under uniform attention.
+    `learning`: `kinds`, which of `KINDS` are known; `n_rollouts`; `n_decisions`; `best` possible
+    reward an episode, or None; `first_reward`, whose `above` a reward has to be; `by_episode` and
+    `since_first_reward`, None without any reward. These hold lists of `E`, None for a missing
+    value: `episode`; `rollouts`, how many are there; `reward` as `{"mean", "low", "high"}`;
+    `layers`, each with `layer` and `shares`, kind -> the same three; `even`, kind -> uniform share.
     """
     n_layers = len(learning["by_episode"]["layers"])
     height = TOP + REWARDS + n_layers * (BELOW + PANEL) + BELOW - 12
-    page = Page(LEFT + 2 * WIDTH + BESIDE + 36, height, dpi)
+    page = Page(PAGE_WIDTH, height, dpi)
     about = (
         f"{counted(learning['n_rollouts'], 'rollout')}, {learning['n_decisions']:,} decisions: "
         "attention of the query token, mean over heads and an episode. The kinds overlap: current, "
@@ -57,8 +57,7 @@ def attention_over_learning(path: str | Path, learning: Mapping, *, title: str, 
     above = f" above {above:g}" if above else ""
     for place, (name, (heading, unit)) in enumerate(VIEWS.items()):
         left, view = LEFT + place * (WIDTH + BESIDE), learning[name]
-        heading += above if place else ""
-        page.text(left, TOP - 40, heading, 11, weight="bold")
+        page.text(left, TOP - 40, heading + above * (place > 0), 11, weight="bold")
         if view is None:
             page.text(left, TOP + 20, f"No rollout earned a reward{above}.", 10, color=SOFT)
             continue
@@ -72,19 +71,17 @@ def attention_over_learning(path: str | Path, learning: Mapping, *, title: str, 
         axes.sharey(rewards[0])
     rewards[0].autoscale_view(scalex=False)
     for axes, x in ((shares[0], LEFT), (rewards[0], LEFT + WIDTH + BESIDE)):
-        corner = (x - 10) / (LEFT + 2 * WIDTH + BESIDE + 36), 1 - LEGEND / height
+        corner = (x - 10) / PAGE_WIDTH, 1 - LEGEND / height
         page.figure.legend(*axes.get_legend_handles_labels(), bbox_to_anchor=corner, **ENTRIES)
     page.save(path)
 
 
 def _panel(page: Page, place: tuple, view: Mapping, unit: str, name: str) -> Axes:
     """Axes of episodes, the first reward marked."""
-    axes, (first, *_, last) = page.plot(*place), [view["episode"][0], *view["episode"]]
+    axes, first, last = page.plot(*place, unit, name), view["episode"][0], view["episode"][-1]
     margin = max(0.5, 0.015 * (last - first))
     axes.set_xlim(first - margin, last + margin)
     axes.xaxis.set_major_locator(MaxNLocator(8, integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
-    axes.set_xlabel(unit, fontsize=9)
-    axes.set_ylabel(name, fontsize=9)
     axes.grid(axis="y", color="#eeeeee", lw=0.8)
     if first <= 0:
         axes.axvline(0, color=FAINT, lw=1.2, zorder=1)
@@ -93,18 +90,18 @@ def _panel(page: Page, place: tuple, view: Mapping, unit: str, name: str) -> Axe
 
 def _draw_reward(axes: Axes, view: Mapping, best: float | None) -> None:
     """Reward an episode, with names of what all panels have in common, and how many rollouts."""
-    first, rollouts = view["episode"][0], view["rollouts"]
+    first = view["episode"][0]
     axes.update_datalim([(first, 0.0), (first, 0.0 if any(view["reward"]["mean"]) else 1.0)])
     band = "95 % interval, where there are at least 2 rollouts"
     _draw_line(axes, view, view["reward"], (INK, "o", "mean over rollouts"), band)
     axes.plot([], [], color=SOFT, lw=1.0, ls="--", label="what uniform attention would give")
     if best is not None:
         axes.axhline(best, color=INK, lw=1.2, ls=":", label=f"best possible reward: {best:.4g}")
-    style = {"transform": axes.get_xaxis_transform(), "size": 8, "color": SOFT}
-    if len(set(rollouts)) > 1:
+    if len(set(view["rollouts"])) > 1:
+        style = {"transform": axes.get_xaxis_transform(), "size": 8, "color": SOFT}
         axes.text(axes.get_xlim()[0], 1.06, "rollouts   ", ha="right", **style)
         for tick in set(axes.get_xticks()) & set(view["episode"]):
-            axes.text(tick, 1.06, rollouts[int(tick) - first], ha="center", **style)
+            axes.text(tick, 1.06, view["rollouts"][int(tick) - first], ha="center", **style)
 
 
 def _draw_shares(axes: Axes, view: Mapping, layer: Mapping, kinds: Sequence[str]) -> None:

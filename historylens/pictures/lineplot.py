@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike
 
 from historylens.pictures.heatmap import draw_no_history
 from historylens.pictures.order import MAX_STARTS, Curves, SampleAttention, history_strip, subtitle
-from historylens.pictures.page import FAINT, HEAD_COLOURS, INK, SOFT, UNIFORM_LINE, Page, text_width
+from historylens.pictures.page import FAINT, HUES, INK, SOFT, UNIFORM_LINE, Page, text_width
 
 RANGE = "#dcdcdc"
 MANY_HEADS = "#7f9db9"  # one colour for all where there are more lines than colours
@@ -107,7 +107,7 @@ def _draw_plot(page: Page, left: float, curves: Curves) -> None:
     if n == 1:  # a line needs two ends
         x, binned = np.array([left, left + WIDTH]), binned.repeat(2, axis=1)
     *thin, whole, uniform = (np.stack([x, y(line)], 1) for line in binned)
-    colours = list(HEAD_COLOURS[:n_lines]) if n_lines <= len(HEAD_COLOURS) else MANY_HEADS
+    colours = list(HUES[:n_lines]) if n_lines <= len(HUES) else MANY_HEADS
     page.lines(thin, colors=colours, linewidths=1.1 if curves.names else 0.8, alpha=0.8)
     page.lines([whole], colors=INK, linewidths=1.6)
     page.lines([uniform], **UNIFORM_LINE | {"linewidths": 1.5})
@@ -157,8 +157,8 @@ def _legend(names: tuple[str, ...], of_parts: bool) -> list[tuple[float, float, 
     if of_parts:
         whole, part = "whole transition (left: sum, right: mean of its tokens)", "part"
     each = [(f"each of the {len(names)} {part}s", {"colors": MANY_HEADS, "linewidths": 1})]
-    if len(names) <= len(HEAD_COLOURS):
-        styles = ({"colors": colour, "linewidths": 1.2} for colour in HEAD_COLOURS)
+    if len(names) <= len(HUES):
+        styles = ({"colors": colour, "linewidths": 1.2} for colour in HUES)
         each = zip(names, styles, strict=False)
     entries, x, y = [], LEFT, LEGEND
     bold = whole, {"colors": INK, "linewidths": 2}

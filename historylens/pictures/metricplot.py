@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator, MaxNLocator
 
 from historylens.common.text import counted
-from historylens.pictures.page import INK, SOFT, UNIFORM, UNIFORM_LINE, Page, make_room
+from historylens.pictures.page import INK, SOFT, UNIFORM, UNIFORM_LINE, Page, inset
 
 BLUE = "#3b7ea1"
 BAND = {"colors": BLUE, "alpha": 0.2, "linewidths": 9}  # swatches of the legends
@@ -35,7 +35,6 @@ METRICS = {  # name -> place, title, meaning, unit
         "mean weight of the last quarter / first quarter; above 1: recent", "ratio"),
 }  # fmt: skip
 Values = Mapping[str, Any]  # by the names of METRICS
-Plots = dict[str, tuple[Axes, str, bool]]  # axes, their unit, whether they are to be logarithmic
 
 
 def is_one(values: np.ndarray, even: float = 0.0) -> bool:
@@ -50,8 +49,8 @@ def summary(path: str | Path, values: Values, uniform: Values, *, layer: int, dp
     n_samples = len(values["entropy"])
     few = n_samples <= MAX_MARKED_SAMPLES
     more = [("single samples", TICKS)] if few else []
-    page, plots = _page(f"Attention summary · layer {layer}", values, more, dpi)
-    for name, (axes, unit, log) in plots.items():
+    page, plots = _page(f"Attention summary · layer {layer}", values, more, dpi, y="samples")
+    for name, (axes, log) in plots.items():
         drawn, even = values[name], uniform[name]
         mean, spread, median = drawn.mean(), drawn.std(), np.median(drawn)
         numbers = f"mean {_short(mean)} ± {_short(spread)}"
@@ -69,14 +68,10 @@ def summary(path: str | Path, values: Values, uniform: Values, *, layer: int, dp
         axes.axvline(mean, color=INK, lw=2)
         axes.axvline(even, color=UNIFORM, lw=1.6, ls="--")
         axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
+        axes.xaxis.set_major_locator(LogLocator(numticks=6) if log else MaxNLocator(5))
         if log:
-            axes.xaxis.set_major_locator(LogLocator(numticks=6))
             axes.xaxis.set_major_formatter("{:g}".format)
-        else:
-            axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.set_title(f"{numbers}; uniform {_short(even)}", fontsize=9, loc="left", pad=4)
-        axes.set_xlabel(unit, fontsize=9)
-        axes.set_ylabel("samples", fontsize=9)
     page.save(path)
 
 
@@ -85,15 +80,14 @@ def course(
 ) -> None:
     """Draw each metric `(L, S)` across layers: mean, middle 80 %, samples where they are few."""
     n_samples = values["entropy"].shape[1]
-    few, band = 1 < n_samples <= MAX_MARKED_SAMPLES, ("the middle 80 % of samples", BAND)
-    more = [*([band] if n_samples > 1 else []), *([("single samples", DOTS)] if few else [])]
-    page, plots = _page("Attention across layers", values, more, dpi)
+    few, several = 1 < n_samples <= MAX_MARKED_SAMPLES, n_samples > 1
+    more = [("the middle 80 % of samples", BAND)] * several + [("single samples", DOTS)] * few
+    page, plots = _page("Attention across layers", values, more, dpi, x="layer")
     x = np.arange(len(layers))
     shown = x[:: max(1, len(x) // 12)]
-    for name, (axes, unit, log) in plots.items():
+    for name, (axes, log) in plots.items():
         drawn, even = values[name], uniform[name]
-        low, high = np.quantile(drawn, [0.1, 0.9], axis=1)
-        axes.fill_between(x, low, high, color=BLUE, alpha=0.2, lw=0)
+        axes.fill_between(x, *np.quantile(drawn, [0.1, 0.9], axis=1), color=BLUE, alpha=0.2, lw=0)
         if few:
             axes.plot(x, drawn, "o", color=BLUE, ms=3, alpha=0.5, mew=0)
         axes.plot(x, drawn.mean(1), "o-", color=INK, lw=2, ms=5)
@@ -108,32 +102,34 @@ def course(
             axes.set_ylim(max(low - margin, -0.06 * (high + margin)), high + margin)  # none is < 0
         axes.set_xlim(-0.4, len(layers) - 0.6)
         axes.set_xticks(shown, [str(layers[i]) for i in shown])
-        axes.set_xlabel("layer", fontsize=9)
-        axes.set_ylabel(unit, fontsize=9)
-        make_room(axes, METRICS[name][0][0] - 84)
+        inset(axes, METRICS[name][0][0] - 84)
     page.save(path)
 
 
-def _page(title: str, values: Values, more: Sequence, dpi: int) -> tuple[Page, Plots]:
+def _page(
+    title: str, values: Values, more: Sequence, dpi: int, x: str = "", y: str = ""
+) -> tuple[Page, dict[str, tuple[Axes, bool]]]:
+    """Axes of each metric, and whether it is to be logarithmic; its unit names the other axis."""
     page = Page(1020, 780, dpi)
     samples = counted(values["entropy"].shape[-1], "sample")
     about = "Attention of the query token to its history, averaged over heads"
     page.heading(90, f"{title} · {samples}", about)
     mean = "mean over samples", {"colors": INK, "linewidths": 2}
     legend = [mean, ("uniform attention", UNIFORM_LINE), *more]
-    for x, (label, style) in zip((90, 270, 450, 700), legend, strict=False):
-        page.swatch(x, 752, label, **style)
+    for place, (label, style) in zip((90, 270, 450, 700), legend, strict=False):
+        page.swatch(place, 752, label, **style)
     plots = {}
     for name, ((left, top), title, meaning, unit) in METRICS.items():
         page.text(left, top - 50, title, 11, weight="bold")
         page.text(left, top - 32, meaning, 8.5, color=SOFT)
-        axes = page.plot(left, top, 400, 200)
-        axes.minorticks_off()
-        axes.ticklabel_format(useOffset=False)
         positive = values[name][values[name] > 0]
         log = name == "recent_distant_ratio" and positive.size > 0
         log = log and bool(positive.max() > LOG_SPAN * positive.min())
-        plots[name] = axes, f"{unit} (log scale)" if log else unit, log
+        unit += " (log scale)" if log else ""
+        axes = page.plot(left, top, 400, 200, x or unit, y or unit)
+        axes.minorticks_off()
+        axes.ticklabel_format(useOffset=False)
+        plots[name] = axes, log
     return page, plots
 
 

@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 from matplotlib.ticker import MaxNLocator
 
+from historylens.pictures.heatmap import color_bar, last_rows, pool, scale_of, to_colours
 from historylens.pictures.order import history_strip
 from historylens.pictures.page import MARGIN, SOFT, Page, in_lines
-from historylens.pictures.shades import color_bar, last_rows, pool, scale_of, to_colours
 
 WIDTHS = {1: 420, 2: 420, 3: 340, 4: 260, 5: 210, 6: 180}  # of maps at most, by those in a row
 HEIGHTS = {1: 900, 2: 600, 3: 440, 4: 340}  # at most, by rows of panels
