@@ -10,7 +10,7 @@ from PIL import Image
 from test_pictures import axes_of
 
 from historylens.effects.measure import budgets
-from historylens.pictures.curveplot import deletion_curves, in_order
+from historylens.pictures.effectplot import deletion_curves, in_order
 from historylens.pictures.page import Page
 
 SIZES, WORST = (1, 5, 20), "least-attended"

@@ -31,12 +31,10 @@ from historylens.common.files import (
     write_atomically,
 )
 from historylens.metrics import SUMMARY_METRICS, Metrics
-from historylens.pictures.curveplot import deletion_curves
-from historylens.pictures.headplot import head_effects
+from historylens.pictures.effectplot import deletion_curves, head_effects
 from historylens.pictures.heatmap import color_range, heatmap
-from historylens.pictures.learningplot import attention_over_learning
 from historylens.pictures.lineplot import line_plot
-from historylens.pictures.metricplot import course, summary
+from historylens.pictures.metricplot import attention_over_learning, course, summary
 from historylens.pictures.names import pictures_in
 from historylens.pictures.order import SampleAttention
 from historylens.pictures.painter import Painter

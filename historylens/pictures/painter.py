@@ -1,8 +1,8 @@
 """Draw pictures on all cores: several processes that only draw, fed while the model runs.
 
-    with Painter(2, "all numbers are in metrics.json") as painter:
-        painter.draw(line_plot, path, sample, layer=2, heads=range(4), dpi=100)
-    # every picture is on the disk here, or a note on stderr says why it is not
+with Painter(2, "all numbers are in metrics.json") as painter:
+    painter.draw(line_plot, path, sample, layer=2, heads=range(4), dpi=100)
+# every picture is on the disk here, or a note on stderr says why it is not
 """
 
 import ctypes

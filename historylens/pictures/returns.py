@@ -162,8 +162,9 @@ def _draw_levels(axes: Axes, study: Any, picture: Picture) -> None:
 
 
 def _name_level(axes: Axes, height: float, name: str, colour: str, side: str) -> None:
-    axes.annotate(name, (0.01 if side == "left" else 0.99, height), xycoords=("axes fraction", "data"), xytext=(0, 4), ha=side,
-                  textcoords="offset points", color=colour, fontsize=9.5, zorder=6)  # fmt: skip
+    place = (0.01 if side == "left" else 0.99, height)
+    how = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "zorder": 6}
+    axes.annotate(name, place, (0, 4), ha=side, color=colour, fontsize=9.5, **how)
 
 
 def _draw_line(axes: Axes, rows: Sequence[Any], colour: str, aside: float | None) -> None:

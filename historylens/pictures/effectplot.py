@@ -1,9 +1,4 @@
-"""What dropping history does to the action, as a picture: a line a strategy, beside chance.
-
-    deletion_curves("deletion_curves.png", strategies, empty, n_context=99, worst="least-attended")
-
-Left how often the most likely action changes, right how far the action distribution moves.
-"""
+"""What the action rests on, as pictures: effects of dropping history, and of exchanging heads."""
 
 import itertools
 import textwrap
@@ -16,8 +11,9 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator, NullLocator
 
 from historylens.common.text import counted
-from historylens.pictures.page import FAINT, INK, REWARD, SOFT, Page, text_width
+from historylens.pictures.page import FAINT, HUES, INK, REWARD, SOFT, Page, in_lines, text_width
 
+LINEAR = 0.01  # nats: a logarithmic axis is linear below, for KL has a zero
 BAND = "#dfdfdf"
 COLOURS = (
     "#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#8c510a", "#5e3c99", "#01665e",
@@ -33,6 +29,13 @@ PLOTS = (  # place, title, unit; of the sizes what is drawn, its band, what both
 )  # fmt: skip
 LEGEND, ROW, MORE = TOP + HEIGHT + 92, 20, 16  # place, height of a row, of a second line in it
 COLUMNS = {"strategy": LEFT + 50, "advised for": LEFT + 178, "rule": LEFT + 300}
+PANELS = {  # of the picture of heads
+    "mean": "exchanged for its mean over decisions",
+    "other-task": "exchanged for that under another task's history",
+}
+NAME, ROLE, PANEL = 20, 124, 452  # places of a row's two texts, and of the first panel
+HEADS_TOP, PANEL_WIDTH, GAP, HEAD_ROW, BELOW = 116, 374, 24, 26, 56
+MAX_ROWS = 60  # of heads; beyond, those that move the action most
 
 
 class Strategy(NamedTuple):
@@ -61,13 +64,13 @@ def deletion_curves(
     height = sum(ROW + MORE * (len(strategy.rule) - 1) for strategy in drawn)
     page = Page(1180, LEGEND + height + ROW + 14, dpi)
     decisions = counted(drawn[0].sizes[0]["n_decisions"], "decision")
-    about = f"Decisions made again on part of their {n_context:,} transitions, against all of them"
+    about = f"Decisions made again on part of their {n_context:,} transitions, against all of them."
     chance = "; below the grey band: better than chance" if drawn[0].name == "random" else ""
-    about += f". Lower is better{chance}"
-    page.heading(LEFT, f"Effect of dropping history · {decisions}", about)
-    kept = f"transitions kept of {n_context:,} (log scale)"
+    title = f"Effect of dropping history · {decisions}"
+    page.heading(LEFT, title, f"{about} Lower is better{chance}")
     for left, title, unit, quantity in PLOTS:
         page.text(left, TOP - 24, title, 11, weight="bold")
+        kept = f"transitions kept of {n_context:,} (log scale)"
         axes = page.plot(left, TOP, WIDTH, HEIGHT, kept, unit)
         _draw_curves(axes, drawn, quantity, empty, n_context)
     _draw_legend(page, drawn, empty is not None)
@@ -81,17 +84,16 @@ def in_order(strategies: Mapping[str, Mapping[str, Any]], worst: str) -> list[St
     looks |= zip(others, itertools.cycle(zip(COLOURS, MARKERS, strict=True)), strict=False)
     drawn = []
     for name in [name for name in looks if name in strategies]:
-        entry, rule = strategies[name], strategies[name]["rule"].rstrip(".")
-        style = dict(zip(("color", "marker"), looks[name], strict=True))
-        style |= {"ms": 4.5, "lw": 2.2 if entry["advised_by"] else 1.3}
-        is_point = "random" in entry["sizes"][0]
+        (colour, marker), entry = looks[name], strategies[name]
+        rule, advised, sizes = entry["rule"].rstrip("."), entry["advised_by"], entry["sizes"]
+        style = {"color": colour, "marker": marker, "ms": 4.5, "lw": 2.2 if advised else 1.3}
         if name == "random":
             rule += "; band: the middle 90 % of the draws"
-        if is_point:
-            rule += f"; {entry['sizes'][0]['kept_mean']:.1f} here"
+        if is_point := "random" in sizes[0]:
+            rule += f"; {sizes[0]['kept_mean']:.1f} here"
             style |= {"ls": "none", "ms": 8, "mec": INK}
-        advised, lines = ", ".join(entry["advised_by"]), textwrap.wrap(rule, width=118)
-        drawn.append(Strategy(name, advised, lines, entry["sizes"], is_point, style))
+        lines = textwrap.wrap(rule, width=118)
+        drawn.append(Strategy(name, ", ".join(advised), lines, sizes, is_point, style))
     return drawn
 
 
@@ -123,7 +125,7 @@ def _draw_curves(
     if value == "flips":
         axes.yaxis.set_major_locator(MaxNLocator(5))
     else:
-        axes.set_yscale("symlog", linthresh=0.01)  # nats; linear below, for KL has a zero
+        axes.set_yscale("symlog", linthresh=LINEAR)
         axes.yaxis.set_major_formatter("{:g}".format)
         axes.yaxis.set_minor_locator(NullLocator())
     axes.set_ylim(bottom=0.0)
@@ -160,3 +162,61 @@ def _draw_legend(page: Page, strategies: Sequence[Strategy], has_empty: bool) ->
         page.lines([[(LEFT, y), (LEFT + 40, y)]], colors=INK, linewidths=1.2, linestyles=":")
         page.text(name_at, y, "empty", 9, weight="bold")
         page.text(rule_at, y, "No history at all", 9, color=SOFT)
+
+
+def head_effects(
+    path: str | Path, heads: Sequence[Mapping[str, Any]], n_decisions: int, *, dpi: int
+) -> None:
+    """Draw effects of heads, entries of "heads" as `effects.heads.measure_heads` gives them."""
+    kinds = [kind for kind in PANELS if kind in heads[0]]
+    largest = np.argsort([-one[kinds[-1]]["kl"] for one in heads], kind="stable")[:MAX_ROWS]
+    drawn = [heads[i] for i in sorted(largest)]
+    height = HEAD_ROW * len(drawn)
+    page = Page(PANEL + len(kinds) * (PANEL_WIDTH + GAP), HEADS_TOP + height + BELOW, dpi)
+    about = (
+        f"{counted(n_decisions, 'decision')}, made again with a head's output exchanged at all "
+        "tokens. The further right, the more the action rests on this head. Bars: 95 % interval. "
+        "Grey: all heads of a layer at once"
+    )
+    if len(drawn) < len(heads):
+        about += f". The {len(drawn)} of {len(heads)} rows with the largest effect"
+    page.heading(NAME, "Which heads act, and what they read", about)
+    page.text(NAME, HEADS_TOP - 13, "head", 9, color=SOFT)
+    page.text(ROLE, HEADS_TOP - 13, "reads (evenly: what even reading would give)", 9, color=SOFT)
+    colours = [FAINT if one["head"] == "all" else HUES[one["layer"] % len(HUES)] for one in drawn]
+    largest = max(one[kind]["kl_interval"][1] for one in drawn for kind in kinds)
+    unit = "mean KL(full || exchanged), nats (log scale)"
+    for place, kind in enumerate(kinds):
+        left = PANEL + place * (PANEL_WIDTH + GAP)
+        axes = page.plot(left, HEADS_TOP, PANEL_WIDTH, height, unit)
+        _draw_panel(axes, drawn, kind, colours)
+        axes.set_xlim(0, 1.15 * max(LINEAR, largest))
+        axes.set_title(PANELS[kind], fontsize=10, loc="left", fontweight="bold")
+    for row, (one, colour) in enumerate(zip(drawn, colours, strict=True)):
+        y, is_all = HEADS_TOP + HEAD_ROW * (row + 0.5), one["head"] == "all"
+        name = f"layer {one['layer']} {'' if is_all else 'head '}{one['head']}"
+        page.text(NAME, y, name, 8.5, color=SOFT if is_all else colour)
+        parts = [] if is_all else one["role"]["text"].split("; ")[:2]  # of a mixture the largest
+        for i, part in enumerate(parts):
+            text, *rest = in_lines(part, PANEL - ROLE - 22, 8)
+            page.text(ROLE, y + 12 * (i - (len(parts) - 1) / 2), text + "…" * bool(rest), 8)
+    page.save(path)
+
+
+def _draw_panel(axes: Axes, drawn: Sequence[Mapping], kind: str, colours: Sequence[str]) -> None:
+    """Points and intervals of one way to exchange, the first head on top."""
+    for row, (one, colour) in enumerate(zip(drawn, colours, strict=True)):
+        is_all = one["head"] == "all"
+        interval = np.clip(one[kind]["kl_interval"], 0, None)
+        axes.plot(interval, [row, row], color=colour, lw=2.2, solid_capstyle="butt")
+        marker = "D" if is_all else "o"
+        axes.plot(one[kind]["kl"], row, marker, color=colour, ms=5, mec=INK, mew=0.5)
+        if is_all and row + 1 < len(drawn):
+            axes.axhline(row + 0.5, color="#dddddd", lw=0.8)
+    axes.set_xscale("symlog", linthresh=LINEAR)
+    axes.set_ylim(len(drawn) - 0.5, -0.5)
+    axes.set_yticks([])
+    axes.xaxis.set_major_formatter("{:g}".format)
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.grid(axis="x", color="#eeeeee", lw=0.8)
+    axes.set_axisbelow(True)
