@@ -8,8 +8,7 @@
     figs/attention/trajectory_I/attention_over_time.png, .npz
     figs/attention/trajectory_I/layer_N/attention_{heatmap,lines}_timestepT_layerN.png
 
-A run leaves no picture of an earlier run among its own, and touches no other file: one that has
-the name of its page or of its numbers, but is of no analysis, is moved to a folder beside them.
+A run leaves no picture of an earlier run among its own, and touches no file of the user.
 """
 
 import os
@@ -20,16 +19,9 @@ from typing import Any
 
 import numpy as np
 
+from historylens.common import files
 from historylens.common.errors import note
-from historylens.common.files import (
-    INDEX,
-    expect_no_results,
-    holds_results,
-    in_the_way,
-    set_aside,
-    writable_folder,
-    write_atomically,
-)
+from historylens.common.files import INDEX, write_atomically
 from historylens.metrics import SUMMARY_METRICS, Metrics
 from historylens.pictures.effectplot import deletion_curves, head_effects
 from historylens.pictures.heatmap import color_range, heatmap
@@ -49,15 +41,15 @@ INCOMPLETE = "INCOMPLETE.txt"  # there from when an earlier run is cleared until
 
 def prepare_output(out: Path, layers: Sequence[int], followed: Path | None = None) -> None:
     """Make the output folder; UserError where files cannot be written to where they will lie."""
-    with writable_folder(out, lock=False):
-        inside = [out, *filter(None, [followed])]
+    with files.writable_folder(out, lock=False):
+        inside = [out] if followed is None else [out, followed]
         folders = [*inside[1:], *(one / f"layer_{layer}" for one in inside for layer in layers)]
-        files = [out / name for name in FILES]
-        for path in [*folders, *files, *(one.path for one in pictures_in(out))]:
+        pictures = (one.path for one in pictures_in(out))
+        for path in (*folders, *(out / name for name in FILES), *pictures):
             is_fit = path.is_dir() == (path in folders) and os.access(path, os.W_OK)
             if os.path.lexists(path) and not is_fit:
-                raise in_the_way(out, path)
-        expect_no_results(out, "comparison")
+                raise files.in_the_way(out, path)
+        files.expect_no_results(out, "comparison")
 
 
 def clear_pictures(out: Path) -> None:
@@ -65,14 +57,13 @@ def clear_pictures(out: Path) -> None:
 
     What has the names of its files, but is of no analysis, is set aside.
     """
-    is_ours = (out / INCOMPLETE).exists() or holds_results(out, "analysis")
-    if not is_ours and (aside := set_aside(out, FILES)):
+    is_ours = (out / INCOMPLETE).exists() or files.holds_results(out, "analysis")
+    if not is_ours and (aside := files.set_aside(out, FILES)):
         note(f"{out} held files of no analysis under its names: moved to {aside}")
     why = "A run began to write here and has not ended: run its command again."
     write_atomically(out / INCOMPLETE, f"{why}\n")
-    stale = [one.path for one in pictures_in(out)]
-    stale += [out / INDEX, *out.glob(f"trajectory_*/{ROWS}")]
-    for path in stale:
+    pictures = (one.path for one in pictures_in(out))
+    for path in (*pictures, out / INDEX, *out.glob(f"trajectory_*/{ROWS}")):
         path.unlink(missing_ok=True)
     for pattern in ("trajectory_*/layer_*", "trajectory_*", "layer_*"):
         for folder in out.glob(pattern):
@@ -98,8 +89,8 @@ def samples(batch: Any) -> Iterator[tuple[int, int, SampleAttention]]:
         for m, i in enumerate(batch.drawn):
             # states stay here: they may be images
             decision = replace(batch.decisions[m], states=None, next_states=None, query_state=None)
-            own = attention, i, m, batch.uniform_rows[i]
-            yield layer, batch.indices[i], SampleAttention.of(decision, batch.tokens[i], *own)
+            own = decision, batch.tokens[i], attention, i, m, batch.uniform_rows[i]
+            yield layer, batch.indices[i], SampleAttention.of(*own)
 
 
 def draw_batch(
@@ -119,16 +110,15 @@ def draw_batch(
             end = f"_page{page}" if page > 1 else ""
             more = f" of {len(heads)} · page {page} of {len(pages)}" if len(pages) > 1 else ""
             path = out / f"layer_{layer}" / f"attention_heatmap_{stem}{end}.png"
-            part = replace(sample, maps=sample.maps[chosen])
-            own = {"heads": heads[chosen], "scale": scale, "more": more}
-            painter.draw(heatmap, path, part, **own, **style)
+            own = {"heads": heads[chosen], "scale": scale, "more": more, **style}
+            painter.draw(heatmap, path, replace(sample, maps=sample.maps[chosen]), **own)
         path = path.with_name(f"attention_lines_{stem}.png")
         painter.draw(line_plot, path, replace(sample, maps=None), heads=heads, **style)
     for (index, room, names), decision in zip(rooms, batch.decisions, strict=False):
-        about = "Attention in the room", decision.title
+        about = room, names, "Attention in the room", decision.title
         across = None if len(names) == len(batch.attention) else len(names) // len(batch.attention)
         path = out / f"attention_map_{name}{index}.png"
-        painter.draw(room_map, path, room, names, *about, across=across, dpi=dpi)
+        painter.draw(room_map, path, *about, across=across, dpi=dpi)
 
 
 def draw_summaries(out: Path, metrics: Metrics, painter: Painter, dpi: int) -> None:
@@ -166,6 +156,5 @@ def draw_play(
     task = play.environment.goals[play.tasks[number]]
     about = f"own play: {play.environment.named[0]} {task}, rollout {number}"
     own = {"episode_starts": starts, "rewards": rewarded, "title": "Attention over time"}
-    by_layer = dict(zip(layers, rows, strict=True))
-    path = out / "attention_over_time.png"
+    by_layer, path = dict(zip(layers, rows, strict=True)), out / "attention_over_time.png"
     painter.draw(attention_over_time, path, by_layer, **own, subtitle=about, dpi=dpi)

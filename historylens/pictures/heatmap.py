@@ -1,7 +1,5 @@
 """The heatmap: which token attends to which, a panel a head, the query token's row set apart.
 
-    heatmap("heatmap.png", sample, layer=2, heads=range(4), scale=color_range(sample), dpi=100)
-
 Weights become colours by a table lookup and are copied to the page, a whole number of pixels a
 weight. What pictures of one shape have in common (frames, numbers, legend) is drawn once.
 """
@@ -17,7 +15,7 @@ from matplotlib.ticker import MaxNLocator
 
 from historylens.common.text import counted
 from historylens.pictures.order import MAX_STARTS, SampleAttention, history_strip, subtitle
-from historylens.pictures.page import MARGIN, SOFT, UNIFORM, Page, in_lines
+from historylens.pictures.page import BAR_WIDTH, MARGIN, SOFT, UNIFORM, Page, in_lines
 from historylens.tokens import NONE
 
 SIDES = {1: 560, 2: 440, 3: 320, 4: 280}  # wanted side of a map by panels in a row, page units
@@ -26,7 +24,7 @@ MIN_WIDTH = 740
 LEFT, RIGHT, HEADER, FOOTER = 88, 146, 92, 132
 HISTORY, QUERY, GAP, PANEL_GAP = 9, 24, 5, 30
 LINE_ALPHA = 0.65  # of the white line where an episode begins
-BAR_TOP, BAR, BAR_WIDTH = HEADER + 14, 300, 15
+BAR_TOP, BAR = HEADER + 14, 300
 SHADES = matplotlib.colormaps["viridis"](np.arange(256), bytes=True)[:, :3]  # bright = strong
 COLOURS = np.vstack([SHADES, np.full((1, 3), 255, np.uint8)])  # white: what may not be seen
 
@@ -119,9 +117,7 @@ def pool(weights: np.ndarray, factor: int, down: int = 0) -> np.ndarray:
 def color_bar(page: Page, corner: tuple, height: float, scale: tuple, n_tokens: int) -> None:
     """Draw the colour scale: decades, its two ends, and the weight of uniform attention."""
     (left, top), (low, high) = corner, scale
-    shades = SHADES[np.linspace(255, 0, round(height * page.scale)).astype(int)]
-    page.paste(left, top, shades[:, None].repeat(round(BAR_WIDTH * page.scale), axis=1))
-    page.text(left, top - 20, "attention weight", 9)
+    page.bar(left, top, height, SHADES, "attention weight")
 
     def y(weight: float) -> float:
         return top + height * (1 - math.log(weight / low) / math.log(high / low))

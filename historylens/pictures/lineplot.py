@@ -1,8 +1,6 @@
 """The line plot: what the query token attends to, and how much attention each position receives.
 
-    line_plot("lines.png", sample, layer=2, heads=range(4), dpi=100)
-
-A thin line a head, or a part of transitions, a bold one of their mean or sum, and a dashed one of
+A thin line a head, or a part of transitions, a bold one of their mean or sum, a dashed one of
 uniform attention.
 """
 
@@ -60,17 +58,15 @@ def line_plot(
 def scale_of(
     values: np.ndarray, baseline: np.ndarray
 ) -> tuple[Callable[[ArrayLike], np.ndarray], list[float], bool]:
-    """Vertical scale of a plot: linear, or logarithmic for high peaks.
+    """Vertical scale of a plot: places of weights in page units, ticks, whether it is logarithmic.
 
-    Gives the place of a weight (page units from the top, never outside the plot), the weights to be
-    named at the edge, and whether the scale is logarithmic.
+    It is for high peaks. No place is outside the plot.
     """
     top = float(max(values.max(), baseline.max()))
     is_log = top > LOG_SPAN * float(baseline.mean())
     if is_log:  # where the query may not look, the baseline is 0
         low, high = LOG_FLOOR * float(baseline[baseline > 0].min()), 1.4 * top
-        first, last = math.ceil(math.log10(low)), math.floor(math.log10(high))
-        ticks = 10.0 ** np.arange(first, last + 1)
+        ticks = 10.0 ** np.arange(math.ceil(math.log10(low)), math.floor(math.log10(high)) + 1)
     else:
         low, high = 0.0, 1.08 * top
         ticks = MaxNLocator(6, steps=[1, 2, 5, 10]).tick_values(low, high)
@@ -120,9 +116,8 @@ def _draw_plot(page: Page, left: float, curves: Curves) -> None:
 @lru_cache(maxsize=2)
 def _sheet(names: tuple[str, ...], of_parts: bool, n: int, dpi: int, has_episodes: bool) -> Page:
     """What all line plots of one shape have in common, drawn once."""
-    entries = _legend(names, of_parts)
-    below = entries[-1][1] - LEGEND  # what the legend takes beyond a row
-    page, bottom = Page(PAGE_WIDTH, 510 + below, dpi), STRIP_TOP + STRIP
+    *_, (_, y, *_) = entries = _legend(names, of_parts)
+    page, bottom = Page(PAGE_WIDTH, 510 + y - LEGEND, dpi), STRIP_TOP + STRIP
     unit = "transition" if of_parts else "position"
     locator = MaxNLocator(8, integer=True, steps=[1, 2, 5, 10])
     ticks = sorted({int(t) for t in locator.tick_values(0, n - 1) if 0 <= t < n})
@@ -136,11 +131,11 @@ def _sheet(names: tuple[str, ...], of_parts: bool, n: int, dpi: int, has_episode
             page.tick(float(_x(left, tick, n)), bottom, f"{tick}", 0.8, "below")
         name = "position in the history (0 = oldest transition)"
         page.text(left + WIDTH / 2, bottom + 31, name, 9, ha="center")
-    for x, y, label, style in entries:
-        page.swatch(x, y, label, **style)
-    strip = "History strip: episodes in two greys, " if has_episodes else "History strip: "
-    means = " Means over heads." if of_parts else ""
-    page.text(LEFT, y + 22, f"{strip}rewarded transitions in red.{means}", 8.5, color=SOFT)
+    for *entry, style in entries:
+        page.swatch(*entry, **style)
+    strip = "episodes in two greys, " * has_episodes + "rewarded transitions in red."
+    strip += " Means over heads." * of_parts
+    page.text(LEFT, y + 22, f"History strip: {strip}", 8.5, color=SOFT)
     average = f"Average over the queries that may see the {'token' if of_parts else unit}."
     page.text(RIGHT, y + 22, average, 8.5, color=SOFT)
     width = -(-n // MAX_POINTS)
@@ -153,13 +148,11 @@ def _sheet(names: tuple[str, ...], of_parts: bool, n: int, dpi: int, has_episode
 
 def _legend(names: tuple[str, ...], of_parts: bool) -> list[tuple[float, float, str, dict]]:
     """Place, label and style of each entry, in as many rows as they need."""
-    whole, part = "mean over heads", "head"
-    if of_parts:
-        whole, part = "whole transition (left: sum, right: mean of its tokens)", "part"
-    each = [(f"each of the {len(names)} {part}s", {"colors": MANY_HEADS, "linewidths": 1})]
+    parts = "whole transition (left: sum, right: mean of its tokens)"
+    whole, many = (parts, "parts") if of_parts else ("mean over heads", "heads")
+    each = [(f"each of the {len(names)} {many}", {"colors": MANY_HEADS, "linewidths": 1})]
     if len(names) <= len(HUES):
-        styles = ({"colors": colour, "linewidths": 1.2} for colour in HUES)
-        each = zip(names, styles, strict=False)
+        each = zip(names, ({"colors": hue, "linewidths": 1.2} for hue in HUES), strict=False)
     entries, x, y = [], LEFT, LEGEND
     bold = whole, {"colors": INK, "linewidths": 2}
     for label, style in (bold, *each, ("uniform attention", UNIFORM_LINE)):

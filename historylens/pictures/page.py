@@ -35,7 +35,7 @@ INK, SOFT, FAINT = "#222222", "#444444", "#8a8a8a"
 REWARD, UNIFORM = "#e4572e", "#c4007a"
 HUES = ("#0173b2", "#de8f05", "#029e73", "#cc78bc", "#ca9161", "#56b4e9")
 RULER = RendererAgg(1, 1, 100)  # measures texts, at a pixel a page unit
-MARGIN = 14  # between text and the right edge, page units
+MARGIN, BAR_WIDTH = 14, 15  # between text and the right edge; of a bar of colours: page units
 UNIFORM_LINE = {"colors": UNIFORM, "linewidths": 1.6, "linestyles": "--"}
 VECTORS = {
     "pdf.fonttype": 42,  # TrueType: journals refuse type 3, and text can be searched and edited
@@ -143,6 +143,12 @@ class Page:
         """An entry of a legend: a piece of a line, and what it stands for."""
         self.lines([[(x, y), (x + 26, y)]], **style)
         self.text(x + 32, y, label, 9)
+
+    def bar(self, left: float, top: float, height: float, shades: np.ndarray, title: str) -> None:
+        """A bar of colours `(256, 3)` with its title, the last on top."""
+        colours = shades[np.linspace(255, 0, round(height * self.scale)).astype(int)]
+        self.paste(left, top, colours[:, None].repeat(round(BAR_WIDTH * self.scale), axis=1))
+        self.text(left, top - 20, title, 9)
 
     def plot(
         self, left: float, top: float, width: float, height: float, x: str = "", y: str = ""

@@ -1,7 +1,5 @@
 """One play in one look: what the deciding query attends to at every step, a panel a layer.
 
-    attention_over_time(path, {0: rows}, starts, rewards, title="...", subtitle="...", dpi=100)
-
 A row of pixels is a step, a column a number of transitions back. Axes: `N` steps, `E` episodes.
 """
 
@@ -61,11 +59,11 @@ def attention_over_time(
     n = max(1, len(known) - 1 - int(known.argmax()))  # transitions of the longest history
     back = Axis(n, WIDTHS[min(across, 6)], dpi / 100)
     steps = Axis(len(rewards), HEIGHTS[min(n_down, 4)], dpi / 100)
-    down = steps.length + BELOW
     right = max(MIN_PITCH, back.length + STRIP + QUERY + 2 * GAP + BESIDE)
+    down = steps.length + BELOW
     width, bottom = max(MIN_WIDTH, LEFT + across * right + RIGHT), TOP + max(160, n_down * down)
-    texts, room = _caption(back, steps), width - LEFT - MARGIN
-    lines = [line for text in texts for line in in_lines(text, room, 8.5)]
+    caption = [in_lines(text, width - LEFT - MARGIN, 8.5) for text in _caption(back, steps)]
+    lines = [line for lines in caption for line in lines]
     page = Page(width, bottom + 17 * len(lines) + FOOTER, dpi)
     page.heading(LEFT, title, subtitle)
     starts = episode_starts[: None if len(episode_starts) * MIN_EPISODE <= steps.length else 1]
@@ -91,11 +89,12 @@ def _panel(
     strip = history_strip(starts, np.ones(steps.n, bool), rewards, cells, len(starts))[:-1]
     weights = to_colours(pool(rows[:, :-1], back.pooled, steps.pooled), *scale)
     own = to_colours(rows[last_rows(steps.n, steps.pooled), -1], *scale)
-    strip, gap, own = (  # (C, 3) each
-        colours[:, None].repeat(round(width * steps.scale), axis=1)
-        for colours, width in ((strip, STRIP), (np.full_like(strip, 255), GAP), (own, QUERY))
-    )
-    parts = strip, gap, weights.repeat(back.zoom, axis=1), gap, own
+
+    def wide(colours: np.ndarray, width: float) -> np.ndarray:  # (C, 3) of cells
+        return colours[:, None].repeat(round(width * steps.scale), axis=1)
+
+    gap, weights = wide(np.full_like(strip, 255), GAP), weights.repeat(back.zoom, axis=1)
+    parts = wide(strip, STRIP), gap, weights, gap, wide(own, QUERY)
     return np.hstack(parts).repeat(steps.zoom, axis=0)
 
 
