@@ -16,7 +16,7 @@ from historylens.common.text import counted
 from historylens.history import Decision
 from historylens.metrics import uniform_received as causal_received
 from historylens.pictures.page import REWARD
-from historylens.tokens import NONE, PADDING, Tokens, order_of_time, uniform_received
+from historylens.tokens import NONE, PADDING, Tokens, order_of_time, sum_rows, uniform_received
 
 EPISODE_GREYS = (200, 238)
 MAX_STARTS = 40  # episodes; more boundaries than this hide what they mark
@@ -39,20 +39,15 @@ def curves(
     `heads (H, T)`: weights on tokens, those of a transition are combined; `uniform (T,)` likewise.
     """
 
-    def over(chosen: np.ndarray, weights: np.ndarray) -> np.ndarray:  # (..., T) -> (..., n)
-        owner = tokens.transition[chosen]
-        total = np.zeros((*weights.shape[:-1], tokens.n))
-        np.add.at(total, (..., owner), weights[..., chosen])
-        if combine == "mean":
-            total /= np.maximum(np.bincount(owner, minlength=tokens.n), 1)
-        return total
+    def over(weights: np.ndarray, chosen: np.ndarray) -> np.ndarray:  # (..., T) -> (..., n)
+        total, n_tokens = (sum_rows(w, [tokens])[..., :-1] for w in (weights * chosen, chosen))
+        return total / np.maximum(n_tokens, 1) if combine == "mean" else total
 
-    owned = tokens.transition != NONE
-    per_head, uniform = over(owned, heads), over(owned, uniform)
+    part, mean = np.array(tokens.part), heads.mean(0)
+    per_head, uniform = (over(weights, np.full(len(tokens), True)) for weights in (heads, uniform))
     if len(tokens.parts) < 2:
         return Curves((), per_head, per_head.astype(heads.dtype).mean(0), uniform)
-    part, mean = np.array(tokens.part), heads.mean(0)
-    values = np.stack([over(owned & (part == name), mean) for name in tokens.parts])
+    values = np.stack([over(mean, part == name) for name in tokens.parts])
     return Curves(tokens.parts, values, per_head.mean(0), uniform)
 
 
