@@ -4,7 +4,7 @@ import itertools
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -38,19 +38,8 @@ HEADS_TOP, PANEL_WIDTH, GAP, HEAD_ROW, BELOW = 116, 374, 24, 26, 56
 MAX_ROWS = 60  # of heads; beyond, those that move the action most
 
 
-class Strategy(NamedTuple):
-    """A strategy as it is drawn."""
-
-    name: str
-    advised: str  # for which kind of attention
-    rule: list[str]  # in lines
-    sizes: Sequence[Mapping[str, Any]]
-    is_point: bool  # it keeps as many as it needs: one size, with random draws of the same
-    style: dict[str, Any]  # of the line and its markers
-
-
 def deletion_curves(
-    path: str | Path, strategies: Mapping[str, Mapping[str, Any]],
+    path: Path, strategies: Mapping[str, Mapping[str, Any]],
     empty: Mapping[str, float] | None, *, n_context: int, worst: str, dpi: int,
 ) -> None:  # fmt: skip
     """Draw effect against transitions kept, of `n_context`, where every line ends at nothing.
@@ -60,63 +49,65 @@ def deletion_curves(
     strategy whose size has `random` keeps as many as it needs: a point. `empty`: `flips` and
     `kl_mean` with no history, if known. `worst` keeps what attention says matters least.
     """
-    drawn = in_order(strategies, worst)
-    height = sum(ROW + MORE * (len(strategy.rule) - 1) for strategy in drawn)
+    strategies = in_order(strategies, worst)
+    height = sum(ROW + MORE * (len(one["lines"]) - 1) for one in strategies.values())
     page = Page(1180, LEGEND + height + ROW + 14, dpi)
-    decisions = counted(drawn[0].sizes[0]["n_decisions"], "decision")
+    chance = next(iter(strategies.values()))["sizes"]
     about = f"Decisions made again on part of their {n_context:,} transitions, against all of them."
-    chance = "; below the grey band: better than chance" if drawn[0].name == "random" else ""
-    title = f"Effect of dropping history · {decisions}"
-    page.heading(LEFT, title, f"{about} Lower is better{chance}")
+    better = "; below the grey band: better than chance" if "random" in strategies else ""
+    title = f"Effect of dropping history · {counted(chance[0]['n_decisions'], 'decision')}"
+    page.heading(LEFT, title, f"{about} Lower is better{better}")
+    kept = [*(size["n_keep"] for size in chance), n_context]
     for left, title, unit, quantity in PLOTS:
         page.text(left, TOP - 24, title, 11, weight="bold")
-        kept = f"transitions kept of {n_context:,} (log scale)"
-        axes = page.plot(left, TOP, WIDTH, HEIGHT, kept, unit)
-        _draw_curves(axes, drawn, quantity, empty, n_context)
-    _draw_legend(page, drawn, empty is not None)
+        name = f"transitions kept of {n_context:,} (log scale)"
+        axes = page.plot(left, TOP, WIDTH, HEIGHT, name, unit)
+        _draw_curves(axes, strategies, quantity, empty, kept)
+    _draw_legend(page, strategies, empty is not None)
     page.save(path)
 
 
-def in_order(strategies: Mapping[str, Mapping[str, Any]], worst: str) -> list[Strategy]:
-    """The strategies in the order of the legend: random, the worst, the others."""
+def in_order(strategies: Mapping[str, Mapping], worst: str) -> dict[str, dict[str, Any]]:
+    """Strategies in the order of the legend, with rules in `lines` and the `style` of their line.
+
+    Random comes first, then the worst. A `point` keeps as many as it needs: one size.
+    """
     looks = {"random": (FAINT, "."), worst: (REWARD, "x")}
     others = [name for name in strategies if name not in looks]
     looks |= zip(others, itertools.cycle(zip(COLOURS, MARKERS, strict=True)), strict=False)
-    drawn = []
+    drawn = {}
     for name in [name for name in looks if name in strategies]:
         (colour, marker), entry = looks[name], strategies[name]
-        rule, advised, sizes = entry["rule"].rstrip("."), entry["advised_by"], entry["sizes"]
-        style = {"color": colour, "marker": marker, "ms": 4.5, "lw": 2.2 if advised else 1.3}
+        rule, width = entry["rule"].rstrip("."), 2.2 if entry["advised_by"] else 1.3
+        style = {"color": colour, "marker": marker, "ms": 4.5, "lw": width}
         if name == "random":
             rule += "; band: the middle 90 % of the draws"
-        if is_point := "random" in sizes[0]:
-            rule += f"; {sizes[0]['kept_mean']:.1f} here"
+        if is_point := "random" in entry["sizes"][0]:
+            rule += f"; {entry['sizes'][0]['kept_mean']:.1f} here"
             style |= {"ls": "none", "ms": 8, "mec": INK}
-        lines = textwrap.wrap(rule, width=118)
-        drawn.append(Strategy(name, ", ".join(advised), lines, sizes, is_point, style))
+        own = {"lines": textwrap.wrap(rule, width=118), "style": style, "point": is_point}
+        drawn[name] = {**entry, **own}
     return drawn
 
 
 def _draw_curves(
-    axes: Axes, strategies: Sequence[Strategy], quantity: tuple, empty: Any, n_context: int
+    axes: Axes, strategies: Mapping[str, Mapping], quantity: tuple, empty: Any, kept: list[int]
 ) -> None:
     """One quantity: the band of random draws, then a line or a point a strategy."""
     value, band, scale = quantity
     if empty is not None:
         axes.axhline(scale * empty[value], color=INK, lw=1.2, ls=":", zorder=2)
-    chance = strategies[0].sizes
-    kept = [*(size["n_keep"] for size in chance), n_context]
-    if strategies[0].name == "random":
-        low, high = scale * np.array([*(size[band] for size in chance), (0.0, 0.0)]).T
+    if "random" in strategies:
+        sizes = strategies["random"]["sizes"]
+        low, high = scale * np.array([*(size[band] for size in sizes), (0.0, 0.0)]).T
         axes.fill_between(kept, low, high, color=BAND, lw=0, zorder=1)
-    for strategy in strategies:
-        x = [size["kept_mean"] for size in strategy.sizes]
-        y = [scale * size[value] for size in strategy.sizes]
-        order = 5 if strategy.is_point else 3
-        x, y = (np.maximum(x, kept[0]), y) if strategy.is_point else ([*x, n_context], [*y, 0.0])
-        axes.plot(x, y, zorder=order, clip_on=False, **strategy.style)
+    for one in strategies.values():
+        x = [size["kept_mean"] for size in one["sizes"]]
+        y = [scale * size[value] for size in one["sizes"]]
+        x, y = (np.maximum(x, kept[0]), y) if one["point"] else ([*x, kept[-1]], [*y, 0.0])
+        axes.plot(x, y, zorder=5 if one["point"] else 3, clip_on=False, **one["style"])
     axes.set_xscale("log")
-    axes.set_xlim(kept[0] * 0.93, n_context)
+    axes.set_xlim(kept[0] * 0.93, kept[-1])
     ticks = apart(kept)
     axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
     axes.xaxis.set_minor_locator(NullLocator())
@@ -141,32 +132,30 @@ def apart(kept: Sequence[int]) -> list[int]:
     return ticks[::-1]
 
 
-def _draw_legend(page: Page, strategies: Sequence[Strategy], has_empty: bool) -> None:
+def _draw_legend(page: Page, strategies: Mapping[str, Mapping], has_empty: bool) -> None:
     (name_at, advised_at, rule_at), y = COLUMNS.values(), LEGEND
     for text, x in COLUMNS.items():
         page.text(x, y - ROW, text, 8.5, color=SOFT)
-    for strategy in strategies:
+    for name, one in strategies.items():
         axes = page.plot(LEFT, y - ROW / 2, 40, ROW)
         axes.set_axis_off()
         axes.set(xlim=(0, 2), ylim=(-1, 1))
-        if strategy.name == "random":
+        if name == "random":
             axes.fill_between([0, 2], -0.7, 0.7, color=BAND, lw=0)
-        x = [1] if strategy.is_point else [0, 1, 2]
-        axes.plot(x, [0] * len(x), markevery=[len(x) // 2], **strategy.style)
-        page.text(name_at, y, strategy.name, 9, weight="bold")
-        page.text(advised_at, y, strategy.advised, 9)
-        for i, line in enumerate(strategy.rule):
+        x = [1] if one["point"] else [0, 1, 2]
+        axes.plot(x, [0] * len(x), markevery=[len(x) // 2], **one["style"])
+        page.text(name_at, y, name, 9, weight="bold")
+        page.text(advised_at, y, ", ".join(one["advised_by"]), 9)
+        for i, line in enumerate(one["lines"]):
             page.text(rule_at, y + MORE * i, line, 9, color=SOFT)
-        y += ROW + MORE * (len(strategy.rule) - 1)
+        y += ROW + MORE * (len(one["lines"]) - 1)
     if has_empty:
         page.lines([[(LEFT, y), (LEFT + 40, y)]], colors=INK, linewidths=1.2, linestyles=":")
         page.text(name_at, y, "empty", 9, weight="bold")
         page.text(rule_at, y, "No history at all", 9, color=SOFT)
 
 
-def head_effects(
-    path: str | Path, heads: Sequence[Mapping[str, Any]], n_decisions: int, *, dpi: int
-) -> None:
+def head_effects(path: Path, heads: Sequence[Mapping], n_decisions: int, *, dpi: int) -> None:
     """Draw effects of heads, entries of "heads" as `effects.heads.measure_heads` gives them."""
     kinds = [kind for kind in PANELS if kind in heads[0]]
     largest = np.argsort([-one[kinds[-1]]["kl"] for one in heads], kind="stable")[:MAX_ROWS]

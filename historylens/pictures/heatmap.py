@@ -30,7 +30,7 @@ COLOURS = np.vstack([SHADES, np.full((1, 3), 255, np.uint8)])  # white: what may
 
 
 def heatmap(
-    path: str | Path, sample: SampleAttention, *, layer: int, heads: Sequence[int],
+    path: Path, sample: SampleAttention, *, layer: int, heads: Sequence[int],
     scale: tuple[float, float], dpi: int, more: str = "",
 ) -> None:  # fmt: skip
     """Draw the attention maps of one sample and layer, whose heads are numbered `heads`.
@@ -67,7 +67,7 @@ def heatmap(
     page.save(path)
 
 
-def draw_no_history(path: str | Path, title: str, sample: SampleAttention, dpi: int) -> None:
+def draw_no_history(path: Path, title: str, sample: SampleAttention, dpi: int) -> None:
     """The picture of a decision before which there is no transition: it says so in words."""
     page = Page(760, 130, dpi)
     page.heading(30, title, subtitle(sample.decision, sample.tokens))
@@ -214,9 +214,8 @@ class Sheet:
         return below, below + HISTORY + GAP
 
     def _label_rows(self, left: float, top: float, ticks: Sequence, unit: str) -> None:
-        for token, number in ticks:
-            y = top + np.mean(self.y([token, token + 1]))
-            self.page.tick(y, left, f"{number}", 0.7, "left")
+        numbers = {top + np.mean(self.y([token, token + 1])): number for token, number in ticks}
+        self.page.ticks(numbers, left, "left")
         name = f"token that attends ({unit})"
         name = name if self.depth > 6.2 * len(name) else "token that attends"
         self.page.text(left - 60, top + self.depth / 2, name, 9, rotation=90, ha="center")
@@ -225,7 +224,6 @@ class Sheet:
         self.page.text(left - 7, query + QUERY / 2, "query", 9, ha="right", weight="bold")
 
     def _label_columns(self, left: float, bottom: float, ticks: Sequence) -> None:
-        for token, number in ticks:
-            x = left + np.mean(self.x([token, token + 1]))
-            self.page.tick(x, bottom, f"{number}", 0.7, "below")
+        numbers = {left + np.mean(self.x([token, token + 1])): number for token, number in ticks}
+        self.page.ticks(numbers, bottom, "below")
         self.page.text(left + self.side / 2, bottom + 28, "token attended to", 9, ha="center")

@@ -28,7 +28,7 @@ LEGEND, PAGE_WIDTH = 452, 1250
 
 
 def line_plot(
-    path: str | Path, sample: SampleAttention, *, layer: int, heads: Sequence[int], dpi: int
+    path: Path, sample: SampleAttention, *, layer: int, heads: Sequence, dpi: int
 ) -> None:
     """Draw a sample, whose maps are not needed and whose heads are numbered `heads`."""
     title = f"Attention lines · layer {layer}"
@@ -107,8 +107,7 @@ def _draw_plot(page: Page, left: float, curves: Curves) -> None:
     page.lines(thin, colors=colours, linewidths=1.1 if curves.names else 0.8, alpha=0.8)
     page.lines([whole], colors=INK, linewidths=1.6)
     page.lines([uniform], **UNIFORM_LINE | {"linewidths": 1.5})
-    for weight in ticks:
-        page.tick(float(y(weight)), left, f"{weight:.4g}", 0.8, "left")
+    page.ticks({float(y(weight)): f"{weight:.4g}" for weight in ticks}, left, "left", 0.8)
     name = "attention weight (log scale)" if is_log else "attention weight"
     page.text(left - 62, TOP + HEIGHT / 2, name, 9, rotation=90, ha="center")
 
@@ -127,8 +126,7 @@ def _sheet(names: tuple[str, ...], of_parts: bool, n: int, dpi: int, has_episode
         frame = [(left, TOP), (left, TOP + HEIGHT), (left + WIDTH, TOP + HEIGHT)]
         page.lines([frame], colors=FAINT, linewidths=0.8)
         page.text(left - 7, STRIP_TOP + STRIP / 2, "history", 8, ha="right")
-        for tick in ticks:
-            page.tick(float(_x(left, tick, n)), bottom, f"{tick}", 0.8, "below")
+        page.ticks({float(_x(left, tick, n)): tick for tick in ticks}, bottom, "below", 0.8)
         name = "position in the history (0 = oldest transition)"
         page.text(left + WIDTH / 2, bottom + 31, name, 9, ha="center")
     for *entry, style in entries:

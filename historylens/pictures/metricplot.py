@@ -58,7 +58,7 @@ def is_one(values: np.ndarray, even: float = 0.0) -> bool:
     return bool(np.ptp(values) <= ROUNDING * max(abs(even), np.abs(values).max()))
 
 
-def summary(path: str | Path, values: Values, uniform: Values, *, layer: int, dpi: int) -> None:
+def summary(path: Path, values: Values, uniform: Values, *, layer: int, dpi: int) -> None:
     """Draw the distribution of each metric `(S,)`, its mean, and its value if all were uniform."""
     import seaborn  # only this picture needs it, and it takes a while to import
 
@@ -91,9 +91,7 @@ def summary(path: str | Path, values: Values, uniform: Values, *, layer: int, dp
     page.save(path)
 
 
-def course(
-    path: str | Path, values: Values, uniform: Values, *, layers: Sequence[int], dpi: int
-) -> None:
+def course(path: Path, values: Values, uniform: Values, *, layers: Sequence[int], dpi: int) -> None:
     """Draw each metric `(L, S)` across layers: mean, middle 80 %, samples where they are few."""
     n_samples = values["entropy"].shape[1]
     few, several = 1 < n_samples <= MAX_MARKED_SAMPLES, n_samples > 1
@@ -153,7 +151,7 @@ def _short(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
-def attention_over_learning(path: str | Path, learning: Mapping, *, title: str, dpi: int) -> None:
+def attention_over_learning(path: Path, learning: Mapping, *, title: str, dpi: int) -> None:
     """Draw reward and attention over episodes, each with its 95 % interval over rollouts.
 
     `learning`: `kinds`, which of `KINDS` are known; `n_rollouts`; `n_decisions`; `best` possible

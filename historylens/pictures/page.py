@@ -11,7 +11,7 @@ pixels; a vector file draws it again, what is pasted as an image. Same content, 
 import struct
 import zlib
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -58,8 +58,6 @@ def save_figure(figure: Figure, path: str | Path) -> None:
 
 
 class _Pasted(Artist):
-    """Colours `(rows, columns, 3)` as an image of so many pixels a page unit, its pixels sharp."""
-
     def __init__(self, left: float, top: float, colours: np.ndarray, scale: float) -> None:
         super().__init__()
         size = np.array(colours.shape[1::-1]) / scale
@@ -130,14 +128,14 @@ class Page:
         for i, line in enumerate(lines[:2]):
             self.text(left, 46 + 16 * i, line, size)
 
-    def tick(self, place: float, edge: float, label: str, width: float, side: str) -> None:
-        """Name a place on the lower ("below") or left ("left") edge of a plot."""
-        if side == "below":
-            self.lines([[(place, edge), (place, edge + 4)]], colors=FAINT, linewidths=width)
-            self.text(place, edge + 12, label, 8, ha="center")
-        else:
-            self.lines([[(edge - 4, place), (edge, place)]], colors=FAINT, linewidths=width)
-            self.text(edge - 7, place, label, 8, ha="right")
+    def ticks(self, names: Mapping, edge: float, side: str, width: float = 0.7) -> None:
+        """Name places, `{place: name}`, on the lower ("below") or left ("left") edge of a plot."""
+        for place, name in names.items():
+            line, at, ha = [(edge - 4, place), (edge, place)], (edge - 7, place), "right"
+            if side == "below":
+                line, at, ha = [(place, edge), (place, edge + 4)], (place, edge + 12), "center"
+            self.lines([line], colors=FAINT, linewidths=width)
+            self.text(*at, f"{name}", 8, ha=ha)
 
     def swatch(self, x: float, y: float, label: str, **style: Any) -> None:
         """An entry of a legend: a piece of a line, and what it stands for."""

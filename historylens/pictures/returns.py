@@ -1,8 +1,5 @@
 """The two pictures of a comparison: return against transitions kept, and against episodes.
 
-    draw_by_budget("figs/compression/return_by_budget.png", study, picture)
-    draw_by_episode("figs/compression/return_by_episode.png", study, picture)
-
 A few strategies have a colour, the same in both pictures; the others are grey. `study` is a
 `comparison.study.Study`, whose `rows` are arms in numbers.
 """
@@ -39,20 +36,19 @@ class Picture:
     n_max: int  # transitions that the model can read
 
 
-def draw_by_budget(path: str | Path, study: Any, picture: Picture) -> None:
+def draw_by_budget(path: Path, study: Any, picture: Picture) -> None:
     """Return over the second half of the episodes, against transitions kept; a line a strategy."""
-    figure = _figure(11.5, 7.2, "What compressed history earns", picture, study)
+    figure = _figure((11.5, 7.2), "What compressed history earns", picture, study)
     share = 7.2 / figure.get_figheight()
     axes = figure.add_axes((0.065, 0.115 * share, 0.655, 0.735 * share))
     lines, colours = _strategies(study)
     _draw_levels(axes, study, picture)
-    if study.recommended is not None:
-        place = (study.recommended.kept, study.recommended.mean.value)
+    full = study.full.mean.value  # the name of full history stands above its level
+    if (best := study.recommended) is not None:
+        place, offset = (best.kept, best.mean.value), (0, 18 if best.mean.value > full else -20)
         axes.plot(*place, "o", ms=15, mec=FULL_COLOUR, mfc="none", mew=1.6, zorder=5)
-        aside = 18 if place[1] > study.full.mean.value else -20  # its name stands above its level
         style = {"color": FULL_COLOUR, "fontsize": 9.5, "weight": "bold", "ha": "center"}
-        style |= {"xytext": (0, aside), "textcoords": "offset points", "zorder": 6}
-        axes.annotate("recommended", place, **style)
+        axes.annotate("recommended", place, offset, textcoords="offset points", zorder=6, **style)
     chance = [row for row in lines.get("random", []) if not row.mean.is_open]
     if has_band := len(chance) > 1:  # what a strategy has to beat
         edges = zip(*((row.kept, row.mean.low, row.mean.high) for row in chance), strict=True)
@@ -69,17 +65,17 @@ def draw_by_budget(path: str | Path, study: Any, picture: Picture) -> None:
     save_figure(figure, path)
 
 
-def draw_by_episode(path: str | Path, study: Any, picture: Picture) -> None:
+def draw_by_episode(path: Path, study: Any, picture: Picture) -> None:
     """Return of each in-context episode: a panel a budget, full and empty history in each."""
     _, colours = _strategies(study)
     budgets = sorted({row.arm.n_keep for row in study.candidates})
     n_columns = min(4, max(1, len(budgets)))
     n_rows = max(1, -(-len(budgets) // n_columns))
-    width, height = max(9.0, 0.8 + 3.6 * n_columns), 1.15 + PANEL * n_rows
+    size = max(9.0, 0.8 + 3.6 * n_columns), 1.15 + PANEL * n_rows
     note = "In brackets: adaptation loss, the reward an episode lost against full history over all "
     note += "episodes (the area between the lines)"
-    figure = _figure(width, height, "How fast it adapts", picture, study, note)
-    height = figure.get_figheight()
+    figure = _figure(size, "How fast it adapts", picture, study, note)
+    width, height = figure.get_size_inches()
     shared, step = None, (width - 0.7) / n_columns
     for i, budget in enumerate(budgets):
         row, column = divmod(i, n_columns)
@@ -97,10 +93,9 @@ def draw_by_episode(path: str | Path, study: Any, picture: Picture) -> None:
     save_figure(figure, path)
 
 
-def _figure(
-    width: float, height: float, what: str, picture: Picture, study: Any, *notes: str
-) -> Figure:
+def _figure(size: tuple, what: str, picture: Picture, study: Any, *notes: str) -> Figure:
     """A figure in inches, higher by what its heading takes beyond a line a text."""
+    width, height = size
     texts = [(f"{what} · {picture.title}", INK, 14, "bold"), (picture.subtitle, INK, 10, "normal")]
     texts += [(finding(study), FULL_COLOUR, 10, "normal")]
     texts += [(note, INK, 10, "normal") for note in notes]
@@ -194,9 +189,9 @@ def _set_scales(axes: Axes, study: Any, picture: Picture) -> None:
     values = [value for mean in means for value in mean if value is not None]
     low, high = min(0.0, *values), max([*values, picture.best or -np.inf])
     axes.set_ylim(low - 0.03 * (high - low), high + 0.06 * (high - low or 1))
-    axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="x", color="#eeeeee", lw=0.8, zorder=0)
     axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(labelsize=9.5)
 
 
@@ -251,16 +246,13 @@ def _explain_markers(figure: Figure, study: Any, share: float, has_chance: bool)
         axes.text(0.12, i, text, size=8.5, color=SOFT, va="center")
 
 
-def _draw_panel(
-    axes: Axes, study: Any, budget: int, colours: dict[str, str], best: float | None
-) -> None:
+def _draw_panel(axes: Axes, study: Any, budget: int, colours: dict, best: float | None) -> None:
     n_episodes = len(study.full.by_episode)
     draw = partial(axes.plot, np.arange(1, n_episodes + 1))
     low, high = zip(*((e.low, e.high) for e in study.full_by_episode), strict=True)
     if None not in low:
         axes.fill_between(range(1, n_episodes + 1), low, high, color=FULL_COLOUR, alpha=0.16, lw=0)
-    style = {"color": FULL_COLOUR, "lw": 2.2, "ls": "--", "zorder": 5}
-    draw(study.full.by_episode, label="full history", **style)
+    draw(study.full.by_episode, color=FULL_COLOUR, lw=2.2, ls="--", zorder=5, label="full history")
     rows = [row for row in study.candidates if row.arm.n_keep == budget]
     others = iter(["other strategies"])  # named once
     for row in sorted(rows, key=lambda row: row.arm.name not in colours):

@@ -60,7 +60,7 @@ class Grid(NamedTuple):
 
 
 def room_map(
-    path: str | Path, room: Any, names: Sequence[str], title: str, subtitle: str, *,
+    path: Path, room: Any, names: Sequence[str], title: str, subtitle: str, *,
     across: int | None = None, dpi: int,
 ) -> None:  # fmt: skip
     """Draw an `analysis.room.RoomMap`, its panels called `names`, `across` of them in a row."""
@@ -156,9 +156,8 @@ def _number(grid: Grid, shape: tuple[int, int], has_rows: bool, has_columns: boo
     """Number the rows on the left and the columns below, as many as there is space for."""
     page, step = grid.page, next(s for s in (1, 2, 5, 10, 20, 50) if s * grid.cell >= 18)
     bottom, (x, y) = grid.top + shape[0] * grid.cell, grid.at(np.subtract(shape, 1) / 2)
-    for i in range(0, shape[0] * has_rows, step):
-        page.tick(grid.at((i, 0))[1], grid.left, f"{i}", 0.7, "left")
-    for i in range(0, shape[1] * has_columns, step):
-        page.tick(grid.at((0, i))[0], bottom, f"{i}", 0.7, "below")
+    rows, columns = range(0, shape[0] * has_rows, step), range(0, shape[1] * has_columns, step)
+    page.ticks({grid.at((i, i))[1]: i for i in rows}, grid.left, "left")
+    page.ticks({grid.at((i, i))[0]: i for i in columns}, bottom, "below")
     page.text(grid.left - 38, y, "row" * has_rows, 9, rotation=90, ha="center")
     page.text(x, bottom + 27, "column" * has_columns, 9, ha="center")

@@ -44,7 +44,7 @@ class Axis:
 
 
 def attention_over_time(
-    path: str | Path, layers: Mapping[int, np.ndarray], episode_starts: np.ndarray,
+    path: Path, layers: Mapping[int, np.ndarray], episode_starts: np.ndarray,
     rewards: np.ndarray, *, title: str, subtitle: str, dpi: int,
 ) -> None:  # fmt: skip
     """Draw one play.
@@ -101,15 +101,14 @@ def _panel(
 def _mark(page: Page, left: float, top: float, back: Axis, steps: Axis, starts: np.ndarray) -> None:
     """Name steps and transitions of a panel, and mark where an episode begins."""
     if left == LEFT:
-        for number in steps.ticks(0, steps.n - 1):
-            page.tick(top + steps.at(number + 0.5), left - 2, f"{number}", 0.7, "left")
+        numbers = {top + steps.at(number + 0.5): number for number in steps.ticks(0, steps.n - 1)}
+        page.ticks(numbers, left - 2, "left")
         page.text(left - 56, top + steps.length / 2, "step", 9, rotation=90, ha="center")
     left, bottom = left + STRIP + GAP, top + steps.length
     query = left + back.length + GAP + QUERY / 2
-    page.tick(query, bottom, "query", 0.7, "below")
-    for number in back.ticks(1, back.n):
-        if (x := left + back.at(back.n - number + 0.5)) < query - 23:  # clear of that name
-            page.tick(x, bottom, f"{number}", 0.7, "below")
+    names = {left + back.at(back.n - number + 0.5): number for number in back.ticks(1, back.n)}
+    names = {query: "query"} | {x: name for x, name in names.items() if x < query - 23}  # clear
+    page.ticks(names, bottom, "below")
     page.text(left + back.length / 2, bottom + 28, "transitions back", 9, ha="center")
     lines = [[(left, y), (query + QUERY / 2, y)] for y in top + steps.at(np.asarray(starts[1:]))]
     width = min(0.5, 0.36 * steps.zoom / steps.scale)  # points: thinner than a step
