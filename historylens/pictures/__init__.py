@@ -1,12 +1,4 @@
-"""Which picture lies where in the output folder of an analysis, and how they are drawn.
-
-    figs/attention/layer_N/attention_{heatmap,lines}_sampleI_layerN.png     (many heads: _page2 ...)
-    figs/attention/layer_N/attention_summary_layerN.png
-    figs/attention/attention_layers.png, deletion_curves.png, head_effects.png
-    figs/attention/attention_map_sampleI.png                                (states are cells)
-    figs/attention/attention_over_learning.png                              (own play)
-    figs/attention/trajectory_I/attention_over_time.png, .npz
-    figs/attention/trajectory_I/layer_N/attention_{heatmap,lines}_timestepT_layerN.png
+"""Which picture lies where in the output folder of an analysis (`names.KINDS`), and who draws it.
 
 A run leaves no picture of an earlier run among its own, and touches no file of the user.
 """
@@ -53,10 +45,7 @@ def prepare_output(out: Path, layers: Sequence[int], followed: Path | None = Non
 
 
 def clear_pictures(out: Path) -> None:
-    """Remove the pictures of an earlier run and its page, nothing else; `INCOMPLETE` says so.
-
-    What has the names of its files, but is of no analysis, is set aside.
-    """
+    """Remove an earlier run's pictures and page; set aside what has its names, but is not of it."""
     is_ours = (out / INCOMPLETE).exists() or files.holds_results(out, "analysis")
     if not is_ours and (aside := files.set_aside(out, FILES)):
         note(f"{out} held files of no analysis under its names: moved to {aside}")
@@ -97,10 +86,9 @@ def draw_batch(
     out: Path, batch: Any, painter: Painter, rooms: Iterable[Any] = (), *,
     name: str = "sample", every: int = 1, dpi: int,
 ) -> None:  # fmt: skip
-    """A heatmap and a line plot for each layer and each of the `samples` of a batch, and their map.
+    """A heatmap and a line plot a layer and sample, called `name` and its index times `every`.
 
-    `rooms` are those of `analysis.room.room_maps`; pictures of decision i are called by `name` and
-    the number `i * every`.
+    Then a map for each of the `rooms` of `analysis.room.room_maps`.
     """
     for layer, index, sample in samples(batch):
         heads, style = batch.heads[layer], {"layer": layer, "dpi": dpi}

@@ -1,7 +1,5 @@
 """One page to browse: insights, tables, and every picture of an output folder, in `index.html`.
 
-    write_page(out, "Attention", facts, insights, tables, figures_of(out, decisions, metrics))
-
 It needs no network and no server; without JavaScript only its filter and its large view are
 missing. Same content, same bytes.
 """

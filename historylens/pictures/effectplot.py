@@ -68,10 +68,7 @@ def deletion_curves(
 
 
 def in_order(strategies: Mapping[str, Mapping], worst: str) -> dict[str, dict[str, Any]]:
-    """Strategies in the order of the legend, with rules in `lines` and the `style` of their line.
-
-    Random comes first, then the worst. A `point` keeps as many as it needs: one size.
-    """
+    """Strategies in the order of the legend, with rules in `lines`, and how they are drawn."""
     looks = {"random": (FAINT, "."), worst: (REWARD, "x")}
     others = [name for name in strategies if name not in looks]
     looks |= zip(others, itertools.cycle(zip(COLOURS, MARKERS, strict=True)), strict=False)

@@ -1,7 +1,6 @@
 """The heatmap: which token attends to which, a panel a head, the query token's row set apart.
 
-Weights become colours by a table lookup and are copied to the page, a whole number of pixels a
-weight. What pictures of one shape have in common (frames, numbers, legend) is drawn once.
+Weights become colours by a table lookup and are copied to the page, whole pixels each.
 """
 
 import math
@@ -33,10 +32,7 @@ def heatmap(
     path: Path, sample: SampleAttention, *, layer: int, heads: Sequence[int],
     scale: tuple[float, float], dpi: int, more: str = "",
 ) -> None:  # fmt: skip
-    """Draw the attention maps of one sample and layer, whose heads are numbered `heads`.
-
-    `scale`: weights at the ends of the colour scale (`color_range`); `more`: ends the heading.
-    """
+    """Draw the maps of one sample, `scale` its `color_range`; `more` ends the heading."""
     title = f"Attention heatmap · layer {layer} · {counted(len(heads), 'head')}{more}"
     if sample.tokens.n == 0:
         return draw_no_history(path, title, sample, dpi)
@@ -180,11 +176,11 @@ class Sheet:
             partial(np.interp, xp=tokens, fp=np.linspace(0, length, len(tokens)))
             for length, tokens in edges
         )
-        right = self.side + PANEL_GAP
+        right, n_down = self.side + PANEL_GAP, math.ceil(len(heads) / across)
         down = self.depth + 2 * GAP + HISTORY + QUERY + PANEL_GAP
-        places = [divmod(i, across) for i in range(len(heads))]
+        places = (divmod(i, across) for i in range(len(heads)))
         self.corners = [(LEFT + column * right, HEADER + row * down) for row, column in places]
-        bottom = max(HEADER + (places[-1][0] + 1) * down, BAR_TOP + BAR)
+        bottom = max(HEADER + n_down * down, BAR_TOP + BAR)
         self.bar_left = LEFT + across * right - 4
         width = max(self.bar_left - PANEL_GAP + RIGHT, MIN_WIDTH)
         columns = int(np.diff(cols).max(initial=1)) * self.pooled
@@ -203,7 +199,10 @@ class Sheet:
             if i % across == 0:
                 self._label_rows(left, top, [one for one in ticks if one[0] < rows[-1]], unit)
             if i + across >= len(heads):
-                self._label_columns(left, self.strips(top)[1] + QUERY, ticks)
+                edge, name = self.strips(top)[1] + QUERY, "token attended to"
+                numbers = {left + np.mean(self.x([token, token + 1])): n for token, n in ticks}
+                self.page.ticks(numbers, edge, "below")
+                self.page.text(left + self.side / 2, edge + 28, name, 9, ha="center")
         for i, line in enumerate(lines):
             self.page.text(LEFT, bottom + 30 + 17 * i, line, 8.5, color=SOFT)
         self.page.keep()
@@ -222,8 +221,3 @@ class Sheet:
         history, query = self.strips(top)
         self.page.text(left - 7, history + HISTORY / 2, "history", 8, ha="right")
         self.page.text(left - 7, query + QUERY / 2, "query", 9, ha="right", weight="bold")
-
-    def _label_columns(self, left: float, bottom: float, ticks: Sequence) -> None:
-        numbers = {left + np.mean(self.x([token, token + 1])): number for token, number in ticks}
-        self.page.ticks(numbers, bottom, "below")
-        self.page.text(left + self.side / 2, bottom + 28, "token attended to", 9, ha="center")

@@ -1,8 +1,4 @@
-"""The line plot: what the query token attends to, and how much attention each position receives.
-
-A thin line a head, or a part of transitions, a bold one of their mean or sum, a dashed one of
-uniform attention.
-"""
+"""The line plot: what the query token attends to, and how much attention each position receives."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -58,10 +54,7 @@ def line_plot(
 def scale_of(
     values: np.ndarray, baseline: np.ndarray
 ) -> tuple[Callable[[ArrayLike], np.ndarray], list[float], bool]:
-    """Vertical scale of a plot: places of weights in page units, ticks, whether it is logarithmic.
-
-    It is for high peaks. No place is outside the plot.
-    """
+    """Places of weights (page units, inside the plot), ticks, whether peaks make it logarithmic."""
     top = float(max(values.max(), baseline.max()))
     is_log = top > LOG_SPAN * float(baseline.mean())
     if is_log:  # where the query may not look, the baseline is 0

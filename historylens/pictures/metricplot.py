@@ -1,7 +1,5 @@
 """Attention as a whole: summary metrics over samples and over layers, and its course over episodes.
 
-    summary("summary.png", {"entropy": values, ...}, {"entropy": 5.4, ...}, layer=2, dpi=100)
-
 Axes: `S` samples, `L` layers, `E` episodes.
 """
 

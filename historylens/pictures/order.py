@@ -34,10 +34,7 @@ class Curves(NamedTuple):
 def curves(
     heads: np.ndarray, uniform: np.ndarray, tokens: Tokens, combine: Literal["sum", "mean"]
 ) -> Curves:
-    """Curves over transitions: one a part, averaged over heads; one a head of a single part.
-
-    `heads (H, T)`: weights on tokens, those of a transition are combined; `uniform (T,)` likewise.
-    """
+    """Of weights `(H, T)` and `(T,)`: one a part, averaged over heads; of one part one a head."""
 
     def over(weights: np.ndarray, chosen: np.ndarray) -> np.ndarray:  # (..., T) -> (..., n)
         total, n_tokens = (sum_rows(w, [tokens])[..., :-1] for w in (weights * chosen, chosen))

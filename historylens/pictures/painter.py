@@ -2,7 +2,6 @@
 
 with Painter(2, "all numbers are in metrics.json") as painter:
     painter.draw(line_plot, path, sample, layer=2, heads=range(4), dpi=100)
-# every picture is on the disk here, or a note on stderr says why it is not
 """
 
 import ctypes
@@ -15,9 +14,10 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from tqdm import tqdm
 
@@ -47,7 +47,7 @@ def drawing_processes(n_pictures: int) -> int:
     return min(MAX_PROCESSES, len(cores(0)))
 
 
-class Painter:
+class Painter(AbstractContextManager):
     """Draws in order of arrival, with 1 process at once and here; `drawn` is called after each.
 
     A picture is drawn in each of `formats`. One that cannot be drawn costs no other: it is a note
@@ -102,9 +102,6 @@ class Painter:
             end = f"; {self._kept}" if self._kept else ""
             tqdm.write(f"note: {path} could not be drawn ({reason}){end}", file=sys.stderr)
         self._drawn()
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, kind: type | None, *_: object) -> None:
         """Wait for the pictures; after an error elsewhere, drop those not begun."""

@@ -212,14 +212,11 @@ def _label_lines(axes: Axes, lines: dict[str, list[Any]], colours: dict[str, str
 
 
 def spread(places: Sequence[float], gap: float, low: float = 0.0) -> list[float]:
-    """Move ascending `places` to `low`..1, at least `gap` apart, with least moves; evenly at worst.
-
-    Isotonic regression of the places less their gaps, by its min-max formula of means.
-    """
+    """Move ascending `places` to `low`..1, at least `gap` apart, with least moves; else evenly."""
     n, highest = len(places), 1 - (len(places) - 1) * gap
     if highest <= low:
         return list(np.linspace(low, 1, n))
-    less = np.array(places) - gap * np.arange(n)
+    less = np.array(places) - gap * np.arange(n)  # isotonic regression, by the min-max formula
     moved = []
     for i in range(n):
         means = (min(less[j:k].mean() for k in range(i + 1, n + 1)) for j in range(i + 1))
