@@ -10,7 +10,7 @@ from PIL import Image
 from test_pictures import axes_of
 
 from historylens.effects.measure import budgets
-from historylens.pictures.curveplot import deletion_curves, in_order
+from historylens.pictures.effectplot import deletion_curves, in_order
 from historylens.pictures.page import Page
 
 SIZES, WORST = (1, 5, 20), "least-attended"
@@ -80,10 +80,11 @@ def test_lines_run_to_nothing_at_the_full_context_beside_points_a_band_and_no_hi
 
 
 def test_every_strategy_is_named_with_its_rule_and_who_advises_it():
-    rows = {one.name: (one.advised, " ".join(one.rule)) for one in in_order(made(), WORST)}
+    drawn = in_order(made(), WORST)
+    rows = {name: (*one["advised_by"], " ".join(one["lines"])) for name, one in drawn.items()}
     assert list(rows) == ["random", WORST, "recent", "threshold"]
     assert rows["recent"] == ("recency", "Keep the latest transitions")
-    assert rows["random"] == ("", "Keep any; band: the middle 90 % of the draws")
+    assert rows["random"] == ("Keep any; band: the middle 90 % of the draws",)
     advised, rule = rows["threshold"]
     assert (advised, rule[-10:]) == ("sparse", "; 2.6 here")
 

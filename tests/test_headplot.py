@@ -8,8 +8,8 @@ from matplotlib.colors import to_hex
 from PIL import Image
 from test_pictures import axes_of
 
-from historylens.pictures import headplot
-from historylens.pictures.headplot import MAX_ROWS, ROLE, head_effects
+from historylens.pictures import effectplot
+from historylens.pictures.effectplot import MAX_ROWS, ROLE, head_effects
 from historylens.pictures.page import FAINT, Page, text_width
 
 KINDS = ("mean", "other-task")
@@ -41,7 +41,7 @@ def words_of(heads):
 def test_each_row_shows_the_effect_of_its_head_in_each_panel(kinds, n_layers, n_heads):
     heads = made(n_layers, n_heads, kinds)
     panels, words = axes_of(head_effects, heads, 32, dpi=50), words_of(heads)
-    assert [axes.get_title(loc="left") for axes in panels] == [headplot.PANELS[k] for k in kinds]
+    assert [axes.get_title(loc="left") for axes in panels] == [effectplot.PANELS[k] for k in kinds]
     for axes, kind in zip(panels, kinds, strict=True):
         lines = [line for line in axes.lines if line.get_color() != "#dddddd"]
         for row, (one, bar, dot) in enumerate(zip(heads, lines[::2], lines[1::2], strict=True)):
@@ -49,7 +49,7 @@ def test_each_row_shows_the_effect_of_its_head_in_each_panel(kinds, n_layers, n_
             assert bar.get_xydata().tolist() == [[x, row] for x in one[kind]["kl_interval"]]
             assert dot.get_xydata().tolist() == [[one[kind]["kl"], row]]
             assert (to_hex(dot.get_color()) == FAINT) == (one["head"] == "all")
-            assert words[name][1] == headplot.TOP + headplot.ROW * (row + 0.5)
+            assert words[name][1] == effectplot.HEADS_TOP + effectplot.HEAD_ROW * (row + 0.5)
             assert (one["role"]["text"] in words) == (one["head"] != "all")
         assert axes.get_ylim() == (len(heads) - 0.5, -0.5)
         assert axes.get_xlim() == panels[0].get_xlim()
@@ -72,9 +72,9 @@ def test_long_role_texts_stay_in_their_column_and_row(text):
     roles = [args for args in words_of(made(1, 3, text=text)).values() if args[0] == ROLE][1:]
     assert roles
     for x, y, shown, size in roles:
-        assert x + text_width(shown, size) <= headplot.LEFT
-        offset = (y - headplot.TOP) % headplot.ROW
-        assert size / 2 < offset < headplot.ROW - size / 2
+        assert x + text_width(shown, size) <= effectplot.PANEL
+        offset = (y - effectplot.HEADS_TOP) % effectplot.HEAD_ROW
+        assert size / 2 < offset < effectplot.HEAD_ROW - size / 2
         assert shown.endswith("…") == (";" not in text)
 
 

@@ -9,8 +9,8 @@ from matplotlib.colors import to_hex
 from PIL import Image
 from test_pictures import axes_of, has_white_border
 
-from historylens.pictures import learningplot
-from historylens.pictures.learningplot import KINDS, attention_over_learning
+from historylens.pictures import metricplot
+from historylens.pictures.metricplot import KINDS, attention_over_learning
 from historylens.pictures.page import INK, Page
 
 OPTIONS = {"title": "Attention over learning · a model", "dpi": 50}
@@ -79,7 +79,7 @@ def assert_drawn(axes, line, own, x):
 def test_every_panel_shows_the_mean_of_each_kind_its_interval_and_what_uniform_attention_gives():
     learning = made()
     learning["since_first_reward"]["rollouts"] = [2] * 8
-    for panels, name in zip(columns(learning), learningplot.VIEWS, strict=True):
+    for panels, name in zip(columns(learning), metricplot.VIEWS, strict=True):
         own = learning[name]
         reward, *others = panels
         line, best = lines_of(reward, INK)
@@ -213,7 +213,7 @@ def test_the_page_grows_with_the_layers_and_no_panel_touches_another(n_layers):
         assert all(above.y0 > below.y1 for above, below in itertools.pairwise(boxes))
         assert 0 < boxes[-1].y0 < boxes[0].y1 < 1
     height = both[0][0].figure.get_figheight() * 100
-    grown = (n_layers - 1) * (learningplot.PANEL + learningplot.BELOW)
+    grown = (n_layers - 1) * (metricplot.PANEL + metricplot.BELOW)
     assert height == pytest.approx(692 + grown)
 
 

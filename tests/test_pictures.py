@@ -241,7 +241,7 @@ def test_parts_of_transitions_are_drawn_as_lines_of_their_own(tmp_path):
     pixels = draw(line_plot, tmp_path / "lines.png", sample)
     query, _ = sample.curves()
     y = lineplot.scale_of(np.vstack([query.values, query.whole]), query.uniform)[0]
-    for height, colour in zip(y(levels), page.HEAD_COLOURS, strict=False):
+    for height, colour in zip(y(levels), page.HUES, strict=False):
         there = 255 - colour_near(pixels, LEFT + WIDTH * 0.37, height)
         own = 255 - np.array(list(bytes.fromhex(colour[1:])))
         assert there @ own > 0.98 * np.linalg.norm(there) * np.linalg.norm(own)  # one hue

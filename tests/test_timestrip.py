@@ -11,8 +11,8 @@ from PIL import Image
 from test_pictures import has_white_border
 
 from historylens.pictures import timestrip
+from historylens.pictures.heatmap import pool, scale_of, to_colours
 from historylens.pictures.page import Page
-from historylens.pictures.shades import pool, scale_of, to_colours
 from historylens.pictures.timestrip import GAP, LEFT, QUERY, STRIP, TOP, Axis, attention_over_time
 
 RED, WHITE, GREYS = [0xE4, 0x57, 0x2E], [255, 255, 255], ([200] * 3, [238] * 3)
@@ -43,7 +43,7 @@ def drawn(layers, horizon=4, rewarded=(), dpi=100):
     """What each call of a `Page` was given: pasted are the panels in their order, and the bar."""
     n_steps = len(next(iter(layers.values())))
     marks = np.arange(0, n_steps, horizon), np.isin(np.arange(n_steps), rewarded)
-    patched = dict.fromkeys(("save", "paste", "text", "lines", "tick"), mock.DEFAULT)
+    patched = dict.fromkeys(("save", "paste", "text", "lines", "ticks"), mock.DEFAULT)
     with mock.patch.multiple(Page, autospec=True, **patched) as calls:
         attention_over_time("x.png", layers, *marks, **TEXTS, dpi=dpi)
     return {name: [call.args[1:] for call in one.call_args_list] for name, one in calls.items()}
@@ -81,11 +81,9 @@ def test_columns_that_no_step_reaches_are_left_out_and_a_first_decision_alone_is
 
 
 def test_a_column_is_named_by_how_far_back_it_is_and_a_row_by_its_step():
-    ticks, left, zoom = drawn(play(30, 10))["tick"], LEFT + STRIP + GAP, timestrip.MAX_CELL
-    below, steps = (
-        {label: place for place, _, label, _, at in ticks if at == side}
-        for side in ("below", "left")
-    )
+    ticks, left, zoom = drawn(play(30, 10))["ticks"], LEFT + STRIP + GAP, timestrip.MAX_CELL
+    names = {side: names.items() for names, _, side in ticks}
+    below, steps = ({f"{name}": x for x, name in names[side]} for side in ("below", "left"))
     assert below.pop("query") == left + 10 * zoom + GAP + QUERY / 2
     assert {"10", "2"} <= set(below)
     assert below == {label: left + zoom * (10 - int(label) + 0.5) for label in below}

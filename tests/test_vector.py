@@ -31,12 +31,10 @@ from historylens.common.errors import UserError
 from historylens.common.files import FORMATS
 from historylens.comparison import CompareConfig, compare
 from historylens.pictures import returns
-from historylens.pictures.curveplot import deletion_curves
-from historylens.pictures.headplot import head_effects
+from historylens.pictures.effectplot import deletion_curves, head_effects
 from historylens.pictures.heatmap import Sheet, color_range, heatmap
-from historylens.pictures.learningplot import attention_over_learning
 from historylens.pictures.lineplot import line_plot
-from historylens.pictures.metricplot import course, summary
+from historylens.pictures.metricplot import attention_over_learning, course, summary
 from historylens.pictures.page import Page, save_figure
 from historylens.pictures.painter import Painter
 from historylens.pictures.roommap import room_map

@@ -1,15 +1,6 @@
-"""Which picture lies where in the output folder of an analysis, and how they are drawn.
+"""Which picture lies where in the output folder of an analysis (`names.KINDS`), and who draws it.
 
-    figs/attention/layer_N/attention_{heatmap,lines}_sampleI_layerN.png     (many heads: _page2 ...)
-    figs/attention/layer_N/attention_summary_layerN.png
-    figs/attention/attention_layers.png, deletion_curves.png, head_effects.png
-    figs/attention/attention_map_sampleI.png                                (states are cells)
-    figs/attention/attention_over_learning.png                              (own play)
-    figs/attention/trajectory_I/attention_over_time.png, .npz
-    figs/attention/trajectory_I/layer_N/attention_{heatmap,lines}_timestepT_layerN.png
-
-A run leaves no picture of an earlier run among its own, and touches no other file: one that has
-the name of its page or of its numbers, but is of no analysis, is moved to a folder beside them.
+A run leaves no picture of an earlier run among its own, and touches no file of the user.
 """
 
 import os
@@ -20,23 +11,14 @@ from typing import Any
 
 import numpy as np
 
+from historylens.common import files
 from historylens.common.errors import note
-from historylens.common.files import (
-    INDEX,
-    expect_no_results,
-    holds_results,
-    in_the_way,
-    set_aside,
-    writable_folder,
-    write_atomically,
-)
+from historylens.common.files import INDEX, write_atomically
 from historylens.metrics import SUMMARY_METRICS, Metrics
-from historylens.pictures.curveplot import deletion_curves
-from historylens.pictures.headplot import head_effects
+from historylens.pictures.effectplot import deletion_curves, head_effects
 from historylens.pictures.heatmap import color_range, heatmap
-from historylens.pictures.learningplot import attention_over_learning
 from historylens.pictures.lineplot import line_plot
-from historylens.pictures.metricplot import course, summary
+from historylens.pictures.metricplot import attention_over_learning, course, summary
 from historylens.pictures.names import pictures_in
 from historylens.pictures.order import SampleAttention
 from historylens.pictures.painter import Painter
@@ -51,30 +33,26 @@ INCOMPLETE = "INCOMPLETE.txt"  # there from when an earlier run is cleared until
 
 def prepare_output(out: Path, layers: Sequence[int], followed: Path | None = None) -> None:
     """Make the output folder; UserError where files cannot be written to where they will lie."""
-    with writable_folder(out, lock=False):
-        inside = [out, *filter(None, [followed])]
+    with files.writable_folder(out, lock=False):
+        inside = [out] if followed is None else [out, followed]
         folders = [*inside[1:], *(one / f"layer_{layer}" for one in inside for layer in layers)]
-        files = [out / name for name in FILES]
-        for path in [*folders, *files, *(one.path for one in pictures_in(out))]:
+        pictures = (one.path for one in pictures_in(out))
+        for path in (*folders, *(out / name for name in FILES), *pictures):
             is_fit = path.is_dir() == (path in folders) and os.access(path, os.W_OK)
             if os.path.lexists(path) and not is_fit:
-                raise in_the_way(out, path)
-        expect_no_results(out, "comparison")
+                raise files.in_the_way(out, path)
+        files.expect_no_results(out, "comparison")
 
 
 def clear_pictures(out: Path) -> None:
-    """Remove the pictures of an earlier run and its page, nothing else; `INCOMPLETE` says so.
-
-    What has the names of its files, but is of no analysis, is set aside.
-    """
-    is_ours = (out / INCOMPLETE).exists() or holds_results(out, "analysis")
-    if not is_ours and (aside := set_aside(out, FILES)):
+    """Remove an earlier run's pictures and page; set aside what has its names, but is not of it."""
+    is_ours = (out / INCOMPLETE).exists() or files.holds_results(out, "analysis")
+    if not is_ours and (aside := files.set_aside(out, FILES)):
         note(f"{out} held files of no analysis under its names: moved to {aside}")
     why = "A run began to write here and has not ended: run its command again."
     write_atomically(out / INCOMPLETE, f"{why}\n")
-    stale = [one.path for one in pictures_in(out)]
-    stale += [out / INDEX, *out.glob(f"trajectory_*/{ROWS}")]
-    for path in stale:
+    pictures = (one.path for one in pictures_in(out))
+    for path in (*pictures, out / INDEX, *out.glob(f"trajectory_*/{ROWS}")):
         path.unlink(missing_ok=True)
     for pattern in ("trajectory_*/layer_*", "trajectory_*", "layer_*"):
         for folder in out.glob(pattern):
@@ -100,18 +78,17 @@ def samples(batch: Any) -> Iterator[tuple[int, int, SampleAttention]]:
         for m, i in enumerate(batch.drawn):
             # states stay here: they may be images
             decision = replace(batch.decisions[m], states=None, next_states=None, query_state=None)
-            own = attention, i, m, batch.uniform_rows[i]
-            yield layer, batch.indices[i], SampleAttention.of(decision, batch.tokens[i], *own)
+            own = decision, batch.tokens[i], attention, i, m, batch.uniform_rows[i]
+            yield layer, batch.indices[i], SampleAttention.of(*own)
 
 
 def draw_batch(
     out: Path, batch: Any, painter: Painter, rooms: Iterable[Any] = (), *,
     name: str = "sample", every: int = 1, dpi: int,
 ) -> None:  # fmt: skip
-    """A heatmap and a line plot for each layer and each of the `samples` of a batch, and their map.
+    """A heatmap and a line plot a layer and sample, called `name` and its index times `every`.
 
-    `rooms` are those of `analysis.room.room_maps`; pictures of decision i are called by `name` and
-    the number `i * every`.
+    Then a map for each of the `rooms` of `analysis.room.room_maps`.
     """
     for layer, index, sample in samples(batch):
         heads, style = batch.heads[layer], {"layer": layer, "dpi": dpi}
@@ -121,16 +98,15 @@ def draw_batch(
             end = f"_page{page}" if page > 1 else ""
             more = f" of {len(heads)} · page {page} of {len(pages)}" if len(pages) > 1 else ""
             path = out / f"layer_{layer}" / f"attention_heatmap_{stem}{end}.png"
-            part = replace(sample, maps=sample.maps[chosen])
-            own = {"heads": heads[chosen], "scale": scale, "more": more}
-            painter.draw(heatmap, path, part, **own, **style)
+            own = {"heads": heads[chosen], "scale": scale, "more": more, **style}
+            painter.draw(heatmap, path, replace(sample, maps=sample.maps[chosen]), **own)
         path = path.with_name(f"attention_lines_{stem}.png")
         painter.draw(line_plot, path, replace(sample, maps=None), heads=heads, **style)
     for (index, room, names), decision in zip(rooms, batch.decisions, strict=False):
-        about = "Attention in the room", decision.title
+        about = room, names, "Attention in the room", decision.title
         across = None if len(names) == len(batch.attention) else len(names) // len(batch.attention)
         path = out / f"attention_map_{name}{index}.png"
-        painter.draw(room_map, path, room, names, *about, across=across, dpi=dpi)
+        painter.draw(room_map, path, *about, across=across, dpi=dpi)
 
 
 def draw_summaries(out: Path, metrics: Metrics, painter: Painter, dpi: int) -> None:
@@ -168,6 +144,5 @@ def draw_play(
     task = play.environment.goals[play.tasks[number]]
     about = f"own play: {play.environment.named[0]} {task}, rollout {number}"
     own = {"episode_starts": starts, "rewards": rewarded, "title": "Attention over time"}
-    by_layer = dict(zip(layers, rows, strict=True))
-    path = out / "attention_over_time.png"
+    by_layer, path = dict(zip(layers, rows, strict=True)), out / "attention_over_time.png"
     painter.draw(attention_over_time, path, by_layer, **own, subtitle=about, dpi=dpi)

@@ -1,9 +1,6 @@
 """One page to browse: insights, tables, and every picture of an output folder, in `index.html`.
 
-    figures = figures_of(out, agent.decisions, metrics)
-    write_page(out, "Attention", facts, insights, tables, figures)       # -> out/index.html
-
-The page needs no network and no server; without JavaScript only its filter and its large view are
+It needs no network and no server; without JavaScript only its filter and its large view are
 missing. Same content, same bytes.
 """
 
@@ -48,8 +45,8 @@ def figures_of(out: str | Path, decisions: Sequence[Decision], metrics: Metrics)
     """The pictures of an analysis; of each sample its title, goal, and metrics in the layer."""
     figures = []
     for one in pictures_in(out):
-        parts = {"trajectory": one.rollout, "step": one.step, "page": one.page}
-        caption = [f"{name} {number}" for name, number in parts.items() if number is not None]
+        parts = ("trajectory", one.rollout), ("step", one.step), ("page", one.page)
+        caption = [f"{name} {number}" for name, number in parts if number is not None]
         goal, values = None, {}
         if one.sample is not None:
             decision = decisions[one.sample]
@@ -88,22 +85,19 @@ def write_page(
     """Write `index.html` into an output folder: insights, tables, then figures by layer and sample.
 
     Insights are `{"headline": str, "advice": str, "lines": [(mark, text), ...]}`, tables `(title,
-    console text)`. Files of one stem are one figure: PNG or SVG is shown, the others are links; a
-    figure without a file is left out. With `single_file` the page holds the pictures themselves.
-    ValueError: a figure outside `out`. OSError: a file cannot be read or written.
+    console text)`. Files of one stem are one figure: PNG or SVG is shown, the others are links.
+    With `single_file` the page holds the pictures. ValueError: a figure outside `out`.
     """
     out = Path(out)
     by_layer = groupby(_files(figures), key=lambda pair: pair[0].layer)
-    groups = [(layer, list(pairs)) for layer, pairs in by_layer]
+    page = {"title": title, "facts": facts, "insights": insights, "tables": tables, "size": _size}
+    page |= {"single_file": single_file, "groups": [(layer, [*own]) for layer, own in by_layer]}
+    page["address"] = _data if single_file else lambda path: quote(bytes(path.relative_to(out)))
     how = {"autoescape": True, "trim_blocks": True, "undefined": StrictUndefined}
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), **how)
-    address = _data if single_file else lambda path: quote(bytes(path.relative_to(out)))
-    page = {"title": title, "facts": facts, "insights": insights, "tables": tables}
-    page |= {"groups": groups, "single_file": single_file, "address": address, "size": _size}
     stream = environment.get_template("browse.html").stream(page)
-    path = out / INDEX
-    write_atomically(path, lambda file: stream.dump(file, "utf-8", "replace"))
-    return path
+    write_atomically(out / INDEX, lambda file: stream.dump(file, "utf-8", "replace"))
+    return out / INDEX
 
 
 def _files(figures: Iterable[Figure]) -> list[tuple[Figure, dict[str, Path]]]:

@@ -1,10 +1,4 @@
-"""The line plot: what the query token attends to, and how much attention each position receives.
-
-    line_plot("lines.png", sample, layer=2, heads=range(4), dpi=100)
-
-A thin line a head, or a part of transitions, a bold one of their mean or sum, and a dashed one of
-uniform attention.
-"""
+"""The line plot: what the query token attends to, and how much attention each position receives."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -17,7 +11,7 @@ from numpy.typing import ArrayLike
 
 from historylens.pictures.heatmap import draw_no_history
 from historylens.pictures.order import MAX_STARTS, Curves, SampleAttention, history_strip, subtitle
-from historylens.pictures.page import FAINT, HEAD_COLOURS, INK, SOFT, UNIFORM_LINE, Page, text_width
+from historylens.pictures.page import FAINT, HUES, INK, SOFT, UNIFORM_LINE, Page, text_width
 
 RANGE = "#dcdcdc"
 MANY_HEADS = "#7f9db9"  # one colour for all where there are more lines than colours
@@ -30,7 +24,7 @@ LEGEND, PAGE_WIDTH = 452, 1250
 
 
 def line_plot(
-    path: str | Path, sample: SampleAttention, *, layer: int, heads: Sequence[int], dpi: int
+    path: Path, sample: SampleAttention, *, layer: int, heads: Sequence, dpi: int
 ) -> None:
     """Draw a sample, whose maps are not needed and whose heads are numbered `heads`."""
     title = f"Attention lines · layer {layer}"
@@ -60,17 +54,12 @@ def line_plot(
 def scale_of(
     values: np.ndarray, baseline: np.ndarray
 ) -> tuple[Callable[[ArrayLike], np.ndarray], list[float], bool]:
-    """Vertical scale of a plot: linear, or logarithmic for high peaks.
-
-    Gives the place of a weight (page units from the top, never outside the plot), the weights to be
-    named at the edge, and whether the scale is logarithmic.
-    """
+    """Places of weights (page units, inside the plot), ticks, whether peaks make it logarithmic."""
     top = float(max(values.max(), baseline.max()))
     is_log = top > LOG_SPAN * float(baseline.mean())
     if is_log:  # where the query may not look, the baseline is 0
         low, high = LOG_FLOOR * float(baseline[baseline > 0].min()), 1.4 * top
-        first, last = math.ceil(math.log10(low)), math.floor(math.log10(high))
-        ticks = 10.0 ** np.arange(first, last + 1)
+        ticks = 10.0 ** np.arange(math.ceil(math.log10(low)), math.floor(math.log10(high)) + 1)
     else:
         low, high = 0.0, 1.08 * top
         ticks = MaxNLocator(6, steps=[1, 2, 5, 10]).tick_values(low, high)
@@ -107,12 +96,11 @@ def _draw_plot(page: Page, left: float, curves: Curves) -> None:
     if n == 1:  # a line needs two ends
         x, binned = np.array([left, left + WIDTH]), binned.repeat(2, axis=1)
     *thin, whole, uniform = (np.stack([x, y(line)], 1) for line in binned)
-    colours = list(HEAD_COLOURS[:n_lines]) if n_lines <= len(HEAD_COLOURS) else MANY_HEADS
+    colours = list(HUES[:n_lines]) if n_lines <= len(HUES) else MANY_HEADS
     page.lines(thin, colors=colours, linewidths=1.1 if curves.names else 0.8, alpha=0.8)
     page.lines([whole], colors=INK, linewidths=1.6)
     page.lines([uniform], **UNIFORM_LINE | {"linewidths": 1.5})
-    for weight in ticks:
-        page.tick(float(y(weight)), left, f"{weight:.4g}", 0.8, "left")
+    page.ticks({float(y(weight)): f"{weight:.4g}" for weight in ticks}, left, "left", 0.8)
     name = "attention weight (log scale)" if is_log else "attention weight"
     page.text(left - 62, TOP + HEIGHT / 2, name, 9, rotation=90, ha="center")
 
@@ -120,9 +108,8 @@ def _draw_plot(page: Page, left: float, curves: Curves) -> None:
 @lru_cache(maxsize=2)
 def _sheet(names: tuple[str, ...], of_parts: bool, n: int, dpi: int, has_episodes: bool) -> Page:
     """What all line plots of one shape have in common, drawn once."""
-    entries = _legend(names, of_parts)
-    below = entries[-1][1] - LEGEND  # what the legend takes beyond a row
-    page, bottom = Page(PAGE_WIDTH, 510 + below, dpi), STRIP_TOP + STRIP
+    *_, (_, y, *_) = entries = _legend(names, of_parts)
+    page, bottom = Page(PAGE_WIDTH, 510 + y - LEGEND, dpi), STRIP_TOP + STRIP
     unit = "transition" if of_parts else "position"
     locator = MaxNLocator(8, integer=True, steps=[1, 2, 5, 10])
     ticks = sorted({int(t) for t in locator.tick_values(0, n - 1) if 0 <= t < n})
@@ -132,15 +119,14 @@ def _sheet(names: tuple[str, ...], of_parts: bool, n: int, dpi: int, has_episode
         frame = [(left, TOP), (left, TOP + HEIGHT), (left + WIDTH, TOP + HEIGHT)]
         page.lines([frame], colors=FAINT, linewidths=0.8)
         page.text(left - 7, STRIP_TOP + STRIP / 2, "history", 8, ha="right")
-        for tick in ticks:
-            page.tick(float(_x(left, tick, n)), bottom, f"{tick}", 0.8, "below")
+        page.ticks({float(_x(left, tick, n)): tick for tick in ticks}, bottom, "below", 0.8)
         name = "position in the history (0 = oldest transition)"
         page.text(left + WIDTH / 2, bottom + 31, name, 9, ha="center")
-    for x, y, label, style in entries:
-        page.swatch(x, y, label, **style)
-    strip = "History strip: episodes in two greys, " if has_episodes else "History strip: "
-    means = " Means over heads." if of_parts else ""
-    page.text(LEFT, y + 22, f"{strip}rewarded transitions in red.{means}", 8.5, color=SOFT)
+    for *entry, style in entries:
+        page.swatch(*entry, **style)
+    strip = "episodes in two greys, " * has_episodes + "rewarded transitions in red."
+    strip += " Means over heads." * of_parts
+    page.text(LEFT, y + 22, f"History strip: {strip}", 8.5, color=SOFT)
     average = f"Average over the queries that may see the {'token' if of_parts else unit}."
     page.text(RIGHT, y + 22, average, 8.5, color=SOFT)
     width = -(-n // MAX_POINTS)
@@ -153,13 +139,11 @@ def _sheet(names: tuple[str, ...], of_parts: bool, n: int, dpi: int, has_episode
 
 def _legend(names: tuple[str, ...], of_parts: bool) -> list[tuple[float, float, str, dict]]:
     """Place, label and style of each entry, in as many rows as they need."""
-    whole, part = "mean over heads", "head"
-    if of_parts:
-        whole, part = "whole transition (left: sum, right: mean of its tokens)", "part"
-    each = [(f"each of the {len(names)} {part}s", {"colors": MANY_HEADS, "linewidths": 1})]
-    if len(names) <= len(HEAD_COLOURS):
-        styles = ({"colors": colour, "linewidths": 1.2} for colour in HEAD_COLOURS)
-        each = zip(names, styles, strict=False)
+    parts = "whole transition (left: sum, right: mean of its tokens)"
+    whole, many = (parts, "parts") if of_parts else ("mean over heads", "heads")
+    each = [(f"each of the {len(names)} {many}", {"colors": MANY_HEADS, "linewidths": 1})]
+    if len(names) <= len(HUES):
+        each = zip(names, ({"colors": hue, "linewidths": 1.2} for hue in HUES), strict=False)
     entries, x, y = [], LEFT, LEGEND
     bold = whole, {"colors": INK, "linewidths": 2}
     for label, style in (bold, *each, ("uniform attention", UNIFORM_LINE)):

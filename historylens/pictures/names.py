@@ -1,14 +1,11 @@
 """Names of the pictures in an output folder: what each shows, and which ones a run has written.
 
-    for one in pictures_in("figs/attention"):
-        one.path, one.kind, one.layer, one.sample
-
 Only what matches to the letter is a run's own: a user's `layer_5/attention_mine.png` is not.
 """
 
 import re
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from historylens.common.files import FORMATS
 
@@ -30,31 +27,27 @@ KINDS = {  # in the order in which they are shown; patterns of paths below the f
 }
 
 
-@dataclass(frozen=True)
-class PictureFile:
-    """A picture of an analysis; what has no layer, sample, rollout, step or page has None."""
+class PictureFile(NamedTuple):
+    """A picture of an analysis; what has no sample, rollout, step, layer or page has None."""
 
     path: Path
     kind: str  # of KINDS
-    layer: int | None = None
     sample: int | None = None
     rollout: int | None = None
     step: int | None = None
+    layer: int | None = None
     page: int | None = None
 
 
 def pictures_in(out: str | Path) -> list[PictureFile]:
     """Those in an output folder, in the order of `KINDS` and of their numbers."""
-    out, found = Path(out), []
-    for path in (p for form in FORMATS for p in out.glob(f"**/*.{form}")):
-        for kind, pattern in KINDS.items():
-            if match := re.fullmatch(pattern, path.relative_to(out).with_suffix("").as_posix()):
+    found = []
+    for path in (path for form in FORMATS for path in Path(out).glob(f"**/*.{form}")):
+        name = path.relative_to(out).with_suffix("").as_posix()
+        for place, (kind, pattern) in enumerate(KINDS.items()):
+            if match := re.fullmatch(pattern, name):
                 numbers = {k: int(v) for k, v in match.groupdict().items() if v is not None}
-                found.append(PictureFile(path, kind, **numbers))
-    order = list(KINDS)
-
-    def place(one: PictureFile) -> tuple:
-        numbers = one.sample, one.rollout, one.step, one.layer, one.page
-        return order.index(one.kind), *(-1 if n is None else n for n in numbers), str(one.path)
-
-    return sorted(found, key=place)
+                one = PictureFile(path, kind, **numbers)
+                order = place, *(-1 if n is None else n for n in one[2:]), str(path)
+                found.append((order, one))
+    return [one for _, one in sorted(found)]

@@ -1,16 +1,12 @@
 """The attention of one sample and layer as pictures show it, whatever the model's own order is.
 
-    sample = SampleAttention.of(decision, tokens, layer, 3, 0, uniform_row)   # .maps: of a heatmap
-    query, received = sample.curves()                                         # of a line plot
-
-Tokens stand in the order of time, the one that decides last, so that pictures of all models read
-alike. Axes: `T` tokens of the model, `P` of them shown (all but padding), `n` transitions, `H`
-heads, `R` rows and `C` columns of a map.
+Tokens stand in the order of time, the one that decides last. Axes: `T` tokens of the model, `P` of
+them shown (all but padding), `n` transitions, `H` heads, `R` rows and `C` columns of a map.
 """
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -20,14 +16,13 @@ from historylens.common.text import counted
 from historylens.history import Decision
 from historylens.metrics import uniform_received as causal_received
 from historylens.pictures.page import REWARD
-from historylens.tokens import NONE, PADDING, Tokens, order_of_time, uniform_received
+from historylens.tokens import NONE, PADDING, Tokens, order_of_time, sum_rows, uniform_received
 
 EPISODE_GREYS = (200, 238)
 MAX_STARTS = 40  # episodes; more boundaries than this hide what they mark
 
 
-@dataclass(frozen=True)
-class Curves:
+class Curves(NamedTuple):
     """Curves over `n` transitions."""
 
     names: tuple[str, ...]  # of the K curves: parts of a transition; empty: one curve a head
@@ -39,26 +34,17 @@ class Curves:
 def curves(
     heads: np.ndarray, uniform: np.ndarray, tokens: Tokens, combine: Literal["sum", "mean"]
 ) -> Curves:
-    """Curves over transitions: one a part, averaged over heads; one a head of a single part.
+    """Of weights `(H, T)` and `(T,)`: one a part, averaged over heads; of one part one a head."""
 
-    `heads (H, T)` are weights on tokens, `uniform (T,)` the same under uniform attention; those of
-    the tokens of a transition are added or averaged.
-    """
+    def over(weights: np.ndarray, chosen: np.ndarray) -> np.ndarray:  # (..., T) -> (..., n)
+        total, n_tokens = (sum_rows(w, [tokens])[..., :-1] for w in (weights * chosen, chosen))
+        return total / np.maximum(n_tokens, 1) if combine == "mean" else total
 
-    def over(chosen: np.ndarray, weights: np.ndarray) -> np.ndarray:  # (..., T) -> (..., n)
-        owner = tokens.transition[chosen]
-        total = np.zeros((*weights.shape[:-1], tokens.n))
-        np.add.at(total, (..., owner), weights[..., chosen])
-        if combine == "mean":
-            total /= np.maximum(np.bincount(owner, minlength=tokens.n), 1)
-        return total
-
-    owned = tokens.transition != NONE
-    per_head, uniform = over(owned, heads), over(owned, uniform)
+    part, mean = np.array(tokens.part), heads.mean(0)
+    per_head, uniform = (over(weights, np.full(len(tokens), True)) for weights in (heads, uniform))
     if len(tokens.parts) < 2:
         return Curves((), per_head, per_head.astype(heads.dtype).mean(0), uniform)
-    part, mean = np.array(tokens.part), heads.mean(0)
-    values = np.stack([over(owned & (part == name), mean) for name in tokens.parts])
+    values = np.stack([over(mean, part == name) for name in tokens.parts])
     return Curves(tokens.parts, values, per_head.mean(0), uniform)
 
 
@@ -117,10 +103,7 @@ class SampleAttention:
 
     @property
     def on_tokens(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Of the tokens shown but the last: `(E,)` that begin an episode, `(P - 1,)` bool twice.
-
-        They say which tokens are of a transition, and which of a rewarded one.
-        """
+        """Of all tokens shown but the last: `(E,)` first of an episode, bool owned, rewarded."""
         transition = self.shown.transition[:-1]
         starts = np.searchsorted(np.maximum.accumulate(transition), self.decision.episode_starts)
         starts = np.unique(starts[starts < len(transition)])
@@ -134,13 +117,12 @@ class SampleAttention:
     def numbers(self) -> dict[str, Any]:
         """What the pictures show, in the model's order, rounded to 6 significant digits.
 
-        `query_rows` and `received`, each `{"mean": T numbers, "heads": H lists of T}`; then
-        `uniform_query_row` and `uniform_received`, `T` numbers each, but for a causal mask and a
-        token a transition with the query last: `1 / T` and `metrics.uniform_received`.
+        `query_rows` and `received`, each `{"mean": T numbers, "heads": H lists of T}`; unless they
+        are `1 / T` and `metrics.uniform_received` also `uniform_query_row` and `uniform_received`.
         """
         drawn: dict[str, Any] = {}
-        for name, weights in (("query_rows", self.query_rows), ("received", self.received)):
-            weights = weights.astype(np.float64)
+        for name in ("query_rows", "received"):
+            weights = getattr(self, name).astype(np.float64)
             drawn[name] = {"mean": rounded(weights.mean(0)), "heads": rounded(weights)}
         even = {"uniform_query_row": self.uniform_row, "uniform_received": self.uniform_received}
         usual = 1 / len(self.tokens), causal_received(len(self.tokens))
@@ -161,12 +143,12 @@ def history_strip(
     starts: np.ndarray, owned: np.ndarray, rewarded: np.ndarray, cells: np.ndarray,
     most: int = MAX_STARTS,
 ) -> np.ndarray:  # fmt: skip
-    """Colours of a strip that shows the history: episodes in two greys, rewards in red.
+    """Colours `(C, 3)` uint8 of a strip that shows the history: episodes in greys, rewards in red.
 
     `starts (E,)`: first token of each episode, `cells (C,)`: of each cell of the strip, both
     ascending; `owned` and `rewarded (N,)` bool: of a transition, and of a rewarded one, the query
-    being token `N`. Gives `(C, 3)` uint8 RGB: a cell is as red as the share of its tokens that was
-    rewarded, white without any of a transition; one grey where episodes are more than `most`.
+    being token `N`. A cell is as red as the share of its tokens that was rewarded, white without
+    any of a transition; one grey where episodes are more than `most`.
     """
     number = np.searchsorted(starts[: 1 if len(starts) > most else None], cells, "right")
     grey = np.take(EPISODE_GREYS, np.maximum(number, 1) % 2)[:, None]

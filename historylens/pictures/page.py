@@ -4,15 +4,15 @@
     axes = page.plot(60, 60, 380, 280)                      # ordinary matplotlib axes
     page.save("picture.png")                                # or .pdf, .svg
 
-Places are in page units of 1/100 inch from the top left corner. Nothing is measured or moved while
-drawing (no tight layout), and `keep` and `restore` let pictures of one kind share what they have in
-common. A page also knows what it shows, and for a vector file draws that again: lines and text are
-vectors, what is pasted is an image. The same content gives the same bytes: no file holds a date.
+Places are in page units of 1/100 inch from the top left corner. What is drawn is there at once in
+pixels; a vector file draws it again, what is pasted as an image. Same content, same bytes.
 """
 
 import struct
 import zlib
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +33,9 @@ from historylens.common.files import write_atomically
 
 INK, SOFT, FAINT = "#222222", "#444444", "#8a8a8a"
 REWARD, UNIFORM = "#e4572e", "#c4007a"
-HEAD_COLOURS = ("#0173b2", "#de8f05", "#029e73", "#cc78bc", "#ca9161", "#56b4e9")
+HUES = ("#0173b2", "#de8f05", "#029e73", "#cc78bc", "#ca9161", "#56b4e9")
 RULER = RendererAgg(1, 1, 100)  # measures texts, at a pixel a page unit
-MARGIN = 14  # between text and the right edge, page units
+MARGIN, BAR_WIDTH = 14, 15  # between text and the right edge; of a bar of colours: page units
 UNIFORM_LINE = {"colors": UNIFORM, "linewidths": 1.6, "linestyles": "--"}
 VECTORS = {
     "pdf.fonttype": 42,  # TrueType: journals refuse type 3, and text can be searched and edited
@@ -53,14 +53,11 @@ def save_figure(figure: Figure, path: str | Path) -> None:
     """Write a figure in the format of the suffix, .png, .pdf or .svg, whole or not at all."""
     form = Path(path).suffix[1:]
     expect(form in UNSAID, f"expected a picture to end in .{', .'.join(UNSAID)}, got {path}")
-    options = {"format": form, "metadata": UNSAID[form]}
     with rc_context(VECTORS):
-        write_atomically(path, lambda file: figure.savefig(file, **options))
+        write_atomically(path, partial(figure.savefig, format=form, metadata=UNSAID[form]))
 
 
 class _Pasted(Artist):
-    """Colours `(rows, columns, 3)` as an image of so many pixels a page unit, its pixels sharp."""
-
     def __init__(self, left: float, top: float, colours: np.ndarray, scale: float) -> None:
         super().__init__()
         size = np.array(colours.shape[1::-1]) / scale
@@ -76,9 +73,7 @@ class _Pasted(Artist):
 class _Shown(Figure):
     """A figure that draws all that its page shows, in that order, and then its axes."""
 
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
-        self.shown: list[Artist] = []
+    shown: Sequence[Artist] = ()
 
     def draw(self, renderer: Any) -> None:
         height = self.get_figheight()  # inches, which are of other pixels than the page's
@@ -95,7 +90,7 @@ class Page:
     def __init__(self, width: float, height: float, dpi: int) -> None:
         self.scale = dpi / 100  # pixels a page unit
         self.figure = _Shown(figsize=(width / 100, height / 100), dpi=dpi, frameon=False)
-        self._shown = self.figure.shown
+        self.figure.shown = self._shown = []
         self._size = np.array([width, height, width, height])
         self._renderer = FigureCanvasAgg(self.figure).get_renderer()
         self._canvas = np.asarray(self._renderer.buffer_rgba())
@@ -133,26 +128,36 @@ class Page:
         for i, line in enumerate(lines[:2]):
             self.text(left, 46 + 16 * i, line, size)
 
-    def tick(self, place: float, edge: float, label: str, width: float, side: str) -> None:
-        """Name a place on the lower ("below") or left ("left") edge of a plot."""
-        if side == "below":
-            self.lines([[(place, edge), (place, edge + 4)]], colors=FAINT, linewidths=width)
-            self.text(place, edge + 12, label, 8, ha="center")
-        else:
-            self.lines([[(edge - 4, place), (edge, place)]], colors=FAINT, linewidths=width)
-            self.text(edge - 7, place, label, 8, ha="right")
+    def ticks(self, names: Mapping, edge: float, side: str, width: float = 0.7) -> None:
+        """Name places, `{place: name}`, on the lower ("below") or left ("left") edge of a plot."""
+        for place, name in names.items():
+            line, at, ha = [(edge - 4, place), (edge, place)], (edge - 7, place), "right"
+            if side == "below":
+                line, at, ha = [(place, edge), (place, edge + 4)], (place, edge + 12), "center"
+            self.lines([line], colors=FAINT, linewidths=width)
+            self.text(*at, f"{name}", 8, ha=ha)
 
     def swatch(self, x: float, y: float, label: str, **style: Any) -> None:
         """An entry of a legend: a piece of a line, and what it stands for."""
         self.lines([[(x, y), (x + 26, y)]], **style)
         self.text(x + 32, y, label, 9)
 
-    def plot(self, left: float, top: float, width: float, height: float) -> Axes:
-        """Ordinary axes at a place; they are drawn by `save`."""
+    def bar(self, left: float, top: float, height: float, shades: np.ndarray, title: str) -> None:
+        """A bar of colours `(256, 3)` with its title, the last on top."""
+        colours = shades[np.linspace(255, 0, round(height * self.scale)).astype(int)]
+        self.paste(left, top, colours[:, None].repeat(round(BAR_WIDTH * self.scale), axis=1))
+        self.text(left, top - 20, title, 9)
+
+    def plot(
+        self, left: float, top: float, width: float, height: float, x: str = "", y: str = ""
+    ) -> Axes:
+        """Ordinary axes at a place, `x` and `y` their names; they are drawn by `save`."""
         box = (left, self._size[1] - top - height, width, height) / self._size
         axes = self.figure.add_axes(tuple(box))
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(labelsize=8.5)
+        axes.set_xlabel(x, fontsize=9)
+        axes.set_ylabel(y, fontsize=9)
         return axes
 
     def keep(self) -> None:
@@ -187,24 +192,21 @@ def text_width(text: str, size: float, weight: str = "normal") -> float:
 
 def in_lines(text: str, width: float, size: float, weight: str = "normal") -> list[str]:
     """A text in lines of at most `width` page units; a word that is wider is cut."""
-    if text_width(text, size, weight) <= width:
-        return [text]
-    lines, line, words = [], "", text.split(" ")
-    while words:
-        longer = f"{line} {words[0]}" if line else words[0]
-        if text_width(longer, size, weight) <= width or len(longer) == 1:
-            line, words = longer, words[1:]
-        elif line:
-            lines, line = [*lines, line], ""
-        else:
-            cut = len(longer) - 1
-            while cut > 1 and text_width(longer[:cut], size, weight) > width:
-                cut -= 1
-            words[:1] = longer[:cut], longer[cut:]
-    return [*lines, line]
+    lines = []
+
+    def width_of(end: int) -> float:
+        return text_width(text[:end], size, weight)
+
+    while len(text) > 1 and width_of(len(text)) > width:
+        fits = max(1, bisect_right(range(1, len(text)), width, key=width_of))
+        space = text.rfind(" ", 1, fits + 1)
+        cut = fits if space < 0 else space
+        lines.append(text[:cut])
+        text = text[cut:].removeprefix(" ")
+    return [*lines, text]
 
 
-def make_room(axes: Axes, limit: float) -> None:
+def inset(axes: Axes, limit: float) -> None:
     """Move the left edge of a plot in where its names reach beyond `limit`, in page units."""
     figure = axes.get_figure()
     missing = limit * figure.dpi / 100 - axes.yaxis.get_tightbbox().x0  # pixels
@@ -215,11 +217,7 @@ def make_room(axes: Axes, limit: float) -> None:
 
 
 def png(pixels: np.ndarray, dpi: float) -> bytes:
-    """`pixels (rows, columns, 3)` uint8 RGB as a PNG file.
-
-    Unfiltered rows and the fastest compression: for flat colours and repeated rows less than half
-    the time and three quarters of the size of what an adaptive filter gives.
-    """
+    """`pixels (rows, columns, 3)` uint8 RGB as a PNG file; unfiltered it is smaller, and sooner."""
     n_rows, n_columns, _ = pixels.shape
     rows = np.zeros((n_rows, 1 + 3 * n_columns), dtype=np.uint8)  # a leading 0: no filter
     for channel in range(3):  # numpy copies long strided runs faster than triples

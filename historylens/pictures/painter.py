@@ -1,11 +1,7 @@
 """Draw pictures on all cores: several processes that only draw, fed while the model runs.
 
-    with Painter(2, "all numbers are in metrics.json") as painter:
-        painter.draw(line_plot, path, sample, layer=2, heads=range(4), dpi=100)
-    # every picture is on the disk here, or a note on stderr says why it is not
-
-Pictures are the same bytes however many processes draw them. Processes are forked: they start at
-once and share what is imported. Where that cannot be, everything is drawn here.
+with Painter(2, "all numbers are in metrics.json") as painter:
+    painter.draw(line_plot, path, sample, layer=2, heads=range(4), dpi=100)
 """
 
 import ctypes
@@ -18,9 +14,10 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from tqdm import tqdm
 
@@ -50,13 +47,11 @@ def drawing_processes(n_pictures: int) -> int:
     return min(MAX_PROCESSES, len(cores(0)))
 
 
-class Painter:
+class Painter(AbstractContextManager):
     """Draws in order of arrival, with 1 process at once and here; `drawn` is called after each.
 
-    Each is drawn in all `formats`, of `FORMATS`, and is a picture in each of them.
-
-    A picture that cannot be drawn costs no other: it is a note that ends in `kept`, what there is
-    all the same. `n_drawn` counts the others.
+    A picture is drawn in each of `formats`. One that cannot be drawn costs no other: it is a note
+    that ends in `kept`, what there is all the same. `n_drawn` counts the others.
     """
 
     def __init__(
@@ -70,26 +65,23 @@ class Painter:
         self._pool = _pool(n_processes) if n_processes > 1 else None
 
     def draw(self, function: Callable[..., object], path: Path, *args: Any, **kwargs: Any) -> None:
-        """Draw `function(path, *args, **kwargs)`, of a module; the folder of `path` is made.
-
-        `path` gets the suffix of each format.
-        """
+        """Draw `function(path, *args, **kwargs)`, of a module; folder and suffixes are made."""
         for form in self._formats:
             own = path.with_suffix(f".{form}")
-            self._start(own, partial(_draw, function, own, *args, **kwargs))
+            task = partial(_draw, function, own, *args, **kwargs)
+            if self._pool is None:
+                self._finish(own, task)
+            else:
+                self._collect(IN_FLIGHT * self._n_processes)
+                self._waiting.append((own, task, self._submit(task)))
 
-    def _start(self, path: Path, task: Callable[[], object]) -> None:
-        if self._pool is None:
-            self._finish(path, task)
-            return
-        self._collect(IN_FLIGHT * self._n_processes)
+    def _submit(self, task: Callable[[], object]) -> Future:
         try:
-            future = self._pool.submit(task)
+            return self._pool.submit(task)
         except BrokenProcessPool:
             self._collect(0)  # what waits was lost with the processes
             self._pool = _pool(self._n_processes)
-            future = self._pool.submit(task)
-        self._waiting.append((path, task, future))
+            return self._pool.submit(task)
 
     def _collect(self, at_most: int) -> None:
         while len(self._waiting) > at_most:
@@ -100,7 +92,6 @@ class Painter:
             self._finish(path, future.result)
 
     def _finish(self, path: Path, result: Callable[[], object]) -> None:
-        """Count a picture, or say why there is none."""
         try:
             result()
             self.n_drawn += 1
@@ -111,9 +102,6 @@ class Painter:
             end = f"; {self._kept}" if self._kept else ""
             tqdm.write(f"note: {path} could not be drawn ({reason}){end}", file=sys.stderr)
         self._drawn()
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, kind: type | None, *_: object) -> None:
         """Wait for the pictures; after an error elsewhere, drop those not begun."""
@@ -126,7 +114,7 @@ class Painter:
 
 
 def _pool(n_processes: int) -> ProcessPoolExecutor:
-    fork = multiprocessing.get_context("fork")
+    fork = multiprocessing.get_context("fork")  # starts at once, and shares what is imported
     return ProcessPoolExecutor(n_processes, fork, _begin, (os.getpid(),))
 
 

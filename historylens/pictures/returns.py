@@ -1,15 +1,12 @@
 """The two pictures of a comparison: return against transitions kept, and against episodes.
 
-    draw_by_budget("figs/compression/return_by_budget.png", study, picture)
-    draw_by_episode("figs/compression/return_by_episode.png", study, picture)
-
 A few strategies have a colour, the same in both pictures; the others are grey. `study` is a
-`comparison.study.Study` and its `rows` are arms in numbers; every number drawn is in
-`results.json`. The same study gives the same bytes.
+`comparison.study.Study`, whose `rows` are arms in numbers.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +16,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator
 
 from historylens.common.text import fixed
-from historylens.pictures.page import (
-    FAINT,
-    HEAD_COLOURS,
-    INK,
-    SOFT,
-    UNIFORM,
-    in_lines,
-    make_room,
-    save_figure,
-)
+from historylens.pictures.page import FAINT, HUES, INK, SOFT, UNIFORM, in_lines, inset, save_figure
 
 N_COLOURED = 4  # strategies with a colour of their own, beside recent and random
-GREY, FULL_COLOUR, EMPTY_COLOUR = "#c4c4c4", "#0b6e4f", "#8a8a8a"
+GREY, FULL_COLOUR = "#c4c4c4", "#0b6e4f"
 PANEL = 4.75  # inches from one row of panels to the next, names below them included
 ASIDE = 0.045  # between intervals of strategies at one budget, in roots of transitions
 LABEL_GAP = 0.036  # between labels, of the height of the plot
@@ -48,49 +36,46 @@ class Picture:
     n_max: int  # transitions that the model can read
 
 
-def draw_by_budget(path: str | Path, study: Any, picture: Picture) -> None:
+def draw_by_budget(path: Path, study: Any, picture: Picture) -> None:
     """Return over the second half of the episodes, against transitions kept; a line a strategy."""
-    figure = _figure(11.5, 7.2, "What compressed history earns", picture, study)
+    figure = _figure((11.5, 7.2), "What compressed history earns", picture, study)
     share = 7.2 / figure.get_figheight()
     axes = figure.add_axes((0.065, 0.115 * share, 0.655, 0.735 * share))
     lines, colours = _strategies(study)
     _draw_levels(axes, study, picture)
-    if study.recommended is not None:
-        place = (study.recommended.kept, study.recommended.mean.value)
+    full = study.full.mean.value  # the name of full history stands above its level
+    if (best := study.recommended) is not None:
+        place, offset = (best.kept, best.mean.value), (0, 18 if best.mean.value > full else -20)
         axes.plot(*place, "o", ms=15, mec=FULL_COLOUR, mfc="none", mew=1.6, zorder=5)
-        is_above = place[1] > study.full.mean.value  # a level whose name stands above it
-        offset = 18 if is_above else -20
         style = {"color": FULL_COLOUR, "fontsize": 9.5, "weight": "bold", "ha": "center"}
-        style |= {"xytext": (0, offset), "textcoords": "offset points", "zorder": 6}
-        axes.annotate("recommended", place, **style)
+        axes.annotate("recommended", place, offset, textcoords="offset points", zorder=6, **style)
     chance = [row for row in lines.get("random", []) if not row.mean.is_open]
     if has_band := len(chance) > 1:  # what a strategy has to beat
-        low, high = [row.mean.low for row in chance], [row.mean.high for row in chance]
-        style = {"color": UNIFORM, "alpha": 0.13, "lw": 0, "zorder": 1.2}
-        axes.fill_between([row.kept for row in chance], low, high, **style)
+        edges = zip(*((row.kept, row.mean.low, row.mean.high) for row in chance), strict=True)
+        axes.fill_between(*edges, color=UNIFORM, alpha=0.13, lw=0, zorder=1.2)
     for name in sorted(lines, key=lambda name: name in colours):
         aside = list(colours).index(name) - (len(colours) - 1) / 2 if name in colours else None
         _draw_line(axes, lines[name], colours.get(name, GREY), aside)
     _set_scales(axes, study, picture)
     axes.set_xlabel("transitions kept (of each decision's history)", fontsize=10.5)
     axes.set_ylabel("reward an episode, second half of the episodes", fontsize=10.5)
-    make_room(axes, 2)
+    inset(axes, 2)
     _label_lines(axes, lines, colours)
     _explain_markers(figure, study, share, has_band)
     save_figure(figure, path)
 
 
-def draw_by_episode(path: str | Path, study: Any, picture: Picture) -> None:
+def draw_by_episode(path: Path, study: Any, picture: Picture) -> None:
     """Return of each in-context episode: a panel a budget, full and empty history in each."""
     _, colours = _strategies(study)
     budgets = sorted({row.arm.n_keep for row in study.candidates})
     n_columns = min(4, max(1, len(budgets)))
-    n_rows = -(-max(1, len(budgets)) // n_columns)
-    width, height = max(9.0, 0.8 + 3.6 * n_columns), 1.15 + PANEL * n_rows
-    loss = "the reward an episode lost against full history over all episodes"
-    note = f"In brackets: adaptation loss, {loss} (the area between the lines)"
-    figure = _figure(width, height, "How fast it adapts", picture, study, note)
-    height = figure.get_figheight()
+    n_rows = max(1, -(-len(budgets) // n_columns))
+    size = max(9.0, 0.8 + 3.6 * n_columns), 1.15 + PANEL * n_rows
+    note = "In brackets: adaptation loss, the reward an episode lost against full history over all "
+    note += "episodes (the area between the lines)"
+    figure = _figure(size, "How fast it adapts", picture, study, note)
+    width, height = figure.get_size_inches()
     shared, step = None, (width - 0.7) / n_columns
     for i, budget in enumerate(budgets):
         row, column = divmod(i, n_columns)
@@ -102,26 +87,23 @@ def draw_by_episode(path: str | Path, study: Any, picture: Picture) -> None:
         axes.set_xlabel("episode in context", fontsize=9.5)
         if column == 0:
             axes.set_ylabel("reward an episode", fontsize=9.5)
-            make_room(axes, 2)
+            inset(axes, 2)
         else:
             axes.tick_params(labelleft=False)
     save_figure(figure, path)
 
 
-def _figure(
-    width: float, height: float, what: str, picture: Picture, study: Any, *notes: str
-) -> Figure:
+def _figure(size: tuple, what: str, picture: Picture, study: Any, *notes: str) -> Figure:
     """A figure in inches, higher by what its heading takes beyond a line a text."""
-    small = {"size": 10, "weight": "normal"}
-    texts = [(f"{what} · {picture.title}", {"color": INK, "size": 14, "weight": "bold"})]
-    texts += [(picture.subtitle, {"color": INK, **small})]
-    texts += [(finding(study), {"color": FULL_COLOUR, **small})]
-    texts += [(note, {"color": INK, **small}) for note in notes]
+    width, height = size
+    texts = [(f"{what} · {picture.title}", INK, 14, "bold"), (picture.subtitle, INK, 10, "normal")]
+    texts += [(finding(study), FULL_COLOUR, 10, "normal")]
+    texts += [(note, INK, 10, "normal") for note in notes]
     lines, y = [], 0.3
-    for text, style in texts:
-        for line in in_lines(text, 100 * width - 80, style["size"], style["weight"]):
-            lines.append((y, line, style))
-            y += 0.28 if style["size"] > 10 else 0.25
+    for text, colour, size, weight in texts:
+        for line in in_lines(text, 100 * width - 80, size, weight):
+            lines.append((y, line, {"color": colour, "size": size, "weight": weight}))
+            y += 0.28 if size > 10 else 0.25
     height += 0.25 * (len(lines) - len(texts))
     figure = Figure(figsize=(width, height), dpi=100)
     for y, line, style in lines:
@@ -133,19 +115,18 @@ def finding(study: Any) -> str:
     """What the comparison found, in a line."""
     if study.doubts:
         return "The model is not shown to use its history: no compression can be judged on it."
-    row, full, where = study.recommended, study.full, ""
+    row, full, where, share = study.recommended, study.full, "", f"{study.margin_share:.0%}"
     if row is None:
-        share = f"{study.margin_share:.0%}"
         return f"No shorter history is shown to lose less than {share} of full history's return."
     if study.confirmation is not None:
         row, full = study.confirmation.row, study.confirmation.full
         where = f" in {study.confirmation.n_seeds} new runs a goal"
     budget = "" if row.arm.n_keep is None else f", {row.arm.n_keep} transitions"
-    low, high = row.difference.low, row.difference.high
+    value, low, high = row.difference.value, row.difference.low, row.difference.high
     return (
-        f"Recommended: {row.arm.name}{budget}: {row.mean.value:.2f} against "
-        f"{full.mean.value:.2f}{where}, difference {row.difference.value:+.2f} "
-        f"[{low:+.2f}, {high:+.2f}] ({row.verdict}); {row.collapses.sentence()}"
+        f"Recommended: {row.arm.name}{budget}: {row.mean.value:.2f} against {full.mean.value:.2f}"
+        f"{where}, difference {value:+.2f} [{low:+.2f}, {high:+.2f}] ({row.verdict}); "
+        f"{row.collapses.sentence()}"
     )
 
 
@@ -158,16 +139,14 @@ def _strategies(study: Any) -> tuple[dict[str, list[Any]], dict[str, str]]:
     best = sorted(average.keys() - {"recent", "random"}, key=lambda name: (-average[name], name))
     if study.recommended is not None:
         best.sort(key=lambda name: name != study.recommended.arm.name)
-    colours = dict(zip(best[:N_COLOURED], HEAD_COLOURS, strict=False))
+    colours = dict(zip(best[:N_COLOURED], HUES, strict=False))
     own = ("random", UNIFORM), ("recent", INK)
     return lines, colours | {name: colour for name, colour in own if name in lines}
 
 
 def _draw_levels(axes: Axes, study: Any, picture: Picture) -> None:
-    full = f"full history (up to {picture.n_max} transitions)", FULL_COLOUR, "left"
-    empty = "empty history", EMPTY_COLOUR, "right"
-    for row, (name, colour, side) in ((study.full, full), (study.empty, empty)):
-        mean = row.mean
+    full = study.full.mean, f"full history (up to {picture.n_max} transitions)", FULL_COLOUR, "left"
+    for mean, name, colour, side in (full, (study.empty.mean, "empty history", FAINT, "right")):
         _name_level(axes, mean.value, f"{name}: {mean.value:.2f}", colour, side)
         axes.axhline(mean.value, color=colour, lw=1.6, ls="--", zorder=1.5)
         if not mean.is_open:
@@ -179,21 +158,20 @@ def _draw_levels(axes: Axes, study: Any, picture: Picture) -> None:
 
 def _name_level(axes: Axes, height: float, name: str, colour: str, side: str) -> None:
     place = (0.01 if side == "left" else 0.99, height)
-    axes.annotate(name, place, xycoords=("axes fraction", "data"), xytext=(0, 4), ha=side,
-                  textcoords="offset points", color=colour, fontsize=9.5, zorder=6)  # fmt: skip
+    how = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "zorder": 6}
+    axes.annotate(name, place, (0, 4), ha=side, color=colour, fontsize=9.5, **how)
 
 
 def _draw_line(axes: Axes, rows: Sequence[Any], colour: str, aside: float | None) -> None:
     """A strategy, filled where it is shown safe; `aside` of it the intervals, if it stands out."""
     width, size, order = (1.0, 4, 2) if aside is None else (2.0, 6.5, 4)
-    y = [row.mean.value for row in rows]
-    axes.plot([row.kept for row in rows], y, color=colour, lw=width, zorder=order)
-    for row in rows:
+    style, places = {"color": colour, "zorder": order}, [(row.kept, row.mean.value) for row in rows]
+    axes.plot(*zip(*places, strict=True), lw=width, **style)
+    for row, place in zip(rows, places, strict=True):
         if aside is not None and not row.mean.is_open:
-            place = max(0.0, row.kept**0.5 + ASIDE * aside) ** 2
-            axes.plot([place] * 2, [row.mean.low, row.mean.high], color=colour, lw=1.1,
-                      alpha=0.7, zorder=order)  # fmt: skip
-        axes.plot(row.kept, row.mean.value, "o", ms=size, mec=colour, mew=1.4,
+            x = max(0.0, row.kept**0.5 + ASIDE * aside) ** 2
+            axes.plot([x, x], [row.mean.low, row.mean.high], lw=1.1, alpha=0.7, **style)
+        axes.plot(*place, "o", ms=size, mec=colour, mew=1.4,
                   mfc=colour if row.is_good else "white", zorder=order + 0.5)  # fmt: skip
 
 
@@ -201,19 +179,19 @@ def _set_scales(axes: Axes, study: Any, picture: Picture) -> None:
     """A square-root scale: small budgets stand apart, and nothing kept has a place."""
     axes.set_xscale("function", functions=(lambda x: np.sqrt(np.maximum(x, 0)), np.square))
     budgets = sorted({row.arm.n_keep for row in study.candidates})
-    kept = [row.kept for row in study.candidates]
-    low, high = np.sqrt(min(kept, default=0)), np.sqrt(max(kept, default=1))
-    pad = 0.06 * (high - low) or 0.5
     axes.set_xticks(budgets, [str(budget) for budget in budgets])
+    kept = [row.kept for row in study.candidates] or [0, 1]
+    low, high = np.sqrt(min(kept)), np.sqrt(max(kept))
+    pad = 0.06 * (high - low) or 0.5
     axes.set_xlim(max(0.0, low - pad) ** 2, (high + pad) ** 2)
     axes.xaxis.set_minor_locator(NullLocator())
-    means = [row.mean for row in study.rows]
-    values = [v for e in means for v in (e.value, e.low, e.high) if v is not None]
+    means = [(row.mean.value, row.mean.low, row.mean.high) for row in study.rows]
+    values = [value for mean in means for value in mean if value is not None]
     low, high = min(0.0, *values), max([*values, picture.best or -np.inf])
     axes.set_ylim(low - 0.03 * (high - low), high + 0.06 * (high - low or 1))
-    axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="x", color="#eeeeee", lw=0.8, zorder=0)
     axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(labelsize=9.5)
 
 
@@ -234,14 +212,11 @@ def _label_lines(axes: Axes, lines: dict[str, list[Any]], colours: dict[str, str
 
 
 def spread(places: Sequence[float], gap: float, low: float = 0.0) -> list[float]:
-    """Move ascending `places` to `low`..1, at least `gap` apart, with least moves; evenly at worst.
-
-    Isotonic regression of the places less their gaps, by its formula of minima and maxima of means.
-    """
+    """Move ascending `places` to `low`..1, at least `gap` apart, with least moves; else evenly."""
     n, highest = len(places), 1 - (len(places) - 1) * gap
     if highest <= low:
         return list(np.linspace(low, 1, n))
-    less = np.array(places) - gap * np.arange(n)
+    less = np.array(places) - gap * np.arange(n)  # isotonic regression, by the min-max formula
     moved = []
     for i in range(n):
         means = (min(less[j:k].mean() for k in range(i + 1, n + 1)) for j in range(i + 1))
@@ -251,47 +226,40 @@ def spread(places: Sequence[float], gap: float, low: float = 0.0) -> list[float]
 
 def _explain_markers(figure: Figure, study: Any, share: float, has_chance: bool) -> None:
     """The legend of what is there, in boxes of `share` of the usual height."""
-    has_intervals = not study.full.mean.is_open
     texts = [f"shown to lose less than {study.margin_share:.0%}"]
     texts += ["of full history (safe or better)", "not shown: all other verdicts"]
-    texts += ["95 % interval over seeds"] if has_intervals else []
-    texts += ["95 % interval of random choice"] if has_chance else []
     axes = figure.add_axes((0.735, 0.025 * share, 0.26, 0.145 * share))
     axes.set(xlim=(0, 1), ylim=(5, -1))
     axes.axis("off")
-    axes.plot(0.05, 0, "o", ms=6.5, mec=SOFT, mfc=SOFT, mew=1.4)
-    axes.plot(0.05, 2, "o", ms=6.5, mec=SOFT, mfc="white", mew=1.4)
-    if has_intervals:
+    for y, fill in ((0, SOFT), (2, "white")):
+        axes.plot(0.05, y, "o", ms=6.5, mec=SOFT, mfc=fill, mew=1.4)
+    if not study.full.mean.is_open:
+        texts += ["95 % interval over seeds"]
         axes.plot([0.05, 0.05], [2.6, 3.4], color=SOFT, lw=1.2)
     if has_chance:  # then there are intervals
+        texts += ["95 % interval of random choice"]
         axes.fill_between([0.02, 0.08], 3.65, 4.35, color=UNIFORM, alpha=0.25, lw=0)
     for i, text in enumerate(texts):
         axes.text(0.12, i, text, size=8.5, color=SOFT, va="center")
 
 
-def _draw_panel(
-    axes: Axes, study: Any, budget: int, colours: dict[str, str], best: float | None
-) -> None:
-    full, empty, n_episodes = study.full, study.empty, len(study.full.by_episode)
-    episodes = np.arange(1, n_episodes + 1)
+def _draw_panel(axes: Axes, study: Any, budget: int, colours: dict, best: float | None) -> None:
+    n_episodes = len(study.full.by_episode)
+    draw = partial(axes.plot, np.arange(1, n_episodes + 1))
     low, high = zip(*((e.low, e.high) for e in study.full_by_episode), strict=True)
     if None not in low:
-        axes.fill_between(episodes, low, high, color=FULL_COLOUR, alpha=0.16, lw=0)
-    style = {"color": FULL_COLOUR, "lw": 2.2, "ls": "--", "zorder": 5}
-    axes.plot(episodes, full.by_episode, label="full history", **style)
+        axes.fill_between(range(1, n_episodes + 1), low, high, color=FULL_COLOUR, alpha=0.16, lw=0)
+    draw(study.full.by_episode, color=FULL_COLOUR, lw=2.2, ls="--", zorder=5, label="full history")
     rows = [row for row in study.candidates if row.arm.n_keep == budget]
     others = iter(["other strategies"])  # named once
     for row in sorted(rows, key=lambda row: row.arm.name not in colours):
-        if row.arm.name in colours:
-            loss = fixed(row.adaptation_loss.value, 1, "+")
-            style = {"color": colours[row.arm.name], "lw": 1.6, "zorder": 4}
-            style["label"] = f"{row.arm.name} ({loss})"
+        if colour := colours.get(row.arm.name):
+            label = f"{row.arm.name} ({fixed(row.adaptation_loss.value, 1, '+')})"
+            draw(row.by_episode, color=colour, lw=1.6, zorder=4, label=label)
         else:
-            style = {"color": GREY, "lw": 0.8, "zorder": 2, "label": next(others, None)}
-        axes.plot(episodes, row.by_episode, **style)
-    style = {"color": EMPTY_COLOUR, "lw": 1.6, "ls": ":", "zorder": 3}
-    label = f"empty history ({fixed(empty.adaptation_loss.value, 1, '+')})"
-    axes.plot(episodes, empty.by_episode, label=label, **style)
+            draw(row.by_episode, color=GREY, lw=0.8, zorder=2, label=next(others, None))
+    label = f"empty history ({fixed(study.empty.adaptation_loss.value, 1, '+')})"
+    draw(study.empty.by_episode, color=FAINT, lw=1.6, ls=":", zorder=3, label=label)
     if best is not None:
         axes.axhline(best, color=FAINT, lw=1, ls=":")
         _name_level(axes, best, "best possible", SOFT, "right")

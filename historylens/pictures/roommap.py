@@ -1,9 +1,4 @@
-"""The room as a map: where in it the query's attention lies, a panel a layer or a head.
-
-    room_map("map.png", room, ["layer 0"], "Attention in the room", "goal (2, 7)", dpi=100)
-
-A cell's colour is the attention on transitions that ended in it, over what is uniform.
-"""
+"""The room as a map: where in it the query's attention lies, a panel a layer or a head."""
 
 import math
 from collections.abc import Sequence
@@ -16,9 +11,10 @@ import numpy as np
 from matplotlib.patheffects import withStroke
 
 from historylens.common.text import counted
-from historylens.pictures.page import FAINT, INK, REWARD, SOFT, Page, text_width
+from historylens.pictures.page import BAR_WIDTH, FAINT, INK, REWARD, SOFT, Page, text_width
 
 END = 16  # times what is uniform, at the bright end of the colours; a 16th at the dark one
+RATIOS = f"x{END} or more", "x4", "1, as if uniform", "1/4", f"1/{END} or less"
 SHADES = matplotlib.colormaps["cividis"](np.arange(256), bytes=True)[:, :3]  # blue, grey, yellow
 COLOURS = np.vstack([SHADES, np.full((1, 3), 255, np.uint8)])  # white: nothing to attend to
 BOX = np.array([(-0.5, -0.5), (-0.5, 0.5), (0.5, 0.5), (0.5, -0.5), (-0.5, -0.5)])  # of a cell
@@ -27,7 +23,7 @@ HATCH = np.array([[(-0.5, 0), (0, -0.5)], [(0.5, -0.5), (-0.5, 0.5)], [(0.5, 0),
 DOT = np.array([(0, 0), (0.01, 0.01)])  # a line of no length is not drawn
 SIDES, SMALLEST, LARGEST = {1: 420, 2: 320, 3: 270}, 16, 56  # of maps by panels in a row; of cells
 LEFT, TOP, RIGHT, GAP, BETWEEN, BELOW = 66, 100, 164, 28, 40, 58
-BAR, BAR_WIDTH, ICON, LINE = 190, 15, 30, 16
+BAR, ICON, LINE = 190, 30, 16
 CAPTION = (  # lines
     "A cell's colour: the query's attention on transitions that ended there (their next state),",
     "divided by what uniform attention would put on them. Yellow: chosen; dark blue: ignored;",
@@ -64,7 +60,7 @@ class Grid(NamedTuple):
 
 
 def room_map(
-    path: str | Path, room: Any, names: Sequence[str], title: str, subtitle: str, *,
+    path: Path, room: Any, names: Sequence[str], title: str, subtitle: str, *,
     across: int | None = None, dpi: int,
 ) -> None:  # fmt: skip
     """Draw an `analysis.room.RoomMap`, its panels called `names`, `across` of them in a row."""
@@ -102,10 +98,18 @@ def _sheet(
     for i in range(len(names)):
         grids.append(Grid(page, LEFT + i % across * right, TOP + i // across * down, cell))
         _number(grids[i], shape, i % across == 0, i + across >= len(names))
-    _draw_bar(page, LEFT + across * right)
+    bar = LEFT + across * right
+    page.bar(bar, TOP, BAR, SHADES, "attention / uniform")
+    for i, label in enumerate(RATIOS):
+        page.text(bar + BAR_WIDTH + 8, TOP + BAR * i / 4, label, 8.5)
     for i, line in enumerate(CAPTION):
         page.text(LEFT, end + LINE * i, line, 8.5, color=SOFT)
-    _draw_legend(Grid(page, LEFT, below, ICON))
+    icons = Grid(page, LEFT, below, ICON)  # a line a mark, drawn as on the maps
+    _draw_cells(icons, np.array([[np.nan], *[[1]] * (len(LEGEND) - 1)]))
+    steps = np.array([[(1, -0.5), (1, 0.5)], *[[(2, 0), (2, 0)]] * 3])
+    _draw_marks(icons, steps, *(np.array([(row, 0)]) for row in (3, 4, 5)))
+    for i, text in enumerate(LEGEND):
+        page.text(LEFT + ICON + 10, icons.at((i, 0))[1], text, 8.5, color=SOFT)
     page.keep()
     return page, grids
 
@@ -152,28 +156,8 @@ def _number(grid: Grid, shape: tuple[int, int], has_rows: bool, has_columns: boo
     """Number the rows on the left and the columns below, as many as there is space for."""
     page, step = grid.page, next(s for s in (1, 2, 5, 10, 20, 50) if s * grid.cell >= 18)
     bottom, (x, y) = grid.top + shape[0] * grid.cell, grid.at(np.subtract(shape, 1) / 2)
-    for i in range(0, shape[0] * has_rows, step):
-        page.tick(grid.at((i, 0))[1], grid.left, f"{i}", 0.7, "left")
-    for i in range(0, shape[1] * has_columns, step):
-        page.tick(grid.at((0, i))[0], bottom, f"{i}", 0.7, "below")
+    rows, columns = range(0, shape[0] * has_rows, step), range(0, shape[1] * has_columns, step)
+    page.ticks({grid.at((i, i))[1]: i for i in rows}, grid.left, "left")
+    page.ticks({grid.at((i, i))[0]: i for i in columns}, bottom, "below")
     page.text(grid.left - 38, y, "row" * has_rows, 9, rotation=90, ha="center")
     page.text(x, bottom + 27, "column" * has_columns, 9, ha="center")
-
-
-def _draw_bar(page: Page, left: float) -> None:
-    """The colours, and what they stand for."""
-    shades = SHADES[np.linspace(255, 0, round(BAR * page.scale)).astype(int)]
-    page.paste(left, TOP, shades[:, None].repeat(round(BAR_WIDTH * page.scale), axis=1))
-    page.text(left, TOP - 20, "attention / uniform", 9)
-    labels = f"x{END} or more", "x4", "1, as if uniform", "1/4", f"1/{END} or less"
-    for i, label in enumerate(labels):
-        page.text(left + BAR_WIDTH + 8, TOP + BAR * i / 4, label, 8.5)
-
-
-def _draw_legend(grid: Grid) -> None:
-    """A line a mark, drawn as on the maps."""
-    _draw_cells(grid, np.array([[np.nan], *[[1]] * (len(LEGEND) - 1)]))
-    steps = np.array([[(1, -0.5), (1, 0.5)], *[[(2, 0), (2, 0)]] * 3])
-    _draw_marks(grid, steps, *(np.array([(row, 0)]) for row in (3, 4, 5)))
-    for i, text in enumerate(LEGEND):
-        grid.page.text(grid.left + ICON + 10, grid.at((i, 0))[1], text, 8.5, color=SOFT)

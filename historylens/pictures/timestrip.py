@@ -1,7 +1,5 @@
 """One play in one look: what the deciding query attends to at every step, a panel a layer.
 
-    attention_over_time(path, {0: rows}, starts, rewards, title="...", subtitle="...", dpi=100)
-
 A row of pixels is a step, a column a number of transitions back. Axes: `N` steps, `E` episodes.
 """
 
@@ -12,9 +10,9 @@ from pathlib import Path
 import numpy as np
 from matplotlib.ticker import MaxNLocator
 
+from historylens.pictures.heatmap import color_bar, last_rows, pool, scale_of, to_colours
 from historylens.pictures.order import history_strip
 from historylens.pictures.page import MARGIN, SOFT, Page, in_lines
-from historylens.pictures.shades import color_bar, last_rows, pool, scale_of, to_colours
 
 WIDTHS = {1: 420, 2: 420, 3: 340, 4: 260, 5: 210, 6: 180}  # of maps at most, by those in a row
 HEIGHTS = {1: 900, 2: 600, 3: 440, 4: 340}  # at most, by rows of panels
@@ -46,7 +44,7 @@ class Axis:
 
 
 def attention_over_time(
-    path: str | Path, layers: Mapping[int, np.ndarray], episode_starts: np.ndarray,
+    path: Path, layers: Mapping[int, np.ndarray], episode_starts: np.ndarray,
     rewards: np.ndarray, *, title: str, subtitle: str, dpi: int,
 ) -> None:  # fmt: skip
     """Draw one play.
@@ -61,11 +59,11 @@ def attention_over_time(
     n = max(1, len(known) - 1 - int(known.argmax()))  # transitions of the longest history
     back = Axis(n, WIDTHS[min(across, 6)], dpi / 100)
     steps = Axis(len(rewards), HEIGHTS[min(n_down, 4)], dpi / 100)
-    down = steps.length + BELOW
     right = max(MIN_PITCH, back.length + STRIP + QUERY + 2 * GAP + BESIDE)
+    down = steps.length + BELOW
     width, bottom = max(MIN_WIDTH, LEFT + across * right + RIGHT), TOP + max(160, n_down * down)
-    texts, room = _caption(back, steps), width - LEFT - MARGIN
-    lines = [line for text in texts for line in in_lines(text, room, 8.5)]
+    caption = [in_lines(text, width - LEFT - MARGIN, 8.5) for text in _caption(back, steps)]
+    lines = [line for lines in caption for line in lines]
     page = Page(width, bottom + 17 * len(lines) + FOOTER, dpi)
     page.heading(LEFT, title, subtitle)
     starts = episode_starts[: None if len(episode_starts) * MIN_EPISODE <= steps.length else 1]
@@ -91,26 +89,26 @@ def _panel(
     strip = history_strip(starts, np.ones(steps.n, bool), rewards, cells, len(starts))[:-1]
     weights = to_colours(pool(rows[:, :-1], back.pooled, steps.pooled), *scale)
     own = to_colours(rows[last_rows(steps.n, steps.pooled), -1], *scale)
-    strip, gap, own = (  # (C, 3) each
-        colours[:, None].repeat(round(width * steps.scale), axis=1)
-        for colours, width in ((strip, STRIP), (np.full_like(strip, 255), GAP), (own, QUERY))
-    )
-    parts = strip, gap, weights.repeat(back.zoom, axis=1), gap, own
+
+    def wide(colours: np.ndarray, width: float) -> np.ndarray:  # (C, 3) of cells
+        return colours[:, None].repeat(round(width * steps.scale), axis=1)
+
+    gap, weights = wide(np.full_like(strip, 255), GAP), weights.repeat(back.zoom, axis=1)
+    parts = wide(strip, STRIP), gap, weights, gap, wide(own, QUERY)
     return np.hstack(parts).repeat(steps.zoom, axis=0)
 
 
 def _mark(page: Page, left: float, top: float, back: Axis, steps: Axis, starts: np.ndarray) -> None:
     """Name steps and transitions of a panel, and mark where an episode begins."""
     if left == LEFT:
-        for number in steps.ticks(0, steps.n - 1):
-            page.tick(top + steps.at(number + 0.5), left - 2, f"{number}", 0.7, "left")
+        numbers = {top + steps.at(number + 0.5): number for number in steps.ticks(0, steps.n - 1)}
+        page.ticks(numbers, left - 2, "left")
         page.text(left - 56, top + steps.length / 2, "step", 9, rotation=90, ha="center")
     left, bottom = left + STRIP + GAP, top + steps.length
     query = left + back.length + GAP + QUERY / 2
-    page.tick(query, bottom, "query", 0.7, "below")
-    for number in back.ticks(1, back.n):
-        if (x := left + back.at(back.n - number + 0.5)) < query - 23:  # clear of that name
-            page.tick(x, bottom, f"{number}", 0.7, "below")
+    names = {left + back.at(back.n - number + 0.5): number for number in back.ticks(1, back.n)}
+    names = {query: "query"} | {x: name for x, name in names.items() if x < query - 23}  # clear
+    page.ticks(names, bottom, "below")
     page.text(left + back.length / 2, bottom + 28, "transitions back", 9, ha="center")
     lines = [[(left, y), (query + QUERY / 2, y)] for y in top + steps.at(np.asarray(starts[1:]))]
     width = min(0.5, 0.36 * steps.zoom / steps.scale)  # points: thinner than a step
