@@ -72,44 +72,41 @@ class ADTransformer(nn.Module):
         waves = torch.cat([angle.sin(), angle.cos()], dim=1)
         self.pos_embedding.copy_(0.7 * waves[:, : config.tf_n_embd])
 
-    def embed_transitions(self, *transitions: Tensor) -> Tensor:
-        """Embed transitions, as `forward` takes them, without their positions: `(B, n, D)`."""
-        states, actions, rewards, next_states = transitions
-        if (n := states.shape[1]) > self.n_context_max:
+    def embed(self, *inputs: Tensor, positions: Tensor | None = None) -> Tensor:
+        """Tokens `(B, n + q, D)` of a context and the queries behind it, with their positions.
+
+        Arguments and errors are those of `forward`, but for `query_states` `(B, 2)` or `(B, q, 2)`:
+        without `positions` they stand behind the `q` longest prefixes of the context.
+        """
+        states, actions, rewards, next_states, query_states = inputs
+        config, n = self.config, states.shape[1]
+        if n > self.n_context_max:
             raise ValueError(
                 f"expected at most {self.n_context_max} context transitions "
-                f"(n_transit {self.config.n_transit}, one position is the query's), got {n}"
+                f"(n_transit {config.n_transit}, one position is the query's), got {n}"
             )
-        dtype = self.embed_context.weight.dtype
-        one_hot = nn.functional.one_hot(actions.long(), self.config.num_actions)
+        one_hot = nn.functional.one_hot(actions.long(), config.num_actions)
         parts = [states, one_hot, rewards.unsqueeze(-1), next_states]
-        return self.embed_context(torch.cat([part.to(dtype) for part in parts], dim=-1))
-
-    def embed_queries(self, query_states: Tensor) -> Tensor:
-        """Embed query states `(..., 2)` without their positions: `(..., D)`."""
-        cells = query_states.long()
-        return self.embed_query_state(cells[..., 0] * self.config.grid_size + cells[..., 1])
-
-    def embed(self, *inputs: Tensor, positions: Tensor | None = None) -> Tensor:
-        """Tokens `(B, n + 1, D)` of a context and the query behind it, with their positions.
-
-        Arguments and errors are those of `forward`.
-        """
-        *transitions, query_states = inputs
-        context = self.embed_transitions(*transitions)
-        query = self.embed_queries(query_states).unsqueeze(1)
-        tokens = torch.cat([context, query], dim=1)  # (B, n + 1, D)
+        dtype = self.embed_context.weight.dtype
+        context = self.embed_context(torch.cat([part.to(dtype) for part in parts], dim=-1))
+        row, col = query_states.long().reshape(len(states), -1, 2).unbind(dim=2)  # (B, q)
+        queries = self.embed_query_state(row * config.grid_size + col)
+        tokens = torch.cat([context, queries], dim=1)
         if positions is None:
-            return tokens + self.pos_embedding[:, : tokens.shape[1]]
-        n_transit = self.config.n_transit
+            return tokens + self.pos_embedding[0, self._positions(n, row.shape[1])]
         fits = positions.shape == tokens.shape[:2] and not positions.is_floating_point()
-        if not fits or ((positions < 0) | (positions >= n_transit)).any():
+        if not fits or ((positions < 0) | (positions >= config.n_transit)).any():
             raise ValueError(
                 f"expected positions {tuple(tokens.shape[:2])} of whole numbers in "
-                f"0..{n_transit - 1}, got {tuple(positions.shape)} of {positions.dtype} with "
-                f"{positions.unique().tolist()}"
+                f"0..{config.n_transit - 1}, got {tuple(positions.shape)} of {positions.dtype} "
+                f"with {positions.unique().tolist()}"
             )
         return tokens + self.pos_embedding[0, positions.long()]
+
+    def _positions(self, n: int, n_queries: int) -> Tensor:
+        """Where `n` transitions stand, and queries behind their longest prefixes: `(n + q,)`."""
+        index = torch.arange(n + n_queries, device=self.pos_embedding.device)
+        return torch.where(index < n, index, index + 1 - n_queries)
 
     def forward(
         self,
@@ -145,17 +142,11 @@ class ADTransformer(nn.Module):
         Arguments are those of `forward`, but for `query_states` `(B, q, 2)`, the states to act in
         after the `q` longest prefixes; `q = n + 1`: after all. Returns `(B, q, A)`.
         """
-        *transitions, query_states = inputs
-        n, n_queries = transitions[0].shape[1], query_states.shape[1]
-        position = self.pos_embedding[:, : n + 1]
-        context = self.embed_transitions(*transitions) + position[:, :n]
-        queries = self.embed_queries(query_states) + position[:, n + 1 - n_queries :]
-        tokens = torch.cat([context, queries], dim=1)  # (B, n + q, D)
+        tokens = self.embed(*inputs)  # (B, n + q, D)
+        n, n_queries = inputs[0].shape[1], inputs[-1].shape[1]
         index = torch.arange(n + n_queries, device=tokens.device)
-        # Prefix length after which a token stands: c_i sees c_1 .. c_i, q_j sees c_1 .. c_j.
-        sees_up_to = torch.where(index < n, index, index - n_queries)
-        allowed = (index < n) & (index <= sees_up_to[:, None])
-        allowed |= index == index[:, None]  # itself
+        before = (index < n) & (index < self._positions(n, n_queries)[:, None])
+        allowed = before | (index == index[:, None])
         mask = torch.where(allowed, 0.0, float("-inf")).to(tokens.dtype)
         hidden = self.transformer_encoder(tokens, mask=mask, is_causal=False)
         return self.pred_action(hidden[:, n:])  # (B, q, A)
