@@ -16,6 +16,7 @@ import numpy as np
 
 from ad.darkroom import TASKS, Task
 from dataset import CONTEXT, Histories, context_steps, max_stride_of
+from historylens.common.batches import alike
 from historylens.common.errors import UserError, expect
 from historylens.history import Decision, spread_decisions
 
@@ -44,8 +45,10 @@ class HistoryDecisions(Sequence[Decision]):
     def __getitem__(self, index: int) -> Decision:
         histories, horizon = self.histories, self.histories.horizon
         history, step, stride = place = self.places[index]
-        context = context_steps(step, self.n_context, stride, horizon)
-        goal = histories.goals[history]
+        context, goal = (
+            context_steps(step, self.n_context, stride, horizon),
+            histories.goals[history],
+        )
         joined = "" if stride == 1 else f", one episode in {stride}"
         return Decision(
             **{name: getattr(histories, name)[history, context] for name in CONTEXT},
@@ -66,55 +69,50 @@ class HistoryDecisions(Sequence[Decision]):
         return np.unique(self.histories.goals, axis=0, return_inverse=True)[1].ravel()
 
 
-@dataclass(frozen=True)
-class Filter:
-    """Which decisions may be chosen; None: all."""
-
-    goals: Sequence[tuple[int, ...]] | None = None  # (row, column) of all that is hidden
-    histories: Sequence[int] | None = None  # their numbers in the file
-    steps: tuple[int, int] | None = None  # the first and the last of a history
-
-
 def choose_decisions(
     histories: Histories,
     n_context: int,
     n_samples: int,
     seed: int,
     stride: int = 1,
-    only: Filter | None = None,
+    goals: Sequence[tuple[int, ...]] | None = None,
+    rows: Sequence[int] | None = None,
+    bounds: tuple[int, int] | None = None,
 ) -> list[Place]:
     """Spread `n_samples` decisions evenly over goals, their histories, and stages of learning.
 
     Goals take turns, and so do the histories of each goal. The stages divide the eligible steps
     into `n_samples` equal parts, one decision from each, dealt out to the goals in random order.
-    Where fewer are eligible, all of them are taken. UserError where there are none.
+    Where fewer are eligible, all of them are taken: those of `goals`, of histories `rows` by their
+    number, from the first to the last step of `bounds`; None: any. UserError where there are none.
     """
-    rng, only = np.random.default_rng(seed), only or Filter()
-    by_goal = _eligible_histories(histories, only, rng)
-    steps = _eligible_steps(histories, n_context, stride, only.steps)
+    rng = np.random.default_rng(seed)
+    by_goal = _eligible_histories(histories, goals, rows, rng)
+    steps = _eligible_steps(histories, n_context, stride, bounds)
     chosen = spread_decisions(by_goal, steps, n_samples, rng)
     return [Place(history, step, stride) for history, step in chosen]
 
 
 def _eligible_histories(
-    histories: Histories, only: Filter, rng: np.random.Generator
+    histories: Histories,
+    wanted: Sequence[tuple[int, ...]] | None,
+    rows: Sequence[int] | None,
+    rng: np.random.Generator,
 ) -> list[np.ndarray]:
     """Numbers of the eligible histories, one shuffled array a goal, goals in random order."""
     goals = [tuple(goal) for goal in histories.goals.tolist()]
-    rows = range(len(goals)) if only.histories is None else sorted(set(only.histories))
-    if unknown := [row for row in rows if row not in range(len(goals))]:
-        raise UserError(f"expected histories in 0..{len(goals) - 1}, got {unknown[0]}")
-    known = dict.fromkeys(goals)
-    wanted = known if only.goals is None else dict.fromkeys(map(tuple, only.goals))
-    for goal in (goal for goal in wanted if goal not in known):
-        goal, *there = (",".join(map(str, one)) for one in (goal, *known))
-        raise UserError(f"no history of goal {goal}: expected one of {'; '.join(there)}")
-    by_goal: dict[tuple[int, ...], list[int]] = {}
+    rows = range(len(goals)) if rows is None else sorted(set(rows))
     for row in rows:
-        if goals[row] in wanted:
-            by_goal.setdefault(goals[row], []).append(row)
-    expect(by_goal, "no decision passes the filter: no history is of a goal asked for")
-    groups = [rng.permutation(group) for group in by_goal.values()]
+        is_there = row in range(len(goals))
+        expect(is_there, f"expected histories in 0..{len(goals) - 1}, got {row}")
+    known = dict.fromkeys(goals)
+    wanted = known if wanted is None else dict.fromkeys(map(tuple, wanted))
+    if unknown := [goal for goal in wanted if goal not in known]:
+        goal, *there = (",".join(map(str, one)) for one in (unknown[0], *known))
+        raise UserError(f"no history of goal {goal}: expected one of {'; '.join(there)}")
+    groups = alike((row, goals[row]) for row in rows if goals[row] in wanted)
+    expect(groups, "no decision passes the filter: no history is of a goal asked for")
+    groups = [rng.permutation(group) for group in groups]
     return [groups[i] for i in rng.permutation(len(groups))]
 
 
@@ -124,16 +122,16 @@ def _eligible_steps(
     """Steps that have a full context and lie in the range asked for, ascending."""
     steps = np.arange(histories.n_steps)
     steps = steps[max_stride_of(steps, n_context, histories.horizon) >= stride]
-    if not steps.size:
-        raise UserError(
-            f"histories too short for the context: expected {n_context} transitions before a "
-            f"decision (stride {stride}), got histories of {histories.n_steps} steps"
-        )
+    expect(
+        steps.size,
+        f"histories too short for the context: expected {n_context} transitions before a "
+        f"decision (stride {stride}), got histories of {histories.n_steps} steps",
+    )
     first, last = bounds or (steps[0], steps[-1])
     inside = steps[(steps >= first) & (steps <= last)]
-    if not inside.size:
-        raise UserError(
-            f"no decision passes the filter: expected steps between {steps[0]} (the first "
-            f"with {n_context} transitions before it) and {steps[-1]}, got {first}:{last}"
-        )
+    expect(
+        inside.size,
+        f"no decision passes the filter: expected steps between {steps[0]} (the first "
+        f"with {n_context} transitions before it) and {steps[-1]}, got {first}:{last}",
+    )
     return inside
