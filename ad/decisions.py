@@ -1,10 +1,7 @@
 """Decisions of learning histories: spread over goals, histories and stages of learning.
 
-A decision is one step of a learning history: the state the learner stood in, and as context the `n`
-transitions before it.
-
-    places = choose_decisions(histories, n_context=99, n_samples=10, seed=0)
-    HistoryDecisions(histories, places, 99)[0]                                    # a Decision
+places = choose_decisions(histories, n_context=99, n_samples=10, seed=0)
+HistoryDecisions(histories, places, 99)[0]                                        # a Decision
 """
 
 from collections.abc import Sequence
@@ -45,10 +42,8 @@ class HistoryDecisions(Sequence[Decision]):
     def __getitem__(self, index: int) -> Decision:
         histories, horizon = self.histories, self.histories.horizon
         history, step, stride = place = self.places[index]
-        context, goal = (
-            context_steps(step, self.n_context, stride, horizon),
-            histories.goals[history],
-        )
+        context = context_steps(step, self.n_context, stride, horizon)
+        goal = histories.goals[history]
         joined = "" if stride == 1 else f", one episode in {stride}"
         return Decision(
             **{name: getattr(histories, name)[history, context] for name in CONTEXT},
@@ -87,19 +82,17 @@ def choose_decisions(
     number, from the first to the last step of `bounds`; None: any. UserError where there are none.
     """
     rng = np.random.default_rng(seed)
-    by_goal = _eligible_histories(histories, goals, rows, rng)
+    groups = [rng.permutation(group) for group in _eligible_histories(histories, goals, rows)]
+    by_goal = [groups[i] for i in rng.permutation(len(groups))]
     steps = _eligible_steps(histories, n_context, stride, bounds)
     chosen = spread_decisions(by_goal, steps, n_samples, rng)
     return [Place(history, step, stride) for history, step in chosen]
 
 
 def _eligible_histories(
-    histories: Histories,
-    wanted: Sequence[tuple[int, ...]] | None,
-    rows: Sequence[int] | None,
-    rng: np.random.Generator,
-) -> list[np.ndarray]:
-    """Numbers of the eligible histories, one shuffled array a goal, goals in random order."""
+    histories: Histories, wanted: Sequence[tuple[int, ...]] | None, rows: Sequence[int] | None
+) -> list[list[int]]:
+    """Numbers of the eligible histories of each goal."""
     goals = [tuple(goal) for goal in histories.goals.tolist()]
     rows = range(len(goals)) if rows is None else sorted(set(rows))
     for row in rows:
@@ -112,8 +105,7 @@ def _eligible_histories(
         raise UserError(f"no history of goal {goal}: expected one of {'; '.join(there)}")
     groups = alike((row, goals[row]) for row in rows if goals[row] in wanted)
     expect(groups, "no decision passes the filter: no history is of a goal asked for")
-    groups = [rng.permutation(group) for group in groups]
-    return [groups[i] for i in rng.permutation(len(groups))]
+    return groups
 
 
 def _eligible_steps(
