@@ -1,4 +1,4 @@
-"""Save, find and load trained runs: `load_checkpoint(find_checkpoint("checkpoints").path)`.
+"""Save, find and load trained runs: `load_checkpoint(find_checkpoint("checkpoints")[0])`.
 
 A run is a folder `checkpoints/RUN/` with one `ckpt-STEP.pt` or more and, beside them, the learning
 histories of the test goals in `histories-test.npz`. A checkpoint is a dict of plain types and
@@ -11,7 +11,7 @@ import random
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,13 +30,6 @@ KIND = "a checkpoint", "Choose another with --checkpoint, or train again"
 MAX_WEIGHT = 1e4  # of a model to look at: those of use are far smaller, larger ones overflow
 _SMALL_LLAMA = re.compile(r"(^|\.)transformer\.blocks\.\d+\.")
 _WRAPPERS = re.compile(r"(module\.|_orig_mod\.)*")  # of torch.compile and data-parallel training
-
-
-class Choice(NamedTuple):
-    """A checkpoint file, and why it is the one."""
-
-    path: Path
-    reason: str
 
 
 @dataclass(frozen=True)
@@ -59,29 +52,23 @@ class Checkpoint:
         return _task_of(self.config)
 
 
-def checkpoint_step(path: Path) -> int | None:
-    """The step in the name `ckpt-STEP.pt`, or None if the file is not named so."""
-    match = re.fullmatch(r"ckpt-(\d+)\.pt", path.name)
-    return int(match[1]) if match else None
-
-
 def checkpoints_in(run: Path) -> list[Path]:
-    """Checkpoints of a run, ascending by step as a number: 10000 comes after 9000."""
-    files = [path for path in run.glob("ckpt-*.pt") if checkpoint_step(path) is not None]
-    return sorted(files, key=checkpoint_step)
+    """Files `ckpt-STEP.pt` of a run, ascending by step as a number: 10000 comes after 9000."""
+    files = {path: re.fullmatch(r"ckpt-(\d+)\.pt", path.name) for path in run.glob("ckpt-*.pt")}
+    return sorted(filter(files.get, files), key=lambda path: int(files[path][1]))
 
 
-def find_checkpoint(where: str | Path) -> Choice:
-    """Choose a checkpoint: `where` is a file, a run, or a folder of runs.
+def find_checkpoint(where: str | Path) -> tuple[Path, str]:
+    """A checkpoint, and why it is the one: `where` is a file, a run, or a folder of runs.
 
     Of a folder of runs it is the run last written to, of a run the highest step. UserError where
     there is none.
     """
     where = Path(where)
     if where.is_file():
-        return Choice(where, "the file asked for")
+        return where, "the file asked for"
     if own := checkpoints_in(where):
-        return Choice(own[-1], f"highest step of {len(own)} in the run asked for")
+        return own[-1], f"highest step of {len(own)} in the run asked for"
     runs = [files for run in sorted(where.glob("*")) if (files := checkpoints_in(run))]
     expect(
         runs,
@@ -90,7 +77,7 @@ def find_checkpoint(where: str | Path) -> Choice:
     )
     latest = max(runs, key=lambda files: max(path.stat().st_mtime_ns for path in files))
     which = "the only run" if len(runs) == 1 else f"last written of {len(runs)} runs"
-    return Choice(latest[-1], f"{which}, highest step of {len(latest)}")
+    return latest[-1], f"{which}, highest step of {len(latest)}"
 
 
 def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
@@ -100,7 +87,7 @@ def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
 
 
 def read_file(path: str | Path) -> dict[str, Any]:
-    """Read a checkpoint file as plain numbers and tensors; nothing in it is executed.
+    """Plain numbers and tensors of a checkpoint file, of which nothing is executed.
 
     UserError where it is not there, not a checkpoint, damaged, or its settings are none.
     """
@@ -127,8 +114,8 @@ def _check(what: str, value: object, kind: type, least: float, most: float) -> N
     is_kind = type(value) is kind or (kind is float and type(value) is int)
     is_in = is_kind and least <= (len(value) if kind is str else value) <= most
     expected = {int: "a whole number", float: "a number", str: "a text of a length"}[kind]
-    got = printable(repr(value))
-    expect(is_in, f"expected {what} to be {expected} in {least}..{most}, got {got}")
+    what = f"expected {what} to be {expected} in {least}..{most}, got {printable(repr(value))}"
+    expect(is_in, what)
 
 
 def load_checkpoint(
@@ -172,24 +159,25 @@ def _model_of(config: dict[str, Any], weights: dict[str, Tensor], size: int) -> 
     """The model of a config, made where a file of `size` bytes can hold as much."""
     missing = [name for name in NEEDED if config.get(name) is None]
     expect(not missing, f"expected {', '.join(missing)} in its config, got none")
-    config = {name: value for name, value in config.items() if value is not None}
+    config = {"tf_dropout": 0.0} | {k: v for k, v in config.items() if v is not None}
     inner = weights.get("transformer_encoder.layers.0.linear1.weight")
     if inner is not None and inner.dim():  # the feed-forward width is that of the tensors
         config["tf_n_inner"] = len(inner)
-    made = from_dict(ModelConfig, {"tf_dropout": 0.0} | config)
+    made = from_dict(ModelConfig, config)
     rows = made.tf_n_layer * (4 * made.tf_n_embd + 2 * made.tf_n_inner)  # of tf_n_embd numbers
     rows += made.n_transit + made.grid_size**2 + 2 * made.num_actions
-    what = f"that describes {rows * made.tf_n_embd:,} numbers, too many for {size:,} bytes"
-    expect(rows * made.tf_n_embd <= size, f"its tensors do not fit its config: {what}")
+    unfit = "its tensors do not fit its config:"
+    what = f"{unfit} that describes {rows * made.tf_n_embd:,} numbers, too many for {size:,} bytes"
+    expect(rows * made.tf_n_embd <= size, what)
     model = ADTransformer(made)
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    expected, found = (
+        {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        for tensors in (model.state_dict(), weights)
+    )
     if wrong := [name for name in expected | found if expected.get(name) != found.get(name)]:
         name, more = wrong[0], f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
-        raise UserError(
-            f"its tensors do not fit its config: expected {printable(name)} of shape "
-            f"{expected.get(name, 'none')}, got {found.get(name, 'none')}{more}"
-        )
+        shape, got = expected.get(name, "none"), found.get(name, "none")
+        raise UserError(f"{unfit} expected {printable(name)} of shape {shape}, got {got}{more}")
     for name, tensor in weights.items():
         is_float = tensor.is_floating_point()
         expect(is_float, f"expected {name} of floating-point numbers, got {tensor.dtype}")
@@ -213,8 +201,8 @@ def _checked_goals(goals: dict[str, Any], config: dict[str, Any]) -> dict[str, l
             raise UserError(f"{what} [{each}] with entries 0..{size - 1}, got {got}")
     expect(len(goals) <= 3 * size**n, f"{what} at most {3 * size**n:,} goals, got {len(goals):,}")
     seen = {(*goal,) for name, part in parts.items() if name != "test" for goal in part}
+    what = "expected each of its test goals once, and none that it was trained or chosen on"
     for goal in parts.get("test", []):
-        what = "expected each of its test goals once, and none that it was trained or chosen on"
         expect((*goal,) not in seen, f"{what}, got {goal} again")
         seen.add((*goal,))
     return parts
@@ -230,10 +218,9 @@ def split_of(config: dict[str, Any]) -> dict[str, list[list[int]]]:
     seed, ratio = config.get("env_split_seed"), config.get("train_env_ratio")
     if task_of(config) != "darkroom" or seed is None or ratio is None:
         return {}
-    cells = list(range(config["grid_size"] ** 2))
-    random.Random(seed).shuffle(cells)
-    goals = [list(divmod(cell, config["grid_size"])) for cell in cells]
-    n_train = round(len(cells) * ratio)
+    goals = [list(divmod(cell, config["grid_size"])) for cell in range(config["grid_size"] ** 2)]
+    random.Random(seed).shuffle(goals)
+    n_train = round(len(goals) * ratio)
     return {"train": goals[:n_train], "test": goals[n_train:]}
 
 
@@ -243,8 +230,8 @@ def task_of(config: dict[str, Any]) -> str | None:
     Existing code spells the plain Dark Room in several ways; its other tasks differ from ours.
     """
     env = "darkroom" if config.get("env") is None else str(config["env"])
-    name = re.sub(r"[\W_]", "", env).lower()
-    return "darkroom" if name == "darkroom" else env if env in TASKS else None
+    is_plain = re.sub(r"[\W_]", "", env).lower() == "darkroom"
+    return "darkroom" if is_plain else env if env in TASKS else None
 
 
 def _task_of(config: dict[str, Any]) -> Task:

@@ -215,7 +215,7 @@ def tiny_run(tmp_path, tiny_model):
 
 def checkpoint_of(run, changes=(), **config):
     """The checkpoint of a run after changes of it and of its config; None removes a setting."""
-    path = find_checkpoint(run).path
+    path = find_checkpoint(run)[0]
     content = torch.load(path, weights_only=True)
     config = {k: v for k, v in (content["config"] | config).items() if v is not None}
     torch.save(content | {"config": config} | dict(changes), path)
@@ -224,7 +224,7 @@ def checkpoint_of(run, changes=(), **config):
 
 def logits_both_ways(run, file, cell, stream, step):
     """Logits of one decision here, and from that code alone; `cell` counts those held out."""
-    checkpoint = load_checkpoint(find_checkpoint(run).path)
+    checkpoint = load_checkpoint(find_checkpoint(run)[0])
     grid_size = checkpoint.model.config.grid_size
     histories, cells = read_histories(file, checkpoint), held_out(0, 0.9, grid_size**2)
     assert histories.goals[::2].tolist() == [list(divmod(cell, grid_size)) for cell in cells]
