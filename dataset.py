@@ -39,13 +39,12 @@ class Histories:
     horizon: int  # steps an episode
 
     def __post_init__(self) -> None:
-        n, steps = self.actions.shape
-        expected = dict.fromkeys(["actions", "rewards"], (n, steps))
-        expected |= dict.fromkeys(["states", "next_states"], (n, steps, 2))
-        expected |= {"goals": (n, 4 if self.goals.shape[1:] == (4,) else 2)}
-        for name, shape in expected.items():
+        (n, steps), n_numbers = self.actions.shape, 4 if self.goals.shape[1:] == (4,) else 2
+        flat, cells = (n, steps), (n, steps, 2)
+        expected = {"actions": flat, "rewards": flat, "states": cells, "next_states": cells}
+        for name, shape in (expected | {"goals": (n, n_numbers)}).items():
             array = getattr(self, name)
-            beside = f"expected {name} of shape {shape} beside actions of shape {(n, steps)}"
+            beside = f"expected {name} of shape {shape} beside actions of shape {flat}"
             expect(array.shape == shape, f"{beside}, got {array.shape}")
             kinds, kind = ("biuf", "a number") if name == "rewards" else ("iu", "an integer")
             is_kind = array.dtype.kind in kinds and array.dtype.itemsize <= 8
@@ -53,13 +52,10 @@ class Histories:
         low, high = self.rewards.min(initial=0), self.rewards.max(initial=0)
         what = f"expected finite rewards up to {MAX_REWARD:,.0f}, got {low} to {high}"
         expect(low >= -MAX_REWARD and high <= MAX_REWARD, what)
-        expect(
-            steps <= MAX_STEPS, f"expected histories of {MAX_STEPS:,} steps or fewer, got {steps:,}"
-        )
-        expect(
-            self.horizon >= 1 and steps % self.horizon == 0,
-            f"expected whole episodes of {self.horizon} steps, got {steps} steps a history",
-        )
+        what = f"expected histories of {MAX_STEPS:,} steps or fewer, got {steps:,}"
+        expect(steps <= MAX_STEPS, what)
+        what = f"expected whole episodes of {self.horizon} steps, got {steps} steps a history"
+        expect(self.horizon >= 1 and steps % self.horizon == 0, what)
 
     @property
     def n_histories(self) -> int:
@@ -93,10 +89,7 @@ class Histories:
 
 
 def context_steps(step: int, n: int, stride: int, horizon: int) -> np.ndarray:
-    """The `n` steps before a decision at `step`, in the order of time: `(n,)` int.
-
-    They are of its own episode, then of every `stride`-th back; negative before the first.
-    """
+    """`joined_steps` `(n,)` of every `stride`-th episode back; negative before the first."""
     earlier = step // horizon - stride * (1 + np.arange(-(-n // horizon)))
     return joined_steps(np.array([step]), n, earlier[None], horizon)[0]
 
@@ -129,10 +122,8 @@ class ADDataset:
 
     A batch of `B` windows is a dict of tensors: `states (B, n, 2), actions (B, n), rewards (B, n),
     next_states (B, n, 2)`, and for the decisions after the `q` longest prefixes `query_states
-    (B, q, 2), target_actions (B, q)`, int64; rewards that are no whole numbers float32. A batch
-    drawn by `sample` has windows of `n_context` transitions, joined at strides from
-    `1 .. max_stride`, as far as the history reaches back, and `q` is `n + 1`. UserError: the
-    histories are too short for a single window.
+    (B, q, 2), target_actions (B, q)`, int64; rewards that are no whole numbers float32. UserError:
+    the histories are too short for a single window of `n_context` transitions.
     """
 
     def __init__(
@@ -149,7 +140,7 @@ class ADDataset:
         self.tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
 
     def sample(self, batch_size: int, rng: np.random.Generator) -> dict[str, Tensor]:
-        """Draw a training batch of `B` windows."""
+        """Draw a training batch of `B` windows of `n_context` transitions; `q` is one more."""
         return self.gather(*self.draw(batch_size, self.n_context, rng))
 
     def draw(self, batch_size: int, n: int, rng: np.random.Generator) -> tuple[np.ndarray, ...]:
@@ -158,12 +149,11 @@ class ADDataset:
         A part `random` of the windows joins episodes drawn at random, more of them from early
         learning: what stands in context then often holds no reward yet while the learner knows its
         goal already, which teaches the model to head for places where a goal may be. The others
-        join every k-th episode, k uniform, and lie anywhere in their history. Half of each kind
-        begin with an episode, as a context that is still growing does, and half anywhere, as a full
-        one does.
+        join every k-th episode, k uniform in `1 .. max_stride` as far as the history reaches back,
+        and lie anywhere in it. Half of each kind begin with an episode, as a context that is still
+        growing does, and half anywhere, as a full one does.
 
-        Returns histories `(B,)`, steps of the decisions `(B,)` and of their contexts `(B, n)`, as
-        `gather` takes them.
+        Returns histories `(B,)`, steps of the decisions `(B,)` and of their contexts `(B, n)`.
         """
         horizon, n_back = self.histories.horizon, -(-n // self.histories.horizon)
         n_episodes = self.histories.n_steps // horizon

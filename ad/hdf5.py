@@ -58,8 +58,8 @@ def read_hdf5(
 def _own(where: str, group: Any, name: str) -> Any:
     """What a group holds by a name, or None; UserError: a link to elsewhere."""
     kind = type(group.get(name, getlink=True)).__name__
-    what = f"{where}: expected {name} in the file itself, got a {kind}"
-    expect(kind in ("HardLink", "NoneType"), what)
+    is_own = kind in ("HardLink", "NoneType")
+    expect(is_own, f"{where}: expected {name} in the file itself, got a {kind}")
     return group.get(name)
 
 
@@ -67,15 +67,15 @@ def _find_cells(
     path: str | Path, file: Any, grid_size: int, goals: Sequence[Sequence[int]] | None
 ) -> list[int]:
     """Cells of the goals asked for, or of all in the file: each has a group of that name."""
-    names = {str(cell): cell for cell in range(grid_size**2)}
     expected = f"expected a group for each goal, named 0 to {grid_size**2 - 1} row by row"
     expect(len(file), f"{path} is empty: {expected}")
     if goals is None:
+        names = list(map(str, range(grid_size**2)))
         for name in file:
             expect(name in names, f"{path}: {expected}, got {printable(repr(name))}")
-        cells = sorted(names[name] for name in file)
+        cells = sorted(map(int, file))
     else:
-        cells = list(dict.fromkeys(int(row) * grid_size + int(col) for row, col in goals))
+        cells = [row * grid_size + col for row, col in goals]
     there = ", ".join(list(file)[:4]) + (f", ... ({len(file)})" if len(file) > 4 else "")
     for cell in cells:
         row, col = divmod(cell, grid_size)
@@ -86,23 +86,22 @@ def _find_cells(
 
 def _shape_of(where: str, group: Any) -> tuple[int, int, int]:
     """Steps and streams of a group whose arrays fit each other, and the bytes that it declares."""
-    names, there = [*CONTEXT, *({"dones"} & group.keys())], ", ".join(group) or "nothing"
-    n_bytes = 0
-    for name in names:
-        array = _own(where, group, name)
+    there, arrays, n_bytes = ", ".join(group) or "nothing", {}, 0
+    for name in (*CONTEXT, *({"dones"} & group.keys())):
+        arrays[name] = array = _own(where, group, name)
         expect(hasattr(array, "shape"), f"{where}: expected a dataset {name}, got {there}")
         is_inside = not array.is_virtual and not array.external
         expect(is_inside, f"{where}: expected {name} in the file itself, it lies in another")
         is_number = array.dtype.kind in "buif" and array.dtype.itemsize <= 8
         expect(is_number, f"{where}: {name}: expected numbers, got {array.dtype}")
         n_bytes += max(array.size, math.prod(array.chunks or ())) * array.dtype.itemsize
-    shape = group["actions"].shape
+    shape = arrays["actions"].shape
     expect(len(shape) == 2, f"{where}: expected actions (T, streams), got {shape}")
     expect(0 not in shape, f"{where}: expected learning histories, got {shape} actions")
-    for name in names:
-        expected, got = (*shape, 2) if "states" in name else shape, group[name].shape
+    for name, array in arrays.items():
+        expected = (*shape, 2) if "states" in name else shape
         what = f"{where}: expected {name} of shape {expected} beside actions of shape {shape}"
-        expect(got == expected, f"{what} (time, streams), got {got}")
+        expect(array.shape == expected, f"{what} (time, streams), got {array.shape}")
     return *shape, n_bytes
 
 
@@ -116,24 +115,17 @@ def _extent(
     expect(total <= most, f"its arrays are {total:,} bytes: expected at most {most:,}")
     ends = (np.flatnonzero(group["dones"][:, 0]) for group in groups.values() if "dones" in group)
     horizon = horizon or next((int(each[0]) + 1 for each in ends if each.size), None)
-    expect(
-        horizon,
-        f"{path}: expected the steps of an episode in the checkpoint's config (horizon) or marked "
-        "by dones, got neither",
-    )
+    what = "the steps of an episode in the checkpoint's config (horizon) or marked by dones"
+    expect(horizon, f"{path}: expected {what}, got neither")
     n_steps = min(steps) // horizon * horizon
     expect(n_steps, f"{path}: expected episodes of {horizon} steps, got {min(steps)} steps")
     if max(steps) > n_steps:
-        tell(
-            f"{path} holds histories of up to {max(steps):,} steps; the first {n_steps:,} of each "
-            f"are used, whole episodes of {horizon} steps that all of them have"
-        )
+        which = f"first {n_steps:,} of each are used, whole episodes of {horizon} steps that all"
+        tell(f"{path} holds histories of up to {max(steps):,} steps; the {which} of them have")
     n_streams = max(1, MAX_TRANSITIONS // (n_steps * len(shapes)))
     if n_streams < max(streams):
-        tell(
-            f"{path} holds {len(shapes)} goals x up to {max(streams):,} streams x {n_steps:,} "
-            f"steps; the first {n_streams:,} streams of each goal are used"
-        )
+        what = f"{len(shapes)} goals x up to {max(streams):,} streams x {n_steps:,} steps"
+        tell(f"{path} holds {what}; the first {n_streams:,} streams of each goal are used")
     return n_steps, n_streams, horizon
 
 
@@ -146,14 +138,11 @@ def _read_group(
         return np.ascontiguousarray(group[name][:n_steps, :n_streams].swapaxes(0, 1))
 
     dones = read("dones") != 0 if "dones" in group else np.zeros(0, dtype=bool)
-    ends = np.arange(n_steps) % horizon == horizon - 1
-    if dones.any() and (dones != ends).any():
-        stream, step = np.argwhere(dones != ends)[0]
-        found = "an end" if dones[stream, step] else "none"
-        raise UserError(
-            f"{where}: expected an episode to end every {horizon} steps, as the checkpoint's "
-            f"horizon says, got {found} at step {step} of stream {stream} (dones)"
-        )
+    wrong = dones != (np.arange(n_steps) % horizon == horizon - 1) if dones.any() else dones
+    for stream, step in np.argwhere(wrong)[:1]:
+        what = f"an episode to end every {horizon} steps, as the checkpoint's horizon says"
+        found = f"{'an end' if dones[stream, step] else 'none'} at step {step} of stream {stream}"
+        raise UserError(f"{where}: expected {what}, got {found} (dones)")
     return [_numbers(f"{where}: {name}", read(name), name == "rewards") for name in CONTEXT]
 
 
@@ -161,11 +150,9 @@ def _numbers(what: str, values: np.ndarray, may_be_fractions: bool) -> np.ndarra
     """Finite numbers in as few bytes as they need, whatever type they are stored as."""
     if (odd := values[~np.isfinite(values)]).size:
         raise UserError(f"{what}: expected finite numbers, got {odd[0]}")
-    odd = values[values != np.round(values)] if values.dtype.kind == "f" else values[:0]
-    if odd.size and may_be_fractions:
+    if values.dtype.kind == "f" and (odd := values[values != np.round(values)]).size:
+        expect(may_be_fractions, f"{what}: expected whole numbers, got {odd[0]}")
         return values.astype(np.float32)
-    if odd.size:
-        raise UserError(f"{what}: expected whole numbers, got {odd[0]}")
     small = values.min() >= -128 and values.max() <= 127
     return values.astype(np.int8 if small else np.int64)
 
@@ -178,7 +165,6 @@ def _check_rewards(path: str | Path, histories: Histories, tell: Callable[[str],
     for history, step in np.argwhere(rewarded & away)[:1]:
         row, col = histories.goals[history]
         there = ",".join(map(str, histories.next_states[history, step]))
-        tell(
-            f"{path}: rewards of the group named for goal {row},{col} are earned at {there}; if "
-            "its groups are in another order than row by row, the goals named here are wrong"
-        )
+        what = f"rewards of the group named for goal {row},{col} are earned at {there}"
+        why = "its groups are in another order than row by row, the goals named here are wrong"
+        tell(f"{path}: {what}; if {why}")

@@ -28,15 +28,16 @@ def read_histories(
     `path` is an `.npz` file that `Histories.save` wrote, or `.hdf5` or `.h5` (see `ad.hdf5`), of
     which the goals that the checkpoint holds out are read. UserError where it does not fit.
     """
-    path, config = Path(path), checkpoint.model.config
+    path, config, columns = Path(path), checkpoint.model.config, checkpoint.task.columns
     expect(path.is_file(), _none_there(path, checkpoint))
     is_hdf5 = path.suffix.lower() in SUFFIXES
     histories = _read_hdf5(path, checkpoint, tell) if is_hdf5 else Histories.load(path)
     what = f"{path} does not fit: expected learning histories, it holds none"
     expect(histories.states.size, what)
-    columns, got = checkpoint.task.columns, histories.goals.shape[1]
-    what = f"{path} does not fit the checkpoint: expected goals of {len(columns)} numbers"
-    expect(got == len(columns), f"{what}, {', '.join(columns)}, got {got}")
+    what = f"{path} does not fit the checkpoint: expected"
+    goals = f"goals of {len(columns)} numbers, {', '.join(columns)}"
+    n_numbers = histories.goals.shape[1]
+    expect(n_numbers == len(columns), f"{what} {goals}, got {n_numbers}")
     for name, values, n in (
         ("rows and columns", histories.states, config.grid_size),
         ("rows and columns", histories.next_states, config.grid_size),
@@ -44,8 +45,7 @@ def read_histories(
         ("goals", histories.goals, config.grid_size),
     ):
         low, high = values.min(), values.max()
-        what = f"{path} does not fit the checkpoint: expected {name} below {n}, got {high}"
-        expect(high < n, what)
+        expect(high < n, f"{what} {name} below {n}, got {high}")
         expect(low >= 0, f"{path}: expected {name} of 0 or more, got {low}")
     trained = checkpoint.config.get("horizon")
     if trained not in (None, histories.horizon):
@@ -70,14 +70,9 @@ def _none_there(path: Path, checkpoint: Checkpoint) -> str:
     config, what = checkpoint.config, "no learning histories:"
     if path != histories_path(None, checkpoint):
         return f"{what} there is no file {path}"
-    if "env_split_seed" in config:
-        name = f"history_{config.get('env')}_{config.get('alg')}_alg-seed{config.get('alg_seed')}"
-        name = printable(name)
-        return (
-            f"{what} expected {path}; this run comes from code that keeps them apart from its "
-            f"checkpoints: name its file, for example --histories datasets/{name}.hdf5"
-        )
-    return (
-        f"{what} expected {path} beside the checkpoint; name a file with --histories, or train "
-        "with `python train.py`, which writes it"
-    )
+    if "env_split_seed" not in config:
+        how = "name a file with --histories, or train with `python train.py`, which writes it"
+        return f"{what} expected {path} beside the checkpoint; {how}"
+    name = f"history_{config.get('env')}_{config.get('alg')}_alg-seed{config.get('alg_seed')}"
+    how = "this run comes from code that keeps them apart from its checkpoints: name its file, for"
+    return f"{what} expected {path}; {how} example --histories datasets/{printable(name)}.hdf5"
