@@ -45,27 +45,25 @@ def progress_line(entry: dict[str, Any], n_episodes: int) -> str:
     compressed = "" if compressed is None else f", on compressed history {compressed:.2f}"
     return (
         f"update {entry['step']:>6,}  loss {entry['loss']:.3f}  reward an episode, episodes "
-        f"{n_episodes // 2 + 1} to {n_episodes}"
-        f": train goals {entry['train_return']:.2f} of {entry['train_possible']:.2f}, validation "
-        f"goals {entry['validation_return']:.2f} of {entry['validation_possible']:.2f}"
-        f"{compressed}{'  (kept)' if entry['best'] else ''}"
+        f"{n_episodes // 2 + 1} to {n_episodes}: train goals {entry['train_return']:.2f} of "
+        f"{entry['train_possible']:.2f}, validation goals {entry['validation_return']:.2f} of "
+        f"{entry['validation_possible']:.2f}{compressed}{'  (kept)' if entry['best'] else ''}"
     )
 
 
 def describe(result: dict[str, Any], checkpoint: Path) -> str:
     """The final numbers of a run, those of `training.json`, and its checkpoint as console text."""
     test, config, n = result["test"], result["config"], result["config"]["eval_episodes"]
-    task = TASKS[config["env"]]
-    names = [task.name(goal) for goal in test["goals"]]
+    names = [TASKS[config["env"]].name(goal) for goal in test["goals"]]
     wide = max(8, *map(len, names))
     lines = [
         f"\nTEST GOALS (never trained or chosen on), {test['rollouts']} rollouts a goal",
         f"{'goal':>{wide}}  {'possible':>8}  {f'episodes {n // 2 + 1} to {n}':>17}  {'part':>5}",
     ]
     by_goal = zip(names, test["possible_by_goal"], test["return_by_goal"], strict=True)
-    for place, best, reached in by_goal:
+    for name, best, reached in by_goal:
         part = f"{reached / best:.0%}" if best else "-"  # out of reach
-        lines.append(f"{place:>{wide}}  {best:>8.4g}  {reached:>17.2f}  {part:>5}")
+        lines.append(f"{name:>{wide}}  {best:>8.4g}  {reached:>17.2f}  {part:>5}")
     mean = f"{test['possible']:>8.2f}  {test['return']:>17.2f}  {test['relative']:>5.0%}"
     lines.append(f"{'mean':>{wide}}  {mean}\n")
     if (whole := result["test_by_sliding"].get("episode")) is not None:

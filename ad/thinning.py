@@ -5,8 +5,6 @@ Training shows it just that: a long history is thinned by a method of `historyle
 few real transitions follow, and the loss is that of the decisions from the thinning on. Prefixes of
 what was kept are no decisions to learn from: a transition that is kept because of what came later,
 as one of a good episode, would teach the actions of a selection, not of the learner.
-
-    python train.py --history-dropout 0.5
 """
 
 import numpy as np
@@ -43,12 +41,10 @@ def sample_thinned(
 ) -> dict[str, Tensor]:
     """Draw a training batch of thinned histories, 1 to 8 times `batch_size` windows `B`.
 
-    The model reads `n` transitions in all windows of a batch, `n` log-uniform up to the longest
-    context; the last few, at most half, lie between the thinning and the last decision. What is
-    thinned is log-uniformly long, up to a whole learning history, of episodes joined as in
-    `ADDataset.draw`. Shorter windows come in larger batches, so that a pass over
-    `[c_1 .. c_n, q_j .. q_n]` is about as many tokens as one over a full window with all its
-    queries.
+    The model reads `n` transitions in all of them, `n` log-uniform up to the longest context; the
+    last few, at most half, lie between the thinning and the last decision. What is thinned is
+    log-uniformly long, up to a whole learning history. Shorter windows come in larger batches, so
+    that a pass takes about as many tokens as one over full windows with all their queries.
 
     Gives a batch as `ADDataset` describes it, with the decisions from the thinning on.
     """
@@ -70,24 +66,19 @@ def sample_thinned(
 
 
 def thin(
-    window: dict[str, Tensor],
-    episodes: Tensor,
-    method: Method,
-    n_keep: int,
-    n_following: int,
+    window: dict[str, Tensor], episodes: Tensor, method: Method, n_keep: int, n_following: int,
     rng: np.random.Generator,
-) -> dict[str, Tensor]:
+) -> dict[str, Tensor]:  # fmt: skip
     """Thin the history of windows `n_following` transitions before their decision.
 
     Of the `m` transitions in windows of `ADDataset.gather`, of `episodes` `(B, m)`, a `method` like
     `TRAINED_ON` keeps `n_keep` of the first `m - n_following`; the others all stay. So `n` is
-    `n_keep + n_following`, and `q` is `n_following + 1`, with keys and shapes of `sample_thinned`.
+    `n_keep + n_following`, and `q` is `n_following + 1`.
     """
     n_past = window["actions"].shape[1] - n_following
     past = (window[name][:, :n_past] for name in CONTEXT)
-    kept = method.compress(
-        History(*past, window["query_states"][:, n_past], episodes[:, :n_past]), n_keep, rng
-    )
+    history = History(*past, window["query_states"][:, n_past], episodes[:, :n_past])
+    kept = method.compress(history, n_keep, rng)
     thinned = {name: values[:, n_past:] for name, values in window.items()}
     return thinned | {k: torch.cat([getattr(kept, k), thinned[k]], dim=1) for k in CONTEXT}
 
