@@ -1,8 +1,6 @@
 """Train an Algorithm Distillation model in Dark Room (Laskin et al. 2022, sections 3 and 4).
 
-    python train.py --seed 1            # learning histories, training, evaluation
     python train.py --resume            # go on after an interruption: same result as without it
-    torchrun --nproc-per-node 4 train.py     # data-parallel: the same batches, shared out
 
 Writes `checkpoints/RUN/`: a `ckpt-STEP.pt` whenever validation goals go as well as at the best so
 far (so the highest step is the one to use), `histories-test.npz`, `training.json` with all the
@@ -14,9 +12,10 @@ import contextlib
 from pathlib import Path
 
 import historylens.common  # noqa: F401 - first: Ctrl-C while all else loads
-from ad.checkpoints import checkpoints_in
+from ad.checkpoints import LOG_NAME, RESUME_NAME, checkpoints_in
 from ad.evaluation import describe
-from ad.training import LOG_NAME, RESUME_NAME, finish, prepare, train
+from ad.preparing import prepare
+from ad.training import finish, train
 from config import DEFAULTS_OF, EnvConfig, ModelConfig, SourceConfig, TrainConfig
 from historylens.common.errors import run_command
 from historylens.common.files import writable_folder

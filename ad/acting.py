@@ -1,7 +1,6 @@
 """The AD model acting: in-context reinforcement learning (Laskin et al. 2022, section 4).
 
     returns = rollout_goals(model, np.repeat(goals, 16, axis=0), n_episodes=40, seed=0)  # (128, 40)
-    logits = fast_logits(model, history)              # (B, A), as model(*history.inputs)
 
 The encoder is walked by hand, without dropout and what the query does not need. While a context
 grows, what earlier tokens computed does not change, so that a step costs two tokens: the newest

@@ -1,10 +1,9 @@
 """Save, find and load trained runs: `load_checkpoint(find_checkpoint("checkpoints")[0])`.
 
-A run is a folder `checkpoints/RUN/` with one `ckpt-STEP.pt` or more and, beside them, the learning
-histories of the test goals in `histories-test.npz`. A checkpoint is a dict of plain types and
-tensors `{step, config, model, optimizer, lr_sched, goals}`, read with `weights_only=True` only.
-Those of existing Dark Room code for Algorithm Distillation (`runs/AD-darkroom-seed0/`) load as they
-are. They hold no `goals`: which ones were held out follows from the config (`split_of`).
+A checkpoint, `ckpt-STEP.pt` in the folder of its run, is a dict of plain types and tensors `{step,
+config, model, optimizer, lr_sched, goals}`, read with `weights_only=True` only. Those of existing
+Dark Room code for Algorithm Distillation (`runs/AD-darkroom-seed0/`) load as they are. They hold no
+`goals`: which ones were held out follows from the config (`split_of`).
 """
 
 import random
@@ -25,7 +24,7 @@ from historylens.common.reading import printable, reading
 from historylens.common.settings import from_dict
 from model import ADTransformer
 
-HISTORIES_NAME = "histories-test.npz"
+HISTORIES_NAME, LOG_NAME, RESUME_NAME = "histories-test.npz", "training.json", "resume.pt"
 KIND = "a checkpoint", "Choose another with --checkpoint, or train again"
 MAX_WEIGHT = 1e4  # of a model to look at: those of use are far smaller, larger ones overflow
 _SMALL_LLAMA = re.compile(r"(^|\.)transformer\.blocks\.\d+\.")
@@ -34,17 +33,13 @@ _WRAPPERS = re.compile(r"(module\.|_orig_mod\.)*")  # of torch.compile and data-
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A trained model and what it was trained on.
-
-    `goals` is `{"train": [[row, col], ...], "validation": [...], "test": [...]}`: without
-    "validation" in those of other code, and empty where the split is not known.
-    """
+    """A trained model and what it was trained on."""
 
     path: Path
     step: int  # gradient updates behind it
     config: dict[str, Any]  # every setting of its training, flat
     model: ADTransformer  # in evaluation mode
-    goals: dict[str, list[list[int]]]
+    goals: dict[str, list[list[int]]]  # "train", "validation", "test": those that are known
 
     @property
     def task(self) -> Task:
@@ -123,8 +118,7 @@ def load_checkpoint(
 ) -> Checkpoint:
     """Read a checkpoint and build its model, in evaluation mode on `device`.
 
-    UserError where it cannot be read, its tensors do not fit its config, or a weight is beyond
-    `largest`.
+    UserError: it cannot be read, its parts do not fit each other, or a weight is beyond `largest`.
     """
     with reading(path, *KIND):
         content = read_file(path)

@@ -25,8 +25,7 @@ import historylens.common
 import train
 import visualize_attention
 from ad import training
-from ad.sizes import n_bytes
-from ad.training import Settings
+from ad.preparing import Settings, n_bytes
 from historylens.agent import pick_device
 from historylens.analysis import AnalysisConfig
 from historylens.common import processes
