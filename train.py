@@ -12,8 +12,8 @@ import contextlib
 from pathlib import Path
 
 import historylens.common  # noqa: F401 - first: Ctrl-C while all else loads
+from ad import evaluation
 from ad.checkpoints import LOG_NAME, RESUME_NAME, checkpoints_in
-from ad.evaluation import describe
 from ad.preparing import prepare
 from ad.training import finish, train
 from config import DEFAULTS_OF, EnvConfig, ModelConfig, SourceConfig, TrainConfig
@@ -46,12 +46,10 @@ def main(argv: list[str] | None = None) -> None:
         result = finish(train(settings, run, device, flags.resume, group), run)
         if group.is_main:
             picture = Path(flags.figs) / "training" / f"{run.name}.png"
-            from ad.learning_curve import draw_learning_curve  # matplotlib takes a second to import
-
             with writable_folder(picture.parent, lock=False):
-                draw_learning_curve(result, picture)
+                evaluation.draw_learning_curve(result, picture)
             (run / RESUME_NAME).unlink(missing_ok=True)  # last: until here a resume does the rest
-            print(describe(result, checkpoints_in(run)[-1]))
+            print(evaluation.describe(result, checkpoints_in(run)[-1]))
             print(f"All numbers: {run / LOG_NAME}, learning curves: {picture}")
 
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 from conftest import files_of, refused
 
-from ad import learning_curve, training
+from ad import evaluation, training
 from ad.acting import rollout_goals
 from ad.checkpoints import checkpoints_in, load_checkpoint, read_file
 from ad.darkroom import optimal_return, split_goals
@@ -79,7 +79,7 @@ def finished(tmp_path_factory):
 
 @pytest.fixture
 def no_picture(monkeypatch):
-    monkeypatch.setattr(learning_curve, "draw_learning_curve", lambda *_: None)
+    monkeypatch.setattr(evaluation, "draw_learning_curve", lambda *_: None)
 
 
 def assert_same_run(run, other):
