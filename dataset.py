@@ -1,8 +1,7 @@
 """Learning histories and the windows that a model reads of them (Laskin et al. 2022, section 3).
 
-A history is everything that happened to one learner, episode after episode. A window is one
-decision of it, with the transitions before as context. With a stride of k that joins every k-th
-episode back, so that a few episodes span much of the learning.
+A window is one decision of a history, with the transitions before as context. With a stride of k
+that joins every k-th episode back, so that a few episodes span much of the learning.
 
     dataset = ADDataset(Histories.load("RUN/histories-test.npz"), n_context=99, max_stride=16)
     dataset.sample(32, np.random.default_rng(0))["states"]                    # (32, 99, 2)

@@ -16,11 +16,10 @@ from ad.decisions import HistoryDecisions, Place, choose_decisions
 from ad.histories import histories_path, read_histories
 from config import EnvConfig
 from historylens.agent import Agent, Environment
+from historylens.analysis import CHECKPOINT_FLAGS
 from historylens.common.errors import expect, note
 from historylens.common.text import counted
 from historylens.history import Decision, History
-
-OF_HISTORIES = ("histories", "goal", "history", "steps", "stride")  # settings of these alone
 
 
 class ADAgent(Agent):
@@ -29,23 +28,17 @@ class ADAgent(Agent):
     can_place = True
 
     def __init__(
-        self,
-        checkpoint: Checkpoint,
-        device: torch.device,
-        decisions: Sequence[Decision] = (),
-        why: str = "",
+        self, checkpoint: Checkpoint, device: torch.device, decisions: Sequence[Decision] = ()
     ) -> None:
         self.checkpoint, self.model, self.device = checkpoint, checkpoint.model, device
-        self.decisions, config = decisions, self.model.config
-        self.facts = {"Checkpoint": f"{checkpoint.path} ({why})"}
+        self.decisions, self.task, config = decisions, checkpoint.task, self.model.config
         self.meta = {"checkpoint": str(checkpoint.path), "step": checkpoint.step}
         self.n_max, self.room = self.model.n_context_max, (config.grid_size, config.grid_size)
         self.layers = [f"transformer_encoder.layers.{i}" for i in range(config.tf_n_layer)]
         self.n_heads = [config.tf_n_head] * config.tf_n_layer
-        self.task = checkpoint.task
         self.label_columns = *self.task.columns, *Place._fields
-        title = f"AD in {self.task.title}, {counted(config.tf_n_layer, 'layer')}"
-        self.title = f"{title}, {counted(config.n_transit, 'token')}"
+        size = f"{counted(config.tf_n_layer, 'layer')}, {counted(config.n_transit, 'token')}"
+        self.title = f"AD in {self.task.title}, {size}"
 
     def act(self, history: History, positions: Tensor | None = None) -> Tensor:
         """Action logits `(B, A)`, by a walk of the encoder that spares what only others need."""
@@ -97,18 +90,20 @@ class ADAgent(Agent):
 
 def _load(where: str, device: torch.device) -> ADAgent:
     path, reason = find_checkpoint(where)
-    return ADAgent(load_checkpoint(path, device, MAX_WEIGHT), device, why=reason)
+    agent = ADAgent(load_checkpoint(path, device, MAX_WEIGHT), device)
+    agent.facts = {"Checkpoint": f"{path} ({reason})"}
+    return agent
 
 
 def load_for_analysis(
     config: Any, device: torch.device, tell: Callable[[str], None] = note
 ) -> ADAgent:
-    """Load the checkpoint of a `VisualizeConfig`, and choose decisions from its histories.
+    """Load the checkpoint of a `VisualizeConfig`, and choose decisions, but for own play.
 
-    For own play there are none yet. UserError: something is missing, damaged, or does not fit.
-    `tell` gets lines for the user.
+    UserError: something is missing, damaged, or does not fit. `tell` gets lines for the user.
     """
-    given = [f"--{name}" for name in OF_HISTORIES if vars(config)[name] not in (None, 1)]
+    _, *of_histories = CHECKPOINT_FLAGS
+    given = [f"--{name}" for name in of_histories if vars(config)[name] not in (None, 1)]
     what = "has no meaning beside --play: its decisions come from no histories"
     expect(not (config.plays and given), f"{' '.join(given[:1])} {what}")
     agent = _load(config.checkpoint, device)
@@ -126,8 +121,8 @@ def load_for_analysis(
     if not config.plays:
         _choose_decisions(agent, config, tell)
     agent.facts |= {"Rewarded": f"rewards above {above:g}"} if above else {}
-    agent.meta |= {"n_transit": model.n_transit, "n_heads": model.tf_n_head}
-    agent.meta["rewarded_above"] = above
+    more = {"n_transit": model.n_transit, "n_heads": model.tf_n_head, "rewarded_above": above}
+    agent.meta |= more
     return agent
 
 

@@ -3,15 +3,12 @@
 An agent walks in a square room and sees its own position alone: what it looks for is hidden, and
 only the reward tells where it is. Episodes have a fixed length and go on when all is found.
 
-- `darkroom`, Dark Room: 9 x 9, 20 steps from the centre; reward 1 on every step on the goal.
-- `darkroom-hard`, Dark Room Hard: 17 x 17, 20 steps from the centre; reward 1 exactly once an
-  episode, for reaching the goal.
-- `key-to-door`, Dark Key-to-Door: 9 x 9, 50 steps from a cell drawn at random; reward 1 once for
-  the key, which must be found first, and 1 once for the door. 6,561 tasks, one a pair of cells;
-  where both are one cell, the door takes another step on it.
+- `darkroom`: 9 x 9, 20 steps from the centre; reward 1 on every step on the goal.
+- `darkroom-hard`: 17 x 17, 20 steps from the centre; reward 1 exactly once an episode.
+- `key-to-door`: 9 x 9, 50 steps from a cell drawn at random; reward 1 once for the key, which must
+  be found first, and 1 once for the door, which takes another step where both are one cell.
 
-Public code differs: in some the episode ends with the last reward, or Key-to-Door starts in the
-centre.
+In some public code an episode ends with the last reward, or `key-to-door` starts in the centre.
 
     room = DarkRoom(goals=all_goals(9))     # 81 rooms side by side
     states, rewards, done = room.step(np.full(81, 2))   # everyone one column to the right
@@ -135,14 +132,12 @@ def optimal_return(
 ) -> np.ndarray:
     """Best possible reward an episode for each goal, `(N,)` for goals `(N, 2 m)`.
 
-    The first step already earns where the goal is the start or a neighbour of it. A goal `d >= 1`
-    steps away earns on the steps `d .. horizon`, or once. The mean over all cells in which an
-    episode may start.
+    A goal `d` steps away, at the start 1, earns on the steps `d .. horizon`, or once. The mean over
+    all cells in which an episode may start.
     """
     task, goals = TASKS[env], np.asarray(goals)
     cells = goals.reshape(-1, len(task.hidden), 2)
-    starts = np.full((1, 2), grid_size // 2)
-    starts = all_goals(grid_size) if task.starts_anywhere else starts
+    starts = all_goals(grid_size) if task.starts_anywhere else np.full((1, 2), grid_size // 2)
     steps = np.abs(cells[:, None, 0] - starts).sum(axis=2).clip(1)  # (N, starts)
     if not task.is_once:
         return (horizon + 1 - steps[:, 0]).clip(0)
@@ -163,15 +158,13 @@ def split_goals(
     """
     goals = all_goals(grid_size, env)
     n_train = len(goals) - n_test - n_validation if n_train is None else n_train
+    ends = np.cumsum([n_test, n_validation, n_train])
     expect(
-        min(n_test, n_validation, n_train) >= 1 and n_test + n_validation + n_train <= len(goals),
+        min(n_test, n_validation, n_train) >= 1 and ends[-1] <= len(goals),
         f"a room of {grid_size**2} cells has {len(goals)} goals: they cannot be split into "
-        f"{n_test} test goals, "
-        f"{n_validation} validation goals and {n_train if n_train > 0 else 'at least one'} to "
-        "train on",
+        f"{n_test} test goals, {n_validation} validation goals and "
+        f"{n_train if n_train > 0 else 'at least one'} to train on",
     )
     order = np.random.default_rng(seed).permutation(len(goals))
-    ends = np.cumsum([n_test, n_validation, n_train])
-    parts = zip(("test", "validation", "train"), np.split(order, ends), strict=False)
-    split = {name: goals[np.sort(part)] for name, part in parts}
-    return {name: split[name] for name in ("train", "validation", "test")}
+    test, validation, train, _ = (goals[np.sort(part)] for part in np.split(order, ends))
+    return {"train": train, "validation": validation, "test": test}
