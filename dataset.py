@@ -130,11 +130,9 @@ class ADDataset:
     ) -> None:
         self.histories, self.n_context = histories, n_context
         self.max_stride, self.random = max_stride, random
-        expect(
-            histories.n_steps > n_context,
-            f"histories too short for the context: expected more than {n_context} steps, so "
-            f"that a decision has {n_context} transitions before it, got {histories.n_steps}",
-        )
+        what = f"histories too short for the context: expected more than {n_context} steps"
+        why = f"so that a decision has {n_context} transitions before it, got {histories.n_steps}"
+        expect(histories.n_steps > n_context, f"{what}, {why}")
         arrays = {name: np.ascontiguousarray(getattr(histories, name)) for name in CONTEXT}
         self.tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
 

@@ -46,9 +46,8 @@ class ADTransformer(nn.Module):
         """Start with comparable parts, which saves most of the updates before anything is learned.
 
         Coordinates enter as if standardised, so that they do not drown the reward. A query state
-        starts as the sum of what the same cell adds as state and as next state of a transition.
-        Positions start as sines and cosines (Vaswani et al. 2017) with wavelengths of 2 pi to
-        2000 pi positions, from which "the token before" is easy to learn.
+        starts as the sum of what the same cell adds as state and as next state of a transition,
+        positions as sines and cosines (Vaswani et al. 2017) of 2 pi to 2000 pi positions.
         """
         # The encoder copies one layer: give each its own weights.
         for parameter in self.transformer_encoder.parameters():
@@ -80,11 +79,9 @@ class ADTransformer(nn.Module):
         """
         states, actions, rewards, next_states, query_states = inputs
         config, n = self.config, states.shape[1]
-        if n > self.n_context_max:
-            raise ValueError(
-                f"expected at most {self.n_context_max} context transitions "
-                f"(n_transit {config.n_transit}, one position is the query's), got {n}"
-            )
+        if n > (most := self.n_context_max):
+            why = f"(n_transit {config.n_transit}, one position is the query's)"
+            raise ValueError(f"expected at most {most} context transitions {why}, got {n}")
         one_hot = nn.functional.one_hot(actions.long(), config.num_actions)
         parts = [states, one_hot, rewards.unsqueeze(-1), next_states]
         dtype = self.embed_context.weight.dtype
@@ -96,11 +93,11 @@ class ADTransformer(nn.Module):
             return tokens + self.pos_embedding[0, self._positions(n, row.shape[1])]
         fits = positions.shape == tokens.shape[:2] and not positions.is_floating_point()
         if not fits or ((positions < 0) | (positions >= config.n_transit)).any():
-            raise ValueError(
-                f"expected positions {tuple(tokens.shape[:2])} of whole numbers in "
-                f"0..{config.n_transit - 1}, got {tuple(positions.shape)} of {positions.dtype} "
-                f"with {positions.unique().tolist()}"
+            expected = f"{tuple(tokens.shape[:2])} of whole numbers in 0..{config.n_transit - 1}"
+            got = (
+                f"{tuple(positions.shape)} of {positions.dtype} with {positions.unique().tolist()}"
             )
+            raise ValueError(f"expected positions {expected}, got {got}")
         return tokens + self.pos_embedding[0, positions.long()]
 
     def _positions(self, n: int, n_queries: int) -> Tensor:
@@ -133,14 +130,11 @@ class ADTransformer(nn.Module):
         return self.pred_action(hidden[:, -1])  # (B, A)
 
     def forward_packed(self, *inputs: Tensor) -> Tensor:
-        """Action logits for every prefix of a window in one pass.
+        """Action logits `(B, q, A)` after the `q` longest prefixes of a window in one pass.
 
-        The sequence is `[c_1 .. c_n, q_0 .. q_n]`: query `q_j` takes position `j`, where it would
-        stand behind the prefix `c_1 .. c_j`, and sees that prefix and itself. No context token
-        sees a query, so each output equals that of a separate pass on its prefix.
-
-        Arguments are those of `forward`, but for `query_states` `(B, q, 2)`, the states to act in
-        after the `q` longest prefixes; `q = n + 1`: after all. Returns `(B, q, A)`.
+        Of `[c_1 .. c_n, q_0 .. q_n]` query `q_j` takes position `j`, as behind the prefix
+        `c_1 .. c_j`, and sees that prefix and itself. No context token sees a query, so each output
+        equals that of a separate pass on its prefix. Arguments are those of `embed`.
         """
         tokens = self.embed(*inputs)  # (B, n + q, D)
         n, n_queries = inputs[0].shape[1], inputs[-1].shape[1]

@@ -64,17 +64,12 @@ class ADAgent(Agent):
         """Its task, on the test goals of the checkpoint; UserError: there are none that fit it."""
         path, config = self.checkpoint.path, self.checkpoint.config
         n_actions, env = self.model.config.num_actions, task_of(config)
-        expect(
-            env and n_actions == N_ACTIONS,
-            f"{path}: expected a model of env {' or '.join(map(repr, TASKS))} with {N_ACTIONS} "
-            f"actions to act, got env {config.get('env')!r} with {n_actions}; its attention can be "
-            "shown",
-        )
-        expect(
-            goals := self.checkpoint.goals.get("test"),
-            f"{path} holds no test goals: expected its goals to have a list 'test', goals that "
-            "the model was not trained on; train again, or name another --checkpoint",
-        )
+        what = f"a model of env {' or '.join(map(repr, TASKS))} with {N_ACTIONS} actions to act"
+        got = f"env {config.get('env')!r} with {n_actions}; its attention can be shown"
+        expect(env and n_actions == N_ACTIONS, f"{path}: expected {what}, got {got}")
+        what = "expected its goals to have a list 'test', goals that the model was not trained on"
+        goals, how = self.checkpoint.goals.get("test"), "train again, or name another --checkpoint"
+        expect(goals, f"{path} holds no test goals: {what}; {how}")
         horizon, goals = config.get("horizon") or EnvConfig.horizon, np.array(goals)
         room = {"grid_size": self.model.config.grid_size, "horizon": horizon, "env": env}
         n_hidden = len(self.task.hidden)

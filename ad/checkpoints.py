@@ -65,11 +65,9 @@ def find_checkpoint(where: str | Path) -> tuple[Path, str]:
     if own := checkpoints_in(where):
         return own[-1], f"highest step of {len(own)} in the run asked for"
     runs = [files for run in sorted(where.glob("*")) if (files := checkpoints_in(run))]
-    expect(
-        runs,
-        f"No checkpoint found: expected ckpt-STEP.pt in {where} or in a folder of it. "
-        "Train your model first using `python train.py`, or name one with --checkpoint.",
-    )
+    what = f"No checkpoint found: expected ckpt-STEP.pt in {where} or in a folder of it."
+    how = "Train your model first using `python train.py`, or name one with --checkpoint."
+    expect(runs, f"{what} {how}")
     latest = max(runs, key=lambda files: max(path.stat().st_mtime_ns for path in files))
     which = "the only run" if len(runs) == 1 else f"last written of {len(runs)} runs"
     return latest[-1], f"{which}, highest step of {len(latest)}"
@@ -89,11 +87,11 @@ def read_file(path: str | Path) -> dict[str, Any]:
     with reading(path, *KIND) as file:
         content = load_plain(file)
         keys = list(map(str, content)) if isinstance(content, dict) else []
-        expect(
-            {"step", "config", "model"} <= set(keys),
-            f"{path} is not a checkpoint of an AD model: expected a dict with step, config, model, "
-            + (f"got one with {', '.join(keys[:8])}" if keys else f"got {type(content).__name__}"),
+        got = f"one with {', '.join(keys[:8])}" if keys else type(content).__name__
+        what = (
+            f"{path} is not a checkpoint of an AD model: expected a dict with step, config, model"
         )
+        expect({"step", "config", "model"} <= set(keys), f"{what}, got {got}")
         config, step = content["config"], content["step"]
         are_dicts = isinstance(config, dict) and isinstance(content["model"], dict)
         expect(are_dicts, "expected its config and model to be dicts")
@@ -132,10 +130,11 @@ def load_checkpoint(
         if kind in ("AD", "DPT", "IDT") and any(map(_SMALL_LLAMA.search, weights)):
             is_read = kind != "IDT" and "grid_size" in config
             how = "reads it" if is_read else "(AD and DPT in grid worlds) is a pattern for one"
-            raise UserError(
-                f"expected the AD model of train.py, got {kind} on a small Llama of "
-                f"jaehyeon-son/dicp: the adapter examples/dicp.py {how}, see docs/your-own-model.md"
+            got = (
+                f"{kind} on a small Llama of jaehyeon-son/dicp: the adapter examples/dicp.py {how}"
             )
+            what = "expected the AD model of train.py"
+            raise UserError(f"{what}, got {got}, see docs/your-own-model.md")
         model = _model_of(config, weights, Path(path).stat().st_size)
         how = "the training diverged. Choose an earlier checkpoint, or train with a lower --lr"
         for name, tensor in model.state_dict().items():

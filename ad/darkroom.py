@@ -159,12 +159,11 @@ def split_goals(
     goals = all_goals(grid_size, env)
     n_train = len(goals) - n_test - n_validation if n_train is None else n_train
     ends = np.cumsum([n_test, n_validation, n_train])
-    expect(
-        min(n_test, n_validation, n_train) >= 1 and ends[-1] <= len(goals),
-        f"a room of {grid_size**2} cells has {len(goals)} goals: they cannot be split into "
-        f"{n_test} test goals, {n_validation} validation goals and "
-        f"{n_train if n_train > 0 else 'at least one'} to train on",
-    )
+    what = f"a room of {grid_size**2} cells has {len(goals)} goals: they cannot be split into"
+    parts = f"{n_test} test goals, {n_validation} validation goals and"
+    others = f"{n_train if n_train > 0 else 'at least one'} to train on"
+    is_room = min(n_test, n_validation, n_train) >= 1 and ends[-1] <= len(goals)
+    expect(is_room, f"{what} {parts} {others}")
     order = np.random.default_rng(seed).permutation(len(goals))
     test, validation, train, _ = (goals[np.sort(part)] for part in np.split(order, ends))
     return {"train": train, "validation": validation, "test": test}

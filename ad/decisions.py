@@ -114,16 +114,12 @@ def _eligible_steps(
     """Steps that have a full context and lie in the range asked for, ascending."""
     steps = np.arange(histories.n_steps)
     steps = steps[max_stride_of(steps, n_context, histories.horizon) >= stride]
-    expect(
-        steps.size,
-        f"histories too short for the context: expected {n_context} transitions before a "
-        f"decision (stride {stride}), got histories of {histories.n_steps} steps",
-    )
+    what = f"expected {n_context} transitions before a decision (stride {stride})"
+    got = f"got histories of {histories.n_steps} steps"
+    expect(steps.size, f"histories too short for the context: {what}, {got}")
     first, last = bounds or (steps[0], steps[-1])
     inside = steps[(steps >= first) & (steps <= last)]
-    expect(
-        inside.size,
-        f"no decision passes the filter: expected steps between {steps[0]} (the first "
-        f"with {n_context} transitions before it) and {steps[-1]}, got {first}:{last}",
-    )
+    least = f"{steps[0]} (the first with {n_context} transitions before it)"
+    what = f"expected steps between {least} and {steps[-1]}, got {first}:{last}"
+    expect(inside.size, f"no decision passes the filter: {what}")
     return inside

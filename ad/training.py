@@ -2,14 +2,14 @@
 
 An interrupted run goes on to the result that it would have had. What is written: see `train.py`.
 
-    result = finish(train(*prepare(flags), resume=False), run)    # what training.json holds
+    result = finish(train(Settings(), run, device, resume=False), run)    # what training.json holds
 """
 
 import json
 import math
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,11 +20,11 @@ from tqdm import tqdm
 from ad import checkpoints
 from ad.acting import Reads, rollout_goals
 from ad.checkpoints import HISTORIES_NAME, LOG_NAME, RESUME_NAME, save_checkpoint
+from ad.darkroom import split_goals
 from ad.evaluation import possible, progress_line, score
-from ad.preparing import Settings, goals_of
 from ad.source import learning_histories, relative_return
 from ad.thinning import draw_batch
-from config import TrainConfig
+from config import EnvConfig, ModelConfig, SourceConfig, TrainConfig
 from dataset import CONTEXT, ADDataset
 from historylens.common.errors import expect, note, told, undivided
 from historylens.common.files import set_aside, write_atomically
@@ -34,6 +34,21 @@ from model import ADTransformer
 
 N_TEST_STREAMS = 8  # learning histories a test goal that are kept beside the checkpoint
 N_TRAIN_GOALS_EVALUATED = 6
+
+
+class Settings(NamedTuple):
+    """Everything that a run depends on."""
+
+    env: EnvConfig = EnvConfig()
+    source: SourceConfig = SourceConfig()
+    model: ModelConfig = ModelConfig()
+    train: TrainConfig = TrainConfig()
+
+
+def goals_of(env: EnvConfig) -> dict[str, np.ndarray]:
+    """The goals to train on, to validate on and to test on, as `split_goals` gives them."""
+    sizes = env.grid_size, env.n_test_goals, env.n_validation_goals
+    return split_goals(env.goal_seed, *sizes, env.env, env.n_train_goals)
 
 
 def make_optimizer(model: nn.Module, train: TrainConfig) -> torch.optim.AdamW:
