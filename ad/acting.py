@@ -3,9 +3,8 @@
     returns = rollout_goals(model, np.repeat(goals, 16, axis=0), n_episodes=40, seed=0)  # (128, 40)
 
 The encoder is walked by hand, without dropout and what the query does not need. While a context
-grows, what earlier tokens computed does not change, so that a step costs two tokens: the newest
-transition, whose keys and values are kept, and the query, whose are not. When the oldest transition
-drops out every position shifts, and all is read anew.
+grows a step costs two tokens: the newest transition, whose keys and values are kept, and the query,
+whose are not. When the oldest transition drops out every position shifts, and all is read anew.
 """
 
 from functools import partial
@@ -29,7 +28,6 @@ from model import ADTransformer
 
 TOKENS_AT_ONCE = 2**12  # on a CPU: what a layer makes of more of them outgrows its cache
 COMPRESSION = METHODS["rewarded-recent"], 10  # transitions, of which a model reads as many as fit
-Sliding = Literal["step", "episode"]
 Reads = Literal["step", "episode", "compressed"]
 
 
@@ -70,10 +68,7 @@ def _walk(model: ADTransformer, x: Tensor, cache: Tensor | None = None, n_past: 
 
 
 class SlidingPolicy:
-    """Decides on the latest transitions, as many as fit: a policy of `rollout`.
-
-    One policy follows one `HistoryBuffer` from its beginning, and keeps keys and values of what it
-    has read. It acts without dropout.
+    """Decides on the latest transitions, as many as fit: a policy of `rollout`, for one buffer.
 
     `sliding` says what drops out of a full context. "step": the oldest transition at each step, so
     that the context always is as long as can be. "episode": the oldest whole episodes of `horizon`
@@ -82,7 +77,7 @@ class SlidingPolicy:
     """
 
     def __init__(
-        self, model: ADTransformer, n_rooms: int, sliding: Sliding = "step", horizon: int = 20
+        self, model: ADTransformer, n_rooms: int, sliding: Reads = "step", horizon: int = 20
     ) -> None:
         if sliding == "episode" and model.n_context_max < 2 * horizon:
             expected = f"expected a context of two episodes ({2 * horizon} transitions) to drop one"
@@ -130,13 +125,12 @@ def rollout_goals(
     env: str = "darkroom",
     group: Group = ALONE,
 ) -> np.ndarray:
-    """Act for many episodes in many rooms at once, with actions drawn from the model's policy.
+    """Rewards `(N, n_episodes)` int of episodes in many rooms at once, actions drawn by the model.
 
     The history grows through all episodes of `horizon` steps. `goals` `(N, 2 m)` int of the task
     `env` may repeat. What happens by chance in room i depends on `seed` and i alone. `reads` is how
     a `SlidingPolicy` slides, with its errors, or "compressed": the model reads what `COMPRESSION`
-    leaves. `progress` labels a progress bar, if one is wanted. Processes share the rooms. Gives the
-    reward of each episode, `(N, n_episodes)` int.
+    leaves. `progress` labels a progress bar, if one is wanted. Processes share the rooms.
     """
     n_steps, parts, size = n_episodes * horizon, [], group.size
     n_blocks = max(1, -(-len(goals) // (MAX_ROOMS * size))) * size
