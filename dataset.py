@@ -107,10 +107,7 @@ def joined_steps(steps: np.ndarray, n: int, earlier: np.ndarray, horizon: int) -
 
 
 def max_stride_of(steps: np.ndarray, n: int, horizon: int) -> np.ndarray:
-    """Largest stride at which decisions at `steps` `(B,)` still have `n` transitions before them.
-
-    0 where even neighbouring episodes do not hold them, a huge number where any stride will do.
-    """
+    """Largest stride, 0 for none, at which decisions at `steps` `(B,)` have `n` steps before."""
     episodes_needed = -(-np.maximum(n - steps % horizon, 0) // horizon)
     reach = steps // horizon // np.maximum(episodes_needed, 1)
     return np.where(episodes_needed > 0, reach, np.iinfo(np.int64).max)

@@ -122,28 +122,22 @@ def load_for_analysis(
 
 
 def _choose_decisions(agent: ADAgent, config: Any, tell: Callable[[str], None]) -> None:
-    """Have an agent look at decisions of the histories that a `VisualizeConfig` names."""
     path = histories_path(config.histories, agent.checkpoint)
     histories = read_histories(path, agent.checkpoint, tell)
-    only = config.goal, config.history, config.steps
-    places = choose_decisions(
-        histories, agent.n_max, config.num_samples, config.seed, config.stride, *only
-    )
+    only = config.stride, config.goal, config.history, config.steps
+    places = choose_decisions(histories, agent.n_max, config.num_samples, config.seed, *only)
     used, steps = list({place.history for place in places}), {place.step for place in places}
-    n_goals, n_goals_used = (
-        counted(len(np.unique(goals, axis=0)), "goal")
-        for goals in (histories.goals, histories.goals[used])
-    )
+    goals = histories.goals
+    there, asked = (counted(len(np.unique(x, axis=0)), "goal") for x in (goals, goals[used]))
     when = f"steps {min(steps):,} to {max(steps):,}" if len(steps) > 1 else f"step {min(steps):,}"
     agent.facts |= {
-        "Histories": f"{path} ({histories.n_histories} of {counted(histories.n_steps, 'step')}, "
-        f"{n_goals})",
-        "Samples": f"{counted(len(places), 'decision')} of {n_goals_used} and "
+        "Histories": f"{path} ({len(goals)} of {counted(histories.n_steps, 'step')}, {there})",
+        "Samples": f"{counted(len(places), 'decision')} of {asked} and "
         f"{counted(len(used), 'history')}, {when}",
     }
     agent.meta["histories"] = str(path)
-    above = agent.rewarded_above
-    agent.decisions = HistoryDecisions(histories, places, agent.n_max, above, agent.task)
+    options = agent.n_max, agent.rewarded_above, agent.task
+    agent.decisions = HistoryDecisions(histories, places, *options)
 
 
 def load_for_acting(config: Any, device: torch.device) -> ADAgent:

@@ -56,8 +56,7 @@ def checkpoints_in(run: Path) -> list[Path]:
 def find_checkpoint(where: str | Path) -> tuple[Path, str]:
     """A checkpoint, and why it is the one: `where` is a file, a run, or a folder of runs.
 
-    Of a folder of runs it is the run last written to, of a run the highest step. UserError where
-    there is none.
+    Of runs it is the one last written to, of a run the highest step. UserError: there is none.
     """
     where = Path(where)
     if where.is_file():
@@ -80,18 +79,14 @@ def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
 
 
 def read_file(path: str | Path) -> dict[str, Any]:
-    """Plain numbers and tensors of a checkpoint file, of which nothing is executed.
-
-    UserError where it is not there, not a checkpoint, damaged, or its settings are none.
-    """
+    """Plain content of a checkpoint file, never executed; UserError: it is none, or damaged."""
     with reading(path, *KIND) as file:
         content = load_plain(file)
         keys = list(map(str, content)) if isinstance(content, dict) else []
         got = f"one with {', '.join(keys[:8])}" if keys else type(content).__name__
-        what = (
-            f"{path} is not a checkpoint of an AD model: expected a dict with step, config, model"
-        )
-        expect({"step", "config", "model"} <= set(keys), f"{what}, got {got}")
+        what = f"{path} is not a checkpoint of an AD model: expected a dict with"
+        is_one = {"step", "config", "model"} <= set(keys)
+        expect(is_one, f"{what} step, config, model, got {got}")
         config, step = content["config"], content["step"]
         are_dicts = isinstance(config, dict) and isinstance(content["model"], dict)
         expect(are_dicts, "expected its config and model to be dicts")
@@ -130,11 +125,9 @@ def load_checkpoint(
         if kind in ("AD", "DPT", "IDT") and any(map(_SMALL_LLAMA.search, weights)):
             is_read = kind != "IDT" and "grid_size" in config
             how = "reads it" if is_read else "(AD and DPT in grid worlds) is a pattern for one"
-            got = (
-                f"{kind} on a small Llama of jaehyeon-son/dicp: the adapter examples/dicp.py {how}"
-            )
-            what = "expected the AD model of train.py"
-            raise UserError(f"{what}, got {got}, see docs/your-own-model.md")
+            what = f"expected the AD model of train.py, got {kind} on a small Llama of"
+            why = f"the adapter examples/dicp.py {how}, see docs/your-own-model.md"
+            raise UserError(f"{what} jaehyeon-son/dicp: {why}")
         model = _model_of(config, weights, Path(path).stat().st_size)
         how = "the training diverged. Choose an earlier checkpoint, or train with a lower --lr"
         for name, tensor in model.state_dict().items():
@@ -179,10 +172,7 @@ def _model_of(config: dict[str, Any], weights: dict[str, Tensor], size: int) -> 
 
 
 def _checked_goals(goals: dict[str, Any], config: dict[str, Any]) -> dict[str, list[list[int]]]:
-    """The same in plain lists; UserError unless they are goals of the task of a config.
-
-    A test goal stands there once, and in no other part.
-    """
+    """The same in plain lists; UserError unless they are of a config's task, test goals apart."""
     size, hidden = config["grid_size"], _task_of(config).hidden
     parts = {name: [[*goal] for goal in goals] for name, goals in dict.items(goals)}
     goals = [goal for part in parts.values() for goal in part]
@@ -204,9 +194,8 @@ def _checked_goals(goals: dict[str, Any], config: dict[str, Any]) -> dict[str, l
 def split_of(config: dict[str, Any]) -> dict[str, list[list[int]]]:
     """The goals that existing Dark Room code trained on and held out, as its config implies them.
 
-    The cells of the room, row by row, are shuffled by `random.seed(env_split_seed)`: the first
-    `round(cells * train_env_ratio)` are "train", `[[row, col], ...]` in that order, the rest are
-    "test". Empty where the config does not tell.
+    The cells of the room, row by row, are shuffled by `random.seed(env_split_seed)`; the first
+    `round(cells * train_env_ratio)` are "train", the rest "test". Empty: the config does not tell.
     """
     seed, ratio = config.get("env_split_seed"), config.get("train_env_ratio")
     if task_of(config) != "darkroom" or seed is None or ratio is None:

@@ -58,7 +58,7 @@ TASKS = {
 
 
 class DarkRoom:
-    """`N` rooms of `grid_size**2` cells stepped together, one goal of `(N, 2 m)` each.
+    """`N` rooms of `grid_size**2` cells stepped together, one goal of `(N, 2 m)` int each.
 
     A goal is (row, column) of each of the `m` hidden things of `TASKS[env]`. An episode has
     `horizon` steps. Where it starts by chance, that depends on the room's own of `seeds` `(N,)`.

@@ -59,8 +59,7 @@ class HistoryDecisions(Sequence[Decision]):
         )
 
     @cached_property
-    def _tasks(self) -> np.ndarray:
-        """`(N,)` int, numbers of the goals of all histories."""
+    def _tasks(self) -> np.ndarray:  # (N,) int, numbers of the goals of all histories
         return np.unique(self.histories.goals, axis=0, return_inverse=True)[1].ravel()
 
 
@@ -76,10 +75,8 @@ def choose_decisions(
 ) -> list[Place]:
     """Spread `n_samples` decisions evenly over goals, their histories, and stages of learning.
 
-    Goals take turns, and so do the histories of each goal. The stages divide the eligible steps
-    into `n_samples` equal parts, one decision from each, dealt out to the goals in random order.
-    Where fewer are eligible, all of them are taken: those of `goals`, of histories `rows` by their
-    number, from the first to the last step of `bounds`; None: any. UserError where there are none.
+    As `spread_decisions` does, of `goals`, of histories `rows` by their number, from the first to
+    the last step of `bounds`; None: any. UserError where there are none.
     """
     rng = np.random.default_rng(seed)
     groups = [rng.permutation(group) for group in _eligible_histories(histories, goals, rows)]
@@ -92,7 +89,6 @@ def choose_decisions(
 def _eligible_histories(
     histories: Histories, wanted: Sequence[tuple[int, ...]] | None, rows: Sequence[int] | None
 ) -> list[list[int]]:
-    """Numbers of the eligible histories of each goal."""
     goals = [tuple(goal) for goal in histories.goals.tolist()]
     rows = range(len(goals)) if rows is None else sorted(set(rows))
     for row in rows:
@@ -111,7 +107,6 @@ def _eligible_histories(
 def _eligible_steps(
     histories: Histories, n_context: int, stride: int, bounds: tuple[int, int] | None
 ) -> np.ndarray:
-    """Steps that have a full context and lie in the range asked for, ascending."""
     steps = np.arange(histories.n_steps)
     steps = steps[max_stride_of(steps, n_context, histories.horizon) >= stride]
     what = f"expected {n_context} transitions before a decision (stride {stride})"

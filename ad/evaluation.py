@@ -19,11 +19,10 @@ def possible(env: EnvConfig, goals: np.ndarray) -> np.ndarray:
 
 
 def score(env: EnvConfig, goals: np.ndarray, returns: np.ndarray) -> dict[str, Any]:
-    """Numbers of an evaluation on goals `(G, 2 m)`; the second half of its episodes counts.
+    """Plain numbers of an evaluation on goals `(G, 2 m)`; the second half of its episodes counts.
 
-    From the reward of each of `E` episodes of `R` rollouts a goal, `(G, R, E)`, plain numbers:
-    `return` and `possible`, the mean reward an episode reached and the best there is, `relative`,
-    their quotient, with its standard error over rollouts, and the same by goal and by episode.
+    From the reward of each of `E` episodes of `R` rollouts a goal, `(G, R, E)`: the mean `return`
+    and the best `possible`, their quotient with its standard error over rollouts, and by goal.
     """
     best = possible(env, goals)
     by_rollout = returns[:, :, returns.shape[2] // 2 :].mean(axis=2)
@@ -100,7 +99,6 @@ def draw_learning_curve(result: dict[str, Any], path: str | Path) -> None:
 
 
 def _draw_training(axes: Any, result: dict[str, Any]) -> None:
-    """Return on train and validation goals at each evaluation, as part of the best possible."""
     log, n = result["log"], result["config"]["eval_episodes"]
     source, chosen = result["source_relative_return"], result["chosen_step"]
     steps = [entry["step"] for entry in log]
@@ -118,7 +116,6 @@ def _draw_training(axes: Any, result: dict[str, Any]) -> None:
 
 
 def _draw_in_context(axes: Any, test: dict[str, Any], config: dict[str, Any]) -> None:
-    """Reward of each episode of the finished model on goals it has never seen."""
     from matplotlib import colormaps
 
     returns = np.array(test["return_by_episode"])  # (G, E)

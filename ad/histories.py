@@ -3,11 +3,10 @@
 histories = read_histories(histories_path(None, checkpoint), checkpoint)   # those beside it
 
 A file is an `.npz` that `Histories.save` wrote, or HDF5 as existing Dark Room code for Algorithm
-Distillation keeps it: a group for each goal, named by the cell of the goal, row by row, "0" to "80"
-in a room of 9 x 9. A group holds `states` and `next_states` `(T, streams, 2)` and `actions`,
-`rewards` and `dones` `(T, streams)`, time first; a stream is one learning history. At the last step
-of an episode `next_states` holds the state after the reset, not the one reached; it is kept so, as
-the models of that code were trained on it.
+Distillation keeps it: a group for each goal, named by its cell, row by row, "0" to "80" in a room
+of 9 x 9, with `states` and `next_states` `(T, streams, 2)` and `actions`, `rewards` and `dones`
+`(T, streams)`; a stream is one learning history. At the last step of an episode `next_states` holds
+the state after the reset; it is kept so, as the models of that code were trained on it.
 """
 
 import math
@@ -66,7 +65,6 @@ def read_histories(path: str | Path, checkpoint: Checkpoint, tell: Tell = note) 
 
 
 def _none_there(path: Path, checkpoint: Checkpoint) -> str:
-    """Why there are no histories, and what to do about it."""
     config, what = checkpoint.config, "no learning histories:"
     if path != histories_path(None, checkpoint):
         return f"{what} there is no file {path}"

@@ -70,10 +70,7 @@ def _worth(size: int, n_hidden: int, of: str) -> np.ndarray:
 def _greedy(
     values: np.ndarray, worth: np.ndarray, before: np.ndarray | None, rng: np.random.Generator
 ) -> np.ndarray:
-    """The best action of each room `(N,)`, by the numbers `worth (N, A)` of their `values (N, V)`.
-
-    Of equal ones it is that taken `before (N,)`.
-    """
+    """Best actions `(N,)` by the numbers `worth (N, A)` of `values (N, V)`; of equals `before`."""
     rows, ties = np.arange(len(worth)), 1e-5 * rng.random(worth.shape, np.float32)
     if before is not None:
         ties[rows, before] = 2e-5
@@ -84,10 +81,9 @@ def _learn(
     values: np.ndarray, worth: np.ndarray, cells: np.ndarray, actions: np.ndarray,
     rewards: np.ndarray, n_open: int, source: SourceConfig,
 ) -> None:  # fmt: skip
-    """Learn `values (N, V)`, numbered by `worth (states, A)`, from a step of each room.
+    """Learn `values (N, V)`, numbered by `worth (states, A)`, from steps between `cells (N, 2)`.
 
-    From and to `cells (N, 2)`, by `actions (N,)` for `rewards (N,)`; from cell `n_open` on all is
-    found, and there is no more to earn.
+    From cell `n_open` on all is found, and there is no more to earn.
     """
     rows, (before, after) = np.arange(len(cells)), cells.T
     best = values[rows[:, None], worth[after]].max(axis=1) * (after < n_open)

@@ -1,8 +1,6 @@
 """Train an AD model on learning histories, choose a checkpoint by validation goals, evaluate it.
 
-An interrupted run goes on to the result that it would have had. What is written: see `train.py`.
-
-    result = finish(train(Settings(), run, device, resume=False), run)    # what training.json holds
+result = finish(train(Settings(), run, device, resume=False), run)    # what training.json holds
 """
 
 import json
@@ -94,8 +92,9 @@ class Trainer:
         self.rng = np.random.default_rng(train.seed)
         torch.manual_seed(train.seed)
         self.model = ADTransformer(model).to(device)
-        ema = get_ema_multi_avg_fn(train.ema_decay)
-        self.averaged = AveragedModel(self.model, multi_avg_fn=ema)
+        self.averaged = AveragedModel(
+            self.model, multi_avg_fn=get_ema_multi_avg_fn(train.ema_decay)
+        )
         self.objective = group.averaging(PackedLoss(self.model), device)
         self.optimizer = make_optimizer(self.model, train)
         self.lr_sched = torch.optim.lr_scheduler.LambdaLR(
@@ -196,15 +195,18 @@ def train(
     """Train until the last update; rank 0 keeps the checkpoints that validate best in `run`."""
     with group.together(), group.told_once():
         trainer = Trainer(settings, device, group)
-    state, why = (
-        _taken_up(trainer, run) if resume and group.is_main else (None, "files, but no run")
-    )
+    state, why = None, "files, but no run"
+    if resume and group.is_main:
+        state, why = _taken_up(trainer, run)
     if (state := group.broadcast(state)) is not None:
         trainer.load_state_dict(state)
     elif resume:  # what was taken up half is built anew
         trainer = Trainer(settings, device, group)
     if group.is_main and state is None:
-        _begin(trainer, run, why)
+        files = [*checkpoints.checkpoints_in(run), HISTORIES_NAME, LOG_NAME, RESUME_NAME]
+        if aside := set_aside(run, [Path(file).name for file in files]):
+            note(f"{run} held {why}: moved to {aside}, and the run begins anew")
+        save_checkpoint(run / RESUME_NAME, trainer.state_dict())
     if group.is_main and not (run / HISTORIES_NAME).exists():
         goals, seed = trainer.goals["test"], settings.train.seed + 1
         test = learning_histories(goals, settings.env, settings.source, seed, N_TEST_STREAMS)
@@ -243,14 +245,6 @@ def _taken_up(trainer: Trainer, run: Path) -> tuple[dict[str, Any] | None, str]:
         return None, f"a damaged {RESUME_NAME} ({told(error)})"
 
 
-def _begin(trainer: Trainer, run: Path, why: str) -> None:
-    """Set aside what lies in the folder of a new run, and write what a resume needs."""
-    names = [path.name for path in checkpoints.checkpoints_in(run)]
-    if aside := set_aside(run, [*names, HISTORIES_NAME, LOG_NAME, RESUME_NAME]):
-        note(f"{run} held {why}: moved to {aside}, and the run begins anew")
-    save_checkpoint(run / RESUME_NAME, trainer.state_dict())
-
-
 def _keep_if_best(trainer: Trainer, run: Path) -> None:
     """Evaluate; rank 0 writes what a resume needs, and a checkpoint as good as the best."""
     group = trainer.group
@@ -278,11 +272,10 @@ def finish(trainer: Trainer, run: Path) -> dict[str, Any]:
             chosen = chosen.step, chosen.model.state_dict()
     chosen_step, weights = group.broadcast(chosen)
     trainer.averaged.module.load_state_dict(weights)
-    goals, n_rollouts = trainer.goals["test"], trainer.settings.train.final_rollouts
-    test = {
-        sliding: trainer.evaluate(goals, n_rollouts, sliding, f"acting on test goals, {sliding}")
-        for sliding in trainer.slidings
-    }
+    test, n_rollouts = {}, trainer.settings.train.final_rollouts
+    for sliding in trainer.slidings:
+        case = trainer.goals["test"], n_rollouts, sliding
+        test[sliding] = trainer.evaluate(*case, f"acting on test goals, {sliding}")
     result = {
         "config": to_dict(*trainer.settings),
         "chosen_step": chosen_step,
