@@ -21,6 +21,7 @@ from historylens.common.files import write_atomically
 from historylens.common.reading import checked_zip, reading
 from historylens.history import distinct
 
+Batch, Rng = dict[str, Tensor], np.random.Generator
 CONTEXT = ("states", "actions", "rewards", "next_states")  # what a model reads of a transition
 MAX_REWARD = 1e6  # of a transition: far larger ones overflow what a model makes of them
 MAX_STEPS = 2**24  # of a history
@@ -133,11 +134,11 @@ class ADDataset:
         arrays = {name: np.ascontiguousarray(getattr(histories, name)) for name in CONTEXT}
         self.tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
 
-    def sample(self, batch_size: int, rng: np.random.Generator) -> dict[str, Tensor]:
+    def sample(self, batch_size: int, rng: Rng) -> Batch:
         """Draw a training batch of `B` windows of `n_context` transitions; `q` is one more."""
         return self.gather(*self.draw(batch_size, self.n_context, rng))
 
-    def draw(self, batch_size: int, n: int, rng: np.random.Generator) -> tuple[np.ndarray, ...]:
+    def draw(self, batch_size: int, n: int, rng: Rng) -> tuple[np.ndarray, ...]:
         """Draw `B` decisions to train on, and the `n` transitions that stand before each.
 
         A part `random` of the windows joins episodes drawn at random, more of them from early
@@ -170,7 +171,7 @@ class ADDataset:
         steps = episode * horizon + within
         return rows, steps, joined_steps(steps, n, earlier, horizon)
 
-    def gather(self, rows: np.ndarray, steps: np.ndarray, context: np.ndarray) -> dict[str, Tensor]:
+    def gather(self, rows: np.ndarray, steps: np.ndarray, context: np.ndarray) -> Batch:
         """Decisions at `steps` `(B,)` of histories `rows` `(B,)`, after `context` `(B, n)`."""
         rows, decisions = rows[:, None], np.column_stack([context, steps])
         window = {k: v[rows, context] for k, v in self.tensors.items()}

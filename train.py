@@ -62,7 +62,7 @@ def prepare(flags: argparse.Namespace, group: Group) -> tuple[Settings, Path, An
     """Settings, folder and device of a run; UserError before any work where they cannot be."""
     settings = Settings(*(from_flags(type(default), flags) for default in Settings()))
     group.equal_slice(settings.train.batch_size)
-    _check_sizes(*settings)
+    _check_fit(*settings)
     device = group.device(pick_device(flags.device))
     name = f"AD-{settings.env.env}-seed{flags.seed}" if flags.run is None else flags.run
     is_plain = name.isprintable() and name not in ("", ".", "..") and not {*"/\\"} & {*name}
@@ -98,7 +98,7 @@ def _check_run(run: Path, settings: Settings, resume: bool) -> None:
         expect(saved[name] == value, f"{what} {flag_of(name)} {saved[name]}, got {value}")
 
 
-def _check_sizes(
+def _check_fit(
     env: EnvConfig, source: SourceConfig, model: ModelConfig, train: TrainConfig
 ) -> None:
     """UserError: settings that no memory holds, or under which nothing can be learned."""

@@ -1,7 +1,7 @@
 """The AD model as an agent: a checkpoint, and decisions from learning histories."""
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
@@ -13,7 +13,7 @@ from ad.acting import fast_logits
 from ad.checkpoints import MAX_WEIGHT, Checkpoint, find_checkpoint, load_checkpoint, task_of
 from ad.darkroom import N_ACTIONS, TASKS, DarkRoom, optimal_return
 from ad.decisions import HistoryDecisions, Place, choose_decisions
-from ad.histories import histories_path, read_histories
+from ad.histories import Tell, histories_path, read_histories
 from config import EnvConfig
 from historylens.agent import Agent, Environment
 from historylens.analysis import CHECKPOINT_FLAGS
@@ -90,9 +90,7 @@ def _load(where: str, device: torch.device) -> ADAgent:
     return agent
 
 
-def load_for_analysis(
-    config: Any, device: torch.device, tell: Callable[[str], None] = note
-) -> ADAgent:
+def load_for_analysis(config: Any, device: torch.device, tell: Tell = note) -> ADAgent:
     """Load the checkpoint of a `VisualizeConfig`, and choose decisions, but for own play.
 
     UserError: something is missing, damaged, or does not fit. `tell` gets lines for the user.
@@ -121,7 +119,7 @@ def load_for_analysis(
     return agent
 
 
-def _choose_decisions(agent: ADAgent, config: Any, tell: Callable[[str], None]) -> None:
+def _choose_decisions(agent: ADAgent, config: Any, tell: Tell) -> None:
     path = histories_path(config.histories, agent.checkpoint)
     histories = read_histories(path, agent.checkpoint, tell)
     only = config.stride, config.goal, config.history, config.steps

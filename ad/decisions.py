@@ -81,8 +81,17 @@ def choose_decisions(
     rng = np.random.default_rng(seed)
     groups = [rng.permutation(group) for group in _eligible_histories(histories, goals, rows)]
     by_goal = [groups[i] for i in rng.permutation(len(groups))]
-    steps = _eligible_steps(histories, n_context, stride, bounds)
-    chosen = spread_decisions(by_goal, steps, n_samples, rng)
+    steps = np.arange(histories.n_steps)
+    steps = steps[max_stride_of(steps, n_context, histories.horizon) >= stride]
+    what = f"expected {n_context} transitions before a decision (stride {stride})"
+    got = f"got histories of {histories.n_steps} steps"
+    expect(steps.size, f"histories too short for the context: {what}, {got}")
+    first, last = bounds or (steps[0], steps[-1])
+    inside = steps[(steps >= first) & (steps <= last)]
+    least = f"{steps[0]} (the first with {n_context} transitions before it)"
+    what = f"expected steps between {least} and {steps[-1]}, got {first}:{last}"
+    expect(inside.size, f"no decision passes the filter: {what}")
+    chosen = spread_decisions(by_goal, inside, n_samples, rng)
     return [Place(history, step, stride) for history, step in chosen]
 
 
@@ -102,19 +111,3 @@ def _eligible_histories(
     groups = alike((row, goals[row]) for row in rows if goals[row] in wanted)
     expect(groups, "no decision passes the filter: no history is of a goal asked for")
     return groups
-
-
-def _eligible_steps(
-    histories: Histories, n_context: int, stride: int, bounds: tuple[int, int] | None
-) -> np.ndarray:
-    steps = np.arange(histories.n_steps)
-    steps = steps[max_stride_of(steps, n_context, histories.horizon) >= stride]
-    what = f"expected {n_context} transitions before a decision (stride {stride})"
-    got = f"got histories of {histories.n_steps} steps"
-    expect(steps.size, f"histories too short for the context: {what}, {got}")
-    first, last = bounds or (steps[0], steps[-1])
-    inside = steps[(steps >= first) & (steps <= last)]
-    least = f"{steps[0]} (the first with {n_context} transitions before it)"
-    what = f"expected steps between {least} and {steps[-1]}, got {first}:{last}"
-    expect(inside.size, f"no decision passes the filter: {what}")
-    return inside

@@ -107,7 +107,7 @@ def read_hdf5(
         cells = _find_cells(path, file, grid_size, goals)
         groups = {f"{path}, group {cell}": file[str(cell)] for cell in cells}
         n_steps, n_streams, horizon = _extent(path, groups, horizon, tell)
-        parts = [_read_group(*item, n_steps, n_streams, horizon) for item in groups.items()]
+        parts = [_arrays(*item, n_steps, n_streams, horizon) for item in groups.items()]
         arrays = [np.concatenate(arrays) for arrays in zip(*parts, strict=True)]
         cells = np.repeat(cells, [len(part[0]) for part in parts])
         histories = Histories(*arrays, np.stack(np.divmod(cells, grid_size), axis=1), horizon)
@@ -187,9 +187,7 @@ def _extent(
     return n_steps, n_streams, horizon
 
 
-def _read_group(
-    where: str, group: Any, n_steps: int, n_streams: int, horizon: int
-) -> list[np.ndarray]:
+def _arrays(where: str, group: Any, n_steps: int, n_streams: int, horizon: int) -> list[np.ndarray]:
     """The `CONTEXT` of a goal, streams first."""
 
     def read(name: str) -> np.ndarray:

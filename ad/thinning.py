@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dataset import CONTEXT, ADDataset
+from dataset import CONTEXT, ADDataset, Batch, Rng
 from historylens.compression import METHODS
 from historylens.compression.method import Method
 from historylens.history import History, episode_ids
@@ -26,18 +26,14 @@ N_THINNINGS = 8  # in one batch, each of a method and a length of its own
 MOST_TIMES = 8  # more windows than in other batches
 
 
-def draw_batch(
-    dataset: ADDataset, batch_size: int, history_dropout: float, rng: np.random.Generator
-) -> dict[str, Tensor]:
+def draw_batch(dataset: ADDataset, batch_size: int, history_dropout: float, rng: Rng) -> Batch:
     """Draw a training batch, one of thinned histories with a chance of `history_dropout`."""
     if history_dropout and rng.random() < history_dropout:  # at 0 nothing is drawn for it
         return sample_thinned(dataset, batch_size, rng)
     return dataset.sample(batch_size, rng)
 
 
-def sample_thinned(
-    dataset: ADDataset, batch_size: int, rng: np.random.Generator
-) -> dict[str, Tensor]:
+def sample_thinned(dataset: ADDataset, batch_size: int, rng: Rng) -> Batch:
     """Draw a training batch of thinned histories, with the decisions from the thinning on.
 
     The model reads `n` transitions in all of them, `n` log-uniform up to the longest context; the
@@ -62,9 +58,8 @@ def sample_thinned(
 
 
 def thin(
-    window: dict[str, Tensor], episodes: Tensor, method: Method, n_keep: int, n_following: int,
-    rng: np.random.Generator,
-) -> dict[str, Tensor]:  # fmt: skip
+    window: Batch, episodes: Tensor, method: Method, n_keep: int, n_following: int, rng: Rng
+) -> Batch:
     """Thin the history of windows `n_following` transitions before their decision.
 
     Of the `m` transitions in windows of `ADDataset.gather`, of `episodes` `(B, m)`, a `method` like
@@ -78,5 +73,5 @@ def thin(
     return thinned | {k: torch.cat([getattr(kept, k), thinned[k]], dim=1) for k in CONTEXT}
 
 
-def _log_uniform(low: int, high: int, rng: np.random.Generator) -> int:
+def _log_uniform(low: int, high: int, rng: Rng) -> int:
     return int(low * ((high + 1) / low) ** rng.random())
