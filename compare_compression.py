@@ -3,10 +3,9 @@
     python compare_compression.py                       # the latest checkpoint, a quick comparison
     python compare_compression.py --adapter my_model.py # a model and an environment of your own
 
-The model acts on goals that it was not trained on, its history compressed before every decision:
-each strategy at each budget, beside full history, an empty one and two controls. Writes
-`return_by_budget.png`, `return_by_episode.png`, `results.csv` and `results.json` to
-`figs/compression/`, and prints a table that ends in one recommendation.
+The model acts on goals that it was not trained on, its history compressed before every decision.
+Writes pictures, `results.csv` and `results.json` to `figs/compression/`, and prints a table that
+ends in one recommendation.
 """
 
 import argparse

@@ -1,8 +1,4 @@
-"""Every setting of the AD model that comes with the tool: defaults, help and flags, once.
-
-The settings of an analysis and of a comparison stand in `historylens.analysis` and
-`historylens.comparison`; here are those that name a checkpoint for them.
-"""
+"""Every setting of the AD model that comes with the tool: defaults, help and flags, once."""
 
 import argparse
 from dataclasses import dataclass
@@ -28,6 +24,7 @@ DEFAULTS_OF: dict[str, dict[str, Any]] = {  # what differs from the defaults bel
 }  # fmt: skip
 
 
+_WHERE = "checkpoint file, run, or folder of runs: the latest in it"
 count, part = partial(setting, at_least=1), partial(setting, fraction=True)
 
 
@@ -144,9 +141,6 @@ def numbers(between: str, counts: tuple[int, ...], expected: str, text: str) -> 
     if len(values) not in counts:
         raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
     return values
-
-
-_WHERE = "checkpoint file, run, or folder of runs: the latest in it"
 
 
 @dataclass(frozen=True)

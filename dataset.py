@@ -58,18 +58,13 @@ class Histories:
         expect(self.horizon >= 1 and steps % self.horizon == 0, what)
 
     @property
-    def n_histories(self) -> int:
-        """Number of histories `N`."""
-        return self.actions.shape[0]
-
-    @property
     def n_steps(self) -> int:
         """Steps of each history `S`."""
         return self.actions.shape[1]
 
     def episode_returns(self) -> np.ndarray:
         """Sum of rewards of each episode: `(N, S / horizon)`."""
-        return self.rewards.reshape(self.n_histories, -1, self.horizon).sum(axis=2)
+        return self.rewards.reshape(len(self.goals), -1, self.horizon).sum(axis=2)
 
     def save(self, path: str | Path) -> None:
         """Write an `.npz` file, whole or not at all."""
@@ -131,7 +126,7 @@ class ADDataset:
         what = f"histories too short for the context: expected more than {n_context} steps"
         why = f"so that a decision has {n_context} transitions before it, got {histories.n_steps}"
         expect(histories.n_steps > n_context, f"{what}, {why}")
-        arrays = {name: np.ascontiguousarray(getattr(histories, name)) for name in CONTEXT}
+        arrays = {name: np.ascontiguousarray(vars(histories)[name]) for name in CONTEXT}
         self.tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
 
     def sample(self, batch_size: int, rng: Rng) -> Batch:
@@ -139,16 +134,13 @@ class ADDataset:
         return self.gather(*self.draw(batch_size, self.n_context, rng))
 
     def draw(self, batch_size: int, n: int, rng: Rng) -> tuple[np.ndarray, ...]:
-        """Draw `B` decisions to train on, and the `n` transitions that stand before each.
+        """Draw histories `(B,)`, steps of decisions `(B,)`, and those of their contexts `(B, n)`.
 
         A part `random` of the windows joins episodes drawn at random, more of them from early
-        learning: what stands in context then often holds no reward yet while the learner knows its
-        goal already, which teaches the model to head for places where a goal may be. The others
-        join every k-th episode, k uniform in `1 .. max_stride` as far as the history reaches back,
-        and lie anywhere in it. Half of each kind begin with an episode, as a context that is still
-        growing does, and half anywhere, as a full one does.
-
-        Returns histories `(B,)`, steps of the decisions `(B,)` and of their contexts `(B, n)`.
+        learning: a context without reward of a learner that knows its goal teaches the model to
+        head for places where a goal may be. The others join every k-th episode, k uniform in
+        `1 .. max_stride`, as far as the history reaches back. Half of each kind begin with an
+        episode, as a context that is still growing does, and half anywhere, as a full one does.
         """
         horizon, n_back = self.histories.horizon, -(-n // self.histories.horizon)
         n_episodes = self.histories.n_steps // horizon
@@ -167,7 +159,7 @@ class ADDataset:
             use = rng.random(batch_size) < self.random
             episode = np.where(use, spread[:, -1], episode)
             earlier = np.where(use[:, None], spread[:, -2::-1], earlier)
-        rows = rng.integers(self.histories.n_histories, size=batch_size)
+        rows = rng.integers(len(self.histories.goals), size=batch_size)
         steps = episode * horizon + within
         return rows, steps, joined_steps(steps, n, earlier, horizon)
 

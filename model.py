@@ -5,9 +5,6 @@ which to act; the query token's output gives the action logits. Axes: `B` sample
 tokens, `T = n + 1` tokens with the query, `D` width, `A` actions.
 
     logits = ADTransformer(ModelConfig())(states, actions, rewards, next_states, query_states)
-
-Training runs a window once with all its `n + 1` queries packed behind the context
-(`forward_packed`): the same logits as one pass a prefix, for about twice the cost of a single one.
 """
 
 import torch
@@ -134,7 +131,8 @@ class ADTransformer(nn.Module):
 
         Of `[c_1 .. c_n, q_0 .. q_n]` query `q_j` takes position `j`, as behind the prefix
         `c_1 .. c_j`, and sees that prefix and itself. No context token sees a query, so each output
-        equals that of a separate pass on its prefix. Arguments are those of `embed`.
+        equals that of a separate pass on its prefix, for about twice the cost of a single one.
+        Arguments are those of `embed`.
         """
         tokens = self.embed(*inputs)  # (B, n + q, D)
         n, n_queries = inputs[0].shape[1], inputs[-1].shape[1]

@@ -3,8 +3,7 @@
     python visualize_attention.py                       # the latest checkpoint, 64 decisions
     python visualize_attention.py --adapter my_model.py # a model of your own
 
-Writes pictures to `figs/attention/layer_N/` and `figs/attention/`, and every number to
-`figs/attention/metrics.json` and `metrics.csv`.
+Writes pictures, and every number in `metrics.json` and `metrics.csv`, to `figs/attention/`.
 """
 
 import argparse

@@ -42,8 +42,7 @@ def fast_logits(model: ADTransformer, history: History, positions: Tensor | None
 def _walk(model: ADTransformer, x: Tensor, cache: Tensor | None = None, n_past: int = 0) -> Tensor:
     """Action logits `(B, A)` of the last of embedded tokens `(B, m, D)`, the query.
 
-    `cache` `(2, L, B, H, n, D / H)` holds keys and values of the `n_past` tokens before these, and
-    is given theirs.
+    `cache` `(2, L, B, H, n, D / H)` keeps keys and values, of `n_past` tokens before these so far.
     """
     layers, n_heads, width = model.transformer_encoder.layers, model.config.tf_n_head, x.shape[2]
     n_tokens = n_past + x.shape[1]

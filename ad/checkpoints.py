@@ -27,6 +27,7 @@ from model import ADTransformer
 HISTORIES_NAME, LOG_NAME, RESUME_NAME = "histories-test.npz", "training.json", "resume.pt"
 KIND = "a checkpoint", "Choose another with --checkpoint, or train again"
 MAX_WEIGHT = 1e4  # of a model to look at: those of use are far smaller, larger ones overflow
+_OTHER = Task("a grid world")
 _SMALL_LLAMA = re.compile(r"(^|\.)transformer\.blocks\.\d+\.")
 _WRAPPERS = re.compile(r"(module\.|_orig_mod\.)*")  # of torch.compile and data-parallel training
 
@@ -44,7 +45,7 @@ class Checkpoint:
     @property
     def task(self) -> Task:
         """The task that it was trained on; of one that is not in `TASKS` a goal is a cell."""
-        return _task_of(self.config)
+        return TASKS.get(task_of(self.config), _OTHER)
 
 
 def checkpoints_in(run: Path) -> list[Path]:
@@ -156,10 +157,8 @@ def _model_of(config: dict[str, Any], weights: dict[str, Tensor], size: int) -> 
     what = f"{unfit} that describes {rows * made.tf_n_embd:,} numbers, too many for {size:,} bytes"
     expect(rows * made.tf_n_embd <= size, what)
     model = ADTransformer(made)
-    expected, found = (
-        {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-        for tensors in (model.state_dict(), weights)
-    )
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     if wrong := [name for name in expected | found if expected.get(name) != found.get(name)]:
         name, more = wrong[0], f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
         shape, got = expected.get(name, "none"), found.get(name, "none")
@@ -173,7 +172,7 @@ def _model_of(config: dict[str, Any], weights: dict[str, Tensor], size: int) -> 
 
 def _checked_goals(goals: dict[str, Any], config: dict[str, Any]) -> dict[str, list[list[int]]]:
     """The same in plain lists; UserError unless they are of a config's task, test goals apart."""
-    size, hidden = config["grid_size"], _task_of(config).hidden
+    size, hidden = config["grid_size"], TASKS.get(task_of(config), _OTHER).hidden
     parts = {name: [[*goal] for goal in goals] for name, goals in dict.items(goals)}
     goals = [goal for part in parts.values() for goal in part]
     n, what = 2 * len(hidden), "its goals do not fit its room: expected"
@@ -207,14 +206,7 @@ def split_of(config: dict[str, Any]) -> dict[str, list[list[int]]]:
 
 
 def task_of(config: dict[str, Any]) -> str | None:
-    """The name in `TASKS` of the task that a model was trained on; None: another.
-
-    Existing code spells the plain Dark Room in several ways; its other tasks differ from ours.
-    """
+    """The name in `TASKS` of a model's task, the plain one in any spelling; None: another."""
     env = "darkroom" if config.get("env") is None else str(config["env"])
     is_plain = re.sub(r"[\W_]", "", env).lower() == "darkroom"
     return "darkroom" if is_plain else env if env in TASKS else None
-
-
-def _task_of(config: dict[str, Any]) -> Task:
-    return TASKS.get(task_of(config), Task("a grid world"))

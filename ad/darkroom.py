@@ -92,8 +92,7 @@ class DarkRoom:
     def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, bool]:
         """Act once in every room, by actions `(N,)` int in 0..4.
 
-        Gives next states `(N, 2)`, rewards `(N,)` of 0 or 1, and whether the episode ends here. The
-        next state of the last step is the one reached, not that of the coming reset.
+        Gives states reached `(N, 2)`, rewards `(N,)` of 0 or 1, and whether the episode ends here.
         """
         if self.n_steps >= self.horizon:
             raise RuntimeError(f"the episode ended after {self.horizon} steps: call reset() first")
@@ -116,10 +115,9 @@ def all_goals(grid_size: int, env: str = "darkroom") -> np.ndarray:
 def optimal_return(
     goals: np.ndarray, grid_size: int = 9, horizon: int = 20, env: str = "darkroom"
 ) -> np.ndarray:
-    """Best possible reward an episode for each goal, `(N,)` for goals `(N, 2 m)`.
+    """Best possible reward an episode for each goal `(N, 2 m)`, the mean over all starts: `(N,)`.
 
-    A goal `d` steps away, at the start 1, earns on the steps `d .. horizon`, or once. The mean over
-    all cells in which an episode may start.
+    A goal `d` steps away, at the start 1, earns on the steps `d .. horizon`, or once.
     """
     task, goals = TASKS[env], np.asarray(goals)
     cells = goals.reshape(-1, len(task.hidden), 2)
@@ -138,9 +136,8 @@ def split_goals(
 ) -> dict[str, np.ndarray]:  # fmt: skip
     """Split the goals of a task at random into those to train on, to validate on and to test on.
 
-    The test goals depend on `seed` and `n_test` alone, so that runs which validate on more or
-    fewer goals still share them. Each part is `(N, 2 m)`, row by row; to train on there are
-    `n_train`, or all that are left. UserError: too few of them.
+    The test goals depend on `seed` and `n_test` alone. Each part is `(N, 2 m)`, row by row; to
+    train on there are `n_train`, or all that are left. UserError: too few of them.
     """
     goals = all_goals(grid_size, env)
     n_train = len(goals) - n_test - n_validation if n_train is None else n_train

@@ -1,7 +1,4 @@
-"""How well a model learns in context: numbers of its rollouts, the same as text and as a picture.
-
-draw_learning_curve(json.loads(Path("checkpoints/RUN/training.json").read_text()), "RUN.png")
-"""
+"""How well a model learns in context: numbers of its rollouts, as text, and as a picture."""
 
 from pathlib import Path
 from typing import Any
@@ -82,7 +79,7 @@ def describe(result: dict[str, Any], checkpoint: Path) -> str:
 
 
 def draw_learning_curve(result: dict[str, Any], path: str | Path) -> None:
-    """Left: return against gradient updates. Right: return against episodes in context."""
+    """Draw a `training.json`: return against updates, and against episodes in context."""
     from matplotlib.figure import Figure  # takes a second to import
 
     config = result["config"]

@@ -34,10 +34,7 @@ def histories_path(given: str | Path | None, checkpoint: Checkpoint) -> Path:
 
 
 def read_histories(path: str | Path, checkpoint: Checkpoint, tell: Tell = note) -> Histories:
-    """Learning histories that the checkpoint's model can read; UserError where they do not fit.
-
-    Of an HDF5 file the goals that the checkpoint holds out are read.
-    """
+    """Learning histories that fit a checkpoint, of HDF5 those held out; UserError: they do not."""
     path, config, columns = Path(path), checkpoint.model.config, checkpoint.task.columns
     expect(path.is_file(), _none_there(path, checkpoint))
     is_hdf5 = path.suffix.lower() in SUFFIXES
@@ -93,9 +90,8 @@ def read_hdf5(
     """The learning histories of the `goals` `(G, 2)` or of all: `N = G * streams`, goal by goal.
 
     An episode has `horizon` steps; where that is None, as many as up to the first of `dones`.
-    Histories are cut to whole episodes and to the shortest of them, and there are as many streams
-    of each goal as stay below `MAX_TRANSITIONS`; `tell` is called with a line about each. Rewards
-    that are no whole numbers are float32. UserError: no h5py, or damaged or of another kind.
+    Histories are cut to whole episodes of the shortest, and to as many streams of each goal as stay
+    below `MAX_TRANSITIONS`, which is told. UserError: no h5py, or damaged or of another kind.
     """
     try:
         import h5py  # here, as nothing else needs it

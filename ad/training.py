@@ -1,7 +1,4 @@
-"""Train an AD model on learning histories, choose a checkpoint by validation goals, evaluate it.
-
-result = finish(train(Settings(), run, device, resume=False), run)    # what training.json holds
-"""
+"""Train an AD model on learning histories, choose a checkpoint by validation goals, evaluate it."""
 
 import json
 import math

@@ -110,7 +110,7 @@ def test_any_file_is_read_as_written(tmp_path_factory, n_episodes, n_streams, ho
 def test_rewards_may_be_fractions_dones_unmarked_and_what_is_not_asked_for_anything(path):
     groups = both(optimal_actions=np.zeros((2, 8))) | {"4": {"x": np.zeros(3)}, "about": {}}
     histories, told = read(write(path, groups))
-    assert (histories.n_histories, told) == (4, "")
+    assert (len(histories.goals), told) == (4, "")
     histories, _ = read(write(path, both(rewards=np.full((8, 2), 0.5))))
     assert histories.rewards.dtype == np.float32
     assert histories.rewards[:, 0].tolist() == [0, 0, 0.5, 0.5]
@@ -246,7 +246,7 @@ def test_goals_of_its_own_are_read_and_without_a_split_all_are_and_that_is_told(
     run, file = tiny_run
     checkpoint = checkpoint_of(run, env_split_seed=None)
     told = []
-    assert read_histories(file, checkpoint, told.append).n_histories == 50
+    assert len(read_histories(file, checkpoint, told.append).goals) == 50
     assert "does not say which goals it holds out" in told[0]
     read_histories(file, checkpoint)
     assert capsys.readouterr().err == f"note: {told[0]}\n"
@@ -278,10 +278,10 @@ def test_suffixes_tell_kinds_of_files_and_without_h5py_others_are_read(tiny_run,
     make_histories().save(run / "x.npz")
     for name in ("x.h5", "x.HDF5"):
         file = file.rename(run / name)
-        assert read_histories(file, checkpoint).n_histories == 6
+        assert len(read_histories(file, checkpoint).goals) == 6
     monkeypatch.setitem(sys.modules, "h5py", None)
     runpy.run_path(module.__file__)
-    assert read_histories(run / "x.npz", checkpoint).n_histories == 3
+    assert len(read_histories(run / "x.npz", checkpoint).goals) == 3
     with pytest.raises(UserError, match="needs h5py, which is not installed: pip install h5py"):
         read_histories(file, checkpoint)
 
