@@ -16,8 +16,7 @@ from config import ModelConfig
 class ADTransformer(nn.Module):
     """Causal transformer from a history of transitions and a query state to action logits.
 
-    Parameter names are those of existing Dark Room code for Algorithm Distillation, so that its
-    checkpoints load as they are.
+    Parameters are named as in existing Dark Room code, whose checkpoints load as they are.
     """
 
     def __init__(self, config: ModelConfig) -> None:

@@ -23,8 +23,7 @@ def learning_histories(
 ) -> Histories:
     """Let a Q-learner learn each goal of `(G, 2 m)` from scratch, several times.
 
-    Gives `N = G * n_streams` histories of `n_source_steps` steps cut to whole episodes, those of a
-    goal side by side. `n_streams` is that of `source` if left out.
+    Gives `N = G * n_streams` histories of whole episodes, those of a goal side by side.
     """
     goals = np.repeat(goals, n_streams or source.n_streams, axis=0)
     seeds = np.random.default_rng((seed, 1)).integers(2**40, size=len(goals))
@@ -50,7 +49,8 @@ def learning_histories(
         actions[:, t] = np.where(rng.random(n) < epsilon, random, greedy)
         next_states[:, t], rewards[:, t], done = room.step(actions[:, t])
         cells[:, k + 1] = next_states[:, t] @ to_cell + n_cells * room.n_found
-        again = [*range(k, -1, -1)] * source.n_replays if done else []  # from its end to its start
+        # As it happens, and again once the episode is over, from its end to its beginning.
+        again = [*range(k, -1, -1)] * source.n_replays if done else []
         for i in [k, *again]:
             step = actions[:, t - k + i], rewards[:, t - k + i]
             _learn(values, worth, cells[:, i : i + 2], *step, n_hidden * n_cells, source)

@@ -140,7 +140,6 @@ class Trainer:
         near = train_goals[possible(env, train_goals) > 0]
         spread = near[np.linspace(0, len(near) - 1, N_TRAIN_GOALS_EVALUATED).astype(int)]
         n, full = self.settings.train.eval_rollouts, self.slidings[-1]
-        # Nothing is chosen by the return on training goals.
         cases = {"train": (spread, max(1, n // 4), full), "validation": (tried, n, full)}
         if self.settings.train.history_dropout:  # it is to bear compressed history as well
             cases["compressed"] = (tried, n, "compressed")
@@ -148,7 +147,7 @@ class Trainer:
         for name, case in cases.items():
             numbers = self.evaluate(*case, f"acting on {name} goals")
             entry |= {f"{name}_{key}": value for key, value in numbers.items()}
-        _, *chosen_by = cases
+        _, *chosen_by = cases  # nothing is chosen by the return on training goals
         entry["score"] = float(np.mean([entry[f"{name}_relative"] for name in chosen_by]))
         errors = [entry[f"{name}_relative_error"] for name in chosen_by]
         entry["score_error"] = float(np.linalg.norm(errors) / len(errors))
