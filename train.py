@@ -68,8 +68,7 @@ def prepare(flags: argparse.Namespace, group: Group) -> tuple[Settings, Path, An
     is_plain = name.isprintable() and name not in ("", ".", "..") and not {*"/\\"} & {*name}
     what = "expected --run to be the plain name of a folder, of at most 200 bytes, got"
     expect(is_plain and len(name.encode()) <= 200, f"{what} {printable(repr(name), 300)}")
-    is_named = flags.checkpoints and flags.figs
-    expect(is_named, "expected --checkpoints and --figs not to be empty")
+    expect(flags.checkpoints and flags.figs, "expected --checkpoints and --figs not to be empty")
     run = Path(flags.checkpoints) / name
     if group.is_main:
         _check_run(run, settings, flags.resume)
