@@ -1,20 +1,14 @@
 """Compare compressed with full history, in the environment.
 
     python compare_compression.py                       # the latest checkpoint, a quick comparison
-    python compare_compression.py --full                # all strategies, more seeds and episodes
-    python compare_compression.py --strategies recent rewarded-recent --budgets 10 20 --seeds 16
     python compare_compression.py --adapter my_model.py # a model and an environment of your own
-    torchrun --nproc-per-node 4 compare_compression.py  # shared out: the same numbers
 
-The model acts on goals that it was not trained on, its history compressed before every decision:
-each strategy at each budget, beside full history, an empty one and two controls. Writes
-`return_by_budget.png`, `return_by_episode.png`, `results.csv` and `results.json` to
-`figs/compression/`, and prints a table that ends in one recommendation. An interrupted comparison
-goes on with the same command.
+The model acts on goals that it was not trained on, its history compressed before every decision.
+Writes pictures, `results.csv` and `results.json` to `figs/compression/`, and prints a table that
+ends in one recommendation.
 """
 
 import argparse
-import sys
 from collections.abc import Sequence
 
 from historylens import comparison
@@ -25,11 +19,8 @@ from historylens.common.settings import from_flags, given_for
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the flags and compare on a checkpoint's model, or on that of an adapter."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    if (
-        given_for("adapter", argv) is not None
-    ):  # of the AD half nothing is imported: its names are the user's
-        return comparison.main(argv)
+    if given_for("adapter", argv) is not None:
+        return comparison.main(argv)  # of the AD half nothing is imported: its names are the user's
     import torch  # not before `historylens`, which lets Ctrl-C end what loads
 
     from ad.agent import load_for_acting

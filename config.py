@@ -1,8 +1,4 @@
-"""Every setting of the AD model that comes with the tool: defaults, help and flags, once.
-
-The settings of an analysis and of a comparison stand in `historylens.analysis` and
-`historylens.comparison`; here are those that name a checkpoint for them.
-"""
+"""Every setting of the AD model that comes with the tool: defaults, help and flags, once."""
 
 import argparse
 from dataclasses import dataclass
@@ -28,24 +24,22 @@ DEFAULTS_OF: dict[str, dict[str, Any]] = {  # what differs from the defaults bel
 }  # fmt: skip
 
 
+_WHERE = "checkpoint file, run, or folder of runs: the latest in it"
+count, part = partial(setting, at_least=1), partial(setting, fraction=True)
+
+
 @dataclass(frozen=True)
 class EnvConfig(Settings):
     """The task, a Dark Room, and which of its goals are kept from training."""
 
     env: str = setting(
-        "darkroom",
-        "task of Laskin et al. 2022; other defaults follow it",
-        choices=tuple(DEFAULTS_OF),
+        "darkroom", "task of Laskin et al. 2022; other defaults follow it", choices=[*DEFAULTS_OF]
     )
     grid_size: int = setting(9, "rows and columns of the room", at_least=2)
-    horizon: int = setting(20, "steps an episode", at_least=1)
-    n_test_goals: int = setting(8, "goals that neither training nor its choices see", at_least=1)
-    n_validation_goals: int = setting(
-        6, "goals not trained on, by which the checkpoint is chosen", at_least=1
-    )
-    n_train_goals: int | None = setting(
-        None, "goals to train on (default: all that are left)", at_least=1
-    )
+    horizon: int = count(20, "steps an episode")
+    n_test_goals: int = count(8, "goals that neither training nor its choices see")
+    n_validation_goals: int = count(6, "goals not trained on, by which the checkpoint is chosen")
+    n_train_goals: int | None = count(None, "goals to train on (default: all that are left)")
     goal_seed: int = setting(0, "seed of the split of the goals", at_least=0)
 
 
@@ -53,49 +47,46 @@ class EnvConfig(Settings):
 class SourceConfig(Settings):
     """The source algorithm, tabular Q-learning, whose learning histories are distilled."""
 
-    n_streams: int = setting(60, "learning histories a training goal", at_least=1)
-    n_source_steps: int = setting(3000, "environment steps of each learning history", at_least=1)
+    n_streams: int = count(60, "learning histories a training goal")
+    n_source_steps: int = count(3000, "environment steps of each learning history")
     values: str = setting(
         "actions", "what it learns the value of: actions in a state, or afterstates, the cells to "
         "which they lead, by which it explores faster", choices=("actions", "afterstates"),
     )  # fmt: skip
-    discount: float = setting(0.9, "discount of the Q-learner", fraction=True)
-    step_size: float = setting(1.0, "step size of the Q-learner", fraction=True)
+    discount: float = part(0.9, "discount of the Q-learner")
+    step_size: float = part(1.0, "step size of the Q-learner")
     n_replays: int = setting(
         0, "times that each episode is learned from again once it is over, backwards", at_least=0
     )
     initial_value: float = setting(1.0, "optimistic initial action value")
-    epsilon_start: float = setting(
-        0.5, "highest exploration rate at the start; each history draws its own below it",
-        fraction=True,
-    )  # fmt: skip
-    epsilon_end: float = setting(0.0, "exploration rate once it has decayed", fraction=True)
-    epsilon_decay: float = setting(0.6, "part of the steps over which it decays", fraction=True)
+    epsilon_start: float = part(
+        0.5, "highest exploration rate at the start; each history draws its own below it"
+    )
+    epsilon_end: float = part(0.0, "exploration rate once it has decayed")
+    epsilon_decay: float = part(0.6, "part of the steps over which it decays")
 
 
 @dataclass(frozen=True)
 class ModelConfig(Settings):
     """The transformer. Names are those of existing Dark Room code for Algorithm Distillation."""
 
-    n_transit: int = setting(
-        100, "tokens the model reads: n_transit - 1 transitions, a query", at_least=1
-    )
-    tf_n_layer: int = setting(4, "transformer layers", at_least=1)
-    tf_n_head: int = setting(4, "attention heads a layer", at_least=1)
-    tf_n_embd: int = setting(64, "width of the model", at_least=1)
-    tf_n_inner: int = setting(256, "width of the feed-forward part", at_least=1)
-    tf_dropout: float = setting(0.1, "dropout outside attention", fraction=True)
+    n_transit: int = count(100, "tokens the model reads: n_transit - 1 transitions, a query")
+    tf_n_layer: int = count(4, "transformer layers")
+    tf_n_head: int = count(4, "attention heads a layer")
+    tf_n_embd: int = count(64, "width of the model")
+    tf_n_inner: int = count(256, "width of the feed-forward part")
+    tf_dropout: float = part(0.1, "dropout outside attention")
     dim_states: int = 2  # of Dark Room: no flags, but checkpoints name them
-    num_actions: int = setting(5, None, at_least=1)
+    num_actions: int = count(5, None)
     grid_size: int = setting(9, "rows and columns of the room", at_least=2)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         what = f"expected dim_states 2, a row and a column, got {self.dim_states}"
         expect(self.dim_states == 2, what)
+        width, n_heads = self.tf_n_embd, self.tf_n_head
         what = "expected --tf-n-embd to be a multiple of --tf-n-head, got"
-        is_multiple = self.tf_n_embd % self.tf_n_head == 0
-        expect(is_multiple, f"{what} {self.tf_n_embd} and {self.tf_n_head}")
+        expect(width % n_heads == 0, f"{what} {width} and {n_heads}")
 
 
 # What is read from the config of a checkpoint, whoever wrote it: its type, and the least and the
@@ -115,34 +106,33 @@ class TrainConfig(Settings):
     """How the model is trained, evaluated on the way, and where it is kept."""
 
     seed: int = setting(0, "seed of weights, windows and evaluation", at_least=0)
-    n_updates: int = setting(4500, "gradient updates", at_least=1)
-    batch_size: int = setting(32, "windows an update", at_least=1)
+    n_updates: int = count(4500, "gradient updates")
+    batch_size: int = count(32, "windows an update")
     lr: float = setting(2e-3, "peak learning rate", at_least=0)
     n_warmup: int = setting(200, "updates of linear warm-up before the cosine decay", at_least=0)
     weight_decay: float = setting(0.1, "weight decay of matrices", at_least=0)
     max_grad_norm: float = setting(
         1.0, "gradient norm above which gradients are scaled down", at_least=0
     )
-    ema_decay: float = setting(0.998, "decay of the running average of the weights", fraction=True)
-    max_stride: int = setting(
-        16, "windows join every k-th episode of a history, k drawn from 1 to this", at_least=1
+    ema_decay: float = part(0.998, "decay of the running average of the weights")
+    max_stride: int = count(
+        16, "windows join every k-th episode of a history, k drawn from 1 to this"
     )
-    random_episodes: float = setting(
-        0.8, "part of the windows that join episodes drawn at random, more of them early ones",
-        fraction=True,
-    )  # fmt: skip
-    history_dropout: float = setting(
+    random_episodes: float = part(
+        0.8, "part of the windows that join episodes drawn at random, more of them early ones"
+    )
+    history_dropout: float = part(
         0.0, "part of the updates made on thinned histories, so that the model can read such; it "
-        "grows evenly from none to this", fraction=True,
+        "grows evenly from none to this",
     )  # fmt: skip
-    eval_every: int = setting(1500, "updates between evaluations and checkpoints", at_least=1)
+    eval_every: int = count(1500, "updates between evaluations and checkpoints")
     eval_episodes: int = setting(40, "episodes a rollout; its second half counts", at_least=2)
-    eval_rollouts: int = setting(24, "rollouts a validation goal while training", at_least=1)
-    final_rollouts: int = setting(32, "rollouts a test goal at the end", at_least=1)
+    eval_rollouts: int = count(24, "rollouts a validation goal while training")
+    final_rollouts: int = count(32, "rollouts a test goal at the end")
     device: str = setting("auto", "cpu, cuda, or auto: cuda where there is one", "NAME")
 
 
-def numbers(text: str, between: str, counts: tuple[int, ...], expected: str) -> tuple[int, ...]:
+def numbers(between: str, counts: tuple[int, ...], expected: str, text: str) -> tuple[int, ...]:
     """Parse whole numbers, as many as one of `counts`, and the sign between them."""
     try:
         values = tuple(map(int, text.split(between)))
@@ -151,9 +141,6 @@ def numbers(text: str, between: str, counts: tuple[int, ...], expected: str) -> 
     if len(values) not in counts:
         raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
     return values
-
-
-_WHERE = "checkpoint file, run, or folder of runs: the latest in it"
 
 
 @dataclass(frozen=True)
@@ -166,16 +153,14 @@ class CheckpointConfig(Settings):
     )
     goal: list[tuple[int, ...]] | None = setting(
         None, "only histories of these goals; of Key-to-Door ROW,COL,ROW,COL", "ROW,COL",
-        type=partial(numbers, between=",", counts=(2, 4), expected="ROW,COL, for example 0,5"),
+        type=partial(numbers, ",", (2, 4), "ROW,COL, for example 0,5"),
     )  # fmt: skip
     history: list[int] | None = setting(None, "only these histories, by their number in the file")
     steps: tuple[int, int] | None = setting(
         None, "only decisions at these steps of a history", "FIRST:LAST",
-        type=partial(
-            numbers, between=":", counts=(2,), expected="FIRST:LAST, for example 1000:1999"
-        ),
+        type=partial(numbers, ":", (2,), "FIRST:LAST, for example 1000:1999"),
     )  # fmt: skip
-    stride: int = setting(1, "the context joins every so many episodes back", at_least=1)
+    stride: int = count(1, "the context joins every so many episodes back")
 
 
 @dataclass(frozen=True)

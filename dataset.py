@@ -1,8 +1,7 @@
 """Learning histories and the windows that a model reads of them (Laskin et al. 2022, section 3).
 
-A history is everything that happened to one learner, episode after episode. A window is one
-decision of it, with the transitions before as context. With a stride of k that joins every k-th
-episode back, so that a few episodes span much of the learning.
+A window is one decision of a history, with the transitions before as context. With a stride of k
+that joins every k-th episode back, so that a few episodes span much of the learning.
 
     dataset = ADDataset(Histories.load("RUN/histories-test.npz"), n_context=99, max_stride=16)
     dataset.sample(32, np.random.default_rng(0))["states"]                    # (32, 99, 2)
@@ -22,6 +21,7 @@ from historylens.common.files import write_atomically
 from historylens.common.reading import checked_zip, reading
 from historylens.history import distinct
 
+Batch, Rng = dict[str, Tensor], np.random.Generator
 CONTEXT = ("states", "actions", "rewards", "next_states")  # what a model reads of a transition
 MAX_REWARD = 1e6  # of a transition: far larger ones overflow what a model makes of them
 MAX_STEPS = 2**24  # of a history
@@ -39,13 +39,12 @@ class Histories:
     horizon: int  # steps an episode
 
     def __post_init__(self) -> None:
-        n, steps = self.actions.shape
-        expected = dict.fromkeys(["actions", "rewards"], (n, steps))
-        expected |= dict.fromkeys(["states", "next_states"], (n, steps, 2))
-        expected |= {"goals": (n, 4 if self.goals.shape[1:] == (4,) else 2)}
-        for name, shape in expected.items():
+        (n, steps), n_numbers = self.actions.shape, 4 if self.goals.shape[1:] == (4,) else 2
+        flat, cells = (n, steps), (n, steps, 2)
+        expected = {"actions": flat, "rewards": flat, "states": cells, "next_states": cells}
+        for name, shape in (expected | {"goals": (n, n_numbers)}).items():
             array = getattr(self, name)
-            beside = f"expected {name} of shape {shape} beside actions of shape {(n, steps)}"
+            beside = f"expected {name} of shape {shape} beside actions of shape {flat}"
             expect(array.shape == shape, f"{beside}, got {array.shape}")
             kinds, kind = ("biuf", "a number") if name == "rewards" else ("iu", "an integer")
             is_kind = array.dtype.kind in kinds and array.dtype.itemsize <= 8
@@ -53,18 +52,10 @@ class Histories:
         low, high = self.rewards.min(initial=0), self.rewards.max(initial=0)
         what = f"expected finite rewards up to {MAX_REWARD:,.0f}, got {low} to {high}"
         expect(low >= -MAX_REWARD and high <= MAX_REWARD, what)
-        expect(
-            steps <= MAX_STEPS, f"expected histories of {MAX_STEPS:,} steps or fewer, got {steps:,}"
-        )
-        expect(
-            self.horizon >= 1 and steps % self.horizon == 0,
-            f"expected whole episodes of {self.horizon} steps, got {steps} steps a history",
-        )
-
-    @property
-    def n_histories(self) -> int:
-        """Number of histories `N`."""
-        return self.actions.shape[0]
+        what = f"expected histories of {MAX_STEPS:,} steps or fewer, got {steps:,}"
+        expect(steps <= MAX_STEPS, what)
+        what = f"expected whole episodes of {self.horizon} steps, got {steps} steps a history"
+        expect(self.horizon >= 1 and steps % self.horizon == 0, what)
 
     @property
     def n_steps(self) -> int:
@@ -73,7 +64,7 @@ class Histories:
 
     def episode_returns(self) -> np.ndarray:
         """Sum of rewards of each episode: `(N, S / horizon)`."""
-        return self.rewards.reshape(self.n_histories, -1, self.horizon).sum(axis=2)
+        return self.rewards.reshape(len(self.goals), -1, self.horizon).sum(axis=2)
 
     def save(self, path: str | Path) -> None:
         """Write an `.npz` file, whole or not at all."""
@@ -93,10 +84,7 @@ class Histories:
 
 
 def context_steps(step: int, n: int, stride: int, horizon: int) -> np.ndarray:
-    """The `n` steps before a decision at `step`, in the order of time: `(n,)` int.
-
-    They are of its own episode, then of every `stride`-th back; negative before the first.
-    """
+    """`joined_steps` `(n,)` of every `stride`-th episode back; negative before the first."""
     earlier = step // horizon - stride * (1 + np.arange(-(-n // horizon)))
     return joined_steps(np.array([step]), n, earlier[None], horizon)[0]
 
@@ -115,10 +103,7 @@ def joined_steps(steps: np.ndarray, n: int, earlier: np.ndarray, horizon: int) -
 
 
 def max_stride_of(steps: np.ndarray, n: int, horizon: int) -> np.ndarray:
-    """Largest stride at which decisions at `steps` `(B,)` still have `n` transitions before them.
-
-    0 where even neighbouring episodes do not hold them, a huge number where any stride will do.
-    """
+    """Largest stride, 0 for none, at which decisions at `steps` `(B,)` have `n` steps before."""
     episodes_needed = -(-np.maximum(n - steps % horizon, 0) // horizon)
     reach = steps // horizon // np.maximum(episodes_needed, 1)
     return np.where(episodes_needed > 0, reach, np.iinfo(np.int64).max)
@@ -129,10 +114,8 @@ class ADDataset:
 
     A batch of `B` windows is a dict of tensors: `states (B, n, 2), actions (B, n), rewards (B, n),
     next_states (B, n, 2)`, and for the decisions after the `q` longest prefixes `query_states
-    (B, q, 2), target_actions (B, q)`, int64; rewards that are no whole numbers float32. A batch
-    drawn by `sample` has windows of `n_context` transitions, joined at strides from
-    `1 .. max_stride`, as far as the history reaches back, and `q` is `n + 1`. UserError: the
-    histories are too short for a single window.
+    (B, q, 2), target_actions (B, q)`, int64; rewards that are no whole numbers float32. UserError:
+    the histories are too short for a single window of `n_context` transitions.
     """
 
     def __init__(
@@ -140,30 +123,24 @@ class ADDataset:
     ) -> None:
         self.histories, self.n_context = histories, n_context
         self.max_stride, self.random = max_stride, random
-        expect(
-            histories.n_steps > n_context,
-            f"histories too short for the context: expected more than {n_context} steps, so "
-            f"that a decision has {n_context} transitions before it, got {histories.n_steps}",
-        )
-        arrays = {name: np.ascontiguousarray(getattr(histories, name)) for name in CONTEXT}
+        what = f"histories too short for the context: expected more than {n_context} steps"
+        why = f"so that a decision has {n_context} transitions before it, got {histories.n_steps}"
+        expect(histories.n_steps > n_context, f"{what}, {why}")
+        arrays = {name: np.ascontiguousarray(vars(histories)[name]) for name in CONTEXT}
         self.tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
 
-    def sample(self, batch_size: int, rng: np.random.Generator) -> dict[str, Tensor]:
-        """Draw a training batch of `B` windows."""
+    def sample(self, batch_size: int, rng: Rng) -> Batch:
+        """Draw a training batch of `B` windows of `n_context` transitions; `q` is one more."""
         return self.gather(*self.draw(batch_size, self.n_context, rng))
 
-    def draw(self, batch_size: int, n: int, rng: np.random.Generator) -> tuple[np.ndarray, ...]:
-        """Draw `B` decisions to train on, and the `n` transitions that stand before each.
+    def draw(self, batch_size: int, n: int, rng: Rng) -> tuple[np.ndarray, ...]:
+        """Draw histories `(B,)`, steps of decisions `(B,)`, and those of their contexts `(B, n)`.
 
         A part `random` of the windows joins episodes drawn at random, more of them from early
-        learning: what stands in context then often holds no reward yet while the learner knows its
-        goal already, which teaches the model to head for places where a goal may be. The others
-        join every k-th episode, k uniform, and lie anywhere in their history. Half of each kind
-        begin with an episode, as a context that is still growing does, and half anywhere, as a full
-        one does.
-
-        Returns histories `(B,)`, steps of the decisions `(B,)` and of their contexts `(B, n)`, as
-        `gather` takes them.
+        learning: a context without reward of a learner that knows its goal teaches the model to
+        head for places where a goal may be. The others join every k-th episode, k uniform in
+        `1 .. max_stride`, as far as the history reaches back. Half of each kind begin with an
+        episode, as a context that is still growing does, and half anywhere, as a full one does.
         """
         horizon, n_back = self.histories.horizon, -(-n // self.histories.horizon)
         n_episodes = self.histories.n_steps // horizon
@@ -182,11 +159,11 @@ class ADDataset:
             use = rng.random(batch_size) < self.random
             episode = np.where(use, spread[:, -1], episode)
             earlier = np.where(use[:, None], spread[:, -2::-1], earlier)
-        rows = rng.integers(self.histories.n_histories, size=batch_size)
+        rows = rng.integers(len(self.histories.goals), size=batch_size)
         steps = episode * horizon + within
         return rows, steps, joined_steps(steps, n, earlier, horizon)
 
-    def gather(self, rows: np.ndarray, steps: np.ndarray, context: np.ndarray) -> dict[str, Tensor]:
+    def gather(self, rows: np.ndarray, steps: np.ndarray, context: np.ndarray) -> Batch:
         """Decisions at `steps` `(B,)` of histories `rows` `(B,)`, after `context` `(B, n)`."""
         rows, decisions = rows[:, None], np.column_stack([context, steps])
         window = {k: v[rows, context] for k, v in self.tensors.items()}

@@ -5,9 +5,6 @@ which to act; the query token's output gives the action logits. Axes: `B` sample
 tokens, `T = n + 1` tokens with the query, `D` width, `A` actions.
 
     logits = ADTransformer(ModelConfig())(states, actions, rewards, next_states, query_states)
-
-Training runs a window once with all its `n + 1` queries packed behind the context
-(`forward_packed`): the same logits as one pass a prefix, for about twice the cost of a single one.
 """
 
 import torch
@@ -19,8 +16,7 @@ from config import ModelConfig
 class ADTransformer(nn.Module):
     """Causal transformer from a history of transitions and a query state to action logits.
 
-    Parameter names are those of existing Dark Room code for Algorithm Distillation, so that its
-    checkpoints load as they are.
+    Parameters are named as in existing Dark Room code, whose checkpoints load as they are.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -46,9 +42,8 @@ class ADTransformer(nn.Module):
         """Start with comparable parts, which saves most of the updates before anything is learned.
 
         Coordinates enter as if standardised, so that they do not drown the reward. A query state
-        starts as the sum of what the same cell adds as state and as next state of a transition.
-        Positions start as sines and cosines (Vaswani et al. 2017) with wavelengths of 2 pi to
-        2000 pi positions, from which "the token before" is easy to learn.
+        starts as the sum of what the same cell adds as state and as next state of a transition,
+        positions as sines and cosines (Vaswani et al. 2017) of 2 pi to 2000 pi positions.
         """
         # The encoder copies one layer: give each its own weights.
         for parameter in self.transformer_encoder.parameters():
@@ -72,44 +67,39 @@ class ADTransformer(nn.Module):
         waves = torch.cat([angle.sin(), angle.cos()], dim=1)
         self.pos_embedding.copy_(0.7 * waves[:, : config.tf_n_embd])
 
-    def embed_transitions(self, *transitions: Tensor) -> Tensor:
-        """Embed transitions, as `forward` takes them, without their positions: `(B, n, D)`."""
-        states, actions, rewards, next_states = transitions
-        if (n := states.shape[1]) > self.n_context_max:
-            raise ValueError(
-                f"expected at most {self.n_context_max} context transitions "
-                f"(n_transit {self.config.n_transit}, one position is the query's), got {n}"
-            )
-        dtype = self.embed_context.weight.dtype
-        one_hot = nn.functional.one_hot(actions.long(), self.config.num_actions)
-        parts = [states, one_hot, rewards.unsqueeze(-1), next_states]
-        return self.embed_context(torch.cat([part.to(dtype) for part in parts], dim=-1))
-
-    def embed_queries(self, query_states: Tensor) -> Tensor:
-        """Embed query states `(..., 2)` without their positions: `(..., D)`."""
-        cells = query_states.long()
-        return self.embed_query_state(cells[..., 0] * self.config.grid_size + cells[..., 1])
-
     def embed(self, *inputs: Tensor, positions: Tensor | None = None) -> Tensor:
-        """Tokens `(B, n + 1, D)` of a context and the query behind it, with their positions.
+        """Tokens `(B, n + q, D)` of a context and the queries behind it, with their positions.
 
-        Arguments and errors are those of `forward`.
+        Arguments and errors are those of `forward`, but for `query_states` `(B, 2)` or `(B, q, 2)`:
+        without `positions` they stand behind the `q` longest prefixes of the context.
         """
-        *transitions, query_states = inputs
-        context = self.embed_transitions(*transitions)
-        query = self.embed_queries(query_states).unsqueeze(1)
-        tokens = torch.cat([context, query], dim=1)  # (B, n + 1, D)
+        states, actions, rewards, next_states, query_states = inputs
+        config, n = self.config, states.shape[1]
+        if n > (most := self.n_context_max):
+            why = f"(n_transit {config.n_transit}, one position is the query's)"
+            raise ValueError(f"expected at most {most} context transitions {why}, got {n}")
+        one_hot = nn.functional.one_hot(actions.long(), config.num_actions)
+        parts = [states, one_hot, rewards.unsqueeze(-1), next_states]
+        dtype = self.embed_context.weight.dtype
+        context = self.embed_context(torch.cat([part.to(dtype) for part in parts], dim=-1))
+        row, col = query_states.long().reshape(len(states), -1, 2).unbind(dim=2)  # (B, q)
+        queries = self.embed_query_state(row * config.grid_size + col)
+        tokens = torch.cat([context, queries], dim=1)
         if positions is None:
-            return tokens + self.pos_embedding[:, : tokens.shape[1]]
-        n_transit = self.config.n_transit
+            return tokens + self.pos_embedding[0, self._positions(n, row.shape[1])]
         fits = positions.shape == tokens.shape[:2] and not positions.is_floating_point()
-        if not fits or ((positions < 0) | (positions >= n_transit)).any():
-            raise ValueError(
-                f"expected positions {tuple(tokens.shape[:2])} of whole numbers in "
-                f"0..{n_transit - 1}, got {tuple(positions.shape)} of {positions.dtype} with "
-                f"{positions.unique().tolist()}"
+        if not fits or ((positions < 0) | (positions >= config.n_transit)).any():
+            expected = f"{tuple(tokens.shape[:2])} of whole numbers in 0..{config.n_transit - 1}"
+            got = (
+                f"{tuple(positions.shape)} of {positions.dtype} with {positions.unique().tolist()}"
             )
+            raise ValueError(f"expected positions {expected}, got {got}")
         return tokens + self.pos_embedding[0, positions.long()]
+
+    def _positions(self, n: int, n_queries: int) -> Tensor:
+        """Where `n` transitions stand, and queries behind their longest prefixes: `(n + q,)`."""
+        index = torch.arange(n + n_queries, device=self.pos_embedding.device)
+        return torch.where(index < n, index, index + 1 - n_queries)
 
     def forward(
         self,
@@ -136,26 +126,18 @@ class ADTransformer(nn.Module):
         return self.pred_action(hidden[:, -1])  # (B, A)
 
     def forward_packed(self, *inputs: Tensor) -> Tensor:
-        """Action logits for every prefix of a window in one pass.
+        """Action logits `(B, q, A)` after the `q` longest prefixes of a window in one pass.
 
-        The sequence is `[c_1 .. c_n, q_0 .. q_n]`: query `q_j` takes position `j`, where it would
-        stand behind the prefix `c_1 .. c_j`, and sees that prefix and itself. No context token
-        sees a query, so each output equals that of a separate pass on its prefix.
-
-        Arguments are those of `forward`, but for `query_states` `(B, q, 2)`, the states to act in
-        after the `q` longest prefixes; `q = n + 1`: after all. Returns `(B, q, A)`.
+        Of `[c_1 .. c_n, q_0 .. q_n]` query `q_j` takes position `j`, as behind the prefix
+        `c_1 .. c_j`, and sees that prefix and itself. No context token sees a query, so each output
+        equals that of a separate pass on its prefix, for about twice the cost of a single one.
+        Arguments are those of `embed`.
         """
-        *transitions, query_states = inputs
-        n, n_queries = transitions[0].shape[1], query_states.shape[1]
-        position = self.pos_embedding[:, : n + 1]
-        context = self.embed_transitions(*transitions) + position[:, :n]
-        queries = self.embed_queries(query_states) + position[:, n + 1 - n_queries :]
-        tokens = torch.cat([context, queries], dim=1)  # (B, n + q, D)
+        tokens = self.embed(*inputs)  # (B, n + q, D)
+        n, n_queries = inputs[0].shape[1], inputs[-1].shape[1]
         index = torch.arange(n + n_queries, device=tokens.device)
-        # Prefix length after which a token stands: c_i sees c_1 .. c_i, q_j sees c_1 .. c_j.
-        sees_up_to = torch.where(index < n, index, index - n_queries)
-        allowed = (index < n) & (index <= sees_up_to[:, None])
-        allowed |= index == index[:, None]  # itself
+        before = (index < n) & (index < self._positions(n, n_queries)[:, None])
+        allowed = before | (index == index[:, None])
         mask = torch.where(allowed, 0.0, float("-inf")).to(tokens.dtype)
         hidden = self.transformer_encoder(tokens, mask=mask, is_causal=False)
         return self.pred_action(hidden[:, n:])  # (B, q, A)

@@ -1,17 +1,12 @@
 """Show which history an AD model uses, and say how much of it can go.
 
     python visualize_attention.py                       # the latest checkpoint, 64 decisions
-    python visualize_attention.py --num-samples 30 --layers 2 3 --goal 0,5 --steps 1000:2999
     python visualize_attention.py --adapter my_model.py # a model of your own
-    torchrun --nproc-per-node 4 visualize_attention.py --num-samples 5000 --num-figures 10
 
-Captures the attention of every layer while the model decides, measures it, and says how the history
-may be compressed. Writes pictures to `figs/attention/layer_N/` and `figs/attention/`, and every
-number to `figs/attention/metrics.json` and `metrics.csv`.
+Writes pictures, and every number in `metrics.json` and `metrics.csv`, to `figs/attention/`.
 """
 
 import argparse
-import sys
 from collections.abc import Sequence
 
 from historylens import analysis
@@ -21,10 +16,8 @@ from historylens.common.settings import add_flags, given_for
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the flags and analyse a checkpoint's model, or that of an adapter."""
-    argv = list(sys.argv[1:] if argv is None else argv)
     if given_for("adapter", argv) is not None:
-        # Of the AD half nothing is imported: its names are the user's.
-        return analysis.main(argv)
+        return analysis.main(argv)  # of the AD half nothing is imported: its names are the user's
     from ad.agent import load_for_analysis
     from config import VisualizeConfig
 

@@ -1,15 +1,14 @@
 """The AD model acting: in-context reinforcement learning (Laskin et al. 2022, section 4).
 
     returns = rollout_goals(model, np.repeat(goals, 16, axis=0), n_episodes=40, seed=0)  # (128, 40)
-    logits = fast_logits(model, history)              # (B, A), as model(*history.inputs)
 
 The encoder is walked by hand, without dropout and what the query does not need. While a context
-grows, what earlier tokens computed does not change, so that a step costs two tokens: the newest
-transition, whose keys and values are kept, and the query, whose are not. When the oldest transition
-drops out every position shifts, and all is read anew.
+grows a step costs two tokens: the newest transition, whose keys and values are kept, and the query,
+whose are not. When the oldest transition drops out every position shifts, and all is read anew.
 """
 
 from functools import partial
+from types import SimpleNamespace
 from typing import Literal
 
 import numpy as np
@@ -28,9 +27,7 @@ from historylens.history import History, HistoryBuffer
 from model import ADTransformer
 
 TOKENS_AT_ONCE = 2**12  # on a CPU: what a layer makes of more of them outgrows its cache
-
 COMPRESSION = METHODS["rewarded-recent"], 10  # transitions, of which a model reads as many as fit
-Sliding = Literal["step", "episode"]
 Reads = Literal["step", "episode", "compressed"]
 
 
@@ -45,8 +42,7 @@ def fast_logits(model: ADTransformer, history: History, positions: Tensor | None
 def _walk(model: ADTransformer, x: Tensor, cache: Tensor | None = None, n_past: int = 0) -> Tensor:
     """Action logits `(B, A)` of the last of embedded tokens `(B, m, D)`, the query.
 
-    `cache` `(2, L, B, H, n, D / H)` holds keys and values of the `n_past` tokens before these, and
-    is given theirs.
+    `cache` `(2, L, B, H, n, D / H)` keeps keys and values, of `n_past` tokens before these so far.
     """
     layers, n_heads, width = model.transformer_encoder.layers, model.config.tf_n_head, x.shape[2]
     n_tokens = n_past + x.shape[1]
@@ -71,10 +67,7 @@ def _walk(model: ADTransformer, x: Tensor, cache: Tensor | None = None, n_past: 
 
 
 class SlidingPolicy:
-    """Decides on the latest transitions, as many as fit: a policy of `rollout`.
-
-    One policy follows one `HistoryBuffer` from its beginning, and keeps keys and values of what it
-    has read. It acts without dropout, whatever mode the model is in.
+    """Decides on the latest transitions, as many as fit: a policy of `rollout`, for one buffer.
 
     `sliding` says what drops out of a full context. "step": the oldest transition at each step, so
     that the context always is as long as can be. "episode": the oldest whole episodes of `horizon`
@@ -83,17 +76,17 @@ class SlidingPolicy:
     """
 
     def __init__(
-        self, model: ADTransformer, n_rooms: int, sliding: Sliding = "step", horizon: int = 20
+        self, model: ADTransformer, n_rooms: int, sliding: Reads = "step", horizon: int = 20
     ) -> None:
         if sliding == "episode" and model.n_context_max < 2 * horizon:
             expected = f"expected a context of two episodes ({2 * horizon} transitions) to drop one"
             raise ValueError(f"{expected}, got {model.n_context_max}")
-        config, weight = model.config, model.pred_action.weight
+        config, n_heads, weight = model.config, model.config.tf_n_head, model.pred_action.weight
         self.device, self._model = weight.device, model
         self._shift = 1 if sliding == "step" else horizon  # steps that drop out together
         self._first = self._end = 0  # keys and values are those of steps first .. end - 1
-        shape = (n_rooms, config.tf_n_head, config.n_transit, config.tf_n_embd // config.tf_n_head)
-        self._cache = weight.new_empty(2, config.tf_n_layer, *shape)
+        shape = config.tf_n_layer, n_rooms, n_heads, config.n_transit, config.tf_n_embd // n_heads
+        self._cache = weight.new_empty(2, *shape)
 
     @torch.inference_mode()
     def act(self, buffer: HistoryBuffer, query_states: Tensor) -> Tensor:
@@ -113,14 +106,11 @@ class SlidingPolicy:
         return _walk(model, tokens, self._cache, n_past)
 
 
-class _Reader:
-    """A model as `CompressedPolicy` takes it."""
-
-    rewarded_above = 0.0
-
-    def __init__(self, model: ADTransformer) -> None:
-        self.n_max, self.device = model.n_context_max, model.pred_action.weight.device
-        self.act = partial(fast_logits, model)
+def _compressed_policy(model: ADTransformer) -> CompressedPolicy:
+    method, n_keep = COMPRESSION
+    agent = SimpleNamespace(n_max=model.n_context_max, rewarded_above=0.0)
+    agent.device, agent.act = model.pred_action.weight.device, partial(fast_logits, model)
+    return CompressedPolicy(agent, method, min(n_keep, agent.n_max))
 
 
 def rollout_goals(
@@ -134,30 +124,25 @@ def rollout_goals(
     env: str = "darkroom",
     group: Group = ALONE,
 ) -> np.ndarray:
-    """Act for many episodes in many rooms at once, with actions drawn from the model's policy.
+    """Rewards `(N, n_episodes)` int of episodes in many rooms at once, actions drawn by the model.
 
     The history grows through all episodes of `horizon` steps. `goals` `(N, 2 m)` int of the task
     `env` may repeat. What happens by chance in room i depends on `seed` and i alone. `reads` is how
     a `SlidingPolicy` slides, with its errors, or "compressed": the model reads what `COMPRESSION`
-    leaves. `progress` labels a progress bar, if one is wanted. Processes share the rooms. Gives the
-    reward of each episode, `(N, n_episodes)` int.
+    leaves. `progress` labels a progress bar, if one is wanted. Processes share the rooms.
     """
     n_steps, parts, size = n_episodes * horizon, [], group.size
     n_blocks = max(1, -(-len(goals) // (MAX_ROOMS * size))) * size
     blocks = np.array_split(np.arange(len(goals)), min(n_blocks, len(goals)))
     own, is_told = [blocks[i] for i in group.share(len(blocks))], progress and group.is_main
+    compressed = _compressed_policy(model) if reads == "compressed" else None
     total = n_steps * sum(map(len, own))
     with tqdm(total=total, desc=progress, disable=not is_told, leave=False) as bar:
         for rooms in own:
             room = model.config.grid_size, horizon, env, seed + rooms
-            environment = DarkRoom(goals[rooms], *room)
-            if reads == "compressed":
-                method, n_keep = COMPRESSION
-                policy = CompressedPolicy(_Reader(model), method, min(n_keep, model.n_context_max))
-            else:
-                policy = SlidingPolicy(model, len(rooms), reads, horizon)
+            policy = compressed or SlidingPolicy(model, len(rooms), reads, horizon)
             noises = [np.random.default_rng((seed, room)) for room in rooms]
-            parts.append(rollout(environment, policy, n_steps, noises, bar)[0])
+            parts.append(rollout(DarkRoom(goals[rooms], *room), policy, n_steps, noises, bar)[0])
     of_rank = group.broadcast(group.gather(parts))
     rewards = np.concatenate([of_rank[i % size][i // size] for i in range(len(blocks))])
     return rewards.reshape(len(goals), n_episodes, horizon).sum(axis=2)

@@ -1,9 +1,8 @@
 """The AD model as an agent: a checkpoint, and decisions from learning histories."""
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,15 +12,14 @@ from torch import Tensor
 from ad.acting import fast_logits
 from ad.checkpoints import MAX_WEIGHT, Checkpoint, find_checkpoint, load_checkpoint, task_of
 from ad.darkroom import N_ACTIONS, TASKS, DarkRoom, optimal_return
-from ad.decisions import Filter, HistoryDecisions, Place, choose_decisions
-from ad.histories import histories_path, read_histories
+from ad.decisions import HistoryDecisions, Place, choose_decisions
+from ad.histories import Tell, histories_path, read_histories
 from config import EnvConfig
 from historylens.agent import Agent, Environment
+from historylens.analysis import CHECKPOINT_FLAGS
 from historylens.common.errors import expect, note
 from historylens.common.text import counted
 from historylens.history import Decision, History
-
-OF_HISTORIES = ("histories", "goal", "history", "steps", "stride")  # settings of these alone
 
 
 class ADAgent(Agent):
@@ -30,23 +28,17 @@ class ADAgent(Agent):
     can_place = True
 
     def __init__(
-        self,
-        checkpoint: Checkpoint,
-        device: torch.device,
-        decisions: Sequence[Decision] = (),
-        facts: dict[str, str] | None = None,
-        meta: dict[str, Any] | None = None,
+        self, checkpoint: Checkpoint, device: torch.device, decisions: Sequence[Decision] = ()
     ) -> None:
         self.checkpoint, self.model, self.device = checkpoint, checkpoint.model, device
-        config = self.model.config
-        self.decisions, self.facts, self.meta = decisions, facts or {}, meta or {}
+        self.decisions, self.task, config = decisions, checkpoint.task, self.model.config
+        self.meta = {"checkpoint": str(checkpoint.path), "step": checkpoint.step}
         self.n_max, self.room = self.model.n_context_max, (config.grid_size, config.grid_size)
         self.layers = [f"transformer_encoder.layers.{i}" for i in range(config.tf_n_layer)]
         self.n_heads = [config.tf_n_head] * config.tf_n_layer
-        self.task = checkpoint.task
         self.label_columns = *self.task.columns, *Place._fields
-        title = f"AD in {self.task.title}, {counted(config.tf_n_layer, 'layer')}"
-        self.title = f"{title}, {counted(config.n_transit, 'token')}"
+        size = f"{counted(config.tf_n_layer, 'layer')}, {counted(config.n_transit, 'token')}"
+        self.title = f"AD in {self.task.title}, {size}"
 
     def act(self, history: History, positions: Tensor | None = None) -> Tensor:
         """Action logits `(B, A)`, by a walk of the encoder that spares what only others need."""
@@ -64,112 +56,89 @@ class ADAgent(Agent):
     @cached_property
     def identity(self) -> dict[str, Any]:
         """The checkpoint's digest, and the room."""
-        return {
-            "checkpoint": hashlib.sha256(self.checkpoint.path.read_bytes()).hexdigest(),
-            "grid_size": self.model.config.grid_size,
-        }
+        digest = hashlib.sha256(self.checkpoint.path.read_bytes()).hexdigest()
+        return {"checkpoint": digest, "grid_size": self.model.config.grid_size}
 
     @cached_property
     def environment(self) -> Environment:
         """Its task, on the test goals of the checkpoint; UserError: there are none that fit it."""
-        path, config, goals = self.checkpoint.path, self.checkpoint.config, self.checkpoint.goals
+        path, config = self.checkpoint.path, self.checkpoint.config
         n_actions, env = self.model.config.num_actions, task_of(config)
-        expect(
-            env and n_actions == N_ACTIONS,
-            f"{path}: expected a model of env {' or '.join(map(repr, TASKS))} with {N_ACTIONS} "
-            f"actions to act, got env {config.get('env')!r} with {n_actions}; its attention can be "
-            "shown",
-        )
-        goals = goals.get("test")
-        expect(
-            goals,
-            f"{path} holds no test goals: expected its goals to have a list 'test', goals that "
-            "the model was not trained on; train again, or name another --checkpoint",
-        )
+        what = f"a model of env {' or '.join(map(repr, TASKS))} with {N_ACTIONS} actions to act"
+        got = f"env {config.get('env')!r} with {n_actions}; its attention can be shown"
+        expect(env and n_actions == N_ACTIONS, f"{path}: expected {what}, got {got}")
+        what = "expected its goals to have a list 'test', goals that the model was not trained on"
+        goals, how = self.checkpoint.goals.get("test"), "train again, or name another --checkpoint"
+        expect(goals, f"{path} holds no test goals: {what}; {how}")
         horizon, goals = config.get("horizon") or EnvConfig.horizon, np.array(goals)
         room = {"grid_size": self.model.config.grid_size, "horizon": horizon, "env": env}
-        noun = "goal" if len(self.task.hidden) == 1 else "task"
+        n_hidden = len(self.task.hidden)
         return Environment(
             goals=tuple(self.task.name(goal) for goal in goals),
             horizon=horizon,
             make=lambda numbers, seeds: DarkRoom(goals[numbers], **room, seeds=seeds),
             best=tuple(optimal_return(goals, **room).tolist()),
-            named=(noun, "never trained on"),
-            goal_states=goals.reshape(-1, len(self.task.hidden), 2),
+            named=("goal" if n_hidden == 1 else "task", "never trained on"),
+            goal_states=goals.reshape(-1, n_hidden, 2),
         )
 
 
-def load_for_analysis(
-    config: Any, device: torch.device, tell: Callable[[str], None] = note
-) -> ADAgent:
-    """Load the checkpoint of a `VisualizeConfig`, and choose decisions from its histories.
-
-    For own play there are none yet. UserError: something is missing, damaged, or does not fit.
-    `tell` gets lines for the user.
-    """
-    given = {f"--{name}": vars(config)[name] for name in OF_HISTORIES}
-    given = [flag for flag, value in given.items() if value not in (None, 1)]
-    what = "has no meaning beside --play: its decisions come from no histories"
-    expect(not (config.plays and given), f"{' '.join(given[:1])} {what}")
-    choice = find_checkpoint(config.checkpoint)
-    checkpoint = load_checkpoint(choice.path, device, MAX_WEIGHT)
-    model, n_context = checkpoint.model.config, checkpoint.model.n_context_max
-    facts = {
-        "Checkpoint": f"{choice.path} ({choice.reason})",
-        "Step": f"{checkpoint.step:,} gradient updates in {checkpoint.task.title}, "
-        f"{model.grid_size} x {model.grid_size}",
-        "Model": f"{counted(model.tf_n_layer, 'layer')} x {counted(model.tf_n_head, 'head')}, "
-        f"width {model.tf_n_embd}, "
-        f"{sum(p.numel() for p in checkpoint.model.parameters()):,} parameters",
-        "Context length": f"{counted(n_context, 'transition')}, then the query token "
-        f"({counted(n_context + 1, 'token')})",
-        "Device": str(device),
-    }
-    meta = {"checkpoint": str(choice.path), "step": checkpoint.step}
-    above = config.rewarded_above or 0.0
-    more = {"n_transit": model.n_transit, "n_heads": model.tf_n_head, "rewarded_above": above}
-    decisions: Sequence[Decision] = ()
-    if not config.plays:
-        path = histories_path(config.histories, checkpoint)
-        decisions, told = _choose(config, checkpoint, path, tell)
-        facts, meta = facts | told, meta | {"histories": str(path)}
-    facts |= {"Rewarded": f"rewards above {above:g}"} if above else {}
-    agent = ADAgent(checkpoint, device, decisions, facts, meta | more)
-    agent.rewarded_above = above
+def _load(where: str, device: torch.device) -> ADAgent:
+    path, reason = find_checkpoint(where)
+    agent = ADAgent(load_checkpoint(path, device, MAX_WEIGHT), device)
+    agent.facts = {"Checkpoint": f"{path} ({reason})"}
     return agent
 
 
-def _choose(
-    config: Any, checkpoint: Checkpoint, path: Path, tell: Callable[[str], None]
-) -> tuple[HistoryDecisions, dict[str, str]]:
-    """Decisions from the histories at `path`, and what they are in words."""
-    histories, n_context = read_histories(path, checkpoint, tell), checkpoint.model.n_context_max
-    only = Filter(config.goal, config.history, config.steps)
-    places = choose_decisions(
-        histories, n_context, config.num_samples, config.seed, config.stride, only
-    )
+def load_for_analysis(config: Any, device: torch.device, tell: Tell = note) -> ADAgent:
+    """Load the checkpoint of a `VisualizeConfig`, and decisions, if it plays none of its own."""
+    of_histories = CHECKPOINT_FLAGS[1:]  # all but the checkpoint
+    given = [f"--{name}" for name in of_histories if vars(config)[name] not in (None, 1)]
+    what = "has no meaning beside --play: its decisions come from no histories"
+    expect(not (config.plays and given), f"{' '.join(given[:1])} {what}")
+    agent = _load(config.checkpoint, device)
+    model, n_parameters = agent.model.config, sum(p.numel() for p in agent.model.parameters())
+    agent.facts |= {
+        "Step": f"{agent.checkpoint.step:,} gradient updates in {agent.task.title}, "
+        f"{model.grid_size} x {model.grid_size}",
+        "Model": f"{counted(model.tf_n_layer, 'layer')} x {counted(model.tf_n_head, 'head')}, "
+        f"width {model.tf_n_embd}, {n_parameters:,} parameters",
+        "Context length": f"{counted(agent.n_max, 'transition')}, then the query token "
+        f"({counted(model.n_transit, 'token')})",
+        "Device": str(device),
+    }
+    agent.rewarded_above = above = config.rewarded_above or 0.0
+    if not config.plays:
+        _choose_decisions(agent, config, tell)
+    agent.facts |= {"Rewarded": f"rewards above {above:g}"} if above else {}
+    more = {"n_transit": model.n_transit, "n_heads": model.tf_n_head, "rewarded_above": above}
+    agent.meta |= more
+    return agent
+
+
+def _choose_decisions(agent: ADAgent, config: Any, tell: Tell) -> None:
+    path = histories_path(config.histories, agent.checkpoint)
+    histories = read_histories(path, agent.checkpoint, tell)
+    only = config.stride, config.goal, config.history, config.steps
+    places = choose_decisions(histories, agent.n_max, config.num_samples, config.seed, *only)
     used, steps = list({place.history for place in places}), {place.step for place in places}
-    n_goals, n_goals_used = (
-        len(np.unique(part, axis=0)) for part in (histories.goals, histories.goals[used])
-    )
+    goals = histories.goals
+    there, asked = (counted(len(np.unique(x, axis=0)), "goal") for x in (goals, goals[used]))
     when = f"steps {min(steps):,} to {max(steps):,}" if len(steps) > 1 else f"step {min(steps):,}"
-    told = {
-        "Histories": f"{path} ({histories.n_histories} of {counted(histories.n_steps, 'step')}, "
-        f"{counted(n_goals, 'goal')})",
-        "Samples": f"{counted(len(places), 'decision')} of {counted(n_goals_used, 'goal')} and "
+    agent.facts |= {
+        "Histories": f"{path} ({len(goals)} of {counted(histories.n_steps, 'step')}, {there})",
+        "Samples": f"{counted(len(places), 'decision')} of {asked} and "
         f"{counted(len(used), 'history')}, {when}",
     }
-    above = config.rewarded_above or 0.0
-    return HistoryDecisions(histories, places, n_context, above, checkpoint.task), told
+    agent.meta["histories"] = str(path)
+    options = agent.n_max, agent.rewarded_above, agent.task
+    agent.decisions = HistoryDecisions(histories, places, *options)
 
 
 def load_for_acting(config: Any, device: torch.device) -> ADAgent:
     """Load the checkpoint of an `ActingConfig`; UserError: its model cannot act on history."""
-    choice = find_checkpoint(config.checkpoint)
-    checkpoint = load_checkpoint(choice.path, device, MAX_WEIGHT)
-    facts = {"Checkpoint": f"{choice.path} ({choice.reason})"}
-    meta = {"checkpoint": str(choice.path), "step": checkpoint.step}
-    agent = ADAgent(checkpoint, device, facts=facts, meta=meta)
+    agent = _load(config.checkpoint, device)
     _ = agent.environment  # what is wrong with it is told before anything is played
-    expect(agent.n_max, f"{choice.path}: its model reads no history: there is nothing to compress")
+    what = "its model reads no history: there is nothing to compress"
+    expect(agent.n_max, f"{agent.checkpoint.path}: {what}")
     return agent

@@ -3,15 +3,12 @@
 An agent walks in a square room and sees its own position alone: what it looks for is hidden, and
 only the reward tells where it is. Episodes have a fixed length and go on when all is found.
 
-- `darkroom`, Dark Room: 9 x 9, 20 steps from the centre; reward 1 on every step on the goal.
-- `darkroom-hard`, Dark Room Hard: 17 x 17, 20 steps from the centre; reward 1 exactly once an
-  episode, for reaching the goal.
-- `key-to-door`, Dark Key-to-Door: 9 x 9, 50 steps from a cell drawn at random; reward 1 once for
-  the key, which must be found first, and 1 once for the door. 6,561 tasks, one a pair of cells;
-  where both are one cell, the door takes another step on it.
+- `darkroom`: 9 x 9, 20 steps from the centre; reward 1 on every step on the goal.
+- `darkroom-hard`: 17 x 17, 20 steps from the centre; reward 1 exactly once an episode.
+- `key-to-door`: 9 x 9, 50 steps from a cell drawn at random; reward 1 once for the key, which must
+  be found first, and 1 once for the door, which takes another step where both are one cell.
 
-Public code differs: in some the episode ends with the last reward, or Key-to-Door starts in the
-centre.
+In some public code an episode ends with the last reward, or `key-to-door` starts in the centre.
 
     room = DarkRoom(goals=all_goals(9))     # 81 rooms side by side
     states, rewards, done = room.step(np.full(81, 2))   # everyone one column to the right
@@ -61,7 +58,7 @@ TASKS = {
 
 
 class DarkRoom:
-    """`N` rooms of `grid_size**2` cells stepped together, one goal of `(N, 2 m)` each.
+    """`N` rooms of `grid_size**2` cells stepped together, one goal of `(N, 2 m)` int each.
 
     A goal is (row, column) of each of the `m` hidden things of `TASKS[env]`. An episode has
     `horizon` steps. Where it starts by chance, that depends on the room's own of `seeds` `(N,)`.
@@ -76,12 +73,7 @@ class DarkRoom:
         seeds: Sequence[int] | None = None,
     ) -> None:
         self.goals, self.grid_size, self.horizon = np.asarray(goals), grid_size, horizon
-        self.task = TASKS[env]
-        width = 2 * len(self.task.hidden)
-        if self.goals.shape[1:] != (width,) or not _are_below(self.goals, grid_size):
-            expected = f"expected goals of shape (N, {width}) with entries 0..{grid_size - 1}"
-            raise ValueError(f"{expected}, got {self.goals.tolist()}")
-        self.n_rooms = len(self.goals)
+        self.n_rooms, self.task = len(self.goals), TASKS[env]
         if self.task.starts_anywhere:
             seeds = range(self.n_rooms) if seeds is None else seeds
             self._chance = [np.random.default_rng((int(seed), 1)) for seed in seeds]
@@ -100,15 +92,10 @@ class DarkRoom:
     def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, bool]:
         """Act once in every room, by actions `(N,)` int in 0..4.
 
-        Gives next states `(N, 2)`, rewards `(N,)` of 0 or 1, and whether the episode ends here. The
-        next state of the last step is the one reached, not that of the coming reset.
+        Gives states reached `(N, 2)`, rewards `(N,)` of 0 or 1, and whether the episode ends here.
         """
         if self.n_steps >= self.horizon:
             raise RuntimeError(f"the episode ended after {self.horizon} steps: call reset() first")
-        actions = np.asarray(actions)
-        if actions.shape != (self.n_rooms,) or not _are_below(actions, N_ACTIONS):
-            expected = f"expected {self.n_rooms} actions in 0..{N_ACTIONS - 1}"
-            raise ValueError(f"{expected}, got {actions.tolist()}")
         self.states = np.clip(self.states + MOVES[actions], 0, self.grid_size - 1)
         self.n_steps += 1
         cells = self.goals.reshape(-1, len(self.task.hidden), 2)
@@ -117,11 +104,6 @@ class DarkRoom:
         rewards = (is_there & (self.n_found < cells.shape[1])).astype(np.int64)
         self.n_found = self.n_found + rewards * self.task.is_once
         return self.states, rewards, self.n_steps == self.horizon
-
-
-def _are_below(values: np.ndarray, n: int) -> bool:
-    """Whether all are whole numbers `0 .. n - 1`."""
-    return values.dtype.kind in "iu" and bool(((values >= 0) & (values < n)).all())
 
 
 def all_goals(grid_size: int, env: str = "darkroom") -> np.ndarray:
@@ -133,16 +115,13 @@ def all_goals(grid_size: int, env: str = "darkroom") -> np.ndarray:
 def optimal_return(
     goals: np.ndarray, grid_size: int = 9, horizon: int = 20, env: str = "darkroom"
 ) -> np.ndarray:
-    """Best possible reward an episode for each goal, `(N,)` for goals `(N, 2 m)`.
+    """Best possible reward an episode for each goal `(N, 2 m)`, the mean over all starts: `(N,)`.
 
-    The first step already earns where the goal is the start or a neighbour of it. A goal `d >= 1`
-    steps away earns on the steps `d .. horizon`, or once. The mean over all cells in which an
-    episode may start.
+    A goal `d` steps away, at the start 1, earns on the steps `d .. horizon`, or once.
     """
     task, goals = TASKS[env], np.asarray(goals)
     cells = goals.reshape(-1, len(task.hidden), 2)
-    starts = np.full((1, 2), grid_size // 2)
-    starts = all_goals(grid_size) if task.starts_anywhere else starts
+    starts = all_goals(grid_size) if task.starts_anywhere else np.full((1, 2), grid_size // 2)
     steps = np.abs(cells[:, None, 0] - starts).sum(axis=2).clip(1)  # (N, starts)
     if not task.is_once:
         return (horizon + 1 - steps[:, 0]).clip(0)
@@ -157,21 +136,17 @@ def split_goals(
 ) -> dict[str, np.ndarray]:  # fmt: skip
     """Split the goals of a task at random into those to train on, to validate on and to test on.
 
-    The test goals depend on `seed` and `n_test` alone, so that runs which validate on more or
-    fewer goals still share them. Each part is `(N, 2 m)`, row by row; to train on there are
-    `n_train`, or all that are left. UserError: too few of them.
+    The test goals depend on `seed` and `n_test` alone. Each part is `(N, 2 m)`, row by row; to
+    train on there are `n_train`, or all that are left. UserError: too few of them.
     """
     goals = all_goals(grid_size, env)
     n_train = len(goals) - n_test - n_validation if n_train is None else n_train
-    expect(
-        min(n_test, n_validation, n_train) >= 1 and n_test + n_validation + n_train <= len(goals),
-        f"a room of {grid_size**2} cells has {len(goals)} goals: they cannot be split into "
-        f"{n_test} test goals, "
-        f"{n_validation} validation goals and {n_train if n_train > 0 else 'at least one'} to "
-        "train on",
-    )
-    order = np.random.default_rng(seed).permutation(len(goals))
     ends = np.cumsum([n_test, n_validation, n_train])
-    parts = zip(("test", "validation", "train"), np.split(order, ends), strict=False)
-    split = {name: goals[np.sort(part)] for name, part in parts}
-    return {name: split[name] for name in ("train", "validation", "test")}
+    what = f"a room of {grid_size**2} cells has {len(goals)} goals: they cannot be split into"
+    parts = f"{n_test} test goals, {n_validation} validation goals and"
+    others = f"{n_train if n_train > 0 else 'at least one'} to train on"
+    is_room = min(n_test, n_validation, n_train) >= 1 and ends[-1] <= len(goals)
+    expect(is_room, f"{what} {parts} {others}")
+    order = np.random.default_rng(seed).permutation(len(goals))
+    test, validation, train, _ = (goals[np.sort(part)] for part in np.split(order, ends))
+    return {"train": train, "validation": validation, "test": test}

@@ -1,10 +1,7 @@
 """Decisions of learning histories: spread over goals, histories and stages of learning.
 
-A decision is one step of a learning history: the state the learner stood in, and as context the `n`
-transitions before it.
-
-    places = choose_decisions(histories, n_context=99, n_samples=10, seed=0)
-    HistoryDecisions(histories, places, 99)[0]                                    # a Decision
+places = choose_decisions(histories, n_context=99, n_samples=10, seed=0)
+HistoryDecisions(histories, places, 99)[0]                                        # a Decision
 """
 
 from collections.abc import Sequence
@@ -16,6 +13,7 @@ import numpy as np
 
 from ad.darkroom import TASKS, Task
 from dataset import CONTEXT, Histories, context_steps, max_stride_of
+from historylens.common.batches import alike
 from historylens.common.errors import UserError, expect
 from historylens.history import Decision, spread_decisions
 
@@ -61,18 +59,8 @@ class HistoryDecisions(Sequence[Decision]):
         )
 
     @cached_property
-    def _tasks(self) -> np.ndarray:
-        """`(N,)` int, numbers of the goals of all histories."""
+    def _tasks(self) -> np.ndarray:  # (N,) int, numbers of the goals of all histories
         return np.unique(self.histories.goals, axis=0, return_inverse=True)[1].ravel()
-
-
-@dataclass(frozen=True)
-class Filter:
-    """Which decisions may be chosen; None: all."""
-
-    goals: Sequence[tuple[int, ...]] | None = None  # (row, column) of all that is hidden
-    histories: Sequence[int] | None = None  # their numbers in the file
-    steps: tuple[int, int] | None = None  # the first and the last of a history
 
 
 def choose_decisions(
@@ -81,59 +69,45 @@ def choose_decisions(
     n_samples: int,
     seed: int,
     stride: int = 1,
-    only: Filter | None = None,
+    goals: Sequence[tuple[int, ...]] | None = None,
+    rows: Sequence[int] | None = None,
+    bounds: tuple[int, int] | None = None,
 ) -> list[Place]:
     """Spread `n_samples` decisions evenly over goals, their histories, and stages of learning.
 
-    Goals take turns, and so do the histories of each goal. The stages divide the eligible steps
-    into `n_samples` equal parts, one decision from each, dealt out to the goals in random order.
-    Where fewer are eligible, all of them are taken. UserError where there are none.
+    As `spread_decisions` does, of `goals`, of histories `rows` by their number, from the first to
+    the last step of `bounds`; None: any. UserError where there are none.
     """
-    rng, only = np.random.default_rng(seed), only or Filter()
-    by_goal = _eligible_histories(histories, only, rng)
-    steps = _eligible_steps(histories, n_context, stride, only.steps)
-    chosen = spread_decisions(by_goal, steps, n_samples, rng)
+    rng = np.random.default_rng(seed)
+    groups = [rng.permutation(group) for group in _eligible_histories(histories, goals, rows)]
+    by_goal = [groups[i] for i in rng.permutation(len(groups))]
+    steps = np.arange(histories.n_steps)
+    steps = steps[max_stride_of(steps, n_context, histories.horizon) >= stride]
+    what = f"expected {n_context} transitions before a decision (stride {stride})"
+    got = f"got histories of {histories.n_steps} steps"
+    expect(steps.size, f"histories too short for the context: {what}, {got}")
+    first, last = bounds or (steps[0], steps[-1])
+    inside = steps[(steps >= first) & (steps <= last)]
+    least = f"{steps[0]} (the first with {n_context} transitions before it)"
+    what = f"expected steps between {least} and {steps[-1]}, got {first}:{last}"
+    expect(inside.size, f"no decision passes the filter: {what}")
+    chosen = spread_decisions(by_goal, inside, n_samples, rng)
     return [Place(history, step, stride) for history, step in chosen]
 
 
 def _eligible_histories(
-    histories: Histories, only: Filter, rng: np.random.Generator
-) -> list[np.ndarray]:
-    """Numbers of the eligible histories, one shuffled array a goal, goals in random order."""
+    histories: Histories, wanted: Sequence[tuple[int, ...]] | None, rows: Sequence[int] | None
+) -> list[list[int]]:
     goals = [tuple(goal) for goal in histories.goals.tolist()]
-    rows = range(len(goals)) if only.histories is None else sorted(set(only.histories))
-    if unknown := [row for row in rows if row not in range(len(goals))]:
-        raise UserError(f"expected histories in 0..{len(goals) - 1}, got {unknown[0]}")
-    known = dict.fromkeys(goals)
-    wanted = known if only.goals is None else dict.fromkeys(map(tuple, only.goals))
-    for goal in (goal for goal in wanted if goal not in known):
-        goal, *there = (",".join(map(str, one)) for one in (goal, *known))
-        raise UserError(f"no history of goal {goal}: expected one of {'; '.join(there)}")
-    by_goal: dict[tuple[int, ...], list[int]] = {}
+    rows = range(len(goals)) if rows is None else sorted(set(rows))
     for row in rows:
-        if goals[row] in wanted:
-            by_goal.setdefault(goals[row], []).append(row)
-    expect(by_goal, "no decision passes the filter: no history is of a goal asked for")
-    groups = [rng.permutation(group) for group in by_goal.values()]
-    return [groups[i] for i in rng.permutation(len(groups))]
-
-
-def _eligible_steps(
-    histories: Histories, n_context: int, stride: int, bounds: tuple[int, int] | None
-) -> np.ndarray:
-    """Steps that have a full context and lie in the range asked for, ascending."""
-    steps = np.arange(histories.n_steps)
-    steps = steps[max_stride_of(steps, n_context, histories.horizon) >= stride]
-    if not steps.size:
-        raise UserError(
-            f"histories too short for the context: expected {n_context} transitions before a "
-            f"decision (stride {stride}), got histories of {histories.n_steps} steps"
-        )
-    first, last = bounds or (steps[0], steps[-1])
-    inside = steps[(steps >= first) & (steps <= last)]
-    if not inside.size:
-        raise UserError(
-            f"no decision passes the filter: expected steps between {steps[0]} (the first "
-            f"with {n_context} transitions before it) and {steps[-1]}, got {first}:{last}"
-        )
-    return inside
+        is_there = row in range(len(goals))
+        expect(is_there, f"expected histories in 0..{len(goals) - 1}, got {row}")
+    known = dict.fromkeys(goals)
+    wanted = known if wanted is None else dict.fromkeys(map(tuple, wanted))
+    if unknown := [goal for goal in wanted if goal not in known]:
+        goal, *there = (",".join(map(str, one)) for one in (unknown[0], *known))
+        raise UserError(f"no history of goal {goal}: expected one of {'; '.join(there)}")
+    groups = alike((row, goals[row]) for row in rows if goals[row] in wanted)
+    expect(groups, "no decision passes the filter: no history is of a goal asked for")
+    return groups

@@ -1,4 +1,4 @@
-"""How well a model learns in context: numbers of its rollouts, and the same as console text."""
+"""How well a model learns in context: numbers of its rollouts, as text, and as a picture."""
 
 from pathlib import Path
 from typing import Any
@@ -7,6 +7,7 @@ import numpy as np
 
 from ad.darkroom import TASKS, optimal_return
 from config import EnvConfig
+from historylens.common.files import write_atomically
 
 
 def possible(env: EnvConfig, goals: np.ndarray) -> np.ndarray:
@@ -15,11 +16,10 @@ def possible(env: EnvConfig, goals: np.ndarray) -> np.ndarray:
 
 
 def score(env: EnvConfig, goals: np.ndarray, returns: np.ndarray) -> dict[str, Any]:
-    """Numbers of an evaluation on goals `(G, 2 m)`; the second half of its episodes counts.
+    """Plain numbers of an evaluation on goals `(G, 2 m)`; the second half of its episodes counts.
 
-    From the reward of each of `E` episodes of `R` rollouts a goal, `(G, R, E)`, plain numbers:
-    `return` and `possible`, the mean reward an episode reached and the best there is, `relative`,
-    their quotient, with its standard error over rollouts, and the same by goal and by episode.
+    From the reward of each of `E` episodes of `R` rollouts a goal, `(G, R, E)`: the mean `return`
+    and the best `possible`, their quotient with its standard error over rollouts, and by goal.
     """
     best = possible(env, goals)
     by_rollout = returns[:, :, returns.shape[2] // 2 :].mean(axis=2)
@@ -45,27 +45,25 @@ def progress_line(entry: dict[str, Any], n_episodes: int) -> str:
     compressed = "" if compressed is None else f", on compressed history {compressed:.2f}"
     return (
         f"update {entry['step']:>6,}  loss {entry['loss']:.3f}  reward an episode, episodes "
-        f"{n_episodes // 2 + 1} to {n_episodes}"
-        f": train goals {entry['train_return']:.2f} of {entry['train_possible']:.2f}, validation "
-        f"goals {entry['validation_return']:.2f} of {entry['validation_possible']:.2f}"
-        f"{compressed}{'  (kept)' if entry['best'] else ''}"
+        f"{n_episodes // 2 + 1} to {n_episodes}: train goals {entry['train_return']:.2f} of "
+        f"{entry['train_possible']:.2f}, validation goals {entry['validation_return']:.2f} of "
+        f"{entry['validation_possible']:.2f}{compressed}{'  (kept)' if entry['best'] else ''}"
     )
 
 
 def describe(result: dict[str, Any], checkpoint: Path) -> str:
     """The final numbers of a run, those of `training.json`, and its checkpoint as console text."""
     test, config, n = result["test"], result["config"], result["config"]["eval_episodes"]
-    task = TASKS[config["env"]]
-    names = [task.name(goal) for goal in test["goals"]]
+    names = [TASKS[config["env"]].name(goal) for goal in test["goals"]]
     wide = max(8, *map(len, names))
     lines = [
         f"\nTEST GOALS (never trained or chosen on), {test['rollouts']} rollouts a goal",
         f"{'goal':>{wide}}  {'possible':>8}  {f'episodes {n // 2 + 1} to {n}':>17}  {'part':>5}",
     ]
     by_goal = zip(names, test["possible_by_goal"], test["return_by_goal"], strict=True)
-    for place, best, reached in by_goal:
+    for name, best, reached in by_goal:
         part = f"{reached / best:.0%}" if best else "-"  # out of reach
-        lines.append(f"{place:>{wide}}  {best:>8.4g}  {reached:>17.2f}  {part:>5}")
+        lines.append(f"{name:>{wide}}  {best:>8.4g}  {reached:>17.2f}  {part:>5}")
     mean = f"{test['possible']:>8.2f}  {test['return']:>17.2f}  {test['relative']:>5.0%}"
     lines.append(f"{'mean':>{wide}}  {mean}\n")
     if (whole := result["test_by_sliding"].get("episode")) is not None:
@@ -78,3 +76,57 @@ def describe(result: dict[str, Any], checkpoint: Path) -> str:
         f"Checkpoint: {checkpoint}",
     ]
     return "\n".join(lines)
+
+
+def draw_learning_curve(result: dict[str, Any], path: str | Path) -> None:
+    """Draw a `training.json`: return against updates, and against episodes in context."""
+    from matplotlib.figure import Figure  # takes a second to import
+
+    config = result["config"]
+    figure = Figure(figsize=(12, 4.8))
+    left, right = figure.subplots(1, 2)
+    figure.subplots_adjust(left=0.055, right=0.985, bottom=0.12, top=0.83, wspace=0.16)
+    title = f"Algorithm Distillation in {TASKS[config['env']].title}, {config['tf_n_layer']} layers"
+    title += f", {config['n_transit']} tokens, seed {config['seed']}"
+    figure.suptitle(title, fontsize=13)
+    _draw_training(left, result)
+    _draw_in_context(right, result["test"], config)
+    style = {"format": "png", "dpi": 100, "metadata": {"Software": None}}
+    write_atomically(path, lambda file: figure.savefig(file, **style))
+
+
+def _draw_training(axes: Any, result: dict[str, Any]) -> None:
+    log, n = result["log"], result["config"]["eval_episodes"]
+    source, chosen = result["source_relative_return"], result["chosen_step"]
+    steps = [entry["step"] for entry in log]
+    for name, colour in (("train", "#4c72b0"), ("validation", "#dd8452")):
+        values, n_goals = [entry[f"{name}_relative"] for entry in log], len(log[0][f"{name}_goals"])
+        axes.plot(steps, values, "o-", ms=4, color=colour, label=f"{n_goals} {name} goals")
+    axes.axhline(1, ls="--", color="0.4", lw=1, label="best possible")
+    axes.axhline(source, ls=":", color="0.4", lw=1.2, label=f"source algorithm ({source:.0%})")
+    axes.axvline(chosen, color="#55a868", lw=1.2, label=f"chosen by validation ({chosen:,})")
+    reward = f"reward, episodes {n // 2 + 1} to {n} (part of the best)"
+    axes.set(title="While training: the weights change", ylim=(0, 1.05))
+    axes.set(xlabel="gradient updates", ylabel=reward)
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower right", fontsize=9)
+
+
+def _draw_in_context(axes: Any, test: dict[str, Any], config: dict[str, Any]) -> None:
+    from matplotlib import colormaps
+
+    returns = np.array(test["return_by_episode"])  # (G, E)
+    episodes = np.arange(1, returns.shape[1] + 1)
+    colours = colormaps["viridis"](np.arange(len(returns)) / max(1, len(returns) - 1))
+    names = map(TASKS[config["env"]].titled, test["goals"])
+    curves = zip(names, test["possible_by_goal"], returns, colours, strict=True)
+    for name, best, curve, colour in curves:
+        axes.plot(episodes, curve, lw=1, color=colour, label=f"{name}, best {best:.4g}")
+    axes.plot(episodes, returns.mean(axis=0), color="black", lw=2.5, label="mean of the goals")
+    axes.axhline(test["possible"], ls="--", color="0.4", lw=1, label="best possible, mean")
+    title = f"After training: the weights are fixed, {test['rollouts']} rollouts a test goal"
+    axes.set(title=title, xlabel="episode in context", ylabel="reward an episode")
+    axes.set(xlim=(1, len(episodes)), ylim=(0, None))
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower right", fontsize=8, ncols=2)

@@ -38,10 +38,7 @@ _NUMPY += [type(np.dtype(kind)) for kind in "?bhilBHILefd"]
 
 
 def load_plain(file: BinaryIO) -> Any:
-    """What `torch.save` wrote, plain values and dense tensors; nothing in it is executed.
-
-    UserError: it names or holds anything else, or has a digest that is not its own.
-    """
+    """What `torch.save` wrote, never executed; UserError: more than that, or another digest."""
     why = f"as files can do harm in older ones (CVE-2026-24747), got {torch.__version__}"
     expect(torch.__version__ >= SAFE_TORCH, f"expected PyTorch {SAFE_TORCH} or newer, {why}")
     size = os.fstat(file.fileno()).st_size

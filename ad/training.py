@@ -1,15 +1,7 @@
-"""Train an AD model on learning histories, choose a checkpoint by validation goals, evaluate it.
+"""Train an AD model on learning histories, choose a checkpoint by validation goals, evaluate it."""
 
-An interrupted run goes on to the result that it would have had. What is written: see `train.py`.
-
-    settings, run, device = prepare(flags)                     # checked, before any work
-    result = finish(train(settings, run, device, resume=False), run)    # what training.json holds
-"""
-
-import argparse
 import json
 import math
-import os
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,22 +13,20 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from ad import checkpoints
-from ad.acting import Reads, Sliding, rollout_goals
+from ad.acting import Reads, rollout_goals
+from ad.checkpoints import HISTORIES_NAME, LOG_NAME, RESUME_NAME, save_checkpoint
+from ad.darkroom import split_goals
 from ad.evaluation import possible, progress_line, score
-from ad.sizes import check_sizes, goals_of
 from ad.source import learning_histories, relative_return
 from ad.thinning import draw_batch
 from config import EnvConfig, ModelConfig, SourceConfig, TrainConfig
 from dataset import CONTEXT, ADDataset
-from historylens.agent import pick_device
 from historylens.common.errors import expect, note, told, undivided
 from historylens.common.files import set_aside, write_atomically
 from historylens.common.processes import ALONE, Group
-from historylens.common.reading import printable
-from historylens.common.settings import flag_of, from_flags, to_dict
+from historylens.common.settings import to_dict
 from model import ADTransformer
 
-LOG_NAME, RESUME_NAME = "training.json", "resume.pt"
 N_TEST_STREAMS = 8  # learning histories a test goal that are kept beside the checkpoint
 N_TRAIN_GOALS_EVALUATED = 6
 
@@ -50,52 +40,10 @@ class Settings(NamedTuple):
     train: TrainConfig = TrainConfig()
 
 
-def prepare(flags: argparse.Namespace, group: Group = ALONE) -> tuple[Settings, Path, torch.device]:
-    """Settings, folder and device of a run; UserError before any work where they cannot be."""
-    settings = Settings(*(from_flags(type(default), flags) for default in Settings()))
-    group.equal_slice(settings.train.batch_size)
-    thins = settings.train.history_dropout and settings.model.n_transit < 2
-    expect(not thins, "expected --n-transit of at least 2 for --history-dropout to thin, got 1")
-    check_sizes(*settings)
-    device = group.device(pick_device(flags.device))
-    name = f"AD-{settings.env.env}-seed{flags.seed}" if flags.run is None else flags.run
-    is_plain = name.isprintable() and name not in ("", ".", "..") and not {*"/\\"} & {*name}
-    what = "expected --run to be the plain name of a folder, of at most 200 bytes, got"
-    expect(is_plain and len(name.encode()) <= 200, f"{what} {printable(repr(name), 300)}")
-    what = "expected --checkpoints and --figs not to be empty"
-    expect(flags.checkpoints and flags.figs, what)
-    run = Path(flags.checkpoints) / name
-    if group.is_main:
-        _check_run(run, settings, flags.resume)
-        for folder, flag in ((run, "--checkpoints"), (Path(flags.figs) / "training", "--figs")):
-            there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-            is_ours = there.is_dir() and os.access(there, os.W_OK | os.X_OK)
-            expect(is_ours, f"cannot write to {folder}: choose another folder with {flag}")
-    return settings, run, device
-
-
-def _check_run(run: Path, settings: Settings, resume: bool) -> None:
-    """Refuse to overwrite a run, and to go on with one that there is not or that differs."""
-    begun = (run / RESUME_NAME).exists()
-    if not resume:
-        expect(
-            not begun and not checkpoints.checkpoints_in(run),
-            f"{run} holds a run already, which is not overwritten: "
-            f"{'go on with it by --resume, or ' if begun else ''}name another with --run",
-        )
-        return
-    expect(begun, f"nothing to resume: {run} holds no interrupted run")
-    try:
-        saved = checkpoints.read_file(run / RESUME_NAME)["config"]
-        saved = to_dict(*Settings()) | saved  # it may be older than a setting
-    except Exception:  # damaged: `train` sets it aside
-        return
-    for name, value in to_dict(*settings).items():
-        expect(
-            saved[name] == value,
-            f"--resume goes on with the settings of {run}: expected {flag_of(name)} "
-            f"{saved[name]}, got {value}",
-        )
+def goals_of(env: EnvConfig) -> dict[str, np.ndarray]:
+    """The goals to train on, to validate on and to test on, as `split_goals` gives them."""
+    sizes = env.grid_size, env.n_test_goals, env.n_validation_goals
+    return split_goals(env.goal_seed, *sizes, env.env, env.n_train_goals)
 
 
 def make_optimizer(model: nn.Module, train: TrainConfig) -> torch.optim.AdamW:
@@ -114,17 +62,14 @@ def lr_factor(step: int, n_warmup: int, n_updates: int) -> float:
 
 
 class PackedLoss(nn.Module):
-    """Cross-entropy in nats of the source's actions, the mean over all prefixes of all windows.
-
-    A module, so that its gradients can be averaged over processes.
-    """
+    """Cross-entropy in nats of the source's actions; a module, to be averaged over processes."""
 
     def __init__(self, model: ADTransformer) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
-        """Loss of a batch of windows, as `ADDataset` describes it."""
+        """Mean over all prefixes of all windows of a batch, as `ADDataset` describes it."""
         inputs = map(batch.get, (*CONTEXT, "query_states"))
         logits = self.model.forward_packed(*inputs)  # (B, q, A)
         targets = batch["target_actions"].flatten()
@@ -136,18 +81,17 @@ class Trainer:
 
     def __init__(self, settings: Settings, device: torch.device, group: Group = ALONE) -> None:
         env, source, model, train = settings
-        self.settings, self.device, self.group = settings, device, group
-        self.goals = goals_of(env)
+        self.settings, self.device, self.group, self.goals = settings, device, group, goals_of(env)
         histories = learning_histories(self.goals["train"], env, source, train.seed)
-        self.dataset = ADDataset(
-            histories, model.n_transit - 1, train.max_stride, train.random_episodes
-        )
+        windows = model.n_transit - 1, train.max_stride, train.random_episodes
+        self.dataset = ADDataset(histories, *windows)
         self.source_return = relative_return(histories, slice(-20, None), env)
         self.rng = np.random.default_rng(train.seed)
         torch.manual_seed(train.seed)
         self.model = ADTransformer(model).to(device)
-        ema = get_ema_multi_avg_fn(train.ema_decay)
-        self.averaged = AveragedModel(self.model, multi_avg_fn=ema)
+        self.averaged = AveragedModel(
+            self.model, multi_avg_fn=get_ema_multi_avg_fn(train.ema_decay)
+        )
         self.objective = group.averaging(PackedLoss(self.model), device)
         self.optimizer = make_optimizer(self.model, train)
         self.lr_sched = torch.optim.lr_scheduler.LambdaLR(
@@ -156,7 +100,7 @@ class Trainer:
         models = {"model": self.averaged.module, "training_model": self.model}
         self.modules = models | {"optimizer": self.optimizer, "lr_sched": self.lr_sched}
         holds_two_episodes = self.model.n_context_max >= 2 * env.horizon
-        self.slidings: list[Sliding] = ["step", "episode"] if holds_two_episodes else ["step"]
+        self.slidings: list[Reads] = ["step", "episode"] if holds_two_episodes else ["step"]
         self.step, self.started = 0, time.perf_counter()
         self.losses: list[float] = []  # since the last evaluation
         self.log: list[dict[str, Any]] = []  # an entry an evaluation
@@ -192,21 +136,18 @@ class Trainer:
         So is one at most a standard error below the best so far: then more training decides
         (the one standard error rule of Breiman et al. 1984), and no lucky draw of rollouts.
         """
-        entry: dict[str, Any] = {"step": self.step, "loss": float(np.mean(self.losses))}
-        train, n_rollouts = self.goals["train"], self.settings.train.eval_rollouts
-        train = train[possible(self.settings.env, train) > 0]
-        spread = train[np.linspace(0, len(train) - 1, N_TRAIN_GOALS_EVALUATED).astype(int)]
-        of_validation, full = (self.goals["validation"], n_rollouts), self.slidings[-1]
-        cases = {  # nothing is chosen by the return on training goals
-            "train": (spread, max(1, n_rollouts // 4), full),
-            "validation": (*of_validation, full),
-        }
+        env, train_goals, tried = self.settings.env, self.goals["train"], self.goals["validation"]
+        near = train_goals[possible(env, train_goals) > 0]
+        spread = near[np.linspace(0, len(near) - 1, N_TRAIN_GOALS_EVALUATED).astype(int)]
+        n, full = self.settings.train.eval_rollouts, self.slidings[-1]
+        cases = {"train": (spread, max(1, n // 4), full), "validation": (tried, n, full)}
         if self.settings.train.history_dropout:  # it is to bear compressed history as well
-            cases["compressed"] = (*of_validation, "compressed")
+            cases["compressed"] = (tried, n, "compressed")
+        entry: dict[str, Any] = {"step": self.step, "loss": float(np.mean(self.losses))}
         for name, case in cases.items():
             numbers = self.evaluate(*case, f"acting on {name} goals")
             entry |= {f"{name}_{key}": value for key, value in numbers.items()}
-        chosen_by = [name for name in cases if name != "train"]
+        _, *chosen_by = cases  # nothing is chosen by the return on training goals
         entry["score"] = float(np.mean([entry[f"{name}_relative"] for name in chosen_by]))
         errors = [entry[f"{name}_relative_error"] for name in chosen_by]
         entry["score_error"] = float(np.linalg.norm(errors) / len(errors))
@@ -258,11 +199,14 @@ def train(
     elif resume:  # what was taken up half is built anew
         trainer = Trainer(settings, device, group)
     if group.is_main and state is None:
-        _begin(trainer, run, why)
-    if group.is_main and not (run / checkpoints.HISTORIES_NAME).exists():
+        files = [*checkpoints.checkpoints_in(run), HISTORIES_NAME, LOG_NAME, RESUME_NAME]
+        if aside := set_aside(run, [Path(file).name for file in files]):
+            note(f"{run} held {why}: moved to {aside}, and the run begins anew")
+        save_checkpoint(run / RESUME_NAME, trainer.state_dict())
+    if group.is_main and not (run / HISTORIES_NAME).exists():
         goals, seed = trainer.goals["test"], settings.train.seed + 1
         test = learning_histories(goals, settings.env, settings.source, seed, N_TEST_STREAMS)
-        test.save(run / checkpoints.HISTORIES_NAME)
+        test.save(run / HISTORIES_NAME)
     n_updates, eval_every = settings.train.n_updates, settings.train.eval_every
     style = {"desc": "training", "unit": "update", "disable": not group.is_main}
     try:
@@ -278,7 +222,7 @@ def train(
                 bar.set_postfix_str(f"loss {np.mean(trainer.losses[-100:]):.3f}", refresh=False)
     except KeyboardInterrupt:
         if group.is_main:
-            checkpoints.save_checkpoint(run / RESUME_NAME, trainer.state_dict())
+            save_checkpoint(run / RESUME_NAME, trainer.state_dict())
             print(f"Stopped at update {trainer.step}. Go on with the same command and --resume.")
         raise
     return trainer
@@ -297,14 +241,6 @@ def _taken_up(trainer: Trainer, run: Path) -> tuple[dict[str, Any] | None, str]:
         return None, f"a damaged {RESUME_NAME} ({told(error)})"
 
 
-def _begin(trainer: Trainer, run: Path, why: str) -> None:
-    """Set aside what lies in the folder of a new run, and write what a resume needs."""
-    names = [path.name for path in checkpoints.checkpoints_in(run)]
-    if aside := set_aside(run, [*names, checkpoints.HISTORIES_NAME, LOG_NAME, RESUME_NAME]):
-        note(f"{run} held {why}: moved to {aside}, and the run begins anew")
-    checkpoints.save_checkpoint(run / RESUME_NAME, trainer.state_dict())
-
-
 def _keep_if_best(trainer: Trainer, run: Path) -> None:
     """Evaluate; rank 0 writes what a resume needs, and a checkpoint as good as the best."""
     group = trainer.group
@@ -317,8 +253,8 @@ def _keep_if_best(trainer: Trainer, run: Path) -> None:
             if entry["best"]:
                 kept = {key: state[key] for key in ("step", "config", "model", "goals")}
                 kept |= {"optimizer": None, "lr_sched": None}
-                checkpoints.save_checkpoint(run / f"ckpt-{trainer.step}.pt", kept)
-            checkpoints.save_checkpoint(run / RESUME_NAME, state)
+                save_checkpoint(run / f"ckpt-{trainer.step}.pt", kept)
+            save_checkpoint(run / RESUME_NAME, state)
     if group.is_main:
         tqdm.write(progress_line(entry, trainer.settings.train.eval_episodes))
 
@@ -332,11 +268,10 @@ def finish(trainer: Trainer, run: Path) -> dict[str, Any]:
             chosen = chosen.step, chosen.model.state_dict()
     chosen_step, weights = group.broadcast(chosen)
     trainer.averaged.module.load_state_dict(weights)
-    goals, n_rollouts = trainer.goals["test"], trainer.settings.train.final_rollouts
-    test = {
-        sliding: trainer.evaluate(goals, n_rollouts, sliding, f"acting on test goals, {sliding}")
-        for sliding in trainer.slidings
-    }
+    test, n_rollouts = {}, trainer.settings.train.final_rollouts
+    for sliding in trainer.slidings:
+        case = trainer.goals["test"], n_rollouts, sliding
+        test[sliding] = trainer.evaluate(*case, f"acting on test goals, {sliding}")
     result = {
         "config": to_dict(*trainer.settings),
         "chosen_step": chosen_step,
@@ -346,7 +281,6 @@ def finish(trainer: Trainer, run: Path) -> dict[str, Any]:
         "test_by_sliding": {sliding: numbers["return"] for sliding, numbers in test.items()},
         "log": trainer.log,
     }
-    # Not write_json: a training that diverged has losses that are no numbers.
-    if group.is_main:
+    if group.is_main:  # as JSON that allows NaN: a loss of a training that diverged is none
         write_atomically(run / LOG_NAME, json.dumps(result, indent=1) + "\n")
     return result

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import torch._dynamo  # noqa: F401
 
-import ad.learning_curve  # noqa: F401 - once, and not in each process
+import ad.evaluation  # noqa: F401 - once, and not in each process
 import historylens.pictures.returns  # noqa: F401
 from historylens.common.errors import run_command
 

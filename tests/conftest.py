@@ -107,7 +107,7 @@ def without_drawing(patch):
 
     draw = Painter.draw
     patch.setattr(Painter, "draw", lambda self, _, path, *a, **k: draw(self, draw_quickly, path))
-    patch.setattr("ad.learning_curve.draw_learning_curve", lambda _, path: draw_quickly(path))
+    patch.setattr("ad.evaluation.draw_learning_curve", lambda _, path: draw_quickly(path))
 
 
 @pytest.fixture

@@ -108,13 +108,11 @@ def test_rooms_together_act_as_each_alone(tiny_config, reads, n_transit, n_episo
     assert returns.sum() > 0
 
 
-def test_a_context_too_short_or_too_long_and_a_goal_outside_the_room_are_errors(tiny_model):
+def test_a_context_too_short_or_too_long_is_an_error(tiny_model):
     with pytest.raises(ValueError, match=r"two episodes \(12 transitions\).*got 11"):
         rollout_goals(tiny_model, np.array([[2, 2]]), 1, seed=0, horizon=6, reads="episode")
     with pytest.raises(ValueError, match="at most 11 context transitions"):
         fast_logits(tiny_model, random_steps(tiny_model, 1, 12)(0, 12))
-    with pytest.raises(ValueError, match=r"expected goals .* entries 0\.\.4"):
-        rollout_goals(tiny_model, np.array([[5, 0]]), n_episodes=1, seed=0)
 
 
 def test_returns_are_whole_rewards_seeded_by_room_whatever_rooms_are_beside_it(tiny_config):

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ad.agent import load_for_analysis
-from ad.decisions import Filter, HistoryDecisions, Place, choose_decisions
+from ad.decisions import HistoryDecisions, Place, choose_decisions
 from config import ModelConfig, VisualizeConfig
 from dataset import CONTEXT, context_steps
 from historylens.common.errors import UserError
@@ -52,23 +52,23 @@ def test_decisions_are_distinct_and_have_a_full_context(n_samples, n_context, st
 
 
 def test_filters_by_goal_history_and_steps_and_more_than_there_are_is_every_one_once():
-    only = Filter(goals=[(0, 1), (1, 1)], histories=[0, 3, 4], steps=(10, 19))
-    chosen = choose_decisions(histories_of(), 6, 20, seed=0, only=only)
+    only = {"goals": [(0, 1), (1, 1)], "rows": [0, 3, 4], "bounds": (10, 19)}
+    chosen = choose_decisions(histories_of(), 6, 20, seed=0, **only)
     assert set(chosen) == {(h, t, 1) for h in (3, 4) for t in range(10, 20)}
     chosen = choose_decisions(histories_of(streams=1, episodes=2), 5, n_samples=1000, seed=0)
     assert sorted(chosen) == [(history, step, 1) for history in range(3) for step in (5, 6, 7)]
 
 
 @pytest.mark.parametrize(("n_context", "only", "message"), [
-    (6, Filter(goals=[(5, 5)]), "no history of goal 5,5: expected one of 0,0; 0,1; 1,1"),
-    (6, Filter(histories=[6]), r"expected histories in 0\.\.5, got 6"),
-    (6, Filter(steps=(0, 5)), "expected steps between 6 .* and 39, got 0:5"),
-    (6, Filter(goals=[(0, 0)], histories=[5]), "no history is of a goal asked for"),
-    (40, None, r"too short .*: expected 40 transitions before a decision \(stride 1\)"),
+    (6, {"goals": [(5, 5)]}, "no history of goal 5,5: expected one of 0,0; 0,1; 1,1"),
+    (6, {"rows": [6]}, r"expected histories in 0\.\.5, got 6"),
+    (6, {"bounds": (0, 5)}, "expected steps between 6 .* and 39, got 0:5"),
+    (6, {"goals": [(0, 0)], "rows": [5]}, "no history is of a goal asked for"),
+    (40, {}, r"too short .*: expected 40 transitions before a decision \(stride 1\)"),
 ])  # fmt: skip
 def test_what_leaves_no_decision_says_what_would(n_context, only, message):
     with pytest.raises(UserError, match=message):
-        choose_decisions(histories_of(), n_context, 4, seed=0, only=only)
+        choose_decisions(histories_of(), n_context, 4, seed=0, **only)
 
 
 def test_a_decision_is_named_and_holds_what_lies_before_it():

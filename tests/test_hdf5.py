@@ -17,12 +17,11 @@ from hypothesis import strategies as st
 
 import compare_compression
 import visualize_attention
-from ad import hdf5
+from ad import histories as module
 from ad.checkpoints import find_checkpoint, load_checkpoint
 from ad.darkroom import MOVES
 from ad.decisions import HistoryDecisions, Place
-from ad.hdf5 import read_hdf5
-from ad.histories import histories_path, read_histories
+from ad.histories import histories_path, read_hdf5, read_histories
 from dataset import CONTEXT
 from historylens.common.errors import UserError
 from historylens.history import History
@@ -111,7 +110,7 @@ def test_any_file_is_read_as_written(tmp_path_factory, n_episodes, n_streams, ho
 def test_rewards_may_be_fractions_dones_unmarked_and_what_is_not_asked_for_anything(path):
     groups = both(optimal_actions=np.zeros((2, 8))) | {"4": {"x": np.zeros(3)}, "about": {}}
     histories, told = read(write(path, groups))
-    assert (histories.n_histories, told) == (4, "")
+    assert (len(histories.goals), told) == (4, "")
     histories, _ = read(write(path, both(rewards=np.full((8, 2), 0.5))))
     assert histories.rewards.dtype == np.float32
     assert histories.rewards[:, 0].tolist() == [0, 0, 0.5, 0.5]
@@ -125,13 +124,13 @@ def test_rewards_may_be_fractions_dones_unmarked_and_what_is_not_asked_for_anyth
 
 def test_the_state_after_the_reset_is_kept_and_without_goals_groups_are_in_order(path):
     write_hdf5(path, grid_size=3, horizon=5, n_steps=20, n_streams=1)
-    histories = read_hdf5(path, 3, 5)
+    histories = read_hdf5(path, 3, 5, None)
     assert histories.next_states[:, 4::5].tolist() == [[[1, 1]] * 4] * 9
     reached = np.clip(histories.states + MOVES[histories.actions], 0, 2)
     assert (histories.next_states != reached).any()
     np.testing.assert_array_equal(histories.next_states[:, 0::5], reached[:, 0::5])
     write(path, {name: content() for name in ("10", "0", "9")})
-    assert read_hdf5(path, 4, HORIZON).goals[::2].tolist() == [[0, 0], [2, 1], [2, 2]]
+    assert read_hdf5(path, 4, HORIZON, None).goals[::2].tolist() == [[0, 0], [2, 1], [2, 2]]
 
 
 def test_what_is_cut_to_whole_episodes_or_to_fit_memory_is_told_once(path, monkeypatch):
@@ -139,7 +138,7 @@ def test_what_is_cut_to_whole_episodes_or_to_fit_memory_is_told_once(path, monke
     assert histories.n_steps == 8
     np.testing.assert_array_equal(histories.actions[0], content(11)["actions"][:8, 0])
     assert "up to 15 steps; the first 8 of each are used, whole episodes of 4 steps" in told
-    monkeypatch.setattr(hdf5, "MAX_TRANSITIONS", 2 * 8 * 2 + 15)
+    monkeypatch.setattr(module, "MAX_TRANSITIONS", 2 * 8 * 2 + 15)
     histories, told = read(write(path, {"6": content(8, 5), "1": content(8, 1)}))
     assert histories.goals.tolist() == [[2, 0], [2, 0], [0, 1]]
     np.testing.assert_array_equal(histories.actions[1], content(8, 5)["actions"][:, 1])
@@ -215,7 +214,7 @@ def tiny_run(tmp_path, tiny_model):
 
 def checkpoint_of(run, changes=(), **config):
     """The checkpoint of a run after changes of it and of its config; None removes a setting."""
-    path = find_checkpoint(run).path
+    path = find_checkpoint(run)[0]
     content = torch.load(path, weights_only=True)
     config = {k: v for k, v in (content["config"] | config).items() if v is not None}
     torch.save(content | {"config": config} | dict(changes), path)
@@ -224,7 +223,7 @@ def checkpoint_of(run, changes=(), **config):
 
 def logits_both_ways(run, file, cell, stream, step):
     """Logits of one decision here, and from that code alone; `cell` counts those held out."""
-    checkpoint = load_checkpoint(find_checkpoint(run).path)
+    checkpoint = load_checkpoint(find_checkpoint(run)[0])
     grid_size = checkpoint.model.config.grid_size
     histories, cells = read_histories(file, checkpoint), held_out(0, 0.9, grid_size**2)
     assert histories.goals[::2].tolist() == [list(divmod(cell, grid_size)) for cell in cells]
@@ -247,7 +246,7 @@ def test_goals_of_its_own_are_read_and_without_a_split_all_are_and_that_is_told(
     run, file = tiny_run
     checkpoint = checkpoint_of(run, env_split_seed=None)
     told = []
-    assert read_histories(file, checkpoint, told.append).n_histories == 50
+    assert len(read_histories(file, checkpoint, told.append).goals) == 50
     assert "does not say which goals it holds out" in told[0]
     read_histories(file, checkpoint)
     assert capsys.readouterr().err == f"note: {told[0]}\n"
@@ -279,10 +278,10 @@ def test_suffixes_tell_kinds_of_files_and_without_h5py_others_are_read(tiny_run,
     make_histories().save(run / "x.npz")
     for name in ("x.h5", "x.HDF5"):
         file = file.rename(run / name)
-        assert read_histories(file, checkpoint).n_histories == 6
+        assert len(read_histories(file, checkpoint).goals) == 6
     monkeypatch.setitem(sys.modules, "h5py", None)
-    runpy.run_path(hdf5.__file__)
-    assert read_histories(run / "x.npz", checkpoint).n_histories == 3
+    runpy.run_path(module.__file__)
+    assert len(read_histories(run / "x.npz", checkpoint).goals) == 3
     with pytest.raises(UserError, match="needs h5py, which is not installed: pip install h5py"):
         read_histories(file, checkpoint)
 

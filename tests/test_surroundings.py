@@ -25,7 +25,6 @@ import historylens.common
 import train
 import visualize_attention
 from ad import training
-from ad.sizes import n_bytes
 from ad.training import Settings
 from historylens.agent import pick_device
 from historylens.analysis import AnalysisConfig
@@ -425,7 +424,7 @@ def test_play_that_no_memory_holds_is_refused_before_it_starts(home, monkeypatch
 
 
 def test_memory_is_estimated_from_below(monkeypatch):
-    assert n_bytes(*Settings()) < 2**31
+    assert train.n_bytes(*Settings()) < 2**31
     with pytest.raises(UserError, match=r"about 1,024 GiB .* lower --seeds"):
         expect_memory(2**40, "--seeds")
     for dpi in (9, 1001):

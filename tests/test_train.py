@@ -17,9 +17,9 @@ import pytest
 import torch
 from conftest import files_of, refused
 
-from ad import learning_curve, training
+from ad import evaluation, training
 from ad.acting import rollout_goals
-from ad.checkpoints import checkpoint_step, checkpoints_in, load_checkpoint, read_file
+from ad.checkpoints import checkpoints_in, load_checkpoint, read_file
 from ad.darkroom import optimal_return, split_goals
 from ad.training import AveragedModel, Settings, Trainer, lr_factor, make_optimizer
 from config import DEFAULTS_OF, ModelConfig, TrainConfig
@@ -79,7 +79,7 @@ def finished(tmp_path_factory):
 
 @pytest.fixture
 def no_picture(monkeypatch):
-    monkeypatch.setattr(learning_curve, "draw_learning_curve", lambda *_: None)
+    monkeypatch.setattr(evaluation, "draw_learning_curve", lambda *_: None)
 
 
 def assert_same_run(run, other):
@@ -118,7 +118,7 @@ def test_checkpoints_are_the_averaged_weights_that_validate_as_well_as_the_best_
     assert [(entry["step"], entry["score"]) for entry in log] == [
         (step, log[i]["validation_relative"]) for i, step in enumerate([3, 6, 7])
     ]
-    assert [checkpoint_step(path) for path in kept] == expected
+    assert [path.name for path in kept] == [f"ckpt-{step}.pt" for step in expected]
     assert numbers["chosen_step"] == expected[-1]
     for path, step in zip(kept, expected, strict=True):
         model = read_file(path)["model"]
