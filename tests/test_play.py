@@ -12,11 +12,12 @@ from conftest import sharp_model
 from ad.acting import rollout_goals
 from ad.darkroom import DarkRoom
 from historylens.agent import Environment
-from historylens.analysis import AnalysisConfig, Job, measure
+from historylens.analysis import AnalysisConfig, Job
 from historylens.analysis import play as module
 from historylens.analysis.job import batches
 from historylens.analysis.learning import over_learning
 from historylens.analysis.play import KINDS, record
+from historylens.analysis.results import measure
 from historylens.common.errors import UserError
 from historylens.common.processes import ALONE
 from historylens.metrics import Metrics

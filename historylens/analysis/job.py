@@ -80,17 +80,16 @@ class Job:
         return None if number is None else self.out / f"trajectory_{number}"
 
     def progress(self, what: str, total: int, unit: str) -> tqdm:
-        """A progress bar of rank 0's share."""
+        """A progress bar of rank 0's share; none without a label or a total."""
         label = what if self.group.size == 1 else f"{what}, rank 0 of {self.group.size}"
-        is_off = not (total and self.group.is_main)
+        is_off = not (what and total and self.group.is_main)
         return tqdm(total=total, desc=label, unit=unit, file=sys.stderr, disable=is_off)
 
 
 def _chosen(what: str, wanted: list[int] | None, n: int) -> list[int]:
     """The layers or heads to analyse, ascending; all `n` of them unless some are asked for."""
     for number in wanted or []:
-        if not 0 <= number < n:
-            raise UserError(f"unknown {what} {number}: expected --{what}s in 0..{n - 1}")
+        expect(0 <= number < n, f"unknown {what} {number}: expected --{what}s in 0..{n - 1}")
     return sorted(set(wanted)) if wanted else list(range(n))
 
 
@@ -113,42 +112,44 @@ class Batch:
         metrics.put(self.indices, rows, sum_rows(self.uniform_rows, self.tokens), self.history)
 
 
-def batches(job: Job, parts: Sequence[Pass]) -> Iterator[Batch]:
-    """Passes over decisions and which of them to draw; what does not fit memory is halved."""
+def batches(job: Job, parts: Sequence[Pass], label: str = "") -> Iterator[Batch]:
+    """Passes over decisions and which of them to draw; what does not fit memory is halved.
+
+    `label` is that of a progress bar, if one is wanted.
+    """
     limit = largest = max((len(indices) for indices, _ in parts), default=0)
-    for indices, drawn in parts:
-        start = 0
-        while start < len(indices):
-            piece, batch = indices[start : start + limit], None
-            try:
-                batch = _run(job, piece, [i - start for i in drawn if 0 <= i - start < len(piece)])
-            except Exception as error:
-                if not is_out_of_memory(error):
-                    raise
-            if batch is None:  # what the pass held is free by now
-                limit = _halve(job, len(piece), is_first=limit == largest)
-                continue
-            yield batch
-            start += len(piece)
+    with job.progress(label, sum(len(indices) for indices, _ in parts), " samples") as bar:
+        for indices, drawn in parts:
+            start = 0
+            while start < len(indices):
+                piece, batch = indices[start : start + limit], None
+                own = [i - start for i in drawn if 0 <= i - start < len(piece)]
+                try:
+                    batch = _run(job, piece, own)
+                except Exception as error:
+                    if not is_out_of_memory(error):
+                        raise
+                if batch is None:  # what the pass held is free by now
+                    limit = _halve(job, len(piece), is_first=limit == largest)
+                    continue
+                yield batch
+                start += len(piece)
+                bar.update(len(piece))
 
 
 def _halve(job: Job, n_samples: int, is_first: bool) -> int:
     """Half of a batch that was too large, said on stderr the first time."""
     device, half = job.agent.device, n_samples // 2
-    if not half:
-        raise UserError(
-            f"a single sample of {job.agent.n_tokens} tokens does not fit the memory of {device}: "
-            "analyse fewer layers at once (--layers), draw fewer samples (--num-figures) or use "
-            "another --device"
-        )
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+    what = f"does not fit the memory of {device}"
+    expect(
+        half,
+        f"a single sample of {job.agent.n_tokens} tokens {what}: analyse fewer layers at once "
+        "(--layers), draw fewer samples (--num-figures) or use another --device",
+    )
+    torch.cuda.empty_cache()
     if is_first:
-        tqdm.write(
-            f"note: a batch of {n_samples} samples does not fit the memory of {device}; going on "
-            f"with {half} or fewer",
-            file=sys.stderr,
-        )
+        told = f"note: a batch of {n_samples} samples {what}; going on with {half} or fewer"
+        tqdm.write(told, file=sys.stderr)
     return half
 
 
@@ -160,22 +161,19 @@ def attention_of(
     Action logits `(B, A)`, the attention of chosen heads by the number of their layer, and rows
     `(B, T)` that weigh all that the query may see equally. UserError: it cannot be captured.
     """
-    agent, heads = job.agent, dict(zip(job.layers, job.heads, strict=True))
-    is_mixed = job.config.precision == "bfloat16"
+    agent, is_mixed = job.agent, job.config.precision == "bfloat16"
     try:
         with torch.autocast(agent.device.type, torch.bfloat16, enabled=is_mixed):
             logits, layers = attend(agent, history, job.layers, received=bool(drawn), maps=drawn)
     except CaptureError as error:
         raise UserError(f"attention cannot be captured: {error}") from error
+    attention, of_heads = {}, ("query_rows", "received", "maps", "extra")
+    for number, heads, layer in zip(job.layers, job.heads, layers, strict=True):
+        if len(heads) < agent.n_heads[number]:
+            arrays = {name: vars(layer)[name] for name in of_heads}
+            layer = replace(layer, **{k: v[:, heads] for k, v in arrays.items() if v is not None})
+        attention[number] = layer
     visible = np.logical_or.reduce([layer.visible.numpy() for layer in layers])
-    attention = dict(zip(job.layers, layers, strict=True))
-    for number, layer in attention.items():
-        if len(heads[number]) < agent.n_heads[number]:
-            arrays = {
-                name: vars(layer)[name] for name in ("query_rows", "received", "maps", "extra")
-            }
-            chosen = {k: v[:, heads[number]] for k, v in arrays.items() if v is not None}
-            attention[number] = replace(layer, **chosen)
     return logits, attention, uniform_rows(visible)
 
 
@@ -205,5 +203,5 @@ def drawn_passes(job: Job, n_drawn: int) -> list[Pass]:
     size = min(MAX_DRAWN, max(1, MAX_DRAWN_TOKENS // agent.n_tokens))
     same = alike((i, agent.length(i)) for i in range(n_drawn))
     parts = [g[i : i + size] for g in same for i in range(0, len(g), size)]
-    own = [tuple(i for i, n in enumerate(part) if n in group.share(n_drawn)) for part in parts]
+    own = [[i for i, n in enumerate(part) if n in group.share(n_drawn)] for part in parts]
     return [pair for pair in zip(parts, own, strict=True) if pair[1]]
