@@ -43,13 +43,12 @@ class RoomMap:
         one that has just begun. UserError: position() gives what is no cell of the room.
         """
         n, query = decision.n, np.reshape(decision.query_state, (1, -1))
-        before, after = decision.states, decision.next_states
-        states, reached = (np.reshape(x, (n, query.size)) for x in (before, after))
+        moved = decision.states, decision.next_states
+        states, reached = (np.reshape(x, (n, query.size)) for x in moved)
         episodes = np.zeros(n) if decision.episodes is None else np.asarray(decision.episodes)
         number = decision.query_episode
-        if number is None and np.array_equal(query, reached[-1:]):
-            number = episodes[-1]
-        ours = np.full(n, False) if number is None else episodes == number
+        if number is None:
+            number = episodes[-1] if np.array_equal(query, reached[-1:]) else np.nan  # of none
         ends, goal = _cells(agent, reached), [] if decision.goal is None else decision.goal
 
         def summed(weights: np.ndarray) -> np.ndarray:  # (..., n) -> (..., R, C)
@@ -62,7 +61,7 @@ class RoomMap:
             even=summed(np.asarray(uniform_row, dtype=np.float64)[:-1]),
             visits=summed(np.ones(n, dtype=int)),
             rewarded=summed(decision.rewarded.astype(int)),
-            path=_cells(agent, np.concatenate([states[ours], query])),
+            path=_cells(agent, np.concatenate([states[episodes == number], query])),
             goals=_cells(agent, np.reshape(goal, (-1, query.size))),
         )
 
@@ -103,9 +102,8 @@ def room_maps(job: Job, batch: Batch) -> Iterator[tuple[int, RoomMap, list[str]]
     even = sum_rows(batch.uniform_rows, batch.tokens)
     names = [f"layer {layer}" for layer in batch.attention]
     if job.config.heads:
-        names = [
-            f"{name} head {h}" for name, own in zip(names, job.heads, strict=True) for h in own
-        ]
+        pairs = zip(names, job.heads, strict=True)
+        names = [f"{name} head {head}" for name, heads in pairs for head in heads]
     for place, decision in zip(batch.drawn, batch.decisions, strict=True):
         heads = [layer[place] for layer in rows]
         panels = np.concatenate(heads) if job.config.heads else np.stack([x.mean(0) for x in heads])
@@ -118,8 +116,7 @@ def _cells(agent: Agent, states: np.ndarray) -> np.ndarray:
     given, (n_rows, n_columns) = np.asarray(agent.position(states)), agent.room
     inside = (given >= 0) & (given < agent.room) & (given == np.round(given))  # NaN: not inside
     for cell in given[~inside.all(axis=1)].tolist():
-        raise UserError(
-            f"position(): expected a row in 0..{n_rows - 1} and a column in 0..{n_columns - 1}, "
-            f"whole numbers, got {cell}; ROOM = (rows, columns) says how large the room is"
-        )
+        what = f"a row in 0..{n_rows - 1} and a column in 0..{n_columns - 1}, whole numbers"
+        size = "ROOM = (rows, columns) says how large the room is"
+        raise UserError(f"position(): expected {what}, got {cell}; {size}")
     return given.astype(np.int64)
