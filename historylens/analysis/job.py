@@ -30,6 +30,7 @@ from historylens.metrics import Metrics
 from historylens.tokens import Tokens, sum_rows, uniform_rows
 
 Pass = tuple[Sequence[int], Sequence[int]]  # numbers of decisions, places of those drawn
+BY_HEAD = ("query_rows", "received", "maps", "extra")  # of a LayerAttention
 
 
 @dataclass(frozen=True)
@@ -95,21 +96,23 @@ def _chosen(what: str, wanted: list[int] | None, n: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Batch:
-    """What one forward pass showed of `B` decisions."""
+    """What one forward pass showed of `B` decisions, of the heads that are chosen."""
 
-    indices: Sequence[int]  # numbers of the decisions
     history: History  # the transitions before them
+    logits: Tensor  # (B, A) of actions
     tokens: Sequence[Tokens]  # what each token is, B maps
-    attention: Mapping[int, LayerAttention]  # layer number -> attention of the chosen heads
-    drawn: Sequence[int]  # which of the B come with a map, in the order of the maps
+    attention: Mapping[int, LayerAttention]  # by the number of the layer
     uniform_rows: np.ndarray  # (B, T), the row that weighs all that the query may see equally
+    rows: Sequence[np.ndarray]  # (B, H, n + 1) a layer: on each transition, then what is of none
+    even: np.ndarray  # (B, n + 1), the same of `uniform_rows`
+    indices: Sequence[int]  # numbers of the decisions
+    drawn: Sequence[int]  # which of the B come with a map, in the order of the maps
     decisions: Sequence[Decision]  # those that are drawn, in the order of the maps
-    heads: Mapping[int, Sequence[int]]  # layer number -> numbers of its chosen heads
+    heads: Mapping[int, Sequence[int]]  # by the number of the layer, numbers of its chosen heads
 
     def measure(self, metrics: Metrics) -> None:
         """Put the metrics of the batch in their place."""
-        rows = transition_rows(self.attention, self.tokens)
-        metrics.put(self.indices, rows, sum_rows(self.uniform_rows, self.tokens), self.history)
+        metrics.put(self.indices, self.rows, self.even, self.history)
 
 
 def batches(job: Job, parts: Sequence[Pass], label: str = "") -> Iterator[Batch]:
@@ -125,7 +128,7 @@ def batches(job: Job, parts: Sequence[Pass], label: str = "") -> Iterator[Batch]
                 piece, batch = indices[start : start + limit], None
                 own = [i - start for i in drawn if 0 <= i - start < len(piece)]
                 try:
-                    batch = _run(job, piece, own)
+                    batch = see(job, job.agent.history(piece), piece, own)
                 except Exception as error:
                     if not is_out_of_memory(error):
                         raise
@@ -153,13 +156,12 @@ def _halve(job: Job, n_samples: int, is_first: bool) -> int:
     return half
 
 
-def attention_of(
-    job: Job, history: History, drawn: Sequence[int] = ()
-) -> tuple[Tensor, dict[int, LayerAttention], np.ndarray]:
-    """One forward pass, each layer captured as it runs; maps of those of the `B` that are drawn.
+def see(
+    job: Job, history: History, indices: Sequence[int] = (), drawn: Sequence[int] = ()
+) -> Batch:
+    """One forward pass on the history before decisions; maps of those of the `B` that are drawn.
 
-    Action logits `(B, A)`, the attention of chosen heads by the number of their layer, and rows
-    `(B, T)` that weigh all that the query may see equally. UserError: it cannot be captured.
+    UserError: attention cannot be captured.
     """
     agent, is_mixed = job.agent, job.config.precision == "bfloat16"
     try:
@@ -167,34 +169,18 @@ def attention_of(
             logits, layers = attend(agent, history, job.layers, received=bool(drawn), maps=drawn)
     except CaptureError as error:
         raise UserError(f"attention cannot be captured: {error}") from error
-    attention, of_heads = {}, ("query_rows", "received", "maps", "extra")
+    uniform = uniform_rows(np.logical_or.reduce([layer.visible.numpy() for layer in layers]))
+    tokens, attention, rows = agent.tokens(history), {}, []
     for number, heads, layer in zip(job.layers, job.heads, layers, strict=True):
         if len(heads) < agent.n_heads[number]:
-            arrays = {name: vars(layer)[name] for name in of_heads}
+            arrays = {name: vars(layer)[name] for name in BY_HEAD}
             layer = replace(layer, **{k: v[:, heads] for k, v in arrays.items() if v is not None})
         attention[number] = layer
-    visible = np.logical_or.reduce([layer.visible.numpy() for layer in layers])
-    return logits, attention, uniform_rows(visible)
-
-
-def transition_rows(
-    attention: Mapping[int, LayerAttention], tokens: Sequence[Tokens]
-) -> list[np.ndarray]:
-    """`(B, H, n + 1)` a layer: attention on each transition, last on what is of none."""
-    rows = [sum_rows(layer.query_rows, tokens) for layer in attention.values()]
-    for row, layer in zip(rows, attention.values(), strict=True):
-        row[..., -1] += 0 if layer.extra is None else layer.extra.numpy()
-    return rows
-
-
-def _run(job: Job, indices: Sequence[int], drawn: Sequence[int]) -> Batch:
-    """A pass over some decisions of the agent."""
-    agent = job.agent
-    history = agent.history(indices)
-    _, attention, even = attention_of(job, history, drawn)
+        rows.append(sum_rows(layer.query_rows, tokens))
+        rows[-1][..., -1] += 0 if layer.extra is None else layer.extra.numpy()
     decisions = [agent.decisions[indices[i]] for i in drawn]
-    heads = dict(zip(job.layers, job.heads, strict=True))
-    return Batch(indices, history, agent.tokens(history), attention, drawn, even, decisions, heads)
+    seen = history, logits, tokens, attention, uniform, rows, sum_rows(uniform, tokens)
+    return Batch(*seen, indices, drawn, decisions, dict(zip(job.layers, job.heads, strict=True)))
 
 
 def drawn_passes(job: Job, n_drawn: int) -> list[Pass]:

@@ -18,10 +18,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from historylens.agent import Environment, rollout
-from historylens.analysis.job import Job, attention_of, transition_rows
+from historylens.analysis.job import Job, see
 from historylens.common.batches import MAX_ROOMS, MAX_TOKENS_ACTING, even_parts
 from historylens.history import Decision, History, HistoryBuffer, spread_decisions
-from historylens.tokens import sum_rows
 
 KINDS: dict[str, Callable[[History], Tensor]] = {  # which transitions `(B, n)` are of a kind
     "current episode": lambda history: history.episodes == history.query_episodes[:, None],
@@ -127,14 +126,13 @@ def _watch(
         played, t = buffer, buffer.n
         history = buffer.history(query_states, max(0, t - agent.n_max))
         history = replace(history, rewarded_above=agent.rewarded_above)
-        logits, attention, uniform = attention_of(job, history)
-        tokens = agent.tokens(history)
-        rows = np.stack([heads.mean(1) for heads in transition_rows(attention, tokens)], 1)
+        batch = see(job, history)
+        rows = np.stack([heads.mean(1) for heads in batch.rows], 1)  # (B, L, n + 1)
         kinds = torch.stack([rule(history) for rule in KINDS.values()], 1).cpu().numpy()
         shares[:, t] = np.einsum("bln,bkn->blk", rows[..., :-1], kinds)
-        even[:, t] = np.einsum("bn,bkn->bk", sum_rows(uniform, tokens)[:, :-1], kinds)
+        even[:, t] = np.einsum("bn,bkn->bk", batch.even[:, :-1], kinds)
         followed_rows[:, t, :, -rows.shape[2] :] = rows[followed]
-        return logits
+        return batch.logits
 
     noises = [np.random.default_rng((job.config.seed, number)) for number in rollouts]
     policy = SimpleNamespace(act=act, device=agent.device)

@@ -14,11 +14,10 @@ from typing import Any
 import numpy as np
 
 from historylens.agent import Agent
-from historylens.analysis.job import Batch, Job, transition_rows
+from historylens.analysis.job import Batch, Job
 from historylens.common.errors import UserError
 from historylens.common.files import rounded
 from historylens.history import Decision
-from historylens.tokens import sum_rows
 
 
 @dataclass(frozen=True)
@@ -98,16 +97,14 @@ def room_maps(job: Job, batch: Batch) -> Iterator[tuple[int, RoomMap, list[str]]
     """
     if job.agent.room is None:
         return
-    rows = transition_rows(batch.attention, batch.tokens)  # (B, H, n + 1) a layer
-    even = sum_rows(batch.uniform_rows, batch.tokens)
     names = [f"layer {layer}" for layer in batch.attention]
     if job.config.heads:
         pairs = zip(names, job.heads, strict=True)
         names = [f"{name} head {head}" for name, heads in pairs for head in heads]
     for place, decision in zip(batch.drawn, batch.decisions, strict=True):
-        heads = [layer[place] for layer in rows]
+        heads = [layer[place] for layer in batch.rows]
         panels = np.concatenate(heads) if job.config.heads else np.stack([x.mean(0) for x in heads])
-        room = RoomMap.of(job.agent, decision, panels, even[place])
+        room = RoomMap.of(job.agent, decision, panels, batch.even[place])
         yield batch.indices[place], room, names
 
 
