@@ -82,5 +82,4 @@ if __name__ == "__main__":
     flags = read_flags(__doc__, tokens=[240, 8192], heads=4, repeats=5, no_plain=False)
     torch.set_num_threads(1)
     print(f"{flags.heads} heads, CPU seconds of this process (best of {flags.repeats})")
-    header = "| picture | first | later | KiB |"
-    print_table(header, "| {} | {:.3f} | {:.3f} | {:.0f} |", rows_of(flags))
+    print_table("picture | first:.3f | later:.3f | KiB:.0f", rows_of(flags))

@@ -44,7 +44,6 @@ if __name__ == "__main__":
     print(f"main job, T = {flags.n_transit}, whole process, median of {flags.repeats}", end=", ")
     print(f"ours on {flags.device} in {flags.precision}, the plain way on cpu")
     rows = [(name, *np.median(took, axis=0)) for name, took in (("ours", ours), ("plain", plain))]
-    header = "| way | wall seconds | CPU seconds | peak MiB |"
-    print_table(header, "| {} | {:.1f} | {:.1f} | {:.0f} |", rows)
+    print_table("way | wall seconds:.1f | CPU seconds:.1f | peak MiB:.0f", rows)
     ratios = np.median(np.divide(plain, ours), axis=0)
     print("| plain / ours | {:.1f}x | {:.1f}x |  |".format(*ratios))

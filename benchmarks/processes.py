@@ -33,8 +33,8 @@ def rows_of(options: argparse.Namespace) -> Iterator[tuple]:
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n}"]
         command = [*launcher * (n > 1), __file__, "--child", *sys.argv[1:]]
         (wall, _, _), said = run_process(*command)
-        seconds, digest = found = json.loads(said)
-        first = first or found
+        seconds, digest = json.loads(said)
+        first = first or (seconds, digest)
         same = "yes" if digest == first[1] else "NO"
         yield n, seconds, options.samples / seconds, first[0] / seconds, wall, same
 
@@ -66,6 +66,5 @@ if __name__ == "__main__":
         run_child(flags)
     else:
         print(f"metrics of {flags.samples:,} samples, one thread a process")
-        header = "| processes | seconds | samples/s | times | command | same |"
-        row = "| {} | {:.2f} | {:.0f} | {:.2f} | {:.2f} | {} |"
-        print_table(header, row, rows_of(flags))
+        columns = "processes | seconds:.2f | samples/s:.0f | times:.2f | command:.2f | same"
+        print_table(columns, rows_of(flags))
