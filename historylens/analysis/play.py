@@ -4,11 +4,10 @@
     agent.decisions = play.choose(64, seed=0)
     play.shares                            # of every decision, not only of those chosen
 
-Axes: `R` rollouts, `N` steps of each, `L` layers, `K` kinds of transitions, `n` transitions before
-a decision, at most `n_max`.
+Axes: `R` rollouts, `N` steps of each, `L` layers, `K` kinds of the `n` transitions before a step.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
@@ -50,47 +49,36 @@ class Play:
     even: np.ndarray  # (R, N, K) float32, of uniform attention
     rows: np.ndarray | None  # (N, L, n_max + 1) of one rollout, the latest last; NaN: none yet
 
-    def choose(self, n_samples: int, seed: int) -> "PlayDecisions":
+    def choose(self, n_samples: int, seed: int) -> list[Decision]:
         """Spread decisions over tasks, rollouts and episodes; all of them where they are fewer."""
         by_task = [np.flatnonzero(self.tasks == i) for i in range(len(self.environment.goals))]
         steps = np.arange(self.rewards.shape[1])
         places = spread_decisions(by_task, steps, n_samples, np.random.default_rng(seed))
-        return PlayDecisions(self, places)
+        return [self.decision(*place) for place in places]
 
-
-@dataclass(frozen=True)
-class PlayDecisions(Sequence[Decision]):
-    """Decisions of a play at `places`, (rollout, step), made as they are asked for."""
-
-    play: Play
-    places: Sequence[tuple[int, int]]
-
-    def __len__(self) -> int:
-        return len(self.places)
-
-    def __getitem__(self, index: int) -> Decision:
-        play, (rollout, step) = self.play, self.places[index]
-        environment, context = play.environment, slice(max(0, step - play.n_max), step)
-        task, episode = int(play.tasks[rollout]), int(play.episodes[rollout, step])
+    def decision(self, rollout: int, step: int) -> Decision:
+        """A step as a decision, on views of what could be read before it."""
+        environment, context = self.environment, slice(max(0, step - self.n_max), step)
+        task, episode = int(self.tasks[rollout]), int(self.episodes[rollout, step])
         goals, goal = environment.goal_states, environment.goals[task]
         return Decision(
-            **{name: getattr(play, name)[rollout, context] for name in PLAYED},
-            query_state=play.states[rollout, step],
+            **{name: getattr(self, name)[rollout, context] for name in PLAYED},
+            query_state=self.states[rollout, step],
             title=f"own play: {environment.named[0]} {goal}, rollout {rollout}, "
-            f"episode {episode + 1} of {play.episodes[rollout, -1] + 1}, step {step}",
+            f"episode {episode + 1} of {self.episodes[rollout, -1] + 1}, step {step}",
             labels=dict(zip(LABELS, (goal, rollout, episode + 1, step), strict=True)),
             task=task,
             query_episode=episode,
             goal=None if goals is None else goals[task],
-            rewarded_above=play.rewarded_above,
+            rewarded_above=self.rewarded_above,
         )
 
 
 def record(job: Job) -> Play:
     """Let the agent play each of its tasks, and watch it; the same on all processes of the job.
 
-    Rollout i is of task `i % n_tasks`, and its action noise depends on the seed and on i alone.
-    UserError: the attention cannot be captured.
+    Rollout i is of task `i % n_tasks`; what happens by chance in it depends on the seed and on i
+    alone. UserError: the attention cannot be captured.
     """
     agent, config, environment = job.agent, job.config, job.agent.environment
     n_tasks, n_steps = len(environment.goals), config.episodes * environment.horizon

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from historylens import pictures, report
 from historylens.analysis.job import Job, Pass, batches, drawn_passes
 from historylens.analysis.learning import learning_text, over_learning
-from historylens.analysis.play import LABELS, Play, PlayDecisions, record
+from historylens.analysis.play import LABELS, Play, record
 from historylens.analysis.room import room_maps
 from historylens.common.batches import MAX_TOKENS, alike, even_parts
 from historylens.common.files import staged
@@ -143,18 +143,17 @@ def draw(job: Job, passes: Sequence[Pass], results: Results | None, play: Play |
 
     The passes are run once more: their maps, all at once, would not fit memory.
     """
-    config, group, dpi = job.config, job.group, {"dpi": job.config.dpi}
+    agent, config, group, dpi = job.agent, job.config, job.group, {"dpi": job.config.dpi}
     formats = tuple(dict.fromkeys(config.format or ["png"]))
-    once = {}
-    if results is not None:
-        once = pictures.alone(results.effects, results.learning, job.agent.title)
-    steps, n_heads = _steps(job, play), [*map(len, job.heads)]
-    share = len(group.share(job.n_drawn))
+    once = {} if results is None else pictures.alone(results.effects, results.learning, agent.title)
+    share, n_heads = len(group.share(job.n_drawn)), [*map(len, job.heads)]
     n_own = pictures.n_pictures(share, n_heads) + len(once) + len(job.layers) + 1  # of rank 0
-    n_own += 0 if job.agent.room is None else share
-    if steps is not None:
-        n_steps = len(group.share(len(steps.agent.decisions)))
-        n_own += pictures.n_pictures(n_steps, n_heads) + 1
+    n_own += 0 if agent.room is None else share
+    if config.trajectory is not None:  # is followed: its steps are the decisions of another job
+        steps = replace(job, agent=copy.copy(agent), out=job.followed)
+        numbers = range(0, play.rewards.shape[1], config.every)
+        steps.agent.decisions = [play.decision(config.trajectory, step) for step in numbers]
+        n_own += pictures.n_pictures(len(group.share(len(numbers))), n_heads) + 1
     n_own *= len(formats)
     n_processes = drawing_processes(n_own) if group.size == 1 else 1
     kept = f"all numbers are in {job.out / 'metrics.json'}"
@@ -166,24 +165,13 @@ def draw(job: Job, passes: Sequence[Pass], results: Results | None, play: Play |
             pictures.draw_summaries(job.out, results.metrics, painter, **dpi)
         for name, (function, own) in once.items():
             painter.draw(function, job.out / name, **own, **dpi)
-        if steps is not None:
+        if config.trajectory is not None:
             if results is not None:
                 pictures.draw_play(steps.out, play, config.trajectory, job.layers, painter, **dpi)
-            for batch in batches(steps, drawn_passes(steps, len(steps.agent.decisions))):
-                style = {"name": "timestep", "every": config.every, **dpi}
+            style = {"name": "timestep", "every": config.every, **dpi}
+            for batch in batches(steps, drawn_passes(steps, len(numbers))):
                 pictures.draw_batch(steps.out, batch, painter, **style)
     return painter.n_drawn
-
-
-def _steps(job: Job, play: Play | None) -> Job | None:
-    """A job whose decisions are steps of the play that is followed; None: none is."""
-    number = job.config.trajectory
-    if number is None:
-        return None
-    agent = copy.copy(job.agent)
-    places = [(number, step) for step in range(0, play.rewards.shape[1], job.config.every)]
-    agent.decisions = PlayDecisions(play, places)
-    return replace(job, agent=agent, out=job.followed)
 
 
 def finish(job: Job, results: Results, facts: Mapping[str, str], n_drawn: int) -> str:
