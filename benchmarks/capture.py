@@ -3,9 +3,8 @@
     python benchmarks/capture.py --tokens 256 4096 --threads 2    # without flags: minutes
     python benchmarks/capture.py --device cuda --samples 32
 
-Every variant runs in a process of its own on the same input; memory is its peak beyond what
-it held before its first forward pass. The eager way is what the fused kernels save: each layer
-returns its whole attention through `need_weights`.
+Every variant runs in a process of its own on the same input; memory is its peak beyond what it held
+before its first pass. The eager way: each layer returns its whole attention by `need_weights`.
 """
 
 import argparse

@@ -30,8 +30,7 @@ def rows_of(options: argparse.Namespace) -> Iterator[tuple]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "picture.png"
         for name, draw in pictures(options):
-            run = partial(draw, path)
-            first, *later = seconds_of(run, 1 + options.repeats, clock=time.process_time)
+            first, *later = seconds_of(partial(draw, path), 1 + options.repeats, time.process_time)
             yield name, first, min(later), path.stat().st_size / 1024
 
 
@@ -61,9 +60,8 @@ def sample_of(n_heads: int, n_tokens: int) -> SampleAttention:
     q, k = torch.randn(2, 1, n_heads, n_tokens, 16).unbind()
     with capture(model, maps=[0]) as record:
         model(q, k, k)
-    rewards = (steps % 20 > 12).astype(float)
-    title = "goal (2, 7), history 3, step 1240"
-    decision = Decision(None, steps, rewards, None, episodes=steps // 20, title=title)
+    about = {"episodes": steps // 20, "title": "goal (2, 7), history 3, step 1240"}
+    decision = Decision(None, steps, (steps % 20 > 12).astype(float), None, **about)
     even = np.full(n_tokens, 1 / n_tokens)
     return SampleAttention.of(decision, Tokens.of(n_tokens - 1), record[0], 0, 0, even)
 

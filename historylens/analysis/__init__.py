@@ -3,10 +3,9 @@
     historylens --adapter my_model.py                        # also: python visualize_attention.py
     historylens compare --adapter my_model.py                # `historylens.comparison`
 
-From an agent and its decisions, with `--play` those of its own play, through one forward pass with
-capture to rows of attention, metrics, insights, effects and files: `metrics.json` and `metrics.csv`
-in the output folder. Then, whatever becomes of them, pictures (`historylens.pictures` has their
-names), and `index.html` to browse them.
+Decisions, with `--play` those of own play, go through a forward pass with capture; what it shows
+stands in `metrics.json` and `metrics.csv`, in pictures (`historylens.pictures` has their names),
+and in `index.html` to browse them.
 """
 
 import argparse
@@ -114,17 +113,17 @@ def load_adapter(config: Any, device: torch.device, tell: Callable[[str], None])
 def run(argv: Sequence[str], parser: argparse.ArgumentParser, kind: type, load: Load) -> None:
     """Parse the flags, load the agent, analyse it, with all processes that torchrun started.
 
-    `parser` has a flag for every setting of `kind`, `AnalysisConfig` or a class of more settings;
-    `load` gives the agent from settings, device, and a function that tells the user something.
+    `parser` has a flag for every setting of `kind`, an `AnalysisConfig`; `load` gives the agent
+    from settings, device, and a function that tells the user something.
     """
     with join() as group, ExitStack() as held:
         with group.told_once():
             flags = parser.parse_args(argv)
         with group.together():
+            why = "its load() chooses the model and its samples() the decisions"
             for name in CHECKPOINT_FLAGS:
-                what = f"--{name} has no meaning beside --adapter: its load() chooses the model "
                 is_own = flags.adapter is None or vars(flags)[name] is None
-                expect(is_own, f"{what}and its samples() the decisions")
+                expect(is_own, f"--{name} has no meaning beside --adapter: {why}")
             config = from_flags(kind, flags)
             device = group.device(pick_device(config.device))
             agent = load(config, device, note if group.is_main else lambda text: None)
@@ -145,9 +144,10 @@ def run(argv: Sequence[str], parser: argparse.ArgumentParser, kind: type, load: 
 
 def _samples(job: Job) -> dict[str, str]:
     """What is going to be looked at, and played before, in words."""
-    config, environment = job.config, job.agent.environment
+    config = job.config
     if not config.plays:
         return {"Samples": f"{job.agent.facts['Samples']}; {job.n_drawn} drawn"}
+    environment = job.agent.environment
     n = len(environment.goals) * config.rollouts * config.episodes * environment.horizon
     n_samples, n_drawn = min(n, config.num_samples), min(n, config.num_samples, config.num_figures)
     return {

@@ -4,9 +4,8 @@
     for batch in batches(job, [([0, 1, 2], [0])]):               # three decisions, the first drawn
         batch.measure(metrics)
 
-Nothing is kept between passes, and one that does not fit memory is halved. Passes are cut the same
-way however many processes share them, so the numbers do not depend on that. With bfloat16 the model
-runs in mixed precision; its attention is always computed in float32 and measured in float64.
+Passes are cut the same way however many processes share them, so numbers do not depend on that.
+With bfloat16 the model runs in mixed precision; attention is float32, and measured in float64.
 """
 
 import sys
@@ -46,11 +45,7 @@ class Job:
 
     @classmethod
     def of(cls, agent: Agent, config: Any, group: Group) -> "Job":
-        """Check everything; no file of an earlier run is touched.
-
-        UserError: there is no such layer, head or rollout, the model to play reads no history, or
-        the output folder cannot be written.
-        """
+        """Check all that settings ask for, in a UserError; no file of an earlier run is touched."""
         from historylens.pictures import prepare_output
 
         layers = _chosen("layer", config.layers, len(agent.layers))
@@ -116,10 +111,7 @@ class Batch:
 
 
 def batches(job: Job, parts: Sequence[Pass], label: str = "") -> Iterator[Batch]:
-    """Passes over decisions and which of them to draw; what does not fit memory is halved.
-
-    `label` is that of a progress bar, if one is wanted.
-    """
+    """Passes, halved where one does not fit memory; `label` is that of a progress bar, if any."""
     limit = largest = max((len(indices) for indices, _ in parts), default=0)
     with job.progress(label, sum(len(indices) for indices, _ in parts), " samples") as bar:
         for indices, drawn in parts:
@@ -142,13 +134,10 @@ def batches(job: Job, parts: Sequence[Pass], label: str = "") -> Iterator[Batch]
 
 def _halve(job: Job, n_samples: int, is_first: bool) -> int:
     """Half of a batch that was too large, said on stderr the first time."""
-    device, half = job.agent.device, n_samples // 2
-    what = f"does not fit the memory of {device}"
-    expect(
-        half,
-        f"a single sample of {job.agent.n_tokens} tokens {what}: analyse fewer layers at once "
-        "(--layers), draw fewer samples (--num-figures) or use another --device",
-    )
+    what, half = f"does not fit the memory of {job.agent.device}", n_samples // 2
+    other = "analyse fewer layers at once (--layers), draw fewer samples (--num-figures) or use"
+    single = f"a single sample of {job.agent.n_tokens} tokens {what}"
+    expect(half, f"{single}: {other} another --device")
     torch.cuda.empty_cache()
     if is_first:
         told = f"note: a batch of {n_samples} samples {what}; going on with {half} or fewer"
@@ -159,10 +148,7 @@ def _halve(job: Job, n_samples: int, is_first: bool) -> int:
 def see(
     job: Job, history: History, indices: Sequence[int] = (), drawn: Sequence[int] = ()
 ) -> Batch:
-    """One forward pass on the history before decisions; maps of those of the `B` that are drawn.
-
-    UserError: attention cannot be captured.
-    """
+    """One captured forward pass; UserError: attention cannot be captured."""
     agent, is_mixed = job.agent, job.config.precision == "bfloat16"
     try:
         with torch.autocast(agent.device.type, torch.bfloat16, enabled=is_mixed):

@@ -31,10 +31,10 @@ STILL_THERE = 0.25  # of the rollouts: episodes that fewer have are left out
 
 
 def over_learning(play: Play, layers: Sequence[int], seed: int) -> dict[str, Any]:
-    """Reward and shares of attention by episode, and since each rollout's first reward.
+    """Reward and shares of attention by episode, and since each rollout's first reward, if any.
 
-    Plain values, None where there is none: mean and 95 % interval over rollouts, beside what
-    uniform attention would give, `even`. "since_first_reward" is None where no reward was earned.
+    Plain values, None where there is none: mean and 95 % interval over rollouts, beside `even`,
+    what uniform attention would give.
     """
     reward, shares = _by_episode(play, play.episodes)
     n_rollouts, n_episodes = reward.shape
@@ -74,9 +74,9 @@ def over_learning(play: Play, layers: Sequence[int], seed: int) -> dict[str, Any
 
 
 def _by_episode(play: Play, episodes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Reward `(R, E)` and shares `(R, E, L + 1, K)` of numbered episodes.
+    """Reward `(R, E)` and shares `(R, E, L + 1, K)`, NaN where a rollout has no such episode.
 
-    `episodes (R, N)` int: the number of each step's, from 0; NaN where a rollout has none of it.
+    `episodes (R, N)` int: the number of each step's, from 0.
     """
     rows = np.arange(len(episodes))[:, None]
 
@@ -126,10 +126,9 @@ def _plain(values: np.ndarray) -> list[float | None]:
 def _change(
     shares: np.ndarray, before: np.ndarray, after: np.ndarray, layers: Sequence[int], rng: Generator
 ) -> dict[str, Any] | None:
-    """The layer and the kind whose attention changed most, beyond what uniform attention does.
+    """The layer and the kind that changed most, beyond what uniform attention does.
 
-    Between the episodes `before` and `after`, `(R, E)` bool, of rollouts that have both; None where
-    fewer than two have.
+    Between episodes `(R, E)` bool, of rollouts that have both; None where fewer than two have.
     """
     rows = np.flatnonzero(before.any(1) & after.any(1))
     if len(rows) < 2:

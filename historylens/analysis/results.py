@@ -48,14 +48,14 @@ class Results:
 
 def analyse(job: Job, facts: Mapping[str, str]) -> None:
     """Play if asked, measure, write the numbers, then draw; rank 0 prints and writes."""
-    agent, config, group = job.agent, job.config, job.group
-    play = record(job) if config.plays else None
-    if play is not None:
+    agent, config, group, play, results = job.agent, job.config, job.group, None, None
+    if config.plays:
+        play = record(job)
         agent.look_at(play.choose(config.num_samples, config.seed), LABELS)
     metrics = Metrics(len(agent.decisions), job.layers, job.heads)
     measure(job, metrics)
     shown, passes = measure_drawn(job, metrics)
-    metrics, parts, results = metrics.gather(group), group.gather(shown), None
+    metrics, parts = metrics.gather(group), group.gather(shown)
     if metrics is not None:
         results = find_out(job, metrics, play)
         write_numbers(job, results, parts)
@@ -79,10 +79,7 @@ def measure(job: Job, metrics: Metrics) -> None:
 
 
 def measure_drawn(job: Job, metrics: Metrics) -> tuple[Shown, list[Pass]]:
-    """Metrics of the samples that are drawn, what their pictures show, and passes that fit memory.
-
-    Every process runs the passes of which it draws a part.
-    """
+    """Metrics of the samples that this process draws, what pictures show, and passes that fit."""
     shown: Shown = {kind: {} for kind in (*job.layers, "maps", "tokens")}
     passes = []
     for batch in batches(job, drawn_passes(job, job.n_drawn), "attention"):
@@ -108,15 +105,9 @@ def find_out(job: Job, metrics: Metrics, play: Play | None) -> Results:
 
 
 def write_numbers(job: Job, results: Results, parts: Sequence[Shown]) -> None:
-    """Write `metrics.json` and `metrics.csv`, given what each process has shown.
-
-    What an earlier run left stays whole until both are on the disk.
-    """
+    """Write `metrics.json` and `metrics.csv`; until both are there an earlier run stays whole."""
     agent, metrics = job.agent, results.metrics
-    drawn = {
-        kind: dict(sorted(item for part in parts for item in part[kind].items()))
-        for kind in parts[0]
-    }
+    drawn = {k: dict(sorted(x for part in parts for x in part[k].items())) for k in parts[0]}
     tokens, maps = drawn.pop("tokens"), drawn.pop("maps")
     meta = {**vars(job.config), **agent.meta}
     meta |= {"device": agent.device.type, "n_layers": len(agent.layers)}

@@ -3,8 +3,7 @@
     room = RoomMap.of(agent, decision, rows, uniform_row)     # rows (P, n + 1): a panel a layer
     room.ratio                                                # (P, R, C)
 
-Axes: `P` panels, `R` rows and `C` columns of the room, `n` transitions, of which `K` are of the
-episode in which the decision is made.
+Axes: `P` panels, `R` rows and `C` columns of the room, `n` transitions, `K` of this episode.
 """
 
 from collections.abc import Iterator
@@ -35,11 +34,11 @@ class RoomMap:
     def of(
         cls, agent: Agent, decision: Decision, rows: np.ndarray, uniform_row: np.ndarray
     ) -> "RoomMap":
-        """Put attention on the map of `agent.room`: `rows (P, n + 1)` of `tokens.sum_rows`.
+        """Put `rows (P, n + 1)` of attention on the map, and `uniform_row (n + 1,)`.
 
-        `uniform_row (n + 1,)`: where the query reads all alike. The path is that of the episode of
-        the query; where nothing says which it is, the latest if that leads to the query state, else
-        one that has just begun. UserError: position() gives what is no cell of the room.
+        The path is that of the episode of the query; where nothing says which it is, the latest if
+        that leads to the query state, else one that has just begun. UserError: `position()` gives
+        what is no cell of the room.
         """
         n, query = decision.n, np.reshape(decision.query_state, (1, -1))
         moved = decision.states, decision.next_states
@@ -71,10 +70,7 @@ class RoomMap:
             return np.where(self.even > 0, self.attention / self.even, np.nan)
 
     def numbers(self) -> dict[str, Any]:
-        """Plain values, of the `V` cells that were visited, row by row: 6 significant digits.
-
-        `attention` and `ratio` are P lists of V; a ratio to nothing is None.
-        """
+        """Plain values, one a visited cell, row by row; a ratio to nothing is None."""
         seen = self.visits > 0
         ratio = [[None if np.isnan(x) else x for x in row] for row in rounded(self.ratio[:, seen])]
         return {
@@ -91,10 +87,7 @@ class RoomMap:
 
 
 def room_maps(job: Job, batch: Batch) -> Iterator[tuple[int, RoomMap, list[str]]]:
-    """Number, map and names of the panels of each decision that is drawn; none without a room.
-
-    A panel is a layer, or with --heads a head.
-    """
+    """Number, map, and names of the panels (layers, or with --heads heads) of what is drawn."""
     if job.agent.room is None:
         return
     names = [f"layer {layer}" for layer in batch.attention]
