@@ -39,17 +39,17 @@ def pictures(options: argparse.Namespace) -> Iterator[tuple[str, Callable[[Path]
     style = {"layer": 0, "heads": tuple(range(options.heads)), "dpi": 100}
     for n in options.tokens:
         sample = sample_of(options.heads, n)
-        scale = color_range(sample)
-        yield f"heatmap, T = {n}", partial(heatmap, sample=sample, scale=scale, **style)
+        own = {"sample": sample, "scale": color_range(sample)}
+        yield f"heatmap, T = {n}", partial(heatmap, **own, **style)
         yield f"lines, T = {n}", partial(line_plot, sample=sample, **style)
         if n <= 512 and not options.no_plain:
             yield f"plain heatmap, T = {n}", partial(plain_heatmap, maps=sample.maps)
-    rng, even = np.random.default_rng(0), dict.fromkeys(SUMMARY_METRICS, 1.0)
+    rng, about = np.random.default_rng(0), {"dpi": 100}
+    about["uniform"] = dict.fromkeys(SUMMARY_METRICS, 1.0)
     values = {name: rng.gamma(3, size=(4, 10)) for name in SUMMARY_METRICS}
     first = {name: rows[0] for name, rows in values.items()}
-    yield "summary, 10 samples", partial(summary, values=first, uniform=even, layer=0, dpi=100)
-    layers = {"values": values, "layers": range(4), "dpi": 100}
-    yield "layers, 10 samples", partial(course, uniform=even, **layers)
+    yield "summary, 10 samples", partial(summary, values=first, layer=0, **about)
+    yield "layers, 10 samples", partial(course, values=values, layers=range(4), **about)
 
 
 def sample_of(n_heads: int, n_tokens: int) -> SampleAttention:
