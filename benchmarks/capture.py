@@ -3,9 +3,8 @@
     python benchmarks/capture.py --tokens 256 4096 --threads 2    # without flags: minutes
     python benchmarks/capture.py --device cuda --samples 32
 
-Every variant runs in a process of its own on the same input; memory is its peak beyond what
-it held before its first forward pass. The eager way is what the fused kernels save: each layer
-returns its whole attention through `need_weights`.
+Every variant runs in a process of its own on the same input; memory is its peak beyond what it held
+before its first pass. The eager way: each layer returns its whole attention by `need_weights`.
 """
 
 import argparse
@@ -30,8 +29,7 @@ CAPTURED = {  # variant -> arguments of `capture`
 def rows_of(options: argparse.Namespace) -> Iterator[tuple]:
     """A row for each context length and variant, from a process of its own."""
     for n_tokens in options.tokens:
-        eager = [EAGER] * (n_tokens <= options.eager_tokens)
-        for variant in (PLAIN, *CAPTURED, *eager):
+        for variant in (PLAIN, *CAPTURED, *[EAGER] * (n_tokens <= options.eager_tokens)):
             with ProcessPoolExecutor(1, get_context("spawn")) as alone:
                 seconds, mib = alone.submit(measure, variant, n_tokens, options).result()
             if variant == PLAIN:
@@ -72,5 +70,5 @@ if __name__ == "__main__":
     flags = read_flags(__doc__, **sizes, seconds=3.0, eager_tokens=8192, device="cpu")
     print(f"{flags.samples} sample(s), {flags.layers} layers, 4 heads, width 64", end=", ")
     print(f"{flags.threads} thread(s), {flags.device}")
-    header = "| T | variant | seconds | / plain | extra peak MiB |"
-    print_table(header, "| {} | {} | {:.4f} | {:.2f} | {:.0f} |", rows_of(flags))
+    columns = "T | variant | seconds:.4f | / plain:.2f | extra peak MiB:.0f"
+    print_table(columns, rows_of(flags))

@@ -30,8 +30,7 @@ def rows_of(options: argparse.Namespace) -> Iterator[tuple]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "picture.png"
         for name, draw in pictures(options):
-            run = partial(draw, path)
-            first, *later = seconds_of(run, 1 + options.repeats, clock=time.process_time)
+            first, *later = seconds_of(partial(draw, path), 1 + options.repeats, time.process_time)
             yield name, first, min(later), path.stat().st_size / 1024
 
 
@@ -40,17 +39,17 @@ def pictures(options: argparse.Namespace) -> Iterator[tuple[str, Callable[[Path]
     style = {"layer": 0, "heads": tuple(range(options.heads)), "dpi": 100}
     for n in options.tokens:
         sample = sample_of(options.heads, n)
-        scale = color_range(sample)
-        yield f"heatmap, T = {n}", partial(heatmap, sample=sample, scale=scale, **style)
+        own = {"sample": sample, "scale": color_range(sample)}
+        yield f"heatmap, T = {n}", partial(heatmap, **own, **style)
         yield f"lines, T = {n}", partial(line_plot, sample=sample, **style)
         if n <= 512 and not options.no_plain:
             yield f"plain heatmap, T = {n}", partial(plain_heatmap, maps=sample.maps)
-    rng, even = np.random.default_rng(0), dict.fromkeys(SUMMARY_METRICS, 1.0)
+    rng, about = np.random.default_rng(0), {"dpi": 100}
+    about["uniform"] = dict.fromkeys(SUMMARY_METRICS, 1.0)
     values = {name: rng.gamma(3, size=(4, 10)) for name in SUMMARY_METRICS}
     first = {name: rows[0] for name, rows in values.items()}
-    yield "summary, 10 samples", partial(summary, values=first, uniform=even, layer=0, dpi=100)
-    layers = {"values": values, "layers": range(4), "dpi": 100}
-    yield "layers, 10 samples", partial(course, uniform=even, **layers)
+    yield "summary, 10 samples", partial(summary, values=first, layer=0, **about)
+    yield "layers, 10 samples", partial(course, values=values, layers=range(4), **about)
 
 
 def sample_of(n_heads: int, n_tokens: int) -> SampleAttention:
@@ -61,9 +60,8 @@ def sample_of(n_heads: int, n_tokens: int) -> SampleAttention:
     q, k = torch.randn(2, 1, n_heads, n_tokens, 16).unbind()
     with capture(model, maps=[0]) as record:
         model(q, k, k)
-    rewards = (steps % 20 > 12).astype(float)
-    title = "goal (2, 7), history 3, step 1240"
-    decision = Decision(None, steps, rewards, None, episodes=steps // 20, title=title)
+    about = {"episodes": steps // 20, "title": "goal (2, 7), history 3, step 1240"}
+    decision = Decision(None, steps, (steps % 20 > 12).astype(float), None, **about)
     even = np.full(n_tokens, 1 / n_tokens)
     return SampleAttention.of(decision, Tokens.of(n_tokens - 1), record[0], 0, 0, even)
 
@@ -82,5 +80,4 @@ if __name__ == "__main__":
     flags = read_flags(__doc__, tokens=[240, 8192], heads=4, repeats=5, no_plain=False)
     torch.set_num_threads(1)
     print(f"{flags.heads} heads, CPU seconds of this process (best of {flags.repeats})")
-    header = "| picture | first | later | KiB |"
-    print_table(header, "| {} | {:.3f} | {:.3f} | {:.0f} |", rows_of(flags))
+    print_table("picture | first:.3f | later:.3f | KiB:.0f", rows_of(flags))

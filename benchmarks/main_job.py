@@ -21,10 +21,8 @@ from model import ADTransformer
 def random_run(folder: Path, n_transit: int) -> Path:
     """Write a checkpoint with random weights and test histories; returns the checkpoint's path."""
     torch.manual_seed(0)
-    config, goals = ModelConfig(n_transit=n_transit), split_goals(0)["test"]
+    config, goals, path = ModelConfig(n_transit=n_transit), split_goals(0)["test"], folder / "0.pt"
     content = {"step": 0, "config": to_dict(EnvConfig(), config), "goals": {"test": goals.tolist()}}
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "ckpt-0.pt"
     save_checkpoint(path, content | {"model": ADTransformer(config).state_dict()})
     histories = learning_histories(goals, EnvConfig(), SourceConfig(), seed=0, n_streams=8)
     histories.save(folder / HISTORIES_NAME)
@@ -35,7 +33,7 @@ if __name__ == "__main__":
     flags = read_flags(__doc__, n_transit=240, repeats=3, device="cpu", precision="float32")
     ours, plain = [], []
     with tempfile.TemporaryDirectory() as folder:
-        run = random_run(Path(folder) / "run", flags.n_transit)
+        run = random_run(Path(folder), flags.n_transit)
         command = ["visualize_attention.py", "--checkpoint", run, "--out", f"{folder}/ours"]
         command += ["--device", flags.device, "--precision", flags.precision]
         for _ in range(flags.repeats):
@@ -44,7 +42,6 @@ if __name__ == "__main__":
     print(f"main job, T = {flags.n_transit}, whole process, median of {flags.repeats}", end=", ")
     print(f"ours on {flags.device} in {flags.precision}, the plain way on cpu")
     rows = [(name, *np.median(took, axis=0)) for name, took in (("ours", ours), ("plain", plain))]
-    header = "| way | wall seconds | CPU seconds | peak MiB |"
-    print_table(header, "| {} | {:.1f} | {:.1f} | {:.0f} |", rows)
+    print_table("way | wall seconds:.1f | CPU seconds:.1f | peak MiB:.0f", rows)
     ratios = np.median(np.divide(plain, ours), axis=0)
     print("| plain / ours | {:.1f}x | {:.1f}x |  |".format(*ratios))

@@ -23,14 +23,6 @@ from dataset import Histories
 from historylens.history import History
 
 
-def metrics(row: np.ndarray) -> list[float]:
-    """The four metrics of the query's row `(T,)`, averaged over heads."""
-    context, quarter = row[:-1], max(1, (len(row) - 1) // 4)
-    entropy = -(context * np.log(context + 1e-10)).sum()
-    ratio = context[-quarter:].mean() / (context[:quarter].mean() + 1e-10)
-    return [context.mean(), context.std(), entropy, ratio]
-
-
 def save(figure: plt.Figure, path: Path) -> None:
     """Laid out and cropped while it is written."""
     figure.tight_layout()
@@ -38,46 +30,39 @@ def save(figure: plt.Figure, path: Path) -> None:
     plt.close(figure)
 
 
-def draw_heatmap(maps: np.ndarray, path: Path) -> None:
-    """One panel a head."""
-    figure, axes = plt.subplots(1, len(maps), figsize=(6 * len(maps), 5))
-    for head, panel in enumerate(np.atleast_1d(axes)):
-        sns.heatmap(maps[head], ax=panel, cmap="viridis", cbar=True)
-        panel.set(title=f"Head {head}", xlabel="key", ylabel="query")
-    save(figure, path)
-
-
-def draw_lines(maps: np.ndarray, path: Path) -> None:
-    """The query's row, and the mean of the columns."""
-    figure, panels = plt.subplots(1, 2, figsize=(14, 5))
-    for panel, curves in zip(panels, (maps[:, -1, :-1], maps.mean(axis=1)), strict=True):
-        panel.plot(curves.T, label=[f"Head {head}" for head in range(len(maps))])
-        panel.legend()
-    save(figure, path)
-
-
 @torch.no_grad()
 def main() -> None:
-    """Ten samples, every layer."""
-    path, out = Path(sys.argv[1]), Path(sys.argv[2])
+    """Ten samples, every layer: a heatmap a head, the query's row, the mean of the columns."""
+    path, out = map(Path, sys.argv[1:])
     model = load_checkpoint(path).model
     histories = Histories.load(path.parent / HISTORIES_NAME)
     places = choose_decisions(histories, model.n_context_max, 10, seed=0)
     decisions = HistoryDecisions(histories, places, model.n_context_max)
     for number in range(model.config.tf_n_layer):
-        folder = out / f"layer_{number}"
+        folder, values = out / f"layer_{number}", []
         folder.mkdir(parents=True, exist_ok=True)
-        values = []
         for i, decision in enumerate(decisions):
             tokens = model.embed(*History.of([decision]).inputs)
             mask = torch.nn.Transformer.generate_square_subsequent_mask(tokens.shape[1])
             weights = eager_weights(model.transformer_encoder, tokens, mask)
-            maps = next(itertools.islice(weights, number, None))[0].numpy()
-            values.append(metrics(maps.mean(axis=0)[-1]))
-            draw_heatmap(maps, folder / f"attention_heatmap_sample{i}_layer{number}.png")
-            draw_lines(maps, folder / f"attention_lines_sample{i}_layer{number}.png")
-        figure, axes = plt.subplots(2, 2, figsize=(12, 10))
-        for panel, column in zip(axes.flat, np.transpose(values), strict=True):
+            maps = next(itertools.islice(weights, number, None))[0].numpy()  # (H, T, T)
+            context = maps.mean(axis=0)[-1, :-1]
+            quarter = max(1, len(context) // 4)
+            entropy = -(context * np.log(context + 1e-10)).sum()
+            ratio = context[-quarter:].mean() / (context[:quarter].mean() + 1e-10)
+            values.append([context.mean(), context.std(), entropy, ratio])
+            figure, panels = plt.subplots(1, len(maps), figsize=(6 * len(maps), 5), squeeze=False)
+            for head, panel in enumerate(panels.flat):
+                sns.heatmap(maps[head], ax=panel, cmap="viridis", cbar=True)
+                panel.set(title=f"Head {head}", xlabel="key", ylabel="query")
+            save(figure, folder / f"attention_heatmap_sample{i}_layer{number}.png")
+            figure, panels = plt.subplots(1, 2, figsize=(14, 5))
+            for panel, rows in zip(panels, (maps[:, -1, :-1], maps.mean(axis=1)), strict=True):
+                panel.plot(rows.T, label=[f"Head {head}" for head in range(len(maps))])
+                panel.legend()
+            save(figure, folder / f"attention_lines_sample{i}_layer{number}.png")
+        figure, panels = plt.subplots(2, 2, figsize=(12, 10))
+        for panel, column in zip(panels.flat, np.transpose(values), strict=True):
             sns.histplot(column, ax=panel)
         save(figure, folder / f"attention_summary_layer{number}.png")
 

@@ -64,11 +64,12 @@ def run_process(*arguments: object) -> tuple[tuple[float, float, float], str]:
     return (wall, cpu, usage.ru_maxrss / 1024), said[-1] if said else ""
 
 
-def print_table(header: str, row: str, rows: Iterable[Iterable[object]]) -> None:
-    """Print a Markdown table; `row` formats the values of each row as soon as it is there."""
-    print(header, "|" + " --- |" * (header.count("|") - 1), sep="\n")
+def print_table(columns: str, rows: Iterable[Iterable[object]]) -> None:
+    """Print a Markdown table of columns `name:format | ...`, each row as soon as it is there."""
+    names, _, formats = zip(*(each.partition(":") for each in columns.split(" | ")), strict=True)
+    print("|", " | ".join(names), "|\n" + "|" + " --- |" * len(names))
     for values in rows:
-        print(row.format(*values), flush=True)
+        print("|", " | ".join(map(format, values, formats)), "|", flush=True)
 
 
 def eager_weights(encoder: nn.TransformerEncoder, x: Tensor, mask: Tensor) -> Iterator[Tensor]:

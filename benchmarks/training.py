@@ -1,5 +1,6 @@
 """Training steps and targets a second: packed queries beside one target a window."""
 
+import argparse
 import statistics
 from collections.abc import Iterator
 from functools import partial
@@ -16,6 +17,8 @@ from ad.training import PackedLoss, make_optimizer
 from config import EnvConfig, ModelConfig, SourceConfig, TrainConfig
 from dataset import CONTEXT, ADDataset
 from model import ADTransformer
+
+N_CONTEXT, BATCH_SIZE = ModelConfig().n_transit - 1, TrainConfig().batch_size
 
 
 class SingleLoss(PackedLoss):
@@ -34,26 +37,22 @@ def train_step(objective: PackedLoss, optimizer: Optimizer, batch: dict[str, Ten
     optimizer.step()
 
 
-def rows_of(batch: dict[str, Tensor], repeats: int, device: str) -> Iterator[tuple]:
+def rows_of(flags: argparse.Namespace) -> Iterator[tuple]:
     """Way, training steps and targets a second, by the median step, the first one not counted."""
-    batch_size, n_context = batch["actions"].shape
-    ways = ("packed queries", PackedLoss, n_context + 1), ("one target", SingleLoss, 1)
+    goals = split_goals(0)["train"][:4]
+    histories = learning_histories(goals, EnvConfig(), SourceConfig(), 0, n_streams=2)
+    batch = ADDataset(histories, N_CONTEXT, 4).sample(BATCH_SIZE, np.random.default_rng(0))
+    batch = {name: values.to(flags.device) for name, values in batch.items()}
+    ways = ("packed queries", PackedLoss, N_CONTEXT + 1), ("one target", SingleLoss, 1)
     for name, loss, n_targets in ways:
         torch.manual_seed(0)
-        objective = loss(ADTransformer(ModelConfig()).to(device))
-        optimizer = make_optimizer(objective.model, TrainConfig())
-        seconds = seconds_of(partial(train_step, objective, optimizer, batch), repeats + 1)
-        rate = 1 / statistics.median(seconds[1:])
-        yield name, rate, rate * n_targets * batch_size
+        objective = loss(ADTransformer(ModelConfig()).to(flags.device))
+        step = partial(train_step, objective, make_optimizer(objective.model, TrainConfig()), batch)
+        rate = 1 / statistics.median(seconds_of(step, flags.repeats + 1)[1:])
+        yield name, rate, rate * n_targets * BATCH_SIZE
 
 
 if __name__ == "__main__":
     flags = read_flags(__doc__, repeats=20, device="cpu")
-    goals = split_goals(0)["train"][:4]
-    histories = learning_histories(goals, EnvConfig(), SourceConfig(), 0, n_streams=2)
-    n_context, batch_size = ModelConfig().n_transit - 1, TrainConfig().batch_size
-    batch = ADDataset(histories, n_context, 4).sample(batch_size, np.random.default_rng(0))
-    batch = {name: values.to(flags.device) for name, values in batch.items()}
-    print(f"batches of {batch_size} windows of {n_context} transitions, {flags.device}")
-    header = "| way | steps a second | targets a second |"
-    print_table(header, "| {} | {:.2f} | {:,.0f} |", rows_of(batch, flags.repeats, flags.device))
+    print(f"batches of {BATCH_SIZE} windows of {N_CONTEXT} transitions, {flags.device}")
+    print_table("way | steps a second:.2f | targets a second:,.0f", rows_of(flags))

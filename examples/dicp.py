@@ -42,7 +42,6 @@ sys.modules.update(dict.fromkeys(["rotary_emb", "dropout_layer_norm", "xformers.
 sys.path.insert(0, os.environ.get("DICP", str(Path(__file__).parent / "dicp" / "gridworld")))
 CONTENT = torch.load(os.environ["DICP_CHECKPOINT"], map_location="cpu", weights_only=True)
 CONFIG = CONTENT["config"] | {"device": "cpu"}  # where the model is built; it is moved later
-NAMES = ("states", "actions", "rewards", "query_states", "next_states")
 N_MAX, IS_AD = CONFIG["n_transit"] - 1, CONFIG["model"] == "AD"
 
 
@@ -61,9 +60,10 @@ def samples(n: int, seed: int) -> Iterator[Decision]:
 
     folder = os.environ.get("DICP_HISTORIES", CONFIG["traj_dir"])
     data = ADDataset(CONFIG, folder, "test", 1, CONFIG["train_source_timesteps"])
+    names = ("states", "actions", "rewards", "query_states", "next_states")
     for i in np.random.default_rng(seed).choice(len(data), size=n).tolist():
         task, start = divmod(i, len(data.states[0]) - N_MAX)
-        arrays = (data[i][name] for name in NAMES)
+        arrays = (data[i][name] for name in names)
         episodes = (start + np.arange(N_MAX)) // CONFIG["horizon"]
         title = f"held-out task {task}, step {start + N_MAX}"
         yield Decision(*arrays, episodes, title, task=task)

@@ -25,12 +25,10 @@ def flash_attn_func(
 ) -> Tensor:  # fmt: skip
     """Attention `(B, Tq, H, d)` of `q` `(B, Tq, H, d)` to `k` and `v` `(B, Tk, Hk, d)`."""
     if softcap or unused.get("return_attn_probs"):
-        what = "no softcap and gives no probs"
-        raise NotImplementedError(f"this stand-in for flash_attn knows {what}")
-    places = torch.arange(q.shape[1], device=q.device) + k.shape[1] - q.shape[1]
-    seen = torch.ones(1, k.shape[1], dtype=torch.bool, device=q.device)
-    bias = _bias(places[None], seen, causal, window_size, alibi_slopes)
-    return _attend(q, k, v, bias, dropout_p, softmax_scale)
+        what = "this stand-in for flash_attn knows no softcap and gives no probs"
+        raise NotImplementedError(what)
+    at = torch.arange(k.shape[1] - q.shape[1], k.shape[1], device=q.device)[None]
+    return _attend(q, k, v, at, causal, window_size, alibi_slopes, softmax_scale, dropout_p)
 
 
 def flash_attn_qkvpacked_func(qkv: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -55,9 +53,9 @@ def flash_attn_with_kvcache(
     `cache_seqlens` are tokens in the caches before, one number or `(B,)`; None: they are full.
     `rotary_cos` and `rotary_sin` `(S, r / 2)` turn the first `r` columns of queries and new keys.
     """
-    asked = (name for name, value in unused.items() if value is not None and value is not False)
-    if refused := list(asked):
-        raise NotImplementedError(f"this stand-in for flash_attn does not know {refused[0]}")
+    for name, value in unused.items():
+        if value is not None and value is not False:
+            raise NotImplementedError(f"this stand-in for flash_attn does not know {name}")
     n_before = k_cache.shape[1] if cache_seqlens is None else cache_seqlens
     n_before = torch.as_tensor(n_before, device=q.device).expand(len(q))
     n_new = 0 if k is None else k.shape[1]
@@ -70,30 +68,25 @@ def flash_attn_with_kvcache(
     if n_new:
         samples = torch.arange(len(q), device=q.device)[:, None]
         k_cache[samples, places], v_cache[samples, places] = k, v
-    seen = torch.arange(k_cache.shape[1], device=q.device) < (n_before + n_new)[:, None]
-    bias = _bias(at, seen, causal, window_size, alibi_slopes)
-    return _attend(q, k_cache, v_cache, bias, 0.0, softmax_scale)
-
-
-def _bias(
-    places: Tensor, seen: Tensor, causal: bool, window: tuple[int, int], slopes: Tensor | None
-) -> Tensor:
-    """What is added to the scores, broadcasts to `(B, H, Tq, Tk)`.
-
-    `places (B or 1, Tq)`: where each query stands among the keys; `seen (B or 1, Tk)`: keys that
-    there are; `causal`, `window`: how far a query may look, before and behind, -1 for any distance;
-    `slopes (H,)` or `(B, H)`: of ALiBi.
-    """
-    before, behind = window[0], 0 if causal else window[1]
-    back = places[:, :, None] - torch.arange(seen.shape[1], device=seen.device)  # (B, Tq, Tk)
-    allowed = seen[:, None] & ((back <= before) | (before < 0)) & ((-back <= behind) | (behind < 0))
-    bias = torch.zeros(allowed.shape, device=seen.device).masked_fill(~allowed, -torch.inf)[:, None]
-    return bias if slopes is None else bias - slopes[..., None, None] * back.abs()[:, None]
+    return _attend(q, k_cache, v_cache, at, causal, window_size, alibi_slopes, softmax_scale)
 
 
 def _attend(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor, dropout_p: float, scale: float | None
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, at: Tensor, causal: bool, window: tuple[int, int],
+    slopes: Tensor | None, scale: float | None, dropout_p: float = 0.0,
+) -> Tensor:  # fmt: skip
+    """Attention of queries that stand `at (B or 1, Tq)` among the keys, the last at the last one.
+
+    `causal`, `window`: how far a query may look, before and behind, -1 for any distance; `slopes
+    (H,)` or `(B, H)`: of ALiBi.
+    """
+    before, behind = window[0], 0 if causal else window[1]
+    keys = torch.arange(k.shape[1], device=k.device)
+    back = at[:, :, None] - keys  # (B, Tq, Tk)
+    allowed = ((back <= before) | (before < 0)) & ((-back <= behind) | (behind < 0))
+    allowed &= (keys <= at[:, -1:])[:, None]  # in a cache there is nothing yet behind the last one
+    bias = torch.zeros(allowed.shape, device=k.device).masked_fill(~allowed, -torch.inf)[:, None]
+    bias = bias if slopes is None else bias - slopes[..., None, None] * back.abs()[:, None]
     heads = (x.transpose(1, 2) for x in (q, k, v))
     how = {"dropout_p": dropout_p, "scale": scale, "enable_gqa": q.shape[2] != k.shape[2]}
     mixed = scaled_dot_product_attention(*heads, bias.to(q.dtype), **how)

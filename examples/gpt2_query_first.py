@@ -25,13 +25,10 @@ class Model(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        config = GPT2Config(
-            vocab_size=1, bos_token_id=None, eos_token_id=None, n_positions=N_MAX + 1,
-            n_embd=WIDTH, n_layer=3, n_head=4, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
-            initializer_range=0.3,
-        )  # fmt: skip
+        sizes = {"n_positions": N_MAX + 1, "n_embd": WIDTH, "n_layer": 3, "n_head": 4}
+        words = {"vocab_size": 1, "bos_token_id": None, "eos_token_id": None}  # it reads none
         self.embed = nn.Linear(2 + N_ARMS + 1, WIDTH)
-        self.gpt2 = GPT2Model(config)
+        self.gpt2 = GPT2Model(GPT2Config(**sizes, **words, initializer_range=0.3))
         self.head = nn.Linear(WIDTH, N_ARMS)
 
     def forward(self, states: Tensor, actions: Tensor, rewards: Tensor, query: Tensor) -> Tensor:

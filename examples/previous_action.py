@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from historylens import Decision, History, Tokens
 
 N_ARMS, N_MAX, WIDTH = 4, 20, 24
-PARTS = ("previous action", "previous reward", "state")
 
 
 class Model(nn.Module):
@@ -66,4 +65,4 @@ def act(model: nn.Module, history: History) -> Tensor:
 
 def tokens(history: History) -> Tokens:
     """The last state decides; the action and reward before it are still of a transition."""
-    return Tokens.of(history.n, parts=PARTS)
+    return Tokens.of(history.n, parts=("previous action", "previous reward", "state"))

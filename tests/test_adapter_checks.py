@@ -337,7 +337,7 @@ def test_an_agent_knows_whether_all_that_mixes_tokens_is_looked_at(options, sees
 def analysed(*argv):
     """The JSON and the table of an analysis of `mine.py` without pictures."""
     flags = ["--num-samples=3", "--num-figures=1", "--num-effects=0", "--device=cpu", "--out=out"]
-    with mock.patch("historylens.analysis.drawing.draw", return_value=0):
+    with mock.patch("historylens.analysis.results.draw", return_value=0):
         analysis.main(["--adapter", "mine.py", *flags, *argv])
     rows = list(csv.DictReader(Path("out/metrics.csv").read_text().splitlines()))
     return json.loads(Path("out/metrics.json").read_text()), rows

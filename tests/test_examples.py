@@ -49,7 +49,7 @@ def analysed(name, out, *argv, drawn="layer_0"):
         DRAW(painter, function if real else draw_quickly, path, *args, **kwargs)
 
     with (
-        mock.patch("historylens.analysis.drawing.draw_summaries"),
+        mock.patch("historylens.pictures.draw_summaries"),
         mock.patch.object(Painter, "draw", draw),
     ):
         visualize_attention.main(["--adapter", str(ADAPTERS.get(name, name)), *argv])

@@ -314,7 +314,7 @@ def test_histories_that_are_not_there_and_a_checkpoint_that_does_not_fit_are_an_
 def test_the_commands_run_as_a_user_of_that_code_runs_them(tiny_run, tmp_path, monkeypatch, capsys):
     run, file = (str(path.relative_to(tmp_path)) for path in tiny_run)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("historylens.analysis.drawing.draw", lambda *_: 0)
+    monkeypatch.setattr("historylens.analysis.results.draw", lambda *_: 0)
     for name in ("draw_by_budget", "draw_by_episode"):
         monkeypatch.setattr(returns, name, lambda *_: None)
     argv = ["--checkpoint", run, "--histories", file, "--num-samples", "3", "--num-figures", "0"]

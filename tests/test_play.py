@@ -12,11 +12,12 @@ from conftest import sharp_model
 from ad.acting import rollout_goals
 from ad.darkroom import DarkRoom
 from historylens.agent import Environment
-from historylens.analysis import AnalysisConfig, Job, measure
+from historylens.analysis import AnalysisConfig, Job
 from historylens.analysis import play as module
 from historylens.analysis.job import batches
 from historylens.analysis.learning import over_learning
 from historylens.analysis.play import KINDS, record
+from historylens.analysis.results import measure
 from historylens.common.errors import UserError
 from historylens.common.processes import ALONE
 from historylens.metrics import Metrics
@@ -147,15 +148,20 @@ def test_it_plays_what_acting_does_whatever_is_asked_beside(tiny_config, monkeyp
     np.testing.assert_allclose(other.rows[:, 0], play.rows[:, 1], atol=1e-6)
 
 
+def places_of(play, n_samples, seed):
+    """Rollouts and steps of the decisions that are chosen."""
+    return [(one.labels["rollout"], one.labels["step"]) for one in play.choose(n_samples, seed)]
+
+
 def test_decisions_are_spread_over_tasks_rollouts_and_stages(real):
-    assert sorted(real.choose(120, seed=0).places) == [*np.ndindex(6, N_STEPS)]
+    assert sorted(places_of(real, 120, 0)) == [*np.ndindex(6, N_STEPS)]
     for seed in range(5):
-        rollouts, steps = zip(*real.choose(5, seed).places, strict=True)
+        rollouts, steps = zip(*places_of(real, 5, seed), strict=True)
         assert len(set(rollouts)) == 5
         assert max(np.bincount(np.array(rollouts) % 3)) == 2
         assert sorted(step // 4 for step in steps) == [0, 1, 2, 3, 4]
-        assert {*np.bincount([i for i, _ in {*real.choose(60, seed).places}])} == {10}
-    assert real.choose(5, 1).places == real.choose(5, 1).places != real.choose(5, 2).places
+        assert {*np.bincount([i for i, _ in {*places_of(real, 60, seed)}])} == {10}
+    assert places_of(real, 5, 1) == places_of(real, 5, 1) != places_of(real, 5, 2)
 
 
 def test_a_decision_is_a_step_with_what_could_be_read_and_is_measured_so(real, tiny_config):
@@ -165,7 +171,7 @@ def test_a_decision_is_a_step_with_what_could_be_read_and_is_measured_so(real, t
     measure(job, metrics)
     assert np.isfinite(metrics.values).all()
     mass = metrics.of("mass_rewarded")
-    for place, ((i, t), one) in enumerate(zip(decisions.places, decisions, strict=True)):
+    for place, ((i, t), one) in enumerate(zip(places_of(real, 1000, 0), decisions, strict=True)):
         assert one.n == metrics.n_context[place] == min(t, 11)
         assert mass[:, place] == pytest.approx(real.shares[i, t, :, 3], abs=1e-6)
         for name in PLAYED:

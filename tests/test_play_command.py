@@ -10,6 +10,7 @@ import test_visualize_attention
 from conftest import files_of, refused, run_in_two
 
 from historylens import analysis
+from historylens.analysis import results
 from historylens.analysis.play import LABELS, record
 from historylens.pictures.painter import Painter
 from visualize_attention import main
@@ -68,7 +69,7 @@ def test_it_draws_what_is_documented_and_two_processes_write_the_same(home, monk
 
 def test_a_rollout_is_followed_and_its_files_go_with_the_next_run(home, monkeypatch):
     plays, mine = [], home / "out/trajectory_1/layer_1/mine.png"
-    monkeypatch.setattr(analysis, "record", lambda job: plays.append(record(job)) or plays[-1])
+    monkeypatch.setattr(results, "record", lambda job: plays.append(record(job)) or plays[-1])
     argv = ["--num-samples=4", "--num-figures=2", "--trajectory=1", "--every=3"]
     found, _ = written(*argv)
     files = files_of(home / "out")

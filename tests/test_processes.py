@@ -21,8 +21,8 @@ from test_train import flags, numbers_of, run_of
 
 import compare_compression
 import visualize_attention
-from historylens import analysis
-from historylens.analysis import AnalysisConfig, Job, measure, measure_drawn
+from historylens.analysis import AnalysisConfig, Job, job, results
+from historylens.analysis.results import measure, measure_drawn
 from historylens.common.batches import even_parts
 from historylens.common.errors import UserError, is_out_of_memory
 from historylens.common.processes import ALONE, Group, join
@@ -55,7 +55,7 @@ def analysed(agent):
         metrics, drawn = Metrics(N_SAMPLES, job.layers, job.heads), []
         for rank in ranks:
             measure(replace(job, group=rank), metrics)
-            drawn += measure_drawn(replace(job, group=rank), metrics).layers[1]
+            drawn += measure_drawn(replace(job, group=rank), metrics)[0][1]
         return metrics.gather(ALONE).values, drawn
 
     return run
@@ -81,8 +81,8 @@ def test_shares_and_even_parts_are_all_items_once_and_differ_by_one_at_most(star
 
 @pytest.mark.parametrize(("size", "n_drawn"), [(2, 0), (3, 5), (13, N_SAMPLES)])
 def test_ranks_measure_every_sample_to_the_bit_and_draw_once(analysed, monkeypatch, size, n_drawn):
-    monkeypatch.setattr(analysis, "MAX_TOKENS", 4 * 12)
-    monkeypatch.setattr(analysis.job, "MAX_DRAWN", 3)
+    monkeypatch.setattr(results, "MAX_TOKENS", 4 * 12)
+    monkeypatch.setattr(job, "MAX_DRAWN", 3)
     for name in ("barrier", "together"):  # ranks run in turn, none waits for another
         monkeypatch.setattr(Group, name, contextlib.nullcontext)
     together, drawn = analysed(n_drawn, [Group(rank, size) for rank in range(size)])
@@ -169,12 +169,13 @@ from pathlib import Path
 import compare_compression, train, visualize_attention
 from ad import training
 from historylens import analysis, comparison
+from historylens.analysis import results
 from historylens.common.errors import UserError, expect
 from historylens.common.processes import join
 from historylens.pictures.painter import Painter
 
 commands = json.loads(Path("commands.json").read_text())
-analysis.MAX_TOKENS = 48
+results.MAX_TOKENS = 48
 with join() as group:
     seen = {"gathered": group.gather(group.rank * 10), "mean": group.mean(group.rank + 1.0)}
     seen["broadcast"] = group.broadcast({"from": group.rank})
@@ -260,7 +261,7 @@ def test_two_processes_exchange_values_and_stop_together(together):
 @pytest.mark.usefixtures("undrawn")
 def test_two_processes_write_what_one_writes(together, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(analysis, "MAX_TOKENS", 48)  # three passes to share
+    monkeypatch.setattr(results, "MAX_TOKENS", 48)  # three passes to share
     visualize_attention.main([*ANALYSIS.split(), "--checkpoint", str(together.folder / "run")])
     one, two = (files_of(folder / "out") for folder in (tmp_path, together.folder))
     assert one == two

@@ -134,7 +134,7 @@ def mass_rewarded(*flags):
 
 
 def test_metrics_and_what_pictures_show_use_it(capsys, monkeypatch):
-    monkeypatch.setattr("historylens.analysis.drawing.draw", lambda *_: 0)
+    monkeypatch.setattr("historylens.analysis.results.draw", lambda *_: 0)
     some, some_json = mass_rewarded()
     said = " ".join(capsys.readouterr().out.split())
     assert "the top quarter of those in samples; REWARDED_ABOVE or --rewarded-above says" in said

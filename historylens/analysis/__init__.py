@@ -3,15 +3,14 @@
     historylens --adapter my_model.py                        # also: python visualize_attention.py
     historylens compare --adapter my_model.py                # `historylens.comparison`
 
-From an agent and its decisions, with `--play` those of its own play, through one forward pass with
-capture to rows of attention, metrics, insights, effects and files: `metrics.json` and `metrics.csv`
-in the output folder. Then, whatever becomes of them, pictures (`historylens.pictures` has their
-names), and `index.html` to browse them.
+Decisions, with `--play` those of own play, go through a forward pass with capture; what it shows
+stands in `metrics.json` and `metrics.csv`, in pictures (`historylens.pictures` has their names),
+and in `index.html` to browse them.
 """
 
 import argparse
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -19,18 +18,13 @@ from typing import Any
 
 import torch
 
-from historylens import report
 from historylens.agent import Agent, pick_device
-from historylens.analysis.job import Job, batches, drawn_passes
-from historylens.analysis.play import LABELS, record
-from historylens.analysis.results import Shown, find_out, tables, write_numbers
-from historylens.common.batches import MAX_TOKENS, alike, even_parts
+from historylens.analysis.job import Job
 from historylens.common.errors import expect, note, run_command
 from historylens.common.files import FORMATS, writable_folder
 from historylens.common.processes import join
 from historylens.common.settings import Settings, add_flags, from_flags, setting
-from historylens.common.text import counted, labelled, wrap
-from historylens.metrics import Metrics
+from historylens.common.text import counted, labelled
 
 
 @dataclass(frozen=True)
@@ -101,9 +95,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         epilog="`historylens compare` runs the model on compressed history in its environment.",
     )
     add_flags(parser, AnalysisConfig)
-    hidden = parser.add_argument_group("flags of checkpoints, refused here")
-    for name in CHECKPOINT_FLAGS:
-        hidden.add_argument(f"--{name}", nargs="+", help=argparse.SUPPRESS)
+    for name in CHECKPOINT_FLAGS:  # refused
+        parser.add_argument(f"--{name}", nargs="+", help=argparse.SUPPRESS)
     run(argv, parser, AnalysisConfig, load_adapter)
 
 
@@ -120,38 +113,41 @@ def load_adapter(config: Any, device: torch.device, tell: Callable[[str], None])
 def run(argv: Sequence[str], parser: argparse.ArgumentParser, kind: type, load: Load) -> None:
     """Parse the flags, load the agent, analyse it, with all processes that torchrun started.
 
-    `parser` has a flag for every setting of `kind`, `AnalysisConfig` or a class of more settings;
-    `load` gives the agent from settings, device, and a function that tells the user something.
+    `parser` has a flag for every setting of `kind`, an `AnalysisConfig`; `load` gives the agent
+    from settings, device, and a function that tells the user something.
     """
     with join() as group, ExitStack() as held:
         with group.told_once():
             flags = parser.parse_args(argv)
         with group.together():
+            why = "its load() chooses the model and its samples() the decisions"
             for name in CHECKPOINT_FLAGS:
-                what = f"--{name} has no meaning beside --adapter: its load() chooses the model "
-                is_own = flags.adapter is None or getattr(flags, name, None) is None
-                expect(is_own, f"{what}and its samples() the decisions")
+                is_own = flags.adapter is None or vars(flags)[name] is None
+                expect(is_own, f"--{name} has no meaning beside --adapter: {why}")
             config = from_flags(kind, flags)
             device = group.device(pick_device(config.device))
             agent = load(config, device, note if group.is_main else lambda text: None)
             job = Job.of(agent, config, group)
             if group.is_main:
                 held.enter_context(writable_folder(job.out))
-        facts = {**agent.facts, **(of_play(job) if config.plays else {})}
-        if not config.plays:
-            facts["Samples"] += f"; {job.n_drawn} drawn"
+        facts = {**agent.facts, **_samples(job)}
         if config.heads:
             which = ", ".join(map(str, job.heads[0]))
             facts["Heads"] = f"{which}: metrics, insights and pictures are of these alone"
         if group.is_main:
             told = f", {group.size} processes" if group.size > 1 else ""
             print(labelled(facts | {"Device": facts["Device"] + told}), flush=True)
+        from historylens.analysis.results import analyse  # with what draws: slow to import
+
         analyse(job, facts)
 
 
-def of_play(job: Job) -> dict[str, str]:
-    """What is going to be played, in words."""
-    config, environment = job.config, job.agent.environment
+def _samples(job: Job) -> dict[str, str]:
+    """What is going to be looked at, and played before, in words."""
+    config = job.config
+    if not config.plays:
+        return {"Samples": f"{job.agent.facts['Samples']}; {job.n_drawn} drawn"}
+    environment = job.agent.environment
     n = len(environment.goals) * config.rollouts * config.episodes * environment.horizon
     n_samples, n_drawn = min(n, config.num_samples), min(n, config.num_samples, config.num_figures)
     return {
@@ -160,65 +156,6 @@ def of_play(job: Job) -> dict[str, str]:
         f"are drawn from the policy, seed {config.seed}",
         "Samples": f"{n_samples:,} of {counted(n, 'decision')}; {n_drawn} drawn",
     }
-
-
-def analyse(job: Job, facts: Mapping[str, str]) -> None:
-    """Play if asked, measure, write the numbers, then draw; rank 0 prints and writes."""
-    from historylens.analysis.drawing import draw, finish
-
-    agent, config, group = job.agent, job.config, job.group
-    play = record(job) if config.plays else None
-    if play is not None:
-        agent.look_at(play.choose(config.num_samples, config.seed), LABELS)
-    metrics = Metrics(len(agent.decisions), job.layers, job.heads)
-    measure(job, metrics)
-    shown = measure_drawn(job, metrics)
-    metrics, parts, results = metrics.gather(group), group.gather(shown), None
-    if metrics is not None:
-        results = find_out(job, metrics, play)
-        write_numbers(job, results, parts)
-        first, second, *others = tables(results)
-        told = report.insight_blocks(results.insights, results.metrics)
-        print("", "\n\n".join([first, second, told, *others]), sep="\n", flush=True)
-    group.barrier()  # from here on pictures are drawn, and may fail
-    n_drawn = group.gather(draw(job, shown.passes, results, play))
-    if n_drawn is not None:
-        print("", wrap(finish(job, results, facts, sum(n_drawn))), sep="\n")
-
-
-def measure(job: Job, metrics: Metrics) -> None:
-    """Metrics of the samples that are not drawn: a fair share of the passes over them."""
-    agent = job.agent
-    size = max(1, MAX_TOKENS // agent.n_tokens)
-    rest = alike((i, agent.length(i)) for i in range(job.n_drawn, len(agent.decisions)))
-    passes = [same[p.start : p.stop] for same in rest for p in even_parts(0, len(same), size)]
-    own = [(passes[i], ()) for i in job.group.share(len(passes))]
-    with job.progress("metrics", sum(len(part) for part, _ in own), " samples") as bar:
-        for batch in batches(job, own):
-            batch.measure(metrics)
-            bar.update(len(batch.indices))
-
-
-def measure_drawn(job: Job, metrics: Metrics) -> Shown:
-    """Metrics of the samples that are drawn, and the numbers that their pictures show.
-
-    Every process runs the passes of which it draws a part.
-    """
-    from historylens.analysis.room import room_maps
-    from historylens.pictures import samples
-
-    shown, passes = Shown({layer: {} for layer in job.layers}), drawn_passes(job, job.n_drawn)
-    with job.progress("attention", sum(len(part) for part, _ in passes), " samples") as bar:
-        for batch in batches(job, passes):
-            batch.measure(metrics)
-            for layer, index, sample in samples(batch):
-                shown.layers[layer][index] = sample.numbers()
-                shown.tokens[index] = sample.tokens
-            for index, room, names in room_maps(job, batch):
-                shown.maps[index] = {"panels": names} | room.numbers()
-            shown.passes.append((batch.indices, batch.drawn))
-            bar.update(len(batch.indices))
-    return shown
 
 
 command = partial(run_command, main)  # `historylens`

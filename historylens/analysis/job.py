@@ -4,9 +4,8 @@
     for batch in batches(job, [([0, 1, 2], [0])]):               # three decisions, the first drawn
         batch.measure(metrics)
 
-Nothing is kept between passes, and one that does not fit memory is halved. Passes are cut the same
-way however many processes share them, so the numbers do not depend on that. With bfloat16 the model
-runs in mixed precision; its attention is always computed in float32 and measured in float64.
+Passes are cut the same way however many processes share them, so numbers do not depend on that.
+With bfloat16 the model runs in mixed precision; attention is float32, and measured in float64.
 """
 
 import sys
@@ -30,6 +29,7 @@ from historylens.metrics import Metrics
 from historylens.tokens import Tokens, sum_rows, uniform_rows
 
 Pass = tuple[Sequence[int], Sequence[int]]  # numbers of decisions, places of those drawn
+BY_HEAD = ("query_rows", "received", "maps", "extra")  # of a LayerAttention
 
 
 @dataclass(frozen=True)
@@ -45,11 +45,7 @@ class Job:
 
     @classmethod
     def of(cls, agent: Agent, config: Any, group: Group) -> "Job":
-        """Check everything; no file of an earlier run is touched.
-
-        UserError: there is no such layer, head or rollout, the model to play reads no history, or
-        the output folder cannot be written.
-        """
+        """Check all that settings ask for, in a UserError; no file of an earlier run is touched."""
         from historylens.pictures import prepare_output
 
         layers = _chosen("layer", config.layers, len(agent.layers))
@@ -80,123 +76,97 @@ class Job:
         return None if number is None else self.out / f"trajectory_{number}"
 
     def progress(self, what: str, total: int, unit: str) -> tqdm:
-        """A progress bar of rank 0's share."""
+        """A progress bar of rank 0's share; none without a label or a total."""
         label = what if self.group.size == 1 else f"{what}, rank 0 of {self.group.size}"
-        is_off = not (total and self.group.is_main)
+        is_off = not (what and total and self.group.is_main)
         return tqdm(total=total, desc=label, unit=unit, file=sys.stderr, disable=is_off)
 
 
 def _chosen(what: str, wanted: list[int] | None, n: int) -> list[int]:
     """The layers or heads to analyse, ascending; all `n` of them unless some are asked for."""
     for number in wanted or []:
-        if not 0 <= number < n:
-            raise UserError(f"unknown {what} {number}: expected --{what}s in 0..{n - 1}")
+        expect(0 <= number < n, f"unknown {what} {number}: expected --{what}s in 0..{n - 1}")
     return sorted(set(wanted)) if wanted else list(range(n))
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What one forward pass showed of `B` decisions."""
+    """What one forward pass showed of `B` decisions, of the heads that are chosen."""
 
-    indices: Sequence[int]  # numbers of the decisions
     history: History  # the transitions before them
+    logits: Tensor  # (B, A) of actions
     tokens: Sequence[Tokens]  # what each token is, B maps
-    attention: Mapping[int, LayerAttention]  # layer number -> attention of the chosen heads
-    drawn: Sequence[int]  # which of the B come with a map, in the order of the maps
+    attention: Mapping[int, LayerAttention]  # by the number of the layer
     uniform_rows: np.ndarray  # (B, T), the row that weighs all that the query may see equally
+    rows: Sequence[np.ndarray]  # (B, H, n + 1) a layer: on each transition, then what is of none
+    even: np.ndarray  # (B, n + 1), the same of `uniform_rows`
+    indices: Sequence[int]  # numbers of the decisions
+    drawn: Sequence[int]  # which of the B come with a map, in the order of the maps
     decisions: Sequence[Decision]  # those that are drawn, in the order of the maps
-    heads: Mapping[int, Sequence[int]]  # layer number -> numbers of its chosen heads
+    heads: Mapping[int, Sequence[int]]  # by the number of the layer, numbers of its chosen heads
 
     def measure(self, metrics: Metrics) -> None:
         """Put the metrics of the batch in their place."""
-        rows = transition_rows(self.attention, self.tokens)
-        metrics.put(self.indices, rows, sum_rows(self.uniform_rows, self.tokens), self.history)
+        metrics.put(self.indices, self.rows, self.even, self.history)
 
 
-def batches(job: Job, parts: Sequence[Pass]) -> Iterator[Batch]:
-    """Passes over decisions and which of them to draw; what does not fit memory is halved."""
+def batches(job: Job, parts: Sequence[Pass], label: str = "") -> Iterator[Batch]:
+    """Passes, halved where one does not fit memory; `label` is that of a progress bar, if any."""
     limit = largest = max((len(indices) for indices, _ in parts), default=0)
-    for indices, drawn in parts:
-        start = 0
-        while start < len(indices):
-            piece, batch = indices[start : start + limit], None
-            try:
-                batch = _run(job, piece, [i - start for i in drawn if 0 <= i - start < len(piece)])
-            except Exception as error:
-                if not is_out_of_memory(error):
-                    raise
-            if batch is None:  # what the pass held is free by now
-                limit = _halve(job, len(piece), is_first=limit == largest)
-                continue
-            yield batch
-            start += len(piece)
+    with job.progress(label, sum(len(indices) for indices, _ in parts), " samples") as bar:
+        for indices, drawn in parts:
+            start = 0
+            while start < len(indices):
+                piece, batch = indices[start : start + limit], None
+                own = [i - start for i in drawn if 0 <= i - start < len(piece)]
+                try:
+                    batch = see(job, job.agent.history(piece), piece, own)
+                except Exception as error:
+                    if not is_out_of_memory(error):
+                        raise
+                if batch is None:  # what the pass held is free by now
+                    limit = _halve(job, len(piece), is_first=limit == largest)
+                    continue
+                yield batch
+                start += len(piece)
+                bar.update(len(piece))
 
 
 def _halve(job: Job, n_samples: int, is_first: bool) -> int:
     """Half of a batch that was too large, said on stderr the first time."""
-    device, half = job.agent.device, n_samples // 2
-    if not half:
-        raise UserError(
-            f"a single sample of {job.agent.n_tokens} tokens does not fit the memory of {device}: "
-            "analyse fewer layers at once (--layers), draw fewer samples (--num-figures) or use "
-            "another --device"
-        )
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+    what, half = f"does not fit the memory of {job.agent.device}", n_samples // 2
+    other = "analyse fewer layers at once (--layers), draw fewer samples (--num-figures) or use"
+    single = f"a single sample of {job.agent.n_tokens} tokens {what}"
+    expect(half, f"{single}: {other} another --device")
+    torch.cuda.empty_cache()
     if is_first:
-        tqdm.write(
-            f"note: a batch of {n_samples} samples does not fit the memory of {device}; going on "
-            f"with {half} or fewer",
-            file=sys.stderr,
-        )
+        told = f"note: a batch of {n_samples} samples {what}; going on with {half} or fewer"
+        tqdm.write(told, file=sys.stderr)
     return half
 
 
-def attention_of(
-    job: Job, history: History, drawn: Sequence[int] = ()
-) -> tuple[Tensor, dict[int, LayerAttention], np.ndarray]:
-    """One forward pass, each layer captured as it runs; maps of those of the `B` that are drawn.
-
-    Action logits `(B, A)`, the attention of chosen heads by the number of their layer, and rows
-    `(B, T)` that weigh all that the query may see equally. UserError: it cannot be captured.
-    """
-    agent, heads = job.agent, dict(zip(job.layers, job.heads, strict=True))
-    is_mixed = job.config.precision == "bfloat16"
+def see(
+    job: Job, history: History, indices: Sequence[int] = (), drawn: Sequence[int] = ()
+) -> Batch:
+    """One captured forward pass; UserError: attention cannot be captured."""
+    agent, is_mixed = job.agent, job.config.precision == "bfloat16"
     try:
         with torch.autocast(agent.device.type, torch.bfloat16, enabled=is_mixed):
             logits, layers = attend(agent, history, job.layers, received=bool(drawn), maps=drawn)
     except CaptureError as error:
         raise UserError(f"attention cannot be captured: {error}") from error
-    visible = np.logical_or.reduce([layer.visible.numpy() for layer in layers])
-    attention = dict(zip(job.layers, layers, strict=True))
-    for number, layer in attention.items():
-        if len(heads[number]) < agent.n_heads[number]:
-            arrays = {
-                name: vars(layer)[name] for name in ("query_rows", "received", "maps", "extra")
-            }
-            chosen = {k: v[:, heads[number]] for k, v in arrays.items() if v is not None}
-            attention[number] = replace(layer, **chosen)
-    return logits, attention, uniform_rows(visible)
-
-
-def transition_rows(
-    attention: Mapping[int, LayerAttention], tokens: Sequence[Tokens]
-) -> list[np.ndarray]:
-    """`(B, H, n + 1)` a layer: attention on each transition, last on what is of none."""
-    rows = [sum_rows(layer.query_rows, tokens) for layer in attention.values()]
-    for row, layer in zip(rows, attention.values(), strict=True):
-        row[..., -1] += 0 if layer.extra is None else layer.extra.numpy()
-    return rows
-
-
-def _run(job: Job, indices: Sequence[int], drawn: Sequence[int]) -> Batch:
-    """A pass over some decisions of the agent."""
-    agent = job.agent
-    history = agent.history(indices)
-    _, attention, even = attention_of(job, history, drawn)
+    uniform = uniform_rows(np.logical_or.reduce([layer.visible.numpy() for layer in layers]))
+    tokens, attention, rows = agent.tokens(history), {}, []
+    for number, heads, layer in zip(job.layers, job.heads, layers, strict=True):
+        if len(heads) < agent.n_heads[number]:
+            arrays = {name: vars(layer)[name] for name in BY_HEAD}
+            layer = replace(layer, **{k: v[:, heads] for k, v in arrays.items() if v is not None})
+        attention[number] = layer
+        rows.append(sum_rows(layer.query_rows, tokens))
+        rows[-1][..., -1] += 0 if layer.extra is None else layer.extra.numpy()
     decisions = [agent.decisions[indices[i]] for i in drawn]
-    heads = dict(zip(job.layers, job.heads, strict=True))
-    return Batch(indices, history, agent.tokens(history), attention, drawn, even, decisions, heads)
+    seen = history, logits, tokens, attention, uniform, rows, sum_rows(uniform, tokens)
+    return Batch(*seen, indices, drawn, decisions, dict(zip(job.layers, job.heads, strict=True)))
 
 
 def drawn_passes(job: Job, n_drawn: int) -> list[Pass]:
@@ -205,5 +175,5 @@ def drawn_passes(job: Job, n_drawn: int) -> list[Pass]:
     size = min(MAX_DRAWN, max(1, MAX_DRAWN_TOKENS // agent.n_tokens))
     same = alike((i, agent.length(i)) for i in range(n_drawn))
     parts = [g[i : i + size] for g in same for i in range(0, len(g), size)]
-    own = [tuple(i for i, n in enumerate(part) if n in group.share(n_drawn)) for part in parts]
+    own = [[i for i, n in enumerate(part) if n in group.share(n_drawn)] for part in parts]
     return [pair for pair in zip(parts, own, strict=True) if pair[1]]

@@ -4,13 +4,12 @@
     agent.decisions = play.choose(64, seed=0)
     play.shares                            # of every decision, not only of those chosen
 
-Axes: `R` rollouts, `N` steps of each, `L` layers, `K` kinds of transitions, `n` transitions before
-a decision, at most `n_max`.
+Axes: `R` rollouts, `N` steps of each, `L` layers, `K` kinds of the `n` transitions before a step.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -18,10 +17,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from historylens.agent import Environment, rollout
-from historylens.analysis.job import Job, attention_of, transition_rows
+from historylens.analysis.job import Job, see
 from historylens.common.batches import MAX_ROOMS, MAX_TOKENS_ACTING, even_parts
 from historylens.history import Decision, History, HistoryBuffer, spread_decisions
-from historylens.tokens import sum_rows
 
 KINDS: dict[str, Callable[[History], Tensor]] = {  # which transitions `(B, n)` are of a kind
     "current episode": lambda history: history.episodes == history.query_episodes[:, None],
@@ -31,6 +29,7 @@ KINDS: dict[str, Callable[[History], Tensor]] = {  # which transitions `(B, n)` 
     "same state": lambda history: history.same_state,
 }
 LABELS = ("task", "rollout", "episode", "step")
+PLAYED = ("states", "actions", "rewards", "next_states", "episodes")
 
 
 @dataclass(frozen=True)
@@ -50,107 +49,82 @@ class Play:
     even: np.ndarray  # (R, N, K) float32, of uniform attention
     rows: np.ndarray | None  # (N, L, n_max + 1) of one rollout, the latest last; NaN: none yet
 
-    def choose(self, n_samples: int, seed: int) -> "PlayDecisions":
+    def choose(self, n_samples: int, seed: int) -> list[Decision]:
         """Spread decisions over tasks, rollouts and episodes; all of them where they are fewer."""
-        n_tasks = len(self.environment.goals)
-        by_task = [np.flatnonzero(self.tasks == task) for task in range(n_tasks)]
+        by_task = [np.flatnonzero(self.tasks == i) for i in range(len(self.environment.goals))]
         steps = np.arange(self.rewards.shape[1])
         places = spread_decisions(by_task, steps, n_samples, np.random.default_rng(seed))
-        return PlayDecisions(self, places)
+        return [self.decision(*place) for place in places]
 
-
-@dataclass(frozen=True)
-class PlayDecisions(Sequence[Decision]):
-    """Decisions of a play at `places`, (rollout, step), made as they are asked for."""
-
-    play: Play
-    places: Sequence[tuple[int, int]]
-
-    def __len__(self) -> int:
-        return len(self.places)
-
-    def __getitem__(self, index: int) -> Decision:
-        play, (rollout, step) = self.play, self.places[index]
-        environment, context = play.environment, slice(max(0, step - play.n_max), step)
-        names = ("states", "actions", "rewards", "next_states", "episodes")
-        task, episode = int(play.tasks[rollout]), int(play.episodes[rollout, step])
+    def decision(self, rollout: int, step: int) -> Decision:
+        """A step as a decision, on views of what could be read before it."""
+        environment, context = self.environment, slice(max(0, step - self.n_max), step)
+        task, episode = int(self.tasks[rollout]), int(self.episodes[rollout, step])
         goals, goal = environment.goal_states, environment.goals[task]
         return Decision(
-            **{name: getattr(play, name)[rollout, context] for name in names},
-            query_state=play.states[rollout, step],
+            **{name: getattr(self, name)[rollout, context] for name in PLAYED},
+            query_state=self.states[rollout, step],
             title=f"own play: {environment.named[0]} {goal}, rollout {rollout}, "
-            f"episode {episode + 1} of {play.episodes[rollout, -1] + 1}, step {step}",
+            f"episode {episode + 1} of {self.episodes[rollout, -1] + 1}, step {step}",
             labels=dict(zip(LABELS, (goal, rollout, episode + 1, step), strict=True)),
             task=task,
             query_episode=episode,
             goal=None if goals is None else goals[task],
-            rewarded_above=play.rewarded_above,
+            rewarded_above=self.rewarded_above,
         )
 
 
 def record(job: Job) -> Play:
     """Let the agent play each of its tasks, and watch it; the same on all processes of the job.
 
-    Rollout i is of task `i % n_tasks`, and its action noise depends on the seed and on i alone.
-    UserError: the attention cannot be captured.
+    Rollout i is of task `i % n_tasks`; what happens by chance in it depends on the seed and on i
+    alone. UserError: the attention cannot be captured.
     """
     agent, config, environment = job.agent, job.config, job.agent.environment
     n_tasks, n_steps = len(environment.goals), config.episodes * environment.horizon
-    n_rollouts = n_tasks * config.rollouts
+    tasks = np.arange(n_tasks * config.rollouts) % n_tasks
     size = min(MAX_ROOMS, max(1, MAX_TOKENS_ACTING // (agent.n_max + 1)))
-    parts = even_parts(0, n_rollouts, size)
-    own = job.group.share(len(parts))
-    with job.progress("own play", sum(len(parts[i]) for i in own) * n_steps, " decisions") as bar:
-        watched = [(i, _watch(job, parts[i], n_steps, bar)) for i in own]
-    gathered = job.group.broadcast(job.group.gather(watched))
-    in_order = [part for _, part in sorted(pair for some in gathered for pair in some)]
+    parts = even_parts(0, len(tasks), size)
+    own = [parts[i] for i in job.group.share(len(parts))]
+    with job.progress("own play", sum(map(len, own)) * n_steps, " decisions") as bar:
+        watched = [_watch(job, part, tasks[part], n_steps, bar) for part in own]
+    of_rank, n_ranks = job.group.broadcast(job.group.gather(watched)), job.group.size
+    in_order = [of_rank[i % n_ranks][i // n_ranks] for i in range(len(parts))]
     arrays = {name: np.concatenate([part[name] for part in in_order]) for name in in_order[0]}
     rows = arrays.pop("rows")  # of the one that is followed, if any
-    tasks = np.arange(n_rollouts) % n_tasks
     about = environment, agent.n_max, agent.rewarded_above, tasks
     return Play(*about, **arrays, rows=rows[0] if len(rows) else None)
 
 
-def _watch(job: Job, rollouts: range, n_steps: int, bar: tqdm) -> dict[str, Any]:
-    """Play some of the rollouts: arrays of `Play` by name."""
-    environment = job.agent.environment
-    tasks = np.array(rollouts) % len(environment.goals)
-    noises = [np.random.default_rng((job.config.seed, number)) for number in rollouts]
-    watcher = _Watcher(job, rollouts, n_steps)
-    rooms = environment.make(tasks, [job.config.seed + number for number in rollouts])
-    rollout(rooms, watcher, n_steps, noises, bar, tasks)
-    return watcher.arrays()
+def _watch(
+    job: Job, rollouts: range, tasks: np.ndarray, n_steps: int, bar: tqdm
+) -> dict[str, np.ndarray]:
+    """Play some of the rollouts, and keep the attention of each decision: `Play`'s arrays."""
+    agent, seeds = job.agent, [job.config.seed + number for number in rollouts]
+    followed = [i for i, number in enumerate(rollouts) if number == job.config.trajectory]
+    shape = len(rollouts), n_steps, len(job.layers), len(KINDS)
+    shares = np.empty(shape, dtype=np.float32)
+    even = np.empty((*shape[:2], len(KINDS)), dtype=np.float32)
+    shape = len(followed), n_steps, len(job.layers), agent.n_max + 1
+    followed_rows = np.full(shape, np.nan, dtype=np.float32)
+    played: HistoryBuffer
 
-
-class _Watcher:
-    """A policy of `rollout` that keeps the attention with which it decides."""
-
-    def __init__(self, job: Job, rollouts: range, n_steps: int) -> None:
-        self.device, self._job = job.agent.device, job
-        shape = len(rollouts), n_steps
-        self._shares = np.empty((*shape, len(job.layers), len(KINDS)), dtype=np.float32)
-        self._even = np.empty((*shape, len(KINDS)), dtype=np.float32)
-        self._followed = [i for i, number in enumerate(rollouts) if number == job.config.trajectory]
-        shape = len(self._followed), n_steps, len(job.layers), job.agent.n_max + 1
-        self._rows = np.full(shape, np.nan, dtype=np.float32)
-
-    def act(self, buffer: HistoryBuffer, query_states: Tensor) -> Tensor:
-        """Action logits `(B, A)`, on the latest transitions, as many as the model reads."""
-        job, agent, self._buffer, t = self._job, self._job.agent, buffer, buffer.n
+    def act(buffer: HistoryBuffer, query_states: Tensor) -> Tensor:
+        nonlocal played
+        played, t = buffer, buffer.n
         history = buffer.history(query_states, max(0, t - agent.n_max))
         history = replace(history, rewarded_above=agent.rewarded_above)
-        logits, attention, even = attention_of(job, history)
-        tokens = agent.tokens(history)
-        rows = np.stack([heads.mean(1) for heads in transition_rows(attention, tokens)], 1)
+        batch = see(job, history)
+        rows = np.stack([heads.mean(1) for heads in batch.rows], 1)  # (B, L, n + 1)
         kinds = torch.stack([rule(history) for rule in KINDS.values()], 1).cpu().numpy()
-        self._shares[:, t] = np.einsum("bln,bkn->blk", rows[..., :-1], kinds)
-        self._even[:, t] = np.einsum("bn,bkn->bk", sum_rows(even, tokens)[:, :-1], kinds)
-        self._rows[:, t, :, -rows.shape[2] :] = rows[self._followed]
-        return logits
+        shares[:, t] = np.einsum("bln,bkn->blk", rows[..., :-1], kinds)
+        even[:, t] = np.einsum("bn,bkn->bk", batch.even[:, :-1], kinds)
+        followed_rows[:, t, :, -rows.shape[2] :] = rows[followed]
+        return batch.logits
 
-    def arrays(self) -> dict[str, Any]:
-        """What was played and seen."""
-        history = self._buffer.history(None)
-        names = ("states", "actions", "rewards", "next_states", "episodes")
-        played = {name: getattr(history, name).cpu().numpy() for name in names}
-        return played | {"shares": self._shares, "even": self._even, "rows": self._rows}
+    noises = [np.random.default_rng((job.config.seed, number)) for number in rollouts]
+    policy = SimpleNamespace(act=act, device=agent.device)
+    rollout(agent.environment.make(tasks, seeds), policy, n_steps, noises, bar, tasks)
+    history = played.history(None)
+    arrays = {name: getattr(history, name).cpu().numpy() for name in PLAYED}
+    return arrays | {"shares": shares, "even": even, "rows": followed_rows}

@@ -3,8 +3,7 @@
     room = RoomMap.of(agent, decision, rows, uniform_row)     # rows (P, n + 1): a panel a layer
     room.ratio                                                # (P, R, C)
 
-Axes: `P` panels, `R` rows and `C` columns of the room, `n` transitions, of which `K` are of the
-episode in which the decision is made.
+Axes: `P` panels, `R` rows and `C` columns of the room, `n` transitions, `K` of this episode.
 """
 
 from collections.abc import Iterator
@@ -14,11 +13,10 @@ from typing import Any
 import numpy as np
 
 from historylens.agent import Agent
-from historylens.analysis.job import Batch, Job, transition_rows
+from historylens.analysis.job import Batch, Job
 from historylens.common.errors import UserError
 from historylens.common.files import rounded
 from historylens.history import Decision
-from historylens.tokens import sum_rows
 
 
 @dataclass(frozen=True)
@@ -36,20 +34,19 @@ class RoomMap:
     def of(
         cls, agent: Agent, decision: Decision, rows: np.ndarray, uniform_row: np.ndarray
     ) -> "RoomMap":
-        """Put attention on the map of `agent.room`: `rows (P, n + 1)` of `tokens.sum_rows`.
+        """Put `rows (P, n + 1)` of attention on the map, and `uniform_row (n + 1,)`.
 
-        `uniform_row (n + 1,)`: where the query reads all alike. The path is that of the episode of
-        the query; where nothing says which it is, the latest if that leads to the query state, else
-        one that has just begun. UserError: position() gives what is no cell of the room.
+        The path is that of the episode of the query; where nothing says which it is, the latest if
+        that leads to the query state, else one that has just begun. UserError: `position()` gives
+        what is no cell of the room.
         """
         n, query = decision.n, np.reshape(decision.query_state, (1, -1))
-        before, after = decision.states, decision.next_states
-        states, reached = (np.reshape(x, (n, query.size)) for x in (before, after))
+        moved = decision.states, decision.next_states
+        states, reached = (np.reshape(x, (n, query.size)) for x in moved)
         episodes = np.zeros(n) if decision.episodes is None else np.asarray(decision.episodes)
         number = decision.query_episode
-        if number is None and np.array_equal(query, reached[-1:]):
-            number = episodes[-1]
-        ours = np.full(n, False) if number is None else episodes == number
+        if number is None:
+            number = episodes[-1] if np.array_equal(query, reached[-1:]) else np.nan  # of none
         ends, goal = _cells(agent, reached), [] if decision.goal is None else decision.goal
 
         def summed(weights: np.ndarray) -> np.ndarray:  # (..., n) -> (..., R, C)
@@ -62,7 +59,7 @@ class RoomMap:
             even=summed(np.asarray(uniform_row, dtype=np.float64)[:-1]),
             visits=summed(np.ones(n, dtype=int)),
             rewarded=summed(decision.rewarded.astype(int)),
-            path=_cells(agent, np.concatenate([states[ours], query])),
+            path=_cells(agent, np.concatenate([states[episodes == number], query])),
             goals=_cells(agent, np.reshape(goal, (-1, query.size))),
         )
 
@@ -73,10 +70,7 @@ class RoomMap:
             return np.where(self.even > 0, self.attention / self.even, np.nan)
 
     def numbers(self) -> dict[str, Any]:
-        """Plain values, of the `V` cells that were visited, row by row: 6 significant digits.
-
-        `attention` and `ratio` are P lists of V; a ratio to nothing is None.
-        """
+        """Plain values, one a visited cell, row by row; a ratio to nothing is None."""
         seen = self.visits > 0
         ratio = [[None if np.isnan(x) else x for x in row] for row in rounded(self.ratio[:, seen])]
         return {
@@ -93,23 +87,17 @@ class RoomMap:
 
 
 def room_maps(job: Job, batch: Batch) -> Iterator[tuple[int, RoomMap, list[str]]]:
-    """Number, map and names of the panels of each decision that is drawn; none without a room.
-
-    A panel is a layer, or with --heads a head.
-    """
+    """Number, map, and names of the panels (layers, or with --heads heads) of what is drawn."""
     if job.agent.room is None:
         return
-    rows = transition_rows(batch.attention, batch.tokens)  # (B, H, n + 1) a layer
-    even = sum_rows(batch.uniform_rows, batch.tokens)
     names = [f"layer {layer}" for layer in batch.attention]
     if job.config.heads:
-        names = [
-            f"{name} head {h}" for name, own in zip(names, job.heads, strict=True) for h in own
-        ]
+        pairs = zip(names, job.heads, strict=True)
+        names = [f"{name} head {head}" for name, heads in pairs for head in heads]
     for place, decision in zip(batch.drawn, batch.decisions, strict=True):
-        heads = [layer[place] for layer in rows]
+        heads = [layer[place] for layer in batch.rows]
         panels = np.concatenate(heads) if job.config.heads else np.stack([x.mean(0) for x in heads])
-        room = RoomMap.of(job.agent, decision, panels, even[place])
+        room = RoomMap.of(job.agent, decision, panels, batch.even[place])
         yield batch.indices[place], room, names
 
 
@@ -118,8 +106,7 @@ def _cells(agent: Agent, states: np.ndarray) -> np.ndarray:
     given, (n_rows, n_columns) = np.asarray(agent.position(states)), agent.room
     inside = (given >= 0) & (given < agent.room) & (given == np.round(given))  # NaN: not inside
     for cell in given[~inside.all(axis=1)].tolist():
-        raise UserError(
-            f"position(): expected a row in 0..{n_rows - 1} and a column in 0..{n_columns - 1}, "
-            f"whole numbers, got {cell}; ROOM = (rows, columns) says how large the room is"
-        )
+        what = f"a row in 0..{n_rows - 1} and a column in 0..{n_columns - 1}, whole numbers"
+        size = "ROOM = (rows, columns) says how large the room is"
+        raise UserError(f"position(): expected {what}, got {cell}; {size}")
     return given.astype(np.int64)
