@@ -147,7 +147,7 @@ class MeasuredEffects:
 
     @property
     def curves_picture(self) -> dict[str, Any] | None:
-        """Arguments of `curveplot.deletion_curves`; None where there is nothing to draw."""
+        """Arguments of `effectplot.deletion_curves`; None where there is nothing to draw."""
         if not self.curves.get("random"):
             return None
         empty = self.controls["empty"].json() if "empty" in self.controls else None
@@ -155,7 +155,7 @@ class MeasuredEffects:
 
     @property
     def heads_picture(self) -> dict[str, Any] | None:
-        """Arguments of `headplot.head_effects`; None where there is nothing to draw."""
+        """Arguments of `effectplot.head_effects`; None where there is nothing to draw."""
         if not self.heads:
             return None
         return {"heads": self.heads["heads"], "n_decisions": len(self.heads["samples"])}

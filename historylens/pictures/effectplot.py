@@ -153,7 +153,7 @@ def _draw_legend(page: Page, strategies: Mapping[str, Mapping], has_empty: bool)
 
 
 def head_effects(path: Path, heads: Sequence[Mapping], n_decisions: int, *, dpi: int) -> None:
-    """Draw effects of heads, entries of "heads" as `effects.heads.measure_heads` gives them."""
+    """Draw effects of heads, entries of "heads" as `effects.measure_heads` gives them."""
     kinds = [kind for kind in PANELS if kind in heads[0]]
     largest = np.argsort([-one[kinds[-1]]["kl"] for one in heads], kind="stable")[:MAX_ROWS]
     drawn = [heads[i] for i in sorted(largest)]

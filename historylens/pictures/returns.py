@@ -122,10 +122,9 @@ def finding(study: Any) -> str:
         row, full = study.confirmation.row, study.confirmation.full
         where = f" in {study.confirmation.n_seeds} new runs a goal"
     budget = "" if row.arm.n_keep is None else f", {row.arm.n_keep} transitions"
-    value, low, high = row.difference.value, row.difference.low, row.difference.high
     return (
         f"Recommended: {row.arm.name}{budget}: {row.mean.value:.2f} against {full.mean.value:.2f}"
-        f"{where}, difference {value:+.2f} [{low:+.2f}, {high:+.2f}] ({row.verdict}); "
+        f"{where}, difference {row.difference.text('+')} ({row.verdict}); "
         f"{row.collapses.sentence()}"
     )
 
