@@ -171,7 +171,7 @@ def test_what_is_not_chosen_is_quick_or_all_with_full(home, tiny_model, monkeypa
 
 
 def test_positions_and_seed_change_the_returns_and_what_is_in_the_way_is_one_line(home, capsys):
-    argv = "--strategies even --budgets 6 --episodes 4 --seeds 2 --confirm 0".split()
+    argv = ["--strategies=even", "--budgets=6", "--episodes=4", "--seeds=2", "--confirm=0"]
     placed, full, even = "old positions where they fit (original)", [], []
     for flag in ("--positions=reindexed", "--positions=original", "--seed=1"):
         main([*argv, flag, f"--out={flag}"])

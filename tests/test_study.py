@@ -13,7 +13,6 @@ from matplotlib import rcParams
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from historylens.comparison import WITH_BUDGET, report
-from historylens.comparison.intervals import judged as judged_scores
 from historylens.comparison.intervals import late_scores
 from historylens.comparison.policy import Cost
 from historylens.comparison.study import Arm, Result, confirm, judge
@@ -115,16 +114,6 @@ def test_a_verdict_that_only_one_comparison_in_many_bears_is_safe_so_far():
         assert [row.verdict for row in rows] == ["safe", "safe so far"]
         assert rows[0].difference == rows[1].difference  # what is shown is each arm's own
     assert "The verdict holds for all 2 arms together" in report.recommendation(alone)
-
-
-@pytest.mark.parametrize(("n_compared", "least"), [(1, 72), (25, 135)])
-def test_without_a_collapse_so_many_runs_are_needed_to_be_safe(n_compared, least):
-    """The level of both, the interval and the bound on collapses, is 2.5 % for all arms."""
-    for n_runs, expected in ((least, "safe"), (least - 1, "safe so far")):
-        full = 10 + 0.01 * np.random.default_rng(0).normal(size=(1, n_runs))
-        both = np.stack([full - 0.01, full - 0.02])
-        told = judged_scores(both, full, 0.05, n_compared)
-        assert [verdict for _, _, verdict in told] == [expected] * 2
 
 
 def test_an_arm_that_stopped_is_compared_over_the_runs_that_it_has():
