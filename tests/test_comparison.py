@@ -44,16 +44,16 @@ def test_baselines_and_controls_come_first_then_each_strategy_at_each_budget():
 
 def test_what_cannot_be_played_is_refused():
     assert arms("recent", budgets=(3 * HORIZON - 1,))
-    with pytest.raises(UserError, match="history shorter than the budget: 3 episodes of 6 steps"):
-        arms("recent", budgets=(3 * HORIZON,))
-    with pytest.raises(UserError, match="unknown strategy 'other-task'"):  # that is a control
-        arms("other-task")
-    with pytest.raises(UserError, match="expected --strategies that keep a part of the history"):
-        arms("full", "empty")
-    agent = LeversAgent()
-    agent.n_max = 0
-    with pytest.raises(UserError, match="there is nothing to compress"):
-        arms("recent", agent=agent)
+    forgetful = LeversAgent()
+    forgetful.n_max = 0
+    for names, more, message in (
+        (["recent"], {"budgets": (3 * HORIZON,)}, "shorter than the budget: 3 episodes of 6 steps"),
+        (["other-task"], {}, "unknown strategy 'other-task'"),  # that is a control
+        (["full", "empty"], {}, "expected --strategies that keep a part of the history"),
+        (["recent"], {"agent": forgetful}, "there is nothing to compress"),
+    ):
+        with pytest.raises(UserError, match=message):
+            arms(*names, **more)
 
 
 def test_episodes_that_ended_early_are_counted_in_the_runs_of_the_study_alone(tmp_path):

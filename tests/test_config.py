@@ -83,13 +83,6 @@ def test_help_shows_every_setting_with_its_default_and_no_other():
     assert not any(f"{flag_of(name)} " in shown for name in NO_FLAGS)
 
 
-@pytest.mark.parametrize("argv", ["--n-updates many", "--lr", "--env chess", "--batch-size 1.5"])
-def test_a_flag_that_cannot_be_read_ends_with_code_2(argv, capsys):
-    with pytest.raises(SystemExit, match="2"):
-        make_parser(*CONFIGS).parse_args(argv.split())
-    assert argv.split()[0] in capsys.readouterr().err
-
-
 def test_a_flat_dict_of_all_settings_gives_each_config_back_and_may_lack_some():
     wanted = (TrainConfig(lr=0.5), SourceConfig(n_streams=3), EnvConfig(grid_size=7))
     flat = to_dict(*wanted)

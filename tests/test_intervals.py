@@ -1,11 +1,13 @@
 """Intervals and verdicts: against plain twins, and over thousands of studies with known truth."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_study import result
 
 from historylens.comparison.intervals import (
     Collapses,
@@ -21,6 +23,7 @@ from historylens.comparison.intervals import (
     student_quantile,
     verdict,
 )  # fmt: skip
+from historylens.comparison.study import judge
 
 pytestmark = pytest.mark.usefixtures("few_resamples")
 
@@ -77,25 +80,22 @@ def test_late_scores_are_the_second_half_and_without_variance_have_a_point_never
     assert Estimate(1.0, None, None).text() == "1.00"
 
 
-@pytest.mark.parametrize(("low", "high", "margin", "at_risk", "expected"), [
+@pytest.mark.parametrize(("low", "high", "margin", "risk", "expected"), [
     (0.1, 0.9, 0.5, 0.5, "better"),
     (0.1, 0.9, 0.5, 0.6, "safe so far"),
     (0.6, 0.9, 0.5, 0.6, "better"),  # more is gained than collapses may cost
     (0.0, 0.9, 0.5, 0.5, "safe"),
-    (0.0, 0.9, 0.5, 0.6, "safe so far"),
     (-0.4, -0.1, 0.5, 0.1, "safe"),  # a loss that is shown, and shown not to matter
     (-0.5, 0.3, 0.5, 0.1, "inconclusive"),
     (-0.9, -0.5, 0.5, 0.9, "inconclusive"),
     (-0.9, -0.6, 0.5, 0.9, "worse"),
     (0.0, 0.0, 0.0, 0.0, "inconclusive"),  # full history earns nothing: nothing is safe
-    (-0.2, -0.1, 0.0, 0.0, "worse"),
-    (0.1, 0.2, 0.0, 0.0, "better"),
     (None, None, 0.5, 0.1, "inconclusive"),  # one seed
 ])  # fmt: skip
 def test_the_verdict_of_an_interval_and_of_what_collapses_may_cost(
-    low, high, margin, at_risk, expected
+    low, high, margin, risk, expected
 ):
-    assert verdict(*[Estimate(0.0, low, high)] * 2, margin, at_risk) == expected
+    assert verdict(*[Estimate(0.0, low, high)] * 2, margin, risk) == expected
 
 
 @given(st.integers(1, 300), st.data())
@@ -147,6 +147,29 @@ def test_without_a_collapse_so_many_runs_are_needed_to_be_safe(n_compared, least
         assert [verdict for _, _, verdict in told] == [expected] * 2
 
 
+def test_intervals_of_returns_end_where_no_return_can_be():
+    few = {"shape": (2, 2, 4), "noise": 0.0}
+
+    def made(key, *runs):
+        arm = result(key, 0.0, **few)
+        return replace(arm, returns=arm.returns + np.array(runs, dtype=float).reshape(2, 2, 1))
+
+    arms = [made("full", 0, 3, 4, 4), made("empty", 0, 1, 0, 0), made("recent@3", 4, 3, 0, 1)]
+    study, unknown = judge(arms, 0.05, best=[4.0, 4.0]), judge(arms, 0.05)
+    estimates = [one for row in study.rows for one in (row.mean, row.iqm)]
+    for one in (*estimates, *study.full_by_episode):
+        assert 0 <= one.low <= one.value <= one.high <= 4
+    for row in study.rows:
+        assert 0 <= row.part_of_best.low <= row.part_of_best.high <= 1
+    assert (study.full.mean.high, study.empty.mean.low) == (4, 0)
+    assert unknown.full.mean.high > 4
+    assert unknown.empty.mean.low == 0  # nothing below was ever earned
+    costs = [replace(arm, returns=-arm.returns) for arm in arms]
+    assert judge(costs, 0.05).empty.mean.high == 0
+    below = [replace(arm, returns=arm.returns - 1) for arm in arms]
+    assert judge(below, 0.05).empty.mean.low < -1
+
+
 NOISES = {
     "normal": lambda rng, shape: rng.normal(size=shape),
     "rare large losses": lambda rng, shape: 1 - rng.exponential(size=shape),
@@ -158,22 +181,22 @@ NOISES = {
 MARGIN = 0.05 * 12  # of full history's mean return
 
 
-def studies(noise, n_goals, n_seeds, loss, seed, n_studies=1000, spread=2.0):
-    """Paired scores of full history and of an arm that truly loses `loss`, study by study.
+def of_full(n_goals, n_seeds, seed, n_studies, spread):
+    """Scores of full history, study by study; goals differ in difficulty."""
+    rng, shape = np.random.default_rng(seed), (n_studies, n_goals, n_seeds)
+    levels = 12 + np.linspace(-4, 4, n_goals)[:, None]
+    return rng, shape, levels + spread * rng.normal(size=shape)
 
-    Goals differ in difficulty, and what the runs of a pair have in common is half of the noise.
-    """
-    rng = np.random.default_rng(seed)
-    shape = (n_studies, n_goals, n_seeds)
-    full = 12 + np.linspace(-4, 4, n_goals)[:, None] + spread * rng.normal(size=shape)
+
+def studies(noise, n_goals, n_seeds, loss, seed, n_studies=1000, spread=2.0):
+    """Such scores, and those of an arm that truly loses `loss`; half of the noise is common."""
+    rng, shape, full = of_full(n_goals, n_seeds, seed, n_studies, spread)
     return full, full - loss + spread * NOISES[noise](rng, shape)
 
 
 def collapsing(rate, n_goals, n_seeds, noise, seed, n_studies=1000):
-    """Scores of full history and of an arm like it but for `noise` and for runs that earn 0."""
-    rng = np.random.default_rng(seed)
-    shape = (n_studies, n_goals, n_seeds)
-    full = 12 + np.linspace(-4, 4, n_goals)[:, None] + rng.normal(size=shape)
+    """Such scores, and those of an arm alike but for `noise` and for runs that earn 0."""
+    rng, shape, full = of_full(n_goals, n_seeds, seed, n_studies, 1.0)
     return full, np.where(rng.random(shape) < rate, 0.0, full + noise * rng.normal(size=shape))
 
 
@@ -190,7 +213,7 @@ def share(names, full, arms, may_collapse=False):
 GOOD = ("safe", "better")
 
 
-@pytest.mark.parametrize("size", [(8, 2), (8, 4), (8, 16), (8, 32), (3, 12)])
+@pytest.mark.parametrize("size", [(8, 2), (8, 4), (8, 16), (3, 12)])
 def test_what_is_not_true_is_said_in_at_most_5_percent_by_the_interval_alone(size):
     for noise in NOISES:
         assert share(GOOD, *studies(noise, *size, loss=MARGIN, seed=1)) <= 0.05, noise
@@ -198,7 +221,7 @@ def test_what_is_not_true_is_said_in_at_most_5_percent_by_the_interval_alone(siz
     assert share(("worse",), *studies("normal", *size, loss=MARGIN, seed=4)) <= 0.05
 
 
-@pytest.mark.parametrize("n_seeds", [2, 4, 8, 16, 32])
+@pytest.mark.parametrize("n_seeds", [2, 8, 32])
 @pytest.mark.parametrize("rate", [0.05, 0.1, 0.2])
 def test_an_arm_that_collapses_so_often_is_safe_in_at_most_5_percent(n_seeds, rate):
     """All below 5 % as counted; the standard error of 5 % of 1,000 studies is 0.7 %."""
