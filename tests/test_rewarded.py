@@ -46,7 +46,11 @@ def written(more="", graded=True):
 
 def says(above=None):
     """An adapter that says so much."""
-    return SimpleNamespace(get={"REWARDED_ABOVE": above}.__getitem__, check=lambda *_: None)
+
+    def check(is_fit, *_):
+        assert is_fit
+
+    return SimpleNamespace(get={"REWARDED_ABOVE": above}.__getitem__, check=check)
 
 
 def decision(rewards):

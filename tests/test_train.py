@@ -165,29 +165,37 @@ def test_no_test_goal_reaches_training_or_is_acted_on_before_the_checkpoint_is_c
     assert evaluated[6:] == [SPLIT["test"]] * 2
 
 
-def run_interrupted(argv, name, call):
-    """Run, and press Ctrl-C just before the given call, from 1, of a function of training."""
+def run_interrupted(argv, name, call, error=None):
+    """Run, and press Ctrl-C just before the given call, from 1, of a function of training.
+
+    An `error` stands for what leaves no time to save.
+    """
     original, calls = attrgetter(name)(training), itertools.count(1)
 
     def wrapped(*args, **kwargs):
         if next(calls) == call:
+            if error:
+                raise error
             signal.raise_signal(signal.SIGINT)
         return original(*args, **kwargs)
 
-    with mock.patch(f"ad.training.{name}", wrapped), pytest.raises(KeyboardInterrupt):
+    with mock.patch(f"ad.training.{name}", wrapped), pytest.raises(error or KeyboardInterrupt):
         main(argv)
 
 
 LOSS = "PackedLoss.forward"  # runs once an update, in its middle
-INTERRUPTIONS = {  # calls of `rollout_goals`; of kills tells test_kills.py
-    "as an evaluation begins": 1, "inside the last one": 6, "inside that on test goals": 8,
-}  # fmt: skip
+INTERRUPTIONS = {
+    "as an evaluation begins": ("rollout_goals", 1),
+    "inside the last evaluation": ("rollout_goals", 6),
+    "inside the evaluation on test goals": ("rollout_goals", 8),
+    "killed after an evaluation": (LOSS, 5, SystemError),
+}
 
 
 @pytest.mark.parametrize("name", INTERRUPTIONS)
 def test_an_interrupted_run_ends_as_one_that_was_not(finished, tmp_path, no_picture, name):
     run = run_of(tmp_path)
-    run_interrupted(flags(tmp_path), "rollout_goals", INTERRUPTIONS[name])
+    run_interrupted(flags(tmp_path), *INTERRUPTIONS[name])
     assert (run / "resume.pt").exists()
     assert not (run / "training.json").exists()
     torch.manual_seed(12345)
