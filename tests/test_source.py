@@ -38,7 +38,7 @@ def plain_learning(goals, env, source, seed):
     seeds = np.random.default_rng((seed, 1)).integers(2**40, size=n)
     rooms = DarkRoom(goals, size, env.horizon, env.env, seeds)  # of where episodes start alone
     starts = [rooms.reset() for _ in range(0, len(steps), env.horizon)]
-    n_hidden = len(TASKS[env.env].hidden)
+    n_hidden, moves = len(TASKS[env.env].hidden), MOVES.tolist()
     epsilon_start = rng.uniform(source.epsilon_end, source.epsilon_start, size=n)
     noise = [(rng.random((n, 5), dtype=f), rng.integers(5, size=n), rng.random(n)) for _ in steps]
     taken = np.zeros((n, len(steps)), dtype=int)
@@ -49,7 +49,8 @@ def plain_learning(goals, env, source, seed):
         def key(state, action):
             if source.values == "actions":
                 return state, action
-            return (*np.clip(state[0] + MOVES[action], 0, size - 1),), state[1]
+            moved = zip(state[0], moves[action], strict=True)
+            return tuple(min(max(x + d, 0), size - 1) for x, d in moved), state[1]
 
         def values(state, q=q):
             return [q.get(key(state, action), f(source.initial_value)) for action in range(5)]

@@ -271,11 +271,9 @@ def test_a_run_goes_on_with_its_own_settings_alone(finished, tmp_path, no_pictur
 def test_goals_out_of_reach_have_no_part_of_the_best(tmp_path, capsys):
     run = "x %{}" * 40  # as long as a name may be
     main(flags(tmp_path, run=run, horizon=2, grid_size=5, n_test_goals=6))
-    out = capsys.readouterr().out
-    rows = (line.split() for line in out.splitlines() if line.lstrip().startswith("("))
-    parts = [(row[2], row[4]) for row in rows]
-    assert {possible == "0" for possible, _ in parts} == {False, True}
-    assert all((possible == "0") == (part == "-") for possible, part in parts)
+    lines = map(str.split, capsys.readouterr().out.splitlines())
+    rows = [line for line in lines if line and line[0].startswith("(")]
+    assert {(row[2] == "0", row[4] == "-") for row in rows} == {(False, False), (True, True)}
     assert (tmp_path / "figs" / "training" / f"{run}.png").exists()
     assert "NaN" not in (tmp_path / "checkpoints" / run / "training.json").read_text()
 
@@ -284,7 +282,7 @@ def test_another_seed_is_another_run_with_other_weights(finished, tmp_path, no_p
     main(flags(tmp_path, seed=1))
     one, other = (read_file(checkpoints_in(run)[-1]) for run in (finished.run, run_of(tmp_path, 1)))
     assert one["goals"] == other["goals"]
-    assert not torch.allclose(one["model"]["pos_embedding"], other["model"]["pos_embedding"])
+    assert not torch.allclose(*(each["model"]["pos_embedding"] for each in (one, other)))
 
 
 def test_help_mentions_every_setting(capsys):
