@@ -10,15 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from config import DEFAULTS_OF, EnvConfig, ModelConfig, SourceConfig, TrainConfig
+from historylens.common import settings
 from historylens.common.errors import UserError, run_command
-from historylens.common.settings import (  # fmt: skip
-    add_flags,
-    flag_of,
-    from_dict,
-    from_flags,
-    given_for,
-    to_dict,
-)
+from historylens.common.settings import add_flags, flag_of, from_dict, from_flags
 
 CONFIGS = (TrainConfig, SourceConfig, EnvConfig, ModelConfig)
 NO_FLAGS = {"dim_states", "num_actions"}  # of Dark Room: in files alone
@@ -85,7 +79,7 @@ def test_help_shows_every_setting_with_its_default_and_no_other():
 
 def test_a_flat_dict_of_all_settings_gives_each_config_back_and_may_lack_some():
     wanted = (TrainConfig(lr=0.5), SourceConfig(n_streams=3), EnvConfig(grid_size=7))
-    flat = to_dict(*wanted)
+    flat = settings.to_dict(*wanted)
     assert (flat["lr"], flat["n_streams"], flat["env"]) == (0.5, 3, "darkroom")
     assert tuple(from_dict(type(config), flat) for config in wanted) == wanted
     assert from_dict(EnvConfig, {"horizon": 5, "alg": "PPO"}) == EnvConfig(horizon=5)
@@ -107,6 +101,6 @@ def test_an_interruption_is_code_130_and_a_bug_is_a_line_and_a_file(capsys):
 def test_defaults_are_those_of_the_task_however_it_is_named():
     argvs = ["--env", "key-to-door"], ["--env=key-to-door"], ["--en", "key-to-door"]
     for argv in (*argvs, [], ["--env"], ["--seed", "1", "--env", "chess"]):
-        asked = given_for("env", argv)
+        asked = settings.given_for("env", argv)
         assert asked == ("key-to-door" if argv in argvs else asked)
         assert DEFAULTS_OF.get(asked, {}).get("n_transit") == (200 if argv in argvs else None)

@@ -75,10 +75,9 @@ def test_a_file_that_is_cut_damaged_of_another_kind_or_missing_is_one_clear_erro
 
 @pytest.mark.parametrize(("changes", "expected"), [
     ({"actions": None}, f"{BROKEN}.*actions is not a file"),
-    ({"horizon": np.array([5, 5])}, BROKEN),
+    ({"horizon": np.array([5, 5])}, BROKEN), ({"actions": np.zeros(90, dtype=int)}, BROKEN),
     ({"horizon": 4}, "expected whole episodes of 4 steps, got 30 steps a history"),
     ({"horizon": 0}, "expected whole episodes of 0 steps"),
-    ({"actions": np.zeros(90, dtype=int)}, BROKEN),
     ({"states": np.zeros((3, 30, 3), dtype=int)}, r"expected states of shape \(3, 30, 2\)"),
     ({"goals": np.zeros((2, 2), dtype=int)}, r"expected goals of shape \(3, 2\)"),
     ({"states": np.zeros((3, 30, 2))}, "expected states of an integer type, got float64"),

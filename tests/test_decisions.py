@@ -138,7 +138,7 @@ def test_a_model_that_cannot_act_can_be_shown_and_one_without_history_is_not_com
     with pytest.raises(UserError, match="to act, got env 'darkkeytodoor' with 5; its attention ca"):
         acting(run_file)
     load_for_analysis(VisualizeConfig(checkpoint=str(run_file)), CPU)
-    config = ModelConfig(n_transit=1, tf_n_embd=8, tf_n_inner=8, grid_size=5)
-    write_checkpoint(run_file, sharp_model(config), [[4, 4]])
+    short = sharp_model(ModelConfig(n_transit=1, tf_n_embd=8, tf_n_inner=8, grid_size=5))
+    write_checkpoint(run_file, short, [[4, 4]])
     with pytest.raises(UserError, match="its model reads no history: there is nothing to compress"):
         acting(run_file)

@@ -31,8 +31,7 @@ def test_histories_of_decisions_and_what_a_user_gives_are_whole_numbers_or_float
     given = make_history(size=3, n=5)
     arrays = {name: value.tolist() for name, value in known(given).items()}
     assert same(History(**arrays).checked(), given)
-    decisions = decisions_of(given)
-    history = History.of(decisions)
+    history = History.of(decisions := decisions_of(given))
     assert all(torch.equal(a, b) for a, b in zip(history.inputs, given.inputs, strict=True))
     assert (history.tasks.tolist(), history.episodes) == ([0, 0, 1], None)
     small = History.of([replace(d, rewards=np.array(d.rewards, np.float64)) for d in decisions])

@@ -9,20 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_study import result
 
-from historylens.comparison.intervals import (
-    Collapses,
-    Estimate,
-    degrees_of_freedom,
-    iqm,
-    judged,
-    largest_rate,
-    late_scores,
-    mean,
-    means,
-    skew_shift,
-    student_quantile,
-    verdict,
-)  # fmt: skip
+from historylens.comparison import intervals
+from historylens.comparison.intervals import Collapses, Estimate, largest_rate, mean, verdict
 from historylens.comparison.study import judge
 
 pytestmark = pytest.mark.usefixtures("few_resamples")
@@ -41,14 +29,15 @@ def test_statistics_equal_a_loop_over_the_drawn_runs(n_goals, n_seeds, seed):
     even = np.full(n_seeds, 1 / n_seeds)
     counts = np.random.default_rng(5).multinomial(n_seeds, even, size=(1000, n_goals))  # in strata
     drawn = [np.repeat(scores.ravel(), count.ravel()) for count in counts]
-    for estimate, plain in ((mean(scores, 5), np.mean), (iqm(scores, 5), plain_iqm)):
+    for estimate, plain in ((mean(scores, 5), np.mean), (intervals.iqm(scores, 5), plain_iqm)):
         assert estimate.value == pytest.approx(plain(scores.ravel()))
         if n_seeds == 1:
             assert (estimate.low, estimate.high) == (None, None)
             continue
-        freedom = int(degrees_of_freedom(scores[None])[0] + 1e-9)
-        scale = np.sqrt(n_seeds / (n_seeds - 1)) * student_quantile(0.975, freedom) / 1.959964
-        shift = float(skew_shift(scores[None], 1.959964)[0]) if plain is np.mean else 0.0
+        freedom = int(intervals.degrees_of_freedom(scores[None])[0] + 1e-9)
+        scale = intervals.student_quantile(0.975, freedom) / 1.959964
+        scale *= np.sqrt(n_seeds / (n_seeds - 1))
+        shift = float(intervals.skew_shift(scores[None], 1.959964)[0]) if plain is np.mean else 0.0
         deviations = np.array([plain(runs) for runs in drawn]) - estimate.value
         low, high = np.quantile(deviations, [0.025, 0.975])
         expected = estimate.value + scale * np.array([min(low, 0), max(high, 0)]) + shift
@@ -57,24 +46,26 @@ def test_statistics_equal_a_loop_over_the_drawn_runs(n_goals, n_seeds, seed):
 
 def test_student_quantiles_are_those_of_the_tables_and_freedom_that_of_the_goals_that_vary():
     for freedom, expected in {1: 12.7062, 2: 4.3027, 3: 3.1824, 24: 2.0639, 10**6: 1.95996}.items():
-        assert student_quantile(0.975, freedom) == pytest.approx(expected, abs=1e-4)
+        assert intervals.student_quantile(0.975, freedom) == pytest.approx(expected, abs=1e-4)
     even = np.tile(np.arange(4.0), (8, 1))
     one = even * (np.arange(8) == 0)[:, None]
-    assert degrees_of_freedom(np.stack([even, one, 0 * even])) == pytest.approx([24, 3, 24])
+    assert intervals.degrees_of_freedom(np.stack([even, one, 0 * even])) == pytest.approx(
+        [24, 3, 24]
+    )
 
 
 def test_skewness_moves_the_interval_towards_the_long_tail():
     long_above = np.array([[[0.0] * 7 + [9.0]]])
-    above, below = (skew_shift(x, 1.96)[0] for x in (long_above, -long_above))
+    above, below = (intervals.skew_shift(x, 1.96)[0] for x in (long_above, -long_above))
     assert above == -below > 0
     for without in (long_above[..., 6:], np.ones((1, 2, 5))):
-        assert skew_shift(without, 1.96) == 0
+        assert intervals.skew_shift(without, 1.96) == 0
 
 
 def test_late_scores_are_the_second_half_and_without_variance_have_a_point_never_negative_zero():
     for n_episodes, expected in ((5, 11.0), (4, 6.5), (1, 1.0)):  # the middle one included
         returns = np.array([[[1.0, 2.0, 3.0, 10.0, 20.0][:n_episodes]]])
-        assert late_scores(returns).tolist() == [[expected]]
+        assert intervals.late_scores(returns).tolist() == [[expected]]
     assert mean(np.full((2, 3), 4.0)) == Estimate(4.0, 4.0, 4.0)
     assert Estimate(-0.001, -0.004, 0.123).text("+") == "+0.00 [+0.00, +0.12]"
     assert Estimate(1.0, None, None).text() == "1.00"
@@ -143,7 +134,7 @@ def test_without_a_collapse_so_many_runs_are_needed_to_be_safe(n_compared, least
     """The level of both, the interval and the bound on collapses, is 2.5 % for all arms."""
     for n_runs, expected in ((least, "safe"), (least - 1, "safe so far")):
         full = 10 + 0.01 * np.random.default_rng(0).normal(size=(1, n_runs))
-        told = judged(np.stack([full - 0.01, full - 0.02]), full, 0.05, n_compared)
+        told = intervals.judged(np.stack([full - 0.01, full - 0.02]), full, 0.05, n_compared)
         assert [verdict for _, _, verdict in told] == [expected] * 2
 
 
@@ -203,7 +194,7 @@ def collapsing(rate, n_goals, n_seeds, noise, seed, n_studies=1000):
 def share(names, full, arms, may_collapse=False):
     """How often one of the verdicts is said; of many at once."""
     differences, levels = arms - full, full.mean(axis=(1, 2))
-    estimates = means(differences)
+    estimates = intervals.means(differences)
     rates = map(Collapses.bound, map(Collapses.of, arms, full))
     at_risk = levels * (list(rates) if may_collapse else 0)
     judged = zip(estimates, 0.05 * levels, at_risk, strict=True)
@@ -247,7 +238,7 @@ def test_an_arm_like_full_history_is_called_safe_from_59_runs_on_and_so_far_befo
 @pytest.mark.parametrize("size", [(8, 4), (2, 3)])
 def test_intervals_hold_the_truth_as_often_as_they_say_many_at_once_as_one_at_a_time(size):
     _, arms = studies("normal", *size, loss=0.0, seed=7)
-    low, high = np.array([(each.low, each.high) for each in means(arms)]).T
+    low, high = np.array([(each.low, each.high) for each in intervals.means(arms)]).T
     assert 0.93 <= np.mean((low <= 12) & (high >= 12)) < 1
     one = mean(arms[3])
     assert (one.low, one.high) == pytest.approx((low[3], high[3]), rel=1e-12)
