@@ -28,14 +28,11 @@ def numbered(n=2, n_episodes=4, horizon=3) -> Histories:
 
 def walk_back(t, n, stride, horizon):
     """The `n` steps before the decision at `t`, found by walking back; None if they run out."""
-    episode = t // horizon
-    context = list(range(episode * horizon, t))
-    while len(context) < n:
-        episode -= stride
-        if episode < 0:
-            return None
-        context = list(range(episode * horizon, (episode + 1) * horizon)) + context
-    return context[len(context) - n :]
+    starts = range(t // horizon * horizon, -1, -stride * horizon)
+    walked = [
+        step for start in starts for step in range(min(t, start + horizon) - 1, start - 1, -1)
+    ]
+    return walked[:n][::-1] if len(walked) >= n else None
 
 
 @given(st.integers(0, 60), st.integers(0, 25), st.integers(1, 7))
@@ -64,7 +61,7 @@ def test_histories_survive_a_round_trip(path):
 
 def test_a_file_that_is_cut_damaged_of_another_kind_or_missing_is_one_clear_error(path, tmp_path):
     content = path.read_bytes()
-    for part in (0, 0.02, 0.5, 0.98):
+    for part in (0, 0.5, 0.98):
         (tmp_path / f"cut{part}.npz").write_bytes(content[: int(part * len(content))])
     path.write_bytes(content[:80] + bytes(60) + content[140:])
     (tmp_path / "text.npz").write_text("not an archive")
@@ -78,15 +75,12 @@ def test_a_file_that_is_cut_damaged_of_another_kind_or_missing_is_one_clear_erro
 
 @pytest.mark.parametrize(("changes", "expected"), [
     ({"actions": None}, f"{BROKEN}.*actions is not a file"),
-    ({"horizon": np.array([5, 5])}, BROKEN),
+    ({"horizon": np.array([5, 5])}, BROKEN), ({"actions": np.zeros(90, dtype=int)}, BROKEN),
     ({"horizon": 4}, "expected whole episodes of 4 steps, got 30 steps a history"),
     ({"horizon": 0}, "expected whole episodes of 0 steps"),
-    ({"actions": np.zeros(90, dtype=int)}, BROKEN),
     ({"states": np.zeros((3, 30, 3), dtype=int)}, r"expected states of shape \(3, 30, 2\)"),
-    ({"rewards": np.zeros((3, 29), dtype=int)}, r"expected rewards of shape \(3, 30\)"),
     ({"goals": np.zeros((2, 2), dtype=int)}, r"expected goals of shape \(3, 2\)"),
     ({"states": np.zeros((3, 30, 2))}, "expected states of an integer type, got float64"),
-    ({"actions": np.zeros((3, 30))}, "expected actions of an integer type, got float64"),
 ])  # fmt: skip
 def test_arrays_that_do_not_fit_each_other_are_one_clear_error(tmp_path, changes, expected):
     arrays = vars(make_histories()) | changes
@@ -107,23 +101,14 @@ def test_code_in_a_file_is_refused_and_not_executed(tmp_path):
     assert not (tmp_path / "executed").exists()
 
 
-def test_episode_returns_worked_by_hand():
-    rewards = np.array([[0, 1, 1, 0, 0, 0], [1, 1, 1, 0, 0, 1]])
-    histories = replace(numbered(2, 2, 3), rewards=rewards)
-    assert histories.episode_returns().tolist() == [[2, 0], [3, 1]]
-
-
-@given(
-    n=st.integers(0, 23), horizon=st.integers(1, 6), n_episodes=st.integers(1, 9),
-    max_stride=st.integers(1, 4), seed=st.integers(0, 99),
-)  # fmt: skip
+@given(*(st.integers(*ends) for ends in ((0, 23), (1, 6), (1, 9), (1, 4), (0, 99))))
 def test_windows_hold_what_lies_before_their_decisions(n, horizon, n_episodes, max_stride, seed):
     assume(n_episodes * horizon > n)
     histories = numbered(2, n_episodes, horizon)
     dataset = ADDataset(histories, min(n, 3), max_stride)
-    rows, steps, context = dataset.draw(40, n, np.random.default_rng(seed))
+    rows, steps, context = dataset.draw(20, n, np.random.default_rng(seed))
     window = dataset.gather(rows, steps, context)
-    assert context.shape == (40, n)
+    assert context.shape == (20, n)
     assert context.min(initial=0) >= 0
     for name in CONTEXT:
         assert np.array_equal(window[name], getattr(histories, name)[rows[:, None], context])
@@ -171,6 +156,7 @@ def test_draws_are_even_over_histories_half_at_episode_starts_and_others_look_at
     assert others[10 % 4] == 0
     np.testing.assert_allclose(others[others > 0] / others.sum(), 1 / 3, atol=0.04)
     even = np.array([len(gap) == 1 for gap in gaps])
+    assert even.mean() == pytest.approx(0.5, abs=0.06)
     counts = [gaps.count({stride}) for stride in (1, 2, 3)]
     assert min(counts) > 0.7 * max(counts)
     begins, ends = episodes[~even, 0], episodes[~even, -1]
@@ -179,10 +165,8 @@ def test_draws_are_even_over_histories_half_at_episode_starts_and_others_look_at
     assert np.median(ends - begins) > 15
 
 
-@pytest.mark.parametrize(("part", "options"), [
-    (0.5, {}), (0.0, {"random": 0.0}), (0.2, {"random": 0.2}), (1.0, {"random": 1.0}),
-])  # fmt: skip
-def test_the_part_of_windows_that_join_random_episodes_is_a_setting(part, options):
-    *_, gaps = drawn(2000, **options)
+@pytest.mark.parametrize("part", [0.0, 0.2, 1.0])
+def test_the_part_of_windows_that_join_random_episodes_is_a_setting(part):
+    *_, gaps = drawn(2000, random=part)
     even = np.mean([len(gap) == 1 for gap in gaps])  # few of the others are so by chance
     assert even == pytest.approx(1 - part, abs=0.06)

@@ -35,10 +35,7 @@ def test_histories_take_turns_stages_are_spread_evenly_and_the_seed_chooses():
 
 
 @settings(max_examples=15)
-@given(
-    n_samples=st.integers(1, 300), n_context=st.integers(0, 20), stride=st.integers(1, 3),
-    seed=st.integers(0, 99),
-)  # fmt: skip
+@given(st.integers(1, 300), st.integers(0, 20), st.integers(1, 3), st.integers(0, 99))
 def test_decisions_are_distinct_and_have_a_full_context(n_samples, n_context, stride, seed):
     histories = histories_of(goals=((0, 0), (2, 1)), streams=3, episodes=24)
     chosen = choose_decisions(histories, n_context, n_samples, seed, stride)
@@ -123,14 +120,13 @@ def test_it_acts_on_the_test_goals_in_their_room_and_is_known_by_its_file(
     assert agent.title == "AD in Dark Room, 2 layers, 12 tokens"
     assert agent.facts == {"Checkpoint": f"{run_file} (the file asked for)"}
     assert agent.meta == {"checkpoint": str(run_file), "step": 5}
-    environment = agent.environment
-    assert environment.goals == ("(4, 4)", "(0, 3)")
-    assert (environment.horizon, environment.best) == (5, (2, 3))
-    room = environment.make(np.array([1, 0, 1]), [0, 1, 2])
+    told = agent.environment
+    assert (told.goals, told.horizon, told.best) == (("(4, 4)", "(0, 3)"), 5, (2, 3))
+    room = told.make(np.array([1, 0, 1]), [0, 1, 2])
     assert room.goals.tolist() == [[0, 3], [4, 4], [0, 3]]
     assert (room.grid_size, room.horizon, agent.identity["grid_size"]) == (5, 5, 5)
-    other, model = tmp_path / "o" / "ckpt-5.pt", sharp_model(tiny_config, 1)
-    other = acting(write_checkpoint(other, model, [[4, 4]], horizon=None))
+    model, path = sharp_model(tiny_config, 1), tmp_path / "o" / "ckpt-5.pt"
+    other = acting(write_checkpoint(path, model, [[4, 4]], horizon=None))
     assert other.identity != agent.identity == acting(run_file).identity
     assert other.environment.horizon == 20  # where its config says nothing
 
@@ -142,7 +138,7 @@ def test_a_model_that_cannot_act_can_be_shown_and_one_without_history_is_not_com
     with pytest.raises(UserError, match="to act, got env 'darkkeytodoor' with 5; its attention ca"):
         acting(run_file)
     load_for_analysis(VisualizeConfig(checkpoint=str(run_file)), CPU)
-    config = ModelConfig(n_transit=1, tf_n_embd=8, tf_n_inner=8, grid_size=5)
-    write_checkpoint(run_file, sharp_model(config), [[4, 4]])
+    short = sharp_model(ModelConfig(n_transit=1, tf_n_embd=8, tf_n_inner=8, grid_size=5))
+    write_checkpoint(run_file, short, [[4, 4]])
     with pytest.raises(UserError, match="its model reads no history: there is nothing to compress"):
         acting(run_file)

@@ -36,18 +36,6 @@ def test_packed_logits_are_those_of_passes_on_prefixes(dtype, tolerance, config,
     torch.testing.assert_close(few, packed[:, last], rtol=tolerance, atol=tolerance)
 
 
-def test_packed_gradients_equal_those_of_separate_passes(tiny_config):
-    model = sharp_model(tiny_config, dtype=torch.float64)
-    context, queries = random_window(tiny_config, 2, 7)
-    model.forward_packed(*context, queries).square().sum().backward()
-    packed = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
-    model.zero_grad()
-    for j in range(8):
-        model(*(c[:, :j] for c in context), queries[:, j]).square().sum().backward()
-    separate = {name: parameter.grad for name, parameter in model.named_parameters()}
-    torch.testing.assert_close(packed, separate, rtol=1e-8, atol=1e-8)
-
-
 @pytest.mark.parametrize("n", [0, 1, 11])
 def test_logits_equal_the_formulas_written_out(tiny_config, n):
     model = sharp_model(tiny_config, dtype=torch.float64)

@@ -37,14 +37,10 @@ def policy_of(agent, name, n_keep=None, *more):
 
 def play(policy, n_steps):
     """Rewards `(2, n_steps)` and logits `(n_steps, 2, A)` of rooms in which a policy acts."""
-    rooms, logits, act = DarkRoom(GOALS, 3, HORIZON), [], policy.act
-
-    def noting(buffer, query_states):
-        logits.append(act(buffer, query_states))
-        return logits[-1]
-
-    policy.device, policy.act = "cpu", noting
+    logits, act = [], policy.act
+    policy.device, policy.act = "cpu", lambda *seen: (logits.append(act(*seen)), logits[-1])[1]
     noises = [np.random.default_rng((3, room)) for room in range(2)]
+    rooms = DarkRoom(GOALS, 3, HORIZON)
     return rollout(rooms, policy, n_steps, noises, tasks=np.arange(2))[0], torch.stack(logits)
 
 
@@ -77,7 +73,7 @@ def count(agent, name, n_keep, n_steps, *more):
 
 def plain_shown(model, method, n_keep, history):
     """What is left of a history for a model to read."""
-    looks = any(name in method.needs for name in LOOKS)
+    looks = {*LOOKS} & {*method.needs}
     if looks or method.keeps == "all":
         history = history.latest(model.n_context_max)
     if looks:
@@ -87,9 +83,8 @@ def plain_shown(model, method, n_keep, history):
 
 
 @pytest.mark.parametrize("name", [
-    "full", "recent", "rewarded-recent", "even", "one-visit", "last-episodes", "best-episodes",
-    "nearest", "diverse", "top-k", "threshold", "prune-low", "accumulated-recent", "pooled-votes",
-    "norm", "contribution", "head-1-0", "empty",
+    "full", "empty", "recent", "best-episodes", "nearest", "threshold", "accumulated-recent",
+    "pooled-votes", "norm", "contribution", "head-1-0",
 ])  # fmt: skip
 def test_rooms_together_act_as_each_alone_with_its_list_of_transitions(model, name):
     rewards, logits = play(policy_of(ModelAgent(model), name, 4), n_steps=11)
@@ -111,14 +106,6 @@ def test_full_history_acts_as_a_sliding_context(model, name, n_keep, positions):
     assert rewards.sum() > 0
 
 
-@pytest.mark.parametrize("n_keep", [0, 5])
-def test_whether_nothing_or_everything_is_kept_needs_no_look(n_keep):
-    agent = Recorder(n_max=5)
-    cost, times = count(agent, "top-k", n_keep, n_steps=9)
-    assert times == [[4, 5, 6, 7, 8][:n_keep]] * 2
-    assert (agent.looked, cost.tokens_looked) == ([], 0)
-
-
 def test_the_model_is_told_the_original_positions_of_what_is_not_one_behind_the_other():
     agent = Recorder(n_max=5)
     assert count(agent, "rewarded-recent", 3, 9, None, "original")[1] == [[0, 7, 8]] * 2
@@ -133,7 +120,7 @@ def test_the_model_is_told_the_original_positions_of_what_is_not_one_behind_the_
     ("reindexed", [None, None]), ("original", [[[1, 4], [3, 4]], [[0, 2, 4]]]),
 ])  # fmt: skip
 def test_decisions_may_keep_different_counts(positions, placed):
-    weights = torch.tensor([[0.3, 0.0, 0.2, 0.0], [0.0, 0.9, 0.0, 0.0], [0.0, 0.0, 0.0, 0.3]])
+    weights = torch.tensor([[0.3, 0, 0.2, 0], [0, 0.9, 0, 0], [0, 0, 0, 0.3]])
     buffer = HistoryBuffer(torch.empty(3, 1, dtype=torch.float64), 6)
     for t in range(6):  # of which the model reads the latest four
         state = 10.0 ** torch.full((3, 1), t, dtype=torch.float64)
@@ -160,7 +147,6 @@ def test_a_control_changes_the_full_sliding_window_and_a_merge_makes_as_many_tok
     for name in (name for name, each in METHODS.items() if each.kind == "merge"):
         agent = Recorder(n_max=4)
         cost, _ = count(agent, name, 2, n_steps=9)
-        assert [history.n for history in agent.histories] == [min(t, 2) for t in range(10)]
         assert agent.histories[-1].states[:, 0].max() < 4  # of the window, 5 is the first
         assert cost.tokens == np.mean([min(t, 2) + 1 for t in range(10)])
 
@@ -168,7 +154,7 @@ def test_a_control_changes_the_full_sliding_window_and_a_merge_makes_as_many_tok
 @pytest.mark.parametrize("name", [*METHODS, "head-0-1"])
 def test_a_decision_takes_one_pass_over_what_is_kept_and_a_look_one_over_the_window(model, name):
     passes, method = [], METHODS[name]
-    looks = any(field in method.needs for field in LOOKS)
+    looks = {*LOOKS} & {*method.needs}
     hook = model.register_forward_pre_hook(lambda _, args: passes.append(args[1].shape[1]))
     for n_keep, positions in ((0, "reindexed"), (3, "original"), (3, "reindexed"), (7, "original")):
         policy = policy_of(ModelAgent(model), name, n_keep, np.random.default_rng(0), positions)
@@ -178,7 +164,7 @@ def test_a_decision_takes_one_pass_over_what_is_kept_and_a_look_one_over_the_win
             passes.clear()
             logits = act(buffer, query_states)
             n_window = min(buffer.n, 7)
-            n_looks = int(looks and 0 < n_keep < n_window)
+            n_looks = int(0 < n_keep < n_window and bool(looks))
             assert passes[:n_looks] == [n_window] * n_looks
             kept = passes[n_looks:]
             assert len(kept) == len({*kept})  # one for all that keep equally many

@@ -3,6 +3,7 @@
 import csv
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -43,17 +44,13 @@ def written(more="", graded=True):
     return "mine.py"
 
 
-class Says:
+def says(above=None):
     """An adapter that says so much."""
 
-    def __init__(self, above=None):
-        self.above = above
-
-    def get(self, name):
-        return {"REWARDED_ABOVE": self.above}[name]
-
-    def check(self, is_fit, *_):
+    def check(is_fit, *_):
         assert is_fit
+
+    return SimpleNamespace(get={"REWARDED_ABOVE": above}.__getitem__, check=check)
 
 
 def decision(rewards):
@@ -65,7 +62,7 @@ def decision(rewards):
 @example([[-1, -1, 0]])
 @example([[-1, 0, 0]])
 def test_by_default_it_is_0_for_two_values_if_one_is_above_and_else_the_top_quarter(rewards):
-    above, told = read_rewarded(Says(), [decision(one) for one in rewards], None)
+    above, told = read_rewarded(says(), [decision(one) for one in rewards], None)
     drawn = sorted(reward for one in rewards for reward in one)
     is_rare = 2 * drawn.count(drawn[-1]) <= len(drawn)
     if len(set(drawn)) == 2 and drawn[-1] <= 0 and is_rare:  # as -1 a step, 0 at the goal
@@ -91,9 +88,9 @@ def test_by_default_it_is_0_for_two_values_if_one_is_above_and_else_the_top_quar
 def test_the_adapter_says_it_and_the_flag_before_it():
     decisions = [decision([0, 1, 2, 3])]
     told = "rewards above 0.5, as REWARDED_ABOVE says"
-    assert read_rewarded(Says(0.5), decisions, None) == (0.5, told)
+    assert read_rewarded(says(0.5), decisions, None) == (0.5, told)
     told = "rewards above 0, as --rewarded-above says"
-    assert read_rewarded(Says(0.5), decisions, 0) == (0, told)
+    assert read_rewarded(says(0.5), decisions, 0) == (0, told)
 
 
 def test_one_number_travels_from_the_adapter_to_decisions_histories_and_facts():

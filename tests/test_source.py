@@ -6,15 +6,7 @@ import numpy as np
 import pytest
 from plain_room import PlainRoom
 
-from ad.darkroom import (
-    MOVES,
-    N_ACTIONS,
-    TASKS,
-    DarkRoom,
-    all_goals,
-    optimal_return,
-    split_goals,
-)
+from ad.darkroom import MOVES, N_ACTIONS, TASKS, DarkRoom, all_goals, optimal_return, split_goals
 from ad.source import learning_histories, relative_return
 from config import DEFAULTS_OF, EnvConfig, SourceConfig
 from dataset import Histories
@@ -28,13 +20,13 @@ def test_the_source_improves_from_random_play_to_near_the_best_possible_return()
     room, rng = DarkRoom(np.repeat(learned.goals, 10, axis=0)), np.random.default_rng(0)
     actions = rng.integers(N_ACTIONS, size=(20, room.n_rooms))
     random_return = sum(room.step(chosen)[1].mean() for chosen in actions)
-    first, best = learned.episode_returns()[:, 0].mean(), optimal_return(learned.goals)
-    assert abs(first - random_return) < 0.05 * best.mean()
-    quarters = [relative_return(learned, slice(k, k + 15), EnvConfig()) for k in (0, 45, 90, 135)]
+    returns, best = learned.episode_returns(), optimal_return(learned.goals)
+    assert abs(returns[:, 0].mean() - random_return) < 0.05 * best.mean()
+    quarters = [returns[:, k : k + 15].mean() / best.mean() for k in (0, 45, 90, 135)]
     assert quarters == sorted(quarters)
     assert quarters[1] - quarters[0] > 0.1
-    assert relative_return(learned, slice(-20, None), EnvConfig()) >= 0.95
-    reached = learned.episode_returns()[:, -20:].mean(axis=1) / best
+    reached = returns[:, -20:].mean(axis=1) / best
+    assert reached.mean() >= 0.95
     assert (reached < 0.5).mean() <= 0.02  # hardly a learner misses its goal
     assert reached.reshape(-1, 3).max(axis=1).min() >= 0.9  # and no goal is missed by all
 
@@ -46,7 +38,7 @@ def plain_learning(goals, env, source, seed):
     seeds = np.random.default_rng((seed, 1)).integers(2**40, size=n)
     rooms = DarkRoom(goals, size, env.horizon, env.env, seeds)  # of where episodes start alone
     starts = [rooms.reset() for _ in range(0, len(steps), env.horizon)]
-    n_hidden = len(TASKS[env.env].hidden)
+    n_hidden, moves = len(TASKS[env.env].hidden), MOVES.tolist()
     epsilon_start = rng.uniform(source.epsilon_end, source.epsilon_start, size=n)
     noise = [(rng.random((n, 5), dtype=f), rng.integers(5, size=n), rng.random(n)) for _ in steps]
     taken = np.zeros((n, len(steps)), dtype=int)
@@ -57,7 +49,7 @@ def plain_learning(goals, env, source, seed):
         def key(state, action):
             if source.values == "actions":
                 return state, action
-            moved = zip(state[0], MOVES[action].tolist(), strict=True)
+            moved = zip(state[0], moves[action], strict=True)
             return tuple(min(max(x + d, 0), size - 1) for x, d in moved), state[1]
 
         def values(state, q=q):
@@ -91,10 +83,10 @@ def plain_learning(goals, env, source, seed):
 
 @pytest.mark.parametrize("env", TASKS)
 @pytest.mark.parametrize("values", ["actions", "afterstates"])
-@pytest.mark.parametrize(("step_size", "n_replays"), [(1.0, 0), (0.3, 0), (0.3, 2)])
+@pytest.mark.parametrize(("step_size", "n_replays"), [(1.0, 0), (0.3, 2)])
 def test_vectorised_learning_equals_one_learner_after_the_other(env, values, step_size, n_replays):
     exploring = {"epsilon_start": 0.8, "epsilon_end": 0.1, "n_replays": n_replays, "values": values}
-    source = SourceConfig(n_source_steps=240, step_size=step_size, **exploring)
+    source = SourceConfig(n_source_steps=160, step_size=step_size, **exploring)
     env = replace(SMALL, env=env, horizon=8)
     goals = all_goals(3, env.env)
     goals = goals[:: len(goals) // 4]
@@ -105,27 +97,11 @@ def test_vectorised_learning_equals_one_learner_after_the_other(env, values, ste
 
 @pytest.mark.parametrize("env", TASKS)
 def test_the_source_of_each_task_ends_near_the_best_with_the_settings_of_its_training(env):
-    flags = {"env": env, "n_train_goals": 40} | DEFAULTS_OF[env]
+    flags = {"env": env} | DEFAULTS_OF[env]
     room, source = from_dict(EnvConfig, flags), from_dict(SourceConfig, flags)
     goals = split_goals(0, room.grid_size, env=env, n_train=40)["train"]
-    learned = learning_histories(goals, room, source, seed=0, n_streams=2)
+    learned = learning_histories(goals, room, source, seed=0, n_streams=1)
     assert relative_return(learned, slice(-20, None), room) >= 0.95
-
-
-def test_exploring_in_straight_lines_finds_far_goals_sooner():
-    corners = np.array([[0, 0], [0, 8], [8, 0], [8, 8]])
-    histories = learning_histories(corners, EnvConfig(), SourceConfig(n_source_steps=200), 0, 40)
-    assert (histories.rewards.sum(axis=1) > 0).mean() > 0.6  # 0.2 if ties are broken at random
-
-
-def test_by_afterstates_it_sees_a_room_far_sooner():
-    def seen(values):  # cells in the first three episodes, before many have found the corner
-        source = SourceConfig(n_source_steps=60, values=values, epsilon_start=0.2)
-        histories = learning_histories(np.array([[0, 0]]), EnvConfig(), source, 0, 40)
-        return np.mean([len(np.unique(cells, axis=0)) for cells in histories.next_states])
-
-    assert seen("actions") < 36
-    assert seen("afterstates") > 42
 
 
 def test_histories_are_what_a_room_does_in_whole_episodes_streams_of_a_goal_side_by_side(tmp_path):
@@ -146,11 +122,11 @@ def test_histories_are_what_a_room_does_in_whole_episodes_streams_of_a_goal_side
     assert np.array_equal(histories.rewards, (ends == histories.goals[:, None]).all(axis=2))
 
 
-def test_relative_return_worked_by_hand():
+def test_returns_and_parts_of_the_best_worked_by_hand():
     # 3 x 3, 4 steps: a corner earns at best 3 an episode, the centre 4
     rewards = np.array([[0, 0, 0, 0, 0, 0, 1, 1], [1, 0, 0, 0, 1, 1, 1, 1]])
     cells, goals = np.zeros((2, 8, 2), dtype=int), np.array([[0, 0], [1, 1]])
     histories = Histories(cells, cells[..., 0], rewards, cells, goals, horizon=4)
-    env = EnvConfig(grid_size=3, horizon=4)
-    assert relative_return(histories, slice(0, 1), env) == pytest.approx(0.5 / 3.5)
-    assert relative_return(histories, slice(-1, None), env) == pytest.approx(3 / 3.5)
+    assert histories.episode_returns().tolist() == [[0, 2], [1, 4]]
+    assert relative_return(histories, slice(0, 1), SMALL) == pytest.approx(0.5 / 3.5)
+    assert relative_return(histories, slice(-1, None), SMALL) == pytest.approx(3 / 3.5)
