@@ -1,16 +1,14 @@
 """One batched pass over decisions: every number right, the model left as it was."""
 
 import numpy as np
-import plain_model
 import pytest
 import torch
 from conftest import ad_agent, n_hooks
 
-from historylens.agent import attend
 from historylens.analysis import AnalysisConfig
 from historylens.analysis.job import Job, batches
 from historylens.common.processes import ALONE
-from historylens.metrics import NAMES, Metrics
+from historylens.metrics import Metrics
 
 PLACES = [(0, 12, 1), (2, 29, 1), (1, 17, 1), (1, 28, 2), (0, 14, 1)]  # history, step, stride
 
@@ -30,22 +28,6 @@ def measured(job, parts=((range(5), ()),)) -> np.ndarray:
     for batch in batches(job, parts):
         batch.measure(metrics)
     return metrics.gather(ALONE).values
-
-
-def test_rows_metrics_and_logits_equal_the_plain_model(agent, tiny_config, tmp_path):
-    tensors = {k: v.numpy().astype(np.float64) for k, v in agent.model.state_dict().items()}
-    job = job_of(agent, tmp_path)
-    (batch,), values = batches(job, [(range(5), range(5))]), measured(job)
-    logits, _ = attend(agent, batch.history)
-    for i, place in enumerate(PLACES):
-        inputs = plain_model.decision(vars(agent.decisions.histories), *place, 11)
-        plain, rows = plain_model.run_model(tensors, vars(tiny_config), *inputs)
-        np.testing.assert_allclose(logits[i], plain, atol=1e-4)
-        for layer in (0, 1):
-            np.testing.assert_allclose(batch.attention[layer].query_rows[i], rows[layer], atol=1e-6)
-            for name, value in plain_model.four_metrics(rows[layer].mean(axis=0)).items():
-                got = values[i, layer, -1, NAMES.index(name)]
-                assert got == pytest.approx(value, rel=1e-5)
 
 
 def test_the_last_row_of_a_map_is_the_querys_and_only_what_is_drawn_has_maps(agent, tmp_path):

@@ -16,17 +16,10 @@ from torch import nn
 from ad.agent import load_for_analysis
 from config import ModelConfig, VisualizeConfig
 from historylens.effects import measure_effects, moved_twins
-from historylens.effects.measure import (
-    Trial,
-    action_changes,
-    enough,
-    kl_divergence,
-    sharpness,
-)
+from historylens.effects.measure import Trial, action_changes, enough, kl_divergence, sharpness
 from model import ADTransformer
 
 TEMPERATURES = (0.01, 100)
-N = 24
 pytestmark = pytest.mark.usefixtures("few_effects")
 
 
