@@ -9,7 +9,7 @@ import torch
 from agents import ModelAgent
 from compression_cases import decisions_of
 from conftest import random_window, sharp_model
-from torch.nn import functional
+from plain_model import encoder_layer
 from tqdm import tqdm
 from wired import (
     BROUGHT,
@@ -195,71 +195,17 @@ def test_attention_is_a_guide_to_a_model_that_reads_rewards_and_recency_is_not()
     assert "in place" not in told  # it cannot be told positions
 
 
-def walk(model, x, hidden=None, exchange=None):
-    """Logits, and by layer values times projection (B, H, T, D) and weights (B, H, T, T)."""
-    seen, width, n_heads = [], x.shape[-1], model.config.tf_n_head
-    size, n_tokens = width // n_heads, x.shape[1]
-    for number, layer in enumerate(model.transformer_encoder.layers):
-        w, b = layer.self_attn.in_proj_weight.double(), layer.self_attn.in_proj_bias.double()
-        q, k, v = ((x @ w.T + b)[..., i * width : (i + 1) * width] for i in range(3))
-        out, added, weights, values = layer.self_attn.out_proj, 0, [], []
-        for h in range(n_heads):
-            part = slice(h * size, (h + 1) * size)
-            scores = q[..., part] @ k[..., part].mT / size**0.5
-            scores = scores.masked_fill(torch.ones(n_tokens, n_tokens).triu(1) > 0, -torch.inf)
-            scores = scores if hidden is None else scores.masked_fill(hidden, -torch.inf)
-            weights.append(scores.softmax(-1))
-            values.append(v[..., part] @ out.weight[:, part].T.double())
-            given = weights[-1] @ values[-1]
-            if exchange is not None and (number, h) == exchange[:2]:
-                given = exchange[2]
-            added = added + given
-        seen.append((torch.stack(values, 1), torch.stack(weights, 1)))
-        x = norm(layer.norm1, x + added + out.bias.double())
-        inner = functional.gelu(linear(layer.linear1, x))
-        x = norm(layer.norm2, x + linear(layer.linear2, inner))
-    return linear(model.pred_action, x[:, -1]), seen
-
-
-def linear(module, x):
-    return x @ module.weight.double().T + module.bias.double()
-
-
-def norm(module, x):
-    parts = module.weight.double(), module.bias.double()
-    return functional.layer_norm(x, x.shape[-1:], *parts, module.eps)
-
-
-@torch.no_grad()
 def test_rollout_is_the_product_of_attention_and_the_residual_stream(trial):
-    agent, history = trial.agent, trial.history
-    rows = torch.eye(12).double().expand(5, -1, -1)
-    for _, weights in walk(agent.model, agent.model.embed(*history.inputs).double())[1]:
-        rows = (weights.mean(1) + torch.eye(12)) / 2 @ rows
-    np.testing.assert_allclose(rollout(agent, history), rows[:, -1, :-1], atol=1e-5)
-
-
-@torch.no_grad()
-def test_heads_and_knockout_equal_a_plain_walk_of_the_encoder(trial):
-    trial.controls()
     model, history = trial.agent.model, trial.history
-    x = model.embed(*history.inputs).double()
-    full, seen = walk(model, x)
-    for one in measure_heads(trial, {0: [0, 1], 1: [0, 1]})["heads"]:
-        if one["head"] != "all":
-            values, weights = (part[:, one["head"]] for part in seen[one["layer"]])
-            mean = (weights @ values).mean(0, keepdim=True).expand_as(x)
-            other = walk(model, x, None, (one["layer"], one["head"], mean))[0]
-            kl = float(kl_divergence(full, other).mean())
-            assert one["mean"]["kl"] == pytest.approx(kl, abs=1e-5)
-    found = measure_knockout(trial, [0, 1])["sets"]["rewarded"]
-    for key in ("query", "all"):
-        hidden = functional.pad(history.rewarded, (0, 1))[:, None].expand(-1, 12, -1).clone()
-        hidden &= ~torch.eye(12, dtype=torch.bool)
-        if key == "query":
-            hidden[:, :-1] = False
-        kl = kl_divergence(full, walk(model, x, hidden)[0])[history.rewarded.any(1)]
-        assert found[key]["kl"] == pytest.approx(float(kl.mean()), abs=1e-5)
+    tensors = {name: t.double().numpy() for name, t in model.state_dict().items()}
+    expected = []
+    for x in model.embed(*history.inputs).detach().double().numpy():
+        rows = np.eye(12)
+        for number in range(2):
+            x, weights = encoder_layer(tensors, number, x, n_heads=2)
+            rows = (weights.mean(0) + np.eye(12)) / 2 @ rows
+        expected.append(rows[-1, :-1])
+    np.testing.assert_allclose(rollout(trial.agent, history), expected, atol=1e-5)
 
 
 def test_where_no_transition_matters_there_is_no_guide():

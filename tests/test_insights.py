@@ -130,7 +130,9 @@ def test_layers_are_said_to_agree_and_those_that_differ_are_reported_beside_the_
     places = [("uniform", None), ("focused", 5), ("sparse", 5)]
     assert [(i.pattern, i.layer) for i in insights] == places
     assert "It holds in layers 0, 1 and 2, not in layer 5." in insights[0].evidence
-    assert insights[1].headline == "💡 INSIGHT: Focused attention detected in layer 5!"
+    titles = "Focused attention", "Sparse attention"
+    headlines = [f"💡 INSIGHT: {title} detected in layer 5!" for title in titles]
+    assert [insight.headline for insight in insights[1:]] == headlines
     assert "It holds in every layer." in find_patterns(measured(even, even))[0].evidence
     assert "layer" not in find_patterns(measured(even))[0].evidence
 
@@ -141,14 +143,6 @@ def test_a_sharp_head_hidden_by_the_head_average_is_named_by_its_number():
     (insight,) = find_patterns(measured(rows, numbers=[4], heads=[range(10, 18)]))
     assert insight.pattern == "uniform"
     assert "head 15 of layer 4 reads 1.0 in effect" in insight.evidence
-
-
-def test_headlines_and_advice_keep_their_wording():
-    insights = find_patterns(measured(planted(100, [99])))
-    titles = ["Strong recency bias", "Focused attention", "Sparse attention"]
-    assert [i.headline for i in insights] == [f"💡 INSIGHT: {title} detected!" for title in titles]
-    assert insights[0].advice == "Consider compressing or removing distant history."
-    assert insights[0].effect is None
 
 
 WORDS = {

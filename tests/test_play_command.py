@@ -72,15 +72,12 @@ def test_a_rollout_is_followed_and_its_files_go_with_the_next_run(home, monkeypa
     monkeypatch.setattr(results, "record", lambda job: plays.append(record(job)) or plays[-1])
     argv = ["--num-samples=4", "--num-figures=2", "--trajectory=1", "--every=3"]
     found, _ = written(*argv)
-    files = files_of(home / "out")
-    assert set(files) == names_of([0, 1], [0, 1], [0, 3, 6, 9])
+    assert set(files_of(home / "out")) == names_of([0, 1], [0, 1], [0, 3, 6, 9])
     with np.load("out/trajectory_1/attention_over_time.npz") as file:
         np.testing.assert_array_equal(file["rows"], plays[0].rows)
         assert (file["episode_starts"].tolist(), file["layers"].tolist()) == ([0, 5], [0, 1])
         assert file["rewarded"].tolist() == (plays[0].rewards[1] > 0).tolist()
     assert found["samples"][3]["title"] == plays[0].choose(4, 0)[3].title
-    written(*argv)
-    assert files_of(home / "out") == files
     mine.write_text("keep")
     written("--play", "--num-samples=4", "--num-figures=1")
     left = names_of([0], [0, 1]) | {"trajectory_1/layer_1/mine.png"}

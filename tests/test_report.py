@@ -125,14 +125,6 @@ def test_insight_block_has_headline_advice_and_caveat_and_no_pattern_is_said_and
     assert "ℹ️  Uniform attention cannot be recognised" in text
 
 
-def test_a_pattern_by_the_absolute_rule_only_has_its_caveat_and_no_evidence_and_no_strategies():
-    text = blocks_of(of_samples(planted(100, range(40, 49))))
-    assert "detected! (by the absolute rule only)\n" in text
-    assert "⚠️  Entropy > 2.0 nats calls this uniform" in text
-    assert "📊" not in text
-    assert "Strategies" not in text
-
-
 EVEN, ONE, ITSELF = uniform(100), planted(100, [50]), planted(100, [0], 0.0)
 DOUBTED, CERTAIN = "⚠️  Layer {}: The query keeps", "📊 Layer {}: The mean entropy"
 

@@ -1,6 +1,5 @@
 """The first decisions of a play: no history, one transition, two, from capture to the pictures."""
 
-from dataclasses import replace
 from unittest import mock
 
 import numpy as np
@@ -18,7 +17,7 @@ from historylens.metrics import NAMES, measure, measure_one
 from historylens.pictures import lineplot
 from historylens.pictures.heatmap import MAX_CELL, heatmap
 from historylens.pictures.lineplot import LEFT, RIGHT, WIDTH, line_plot
-from historylens.pictures.order import SampleAttention, subtitle
+from historylens.pictures.order import subtitle
 from historylens.pictures.page import Page
 from historylens.tokens import Tokens, order_of_time, sum_rows
 
@@ -85,14 +84,11 @@ def test_without_a_context_every_metric_is_0_but_the_weight_on_the_query():
     for row in ([1.5], [-0.1], [np.nan]):
         with pytest.raises(ValueError, match="softmax"):
             measure_one(row)
-
-
-def test_samples_without_history_are_measured():
     metrics = measured(np.ones((3, 2, 1)), decisions=[decision(0)] * 3)
     assert metrics.n_context.tolist() == [0, 0, 0]
-    assert metrics.of("mass_self").tolist() == [[1.0] * 3]
-    assert metrics.of("entropy").tolist() == [[0.0] * 3]
     assert metrics.uniform_mean() == ALONE
+    for name, expected in ALONE.items():
+        assert (metrics.of(name) == expected).all()
 
 
 def sample_of(n, tokens=None, seed=0):
@@ -148,13 +144,3 @@ def test_lines_of_one_and_two_transitions_run_where_their_weights_are(tmp_path, 
         for x in np.linspace(*places, 9)[1:-1]:
             height = np.interp(x, places, np.broadcast_to(y(curves.whole), 2))
             assert colour_near(pixels, left + WIDTH * x, height).max() < 100
-
-
-def test_a_captured_decision_without_history_goes_to_its_picture(agent, tmp_path):
-    _, layers = attend(agent, history_of(0, 1), received=True, maps=[0])
-    even = np.ones(1)
-    sample = SampleAttention.of(decision(0), Tokens.of(0), layers[-1], 0, 0, even)
-    assert sample.maps.tolist() == [[[1.0]]] * agent.n_heads[0]
-    assert draw(heatmap, tmp_path / "x.png", sample).shape == (130, 760, 3)
-    plain = replace(sample, maps=None)
-    assert draw(line_plot, tmp_path / "x.png", plain).shape == (130, 760, 3)
