@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from historylens.effects.roles import MAIN, ROLES, Keys, roles_of
 from historylens.history import Decision, History
-from historylens.tokens import Tokens, uniform_rows
+from historylens.tokens import NONE, Tokens, uniform_rows
 
 PREVIOUS = ("previous action", "previous reward", "state")
 LAYOUTS = ("one", "three", "previous", "query first", "padded")
@@ -70,23 +70,18 @@ def of_role(name, history, actions, b):
         "episode start": lambda i: i > 0 and episodes[i] != episodes[i - 1],
         "induction": lambda i: i > 0 and states[i - 1] == here,
         "first": lambda i: i == 0,
-        "sink": lambda i: False,
     }
     return [i for i in range(n) if is_of[name](i)]
 
 
 def planted(name, history, actions, tokens, visible, spare="uniform"):
     """Rows `(B, T)`, even over what is of a role: where that is nothing, of `spare`."""
-    rows = []
-    for b in range(history.size):
-        name_here = name
-        if name not in ("sink", "uniform") and not of_role(name, history, actions, b):
-            name_here = spare
-        chosen = [-1] if name_here == "sink" else range(-1, history.n)
-        if name_here not in ("sink", "uniform"):
-            chosen = of_role(name, history, actions, b)
-        rows.append(np.isin(tokens.transition, chosen) & visible)
-    return uniform_rows(np.array(rows))
+    rests = {"sink": [NONE], "uniform": range(NONE, history.n)}
+    chosen = [
+        rests.get(name) or of_role(name, history, actions, b) or rests[spare]
+        for b in range(history.size)
+    ]
+    return uniform_rows(np.array([np.isin(tokens.transition, own) & visible for own in chosen]))
 
 
 def told_of(seed, name="one", n=60, **options):
@@ -111,7 +106,7 @@ def heads(roles, history, actions, name="one", spare="uniform", visible=True):
     return named([planted(role, *told, spare) for role in roles], *told)
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_a_head_is_named_for_what_it_reads(name, seed):
     rng = np.random.default_rng(seed)
@@ -124,7 +119,7 @@ def test_a_head_is_named_for_what_it_reads(name, seed):
     assert named(rows / rows.sum(-1, keepdims=True), *told) == list(ROLES)
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_half_this_and_half_that_is_mixed_and_both_are_said(name, seed):
     told = told_of(seed, name, 50 + seed)

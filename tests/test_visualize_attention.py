@@ -1,7 +1,5 @@
 """The command: its files, its numbers, its console text and its flags."""
 
-import csv
-import io
 import json
 import re
 import subprocess
@@ -111,23 +109,8 @@ def test_the_four_metrics_of_every_layer_sample_and_head_equal_the_plain_model(s
     assert {key for key, _, _ in compared} == heads
     for _, written, plain in compared:
         assert written == pytest.approx(plain, rel=1e-5, abs=1e-5)
-
-
-def test_json_and_csv_agree(shown):
     header = shown.files["metrics.csv"].decode().split("\n")[0].split(",")
     assert header[: len(COLUMNS)] == COLUMNS
-    assert len(set(header)) == len(header)
-    layers = {layer["layer"]: layer for layer in shown.json["layers"]}
-    table = csv.DictReader(io.StringIO(shown.files["metrics.csv"].decode()))
-    averages = [row for row in table if row["head"] == "mean"]
-    assert len(averages) == 6
-    for row in averages:
-        values, sample = layers[int(row["layer"])]["per_sample"], int(row["sample"])
-        assert {name: own[sample] for name, own in values.items()} == {
-            name: float(row[name]) for name in values
-        }
-        for name in COLUMNS[1:6]:
-            assert shown.json["samples"][sample][name] == int(row[name])
 
 
 def test_the_map_of_a_sample_holds_all_the_attention_on_its_history(shown):
