@@ -14,9 +14,7 @@ from conftest import without_drawing, write_checkpoint
 
 import visualize_attention
 from ad.checkpoints import HISTORIES_NAME
-from ad.darkroom import split_goals
-from ad.source import learning_histories
-from config import EnvConfig, ModelConfig, SourceConfig
+from config import ModelConfig
 from dataset import Histories
 from historylens.effects.measure import budgets
 from historylens.insights.patterns import PATTERNS
@@ -56,25 +54,19 @@ def analysed(folder, model, histories, *more):
     return json.loads((folder / "figs" / "metrics.json").read_text())
 
 
-@pytest.fixture(scope="module")
-def histories():
-    goals = split_goals(0)["test"]
-    return learning_histories(goals, EnvConfig(), SourceConfig(n_source_steps=400), 0, n_streams=1)
-
-
 @pytest.mark.parametrize(
-    ("positions", "expected"),  # of 80 transitions and the query
+    ("positions", "expected"),  # of 40 transitions and the query
     [
-        (range(73, 80), {"recency"}),
-        (range(81), {"uniform"}),
-        ([40], {"focused", "sparse"}),
-        ([20, 30, 40, 50, 59], {"sparse"}),
+        (range(33, 40), {"recency"}),
+        (range(41), {"uniform"}),
+        ([20], {"focused", "sparse"}),
+        ([10, 15, 20, 25, 29], {"sparse"}),
     ],
 )
 @pytest.mark.usefixtures("few_effects", "undrawn")
-def test_what_is_planted_is_recognised_alone(positions, expected, histories, tmp_path, capsys):
-    weights = np.isin(np.arange(81), positions) / len(positions)
-    result = analysed(tmp_path, planted_model(weights), histories, *FEW)
+def test_what_is_planted_is_recognised_alone(positions, expected, tmp_path, capsys):
+    weights = np.isin(np.arange(N + 1), positions) / len(positions)
+    result = analysed(tmp_path, planted_model(weights), early_rewards(), *FEW)
     rows = result["drawn"]["layers"]["0"]["0"]["query_rows"]["mean"]
     np.testing.assert_allclose(rows, weights, atol=2e-5)
     assert {insight["pattern"] for insight in result["insights"]} == expected
