@@ -54,15 +54,12 @@ def analysed(folder, model, histories, *more):
     return json.loads((folder / "figs" / "metrics.json").read_text())
 
 
-@pytest.mark.parametrize(
-    ("positions", "expected"),  # of 40 transitions and the query
-    [
-        (range(33, 40), {"recency"}),
-        (range(41), {"uniform"}),
-        ([20], {"focused", "sparse"}),
-        ([10, 15, 20, 25, 29], {"sparse"}),
-    ],
-)
+@pytest.mark.parametrize(("positions", "expected"), [  # of 40 transitions and the query
+    (range(33, 40), {"recency"}),
+    (range(41), {"uniform"}),
+    ([20], {"focused", "sparse"}),
+    ([10, 15, 20, 25, 29], {"sparse"}),
+])  # fmt: skip
 @pytest.mark.usefixtures("few_effects", "undrawn")
 def test_what_is_planted_is_recognised_alone(positions, expected, tmp_path, capsys):
     weights = np.isin(np.arange(N + 1), positions) / len(positions)

@@ -117,6 +117,16 @@ def test_attention_at_random_steps_is_that_of_the_plain_model(tiny_config, setti
             np.testing.assert_allclose(play.rows[t], wide, atol=1e-6)
 
 
+def test_only_what_is_drawn_has_maps_and_their_last_row_is_the_querys(real, tiny_config):
+    job = job_of(ModelAgent(sharp_model(tiny_config)), layers=[1])
+    job.agent.decisions = [one for one in real.choose(120, seed=0) if one.n == 11]
+    drawn, rest = (batch.attention for batch in batches(job, [([0, 1], [0, 1]), ([2], [])]))
+    assert list(drawn) == list(rest) == [1]
+    assert drawn[1].maps.shape == (2, 2, 12, 12)
+    torch.testing.assert_close(drawn[1].maps[:, :, -1], drawn[1].query_rows)
+    assert rest[1].maps is rest[1].received is None
+
+
 @pytest.mark.parametrize("run", [record, lambda job: [*batches(job, [([0], [])])]])
 def test_attention_that_cannot_be_captured_is_said_as_a_mistake(real, run):
     agent = Recorder()

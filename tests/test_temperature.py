@@ -183,14 +183,11 @@ def test_weights_are_put_back_after_an_error_and_the_actions_alone_decide():
     assert "model with its weights shuffled: could not be run, broken weights." in found.text
 
 
-@pytest.mark.parametrize(
-    ("parameter", "reason"),
-    [
-        (torch.zeros(3), "it has no weight matrices"),
-        (torch.eye(3), "act() is the same whatever its model's weights"),
-        (torch.zeros(1).expand(10_000, 6_000), "it has too many weights (60,000,000)"),
-    ],
-)
+@pytest.mark.parametrize(("parameter", "reason"), [
+    (torch.zeros(3), "it has no weight matrices"),
+    (torch.eye(3), "act() is the same whatever its model's weights"),
+    (torch.zeros(1).expand(10_000, 6_000), "it has too many weights (60,000,000)"),
+])  # fmt: skip
 @torch.no_grad()
 def test_where_weights_cannot_be_shuffled_the_actions_alone_decide(parameter, reason):
     agent = agent_of(logits=reading)
