@@ -52,7 +52,7 @@ def heads_of(agent):
 
 
 def test_the_head_that_decides_is_told_from_one_that_is_read_without_effect():
-    measured, heads = heads_of(one_decides())
+    measured, heads = heads_of(one_decides(n_decisions=4))
     assert heads[0, 0]["role"]["name"] == "rewarded"
     assert heads[0, 1]["role"]["name"] == "recency"
     for kind in ("mean", "other-task"):
@@ -60,10 +60,9 @@ def test_the_head_that_decides_is_told_from_one_that_is_read_without_effect():
         assert heads[0, 1][kind]["kl"] == heads[0, 1][kind]["flips"] == 0
         assert heads[0, "all"][kind]["kl"] == pytest.approx(heads[0, 0][kind]["kl"])
     assert heads[0, 0]["other-task"]["flips"] == 1
-    # Its mean over the decisions is a third of each action: KL from one action to an even choice.
-    p = torch.tensor([8.0, 0, 0]).double().softmax(0)
-    even = (p * (3 * p).log()).sum().item()
-    assert heads[0, 0]["mean"]["kl"] == pytest.approx(even, rel=1e-4)
+    logits = 8 * torch.eye(3)[[0, 1, 2, 0]]  # and with its mean over the decisions
+    kl = kl_divergence(logits, logits.mean(0, keepdim=True)).mean()
+    assert heads[0, 0]["mean"]["kl"] == pytest.approx(float(kl), rel=1e-4)
     assert "head-0-0" in heads_text(measured).splitlines()[2]
 
 

@@ -2,6 +2,7 @@
 
 import csv
 import json
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -31,15 +32,11 @@ def written(*argv, run=main):
 
 def names_of(samples, layers, steps=()):
     """Names of all files of a run that follows rollout 1 if any, as documented."""
-    names = {"metrics.json", "metrics.csv", "index.html", "attention_layers.png"}
-    names |= {"attention_over_learning.png", *(f"attention_map_sample{i}.png" for i in samples)}
+    names = test_visualize_attention.names_of(samples, layers, "attention_over_learning.png")
     names |= {f"trajectory_1/attention_over_time.{x}" for x in ("png", "npz") if steps}
-    for n in layers:
-        names.add(f"layer_{n}/attention_summary_layer{n}.png")
-        for kind in ("heatmap", "lines"):
-            start = f"layer_{n}/attention_{kind}_"
-            names |= {f"{start}sample{i}_layer{n}.png" for i in samples}
-            names |= {f"trajectory_1/{start}timestep{t}_layer{n}.png" for t in steps}
+    for n, kind in product(layers, ("heatmap", "lines")):
+        start = f"trajectory_1/layer_{n}/attention_{kind}_timestep"
+        names |= {f"{start}{t}_layer{n}.png" for t in steps}
     return names
 
 

@@ -31,10 +31,8 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 EFFECTS = "deletion_curves.png", "head_effects.png"
 BLOCKS = "HOW FAR ATTENTION IS A GUIDE", "WHICH HEADS ACT", "READ DIRECTLY, OR COPIED BEFORE?"
-COLUMNS = [
-    "sample", "goal_row", "goal_col", "history", "step", "stride", "layer", "head", "n_context",
-    "mean_context_attention", "concentration", "entropy", "recent_distant_ratio",
-]  # fmt: skip
+COLUMNS = "sample,goal_row,goal_col,history,step,stride,layer,head,n_context,"
+COLUMNS += "mean_context_attention,concentration,entropy,recent_distant_ratio,"
 
 
 def make_run(folder, config, step=30):
@@ -109,8 +107,7 @@ def test_the_four_metrics_of_every_layer_sample_and_head_equal_the_plain_model(s
     assert {key for key, _, _ in compared} == heads
     for _, written, plain in compared:
         assert written == pytest.approx(plain, rel=1e-5, abs=1e-5)
-    header = shown.files["metrics.csv"].decode().split("\n")[0].split(",")
-    assert header[: len(COLUMNS)] == COLUMNS
+    assert shown.files["metrics.csv"].decode().startswith(COLUMNS)
 
 
 def test_the_map_of_a_sample_holds_all_the_attention_on_its_history(shown):
@@ -165,14 +162,12 @@ def test_files_of_its_names_that_are_of_no_analysis_are_set_aside(home, capsys):
 def test_console_and_json_say_what_was_analysed(shown):
     (line,) = [line for line in shown.stdout.splitlines() if line.startswith("Checkpoint:")]
     assert "checkpoints/tiny/ckpt-30.pt (the only run, highest step of 1)" in line
-    pictures = "10 pictures in figs/attention/"
-    for words in ("2 layers x 2 heads", "11 transitions", "3 decisions of 3 goals", pictures):
+    for words in ("2 layers x 2 heads", "3 decisions of 3 goals", "10 pictures in figs/attention/"):
         assert words in shown.stdout
-    meta = shown.json["meta"]
-    assert meta["checkpoint"] == "checkpoints/tiny/ckpt-30.pt"
-    assert meta["histories"] == "checkpoints/tiny/histories-test.npz"
-    assert meta["device"] in ("cpu", "cuda")
-    assert (meta["step"], meta["seed"], meta["n_transit"]) == (30, 0, 12)
+    meta = {"checkpoint": "checkpoints/tiny/ckpt-30.pt", "step": 30, "seed": 0, "n_transit": 12}
+    meta |= {"histories": "checkpoints/tiny/histories-test.npz"}
+    assert meta.items() <= shown.json["meta"].items()
+    assert shown.json["meta"]["device"] in ("cpu", "cuda")
     assert "OVERALL ATTENTION STATISTICS\n" + "=" * 36 in shown.stdout
 
 

@@ -32,17 +32,14 @@ MISTAKES = {
     "no folder of checkpoints": (list, ["--checkpoint", "nowhere"], "python train.py"),
     "truncated checkpoint": (lambda: truncate(CHECKPOINT), [], "truncated"),
     "no histories": (HISTORIES.unlink, [], "--histories"),
-    "histories that are not there": (list, ["--histories", "no.npz"], "no.npz"),
     "no history in the file": (
         lambda: make_histories(np.zeros((0, 2), int)).save(HISTORIES), [], str(HISTORIES)
     ),
-    "damaged histories": (lambda: truncate(HISTORIES), [], "cannot be read as learning"),
     "histories of a larger room": (
         lambda: make_histories(((6, 6),), grid_size=13).save(HISTORIES), [], "does not fit the che"
     ),
     "unknown layer": (list, ["--layers", "0", "2"], "unknown layer 2: expected --layers in 0..1"),
     "negative layer": (list, ["--layers", "-1"], "unknown layer -1"),
-    "unknown goal": (list, ["--goal", "4,4"], "expected one of 0,1; 2,2; 4,3"),
     "too long a stride": (list, ["--stride", "40"], "stride 40"),
     "output below a file": (lambda: Path("file").write_text(""), ["--out", "file/a"], " file/a"),
     "a device that is not there": (list, ["--device", "cuda:99"], "'cuda:99', which is not there"),
