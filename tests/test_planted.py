@@ -42,9 +42,6 @@ def planted_model(weights: np.ndarray) -> ADTransformer:
     return model
 
 
-FEW = "--num-figures=1", "--num-effects=8"
-
-
 def analysed(folder, model, histories, *more):
     """Run the command on a model; gives `metrics.json`."""
     checkpoint = write_checkpoint(folder / "run" / "ckpt-1.pt", model, horizon=20)
@@ -63,7 +60,8 @@ def analysed(folder, model, histories, *more):
 @pytest.mark.usefixtures("few_effects", "undrawn")
 def test_what_is_planted_is_recognised_alone(positions, expected, tmp_path, capsys):
     weights = np.isin(np.arange(N + 1), positions) / len(positions)
-    result = analysed(tmp_path, planted_model(weights), early_rewards(), *FEW)
+    few = "--num-figures=1", "--num-effects=8"
+    result = analysed(tmp_path, planted_model(weights), early_rewards(), *few)
     rows = result["drawn"]["layers"]["0"]["0"]["query_rows"]["mean"]
     np.testing.assert_allclose(rows, weights, atol=2e-5)
     assert {insight["pattern"] for insight in result["insights"]} == expected

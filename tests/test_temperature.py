@@ -81,14 +81,13 @@ def verdict(found):
     return False, order, marks, column, said, ranks
 
 
-MODELS = {
-    "ignoring": (lambda: agent_of(logits=ignoring), True),
-    "reading": (lambda: agent_of(logits=reading), False),
-    "attending to rewards": (attending_to_rewards, False),
-    "shipped": (shipped, False),
-    "untrained": (untrained, True),
+MODELS = {  # name: (agent, whether it ignores its history, twins: of those with weights)
+    "ignoring": (lambda: agent_of(logits=ignoring), True, 0),
+    "reading": (lambda: agent_of(logits=reading), False, 0),
+    "attending to rewards": (attending_to_rewards, False, 19),
+    "shipped": (shipped, False, 19),
+    "untrained": (untrained, True, 19),
 }
-WITHOUT_WEIGHTS = ("ignoring", "reading")  # of what cannot be shuffled
 
 
 @functools.cache
@@ -99,10 +98,9 @@ def found_at_its_own(name):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_verdict_order_marks_and_enough_are_the_same_at_every_temperature(name):
-    make, ignores = MODELS[name]
+    make, ignores, n_twins = MODELS[name]
     *own, ranks = verdict(found_at_its_own(name))
     assert own[0] == ignores
-    n_twins = 0 if name in WITHOUT_WEIGHTS else 19
     for factor in TEMPERATURES:
         found = found_of(times(make(), factor))
         *others, close = verdict(found)
@@ -165,12 +163,11 @@ def test_twins_have_the_same_numbers_in_other_places_and_the_weights_are_put_bac
 
 
 def test_weights_are_put_back_after_an_error_and_the_actions_alone_decide():
-    agent, calls = attending_to_rewards(), []
+    agent = attending_to_rewards()
     own = {name: tensor.clone() for name, tensor in agent.model.state_dict().items()}
     act, state = agent.act, agent.model.state_dict()
 
     def failing(history, positions=None):
-        calls.append(history)
         if not all(torch.equal(state[name], own[name]) for name in own):
             raise RuntimeError("broken weights\nand more")
         return act(history, positions)
@@ -189,7 +186,7 @@ def test_weights_are_put_back_after_an_error_and_the_actions_alone_decide():
     (torch.zeros(1).expand(10_000, 6_000), "it has too many weights (60,000,000)"),
 ])  # fmt: skip
 @torch.no_grad()
-def test_where_weights_cannot_be_shuffled_the_actions_alone_decide(parameter, reason):
+def test_why_weights_cannot_be_shuffled_is_said(parameter, reason):
     agent = agent_of(logits=reading)
     agent.model.weight = nn.Parameter(parameter)
     trial = Trial(agent, 6, 0, BAR)

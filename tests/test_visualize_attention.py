@@ -88,7 +88,7 @@ def analysed(*argv):
 
 
 def samples_of(*argv):
-    return [(s["history"], s["step"]) for s in analysed(*argv)["samples"]]
+    return [(s["history"], s["step"]) for s in analysed("--num-figures=0", *argv)["samples"]]
 
 
 def test_the_real_command_writes_the_documented_files(shown):
