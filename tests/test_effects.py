@@ -74,8 +74,8 @@ def whole():
 
 
 NOT_SHOWN = {"norm", "contribution"}  # by a model without a projection
-NO_SHARES = "tiny: expected heads side by side before a linear projection, as contributions take"
-NO_SHARES = {"norm and contribution": f"{NO_SHARES}, got none"}
+NO_SHARES = {"norm and contribution": "tiny: expected heads side by side before a linear "
+             "projection, as contributions take, got none"}  # fmt: skip
 
 
 def test_effects_equal_decisions_made_one_by_one(whole):
@@ -208,17 +208,6 @@ def test_a_model_that_reads_its_history_somehow_is_judged(logits, unmoved_by):
             assert one.kl_mean == pytest.approx(one.random.kl_mean)
 
 
-def test_a_model_that_ignores_its_history_is_not_judged():
-    found = effects(["recency"], logits=lambda history: one_hot(history.query_states[:, 0]))
-    assert found.json["ignores_history"] is found.ignores_history is True
-    assert found.json["strategies"] == {}
-    parts = [found.guide, found.heads, found.knockout, found.curves_picture, found.heads_picture]
-    assert parts == [None] * 5
-    words = "No compression can be judged: over 6 decisions the model ignores its history"
-    for text in (found.line("recency"), found.text):
-        assert words in " ".join(text.split())
-
-
 def moved(*draws, n_keep=5, random=None):
     """An effect with these mean divergences, one a draw."""
     mean = float(np.mean(draws))
@@ -226,13 +215,30 @@ def moved(*draws, n_keep=5, random=None):
     return Effect(*values, draws=np.array(draws), random=random)
 
 
-@pytest.mark.parametrize(
-    ("times", "ignores_history"),  # of UNMOVED, for as many controls as could be run
-    [([2, 1], True), ([1, 2], False), ([1, 1, 2], False), ([1], True), ([2], False), ([], False)],
-)
-def test_without_other_tasks_the_empty_history_has_to_be_as_close(times, ignores_history):
-    controls = {name: moved(UNMOVED * x) for name, x in zip(CONTROLS, times, strict=False)}
-    assert MeasuredEffects(controls=controls).ignores_history == ignores_history
+def only(changed, flips):
+    return {"other-task": (changed, flips)}
+
+
+@pytest.mark.parametrize(("ignores", "controls", "twins"), [  # of 5 actions
+    (True, {"empty": (2 * UNMOVED, 0), "other-task": (UNMOVED, 0)}, []),
+    (False, {"empty": (UNMOVED, 0), "other-task": (2 * UNMOVED, 0)}, []),
+    (False, only(UNMOVED, 0) | {"shuffled-rewards": (2 * UNMOVED, 0)}, []),
+    (True, {"empty": (UNMOVED, 0)}, []),
+    (False, {"empty": (2 * UNMOVED, 0)}, []),  # without other tasks it has to be as close
+    (False, {}, []),
+    (True, only(UNMOVED, UNMOVED), []),
+    (False, only(UNMOVED, 2 * UNMOVED), []),
+    (False, only(0.5, 0.5), [0.1] * 18 + [0.4]),
+    (True, only(0.5, 0.5), [0.1] * 18 + [0.5]),
+    (False, only(0.5, 0.9), [0.1] * 18 + [0.6]),  # as many as if decisions were drawn anew
+    (False, only(0.03, 0.0), [0.01] * 19),
+])  # fmt: skip
+def test_the_history_is_used_where_it_moves_some_and_more_than_in_every_twin(
+    ignores, controls, twins
+):
+    controls = {k: replace(moved(0), changed=c, flips=f) for k, (c, f) in controls.items()}
+    found = MeasuredEffects(controls=controls, n_actions=5, twins=twins)
+    assert found.ignores_history is ignores
 
 
 def test_a_model_that_reads_rewards_alone_is_judged_by_those_decisions_that_have_any():
@@ -299,6 +305,7 @@ def test_of_layers_whose_heads_cannot_be_told_apart_nothing_is_said(monkeypatch)
     assert "The heads of layer 1 cannot be told apart: left out." in both.text
     assert (second.heads, second.heads_picture) == (None, None)
     assert "heads side by side" in second.not_run["heads"]
+    assert "where heads are told apart" in second.not_run["knockout"]
     assert second.guide
 
 

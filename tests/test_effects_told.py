@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from test_effects import DRAWN, Told, effects, moved
 
-from historylens.effects.measure import ENOUGH, enough, has_own_size
+from historylens.effects.measure import ENOUGH, ENOUGH_FLIPS, enough, has_own_size
 from historylens.insights.patterns import PATTERNS
 
 
@@ -39,9 +39,13 @@ def test_what_moves_a_model_no_more_than_an_untrained_one_is_named(whole):
     assert said in " ".join(found.text.split())
 
 
-def test_enough_is_the_size_from_which_on_all_is_well():
+def test_enough_is_the_size_from_which_on_all_is_well_and_no_action_changes():
     ladder = [moved(x, n_keep=i) for i, x in enumerate((9, 0, 9, ENOUGH, 0))]
     assert [enough(part) for part in (ladder, ladder[:3], ladder[1:2])] == [3, None, 1]
+    close, closer = ladder[3:]
+    flipping, raw = replace(closer, flips=2 * ENOUGH_FLIPS), replace(close, kl_mean=9.0)
+    assert [enough([close, flipping]), enough([flipping, closer])] == [None, 4]
+    assert enough([raw, closer]) == 3  # how sharp the policy is says nothing
 
 
 @pytest.mark.parametrize("pattern", ["recency", "uniform", "sparse"])

@@ -33,13 +33,9 @@ PLANTED = {
     "uniform, n = 8: 1.95 nats": (uniform, set(), (8,)),
     "uniform over the context": (lambda n: planted(n, range(n)), {"uniform"}, LENGTHS),
     "one position, middle": (lambda n: planted(n, [n // 2]), {"focused", "sparse"}, LENGTHS),
-    "one position, first": (lambda n: planted(n, [0]), {"focused", "sparse"}, LENGTHS),
-    "one, latest": (lambda n: planted(n, [n - 1]), {"recency", "focused", "sparse"}, LENGTHS),
     "five positions, middle": (lambda n: middle(n, 5), {"sparse"}, LENGTHS),
-    "five positions, first quarter": (lambda n: planted(n, range(5)), {"sparse"}, LENGTHS[1:]),
     "five latest": (lambda n: planted(n, range(n - 5, n)), {"recency", "sparse"}, LENGTHS),
     "six latest": (lambda n: planted(n, range(n - 6, n)), {"recency"}, LENGTHS),
-    "decay over one step": (lambda n: decay(n, 1), {"recency", "focused", "sparse"}, LENGTHS),
     "decay over two steps": (lambda n: decay(n, 2), {"recency", "sparse"}, LENGTHS[1:]),
     "decay over ten steps": (lambda n: decay(n, 10), {"recency", "uniform"}, LONG),
     "last quarter": (lambda n: planted(n, range(n - n // 4, n)), {"recency", "uniform"}, LONG),
@@ -92,14 +88,11 @@ FAINT[-1], FAINT[90] = 0.0, 0.001
 # (row, the pattern, whether only the absolute rule holds, what its caveat says)
 CAVEATS = [
     (NINE, "uniform", True, "0.48 of the maximum ln n = 4.61"),
-    (NINE, "uniform", True, "effectively reads 9.0 tokens"),
     (uniform(1), "focused", True, "with one token there is nothing to choose."),
-    *[(uniform(n), "focused", True, f"cannot discriminate at n = {n}") for n in (1, 5)],
-    *[(uniform(n), "sparse", True, f"cannot discriminate at n = {n}") for n in (1, 5)],
+    (uniform(5), "focused", True, "cannot discriminate at n = 5"),
+    (uniform(1), "sparse", True, "cannot discriminate at n = 1"),
     (np.array([0.1, 0.2, 0.7, 0.0]), "recency", False, "At n = 3 a quarter is one token"),
-    (planted(8, range(2, 6)), "focused", True, "The context is short: over n = 8 tokens"),
     (planted(8, range(2, 6)), "focused", True, "0.67 of the maximum ln n = 2.08, 4.0 tokens in"),
-    (planted(5, [2]), "focused", False, "cannot discriminate at n = 5"),
     (planted(5, [2]), "focused", False, "the history is read selectively"),
     (planted(100, range(100), 0.1), "focused", True, "Only 10% of the attention lies on history"),
     (planted(100, [50], 0.0), "focused", True, "keeps 100.0% of its attention on itself"),
@@ -137,7 +130,9 @@ def test_layers_are_said_to_agree_and_those_that_differ_are_reported_beside_the_
     places = [("uniform", None), ("focused", 5), ("sparse", 5)]
     assert [(i.pattern, i.layer) for i in insights] == places
     assert "It holds in layers 0, 1 and 2, not in layer 5." in insights[0].evidence
-    assert insights[1].headline == "💡 INSIGHT: Focused attention detected in layer 5!"
+    titles = "Focused attention", "Sparse attention"
+    headlines = [f"💡 INSIGHT: {title} detected in layer 5!" for title in titles]
+    assert [insight.headline for insight in insights[1:]] == headlines
     assert "It holds in every layer." in find_patterns(measured(even, even))[0].evidence
     assert "layer" not in find_patterns(measured(even))[0].evidence
 
@@ -148,14 +143,6 @@ def test_a_sharp_head_hidden_by_the_head_average_is_named_by_its_number():
     (insight,) = find_patterns(measured(rows, numbers=[4], heads=[range(10, 18)]))
     assert insight.pattern == "uniform"
     assert "head 15 of layer 4 reads 1.0 in effect" in insight.evidence
-
-
-def test_headlines_and_advice_keep_their_wording():
-    insights = find_patterns(measured(planted(100, [99])))
-    titles = ["Strong recency bias", "Focused attention", "Sparse attention"]
-    assert [i.headline for i in insights] == [f"💡 INSIGHT: {title} detected!" for title in titles]
-    assert insights[0].advice == "Consider compressing or removing distant history."
-    assert insights[0].effect is None
 
 
 WORDS = {

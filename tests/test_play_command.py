@@ -2,6 +2,7 @@
 
 import csv
 import json
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -31,15 +32,11 @@ def written(*argv, run=main):
 
 def names_of(samples, layers, steps=()):
     """Names of all files of a run that follows rollout 1 if any, as documented."""
-    names = {"metrics.json", "metrics.csv", "index.html", "attention_layers.png"}
-    names |= {"attention_over_learning.png", *(f"attention_map_sample{i}.png" for i in samples)}
+    names = test_visualize_attention.names_of(samples, layers, "attention_over_learning.png")
     names |= {f"trajectory_1/attention_over_time.{x}" for x in ("png", "npz") if steps}
-    for n in layers:
-        names.add(f"layer_{n}/attention_summary_layer{n}.png")
-        for kind in ("heatmap", "lines"):
-            start = f"layer_{n}/attention_{kind}_"
-            names |= {f"{start}sample{i}_layer{n}.png" for i in samples}
-            names |= {f"trajectory_1/{start}timestep{t}_layer{n}.png" for t in steps}
+    for n, kind in product(layers, ("heatmap", "lines")):
+        start = f"trajectory_1/layer_{n}/attention_{kind}_timestep"
+        names |= {f"{start}{t}_layer{n}.png" for t in steps}
     return names
 
 
@@ -72,15 +69,12 @@ def test_a_rollout_is_followed_and_its_files_go_with_the_next_run(home, monkeypa
     monkeypatch.setattr(results, "record", lambda job: plays.append(record(job)) or plays[-1])
     argv = ["--num-samples=4", "--num-figures=2", "--trajectory=1", "--every=3"]
     found, _ = written(*argv)
-    files = files_of(home / "out")
-    assert set(files) == names_of([0, 1], [0, 1], [0, 3, 6, 9])
+    assert set(files_of(home / "out")) == names_of([0, 1], [0, 1], [0, 3, 6, 9])
     with np.load("out/trajectory_1/attention_over_time.npz") as file:
         np.testing.assert_array_equal(file["rows"], plays[0].rows)
         assert (file["episode_starts"].tolist(), file["layers"].tolist()) == ([0, 5], [0, 1])
         assert file["rewarded"].tolist() == (plays[0].rewards[1] > 0).tolist()
     assert found["samples"][3]["title"] == plays[0].choose(4, 0)[3].title
-    written(*argv)
-    assert files_of(home / "out") == files
     mine.write_text("keep")
     written("--play", "--num-samples=4", "--num-figures=1")
     left = names_of([0], [0, 1]) | {"trajectory_1/layer_1/mine.png"}

@@ -5,13 +5,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from attention_rows import PARTS, random_rows
+from attention_rows import PARTS
 from hypothesis import given
 from hypothesis import strategies as st
 
 from historylens.effects.roles import MAIN, ROLES, Keys, roles_of
 from historylens.history import Decision, History
-from historylens.tokens import Tokens, uniform_rows
+from historylens.tokens import NONE, Tokens, uniform_rows
 
 PREVIOUS = ("previous action", "previous reward", "state")
 LAYOUTS = ("one", "three", "previous", "query first", "padded")
@@ -70,23 +70,18 @@ def of_role(name, history, actions, b):
         "episode start": lambda i: i > 0 and episodes[i] != episodes[i - 1],
         "induction": lambda i: i > 0 and states[i - 1] == here,
         "first": lambda i: i == 0,
-        "sink": lambda i: False,
     }
     return [i for i in range(n) if is_of[name](i)]
 
 
 def planted(name, history, actions, tokens, visible, spare="uniform"):
     """Rows `(B, T)`, even over what is of a role: where that is nothing, of `spare`."""
-    rows = []
-    for b in range(history.size):
-        name_here = name
-        if name not in ("sink", "uniform") and not of_role(name, history, actions, b):
-            name_here = spare
-        chosen = [-1] if name_here == "sink" else range(-1, history.n)
-        if name_here not in ("sink", "uniform"):
-            chosen = of_role(name, history, actions, b)
-        rows.append(np.isin(tokens.transition, chosen) & visible)
-    return uniform_rows(np.array(rows))
+    rests = {"sink": [NONE], "uniform": range(NONE, history.n)}
+    chosen = [
+        rests.get(name) or of_role(name, history, actions, b) or rests[spare]
+        for b in range(history.size)
+    ]
+    return uniform_rows(np.array([np.isin(tokens.transition, own) & visible for own in chosen]))
 
 
 def told_of(seed, name="one", n=60, **options):
@@ -111,7 +106,7 @@ def heads(roles, history, actions, name="one", spare="uniform", visible=True):
     return named([planted(role, *told, spare) for role in roles], *told)
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_a_head_is_named_for_what_it_reads(name, seed):
     rng = np.random.default_rng(seed)
@@ -124,7 +119,7 @@ def test_a_head_is_named_for_what_it_reads(name, seed):
     assert named(rows / rows.sum(-1, keepdims=True), *told) == list(ROLES)
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_half_this_and_half_that_is_mixed_and_both_are_said(name, seed):
     told = told_of(seed, name, 50 + seed)
@@ -259,15 +254,19 @@ def test_short_histories(n):
         assert heads(kinds, *histories(11, size=8, n=n, restless=1.0), name) == kinds
 
 
-def test_the_figures_are_in_the_words():
+def test_the_figures_are_means_over_the_decisions_that_have_such_tokens_and_are_in_the_words():
     states, rewards = np.arange(23)[:, None], np.isin(np.arange(23), [3, 7, 8, 15, 20])
-    one = Decision(states, 0 * states[:, 0], 1 * rewards, np.array([99]), states, 0 * states[:, 0])
+    zeros, now = 0 * states[:, 0], np.array([99])
+    decisions = [Decision(states, zeros, r, now, states, zeros) for r in (1 * rewards, zeros)]
+    query = np.arange(24) == 23  # read where nothing was rewarded
     row = np.where(np.append(rewards, False), 0.83 / 5, 0.17 / 19)
-    [role] = roles_in([row[None]], History.of([one]), [0], *layout("one", 23))
-    assert (role.name, role.text) == ("rewarded", "83% on rewarded transitions, evenly 21%")
-    np.testing.assert_allclose([role.share, role.even], [0.83, 5 / 24])
-    # 0.83 is part + (1 - part) * 5 / 24 of the mixture with even reading.
-    assert role.part == pytest.approx((0.83 - 5 / 24) / (1 - 5 / 24), abs=0.01)
+    rows = [np.stack([row, query]), np.stack([np.roll(query, -1)] * 2)]
+    found = roles_in(rows, History.of(decisions), [0, 0], *layout("one", 23))
+    assert [(one.name, one.text) for one in found] == [
+        ("rewarded", "83% on rewarded transitions, evenly 21%"),
+        ("recency", "100% on the latest quarter, evenly 21%"),
+    ]
+    np.testing.assert_allclose([(x.share, x.even) for x in found], [(0.83, 5 / 24), (1, 5 / 24)])
 
 
 @given(st.integers(0, 10**6), st.sampled_from(LAYOUTS), st.floats(0.05, 0.95))
@@ -278,29 +277,6 @@ def test_parts_of_a_mixture_are_found(seed, name, part):
     expected = "episode start" if part >= MAIN else "uniform" if part <= 1 - MAIN else "mixed"
     assert role.part == pytest.approx(max(part, 1 - part), abs=0.03)
     assert role.name in (expected, "mixed") if role.part < MAIN + 0.03 else role.name == expected
-
-
-@given(
-    st.integers(0, 10**6), st.sampled_from(LAYOUTS), st.integers(1, 30),
-    st.sampled_from(["recency", "rewarded", "same state", "same state and action"]),
-)  # fmt: skip
-def test_figures_of_any_rows_are_those_of_plain_loops(seed, name, n, kind):
-    told = history, actions, tokens, visible = told_of(seed, name, n, size=3)
-    rows = random_rows(np.random.default_rng(seed), 3, len(tokens)) * visible
-    rows = 0.2 * rows / rows.sum(-1, keepdims=True) + 0.8 * planted(kind, *told)
-    [role] = roles_in([rows], *told)
-    assert (role.part >= MAIN) >= (role.name != "mixed")
-    shares, evens = [], []
-    for b in range(3):
-        own = of_role(kind, history, actions, b)
-        if kind == "recency":
-            own = range(n - max(1, n // 4), n)
-        places = [i for i in range(len(tokens)) if tokens.transition[i] in own]
-        if places:
-            shares.append(sum(rows[b, i] for i in places))
-            evens.append(len(places) / visible.sum())
-    if role.name == kind:
-        np.testing.assert_allclose([role.share, role.even], [np.mean(shares), np.mean(evens)])
 
 
 def keys_of(decision, tokens):

@@ -1,49 +1,26 @@
 """What a model does with its history is told from its actions, not from how sharp its policy is."""
 
 import functools
-from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from agents import Recorder
-from compression_cases import decisions_of, make_history
-from conftest import ad_agent
+from conftest import ad_agent, sharp_model
 from hypothesis import given
 from hypothesis import strategies as st
-from test_effects import BAR, attention, moved, one_hot, reading
-from test_planted_effects import early_rewards, model_of_rewards
+from test_effects import BAR, one_hot, reading
+from test_effects import agent as agent_of
+from test_planted import early_rewards, model_of_rewards
 from torch import nn
 
 from ad.agent import load_for_analysis
 from config import ModelConfig, VisualizeConfig
 from historylens.effects import measure_effects, moved_twins
-from historylens.effects.measure import (
-    ENOUGH,
-    ENOUGH_FLIPS,
-    Trial,
-    action_changes,
-    enough,
-    kl_divergence,
-    sharpness,
-)
-from historylens.effects.report import MeasuredEffects
+from historylens.effects.measure import Trial, action_changes, enough, kl_divergence, sharpness
 from model import ADTransformer
 
 TEMPERATURES = (0.01, 100)
-N = 24
 pytestmark = pytest.mark.usefixtures("few_effects")
-
-
-def planted(logits, decisions=None):
-    agent = Recorder(N, logits, attention)
-    agent.decisions = decisions or decisions_of(make_history(6, N, seed=3))
-    return agent
-
-
-def reading_rewards(history):
-    """The action rewarded most, by a weak preference."""
-    return (one_hot(history.actions) * history.rewards.double()[..., None]).sum(1)
 
 
 def ignoring(history):
@@ -62,15 +39,14 @@ def shipped():
     return agent
 
 
-def untrained(seed, as_torch=False):
-    """The shipped run's decisions, made by a model that was never trained."""
+def untrained():
+    """The shipped run's decisions, made by a model as PyTorch initialises it."""
     agent = shipped()
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     agent.model = ADTransformer(ModelConfig()).eval()
-    if as_torch:
-        for module in agent.model.modules():
-            getattr(module, "reset_parameters", getattr(module, "_reset_parameters", int))()
-        nn.init.normal_(agent.model.pos_embedding, std=0.02)
+    for module in agent.model.modules():
+        getattr(module, "reset_parameters", getattr(module, "_reset_parameters", int))()
+    nn.init.normal_(agent.model.pos_embedding, std=0.02)
     return agent
 
 
@@ -105,16 +81,13 @@ def verdict(found):
     return False, order, marks, column, said, ranks
 
 
-MODELS = {
-    "ignoring": (lambda: planted(ignoring), True),
-    "reading": (lambda: planted(reading), False),
-    "reading rewards": (lambda: planted(reading_rewards), False),
-    "attending to rewards": (attending_to_rewards, False),
-    "shipped": (shipped, False),
-    "untrained": (lambda: untrained(0), True),
-    "untrained, initialised by PyTorch": (lambda: untrained(0, as_torch=True), True),
+MODELS = {  # name: (agent, whether it ignores its history, twins: of those with weights)
+    "ignoring": (lambda: agent_of(logits=ignoring), True, 0),
+    "reading": (lambda: agent_of(logits=reading), False, 0),
+    "attending to rewards": (attending_to_rewards, False, 19),
+    "shipped": (shipped, False, 19),
+    "untrained": (untrained, True, 19),
 }
-WITHOUT_WEIGHTS = ("ignoring", "reading", "reading rewards")  # of what cannot be shuffled
 
 
 @functools.cache
@@ -125,26 +98,15 @@ def found_at_its_own(name):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_verdict_order_marks_and_enough_are_the_same_at_every_temperature(name):
-    make, ignores = MODELS[name]
+    make, ignores, n_twins = MODELS[name]
     *own, ranks = verdict(found_at_its_own(name))
     assert own[0] == ignores
-    n_twins = 0 if name in WITHOUT_WEIGHTS else 19
     for factor in TEMPERATURES:
         found = found_of(times(make(), factor))
         *others, close = verdict(found)
         assert others == own, factor
         assert close == pytest.approx(ranks, abs=0.02)
         assert len(found.twins) == n_twins
-
-
-def test_enough_is_never_said_where_the_actions_change():
-    close = [moved(ENOUGH, n_keep=1), moved(0, n_keep=2)]
-    assert enough(close) == 1
-    flipping = replace(close[1], flips=2 * ENOUGH_FLIPS)
-    assert enough([close[0], flipping]) is None
-    assert enough([replace(close[0], flips=2 * ENOUGH_FLIPS), close[1]]) == 2
-    raw = replace(close[0], kl_mean=9.0)  # how sharp the policy is says nothing
-    assert enough([raw, close[1]]) == 1
 
 
 @given(st.integers(2, 6), st.integers(1, 5), st.integers(0, 99), st.floats(-4, 4))
@@ -171,28 +133,14 @@ def test_what_changes_of_actions_drawn_is_the_least_that_has_to(n, seed, beta):
     np.testing.assert_allclose(kl_divergence(a, b, beta), plain, atol=1e-12)
 
 
-@pytest.mark.parametrize(
-    ("changed", "flips", "twins", "ignores"),  # of 5 actions, by another task's history
-    [
-        (0.5, 0.5, [0.1] * 18 + [0.4], False),
-        (0.5, 0.5, [0.1] * 18 + [0.5], True),
-        (0.5, 0.9, [0.1] * 18 + [0.6], False),  # as many as if decisions were drawn anew
-        (0.5, 0.5, [], False),
-        (0.05, 0.05, [], True),
-        (0.05, 0.1, [], False),
-        (0.1, 0.05, [], False),
-        (0.03, 0.0, [0.01] * 19, False),
-    ],
-)
-def test_the_history_is_used_where_it_moves_more_than_in_every_twin(changed, flips, twins, ignores):
-    one = replace(moved(0), changed=changed, flips=flips)
-    found = MeasuredEffects(controls={"other-task": one}, n_actions=5, twins=twins)
-    assert found.ignores_history is ignores
-
-
 @torch.no_grad()
-def test_twins_have_the_same_numbers_in_other_places_and_the_weights_are_put_back():
-    agent, sets = shipped(), []
+def test_twins_have_the_same_numbers_in_other_places_and_the_weights_are_put_back(
+    tiny_config, tiny_histories
+):
+    def small():
+        return ad_agent(sharp_model(tiny_config), tiny_histories, [(i, 20, 1) for i in range(3)])
+
+    agent, sets = small(), []
     agent.model.embed_context.weight[0, 0] = -0.0  # other bits than 0
     trial, act = Trial(agent, 5, 0, BAR), agent.act
 
@@ -210,17 +158,16 @@ def test_twins_have_the_same_numbers_in_other_places_and_the_weights_are_put_bac
             assert torch.equal(one[name], same[name])
             assert torch.equal(one[name], two[name]) == (tensor.dim() < 2)
             assert torch.equal(one[name].flatten().sort()[0], mine.flatten().sort()[0])
-    twice = [moved_twins(Trial(shipped(), 5, seed, BAR), "other-task") for seed in (0, 0, 1)]
+    twice = [moved_twins(Trial(small(), 5, seed, BAR), "other-task") for seed in (0, 0, 1)]
     assert twice[0] == twice[1] != twice[2]
 
 
 def test_weights_are_put_back_after_an_error_and_the_actions_alone_decide():
-    agent, calls = attending_to_rewards(), []
+    agent = attending_to_rewards()
     own = {name: tensor.clone() for name, tensor in agent.model.state_dict().items()}
     act, state = agent.act, agent.model.state_dict()
 
     def failing(history, positions=None):
-        calls.append(history)
         if not all(torch.equal(state[name], own[name]) for name in own):
             raise RuntimeError("broken weights\nand more")
         return act(history, positions)
@@ -233,22 +180,18 @@ def test_weights_are_put_back_after_an_error_and_the_actions_alone_decide():
     assert "model with its weights shuffled: could not be run, broken weights." in found.text
 
 
-@pytest.mark.parametrize(
-    ("logits", "parameter", "reason"),
-    [
-        (reading, None, "it has no weight matrices"),
-        (reading, torch.zeros(3), "it has no weight matrices"),
-        (reading, torch.eye(3), "act() is the same whatever its model's weights"),
-        (reading, torch.zeros(1).expand(10_000, 6_000), "it has too many weights (60,000,000)"),
-    ],
-)
-def test_where_weights_cannot_be_shuffled_the_actions_alone_decide(logits, parameter, reason):
-    agent = planted(logits)
-    if parameter is not None:
-        agent.model.weight = nn.Parameter(parameter)
-    found = found_of(agent)
-    assert found.not_run["twins"] == reason
-    assert (found.twins, found.ignores_history) == ([], False)
+@pytest.mark.parametrize(("parameter", "reason"), [
+    (torch.zeros(3), "it has no weight matrices"),
+    (torch.eye(3), "act() is the same whatever its model's weights"),
+    (torch.zeros(1).expand(10_000, 6_000), "it has too many weights (60,000,000)"),
+])  # fmt: skip
+@torch.no_grad()
+def test_why_weights_cannot_be_shuffled_is_said(parameter, reason):
+    agent = agent_of(logits=reading)
+    agent.model.weight = nn.Parameter(parameter)
+    trial = Trial(agent, 6, 0, BAR)
+    assert moved_twins(trial, "other-task") == []
+    assert trial.not_run["twins"] == reason
 
 
 def test_the_console_says_what_the_verdict_rests_on():

@@ -1,29 +1,20 @@
-"""The command: its files, its numbers, its console text, its flags and its errors."""
+"""The command: its files, its numbers, its console text and its flags."""
 
-import contextlib
-import csv
-import errno
-import io
 import json
-import os
 import re
-import runpy
 import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import plain_model
 import pytest
 import torch
-from conftest import files_of, make_histories, n_hooks, refused, sharp_model, write_checkpoint
+from conftest import files_of, make_histories, sharp_model, write_checkpoint
 from torch import nn
 
-import ad.agent
 import visualize_attention as module
-from historylens.common.errors import run_command
 from historylens.common.text import columns
 from historylens.effects.report import MeasuredEffects
 from historylens.pictures import FILES
@@ -31,7 +22,7 @@ from visualize_attention import main
 
 GOALS = ((0, 1), (0, 1), (2, 2), (4, 3))
 FLAGS = ["--num-samples=3", "--num-figures=1", "--dpi=20"]
-AGAIN = f"""
+COMMAND = f"""
 import runpy, sys
 sys.argv, sys.path[0] = {[module.__file__, *FLAGS]}, "{Path(module.__file__).parent}"
 from historylens.effects.report import MeasuredEffects
@@ -40,10 +31,8 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 EFFECTS = "deletion_curves.png", "head_effects.png"
 BLOCKS = "HOW FAR ATTENTION IS A GUIDE", "WHICH HEADS ACT", "READ DIRECTLY, OR COPIED BEFORE?"
-COLUMNS = [
-    "sample", "goal_row", "goal_col", "history", "step", "stride", "layer", "head", "n_context",
-    "mean_context_attention", "concentration", "entropy", "recent_distant_ratio",
-]  # fmt: skip
+COLUMNS = "sample,goal_row,goal_col,history,step,stride,layer,head,n_context,"
+COLUMNS += "mean_context_attention,concentration,entropy,recent_distant_ratio,"
 
 
 def make_run(folder, config, step=30):
@@ -76,19 +65,11 @@ def shown(tmp_path_factory, tiny_config):
     """`visualize_attention.py` as a user runs it, but for size: what it left and printed."""
     folder = tmp_path_factory.mktemp("shown")
     make_run(folder / "checkpoints" / "tiny", tiny_config)
-    load, models = ad.agent.load_checkpoint, []
-
-    def loaded(*args):
-        checkpoint = load(*args)
-        models.append(checkpoint.model)
-        return checkpoint
-
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as out:
-        patch.chdir(folder)
-        patch.setattr(ad.agent, "load_checkpoint", loaded)
-        main(FLAGS)
+    options = {"cwd": folder, "capture_output": True, "encoding": "utf-8", "timeout": 300}
+    done = subprocess.run([sys.executable, "-c", COMMAND], check=False, **options)
+    assert done.returncode == 0, done.stderr
     files = files_of(folder / "figs" / "attention")
-    ran = {"stdout": out.getvalue(), "model": models[0], "json": json.loads(files["metrics.json"])}
+    ran = {"stdout": done.stdout, "stderr": done.stderr, "json": json.loads(files["metrics.json"])}
     return SimpleNamespace(folder=folder, files=files, **ran)
 
 
@@ -107,21 +88,15 @@ def analysed(*argv):
 
 
 def samples_of(*argv):
-    return [(s["history"], s["step"]) for s in analysed(*argv)["samples"]]
+    return [(s["history"], s["step"]) for s in analysed("--num-figures=0", *argv)["samples"]]
 
 
-def test_the_real_command_writes_the_documented_files_and_the_same_bytes_again(shown):
+def test_the_real_command_writes_the_documented_files(shown):
     assert set(shown.files) == names_of([0], range(2), *EFFECTS)
     drawn = [content for name, content in shown.files.items() if name.endswith(".png")]
     assert len(drawn) == 2 * 2 + 1 + 2 + 3
     assert all(content.startswith(b"\x89PNG") for content in drawn)
-    options = {"cwd": shown.folder, "capture_output": True, "encoding": "utf-8", "timeout": 300}
-    done = subprocess.run([sys.executable, "-c", AGAIN], check=False, **options)
-    assert done.returncode == 0, done.stderr
-    assert "💡 INSIGHT: " in done.stdout
-    assert "Traceback" not in done.stderr
-    assert "Warning" not in done.stderr
-    assert files_of(shown.folder / "figs" / "attention") == shown.files
+    assert not re.search("Traceback|Warning", shown.stderr)
 
 
 def test_the_four_metrics_of_every_layer_sample_and_head_equal_the_plain_model(shown):
@@ -132,28 +107,7 @@ def test_the_four_metrics_of_every_layer_sample_and_head_equal_the_plain_model(s
     assert {key for key, _, _ in compared} == heads
     for _, written, plain in compared:
         assert written == pytest.approx(plain, rel=1e-5, abs=1e-5)
-
-
-def test_json_and_csv_agree(shown):
-    header = shown.files["metrics.csv"].decode().split("\n")[0].split(",")
-    assert header[: len(COLUMNS)] == COLUMNS
-    assert len(set(header)) == len(header)
-    layers = {layer["layer"]: layer for layer in shown.json["layers"]}
-    table = csv.DictReader(io.StringIO(shown.files["metrics.csv"].decode()))
-    averages = [row for row in table if row["head"] == "mean"]
-    assert len(averages) == 6
-    for row in averages:
-        values = layers[int(row["layer"])]["per_sample"]
-        for name in values:
-            assert values[name][int(row["sample"])] == float(row[name])
-        sample = shown.json["samples"][int(row["sample"])]
-        for name in ("goal_row", "goal_col", "history", "step", "stride", "n_context"):
-            assert sample[name] == int(row[name])
-    for layer in layers.values():
-        for name in COLUMNS[9:]:
-            per_sample = [float(r[name]) for r in averages if int(r["layer"]) == layer["layer"]]
-            assert layer["over_samples"][name]["mean"] == pytest.approx(np.mean(per_sample))
-            assert layer["over_samples"][name]["std"] == pytest.approx(np.std(per_sample))
+    assert shown.files["metrics.csv"].decode().startswith(COLUMNS)
 
 
 def test_the_map_of_a_sample_holds_all_the_attention_on_its_history(shown):
@@ -176,10 +130,6 @@ def test_each_layer_runs_once_to_be_measured_and_once_to_be_drawn(home, monkeypa
     monkeypatch.setattr(nn.TransformerEncoderLayer, "forward", counted)
     analysed("--num-samples", "3")
     assert list(runs.values()) == [2, 2]
-
-
-def test_no_hook_is_left(shown):
-    assert n_hooks(shown.model) == 0
 
 
 def test_a_run_clears_what_an_earlier_one_drew_and_nothing_else(home):
@@ -212,20 +162,13 @@ def test_files_of_its_names_that_are_of_no_analysis_are_set_aside(home, capsys):
 def test_console_and_json_say_what_was_analysed(shown):
     (line,) = [line for line in shown.stdout.splitlines() if line.startswith("Checkpoint:")]
     assert "checkpoints/tiny/ckpt-30.pt (the only run, highest step of 1)" in line
-    pictures = "10 pictures in figs/attention/"
-    for words in ("2 layers x 2 heads", "11 transitions", "3 decisions of 3 goals", pictures):
+    for words in ("2 layers x 2 heads", "3 decisions of 3 goals", "10 pictures in figs/attention/"):
         assert words in shown.stdout
-    meta = shown.json["meta"]
-    assert meta["checkpoint"] == "checkpoints/tiny/ckpt-30.pt"
-    assert meta["histories"] == "checkpoints/tiny/histories-test.npz"
-    assert meta["device"] in ("cpu", "cuda")
-    assert (meta["step"], meta["seed"], meta["n_transit"]) == (30, 0, 12)
+    meta = {"checkpoint": "checkpoints/tiny/ckpt-30.pt", "step": 30, "seed": 0, "n_transit": 12}
+    meta |= {"histories": "checkpoints/tiny/histories-test.npz"}
+    assert meta.items() <= shown.json["meta"].items()
+    assert shown.json["meta"]["device"] in ("cpu", "cuda")
     assert "OVERALL ATTENTION STATISTICS\n" + "=" * 36 in shown.stdout
-    labels = ("Mean context attention", "Attention concentration (std)", "Attention entropy")
-    for label, name in zip(labels, COLUMNS[9:12], strict=True):
-        mean, std = (shown.json["overall"][name][key] for key in ("mean", "std"))
-        assert f"\n{label}: {mean:.4f} ± {std:.4f}\n" in shown.stdout
-    assert re.search(r"\nRecent/Distant ratio: \S+.* ± \S+", shown.stdout)
 
 
 def test_every_pattern_is_printed_with_what_its_advice_does_and_effects_are_in_the_json(shown):
@@ -238,13 +181,7 @@ def test_every_pattern_is_printed_with_what_its_advice_does_and_effects_are_in_t
         assert "of 3 decisions" in text
     effects = shown.json["effects"]
     assert effects["settings"]["samples"] == [0, 1, 2]
-    assert effects["settings"]["n_context"] == 11
-    assert {"recent", "even", "top-k", "random", "least-attended"} <= set(effects["strategies"])
-    for pattern in patterns:
-        assert any(pattern in effect["advised_by"] for effect in effects["strategies"].values())
     assert "EFFECT OF DROPPING HISTORY (3 decisions, 11 transitions each)" in shown.stdout
-    readings = effects["guide"]["keep"]["in place"]["readings"]
-    assert {"attention", "contribution", "recency"} <= readings.keys()
     heads = [(one["layer"], one["head"]) for one in effects["heads"]["heads"]]
     assert heads == [(layer, head) for layer in (0, 1) for head in (0, 1, "all")]
     assert "older than 10" in effects["knockout"]["sets"]
@@ -265,41 +202,16 @@ def test_the_console_text_of_the_shipped_run_fits_a_screen_or_two(tmp_path, monk
 
 
 def test_num_effects_bounds_the_decisions_that_effects_are_measured_on(home, capsys):
-    found = analysed("--num-samples", "6", "--num-effects", "2", "--num-figures", "0")
-    assert found["effects"]["settings"]["samples"] == [1, 4]
-    none = analysed("--num-samples", "6", "--num-effects", "0", "--num-figures", "0")
+    flags = "--num-samples", "6", "--num-figures", "0"
+    about = analysed(*flags, "--num-effects", "2", "--seed", "1")["effects"]["settings"]
+    assert (about["samples"], about["seed"]) == ([1, 4], 1)
+    none = analysed(*flags, "--num-effects", "0")
     assert none["effects"] is None
     assert all(insight["effect"] is None for insight in none["insights"])
     assert not (home / "out" / "deletion_curves.png").exists()
     console = capsys.readouterr().out.split("EFFECT OF DROPPING HISTORY")
     assert len(console) == 2
     assert "deletion_curves.png" not in console[1].split("Checkpoint:")[1]
-
-
-@pytest.mark.usefixtures("few_effects")
-def test_the_seed_decides_what_is_drawn_at_random(home):
-    flags = ("--history", "2", "--steps", "30:31", "--num-figures", "0", "--num-effects", "2")
-    one, other = (analysed(*flags, "--seed", seed)["effects"]["strategies"] for seed in "01")
-    assert one["random"]["sizes"] != other["random"]["sizes"]
-    recent = [[size["kl_mean"] for size in found["recent"]["sizes"]] for found in (one, other)]
-    assert recent[0] == recent[1]
-    assert samples_of("--seed", "0") != samples_of("--seed", "1")
-
-
-def test_the_latest_checkpoint_is_of_the_run_last_written_and_the_highest_number(
-    home, tiny_config, capsys
-):
-    for run, steps, age in (("old", (100_000,), 100), ("new", (900, 1000), 0)):
-        for step in steps:
-            make_run(home / "checkpoints" / run, tiny_config, step)
-            path = home / "checkpoints" / run / f"ckpt-{step}.pt"
-            os.utime(path, (2_000_000_000 - age - step % 1000,) * 2)
-    meta = analysed("--num-samples", "1")["meta"]
-    assert (meta["checkpoint"], meta["step"]) == ("checkpoints/new/ckpt-1000.pt", 1000)
-    out = " ".join(capsys.readouterr().out.split())
-    assert "checkpoints/new/ckpt-1000.pt (last written of 3 runs, highest step of 2)" in out
-    meta = analysed("--num-samples", "1", "--checkpoint", "checkpoints/old")["meta"]
-    assert meta["step"] == 100_000
 
 
 def test_layers_goals_histories_steps_and_stride_choose(home):
@@ -312,6 +224,7 @@ def test_layers_goals_histories_steps_and_stride_choose(home):
         assert {h for h, _ in samples_of("--num-samples", "6", *words.split())} == histories
     found = samples_of("--goal", "0,1", "--history", "1", "2", "--steps", "20:22")
     assert sorted(found) == [(1, 20), (1, 21), (1, 22)]
+    assert samples_of("--seed", "0") != samples_of("--seed", "1")
     near, far = (analysed("--history=2", "--steps=59:59", "--stride", n) for n in "13")
     assert (near["samples"][0]["stride"], far["samples"][0]["stride"]) == (1, 3)
     assert near["layers"][0]["per_sample"] != far["layers"][0]["per_sample"]
@@ -329,7 +242,6 @@ def test_num_figures_bounds_what_is_drawn_not_what_is_measured(home):
     none = analysed("--num-samples", "5", "--num-figures", "0")
     assert set(files_of(home / "out")) == names_of([], range(2))
     for few, no in zip(found["layers"], none["layers"], strict=True):
-        assert few["per_sample"].keys() == no["per_sample"].keys()
         for name, values in few["per_sample"].items():
             assert values == pytest.approx(no["per_sample"][name], rel=1e-5)
     analysed("--num-samples", "12")  # ten where the flag does not say
@@ -343,136 +255,3 @@ def test_dpi_scales_the_pictures(shown, tmp_path, monkeypatch):
     pngs = shown.files["attention_layers.png"], (tmp_path / "attention_layers.png").read_bytes()
     small, large = (int.from_bytes(png[16:20], "big") for png in pngs)  # their widths
     assert large == pytest.approx(2 * small, abs=2)
-
-
-def truncate(path):
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-
-
-CHECKPOINT = Path("checkpoints/tiny/ckpt-30.pt")
-HISTORIES = Path("checkpoints/tiny/histories-test.npz")
-MISTAKES = {
-    "no checkpoint": (CHECKPOINT.unlink, [], "python train.py"),
-    "no folder of checkpoints": (None, ["--checkpoint", "nowhere"], "python train.py"),
-    "not a checkpoint": (lambda: CHECKPOINT.write_text("x"), [], "cannot be read as a checkpoint"),
-    "another kind of dict": (
-        lambda: torch.save({"a": 1}, CHECKPOINT), [], "not a checkpoint of an AD model"
-    ),
-    "truncated checkpoint": (lambda: truncate(CHECKPOINT), [], "truncated"),
-    "histories too short": (
-        lambda: make_histories(n_episodes=2).save(HISTORIES), [], "too short for the context"
-    ),
-    "no histories": (HISTORIES.unlink, [], "--histories"),
-    "histories that are not there": (None, ["--histories", "no.npz"], "no.npz"),
-    "no history in the file": (
-        lambda: make_histories(np.zeros((0, 2), int)).save(HISTORIES), [], str(HISTORIES)
-    ),
-    "damaged histories": (lambda: truncate(HISTORIES), [], "cannot be read as learning"),
-    "histories of another kind": (
-        lambda: np.savez(HISTORIES, x=[1, 2]), [], "cannot be read as learning histories"),
-    "histories of a larger room": (
-        lambda: make_histories(((6, 6),), grid_size=13).save(HISTORIES), [], "does not fit the che"
-    ),
-    "unknown layer": (None, ["--layers", "0", "2"], "unknown layer 2: expected --layers in 0..1"),
-    "negative layer": (None, ["--layers", "-1"], "unknown layer -1"),
-    "unknown goal": (None, ["--goal", "4,4"], "expected one of 0,1; 2,2; 4,3"),
-    "unknown history": (None, ["--history", "9"], "0..3, got 9"),
-    "empty filter": (None, ["--goal", "0,1", "--history", "3"], "no decision passes the filter"),
-    "steps before a full context": (None, ["--steps", "0:3"], "between 11"),
-    "too long a stride": (None, ["--stride", "40"], "stride 40"),
-    "a file as output": (lambda: Path("file").write_text(""), ["--out", "file"], "folder file"),
-    "output below a file": (lambda: Path("file").write_text(""), ["--out", "file/a"], " file/a"),
-    "a device that is not there": (None, ["--device", "cuda:99"], "'cuda:99', which is not there"),
-    "no output folder": (None, ["--out", ""], "expected --out not to be empty"),
-    "a comparison's folder": (
-        lambda: Path("out/results.json").write_text('{"schema_version": 2}'), [],
-        "out holds results of the comparison (results.json): choose another folder with --out",
-    ),
-    "no such device": (None, ["--device", "abacus"], "'abacus'"),
-}  # fmt: skip
-
-
-def earlier_result(home):
-    """An output folder as an earlier run left it."""
-    (home / "out" / "layer_0").mkdir(parents=True)
-    for name in names_of([0], [0]):
-        (home / "out" / name).write_text(name)
-    return files_of(home / "out")
-
-
-@pytest.mark.parametrize("name", MISTAKES)
-def test_a_mistake_is_one_line_and_leaves_earlier_results(home, capsys, name):
-    prepare, argv, message = MISTAKES[name]
-    before = earlier_result(home)
-    if prepare is not None:
-        prepare()
-    before |= files_of(home / "out")
-    assert message in refused(main, ["--out", "out", *argv], capsys)
-    assert files_of(home / "out") == before
-
-
-FORMS = {"--steps": "expected FIRST:LAST, for example", "--goal": "expected ROW,COL, for example"}
-
-
-@pytest.mark.parametrize(
-    "argv",
-    [
-        "--num-samples 0", "--num-samples -3", "--num-samples many", "--num-figures -1",
-        "--stride 0", "--seed -1", "--dpi 9", "--steps 7", "--steps 1:2:3:4", "--goal 3",
-        "--goal a,b", "--layers first", "--no-such-flag",
-    ],
-)  # fmt: skip
-def test_a_flag_without_sense_is_an_error_that_names_it_and_the_right_form(home, capsys, argv):
-    with pytest.raises(SystemExit) as caught:
-        run_command(lambda: main(argv.split()))
-    out, err = capsys.readouterr()
-    assert (caught.value.code, out) == (2, "")
-    line, flag = err.splitlines()[-1], argv.split()[0]
-    for part in ("error: ", flag, FORMS.get(flag, "")):
-        assert part in line
-
-
-def test_a_failure_before_the_first_picture_leaves_earlier_results(home, monkeypatch):
-    before = earlier_result(home)
-
-    def broken(*_, **__):
-        raise RuntimeError("broken layer")
-
-    monkeypatch.setattr(nn.TransformerEncoderLayer, "forward", broken)
-    with pytest.raises(RuntimeError, match="broken layer"):
-        main(["--out", "out"])
-    assert files_of(home / "out") == before
-
-
-def test_numbers_that_cannot_be_written_leave_earlier_results(home, monkeypatch):
-    before = earlier_result(home)
-
-    def full(_):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space"):
-        main(["--out", "out", "--num-samples", "2", "--num-effects", "0"])
-    assert files_of(home / "out") == before
-
-
-@pytest.mark.parametrize(
-    "name", ["layer_0", "metrics.json/x", "layer_0/attention_lines_sample7_layer0.svg/x"]
-)
-def test_what_stands_in_the_way_of_a_file_is_one_line(home, capsys, name):
-    path = home / "out" / name
-    path.parent.mkdir(parents=True)
-    path.write_text("in the way")
-    line = refused(main, ["--num-samples", "1", "--out", "out"], capsys)
-    assert "cannot write to the output folder out" in line
-    assert path.read_text() == "in the way"
-
-
-def test_without_a_checkpoint_the_command_says_to_train_in_one_line(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", [module.__file__])
-    with pytest.raises(SystemExit, match="2"):
-        runpy.run_path(module.__file__, run_name="__main__")
-    out, err = capsys.readouterr()
-    assert re.fullmatch("error: No checkpoint found.*python train.py.*\n", err)
-    assert (out, list(tmp_path.iterdir())) == ("", [])
