@@ -58,15 +58,6 @@ def test_pictures_show_all_but_padding_in_time_and_what_decides_last(tokens):
     assert order.tolist() == [*first, *owned, *rest, tokens.decides]
 
 
-def test_a_return_before_the_query_stands_beside_it_and_not_before_the_oldest():
-    names = ("return", "state", "action")
-    past = np.repeat(np.arange(2), 3)
-    tokens = Tokens(np.r_[-1, past, -1, -1], ("start", *names, *names, "return", "query"))
-    assert order_of_time(tokens).tolist() == list(range(9))
-    behind = Tokens(np.r_[past, -1, -1], (*names, *names, "query", "action"), 6)
-    assert order_of_time(behind).tolist() == [0, 1, 2, 3, 4, 5, 7, 6]
-
-
 @given(maps_of_tokens(), st.integers(0, 99))
 def test_summed_rows_equal_those_of_plain_loops(tokens, seed):
     rows = random_rows(np.random.default_rng(seed), 2, 2, len(tokens))
