@@ -6,13 +6,14 @@ from functools import partial
 import pytest
 import torch
 from conftest import n_hooks
-from eager import eager_weights
+from eager import causal, eager_weights
 from torch import nn
 from torch.nn import functional
 
 from historylens.capture.heads import heads
 
 B, H, T, D = 3, 4, 9, 16
+AHEAD = causal(T)
 CLOSE = {"atol": 1e-5, "rtol": 0}
 
 
@@ -25,19 +26,17 @@ class Own(nn.Module):
         self.make = nn.Linear(D, D + 2 * n_kv * D // H)
         self.project = nn.Linear(D, D)
 
+    def parts(self, x):
+        parts = self.make(x).split([D, *[self.n_kv * D // H] * 2], -1)
+        return [y.unflatten(-1, (-1, D // H)).transpose(1, 2) for y in parts]
+
     def forward(self, x):
-        q, k, v = self.make(x).split([D, *[self.n_kv * D // H] * 2], -1)
-        parts = (y.unflatten(-1, (-1, D // H)).transpose(1, 2) for y in (q, k, v))
-        return x + self.project(self.attend(*parts).transpose(1, 2).reshape(x.shape))
-
-
-def causal(q):
-    return torch.ones(q.shape[-2], q.shape[-2], dtype=torch.bool).tril()
+        return x + self.project(self.attend(*self.parts(x)).transpose(1, 2).reshape(x.shape))
 
 
 def eager(product):
     def attend(q, k, v):
-        scores = (q @ k.mT / math.sqrt(q.shape[-1])).masked_fill(~causal(q), -1e9)
+        scores = (q @ k.mT / math.sqrt(q.shape[-1])).masked_fill(AHEAD, -1e9)
         return product(scores.softmax(-1), v)
 
     return attend
@@ -47,14 +46,6 @@ def bmm(weights, v):
     return torch.bmm(weights.flatten(0, 1), v.flatten(0, 1)).unflatten(0, weights.shape[:2])
 
 
-def tokens_first(weights, v):
-    return torch.einsum("bhij,bjhd->bihd", weights, v.transpose(1, 2)).transpose(1, 2)
-
-
-def tokens_first_out(weights, v):
-    return torch.einsum("bhij,bhjd->bihd", weights, v).transpose(1, 2)
-
-
 def three_axes(attend):
     return lambda *qkv: attend(*(x.flatten(0, 1) for x in qkv)).unflatten(0, (-1, H))
 
@@ -62,14 +53,17 @@ def three_axes(attend):
 sdpa = functional.scaled_dot_product_attention
 WAYS = {
     "causal": lambda: Own(partial(sdpa, is_causal=True)),
-    "bool mask": lambda: Own(lambda q, k, v: sdpa(q, k, v, causal(q))),
-    "float mask": lambda: Own(lambda q, k, v: sdpa(q, k, v, (~causal(q)).float() * -1e9)),
+    "bool mask": lambda: Own(lambda q, k, v: sdpa(q, k, v, ~AHEAD)),
+    "float mask": lambda: Own(lambda q, k, v: sdpa(q, k, v, AHEAD * -1e9)),
     "grouped": lambda: Own(partial(sdpa, is_causal=True, enable_gqa=True), 2),
     "matmul": lambda: Own(eager(torch.matmul)),
     "bmm": lambda: Own(eager(bmm)),
-    "einsum": lambda: Own(eager(lambda w, v: torch.einsum("bhij,bhjd->bhid", w, v))),
-    "tokens first": lambda: Own(eager(tokens_first)),
-    "tokens first, not in values": lambda: Own(eager(tokens_first_out)),
+    "tokens first": lambda: Own(
+        eager(lambda w, v: torch.einsum("bhij,bjhd->bihd", w, v.transpose(1, 2)).transpose(1, 2))
+    ),
+    "tokens first, not in values": lambda: Own(
+        eager(lambda w, v: torch.einsum("bhij,bhjd->bihd", w, v).transpose(1, 2))
+    ),
     "3 axes": lambda: Own(three_axes(partial(sdpa, is_causal=True))),
     "softmax of 3 axes": lambda: Own(three_axes(eager(torch.bmm))),
 }
@@ -79,29 +73,26 @@ OPTIONS = {"3 axes": {"heads": H}, "softmax of 3 axes": {"heads": H, "softmax": 
 class Encoder(nn.Module):
     """PyTorch's own layer, two of them."""
 
-    def __init__(self, **options):
+    def __init__(self, norm_first):
         super().__init__()
-        layer = nn.TransformerEncoderLayer(D, H, 32, 0.0, batch_first=True, **options)
+        layer = nn.TransformerEncoderLayer(D, H, 32, batch_first=True, norm_first=norm_first)
         self.inner = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
 
     def forward(self, x):
-        mask = torch.full((T, T), -torch.inf).triu(1)
-        return self.inner(x, mask=mask, is_causal=True)
+        return self.inner(x, mask=AHEAD, is_causal=True)
 
 
 def made(way):
     torch.manual_seed(0)
-    model = WAYS[way]() if way in WAYS else Encoder(norm_first=way == "norm first")
+    model = WAYS[way]() if way in WAYS else Encoder(way == "norm first")
     return model.eval(), torch.randn(B, T, D), OPTIONS.get(way, {})
 
 
 def plain(model, x, hidden=None):
     """Queries, keys, values and weights of `Own`, in float64."""
-    q, k, v = model.make(x).double().split([D, *[model.n_kv * D // H] * 2], -1)
-    q, k, v = (y.unflatten(-1, (-1, D // H)).transpose(1, 2) for y in (q, k, v))
+    q, k, v = (y.double() for y in model.parts(x))
     v = v.repeat_interleave(H // model.n_kv, 1)
-    forbidden = ~causal(q) if hidden is None else ~causal(q) | hidden[:, None]
-    weights = eager_weights(q, k, forbidden)
+    weights = eager_weights(q, k, AHEAD if hidden is None else AHEAD | hidden[:, None])
     output = (weights @ v).transpose(1, 2).reshape(x.shape).float()
     return v, weights, x + model.project(output)
 
@@ -170,7 +161,7 @@ def test_keys_are_hidden_in_pytorchs_own_layers_beside_padding_and_any_mask(way)
     names = [f"inner.layers.{i}" for i in range(2)]
     with heads(model, hide=dict.fromkeys(names, hidden)):
         output = model(x)
-    mask = (hidden | torch.ones(T, T).triu(1).bool()).repeat_interleave(H, 0)
+    mask = (hidden | AHEAD).repeat_interleave(H, 0)
     torch.testing.assert_close(output, model.inner(x, mask=mask), **CLOSE)
     attention = model.inner.layers[0].self_attn
     padding = torch.zeros(B, T, dtype=torch.bool)
@@ -212,10 +203,10 @@ def test_keys_of_no_token_stay_in_sight(way):
 
     def attend(q, k, v):
         if way == "no value":
-            scores = (q @ k.mT).masked_fill(~causal(q), -torch.inf)
+            scores = (q @ k.mT).masked_fill(AHEAD, -torch.inf)
             return functional.pad(scores, (0, 1)).softmax(-1)[..., :-1] @ v
         k, v = (torch.cat([memory.expand(B, -1, -1, -1), x], 2) for x in (k, v))
-        seen = torch.cat([torch.ones(T, 2, dtype=torch.bool), causal(q)], 1)
+        seen = functional.pad(~AHEAD, (2, 0), value=True)
         if way == "sdpa":
             return sdpa(q, k, v, seen)
         return (q @ k.mT / math.sqrt(D // H)).masked_fill(~seen, -torch.inf).softmax(-1) @ v

@@ -58,24 +58,19 @@ def tokens(history):
 
 
 @given(
-    st.integers(1, 6),
-    st.lists(st.sampled_from(NAMES), min_size=1, max_size=4),
-    st.integers(0, 3),
+    st.integers(1, 6), st.lists(st.sampled_from(NAMES), min_size=1, max_size=4), st.integers(0, 3)
 )
 def test_a_previous_part_is_of_the_transition_before_its_step(n, parts, where):
     parts.insert(where % (len(parts) + 1), "previous reward")  # one of them at least
-    transition, part = [], []
+    expected = []
     for step in range(n + 1):
         for name in parts:
             if name.startswith("previous"):
-                transition.append(step - 1 if step > 0 else NONE)
-                part.append(name)
+                expected.append((step - 1 if step > 0 else NONE, name))
             else:
-                transition.append(step if step < n else NONE)
-                part.append(name if step < n else QUERY)
+                expected.append((step, name) if step < n else (NONE, QUERY))
     found = Tokens.of(n, parts)
-    assert found.transition.tolist() == transition
-    assert found.part == tuple(part)
+    assert [*zip(found.transition, found.part, strict=True)] == expected
     assert found.decides == len(found) - 1
     assert found.n == n
 
