@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from eager import causal, randomized
 
 from historylens.capture import CaptureError, capture
 
@@ -11,11 +12,9 @@ IDS = torch.arange(18).view(2, 9) % 7
 PADDED = (torch.arange(9) >= torch.tensor([[0], [2]])).long()  # sample 1, on the left
 
 
-def gpt2():
-    config = transformers.GPT2Config(
-        vocab_size=8, n_embd=16, n_layer=2, n_head=4, n_positions=12, bos_token_id=0,
-        eos_token_id=0,
-    )  # fmt: skip
+def gpt2(**options):
+    sizes = {"vocab_size": 8, "n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": 12}
+    config = transformers.GPT2Config(bos_token_id=0, eos_token_id=0, **sizes, **options)
     return transformers.GPT2LMHeadModel(config).eval()
 
 
@@ -33,14 +32,6 @@ def gpt_oss():
     sizes = {"intermediate_size": 16, "num_local_experts": 2, "num_experts_per_tok": 1}
     config = transformers.GptOssConfig(head_dim=4, sliding_window=4, **SMALL, **sizes)
     return transformers.GptOssForCausalLM(config).eval()
-
-
-def randomly(make):
-    torch.manual_seed(0)
-    model = make()
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    return model
 
 
 @torch.no_grad()
@@ -63,12 +54,13 @@ NAMES = {
 
 
 @pytest.mark.parametrize("make", NAMES)
-@pytest.mark.parametrize("implementation", [None, "eager"])
+@pytest.mark.parametrize(("implementation", "context"), [
+    (None, torch.inference_mode), ("eager", torch.enable_grad),
+])  # fmt: skip
 @pytest.mark.parametrize("mask", [None, PADDED])
-@pytest.mark.parametrize("context", [torch.enable_grad, torch.inference_mode])
-def test_captured_rows_are_the_models_own(make, implementation, mask, context):
+def test_captured_rows_are_the_models_own(make, implementation, context, mask):
     """Without an implementation, the model's default."""
-    model = randomly(make)
+    model = randomized(make())
     if implementation:
         model.set_attn_implementation(implementation)
     with context():
@@ -78,10 +70,9 @@ def test_captured_rows_are_the_models_own(make, implementation, mask, context):
     assert torch.equal(plain, captured)
     assert record.names == NAMES[make]
     check(record, eager := eager_weights(model, IDS, mask))
-    ahead = torch.ones(9, 9, dtype=torch.bool).triu(1)
     for found, weights in zip(record, eager, strict=True):
         assert torch.equal(found.visible, (weights[:, :, -1] > 0).any(1))
-        assert (found.maps[0].isnan() == ahead).all()
+        assert (found.maps[0].isnan() == causal(9)).all()
         received = weights[0].sum(1) / torch.arange(9, 0, -1)
         torch.testing.assert_close(found.received[0], received, atol=1e-6, rtol=0)
 
@@ -95,7 +86,7 @@ def test_generating_with_a_cache_is_one_attention_over_all_tokens():
 
 @torch.no_grad()
 def test_what_lies_on_sinks_is_kept_apart_in_every_pass():
-    model = randomly(gpt_oss)
+    model = randomized(gpt_oss())
     model.set_attn_implementation("eager")
     kept = transformers.DynamicCache(config=model.config)
     with capture(model, maps=[0]) as record:
@@ -106,15 +97,12 @@ def test_what_lies_on_sinks_is_kept_apart_in_every_pass():
         torch.testing.assert_close(found.extra, 1 - weights[:, :, -1].sum(-1), atol=1e-5, rtol=0)
 
 
+@torch.no_grad()
 def test_an_eager_model_with_a_cache_is_not_told_to_be_eager():
-    config = transformers.GPT2Config(
-        n_embd=16, n_layer=1, n_head=2, vocab_size=5, attn_implementation="eager"
-    )
-    model, x = transformers.GPT2Model(config).eval(), torch.randn(1, 6, 16)
-    with torch.no_grad():
-        cache = model(inputs_embeds=x[:, :5], use_cache=True).past_key_values
-    with pytest.raises(CaptureError) as error, capture(model), torch.no_grad():
-        model(inputs_embeds=x[:, 5:], past_key_values=cache, use_cache=True)
-    assert 'capture(model, softmax="h.0.attn")' in str(error.value)
+    model = gpt2(attn_implementation="eager")
+    cache = model(IDS[:, :8]).past_key_values
+    with pytest.raises(CaptureError) as error, capture(model):
+        model(IDS[:, 8:], past_key_values=cache)
+    assert 'capture(model, softmax="transformer.h.0.attn")' in str(error.value)
     assert 'attn_implementation="sdpa"' in str(error.value)
     assert "eager" not in str(error.value)
