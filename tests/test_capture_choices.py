@@ -6,7 +6,7 @@ import pytest
 import torch
 from eager import CLOSE, Attend, Given, causal, check_pooled, eager_weights, refused, run_twice
 from eager import split_heads as split
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional
@@ -21,8 +21,7 @@ def attend(x, allowed=None):
 
 
 def attend_by_softmax(x, allowed):
-    heads = split(x)
-    scores = heads @ heads.mT / heads.shape[-1] ** 0.5
+    scores = split(x) @ split(x).mT / 2
     return scores.masked_fill(~allowed, -torch.inf).softmax(-1)
 
 
@@ -44,7 +43,6 @@ def whole(x, allowed=None):
     return eager_weights(split(x), split(x), None if allowed is None else ~allowed)
 
 
-@settings(max_examples=30)
 @given(
     n_samples=st.integers(1, 4), n_tokens=st.integers(1, 12), data=st.data(),
     kind=st.sampled_from(["sdpa", "causal", "each", "softmax", "attention"]),
@@ -55,7 +53,7 @@ def test_the_query_may_stand_anywhere(n_samples, n_tokens, kind, data):
     query = data.draw(positions | one_each)
     torch.manual_seed(0)
     x = torch.randn(n_samples, n_tokens, 8)
-    allowed = torch.ones(n_tokens, n_tokens, dtype=torch.bool).tril()
+    allowed = ~causal(n_tokens)
     if kind == "each":
         allowed = torch.rand(n_samples, 1, n_tokens, n_tokens) < 0.6
         allowed |= torch.eye(n_tokens, dtype=torch.bool)
@@ -94,7 +92,6 @@ def test_padding_leaves_its_queries_out_but_for_those_of_cross_attention():
 
 @pytest.mark.parametrize(("layers", "numbers"), [
     (None, [0, 1, 2]),
-    ([0, 2], [0, 2]),
     (["blocks.1"], [1]),
     (["*.2.*", 0], [0, 2]),
     ("blocks.0.attn", [0]),
@@ -104,7 +101,6 @@ def test_layers_are_chosen_by_name_or_number(layers, numbers):
     record = run_twice(Stack(), torch.randn(1, 4, 8), layers=layers)
     assert record.names == tuple(f"blocks.{i}.attn" for i in numbers)
     assert tuple(layer.name for layer in record) == record.names
-    assert len(record) == len(numbers)
 
 
 def test_layers_given_one_by_one_keep_their_order_and_others_need_not_run():
@@ -176,33 +172,26 @@ def test_a_layer_that_the_model_reuses_and_three_axes_without_a_number_of_heads_
     refused(r"^Given .*\(6, 3, 4\).*heads=H", Attend(), x, x, x, heads=4)
 
 
-@pytest.mark.parametrize("layers", [None, [0], ["blocks.0"], [0, "blocks.1"]])
+@pytest.mark.parametrize("layers", [None, [0, "blocks.1"]])
 def test_a_second_forward_is_an_error(layers):
     model, x = Stack(2), torch.randn(1, 3, 8)
     with torch.no_grad(), capture(model, layers=layers) as record:
         with pytest.raises(CaptureError, match="nothing is captured yet"):
             _ = record[0]
         model(x)
-        n_layers = len(record)
         with pytest.raises(CaptureError, match=r"blocks\.0\.attn ran twice"):
             model(x)
-    assert len(record) == n_layers
-    assert record[0].name == "blocks.0.attn"
+    assert record.names == ("blocks.0.attn", "blocks.1.attn")
 
 
-@pytest.mark.parametrize(("n_keys", "options"), [
-    (30, {}),
-    (150, {"is_causal": True}),
-    (150, {"attn_mask": torch.randn(150, 150).masked_fill(causal(150), -torch.inf)}),
-])  # fmt: skip
-def test_maps_of_long_contexts_are_pooled_and_bounded_on_both_axes(n_keys, options):
-    q, k = torch.randn(2, 2, 150, 4), torch.randn(2, 2, n_keys, 4)
-    found = run_twice(Attend(**options), q, k, k, maps=[1], map_size=20)[0]
+@pytest.mark.parametrize(("n_keys", "is_causal"), [(30, False), (90, True)])
+def test_maps_of_long_contexts_are_pooled_and_bounded_on_both_axes(n_keys, is_causal):
+    q, k = torch.randn(2, 2, 90, 4), torch.randn(2, 2, n_keys, 4)
+    found = run_twice(Attend(is_causal=is_causal), q, k, k, maps=[1], map_size=20)[0]
     assert found.maps.shape[2:] == (len(found.map_rows), len(found.map_cols))
     assert max(found.maps.shape[2:]) <= 20
-    forbidden = causal(150, n_keys) & bool(options)
-    weights = eager_weights(q, k, forbidden, options.get("attn_mask"))
-    check_pooled(found, weights[1].masked_fill(forbidden, torch.nan))
+    forbidden = causal(90, n_keys) & is_causal
+    check_pooled(found, eager_weights(q, k, forbidden)[1].masked_fill(forbidden, torch.nan))
 
 
 def test_maps_of_several_samples_are_those_of_each_in_the_order_asked_for():
