@@ -84,37 +84,30 @@ def test_the_main_job_runs_on_it(example, jobs):
     assert drawn == {f"attention_{kind}_sample0_layer0.png" for kind in ("heatmap", "lines")}
 
 
-def test_metrics_are_those_of_transitions_whatever_tokens_they_are_cut_into(jobs):
-    content, *_ = jobs("sar_mha")
-    agent = agent_of("sar_mha")
+OWN = {  # attention on each transition, of rows (S, H, T)
+    "sar_mha": lambda rows: rows[..., :90].reshape(3, 4, 30, 3).sum(-1),
+    "previous_action": lambda rows: rows[..., 2:60:3] + rows[..., 3::3] + rows[..., 4::3],
+}
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_metrics_are_those_of_transitions_whatever_tokens_they_are_cut_into(name, jobs):
+    content, agent = jobs(name)[0], agent_of(name)
     with torch.inference_mode(), capture(agent.model) as record:
         agent.act(agent.history([0, 1, 2]))
     for layer, found in zip(record, content["layers"], strict=True):
-        rows, each = layer.query_rows.double().numpy(), found["per_sample"]  # rows (3, H, 91)
-        whole = rows[..., :90].reshape(3, 4, 30, 3).sum(-1).mean(1)
-        ratio = whole[:, -7:].mean(-1) / whole[:, :7].mean(-1)
+        rows, each = layer.query_rows.double(), found["per_sample"]
+        whole = OWN[name](rows).mean(1)  # (S, n)
+        k = whole.shape[1] // 4
+        ratio = whole[:, -k:].mean(-1) / whole[:, :k].mean(-1)
         np.testing.assert_allclose(each["mean_context_attention"], whole.mean(-1), rtol=1e-5)
         np.testing.assert_allclose(each["recent_distant_ratio"], ratio, rtol=1e-5)
-    assert content["uniform"]["mean_context_attention"] == pytest.approx(3 / 91)
-
-
-def test_an_action_that_stands_in_the_next_step_counts_for_its_own_transition(jobs):
-    content, *_ = jobs("previous_action")
-    agent = agent_of("previous_action")
-    with torch.inference_mode(), capture(agent.model) as record:
-        agent.act(agent.history([0, 1, 2]))
-    for layer, found in zip(record, content["layers"], strict=True):
-        rows = layer.query_rows.double().numpy()  # (3, H, 63)
-        own = rows[..., 2::3][..., :20] + rows[..., 3::3] + rows[..., 4::3]  # s_t, a_t, r_t
-        context = found["per_sample"]["mean_context_attention"]
-        np.testing.assert_allclose(context, own.mean((1, 2)), rtol=1e-5)
-        outside = rows[..., 0] + rows[..., 1] + rows[..., -1]  # the start, and the query state
-        np.testing.assert_allclose(found["per_sample"]["mass_self"], outside.mean(1), rtol=1e-5)
+        np.testing.assert_allclose(each["mass_self"], 1 - whole.sum(-1), rtol=1e-5)
+    assert content["uniform"]["mean_context_attention"] == pytest.approx(3 / rows.shape[-1])
 
 
 def test_samples_of_several_lengths_are_measured_in_the_row_of_the_token_that_decides(jobs):
-    content, *_ = jobs("explicit_softmax")
-    agent, weights = agent_of("explicit_softmax"), []
+    content, agent, weights = jobs("explicit_softmax")[0], agent_of("explicit_softmax"), []
     for attention in agent.model.attentions:
         attention.softmax.register_forward_hook(lambda *call: weights.append(call[-1]))
     for i, n in enumerate((8, 16, 24)):
