@@ -13,7 +13,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional
-from torch.nn.attention import bias as attention_bias
+from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 from torch.nn.attention.flex_attention import flex_attention
 from torch.nn.functional import scaled_dot_product_attention as attend
 
@@ -62,10 +62,9 @@ def test_scaled_dot_product_attention(
     check(record[0], eager_weights(q, k, forbidden, extra, scale), forbidden)
 
 
-@pytest.mark.parametrize(("corner", "diagonal"), [("upper_left", 1), ("lower_right", 3)])
-def test_a_causal_bias_of_either_corner(corner, diagonal):
-    q, k = torch.randn(1, 2, 3, 4), torch.randn(1, 2, 5, 4)
-    mask = getattr(attention_bias, f"causal_{corner}")(3, 5)
+@pytest.mark.parametrize(("mask", "diagonal"), [(causal_upper_left, 1), (causal_lower_right, 3)])
+def test_a_causal_bias_of_either_corner(mask, diagonal):
+    q, k, mask = torch.randn(1, 2, 3, 4), torch.randn(1, 2, 5, 4), mask(3, 5)
     forbidden = causal(3, 5, diagonal)
     check(run_twice(Attend(attn_mask=mask), q, k, k)[0], eager_weights(q, k, forbidden), forbidden)
 
@@ -76,8 +75,7 @@ def test_a_mask_and_the_causal_flag_both_hold(dtype):
     mask = torch.rand(6, 6) < 0.6
     mask[:, 0] = True
     forbidden = ~mask | causal(6)
-    if dtype == torch.float32:
-        mask = torch.zeros(6, 6).masked_fill(~mask, -torch.inf)
+    mask = mask if dtype == torch.bool else mask.log()
     model, weights = Attend(attn_mask=mask, is_causal=True), eager_weights(q, k, forbidden)
     torch.testing.assert_close(model(q, k, v), (weights @ v.double()).float())
     check(run_twice(model, q, k, v)[0], weights, forbidden)
@@ -87,8 +85,7 @@ def test_a_mask_and_the_causal_flag_both_hold(dtype):
 @pytest.mark.parametrize("n_masks", [None, 1, 6])
 def test_three_axes_with_the_number_of_heads(n_heads, n_masks):
     q, k, v = torch.randn(3, 6, 5, 4).unbind()
-    allowed = torch.rand(n_masks or 1, 5, 5) < 0.7
-    allowed[..., 0] = True
+    allowed = (torch.rand(n_masks or 1, 5, 5) < 0.7) | torch.eye(5, dtype=torch.bool)
     model = Attend(attn_mask=allowed if n_masks else None)
     record = run_twice(model, q, k, v, heads=n_heads)
     forbidden = (~allowed & bool(n_masks)).expand(6, 5, 5)
@@ -101,8 +98,7 @@ def test_two_axes_are_one_head_more_than_four_are_samples_and_others_are_broadca
     record = run_twice(Attend(is_causal=True), q, q, q)
     check(record[0], eager_weights(q[None, None], q[None, None], causal(5)), causal(5))
     q, k = torch.randn(2, 2, 2, 4, 5, 4).unbind()
-    mask = torch.rand(2, 1, 1, 5, 5) < 0.7
-    mask[..., 0] = True
+    mask = (torch.rand(2, 1, 1, 5, 5) < 0.7) | torch.eye(5, dtype=torch.bool)
     record = run_twice(Attend(attn_mask=mask), q, k, k)
     forbidden = ~mask.expand(2, 2, 4, 5, 5).flatten(0, 1)
     check(record[0], eager_weights(q.flatten(0, 1), k.flatten(0, 1), forbidden), forbidden)
