@@ -17,16 +17,10 @@ from historylens import capture
 PATH = Path(__file__).parents[1] / "examples" / "flash_attn.py"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def flash():
-    """The module, without the name that a real installation has."""
-    spec = importlib.util.spec_from_file_location("flash_standin", PATH)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["flash_standin"] = module
-    spec.loader.exec_module(module)
-    yield module
-    for name in ("flash_standin", "flash_standin.flash_attn_interface"):
-        del sys.modules[name]
+# Without the name that a real installation has.
+spec = importlib.util.spec_from_file_location("flash_standin", PATH)
+flash = sys.modules["flash_standin"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(flash)
 
 
 def eager(q, k, v, scale=None, causal=False, window=(-1, -1), slopes=None):
@@ -56,7 +50,7 @@ def drawn(*shape, seed=0):
     window=st.sampled_from([(-1, -1), (2, 0), (0, 1)]), scale=st.sampled_from([None, 0.3]),
 )  # fmt: skip
 def test_every_option_equals_attention_written_out(
-    flash, n_queries, n_older, heads, causal, window, alibi, scale
+    n_queries, n_older, heads, causal, window, alibi, scale
 ):
     q = drawn(2, n_queries, heads[0], 4)
     k, v = (drawn(2, n_queries + n_older, heads[1], 4, seed=s) for s in (1, 2))
@@ -67,7 +61,7 @@ def test_every_option_equals_attention_written_out(
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_packed_forms_are_the_same_and_read(flash):
+def test_packed_forms_are_the_same_and_read():
     qkv = drawn(2, 5, 3, 2, 4)
     whole = flash.flash_attn_func(*qkv.unbind(2), causal=True)
     found = flash.flash_attn_kvpacked_func(qkv[:, :, 0], qkv[:, :, 1:], causal=True)
@@ -79,7 +73,7 @@ def test_packed_forms_are_the_same_and_read(flash):
 
 
 @pytest.mark.parametrize("interleaved", [True, False])
-def test_a_cache_filled_step_by_step_gives_what_one_pass_gives(flash, interleaved):
+def test_a_cache_filled_step_by_step_gives_what_one_pass_gives(interleaved):
     q, k, v = (drawn(2, 6, 2, 8, seed=s) for s in range(3))
     angle = torch.arange(9)[:, None] * torch.tensor([1.0, 0.1])  # turns 4 of 8 columns
     rotary = {"rotary_cos": angle.cos(), "rotary_sin": angle.sin()}
@@ -92,21 +86,19 @@ def test_a_cache_filled_step_by_step_gives_what_one_pass_gives(flash, interleave
         for t in range(6)
     ]  # fmt: skip
 
-    def turned(x):
+    def turned(x):  # as complex numbers
         out = x.clone()
-        for t in range(6):
-            for i in range(2):
-                pair = (2 * i, 2 * i + 1) if interleaved else (i, i + 2)
-                a, b = x[:, t, :, pair[0]], x[:, t, :, pair[1]]
-                cos, sin = angle[t, i].cos(), angle[t, i].sin()
-                out[:, t, :, pair[0]], out[:, t, :, pair[1]] = a * cos - b * sin, b * cos + a * sin
+        for i in range(2):
+            pair = [2 * i, 2 * i + 1] if interleaved else [i, i + 2]
+            turn = torch.polar(torch.ones(6), angle[:6, i])[:, None]
+            out[..., pair] = torch.view_as_real(torch.view_as_complex(x[..., pair]) * turn)
         return out
 
     expected = eager(turned(q), turned(k), v, causal=True)
     torch.testing.assert_close(torch.cat(rows, 1).double(), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_caches_of_unlike_length_hold_only_what_was_written(flash):
+def test_caches_of_unlike_length_hold_only_what_was_written():
     q, k, v = drawn(2, 1, 2, 4), drawn(2, 5, 2, 4, seed=1), drawn(2, 5, 2, 4, seed=2)
     lengths = torch.tensor([2, 5])
     found = flash.flash_attn_with_kvcache(q, k, v, cache_seqlens=lengths)
@@ -115,7 +107,7 @@ def test_caches_of_unlike_length_hold_only_what_was_written(flash):
         torch.testing.assert_close(found[i : i + 1].double(), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_what_has_no_counterpart_is_refused(flash):
+def test_what_has_no_counterpart_is_refused():
     q = drawn(1, 2, 1, 4)
     with pytest.raises(NotImplementedError, match="softcap"):
         flash.flash_attn_func(q, q, q, softcap=10.0)
