@@ -2,25 +2,17 @@
 
 import pytest
 import torch
-from eager import (
-    ALL_SEEN,
-    CLOSE,
-    Attend,
-    Given,
-    causal,
-    check,
-    check_pooled,
-    eager_weights,
-    refused,
-    run_twice,
-    split_heads,
-)
+from eager import CLOSE, Attend, Given, causal, check, check_pooled, refused, run_twice
+from eager import eager_weights as weights_of
+from eager import split_heads as split
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional
 
 from historylens.capture import CaptureError, capture
+
+ALL_SEEN = torch.zeros(1, dtype=torch.bool)
 
 
 class Cached(nn.Module):
@@ -34,12 +26,12 @@ class Cached(nn.Module):
 
     def keys(self, x):
         own = self.own.expand(len(x), -1, -1)
-        return split_heads(torch.cat([own[:, : self.before], x, own[:, self.before :]], dim=1))
+        return split(torch.cat([own[:, : self.before], x, own[:, self.before :]], dim=1))
 
     def forward(self, x):
         start = sum(part.shape[1] for part in self.past)
         self.past.append(x)
-        q, k = split_heads(x), self.keys(torch.cat(self.past, 1))
+        q, k = split(x), self.keys(torch.cat(self.past, 1))
         n_queries, n_keys = q.shape[2], k.shape[2]
         forbidden = causal(n_queries, n_keys - self.before - self.behind, 1 + start)
         forbidden = functional.pad(forbidden, (self.before, self.behind))
@@ -53,7 +45,7 @@ def truth(model, x):
     """Weights (B, H, T, T) on the tokens, and (B, H, T) on other keys."""
     n_tokens, k = x.shape[1], model.keys(x)
     forbidden = functional.pad(causal(n_tokens), (model.before, model.behind))
-    weights = eager_weights(split_heads(x), k, forbidden)
+    weights = weights_of(split(x), k, forbidden)
     on_tokens = weights[..., model.before : model.before + n_tokens]
     return on_tokens, 1 - on_tokens.sum(-1)
 
@@ -114,9 +106,6 @@ def test_padded_queries_of_every_pass_are_left_out():
     weights = truth(model, x)[0]
     received = weights[:, :, ~padding[0]].sum(2) / (~causal(6))[~padding[0]].sum(0)
     torch.testing.assert_close(found.received, received, **CLOSE)
-    model.past.clear()
-    wrong = torch.zeros(1, 7, dtype=torch.bool)
-    refused(r"padding of shape \(1, 6\), got \(1, 7\)", model, x, padding=wrong)
 
 
 def test_maps_of_several_passes_stay_small():
@@ -144,5 +133,5 @@ def test_cross_attention_keeps_all_its_keys():
     for mask in (None, (torch.arange(7) < 5).expand(3, 7), torch.ones(3, 7).tril() > 0):
         (found,) = run_twice(Attend(attn_mask=mask), q, k, k)
         forbidden = ALL_SEEN if mask is None else ~mask
-        check(found, eager_weights(q, k, forbidden), forbidden)
+        check(found, weights_of(q, k, forbidden), forbidden)
         assert found.extra is None
