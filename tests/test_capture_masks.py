@@ -79,11 +79,8 @@ def test_a_mask_of_any_number_forbids_as_one_of_infinity(
     bias = slopes(n_tokens, steepest).to(dtype).expand(forbidden.shape)
     if way == "flat mask":
         forbidden, bias = (v[:1, :1].expand(n_samples, N_HEADS, -1, -1) for v in (forbidden, bias))
-    check(
-        captured(model, x, bias + forbidden.to(dtype) * value),
-        whole(model, x, forbidden, bias),
-        forbidden,
-    )
+    found = captured(model, x, bias + forbidden.to(dtype) * value)
+    check(found, whole(model, x, forbidden, bias), forbidden)
 
 
 @pytest.mark.parametrize("value", [-torch.inf, -3e38, -1e3])
