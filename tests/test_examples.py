@@ -166,8 +166,9 @@ def test_the_model_acts_on_shorter_history(example):
 def test_a_comparison_runs_in_its_environment(tmp_path, monkeypatch, undrawn):
     pytest.importorskip("gymnasium")
     monkeypatch.delitem(sys.modules, "corridor", raising=False)  # of another test's folder
-    flags = "--seeds=2 --episodes=2 --strategies recent top-k --budgets=5 --device=cpu".split()
-    compare_compression.main([*flags, f"--adapter={ADAPTERS['sar_mha']}", f"--out={tmp_path}"])
+    flags = ["--seeds=2", "--episodes=2", "--strategies", "recent", "top-k", "--budgets=5"]
+    flags += ["--device=cpu", f"--adapter={ADAPTERS['sar_mha']}", f"--out={tmp_path}"]
+    compare_compression.main(flags)
     found = json.loads((tmp_path / "results.json").read_text())["fingerprint"]
     assert (found["goals"], found["n_max"]) == (["left end", "right end"], 30)
 

@@ -44,8 +44,7 @@ def samples(n, seed):
     rng = np.random.default_rng(seed)
     for i in range(n):
         states, rewards = rng.random(13).astype(np.float32), np.arange(12) == 4 + i
-        yield Decision(states[:12], rng.integers(3, size=12), rewards, states[12],
-                       episodes=np.arange(12) // 4)
+        yield Decision(states[:12], rng.integers(3, size=12), rewards, states[12])
 
 
 def act(model, history):
@@ -71,8 +70,7 @@ def test_a_previous_part_is_of_the_transition_before_its_step(n, parts, where):
                 expected.append((step, name) if step < n else (NONE, QUERY))
     found = Tokens.of(n, parts)
     assert [*zip(found.transition, found.part, strict=True)] == expected
-    assert found.decides == len(found) - 1
-    assert found.n == n
+    assert (found.decides, found.n) == (len(found) - 1, n)
 
 
 def test_a_token_a_step_is_no_plain_map_and_what_decides_is_last_unless_another_is_said_to():
