@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from eager import causal, randomized
+from eager import Given, causal, randomized, run_twice
 
 from historylens.capture import CaptureError, capture
 
@@ -47,28 +47,19 @@ def check(record, eager, atol=1e-6):
         torch.testing.assert_close(found.maps[0].nan_to_num(), weights[0], atol=atol, rtol=0)
 
 
-NAMES = {
-    gpt2: ("transformer.h.0.attn", "transformer.h.1.attn"),
-    llama: ("model.layers.0.self_attn", "model.layers.1.self_attn"),
-}
-
-
-@pytest.mark.parametrize("make", NAMES)
-@pytest.mark.parametrize(("implementation", "context"), [
-    (None, torch.inference_mode), ("eager", torch.enable_grad),
+@pytest.mark.parametrize(("make", "name"), [
+    (gpt2, "inner.transformer.h.{}.attn"), (llama, "inner.model.layers.{}.self_attn"),
 ])  # fmt: skip
+@pytest.mark.parametrize("context", [torch.enable_grad, torch.inference_mode])
 @pytest.mark.parametrize("mask", [None, PADDED])
-def test_captured_rows_are_the_models_own(make, implementation, context, mask):
-    """Without an implementation, the model's default."""
+def test_captured_rows_are_the_models_own(make, name, context, mask):
+    """By the model's default implementation, and by its eager one, with gradients."""
     model = randomized(make())
-    if implementation:
-        model.set_attn_implementation(implementation)
-    with context():
-        plain = model(IDS, attention_mask=mask).logits
-        with capture(model, maps=[0]) as record:
-            captured = model(IDS, attention_mask=mask).logits
-    assert torch.equal(plain, captured)
-    assert record.names == NAMES[make]
+    if context == torch.enable_grad:
+        model.set_attn_implementation("eager")
+    whole = Given(model, attention_mask=mask, return_dict=False)
+    record = run_twice(whole, IDS, context=context)
+    assert record.names == (name.format(0), name.format(1))
     check(record, eager := eager_weights(model, IDS, mask))
     for found, weights in zip(record, eager, strict=True):
         assert torch.equal(found.visible, (weights[:, :, -1] > 0).any(1))

@@ -68,7 +68,7 @@ def jobs(tmp_path_factory):
 
 
 def agent_of(name):
-    return load(ADAPTERS[name], 3, 0, torch.device("cpu"))
+    return load(ADAPTERS.get(name, name), 3, 0, torch.device("cpu"))
 
 
 def test_the_main_job_runs_on_it(example, jobs):
@@ -84,6 +84,26 @@ def test_the_main_job_runs_on_it(example, jobs):
     assert drawn == {f"attention_{kind}_sample0_layer0.png" for kind in ("heatmap", "lines")}
 
 
+def check_metrics(content, agent, on_transitions):
+    """Metrics of three samples are of rows `on_transitions`, as the model's own rows give them."""
+    history = agent.history([0, 1, 2])
+    with torch.inference_mode(), capture(agent.model) as record:
+        agent.act(history)
+    for layer, found in zip(record, content["layers"], strict=True):
+        whole = on_transitions(layer.query_rows.double()).mean(1)  # (S, n)
+        k = whole.shape[1] // 4
+        expected = {
+            "mean_context_attention": whole.mean(-1),
+            "mass_self": 1 - whole.sum(-1),
+            "mass_rewarded": (whole * history.rewarded).sum(-1),
+            "recent_distant_ratio": whole[:, -k:].mean(-1) / whole[:, :k].mean(-1),
+        }
+        for name, values in expected.items():
+            np.testing.assert_allclose(found["per_sample"][name], values, rtol=1e-5)
+    uniform = content["uniform"]["mean_context_attention"] * layer.query_rows.shape[-1]
+    assert uniform == pytest.approx(len(agent.tokens(history)[0].parts))
+
+
 OWN = {  # attention on each transition, of rows (S, H, T)
     "sar_mha": lambda rows: rows[..., :90].reshape(3, 4, 30, 3).sum(-1),
     "previous_action": lambda rows: rows[..., 2:60:3] + rows[..., 3::3] + rows[..., 4::3],
@@ -92,18 +112,7 @@ OWN = {  # attention on each transition, of rows (S, H, T)
 
 @pytest.mark.parametrize("name", OWN)
 def test_metrics_are_those_of_transitions_whatever_tokens_they_are_cut_into(name, jobs):
-    content, agent = jobs(name)[0], agent_of(name)
-    with torch.inference_mode(), capture(agent.model) as record:
-        agent.act(agent.history([0, 1, 2]))
-    for layer, found in zip(record, content["layers"], strict=True):
-        rows, each = layer.query_rows.double(), found["per_sample"]
-        whole = OWN[name](rows).mean(1)  # (S, n)
-        k = whole.shape[1] // 4
-        ratio = whole[:, -k:].mean(-1) / whole[:, :k].mean(-1)
-        np.testing.assert_allclose(each["mean_context_attention"], whole.mean(-1), rtol=1e-5)
-        np.testing.assert_allclose(each["recent_distant_ratio"], ratio, rtol=1e-5)
-        np.testing.assert_allclose(each["mass_self"], 1 - whole.sum(-1), rtol=1e-5)
-    assert content["uniform"]["mean_context_attention"] == pytest.approx(3 / rows.shape[-1])
+    check_metrics(jobs(name)[0], agent_of(name), OWN[name])
 
 
 def test_samples_of_several_lengths_are_measured_in_the_row_of_the_token_that_decides(jobs):
