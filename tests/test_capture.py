@@ -19,20 +19,14 @@ def make_encoder(n_layers=3, width=16, n_heads=4, seed=0, nested=False, **settin
 
 
 causal_mask = nn.Transformer.generate_square_subsequent_mask
-MASKS = {
-    "none": lambda t: None,
-    "causal": causal_mask,
-    "bool": causal,
-    "bias": lambda t: causal_mask(t) - 0.3 * torch.arange(t),
-}
 
 
 @given(
     n_samples=st.integers(1, 3), n_tokens=st.integers(1, 40), n_heads=st.sampled_from([1, 2, 3, 4]),
     norm_first=st.booleans(), batch_first=st.booleans(), bias=st.booleans(),
-    mask=st.sampled_from(sorted(MASKS)), hint=st.booleans(), padding=st.booleans(),
-    nested=st.booleans(), training=st.booleans(), context=st.sampled_from(CONTEXTS),
-    seed=st.integers(0, 99),
+    mask=st.sampled_from(["none", "causal", "bool", "bias"]), hint=st.booleans(),
+    padding=st.booleans(), nested=st.booleans(), training=st.booleans(),
+    context=st.sampled_from(CONTEXTS), seed=st.integers(0, 99),
 )  # fmt: skip
 @pytest.mark.filterwarnings("ignore:.*nested", "ignore:Support for mismatched")
 def test_capture_equals_eager_attention_and_leaves_the_outputs_as_they_are(
@@ -46,14 +40,13 @@ def test_capture_equals_eager_attention_and_leaves_the_outputs_as_they_are(
     options = {"norm_first": norm_first, "batch_first": batch_first, "bias": bias}
     encoder = make_encoder(2, 12, n_heads, seed, nested, **options).train(training)
     x = torch.randn((n_samples, n_tokens, 12) if batch_first else (n_tokens, n_samples, 12))
-    src_mask = MASKS[mask](n_tokens)
+    additive = torch.zeros(n_tokens, n_tokens) if mask == "none" else causal_mask(n_tokens)
+    additive = additive - 0.3 * (mask == "bias") * torch.arange(n_tokens)
+    src_mask = {"none": None, "bool": causal(n_tokens)}.get(mask, additive)
     padded = torch.arange(n_tokens) >= torch.randint(1, n_tokens + 1, (n_samples, 1))
     padded = padded if padding else None
     inputs = x, src_mask, padded, True if hint and mask in ("causal", "bool") else None
     record = run_twice(encoder, *inputs, context=context)
-    additive = torch.zeros(n_tokens, n_tokens) if src_mask is None else src_mask
-    if mask == "bool":
-        additive = torch.zeros(n_tokens, n_tokens).masked_fill(src_mask, -torch.inf)
     forbidden = additive == -torch.inf
     forbidden = forbidden | padded[:, None, None, :] if padding else forbidden
     with context(), fast_path(False):

@@ -2,21 +2,15 @@
 
 import pytest
 import torch
-from eager import CLOSE, Attend, Given, causal, check, check_pooled, eager_weights, refused
+from eager import CLOSE, Attend, Given, attend_by_heads, causal, check, check_pooled, refused
+from eager import eager_weights as weights_of
 from eager import run_twice as run
 from eager import split_heads as split
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
-from torch.nn import functional
 
 from historylens.capture import CaptureError, capture
-
-
-def attend(x, allowed=None):
-    heads = split(x)
-    out = functional.scaled_dot_product_attention(heads, heads, heads, allowed)
-    return out.transpose(1, 2).flatten(2)
 
 
 def attend_by_softmax(x, allowed):
@@ -29,7 +23,8 @@ class Stack(nn.Module):
 
     def __init__(self, n_blocks=3):
         super().__init__()
-        self.blocks = nn.ModuleList(nn.ModuleDict({"attn": Given(attend)}) for _ in range(n_blocks))
+        blocks = (nn.ModuleDict({"attn": Given(attend_by_heads)}) for _ in range(n_blocks))
+        self.blocks = nn.ModuleList(blocks)
 
     def forward(self, x, *allowed):
         for block in self.blocks:
@@ -39,7 +34,7 @@ class Stack(nn.Module):
 
 def whole(x, allowed=None):
     """Weights (B, 2, T, T) of the first block."""
-    return eager_weights(split(x), split(x), None if allowed is None else ~allowed)
+    return weights_of(split(x), split(x), None if allowed is None else ~allowed)
 
 
 @given(
@@ -66,10 +61,8 @@ def test_the_query_may_stand_anywhere(n_samples, n_tokens, kind, data):
     else:
         allowed = None if kind == "sdpa" else allowed
         record = run(Stack(1), x, allowed, query=query)
-    samples, query = torch.arange(n_samples), torch.as_tensor(query).expand(n_samples)
-    expected = whole(x, allowed)[samples, :, query]
-    torch.testing.assert_close(record[0].query_rows, expected, **CLOSE)
-    assert torch.equal(record[0].visible, (expected > 0).any(1))
+    forbidden = causal(1) if allowed is None else ~allowed
+    check(record[0], whole(x, allowed), forbidden, query=query)
 
 
 def test_padding_leaves_its_queries_out_but_for_those_of_cross_attention():
@@ -79,7 +72,7 @@ def test_padding_leaves_its_queries_out_but_for_those_of_cross_attention():
     check(record[0], whole(x, allowed), ~allowed, padding)
     q, k = torch.randn(2, 2, 3, 4), torch.randn(2, 2, 5, 4)
     record = run(Attend(), q, k, k, padding=padding)
-    torch.testing.assert_close(record[0].received, eager_weights(q, k).mean(2), **CLOSE)
+    torch.testing.assert_close(record[0].received, weights_of(q, k).mean(2), **CLOSE)
 
 
 @pytest.mark.parametrize(("layers", "numbers"), [
@@ -178,7 +171,7 @@ def test_maps_of_long_contexts_are_pooled_and_bounded_on_both_axes():
     found = run(Attend(), q, k, k, maps=[1], map_size=20)[0]
     assert found.maps.shape[2:] == (len(found.map_rows), len(found.map_cols))
     assert max(found.maps.shape[2:]) <= 20
-    check_pooled(found, eager_weights(q, k)[1])
+    check_pooled(found, weights_of(q, k)[1])
 
 
 def test_maps_of_several_samples_are_those_of_each_in_the_order_asked_for():

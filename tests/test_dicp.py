@@ -65,9 +65,9 @@ import torch
 from torch import nn
 
 class Llama(nn.Module):
-    def __init__(self, width):
+    def __init__(self):
         super().__init__()
-        self.attend = nn.MultiheadAttention(width, 2, batch_first=True)
+        self.attend = nn.MultiheadAttention(8, 2, batch_first=True)
         self.rope_cache_fp32 = self.build_rope_cache("meta", torch.float32)  # elsewhere
 
     def build_rope_cache(self, device, dtype):
@@ -82,13 +82,13 @@ class Llama(nn.Module):
 class AD(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.transformer, self.embed_context = Llama(8), nn.Linear(10, 8)
+        self.transformer, self.embed_context = Llama(), nn.Linear(10, 8)
         self.embed_query_state, self.pred_action = nn.Embedding(16, 8), nn.Linear(8, 5)
 
 class DPT(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.transformer, self.embed_context = Llama(8), nn.Linear(10, 8)
+        self.transformer, self.embed_context = Llama(), nn.Linear(10, 8)
         self.pred_actions = nn.Linear(8, 5)
 
 MODEL = {"AD": AD, "DPT": DPT}

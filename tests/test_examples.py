@@ -84,10 +84,11 @@ def test_the_main_job_runs_on_it(example, jobs):
     assert drawn == {f"attention_{kind}_sample0_layer0.png" for kind in ("heatmap", "lines")}
 
 
-def check_metrics(content, agent, on_transitions):
-    """Metrics of three samples are of rows `on_transitions`, as the model's own rows give them."""
-    history = agent.history([0, 1, 2])
-    with torch.inference_mode(), capture(agent.model) as record:
+def check_metrics(content, agent, on_transitions, samples=(0, 1, 2)):
+    """Metrics of samples are of rows `on_transitions`, as the model's own rows give them."""
+    history = agent.history(samples)
+    decides = agent.tokens(history)[0].decides
+    with torch.inference_mode(), capture(agent.model, query=decides) as record:
         agent.act(history)
     for layer, found in zip(record, content["layers"], strict=True):
         whole = on_transitions(layer.query_rows.double()).mean(1)  # (S, n)
@@ -99,34 +100,28 @@ def check_metrics(content, agent, on_transitions):
             "recent_distant_ratio": whole[:, -k:].mean(-1) / whole[:, :k].mean(-1),
         }
         for name, values in expected.items():
-            np.testing.assert_allclose(found["per_sample"][name], values, rtol=1e-5)
-    uniform = content["uniform"]["mean_context_attention"] * layer.query_rows.shape[-1]
-    assert uniform == pytest.approx(len(agent.tokens(history)[0].parts))
+            own = [found["per_sample"][name][i] for i in samples]
+            np.testing.assert_allclose(own, values, rtol=1e-5)
 
 
-OWN = {  # attention on each transition, of rows (S, H, T)
-    "sar_mha": lambda rows: rows[..., :90].reshape(3, 4, 30, 3).sum(-1),
-    "previous_action": lambda rows: rows[..., 2:60:3] + rows[..., 3::3] + rows[..., 4::3],
-}
-
-
-@pytest.mark.parametrize("name", OWN)
-def test_metrics_are_those_of_transitions_whatever_tokens_they_are_cut_into(name, jobs):
-    check_metrics(jobs(name)[0], agent_of(name), OWN[name])
+@pytest.mark.parametrize(("name", "size", "on_transitions"), [
+    ("sar_mha", 91, lambda rows: rows[..., :90].reshape(3, 4, 30, 3).sum(-1)),
+    ("previous_action", 63, lambda x: x[..., 2:60:3] + x[..., 3::3] + x[..., 4::3]),
+])  # fmt: skip
+def test_metrics_are_those_of_transitions_whatever_tokens_they_are_cut_into(
+    jobs, name, size, on_transitions
+):
+    content, *_ = jobs(name)
+    check_metrics(content, agent_of(name), on_transitions)
+    assert content["uniform"]["mean_context_attention"] == pytest.approx(3 / size)
 
 
 def test_samples_of_several_lengths_are_measured_in_the_row_of_the_token_that_decides(jobs):
-    content, agent, weights = jobs("explicit_softmax")[0], agent_of("explicit_softmax"), []
-    for attention in agent.model.attentions:
-        attention.softmax.register_forward_hook(lambda *call: weights.append(call[-1]))
-    for i, n in enumerate((8, 16, 24)):
-        agent.act(agent.history([i]))
-        for layer, found in zip(weights[2 * i :], content["layers"], strict=True):
-            row = layer[0].mean(0)[0]  # the query stands first
-            each = {name: values[i] for name, values in found["per_sample"].items()}
-            assert each["mean_context_attention"] == pytest.approx(row[1 : n + 1].mean().item())
-            assert each["mass_self"] == pytest.approx(row[0].item())
-    uniform = sum(1 / (n + 1) for n in (8, 16, 24)) / 3  # padding is not counted
+    content, *_ = jobs("explicit_softmax")
+    for i, n in enumerate((8, 16, 24)):  # behind the query, padding is not counted
+        rows = lambda x, n=n: x[..., 1 : n + 1]  # noqa: E731
+        check_metrics(content, agent_of("explicit_softmax"), rows, [i])
+    uniform = sum(1 / (n + 1) for n in (8, 16, 24)) / 3
     assert content["uniform"]["mean_context_attention"] == pytest.approx(uniform)
 
 

@@ -14,11 +14,8 @@ from hypothesis import strategies as st
 
 from historylens import capture
 
-PATH = Path(__file__).parents[1] / "examples" / "flash_attn.py"
-
-
-# Without the name that a real installation has.
-spec = importlib.util.spec_from_file_location("flash_standin", PATH)
+path = Path(__file__).parents[1] / "examples" / "flash_attn.py"
+spec = importlib.util.spec_from_file_location("flash_standin", path)  # no real installation's name
 flash = sys.modules["flash_standin"] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(flash)
 
