@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from eager import CLOSE, CONTEXTS, Given, causal, check, randomized, refused, run_twice, weights_of
+from eager import CONTEXTS, Given, causal, check, randomized, refused, run_twice, weights_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -74,9 +74,7 @@ def test_a_causal_hint_beside_another_mask_counts_where_pytorch_follows_it(need_
     found = run_twice(Given(attention, is_causal=True, **options), x, x, x, query=2)[0]
     forbidden = causal(5) if padding is None and not need_weights else far
     forbidden = forbidden if padding is None else forbidden | padding
-    weights = weights_of(attention, x, x, forbidden)
-    torch.testing.assert_close(found.query_rows, weights[:, :, 2], **CLOSE)
-    assert torch.equal(found.visible[0], ~forbidden[2])
+    check(found, weights_of(attention, x, x, forbidden), forbidden, padding, query=2)
 
 
 def test_queries_and_keys_may_be_one_tensor_and_the_values_another():
@@ -105,17 +103,6 @@ def test_nested_tensors_are_an_error():
     message = " was called with nested tensors, .*padding mask"
     refused(f"^TransformerEncoderLayer{message}", layer, nested)
     refused(f"^inner{message}", Given(layer.self_attn), nested, nested, nested)
-
-
-def test_a_whole_transformer_in_the_order_in_which_it_runs():
-    model = randomized(nn.Transformer(16, 4, 1, 1, 32, batch_first=True))
-    source, target = torch.randn(2, 8, 16), torch.randn(2, 5, 16)
-    record = run_twice(Given(model, tgt_mask=causal(5)), source, target)
-    ends = ("encoder.layers.0", "decoder.layers.0.self_attn", "decoder.layers.0.multihead_attn")
-    assert record.names == tuple(f"inner.{end}" for end in ends)
-    assert [layer.maps[0, 0].shape for layer in record] == [(8, 8), (5, 5), (5, 8)]
-    second = model.decoder.layers[0].self_attn
-    check(record[1], weights_of(second, target, target, causal(5)), causal(5))
 
 
 class AroundForward(nn.TransformerEncoderLayer):
