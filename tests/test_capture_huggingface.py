@@ -12,26 +12,19 @@ IDS = torch.arange(18).view(2, 9) % 7
 PADDED = (torch.arange(9) >= torch.tensor([[0], [2]])).long()  # sample 1, on the left
 
 
-def gpt2(**options):
-    sizes = {"vocab_size": 8, "n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": 12}
-    config = transformers.GPT2Config(bos_token_id=0, eos_token_id=0, **sizes, **options)
-    return transformers.GPT2LMHeadModel(config).eval()
-
-
 SMALL = {"vocab_size": 8, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4}
-SMALL |= {"num_key_value_heads": 2}
+SIZES = {
+    "gpt2": {"bos_token_id": 0, "eos_token_id": 0},
+    "llama": {"intermediate_size": 32, "num_key_value_heads": 2},
+    # Sinks beside the tokens, and layers that drop old keys.
+    "gpt_oss": {"intermediate_size": 16, "num_key_value_heads": 2, "head_dim": 4,
+                "sliding_window": 4, "num_local_experts": 2, "num_experts_per_tok": 1},
+}  # fmt: skip
 
 
-def llama():
-    config = transformers.LlamaConfig(intermediate_size=32, **SMALL)
-    return transformers.LlamaForCausalLM(config).eval()
-
-
-def gpt_oss():
-    """Sinks beside the tokens, and layers that drop old keys."""
-    sizes = {"intermediate_size": 16, "num_local_experts": 2, "num_experts_per_tok": 1}
-    config = transformers.GptOssConfig(head_dim=4, sliding_window=4, **SMALL, **sizes)
-    return transformers.GptOssForCausalLM(config).eval()
+def made(kind):
+    config = transformers.AutoConfig.for_model(kind, **SMALL, **SIZES[kind])
+    return randomized(transformers.AutoModelForCausalLM.from_config(config))
 
 
 @torch.no_grad()
@@ -47,14 +40,14 @@ def check(record, eager, atol=1e-6):
         torch.testing.assert_close(found.maps[0].nan_to_num(), weights[0], atol=atol, rtol=0)
 
 
-@pytest.mark.parametrize(("make", "name"), [
-    (gpt2, "inner.transformer.h.{}.attn"), (llama, "inner.model.layers.{}.self_attn"),
+@pytest.mark.parametrize(("kind", "name"), [
+    ("gpt2", "inner.transformer.h.{}.attn"), ("llama", "inner.model.layers.{}.self_attn"),
 ])  # fmt: skip
 @pytest.mark.parametrize("context", [torch.enable_grad, torch.inference_mode])
 @pytest.mark.parametrize("mask", [None, PADDED])
-def test_captured_rows_are_the_models_own(make, name, context, mask):
+def test_captured_rows_are_the_models_own(kind, name, context, mask):
     """By the model's default implementation, and by its eager one, with gradients."""
-    model = randomized(make())
+    model = made(kind)
     if context == torch.enable_grad:
         model.set_attn_implementation("eager")
     whole = Given(model, attention_mask=mask, return_dict=False)
@@ -69,7 +62,7 @@ def test_captured_rows_are_the_models_own(make, name, context, mask):
 
 
 def test_generating_with_a_cache_is_one_attention_over_all_tokens():
-    model = llama()
+    model = made("llama")
     with capture(model, maps=[0]) as record:
         ids = model.generate(IDS, max_new_tokens=3, do_sample=False)[:, :-1]
     check(record, eager_weights(model, ids))
@@ -77,7 +70,7 @@ def test_generating_with_a_cache_is_one_attention_over_all_tokens():
 
 @torch.no_grad()
 def test_what_lies_on_sinks_is_kept_apart_in_every_pass():
-    model = randomized(gpt_oss())
+    model = made("gpt_oss")
     model.set_attn_implementation("eager")
     kept = transformers.DynamicCache(config=model.config)
     with capture(model, maps=[0]) as record:
@@ -90,7 +83,8 @@ def test_what_lies_on_sinks_is_kept_apart_in_every_pass():
 
 @torch.no_grad()
 def test_an_eager_model_with_a_cache_is_not_told_to_be_eager():
-    model = gpt2(attn_implementation="eager")
+    model = made("gpt2")
+    model.set_attn_implementation("eager")
     cache = model(IDS[:, :8]).past_key_values
     with pytest.raises(CaptureError) as error, capture(model):
         model(IDS[:, 8:], past_key_values=cache)

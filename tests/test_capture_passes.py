@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from historylens.capture import CaptureError, capture
 
-ALL_SEEN = torch.zeros(1, dtype=torch.bool)
+ALL_SEEN = causal(1)
 
 
 class Cached(nn.Module):
