@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pytest
 from attention_rows import PARTS, maps_of_tokens, random_rows
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from historylens import metrics
@@ -42,6 +42,7 @@ def test_a_map_that_cannot_be_is_refused(fields, words):
         Tokens(*fields)
 
 
+@settings(max_examples=200)
 @given(maps_of_tokens())
 def test_pictures_show_all_but_padding_in_time_and_what_decides_last(tokens):
     order = order_of_time(tokens)
