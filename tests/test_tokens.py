@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pytest
 from attention_rows import PARTS, maps_of_tokens, random_rows
-from hypothesis import given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from historylens import metrics
@@ -42,8 +42,9 @@ def test_a_map_that_cannot_be_is_refused(fields, words):
         Tokens(*fields)
 
 
-@settings(max_examples=200)
 @given(maps_of_tokens())
+@example(Tokens([-1, 0, 0, 1, 1, -1, -1], ("start", *PARTS[:2] * 2, "return", "query")))
+@example(Tokens([0, 0, -1, -1], (*PARTS[:2], "query", "action"), 2))
 def test_pictures_show_all_but_padding_in_time_and_what_decides_last(tokens):
     order = order_of_time(tokens)
     shown = tokens.take(order)
