@@ -38,6 +38,13 @@ def split_heads(x, n_heads=2):
     return x.unflatten(-1, (n_heads, -1)).transpose(1, 2)
 
 
+def attend_by_heads(x, allowed=None):
+    """Two heads, whose queries, keys and values are parts of x (B, T, D)."""
+    heads = split_heads(x)
+    out = functional.scaled_dot_product_attention(heads, heads, heads, allowed)
+    return out.transpose(1, 2).flatten(2)
+
+
 def eager_weights(q, k, forbidden=None, added=None, scale=None):
     """Weights (B, H, Tq, Tk) of q (B, H, Tq, d) and k (B, Hk, Tk, d)."""
     k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
@@ -64,11 +71,13 @@ def weights_of(attention, query, key, forbidden=None, added=None):
 def check(found, weights, forbidden=ALL_SEEN, padded=None, query=-1):
     """Every field of a captured layer, its maps those of the first samples.
 
-    forbidden: bool, broadcasts to the weights; padded: (B, Tq), queries that are left out.
+    forbidden: bool, broadcasts to the weights; padded: (B, Tq), queries that are left out; query:
+    one for all samples, or (B,).
     """
     allowed = (~forbidden).expand(weights.shape)
-    torch.testing.assert_close(found.query_rows, weights[:, :, query], **CLOSE)
-    assert torch.equal(found.visible, allowed[:, :, query].any(1))
+    row = torch.arange(len(weights)), slice(None), torch.as_tensor(query).expand(len(weights))
+    torch.testing.assert_close(found.query_rows, weights[row], **CLOSE)
+    assert torch.equal(found.visible, allowed[row].any(1))
     counted = allowed if padded is None else allowed & ~padded[:, None, :, None]
     received = (weights * counted).sum(2) / counted.sum(2)
     torch.testing.assert_close(found.received, received, **CLOSE)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from eager import Given, causal, randomized, run_twice
 
 from historylens.capture import CaptureError, capture
 
@@ -11,36 +12,19 @@ IDS = torch.arange(18).view(2, 9) % 7
 PADDED = (torch.arange(9) >= torch.tensor([[0], [2]])).long()  # sample 1, on the left
 
 
-def gpt2():
-    config = transformers.GPT2Config(
-        vocab_size=8, n_embd=16, n_layer=2, n_head=4, n_positions=12, bos_token_id=0,
-        eos_token_id=0,
-    )  # fmt: skip
-    return transformers.GPT2LMHeadModel(config).eval()
-
-
 SMALL = {"vocab_size": 8, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4}
-SMALL |= {"num_key_value_heads": 2}
+SIZES = {
+    "gpt2": {"bos_token_id": 0, "eos_token_id": 0},
+    "llama": {"intermediate_size": 32, "num_key_value_heads": 2},
+    # Sinks beside the tokens, and layers that drop old keys.
+    "gpt_oss": {"intermediate_size": 16, "num_key_value_heads": 2, "head_dim": 4,
+                "sliding_window": 4, "num_local_experts": 2, "num_experts_per_tok": 1},
+}  # fmt: skip
 
 
-def llama():
-    config = transformers.LlamaConfig(intermediate_size=32, **SMALL)
-    return transformers.LlamaForCausalLM(config).eval()
-
-
-def gpt_oss():
-    """Sinks beside the tokens, and layers that drop old keys."""
-    sizes = {"intermediate_size": 16, "num_local_experts": 2, "num_experts_per_tok": 1}
-    config = transformers.GptOssConfig(head_dim=4, sliding_window=4, **SMALL, **sizes)
-    return transformers.GptOssForCausalLM(config).eval()
-
-
-def randomly(make):
-    torch.manual_seed(0)
-    model = make()
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    return model
+def made(kind):
+    config = transformers.AutoConfig.for_model(kind, **SMALL, **SIZES[kind])
+    return randomized(transformers.AutoModelForCausalLM.from_config(config))
 
 
 @torch.no_grad()
@@ -56,38 +40,29 @@ def check(record, eager, atol=1e-6):
         torch.testing.assert_close(found.maps[0].nan_to_num(), weights[0], atol=atol, rtol=0)
 
 
-NAMES = {
-    gpt2: ("transformer.h.0.attn", "transformer.h.1.attn"),
-    llama: ("model.layers.0.self_attn", "model.layers.1.self_attn"),
-}
-
-
-@pytest.mark.parametrize("make", NAMES)
-@pytest.mark.parametrize("implementation", [None, "eager"])
-@pytest.mark.parametrize("mask", [None, PADDED])
+@pytest.mark.parametrize(("kind", "name"), [
+    ("gpt2", "inner.transformer.h.{}.attn"), ("llama", "inner.model.layers.{}.self_attn"),
+])  # fmt: skip
 @pytest.mark.parametrize("context", [torch.enable_grad, torch.inference_mode])
-def test_captured_rows_are_the_models_own(make, implementation, mask, context):
-    """Without an implementation, the model's default."""
-    model = randomly(make)
-    if implementation:
-        model.set_attn_implementation(implementation)
-    with context():
-        plain = model(IDS, attention_mask=mask).logits
-        with capture(model, maps=[0]) as record:
-            captured = model(IDS, attention_mask=mask).logits
-    assert torch.equal(plain, captured)
-    assert record.names == NAMES[make]
+@pytest.mark.parametrize("mask", [None, PADDED])
+def test_captured_rows_are_the_models_own(kind, name, context, mask):
+    """By the model's default implementation, and by its eager one, with gradients."""
+    model = made(kind)
+    if context == torch.enable_grad:
+        model.set_attn_implementation("eager")
+    whole = Given(model, attention_mask=mask, return_dict=False)
+    record = run_twice(whole, IDS, context=context)
+    assert record.names == (name.format(0), name.format(1))
     check(record, eager := eager_weights(model, IDS, mask))
-    ahead = torch.ones(9, 9, dtype=torch.bool).triu(1)
     for found, weights in zip(record, eager, strict=True):
         assert torch.equal(found.visible, (weights[:, :, -1] > 0).any(1))
-        assert (found.maps[0].isnan() == ahead).all()
+        assert (found.maps[0].isnan() == causal(9)).all()
         received = weights[0].sum(1) / torch.arange(9, 0, -1)
         torch.testing.assert_close(found.received[0], received, atol=1e-6, rtol=0)
 
 
 def test_generating_with_a_cache_is_one_attention_over_all_tokens():
-    model = llama()
+    model = made("llama")
     with capture(model, maps=[0]) as record:
         ids = model.generate(IDS, max_new_tokens=3, do_sample=False)[:, :-1]
     check(record, eager_weights(model, ids))
@@ -95,7 +70,7 @@ def test_generating_with_a_cache_is_one_attention_over_all_tokens():
 
 @torch.no_grad()
 def test_what_lies_on_sinks_is_kept_apart_in_every_pass():
-    model = randomly(gpt_oss)
+    model = made("gpt_oss")
     model.set_attn_implementation("eager")
     kept = transformers.DynamicCache(config=model.config)
     with capture(model, maps=[0]) as record:
@@ -106,15 +81,13 @@ def test_what_lies_on_sinks_is_kept_apart_in_every_pass():
         torch.testing.assert_close(found.extra, 1 - weights[:, :, -1].sum(-1), atol=1e-5, rtol=0)
 
 
+@torch.no_grad()
 def test_an_eager_model_with_a_cache_is_not_told_to_be_eager():
-    config = transformers.GPT2Config(
-        n_embd=16, n_layer=1, n_head=2, vocab_size=5, attn_implementation="eager"
-    )
-    model, x = transformers.GPT2Model(config).eval(), torch.randn(1, 6, 16)
-    with torch.no_grad():
-        cache = model(inputs_embeds=x[:, :5], use_cache=True).past_key_values
-    with pytest.raises(CaptureError) as error, capture(model), torch.no_grad():
-        model(inputs_embeds=x[:, 5:], past_key_values=cache, use_cache=True)
-    assert 'capture(model, softmax="h.0.attn")' in str(error.value)
+    model = made("gpt2")
+    model.set_attn_implementation("eager")
+    cache = model(IDS[:, :8]).past_key_values
+    with pytest.raises(CaptureError) as error, capture(model):
+        model(IDS[:, 8:], past_key_values=cache)
+    assert 'capture(model, softmax="transformer.h.0.attn")' in str(error.value)
     assert 'attn_implementation="sdpa"' in str(error.value)
     assert "eager" not in str(error.value)

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from eager import CLOSE, causal, check, eager_weights, randomized, weights_of
+from eager import split_heads as heads_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -14,21 +15,10 @@ from historylens.capture import capture, masks
 from historylens.capture.masks import floor_of
 
 WIDTH, N_HEADS = 8, 2
-VALUES = [-1e9, -1e4, -1e3, "finfo", "half", "bfloat"]
-DTYPES = {"finfo": torch.float32, "half": torch.float16, "bfloat": torch.bfloat16}
-
-
-def number(value):
-    return torch.finfo(DTYPES[value]).min if value in DTYPES else value
-
-
-def heads_of(x):
-    return x.unflatten(-1, (N_HEADS, -1)).transpose(1, 2)
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
 class Attend(nn.Module):
-    """Attention with a float mask, computed in one of four ways."""
-
     def __init__(self, way):
         super().__init__()
         self.way = way
@@ -51,9 +41,9 @@ def whole(model, x, forbidden, bias):
     return eager_weights(heads_of(x), heads_of(x), forbidden, bias)
 
 
-def captured(model, *inputs, **options):
-    with torch.no_grad(), capture(model, maps=[0], **options) as record:
-        model(*inputs)
+def captured(model, *inputs, query=-1, **kwargs):
+    with torch.no_grad(), capture(model, maps=[0], query=query) as record:
+        model(*inputs, **kwargs)
     return record[0]
 
 
@@ -64,52 +54,44 @@ def slopes(n_tokens, steepest):
     return -steep[:, None, None] * distance.clamp(min=0)
 
 
-@settings(max_examples=80)
+@settings(max_examples=60)
 @given(
     n_samples=st.integers(1, 3), n_tokens=st.integers(1, 14),
-    way=st.sampled_from(["sdpa", "mha", "flat mask", "softmax"]), value=st.sampled_from(VALUES),
+    way=st.sampled_from(["sdpa", "mha", "flat mask", "softmax"]), dtype=st.sampled_from(DTYPES),
+    value=st.sampled_from([-1e9, -1e4, -1e3, -3e38, torch.finfo(torch.float16).min, "lowest"]),
     shape=st.sampled_from(["causal", "random", "padded"]),
     steepest=st.sampled_from([0.0, 0.0, 0.3, 2.0]), seed=st.integers(0, 99),
 )  # fmt: skip
 def test_a_mask_of_any_number_forbids_as_one_of_infinity(
-    n_samples, n_tokens, way, value, shape, steepest, seed
+    n_samples, n_tokens, way, dtype, value, shape, steepest, seed
 ):
     """With ALiBi in the same tensor, too: all as the eager weights say."""
     torch.manual_seed(seed)
-    x, model = torch.randn(n_samples, n_tokens, WIDTH), Attend(way)
+    dtype = dtype if way == "sdpa" else torch.float32  # what else is rounded on its way
+    value = torch.finfo(dtype).min if value == "lowest" else value
+    x, model = torch.randn(n_samples, n_tokens, WIDTH).to(dtype), Attend(way)
     forbidden = causal(n_tokens).expand(n_samples, N_HEADS, -1, -1).clone()
     if shape == "random":
         forbidden = torch.rand(forbidden.shape) < 0.4
     elif shape == "padded":
         forbidden |= torch.arange(n_tokens) >= torch.randint(1, n_tokens + 1, (n_samples, 1, 1, 1))
     forbidden[..., 0] = False
-    bias = slopes(n_tokens, steepest).expand(forbidden.shape)
+    bias = slopes(n_tokens, steepest).to(dtype).expand(forbidden.shape)
     if way == "flat mask":
         forbidden, bias = (v[:1, :1].expand(n_samples, N_HEADS, -1, -1) for v in (forbidden, bias))
-    added = bias + forbidden * max(number(value), -3e38)
-    check(captured(model, x, added), whole(model, x, forbidden, bias), forbidden)
+    found = captured(model, x, bias + forbidden.to(dtype) * value)
+    check(found, whole(model, x, forbidden, bias), forbidden)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_the_lowest_number_of_a_narrow_type(dtype):
-    x = torch.randn(2, 6, WIDTH).to(dtype)
-    mask = torch.zeros(2, N_HEADS, 6, 6, dtype=dtype)
-    mask = mask.masked_fill(causal(6), torch.finfo(dtype).min)
-    expected = eager_weights(heads_of(x), heads_of(x), causal(6))
-    check(captured(Attend("sdpa"), x, mask), expected, causal(6))
-
-
-@pytest.mark.parametrize("value", VALUES)
-@pytest.mark.parametrize("with_bool", [True, False])
-def test_a_float_key_padding_mask_tells_padded_queries_too(value, with_bool):
+@pytest.mark.parametrize("value", [-torch.inf, -3e38, -1e3])
+def test_a_float_key_padding_mask_tells_padded_queries_too(value):
     attention = randomized(nn.MultiheadAttention(WIDTH, N_HEADS, batch_first=True))
     x, padded = torch.randn(2, 5, WIDTH), torch.arange(5) >= torch.tensor([5, 3])[:, None]
-    keys = torch.zeros(2, 5).masked_fill(padded, max(number(value), -3e38))
+    keys = torch.zeros(2, 5).masked_fill(padded, value)
     mask = torch.zeros(5, 5).masked_fill(causal(5), -torch.inf)
-    with torch.no_grad(), capture(attention, maps=[0, 1]) as record:
-        attention(x, x, x, attn_mask=mask, key_padding_mask=keys)
+    found = captured(attention, x, x, x, attn_mask=mask, key_padding_mask=keys)
     forbidden = (causal(5) | padded[:, None, None]).expand(2, N_HEADS, 5, 5)
-    check(record[0], weights_of(attention, x, x, forbidden), forbidden, padded)
+    check(found, weights_of(attention, x, x, forbidden), forbidden, padded)
 
 
 @pytest.mark.parametrize("way", ["sdpa", "softmax"])
@@ -122,7 +104,6 @@ def test_a_row_that_is_masked_altogether_attends_evenly_and_sees_all(way):
     assert found.maps[0].isnan().sum(-1)[0].tolist() == [4, 3, 0, 1, 0]
 
 
-@settings(max_examples=80)
 @given(
     n_tokens=st.integers(2, 60), steepest=st.floats(0.01, 800),
     way=st.sampled_from(["sdpa", "mha"]), is_causal=st.booleans(),
@@ -135,7 +116,7 @@ def test_a_graded_bias_forbids_nothing_however_deep(n_tokens, steepest, way, is_
     assert torch.equal(found.maps[0].isnan(), forbidden.expand(N_HEADS, -1, -1))
 
 
-@settings(max_examples=200)
+@settings(max_examples=100)
 @given(
     graded=st.lists(st.floats(-440, 50), min_size=1, max_size=30),
     reach=st.sampled_from([0, 500, 1200, 3000]), value=st.sampled_from([-1e4, -1e5, -1e9, -3.4e38]),

@@ -68,7 +68,7 @@ def jobs(tmp_path_factory):
 
 
 def agent_of(name):
-    return load(ADAPTERS[name], 3, 0, torch.device("cpu"))
+    return load(ADAPTERS.get(name, name), 3, 0, torch.device("cpu"))
 
 
 def test_the_main_job_runs_on_it(example, jobs):
@@ -84,47 +84,44 @@ def test_the_main_job_runs_on_it(example, jobs):
     assert drawn == {f"attention_{kind}_sample0_layer0.png" for kind in ("heatmap", "lines")}
 
 
-def test_metrics_are_those_of_transitions_whatever_tokens_they_are_cut_into(jobs):
-    content, *_ = jobs("sar_mha")
-    agent = agent_of("sar_mha")
-    with torch.inference_mode(), capture(agent.model) as record:
-        agent.act(agent.history([0, 1, 2]))
+def check_metrics(content, agent, on_transitions, samples=(0, 1, 2)):
+    """Metrics of samples are of rows `on_transitions`, as the model's own rows give them."""
+    history = agent.history(samples)
+    decides = agent.tokens(history)[0].decides
+    with torch.inference_mode(), capture(agent.model, query=decides) as record:
+        agent.act(history)
     for layer, found in zip(record, content["layers"], strict=True):
-        rows, each = layer.query_rows.double().numpy(), found["per_sample"]  # rows (3, H, 91)
-        whole = rows[..., :90].reshape(3, 4, 30, 3).sum(-1).mean(1)
-        ratio = whole[:, -7:].mean(-1) / whole[:, :7].mean(-1)
-        np.testing.assert_allclose(each["mean_context_attention"], whole.mean(-1), rtol=1e-5)
-        np.testing.assert_allclose(each["recent_distant_ratio"], ratio, rtol=1e-5)
-    assert content["uniform"]["mean_context_attention"] == pytest.approx(3 / 91)
+        whole = on_transitions(layer.query_rows.double()).mean(1)  # (S, n)
+        k = whole.shape[1] // 4
+        expected = {
+            "mean_context_attention": whole.mean(-1),
+            "mass_self": 1 - whole.sum(-1),
+            "mass_rewarded": (whole * history.rewarded).sum(-1),
+            "recent_distant_ratio": whole[:, -k:].mean(-1) / whole[:, :k].mean(-1),
+        }
+        for name, values in expected.items():
+            own = [found["per_sample"][name][i] for i in samples]
+            np.testing.assert_allclose(own, values, rtol=1e-5)
 
 
-def test_an_action_that_stands_in_the_next_step_counts_for_its_own_transition(jobs):
-    content, *_ = jobs("previous_action")
-    agent = agent_of("previous_action")
-    with torch.inference_mode(), capture(agent.model) as record:
-        agent.act(agent.history([0, 1, 2]))
-    for layer, found in zip(record, content["layers"], strict=True):
-        rows = layer.query_rows.double().numpy()  # (3, H, 63)
-        own = rows[..., 2::3][..., :20] + rows[..., 3::3] + rows[..., 4::3]  # s_t, a_t, r_t
-        context = found["per_sample"]["mean_context_attention"]
-        np.testing.assert_allclose(context, own.mean((1, 2)), rtol=1e-5)
-        outside = rows[..., 0] + rows[..., 1] + rows[..., -1]  # the start, and the query state
-        np.testing.assert_allclose(found["per_sample"]["mass_self"], outside.mean(1), rtol=1e-5)
+@pytest.mark.parametrize(("name", "size", "on_transitions"), [
+    ("sar_mha", 91, lambda rows: rows[..., :90].reshape(3, 4, 30, 3).sum(-1)),
+    ("previous_action", 63, lambda x: x[..., 2:60:3] + x[..., 3::3] + x[..., 4::3]),
+])  # fmt: skip
+def test_metrics_are_those_of_transitions_whatever_tokens_they_are_cut_into(
+    jobs, name, size, on_transitions
+):
+    content, *_ = jobs(name)
+    check_metrics(content, agent_of(name), on_transitions)
+    assert content["uniform"]["mean_context_attention"] == pytest.approx(3 / size)
 
 
 def test_samples_of_several_lengths_are_measured_in_the_row_of_the_token_that_decides(jobs):
     content, *_ = jobs("explicit_softmax")
-    agent, weights = agent_of("explicit_softmax"), []
-    for attention in agent.model.attentions:
-        attention.softmax.register_forward_hook(lambda *call: weights.append(call[-1]))
-    for i, n in enumerate((8, 16, 24)):
-        agent.act(agent.history([i]))
-        for layer, found in zip(weights[2 * i :], content["layers"], strict=True):
-            row = layer[0].mean(0)[0]  # the query stands first
-            each = {name: values[i] for name, values in found["per_sample"].items()}
-            assert each["mean_context_attention"] == pytest.approx(row[1 : n + 1].mean().item())
-            assert each["mass_self"] == pytest.approx(row[0].item())
-    uniform = sum(1 / (n + 1) for n in (8, 16, 24)) / 3  # padding is not counted
+    for i, n in enumerate((8, 16, 24)):  # behind the query, padding is not counted
+        rows = lambda x, n=n: x[..., 1 : n + 1]  # noqa: E731
+        check_metrics(content, agent_of("explicit_softmax"), rows, [i])
+    uniform = sum(1 / (n + 1) for n in (8, 16, 24)) / 3
     assert content["uniform"]["mean_context_attention"] == pytest.approx(uniform)
 
 
@@ -163,8 +160,7 @@ def test_many_heads_are_drawn_on_several_pages(tmp_path):
 
 def test_the_model_acts_on_shorter_history(example):
     agent = agent_of(example)
-    history = agent.history([0])
-    whole = agent.act(history)
+    whole = agent.act(history := agent.history([0]))
     fewer = agent.act(history.take(torch.tensor([[0, 2, history.n - 1]])))
     assert fewer.shape == whole.shape
     assert not torch.equal(fewer, whole)
@@ -175,24 +171,17 @@ def test_a_comparison_runs_in_its_environment(tmp_path, monkeypatch, undrawn):
     pytest.importorskip("gymnasium")
     monkeypatch.delitem(sys.modules, "corridor", raising=False)  # of another test's folder
     flags = ["--seeds=2", "--episodes=2", "--strategies", "recent", "top-k", "--budgets=5"]
-    flags.append("--device=cpu")
-    compare_compression.main([*flags, f"--adapter={ADAPTERS['sar_mha']}", f"--out={tmp_path}"])
+    flags += ["--device=cpu", f"--adapter={ADAPTERS['sar_mha']}", f"--out={tmp_path}"]
+    compare_compression.main(flags)
     found = json.loads((tmp_path / "results.json").read_text())["fingerprint"]
     assert (found["goals"], found["n_max"]) == (["left end", "right end"], 30)
 
 
-VISUALIZE, COMPARE = visualize_attention.main, compare_compression.main
-SENSELESS = [
-    (VISUALIZE, "sar_mha", ["--goal", "0,1"], "--goal has no meaning beside --adapter"),
-    (VISUALIZE, "sar_mha", ["--checkpoint", "here"], "--checkpoint has no meaning beside"),
-    (VISUALIZE, "sar_mha", ["--heads", "4"], "unknown head 4: expected --heads in 0..3"),
-    (VISUALIZE, "sar_mha", ["--layers", "2"], "unknown layer 2"),
-    (COMPARE, "sar_mha", ["--checkpoint", "here"], "--checkpoint has no meaning beside"),
-    (COMPARE, "sar_mha", ["--positions", "original"], "--positions has no meaning beside"),
-    (COMPARE, "rotary_sdpa", [], "no make_env()"),
-]
-
-
-@pytest.mark.parametrize(("main", "name", "argv", "words"), SENSELESS)
+@pytest.mark.parametrize(("main", "name", "argv", "words"), [
+    (visualize_attention.main, "sar_mha", ["--goal", "0,1"], "--goal has no meaning beside --ad"),
+    (visualize_attention.main, "sar_mha", ["--checkpoint", "x"], "--checkpoint has no meaning"),
+    (visualize_attention.main, "sar_mha", ["--heads", "4"], "head 4: expected --heads in 0..3"),
+    (compare_compression.main, "rotary_sdpa", [], "no make_env()"),
+])  # fmt: skip
 def test_a_flag_without_sense_is_one_line(tmp_path, capsys, main, name, argv, words):
     assert words in refused(main, ["--adapter", ADAPTERS[name], "--out", tmp_path, *argv], capsys)

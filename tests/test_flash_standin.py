@@ -5,48 +5,35 @@ import math
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from eager import CLOSE, Given, eager_weights
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import nn
 
 from historylens import capture
 
-PATH = Path(__file__).parents[1] / "examples" / "flash_attn.py"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def flash():
-    """The module, without the name that a real installation has."""
-    spec = importlib.util.spec_from_file_location("flash_standin", PATH)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["flash_standin"] = module
-    spec.loader.exec_module(module)
-    yield module
-    for name in [name for name in sys.modules if name.startswith("flash_standin")]:
-        del sys.modules[name]
+path = Path(__file__).parents[1] / "examples" / "flash_attn.py"
+spec = importlib.util.spec_from_file_location("flash_standin", path)  # no real installation's name
+flash = sys.modules["flash_standin"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(flash)
 
 
 def eager(q, k, v, scale=None, causal=False, window=(-1, -1), slopes=None):
     """One output entry after another, float64; the last query stands at the last key."""
     out = torch.zeros(*q.shape[:3], v.shape[3], dtype=torch.float64)
     scale = 1 / math.sqrt(q.shape[3]) if scale is None else scale
-    group = q.shape[2] // k.shape[2]
-    for b in range(len(q)):
-        for h in range(q.shape[2]):
-            for i in range(q.shape[1]):
-                at = i + k.shape[1] - q.shape[1]
-                scores = {}
-                for j in range(k.shape[1]):
-                    too_far = 0 <= window[0] < at - j or 0 <= window[1] < j - at
-                    if too_far or (causal and j > at):
-                        continue
-                    score = scale * float(q[b, i, h].double() @ k[b, j, h // group].double())
-                    scores[j] = score - (0 if slopes is None else float(slopes[h])) * abs(at - j)
-                if scores:
-                    weights = torch.tensor([*scores.values()], dtype=torch.float64).softmax(0)
-                    out[b, i, h] = weights @ v[b, [*scores], h // group].double()
+    k, v = (x.double().repeat_interleave(q.shape[2] // k.shape[2], 2) for x in (k, v))
+    for b, i, h in np.ndindex(*q.shape[:3]):
+        at, scores = i + k.shape[1] - q.shape[1], {}
+        for j in range(k.shape[1]):
+            too_far = 0 <= window[0] < at - j or 0 <= window[1] < j - at
+            if not too_far and not (causal and j > at):
+                slope = 0 if slopes is None else slopes[h].double()
+                scores[j] = scale * q[b, i, h].double() @ k[b, j, h] - slope * abs(at - j)
+        if scores:
+            out[b, i, h] = torch.stack([*scores.values()]).softmax(0) @ v[b, [*scores], h]
     return out
 
 
@@ -60,7 +47,7 @@ def drawn(*shape, seed=0):
     window=st.sampled_from([(-1, -1), (2, 0), (0, 1)]), scale=st.sampled_from([None, 0.3]),
 )  # fmt: skip
 def test_every_option_equals_attention_written_out(
-    flash, n_queries, n_older, heads, causal, window, alibi, scale
+    n_queries, n_older, heads, causal, window, alibi, scale
 ):
     q = drawn(2, n_queries, heads[0], 4)
     k, v = (drawn(2, n_queries + n_older, heads[1], 4, seed=s) for s in (1, 2))
@@ -71,16 +58,19 @@ def test_every_option_equals_attention_written_out(
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_packed_forms_are_the_same(flash):
+def test_packed_forms_are_the_same_and_read():
     qkv = drawn(2, 5, 3, 2, 4)
     whole = flash.flash_attn_func(*qkv.unbind(2), causal=True)
-    torch.testing.assert_close(flash.flash_attn_qkvpacked_func(qkv, causal=True), whole)
     found = flash.flash_attn_kvpacked_func(qkv[:, :, 0], qkv[:, :, 1:], causal=True)
     torch.testing.assert_close(found, whole)
+    with capture(block := Given(flash.flash_attn_qkvpacked_func, causal=True)) as record:
+        torch.testing.assert_close(block(qkv), whole)
+    q, k, _ = qkv.transpose(1, 3).unbind(2)
+    torch.testing.assert_close(record[0].query_rows, eager_weights(q, k)[:, :, -1], **CLOSE)
 
 
 @pytest.mark.parametrize("interleaved", [True, False])
-def test_a_cache_filled_step_by_step_gives_what_one_pass_gives(flash, interleaved):
+def test_a_cache_filled_step_by_step_gives_what_one_pass_gives(interleaved):
     q, k, v = (drawn(2, 6, 2, 8, seed=s) for s in range(3))
     angle = torch.arange(9)[:, None] * torch.tensor([1.0, 0.1])  # turns 4 of 8 columns
     rotary = {"rotary_cos": angle.cos(), "rotary_sin": angle.sin()}
@@ -93,21 +83,19 @@ def test_a_cache_filled_step_by_step_gives_what_one_pass_gives(flash, interleave
         for t in range(6)
     ]  # fmt: skip
 
-    def turned(x):
+    def turned(x):  # as complex numbers
         out = x.clone()
-        for t in range(6):
-            for i in range(2):
-                pair = (2 * i, 2 * i + 1) if interleaved else (i, i + 2)
-                a, b = x[:, t, :, pair[0]], x[:, t, :, pair[1]]
-                cos, sin = angle[t, i].cos(), angle[t, i].sin()
-                out[:, t, :, pair[0]], out[:, t, :, pair[1]] = a * cos - b * sin, b * cos + a * sin
+        for i in range(2):
+            pair = [2 * i, 2 * i + 1] if interleaved else [i, i + 2]
+            turn = torch.polar(torch.ones(6), angle[:6, i])[:, None]
+            out[..., pair] = torch.view_as_real(torch.view_as_complex(x[..., pair]) * turn)
         return out
 
     expected = eager(turned(q), turned(k), v, causal=True)
     torch.testing.assert_close(torch.cat(rows, 1).double(), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_caches_of_unlike_length_hold_only_what_was_written(flash):
+def test_caches_of_unlike_length_hold_only_what_was_written():
     q, k, v = drawn(2, 1, 2, 4), drawn(2, 5, 2, 4, seed=1), drawn(2, 5, 2, 4, seed=2)
     lengths = torch.tensor([2, 5])
     found = flash.flash_attn_with_kvcache(q, k, v, cache_seqlens=lengths)
@@ -116,22 +104,9 @@ def test_caches_of_unlike_length_hold_only_what_was_written(flash):
         torch.testing.assert_close(found[i : i + 1].double(), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_what_has_no_counterpart_is_refused(flash):
+def test_what_has_no_counterpart_is_refused():
     q = drawn(1, 2, 1, 4)
     with pytest.raises(NotImplementedError, match="softcap"):
         flash.flash_attn_func(q, q, q, softcap=10.0)
     with pytest.raises(NotImplementedError, match="block_table"):
         flash.flash_attn_with_kvcache(q, q, q, block_table=torch.zeros(1, 1))
-
-
-def test_a_model_that_calls_it_is_read(flash):
-    class Block(nn.Module):
-        def forward(self, qkv):
-            return flash.flash_attn_qkvpacked_func(qkv, causal=True)
-
-    qkv, block = drawn(2, 7, 3, 2, 4), Block()
-    with capture(block) as record:
-        block(qkv)
-    q, k, _ = qkv.unbind(2)
-    scores = torch.einsum("bhd,bjhd->bhj", q[:, -1], k) / 2
-    torch.testing.assert_close(record[0].query_rows, scores.softmax(-1))

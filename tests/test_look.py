@@ -22,8 +22,8 @@ CONFIGS = [ModelConfig(tf_n_layer=x, tf_n_head=h, tf_n_embd=8 * h, **CONFIG) for
 AGENTS = dict(zip(SHAPES, [ModelAgent(sharp_model(one)) for one in CONFIGS], strict=True))
 
 
-def random_history(agent, n_samples, n):
-    context, queries = random_window(agent.model.config, n_samples, n)
+def random_history(n_samples, n):
+    context, queries = random_window(CONFIGS[0], n_samples, n)
     return History(*context, queries[:, n])
 
 
@@ -35,16 +35,13 @@ def plain_look(model, history, sample):
     maps, norms, along = [], [], []
     for number in range(model.config.tf_n_layer):
         own = f"transformer_encoder.layers.{number}.self_attn"
-        w, b, out = (tensors[f"{own}.{k}"] for k in
-                     ("in_proj_weight", "in_proj_bias", "out_proj.weight"))  # fmt: skip
+        w, b = tensors[f"{own}.in_proj_weight"], tensors[f"{own}.in_proj_bias"]
+        out = tensors[f"{own}.out_proj.weight"]
         values = x @ w[2 * width :].T + b[2 * width :]
         x, weights = encoder_layer(tensors, number, x, n_heads)
-        added = []  # to the query, for each token
-        for j in range(n + 1):
-            read = np.repeat(weights[:, n, j], width // n_heads) * values[j]
-            added.append(out @ read)
-        whole = sum(added)
-        lengths = [np.sqrt(v @ v) for v in added]
+        shares = weights[:, n].repeat(width // n_heads, axis=0).T  # (T, D)
+        added = [out @ read for read in shares * values]  # to the query, for each token
+        whole, lengths = sum(added), [np.sqrt(v @ v) for v in added]
         norms.append([length / sum(lengths) for length in lengths[:n]])
         along.append([v @ whole / (whole @ whole) for v in added[:n]])
         maps.append(weights)
@@ -63,7 +60,7 @@ def plain_look(model, history, sample):
 @given(shape=st.sampled_from(list(AGENTS)), n=st.integers(1, 13), data=st.data())
 def test_a_look_equals_the_attention_computed_token_by_token(shape, n, data):
     wanted = data.draw(st.sets(st.sampled_from(LOOKS)))
-    history = random_history(AGENTS[shape], 2, n)
+    history = random_history(2, n)
     looked = look(AGENTS[shape], history, [*wanted, "episodes"]).checked()
     assert {name for name in LOOKS if vars(looked)[name] is not None} == wanted
     for sample in range(2):
@@ -75,7 +72,7 @@ def test_a_look_equals_the_attention_computed_token_by_token(shape, n, data):
 
 def test_a_look_is_one_pass_and_a_second_only_for_whole_maps_beside_heads():
     agent = ModelAgent(sharp_model(CONFIGS[1]))
-    history, n_passes = random_history(agent, 2, 9), []
+    history, n_passes = random_history(2, 9), []
     agent.model.register_forward_hook(lambda *_: n_passes.append(1))
     whole, heads = {"received", "last_rows"}, {"norm", "contribution"}
     for wanted in ([*LOOKS[:4]], ["query_attention", "norm"], [*whole], ["norm"], [*LOOKS]):
@@ -85,7 +82,7 @@ def test_a_look_is_one_pass_and_a_second_only_for_whole_maps_beside_heads():
 
 
 def test_a_look_in_parts_is_the_same(monkeypatch):
-    history = random_history(AGENTS[2, 2], 5, 13)
+    history = random_history(5, 13)
     whole = look(AGENTS[2, 2], history, LOOKS)
     for n_weights in (1, 1000):
         monkeypatch.setattr(agents, "MAX_WEIGHTS", n_weights)
@@ -103,7 +100,7 @@ def test_layers_of_fewer_heads_have_no_attention_in_the_others():
 
 
 def test_a_model_that_does_not_show_a_field_says_what_was_expected():
-    agent, history = Recorder(), random_history(AGENTS[1, 1], 2, 4)
+    agent, history = Recorder(), random_history(2, 4)
     for name in ("norm", "contribution"):
         with pytest.raises(Unreadable, match=r"tiny: expected heads side by side .* none$") as e:
             look(agent, history, ["query_attention", name])

@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pytest
 from attention_rows import PARTS, maps_of_tokens, random_rows
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from historylens import metrics
@@ -43,28 +43,19 @@ def test_a_map_that_cannot_be_is_refused(fields, words):
 
 
 @given(maps_of_tokens())
+@example(Tokens([-1, 0, 0, 1, 1, -1, -1], ("start", *PARTS[:2] * 2, "return", "query")))
+@example(Tokens([0, 0, -1, -1], (*PARTS[:2], "query", "action"), 2))
 def test_pictures_show_all_but_padding_in_time_and_what_decides_last(tokens):
     order = order_of_time(tokens)
     shown = tokens.take(order)
     assert order[-1] == tokens.decides == order[shown.decides]
     assert set(order) == {i for i, name in enumerate(tokens.part) if name != "padding"}
+    others = [i for i in sorted(order) if i != tokens.decides]  # the plain twin
+    outside = [i for i in others if tokens.transition[i] < 0]
+    owned = sorted({*others} - {*outside}, key=lambda i: (tokens.transition[i], i))
     last = max(i for i, t in enumerate(tokens.transition) if t >= 0)
-    first, rest = [], []  # the plain twin
-    for i in range(len(tokens)):
-        if tokens.part[i] != "padding" and i != tokens.decides and tokens.transition[i] < 0:
-            (first if i < last else rest).append(i)
-    owned = [i for i in range(len(tokens)) if tokens.transition[i] >= 0 and i != tokens.decides]
-    owned.sort(key=lambda i: (tokens.transition[i], i))
+    first, rest = ([i for i in outside if (i < last) == is_first] for is_first in (True, False))
     assert order.tolist() == [*first, *owned, *rest, tokens.decides]
-
-
-def test_a_return_before_the_query_stands_beside_it_and_not_before_the_oldest():
-    names = ("return", "state", "action")
-    past = np.repeat(np.arange(2), 3)
-    tokens = Tokens(np.r_[-1, past, -1, -1], ("start", *names, *names, "return", "query"))
-    assert order_of_time(tokens).tolist() == list(range(9))
-    behind = Tokens(np.r_[past, -1, -1], (*names, *names, "query", "action"), 6)
-    assert order_of_time(behind).tolist() == [0, 1, 2, 3, 4, 5, 7, 6]
 
 
 @given(maps_of_tokens(), st.integers(0, 99))
@@ -85,9 +76,6 @@ def test_uniform_rows_weigh_what_the_query_sees_and_nothing_else():
     np.testing.assert_array_equal(uniform_rows(visible), [[0.5, 0, 0.5], [1 / 3] * 3, [0] * 3])
     even = uniform_rows(np.ones((1, 7), dtype=bool))  # even over transitions of three tokens too
     np.testing.assert_allclose(sum_rows(even, [Tokens.of(2, PARTS)]), [[3 / 7, 3 / 7, 1 / 7]])
-    padded = Tokens([-1, 0, 1, -1], ["query", "transition", "transition", "padding"], 0)
-    even = uniform_rows(np.array([[True, True, True, False]]))
-    np.testing.assert_allclose(sum_rows(even, [padded]), [[1 / 3] * 3])
 
 
 @given(st.integers(2, 9))
