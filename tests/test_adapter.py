@@ -17,7 +17,6 @@ from visualize_attention import main
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 CPU = torch.device("cpu")
 AS_INDICES = [("[..., 0]", "[..., 0].long()"), ("query_states[:, 0]", "query_states[:, 0].long()")]
-EARLY = ("n_steps == HORIZON", "n_steps == 2")
 IMPORT = "import SyncVectorEnv"
 
 
@@ -172,13 +171,6 @@ def test_an_environment_plays_episodes_of_the_horizon():
         assert [rewards.tolist() for _, rewards, _ in ends[2:]] == [[0, 0], [1, 1]]
 
 
-@pytest.mark.parametrize("mode", ["SAME_STEP", "DISABLED", "NEXT_STEP"])
-def test_an_environment_that_ends_early_begins_anew(mode):
-    in_mode = ("for goal in goals])", f"for goal in goals], autoreset_mode=Mode.{mode})")
-    rooms = rooms_of(EARLY, in_mode, (IMPORT, "import AutoresetMode as Mode, SyncVectorEnv"))
-    assert [states[0, 0] for states, *_ in played(rooms, [0, 0], 3)[1]] == [3, 2, 3]
-
-
 def test_states_of_an_environment_are_of_the_type_of_samples():
     floats = ("spaces.Discrete(LENGTH)", "spaces.Box(0, LENGTH, (1,))")
     assert rooms_of(floats, ("return self.cell,", "return [self.cell],")).reset().dtype == np.int64
@@ -230,7 +222,6 @@ def test_an_environment_that_does_not_fit_is_one_line(old, new, words):
 
 WRONG = [  # what is changed in the adapter, and what is said
     ("def act(", "def act((", r"importing it raised SyntaxError.*mine\.py:\d+"),
-    ("class Model(", "1 / 0\nclass Model(", r"ZeroDivisionError: .*mine\.py:37"),
     ("import torch\n", "import torchy\n", r"No module.*pip install torchy"),
     ("import torch\n", "import torch.nowhere\n",
      r"torch \d\S+ is there, but this version of it has no torch\.nowhere(?!.*pip install)"),
@@ -239,7 +230,6 @@ WRONG = [  # what is changed in the adapter, and what is said
     ("def act(", "def action(", r"no act\(\).*it defines load\(\), samples\(\)"),
     ("def act(", "act = 3\ndef a(", r"act: expected a function act\(model, history\).*got a int"),
     ("return Model()", "Model()", r"load\(\): expected a torch.nn.Module, got nothing"),
-    ("return Model()", "return 1 / 0", r"load\(\) raised ZeroDiv.* \(mine\.py:\d+\); ADAPTER_TRAC"),
     ("samples(n: int, seed: int)", "samples(n)", r"samples\(\) raised TypeError.*2 were given"),
     ("in range(n):", "in range(0):", r"up to 3 decisions, got none"),
     (*with_samples("return one"), r"samples\(\): expected a list.* got a Decision"),
@@ -260,7 +250,6 @@ WRONG = [  # what is changed in the adapter, and what is said
     ("return model(", "model(", r"act\(\): expected action logits of shape \(3, A\).*got nothing"),
     ("self.norms[0](x)", "self.norms[0](x[..., 1:])", r"act\(\) raised .*\(mine\.py:32\)"),
     ('"reward"))', '"reward")[:2])', r"tokens\(\): expected a map of the 91 .*got one of 61 tok"),
-    ('"reward"))', '"reward", "next"), decides=99)', r"expected a map of the 91 .*got one of 121"),
     ("Tokens.of(history.n", "Tokens.of(history.n - 1", r"tokens\(\): expected a map of 30 trans"),
     ("return Tokens.of(", "Tokens.of(", r"tokens\(\): expected a Tokens.*got nothing"),
     ("def tokens(", "def token_map(", r"no tokens\(\), so: .*91 tokens.*one of 31"),
