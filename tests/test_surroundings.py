@@ -253,7 +253,7 @@ def test_whatever_ends_a_command_is_one_line(error, line, tmp_path, monkeypatch,
 
 def test_ends_that_were_meant_stay_and_no_room_for_details_is_said(monkeypatch, capsys):
     run_command(sys.exit)
-    with pytest.raises(SystemExit, match="^3$"):
+    with pytest.raises(SystemExit, match="3"):
         run_command(lambda: sys.exit(3))
     monkeypatch.setattr("tempfile.tempdir", "/proc/none")
     with pytest.raises(SystemExit):
