@@ -4,22 +4,18 @@ import json
 import os
 import re
 import shutil
-import signal
-import time
 from pathlib import Path
 
 import pytest
 import torch
 from apart import plain_files, run_apart
-from conftest import run_in_two, sharp_model, without_drawing, write_checkpoint
+from conftest import without_drawing
 from levers import LeversAgent
 from test_kills import TRAINING
-from torch.multiprocessing import ProcessExitedException
 
-import compare_compression
 import train
 from historylens.common.files import set_aside
-from historylens.comparison import CompareConfig, compare, playing
+from historylens.comparison import CompareConfig, compare
 from historylens.comparison.results import CONFIRMATION, RESULTS, ResultsFile
 
 
@@ -88,51 +84,6 @@ def test_damaged_results_are_set_aside_and_played_again(tmp_path, monkeypatch, c
     assert f"(a damaged {name}) were in {path.parent}: moved to" in again()
     assert (path.parent / f"earlier-{number + 1}" / name).is_dir()
     assert {name: plain_files(path.parent)[name] for name in whole} == whole
-
-
-COMPARISON = (
-    "--device=cpu --strategies recent random top-k --budgets 3 6 --episodes 4 --margin 0.1 "
-    "--confirm 0 --no-racing --checkpoint=run"
-)
-
-
-def kill_the_second(rank):
-    """Let the second of two processes die once the first has kept two blocks."""
-    play, plays, kept = playing.play, Path("second plays"), Path("broken/results.json")
-
-    def wait_until(is_so):
-        while not is_so():
-            time.sleep(0.01)
-
-    def killed(*args):
-        if rank == 0:
-            wait_until(plays.exists)
-            return play(*args)
-        plays.touch()
-        wait_until(lambda: kept.exists() and kept.read_text().count("cost") > 1)
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    playing.play = killed
-
-
-@pytest.mark.usefixtures("undrawn")
-def test_what_a_killed_comparison_had_finished_is_kept_for_any_number_of_processes(
-    tmp_path, tiny_config, monkeypatch, capsys
-):
-    monkeypatch.chdir(tmp_path)
-    write_checkpoint("run/ckpt-30.pt", sharp_model(tiny_config), [[0, 1], [2, 2], [4, 3]])
-    argv = f"{COMPARISON} --out broken".split()
-    with pytest.raises(ProcessExitedException, match="process 1 terminated with signal SIGKILL"):
-        run_in_two(compare_compression.main, argv, kill_the_second)
-    kept = json.loads(Path("broken/results.json").read_text())["arms"]
-    n_kept = sum(len(arm["blocks"]) for arm in kept.values())
-    assert 2 <= n_kept < 2 * 10
-    compare_compression.main(argv)
-    assert f"{n_kept} blocks of runs of {len(kept)} arms" in capsys.readouterr().out
-    compare_compression.main(f"{COMPARISON} --out whole".split())
-    broken, whole = (plain_files(tmp_path / name) for name in ("broken", "whole"))
-    for name in ("results.json", "results.csv"):
-        assert broken[name] == whole[name]
 
 
 @pytest.fixture(scope="module")
