@@ -199,8 +199,6 @@ NO_ROOMS = [  # what is changed in the adapter, and what is said
     ("def make_env(", "HORIZON = None\ndef make_env(", "HORIZON: expected a whole number"),
     ("for goal in goals])", "for goal in goals * 2])", r"1 environments, got 2"),
     ("return SyncVectorEnv", "return 3, SyncVectorEnv", "VectorEnv, got a tuple of 2"),
-    ("return self.cell, {}", "return (self.cell, 0), {}\n    observation_space = "
-     "gymnasium.spaces.MultiDiscrete([9, 9])", "states of 1 numbers, as samples"),
     ("super().reset(", "1 / 0 or super().reset(", r"reset\(\) of make_env.*Zero.*or\.py:24"),
     (*stepping("3, 4"), r"step\(\) of make_env.*expected states, rewards.*got a tuple of 2"),
     (*stepping("[0, 0], 1, *super().step(actions)[2:]"), r"expected rewards of shape \(2,\)"),

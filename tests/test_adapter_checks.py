@@ -329,8 +329,7 @@ def analysed(*argv):
 
 def test_what_lies_on_memory_counts_as_of_no_transition(undrawn):
     written(way="memory")
-    table = analysed("--heads", "1") / "metrics.csv"
-    rows = list(csv.DictReader(table.read_text().splitlines()))
+    rows = [*csv.DictReader((analysed("--heads", "1") / "metrics.csv").read_text().splitlines())]
     for row in rows:
         mass = float(row["mean_context_attention"]) * int(row["n_context"])
         assert mass + float(row["mass_self"]) == pytest.approx(1, abs=1e-5)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import random_window, sharp_model
-from foreign import held_out, make_foreign_run
+from foreign import held_out
 from hostile import refusal
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -190,18 +190,6 @@ def test_numbers_of_numpy_names_of_wrapped_models_and_what_other_code_leaves_out
     del content["goals"]
     found = loaded(path, content)
     assert (found.goals, found.model.config.tf_dropout) == ({}, 0.0)
-
-
-def test_a_foreign_run_loads_as_it_is(tmp_path, tiny_model, tiny_config):
-    run, _ = make_foreign_run(tmp_path, tiny_model.state_dict(), n_steps=5, step=9000)
-    touch(run / "events.out.tfevents.1")
-    for where in (run, run.parent, run / "ckpt-9000.pt"):
-        assert find_checkpoint(where)[0] == run / "ckpt-9000.pt"
-    found = load_checkpoint(run / "ckpt-9000.pt")
-    assert (found.step, found.config["device"]) == (9000, torch.device("cuda:0"))
-    assert found.model.config == tiny_config
-    assert found.config["tf_n_inner"] != tiny_config.tf_n_inner  # that of the tensors counts
-    assert same_logits(found.model, tiny_model)
 
 
 def test_held_out_goals_are_those_that_such_code_names_and_never_guessed():

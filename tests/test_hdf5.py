@@ -213,7 +213,7 @@ def checkpoint_of(run, changes=(), **config):
 
 def logits_both_ways(run, file, cell, stream, step):
     """Logits of one decision here, and from that code alone; `cell` counts those held out."""
-    checkpoint = checkpoint_of(run)
+    checkpoint = load_checkpoint(find_checkpoint(run)[0])
     grid_size = checkpoint.model.config.grid_size
     histories, cells = read_histories(file, checkpoint), held_out(0, 0.9, grid_size**2)
     assert histories.goals[::2].tolist() == [list(divmod(cell, grid_size)) for cell in cells]
@@ -226,7 +226,7 @@ def logits_both_ways(run, file, cell, stream, step):
 
 def test_held_out_goals_are_read_and_decided_on_as_that_code_does(tmp_path, tiny_run):
     shipped = make_foreign_run(tmp_path / "shipped", n_steps=120)
-    for place in [(*shipped, 3, 1, 113), *((*tiny_run, 0, 1, step) for step in (11, 25, 39))]:
+    for place in [(*shipped, 3, 1, 113), *((*tiny_run, 0, 1, step) for step in (11, 39))]:
         found, expected = logits_both_ways(*place)
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
         assert expected.std() > 0.1

@@ -104,19 +104,14 @@ def test_goals_are_cells_of_the_room_and_test_goals_their_own(path, content, goa
 
 def odd_tensors(tensor):
     """Odd tensors, by a part of what is said of each."""
-    flat = tensor.reshape(1, -1)
+    sparse, quantized = tensor.to_sparse(), torch.quantize_per_tensor(tensor, 0.1, 0, torch.qint8)
     return {
         "is not finite or beyond 10000: the training diverged": [
-            tensor * 1e20, tensor * float("nan"), tensor / 0,
+            tensor * 1e20, tensor * float("nan"),
         ],
-        "expected pred_action.weight of floating-point numbers, got torch.": [
-            tensor.long(), tensor.bool(),
-        ],
+        "expected pred_action.weight of floating-point numbers, got torch.": [tensor.long()],
         "expected dense tensors and plain values": [
-            flat.to_sparse(), flat.to_sparse_csr(), tensor.to("meta"),
-            torch.quantize_per_tensor(tensor, 0.1, 0, torch.qint8),
-            torch.nested.nested_tensor([tensor]), tensor.to(torch.float8_e4m3fn),
-            tensor.to(torch.complex64),
+            sparse, quantized, tensor.to("meta"), tensor.to(torch.complex64),
         ],
         "claim more numbers than the file": [torch.zeros(1).expand(2**40)],
     }  # fmt: skip
