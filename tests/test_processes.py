@@ -196,6 +196,7 @@ def work_together():
     """What each of two processes does in the folder: exchange, analyse, compare, train, die."""
     torch.cuda.is_available = lambda: False  # what is forked cannot use it
     without_drawing(pytest.MonkeyPatch())
+    signal.alarm(120)  # rather than wait for ever for another one
     results.MAX_TOKENS, kept = 48, []
 
     def fail_on(ranks):
