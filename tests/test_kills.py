@@ -27,6 +27,7 @@ from historylens.common.files import set_aside
 from historylens.comparison import CompareConfig, compare
 from historylens.comparison.results import CONFIRMATION, RESULTS, ResultsFile
 from historylens.pictures import INCOMPLETE
+from historylens.pictures.painter import Painter
 
 N_KILLS = int(os.environ.get("KILLS", 4))
 ANALYSIS = ["--num-samples=3", "--num-figures=1", "--num-effects=0", "--dpi=20", "--device=cpu"]
@@ -101,6 +102,21 @@ def home(tmp_path, monkeypatch):
     without_drawing(monkeypatch)
     (tmp_path / "home" / "checkpoints").mkdir(parents=True)
     return tmp_path / "home"
+
+
+def test_a_folder_that_goes_away_is_a_line(home, tiny_config, monkeypatch):
+    draw = Painter.draw
+
+    def remove(self, *args, **kwargs):
+        shutil.rmtree("out", ignore_errors=True)
+        draw(self, *args, **kwargs)
+
+    monkeypatch.setattr(Painter, "draw", remove)
+    end = run_apart(
+        visualize_attention.main, [*ANALYSIS, "--out=out"], make_home(home, tiny_config)
+    )
+    assert (end.code, len(end.told)) == (2, 1)
+    assert re.match("error: out.*No such file or directory", end.told[0])
 
 
 def test_what_an_interrupted_move_left_goes_where_the_rest_is(tmp_path):
