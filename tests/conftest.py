@@ -21,6 +21,7 @@ from historylens.comparison import intervals
 from model import ADTransformer
 
 torch.set_num_threads(1)
+torch.testing._comparison._HAS_DTENSOR = False  # their import takes seconds
 for number in (signal.SIGINT, signal.SIGHUP):  # heard, also where these tests run under nohup
     if signal.getsignal(number) == signal.SIG_IGN:
         signal.signal(number, signal.default_int_handler)

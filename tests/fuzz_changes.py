@@ -52,7 +52,7 @@ def odd_checkpoint(data, rng):
         odd += [torch.zeros(1).expand(tensor.shape), torch.empty(0).expand(2**20, 0), *ODD]
         content["model"][rng.choice([name, name, name, f"x\x1b[2J{name}"])] = rng.choice(odd)
     else:
-        place = {"config": content["config"], "top": content}.get(part) or content["goals"]
+        place = content if part == "top" else content.get(part) or content  # not all have goals
         place[rng.choice(list(place))] = rng.choice(ODD)
     out = io.BytesIO()
     torch.save(content, out)

@@ -1,7 +1,6 @@
 """Checkpoints are found, written whole, read without running anything, and checked."""
 
 import os
-import pickle
 import random
 import re
 
@@ -9,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import random_window, sharp_model
-from foreign import held_out, make_foreign_run
+from foreign import held_out
 from hostile import refusal
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ad.checkpoints import (
@@ -101,10 +100,7 @@ def test_a_checkpoint_survives_trips(path, content, tiny_config):
     assert same_logits(found.model, sharp_model(tiny_config))
 
 
-ODD = [
-    True, [5], (5,), {"a": 1}, torch.tensor(5), torch.device("cpu"), float("nan"), float("inf"),
-    -float("inf"), 2**64, -(10**400), b"9", 2.5 + 1e9,
-]  # fmt: skip
+ODD = [True, [5], {"a": 1}, torch.tensor(5), float("nan"), float("inf"), 2**64, -(10**400), b"9"]
 
 
 class Intruder(str):
@@ -114,16 +110,11 @@ class Intruder(str):
         return (os.mkdir, (str(self),))
 
 
-@pytest.mark.parametrize("writer", ["torch", "pickle"])
-def test_code_in_a_file_is_refused_and_named_and_not_executed(tmp_path, path, content, writer):
-    bad = content | {"goals": Intruder(tmp_path / "executed")}
-    torch.save(bad, path)
-    if writer == "pickle":
-        path.write_bytes(pickle.dumps(bad, protocol=2))
-    assert ("not loaded because" if writer == "torch" else "not a zip file") in refusal(path)
-    assert not (tmp_path / "executed").exists()
-    torch.load(path, weights_only=False) if writer == "torch" else pickle.loads(path.read_bytes())
-    assert (tmp_path / "executed").exists()  # the file was indeed dangerous
+def test_code_in_a_file_is_refused_and_named_and_not_executed(tmp_path, path, content):
+    assert "not loaded because" in error_of(path, content | {"goals": Intruder(tmp_path / "ran")})
+    assert not (tmp_path / "ran").exists()
+    torch.load(path, weights_only=False)
+    assert (tmp_path / "ran").exists()  # the file was indeed dangerous
 
 
 def test_what_is_no_checkpoint_or_truncated_is_an_error_that_names_it(path, content):
@@ -146,22 +137,16 @@ def test_what_is_no_checkpoint_or_truncated_is_an_error_that_names_it(path, cont
 
 @pytest.mark.parametrize(("change", "expected"), [
     ({"n_transit": 13}, "pos_embedding of shape (1, 13, 16), got (1, 12, 16)"),
-    ({"tf_n_embd": 8}, "pos_embedding of shape (1, 12, 8), got (1, 12, 16)"),
     ({"grid_size": 9}, "embed_query_state.weight of shape (81, 16), got (25, 16)"),
     ({"num_actions": 4}, "embed_context.weight of shape (16, 9), got (16, 10)"),
     ({"tf_n_layer": 3}, "layers.2.self_attn.in_proj_weight of shape (48, 16), got none"),
     ({"tf_n_layer": 1}, "weight of shape none, got (48, 16) (and 11 more)"),
     ({"tf_n_head": 3}, "--tf-n-embd to be a multiple of --tf-n-head, got 16 and 3"),
-    *(
-        ({name: value}, f"{name} in its config to be a")
-        for name, (kind, least, most) in READ_FROM_CHECKPOINTS.items()
-        for value in ([7, "x" * 101] if kind is str else ["many", least - 1, most + 1])
-    ),
-    *(
-        ({name: value}, f"{name} in its config to be a")
-        for name in ("tf_n_layer", "tf_dropout", "env")  # of each kind one
-        for value in ODD
-    ),
+    *(({name: value}, f"{name} in its config to be a")
+      for name, (kind, least, most) in READ_FROM_CHECKPOINTS.items()
+      for value in ([7, "x" * 101] if kind is str else ["many", least - 1, most + 1])),
+    *(({name: value}, f"{name} in its config to be a")
+      for name in ("tf_n_layer", "tf_dropout", "env") for value in ODD),  # of each kind one
     *(({name: None}, f"expected {name} in its config, got none") for name in NEEDED),
     ([1, 2], "expected its config and model to be dicts"),
 ])  # fmt: skip
@@ -170,18 +155,15 @@ def test_a_config_that_describes_no_model_or_another_is_an_error(path, content, 
     assert expected in error_of(path, content | {"config": config})
 
 
-@pytest.mark.parametrize("name", ["pos_embedding", "transformer_encoder.layers.0.linear1.weight"])
-def test_tensors_too_few_too_many_renamed_diverged_or_none_are_named(path, content, name):
-    weights = content["model"]
+def test_tensors_too_few_too_many_renamed_diverged_or_none_are_named(path, content):
+    weights, name = content["model"], "transformer_encoder.layers.0.linear1.weight"
     less = {other: tensor for other, tensor in weights.items() if other != name}
+    diverged = f"{name} is not finite or beyond 3e+38: the training diverged"
     for changed, expected in (
         (less, f"expected {name} of shape "),
         (weights | {"mask": torch.zeros(2, 3)}, "expected mask of shape none, got (2, 3)"),
         (less | {f"module.{name}": weights[name]}, "got none (and 1 more)"),  # not a wrapper's
-        (
-            weights | {name: weights[name] / 0},
-            f"{name} is not finite or beyond 3e+38: the training diverged",
-        ),
+        (weights | {name: weights[name] / 0}, diverged),
         (weights | {name: torch.zeros(())}, "do not fit its config"),
         (weights | {name: 3}, "expected its model to be a dict of tensors"),
         ([1, 2], "expected its config and model to be dicts"),
@@ -192,7 +174,7 @@ def test_tensors_too_few_too_many_renamed_diverged_or_none_are_named(path, conte
 
 
 def test_numbers_of_numpy_names_of_wrapped_models_and_what_other_code_leaves_out(path, content):
-    for wrapper in ("module.", "_orig_mod.", "_orig_mod.module."):
+    for wrapper in ("module.", "_orig_mod.module."):
         wrapped = {wrapper + name: tensor for name, tensor in content["model"].items()}
         wrapped["n_averaged"] = torch.tensor(3)  # of an AveragedModel
         found = loaded(path, content | {"model": wrapped}).model.state_dict()
@@ -210,18 +192,6 @@ def test_numbers_of_numpy_names_of_wrapped_models_and_what_other_code_leaves_out
     assert (found.goals, found.model.config.tf_dropout) == ({}, 0.0)
 
 
-def test_a_foreign_run_loads_as_it_is(tmp_path, tiny_model, tiny_config):
-    run, _ = make_foreign_run(tmp_path, tiny_model.state_dict(), n_steps=5, step=9000)
-    touch(run / "events.out.tfevents.1")
-    for where in (run, run.parent, run / "ckpt-9000.pt"):
-        assert find_checkpoint(where)[0] == run / "ckpt-9000.pt"
-    found = load_checkpoint(run / "ckpt-9000.pt")
-    assert (found.step, found.config["device"]) == (9000, torch.device("cuda:0"))
-    assert found.model.config == tiny_config
-    assert found.config["tf_n_inner"] != tiny_config.tf_n_inner  # that of the tensors counts
-    assert same_logits(found.model, tiny_model)
-
-
 def test_held_out_goals_are_those_that_such_code_names_and_never_guessed():
     config = {"env": "darkroom", "grid_size": 9, "env_split_seed": 0, "train_env_ratio": 0.9}
     expected = [[4, 2], [5, 6], [6, 8], [7, 2], [3, 6], [0, 5], [5, 8], [5, 4]]  # as published
@@ -230,13 +200,13 @@ def test_held_out_goals_are_those_that_such_code_names_and_never_guessed():
     assert sorted(goals["train"] + expected) == [[r, c] for r in range(9) for c in range(9)]
     for name, value in (("env_split_seed", None), ("train_env_ratio", None), ("env", "other")):
         assert split_of(config | {name: value}) == {}
-    for env in ("darkroom", "DarkRoom", "dark_room", "Dark Room"):
-        assert task_of({"env": env}) == "darkroom"
-    for other in ("darkroompermuted", "darkkeytodoor", "dark_room_hard", 3):
-        assert task_of({"env": other}) is None
+    for env, task in (("DarkRoom", "darkroom"), ("Dark Room", "darkroom"), ("dark_room_hard", None),
+                      ("darkkeytodoor", None), (3, None)):  # fmt: skip
+        assert task_of({"env": env}) == task
     assert task_of({}) == task_of({"env": None}) == "darkroom"
 
 
+@settings(max_examples=10)
 @given(st.integers(2, 12), st.integers(-5, 2**40), st.floats(0, 1))
 def test_the_split_is_that_of_the_global_generator_and_leaves_it_alone(grid_size, seed, ratio):
     before = random.getstate()
@@ -247,9 +217,9 @@ def test_the_split_is_that_of_the_global_generator_and_leaves_it_alone(grid_size
     assert len(goals["train"]) + len(cells) == grid_size**2
 
 
-@pytest.mark.parametrize("name", ["cuda:99", "gpu", "", "cpu:x"])
-def test_a_device_is_picked_by_its_name_and_one_that_is_not_there_is_an_error(name):
+def test_a_device_is_picked_by_its_name_and_one_that_is_not_there_is_an_error():
     assert pick_device("cpu") == torch.device("cpu")
     assert pick_device("auto").type in ("cpu", "cuda")
-    with pytest.raises(UserError, match=f"expected a --device of this machine.*{name!r}"):
-        pick_device(name)
+    for name in ("cuda:99", "gpu", ""):
+        with pytest.raises(UserError, match=f"expected a --device of this machine.*{name!r}"):
+            pick_device(name)

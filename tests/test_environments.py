@@ -13,10 +13,8 @@ from historylens.adapter.file import Adapter
 from historylens.adapter.given import GymRooms
 from historylens.agent import rollout
 from historylens.common.errors import UserError
-from historylens.pictures import returns
 
 gymnasium = pytest.importorskip("gymnasium")
-MODES = ["NEXT_STEP", "SAME_STEP", "DISABLED"]
 N_ROOMS, SEED = 3, 7
 ADAPTER = """
 import gymnasium, numpy as np, torch
@@ -31,16 +29,13 @@ KIND, MODE, LIMIT = SyncVectorEnv, "SAME_STEP", 500
 class Model(nn.Module):
     def __init__(self):
         super().__init__()
-        self.layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        self.layer = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True)
 
     def forward(self, history):  # balances as soon as it has some history, else pushes to the left
-        steps = torch.cat([history.states, history.actions[..., None] + 1.0,
-                           history.rewards[..., None], history.states[..., :2]], 2)
-        query = torch.cat([history.query_states, history.query_states], 1)
-        read = self.layer(torch.cat([steps, query[:, None]], 1))[:, -1, :2]
+        x = torch.cat([history.states, history.query_states[:, None]], 1)
         leans = history.query_states[:, 2] + 0.5 * history.query_states[:, 3] > 0
         right = leans if history.n else torch.zeros_like(leans)
-        return 0 * read + 99.0 * torch.stack([~right, right], 1)
+        return 0 * self.layer(x)[:, -1, :2] + 99.0 * torch.stack([~right, right], 1)
 
 
 def load():
@@ -50,8 +45,8 @@ def load():
 def samples(n, seed):
     rng = np.random.default_rng(seed)
     for _ in range(n):
-        states = rng.normal(size=(31, 4)).astype(np.float32) / 20
-        yield Decision(states[:30], rng.integers(2, size=30), np.ones(30), states[30])
+        *states, query = rng.normal(size=(31, 4)).astype(np.float32) / 20
+        yield Decision(np.array(states), rng.integers(2, size=30), np.ones(30), query)
 
 
 def act(model, history):
@@ -78,18 +73,18 @@ def make_env(goals):
 
 
 @pytest.fixture(autouse=True)
-def home(tmp_path, monkeypatch):
+def home(tmp_path, monkeypatch, undrawn):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
-    for name in ("draw_by_budget", "draw_by_episode"):
-        monkeypatch.setattr(returns, name, lambda *_: None)
 
 
-def written(kind="SyncVectorEnv", mode="SAME_STEP", limit=500):
-    told = f"KIND, MODE, LIMIT = {kind}, {mode!r}, {limit}\n"
-    Path("poles.py").write_text(
-        ADAPTER.replace('KIND, MODE, LIMIT = SyncVectorEnv, "SAME_STEP", 500\n', told)
-    )
+def written(changes=(), kind="SyncVectorEnv", mode="SAME_STEP", limit=500):
+    told = ('SyncVectorEnv, "SAME_STEP", 500', f"{kind}, {mode!r}, {limit}")
+    text = ADAPTER
+    for old, new in (told, *changes):
+        assert old in text
+        text = text.replace(old, new)
+    Path("poles.py").write_text(text)
     return "poles.py"
 
 
@@ -120,7 +115,13 @@ def plain_loop(history, horizon, limit, room):
         state = env.reset()[0] if is_over else reached
 
 
-def check_stored(horizon, limit, **kind):
+@pytest.mark.parametrize(("horizon", "limit", "kind"), [
+    *((*sizes, {"mode": mode}) for mode in ("NEXT_STEP", "SAME_STEP", "DISABLED")
+      for sizes in ((25, 500), (6, 6), (10, 7), (25, 11))),
+    (25, 500, {"kind": "AsyncVectorEnv", "mode": "NEXT_STEP"}),
+    (25, 500, {"kind": '"old"'}),  # older names of the last state
+])  # fmt: skip
+def test_what_is_stored_is_what_a_single_environment_goes_through(horizon, limit, kind):
     rewards, ends, history = played(horizon, 4 * horizon + 3, limit=limit, **kind)
     for room in range(N_ROOMS):
         plain = zip(*plain_loop(history, horizon, limit, room), strict=True)
@@ -131,17 +132,7 @@ def check_stored(horizon, limit, **kind):
         np.testing.assert_array_equal(rewards[room], earned)
         np.testing.assert_array_equal(history.episodes[room], episodes)
         np.testing.assert_array_equal(ends[room], is_over)
-    return ends
-
-
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize(("horizon", "limit"), [(25, 500), (6, 6), (10, 7), (9, 500), (25, 11)])
-def test_what_is_stored_is_what_a_single_environment_goes_through(mode, horizon, limit):
-    ends = check_stored(horizon, limit, mode=mode)
     assert ends.sum() > 4 * N_ROOMS or horizon < 10  # some end early
-    if (horizon, limit) == (25, 500):
-        check_stored(horizon, limit, kind="AsyncVectorEnv", mode=mode)
-        check_stored(horizon, limit, kind='"old"')  # older names of the last state
 
 
 def test_environments_that_only_begin_anew_together_may_not_end_alone():
@@ -157,17 +148,15 @@ def test_environments_that_only_begin_anew_together_may_not_end_alone():
     ("*given[:2], [True], [True], infos", r"expected ends of shape \(3,\)"),
 ])  # fmt: skip
 def test_a_last_state_that_is_not_given_is_one_line(gives, words):
-    written = ADAPTER.replace("metadata = {}", "metadata = {'autoreset_mode': 'Same_Step'}")
-    with pytest.MonkeyPatch.context() as patch:
-        old = "*given, {names.get(name, name): value for name, value in infos.items()}"
-        patch.setitem(globals(), "ADAPTER", written.replace(old, gives))
-        with pytest.raises(UserError, match=rf"\Apoles\.py: (?=.*{words})"):
-            played(25, 60, kind='"old"')
+    old = "*given, {names.get(name, name): value for name, value in infos.items()}"
+    changes = [("metadata = {}", "metadata = {'autoreset_mode': 'Same_Step'}"), (old, gives)]
+    with pytest.raises(UserError, match=rf"\Apoles\.py: (?=.*{words})"):
+        played(25, 60, kind='"old"', changes=changes)
 
 
-def compared(capsys, *flags):
+def compared(capsys, *changes):
     run = ["--seeds=2", "--episodes=3", "--budgets=5", "--strategies=recent", "--confirm=0"]
-    main(["--adapter", written(), *run, *flags])
+    main(["--adapter", written(changes), *run])
     with Path("figs/compression/results.csv").open() as file:
         earned = {row["strategy"]: float(row["return"]) for row in csv.DictReader(file)}
     return earned, " ".join(capsys.readouterr().out.split())
@@ -187,10 +176,8 @@ def test_arms_are_told_apart_where_every_step_pays(capsys):
     assert said.count(counted) == 2
 
 
-def test_where_nothing_ends_early_nothing_is_said_of_it(capsys, monkeypatch):
-    short = ADAPTER.replace('HORIZON = ("pole",), 25', 'HORIZON = ("pole",), 6')
-    monkeypatch.setitem(globals(), "ADAPTER", short)
-    earned, said = compared(capsys)
+def test_where_nothing_ends_early_nothing_is_said_of_it(capsys):
+    earned, said = compared(capsys, ('HORIZON = ("pole",), 25', 'HORIZON = ("pole",), 6'))
     assert set(earned.values()) == {6.0}
     assert "ended before" not in said
     assert "ended_early" not in Path("figs/compression/results.json").read_text()

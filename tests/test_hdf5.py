@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import make_histories
 from foreign import foreign_logits, held_out, make_foreign_run, write_hdf5
+from hostile import refusal
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -25,7 +26,6 @@ from ad.histories import histories_path, read_hdf5, read_histories
 from dataset import CONTEXT
 from historylens.common.errors import UserError
 from historylens.history import History
-from historylens.pictures import returns
 
 GRID, HORIZON = 3, 4
 GOALS = [[2, 0], [0, 1]]
@@ -76,11 +76,7 @@ def read(path, goals=GOALS, horizon=HORIZON):
 
 
 def error_of(path, **options) -> str:
-    with pytest.raises(UserError) as caught:
-        read(path, **options)
-    message = str(caught.value)
-    assert str(path) in message and "\n" not in message  # noqa: PT018
-    return message
+    return refusal(path, lambda path: read(path, **options))
 
 
 @settings(max_examples=15)
@@ -159,9 +155,7 @@ def test_rewards_away_from_the_goal_that_a_group_is_named_for_are_told(path, ste
 @pytest.mark.parametrize(("names", "goals", "expected"), [
     ([], GOALS, f"is empty: expected {NAMED}"),
     ("012345", GOALS, f"{NAMED}, got none of goal 2,0 (6) in 0, 1, 2, 3, ... (6)"),
-    (["goal-0"], GOALS, f"{NAMED}, got none of goal 2,0 (6) in goal-0"),
-    (["goal-0"], None, f"{NAMED}, got 'goal-0'"),
-    (["9"], None, f"{NAMED}, got '9'"),
+    (["goal-0"], None, f"{NAMED}, got 'goal-0'"), (["9"], None, f"{NAMED}, got '9'"),
 ])  # fmt: skip
 def test_groups_missing_or_named_otherwise_are_told(path, names, goals, expected):
     write(path, {name: content() for name in names})
@@ -187,19 +181,15 @@ def spoilt(name, step, value):
 
 @pytest.mark.parametrize(("changes", "expected"), [
     ({"states": None}, "expected a dataset states, got actions, dones, next_states, rewards"),
-    ({"actions": None}, "expected a dataset actions, got dones, next_states, rewards, states"),
     ({"states": np.zeros((2, 8, 2))}, "expected states of shape (8, 2, 2) beside actions of "
      "shape (8, 2) (time, streams), got (2, 8, 2)"),
     ({"next_states": np.zeros((8, 2, 3))}, "expected next_states of shape (8, 2, 2)"),
     ({"rewards": np.zeros((8, 3))}, "expected rewards of shape (8, 2)"),
     ({"dones": np.zeros(8)}, "expected dones of shape (8, 2)"),
     ({"actions": np.zeros(8)}, "expected actions (T, streams), got (8,)"),
-    ({"actions": np.zeros((0, 2))}, "expected learning histories, got (0, 2) actions"),
     ({"actions": np.zeros((8, 0))}, "expected learning histories, got (8, 0) actions"),
     (spoilt("states", 3, 0.5), "states: expected whole numbers, got 0.5"),
-    (spoilt("actions", 3, b"up"), "actions: expected numbers, got |S2"),
     (spoilt("next_states", 3, np.nan), "next_states: expected finite numbers, got nan"),
-    (spoilt("rewards", 3, np.inf), "rewards: expected finite numbers, got inf"),
     (spoilt("dones", 5, True), f"{ENDS} an end at step 5 of stream 1"),
     (spoilt("dones", 3, False), f"{ENDS} none at step 3 of stream 1"),
 ])  # fmt: skip
@@ -236,7 +226,7 @@ def logits_both_ways(run, file, cell, stream, step):
 
 def test_held_out_goals_are_read_and_decided_on_as_that_code_does(tmp_path, tiny_run):
     shipped = make_foreign_run(tmp_path / "shipped", n_steps=120)
-    for place in [(*shipped, 3, 1, 113), *((*tiny_run, 0, 1, step) for step in (11, 25, 39))]:
+    for place in [(*shipped, 3, 1, 113), *((*tiny_run, 0, 1, step) for step in (11, 39))]:
         found, expected = logits_both_ways(*place)
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
         assert expected.std() > 0.1
@@ -293,7 +283,6 @@ def test_histories_that_are_not_there_and_a_checkpoint_that_does_not_fit_are_an_
     assert (beside, histories_path(file, checkpoint)) == (run / "histories-test.npz", file)
     make_histories(goals=np.zeros((0, 2), dtype=int)).save(run / "x.npz")
     apart = "code that keeps them apart .*--histories datasets/history_darkroom_PPO_alg-seed42.hdf5"
-    horizon = "expected horizon in its config to be a whole number in 1..16384, got"
     with file.open() as opened:  # as HDF5 does in a program that writes
         fcntl.flock(opened, fcntl.LOCK_EX)
         with pytest.raises(UserError, match=f"{file} is open for writing elsewhere"):
@@ -304,19 +293,16 @@ def test_histories_that_are_not_there_and_a_checkpoint_that_does_not_fit_are_an_
         (beside, {}, f"expected {beside}; this run comes from {apart}"),
         (beside, {"env_split_seed": None}, f"expected {beside} beside the checkpoint; name a file"),
         (file, {"env": "permuted"}, "env 'darkroom', where a group is a goal, got env 'permuted'"),
-        (file, {"horizon": 0}, f"{horizon} 0"),
-        (file, {"horizon": 2.5}, f"{horizon} 2.5"),
     ):
         with pytest.raises(UserError, match=expected):
             read_histories(path, checkpoint_of(run, **config))
 
 
-def test_the_commands_run_as_a_user_of_that_code_runs_them(tiny_run, tmp_path, monkeypatch, capsys):
+def test_the_commands_run_as_a_user_of_that_code_runs_them(
+    tiny_run, tmp_path, monkeypatch, capsys, undrawn
+):
     run, file = (str(path.relative_to(tmp_path)) for path in tiny_run)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("historylens.analysis.results.draw", lambda *_: 0)
-    for name in ("draw_by_budget", "draw_by_episode"):
-        monkeypatch.setattr(returns, name, lambda *_: None)
     argv = ["--checkpoint", run, "--histories", file, "--num-samples", "3", "--num-figures", "0"]
     visualize_attention.main([*argv, "--layers", "1", "--num-effects", "0"])
     found = json.loads((tmp_path / "figs/attention/metrics.json").read_text())

@@ -40,9 +40,7 @@ def test_histories_are_refused_that_unpack_to_more_than_memory_or_another_way(np
     assert "expected nothing compressed as" in refusal(npz, Histories.load)
 
 
-@pytest.mark.parametrize("shape", [
-    (10**12,), (3, 29), (3, 31), (10**6, 10**6, 10**6), (-3, 30), (-3, -30), (),
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize("shape", [(10**12,), (3, 29), (3, 31), (10**6,) * 3, (-3, -30), ()])
 def test_arrays_are_as_large_as_their_headers_say(npz, shape):
     file, odd = io.BytesIO(), {"descr": "|i1", "fortran_order": False, "shape": shape}
     np.lib.format.write_array_header_1_0(file, odd)
@@ -68,7 +66,6 @@ LAYOUT = h5py.VirtualLayout((40, 2), "f4")
 LAYOUT[:] = h5py.VirtualSource("/etc/passwd", "x", (40, 2))
 TRAPS = {
     "soft link": (lambda file, at: file.__setitem__(at, h5py.SoftLink("/1/rewards")), "SoftLink"),
-    "circle": (lambda file, at: file.__setitem__(at, h5py.SoftLink(at)), "SoftLink"),
     "elsewhere": (lambda file, at: file.__setitem__(at, h5py.ExternalLink("FIFO", "/")), "Ext"),
     "itself": (lambda file, at: file.__setitem__(at, file["/"]), "expected a dataset rewards"),
     "virtual": (lambda file, at: file.create_virtual_dataset(at, LAYOUT), "it lies in another"),
@@ -80,7 +77,6 @@ TRAPS = {
     "a chunk of 2 GB": (lambda file, at: file.create_dataset(
         at, (40, 2), "f4", chunks=(2**28, 2), maxshape=(None, 2)), "its arrays are 2,1"),
     "texts": (lambda file, at: file.create_dataset(at, (40, 2), h5py.string_dtype()), "object"),
-    "pairs": (lambda file, at: file.create_dataset(at, (40, 2), [("a", "f4")]), "expected numbers"),
     "nothing": (lambda file, at: file.create_dataset(at, data=h5py.Empty("f4")), "HDF5 file"),
 }  # fmt: skip
 
@@ -91,7 +87,7 @@ def test_hdf5_files_are_read_from_themselves_alone_and_not_beyond_their_size(hdf
     make, expected = TRAPS[trap]
     os.mkfifo(path.with_name("FIFO"))
     places = {"10^12 steps": ["13"]}.get(trap, ["13/rewards"])
-    for at in [*places, "13"] if trap in ("soft link", "circle", "elsewhere") else places:
+    for at in [*places, "13"] if trap in ("soft link", "elsewhere") else places:
         with h5py.File(path, "r+") as file:
             del file[at]
             make(file, at)
@@ -115,17 +111,15 @@ def test_names_of_an_hdf5_file_reach_no_terminal_as_they_are(hdf5):
 @pytest.mark.parametrize(("name", "kind", "is_read"), [
     ("states", ">i8", True), ("actions", ">u2", True), ("rewards", ">f4", True),
     ("rewards", "f2", True), ("goals", ">i4", True), ("rewards", "?", True),
-    ("actions", "u8", True),
-    ("rewards", "S3", False), ("rewards", "U3", False), ("rewards", "M8[s]", False),
-    ("rewards", "m8[s]", False), ("rewards", "V4", False), ("rewards", "c16", False),
-    ("rewards", "longdouble", False), ("rewards", [("a", "i4")], False), ("goals", "f8", False),
+    ("rewards", "S3", False), ("rewards", "M8[s]", False), ("rewards", "V4", False),
+    ("rewards", "c16", False), ("rewards", "longdouble", False), ("goals", "f8", False),
     ("states", "?", False), ("horizon", "f8", False), ("horizon", ">i2", True),
 ], ids=str)  # fmt: skip
 def test_numbers_of_any_kind_are_read_and_nothing_else(run_file, npz, name, kind, is_read):
     read = partial(read_histories, checkpoint=load_checkpoint(run_file))
     arrays = vars(make_histories())
     odd = np.array(arrays[name])
-    odd = odd.astype(kind) if kind != "V4" and isinstance(kind, str) else np.zeros(odd.shape, kind)
+    odd = odd.astype(kind) if kind != "V4" else np.zeros(odd.shape, kind)
     np.savez(npz, **arrays | {name: odd})
     if not is_read:
         refusal(npz, read)
@@ -139,7 +133,7 @@ def test_numbers_of_any_kind_are_read_and_nothing_else(run_file, npz, name, kind
     assert agent.forward(History.of([agent.decisions[0]])).isfinite().all()
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e38, -1e38, 1e7])
+@pytest.mark.parametrize("value", [np.nan, -np.inf, 1e7])
 def test_rewards_are_finite_and_of_a_size_that_a_model_can_read(npz, hdf5, value):
     arrays = vars(make_histories())
     rewards = arrays["rewards"].astype(float)
@@ -152,11 +146,12 @@ def test_rewards_are_finite_and_of_a_size_that_a_model_can_read(npz, hdf5, value
     assert "finite" in refusal(file, read)
 
 
-@pytest.mark.parametrize("goals", [np.full((3, 2), 5), np.full((3, 2), -1), np.zeros((3, 3), int)])
-def test_goals_of_histories_are_cells_of_the_room(run_file, npz, goals):
-    np.savez(npz, **vars(make_histories()) | {"goals": goals})
-    checkpoint = load_checkpoint(run_file)
-    assert "goals" in refusal(npz, partial(read_histories, checkpoint=checkpoint))
+def test_goals_of_histories_are_cells_of_the_room(run_file, npz):
+    for goals in (np.full((3, 2), 5), np.full((3, 2), -1), np.zeros((3, 3), int)):
+        np.savez(npz, **vars(make_histories()) | {"goals": goals})
+        assert "goals" in refusal(
+            npz, partial(read_histories, checkpoint=load_checkpoint(run_file))
+        )
 
 
 def test_episodes_of_another_length_than_the_model_was_trained_on_are_told(run_file, npz):

@@ -1,67 +1,74 @@
-"""A kill before any change of a file costs nothing: the same command ends as if there was none.
+"""A kill before any change of a file costs nothing, and what is damaged is set aside.
 
     KILLS=100 python -m pytest tests/test_kills.py      # so many kills a command, not only a few
 
-The changes are found by watching one run; the kills are spread over all of them.
+The same command ends as if there was none. The changes are found by watching one run; the kills
+are spread over all of them.
 """
 
 import json
 import os
+import re
 import shutil
+from pathlib import Path
 
 import pytest
+import torch
 from apart import plain_files, run_apart, temporaries
 from conftest import sharp_model, without_drawing, write_checkpoint
+from levers import LeversAgent
 from test_train import TINY, flag_of
 from test_visualize_attention import make_run
 
 import compare_compression
 import train
 import visualize_attention
+from historylens.common.files import set_aside
+from historylens.comparison import CompareConfig, compare
+from historylens.comparison.results import CONFIRMATION, RESULTS, ResultsFile
 from historylens.pictures import INCOMPLETE
+from historylens.pictures.painter import Painter
 
 N_KILLS = int(os.environ.get("KILLS", 4))
 ANALYSIS = ["--num-samples=3", "--num-figures=1", "--num-effects=0", "--dpi=20", "--device=cpu"]
 COMPARISON = ["--strategies", "recent", "--budgets=3", "--seeds=1", "--episodes=2", "--confirm=0",
               "--device=cpu"]  # fmt: skip
 TRAINING = [f"{flag_of(name)}={value}" for name, value in TINY.items()]
+COMMANDS = {
+    "analysis": (visualize_attention.main, ANALYSIS, "--out"),
+    "comparison": (compare_compression.main, COMPARISON, "--out"),
+    "training": (train.main, TRAINING, "--checkpoints"),
+}
 
 
-@pytest.fixture(scope="module")
-def homes(tmp_path_factory, tiny_config):
-    """For each command a folder with what an earlier run left, and what an unbroken one makes."""
-    with pytest.MonkeyPatch.context() as patch:
-        without_drawing(patch)
-        top = tmp_path_factory.mktemp("homes")
-        make_run(top / "analysis" / "checkpoints" / "tiny", tiny_config)
-        write_checkpoint(top / "comparison/checkpoints/tiny/ckpt-30.pt", sharp_model(tiny_config),
-                         [[0, 1], [2, 2]], 30)  # fmt: skip
-        (top / "training").mkdir()
-        yield {
-            "analysis": begun(top, visualize_attention.main, "analysis", ANALYSIS, "--seed=1"),
-            "comparison": begun(
-                top, compare_compression.main, "comparison", COMPARISON, "--seed=1"
-            ),
-            "training": begun(top, train.main, "training", TRAINING, None),
-        }
+def make_home(folder, config):
+    """A folder with a run to look at and to act with."""
+    make_run(folder / "checkpoints" / "tiny", config)
+    goals = [[0, 1], [2, 2]]
+    write_checkpoint(folder / "checkpoints/tiny/ckpt-30.pt", sharp_model(config), goals, 30)
+    return folder
 
 
-def begun(top, main, name, argv, earlier):
-    """A command, its folder before it runs, and after."""
-    before, after = top / name, top / f"{name} after" / name
-    if earlier:
-        assert run_apart(main, [*argv, earlier], before).code == 0
+@pytest.fixture(params=COMMANDS)
+def command(request, tmp_path, tiny_config, monkeypatch):
+    """A command, its folder with what an earlier run left, and after it: what it changes there."""
+    without_drawing(monkeypatch)
+    name, (main, argv, _) = request.param, COMMANDS[request.param]
+    before, after = make_home(tmp_path / name, tiny_config), tmp_path / "after" / name
+    if main is not train.main:
+        assert run_apart(main, [*argv, "--seed=1"], before).code == 0
     shutil.copytree(before, after)
     assert run_apart(main, argv, after).code == 0
-    changes = after.with_name("changes").read_text().split()
-    return main, argv, before, after, changes
+    return name, before, after, after.with_name("changes").read_text().split()
 
 
 def as_it_should_be(name, folder, before, after):
     """Whether a folder is what it was, or what it becomes, or says that it is neither."""
     now = plain_files(folder)
-    if name == "analysis" and not (folder / "figs/attention" / INCOMPLETE).exists():
-        return now in (plain_files(before), plain_files(after))
+    if name == "analysis":
+        said = now.get(f"figs/attention/{INCOMPLETE}")
+        whole = plain_files(before), plain_files(after)
+        return b"run its command again" in said if said else now in whole
     results = folder / "figs/compression/results.json"
     if name == "comparison" and results.exists() and json.loads(results.read_text())["complete"]:
         said = {name: content for name, content in now.items() if "earlier-" not in name}
@@ -71,9 +78,9 @@ def as_it_should_be(name, folder, before, after):
     return True
 
 
-@pytest.mark.parametrize("name", ["analysis", "comparison", "training"])
-def test_a_kill_at_any_change_of_a_file_costs_nothing(homes, tmp_path, name):
-    main, argv, before, after, changes = homes[name]
+def test_a_kill_at_any_change_of_a_file_costs_nothing(command, tmp_path):
+    name, before, after, changes = command
+    main, argv, _ = COMMANDS[name]
     n_kills = min(N_KILLS, len(changes))
     for kill_at in sorted({len(changes) * i // n_kills for i in range(n_kills)}):
         folder = tmp_path / str(kill_at) / name
@@ -88,3 +95,131 @@ def test_a_kill_at_any_change_of_a_file_costs_nothing(homes, tmp_path, name):
         assert plain_files(folder) == plain_files(after), (kill_at, changes[kill_at])
         assert not temporaries(folder)
         shutil.rmtree(folder)
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    without_drawing(monkeypatch)
+    (tmp_path / "home" / "checkpoints").mkdir(parents=True)
+    return tmp_path / "home"
+
+
+def test_a_folder_that_goes_away_is_a_line(home, tiny_config, monkeypatch):
+    draw = Painter.draw
+
+    def remove(self, *args, **kwargs):
+        shutil.rmtree("out", ignore_errors=True)
+        draw(self, *args, **kwargs)
+
+    monkeypatch.setattr(Painter, "draw", remove)
+    end = run_apart(
+        visualize_attention.main, [*ANALYSIS, "--out=out"], make_home(home, tiny_config)
+    )
+    assert (end.code, len(end.told)) == (2, 1)
+    assert re.match("error: out.*No such file or directory", end.told[0])
+
+
+def test_what_an_interrupted_move_left_goes_where_the_rest_is(tmp_path):
+    names = ["a.png", "b.csv", "c.json"]
+    assert set_aside(tmp_path, names) is None
+    for number in (1, 2):
+        for name in names:
+            (tmp_path / name).write_text(str(number))
+        (tmp_path / f"earlier-{number}").mkdir()
+        os.replace(tmp_path / "a.png", tmp_path / f"earlier-{number}" / "a.png")  # interrupted
+        assert set_aside(tmp_path, names) == tmp_path / f"earlier-{number}"
+    assert plain_files(tmp_path / "earlier-1") == dict.fromkeys(names, b"1")
+
+
+def damaged(text):
+    """Ways to spoil kept results, each a text of the file."""
+    content = json.loads(text)
+    [block] = content["arms"]["full"]["blocks"]
+    returns = block["returns"]
+    yield from ("", "{", "[" * 100_000, "[]", json.dumps(content | {"schema_version": 9}))
+    for value in ("NaN", "1e999", "1" + "0" * 400, '"a"', "[1]"):
+        returns[0][0][0] = "HERE"
+        yield json.dumps(content).replace('"HERE"', value)
+    returns[0][0][0] = 1
+    yield json.dumps(content | {"arms": {"full": content["arms"]["full"] | {"budget": 3}}})
+    block["returns"] = returns[1:]
+    yield json.dumps(content)
+    block["first_seed"], block["returns"] = 1, returns
+    yield json.dumps(content)
+    block |= {"first_seed": 0, "cost": {"decisions": None}}
+    yield json.dumps(content).replace("null", "Infinity")
+
+
+@pytest.mark.parametrize("name", [RESULTS, CONFIRMATION])
+def test_damaged_results_are_set_aside_and_played_again(tmp_path, monkeypatch, capsys, name):
+    monkeypatch.chdir(tmp_path)
+    wanted = {"strategies": ["random"], "budgets": [14], "seeds": 2, "episodes": 8, "confirm": 2}
+    path = Path("figs/compression") / name
+
+    def again():
+        compare(LeversAgent(), CompareConfig(**wanted, margin=0.4))
+        said = capsys.readouterr()
+        return " ".join(f"{said.out} {said.err}".split())
+
+    again()
+    whole, text = plain_files(path.parent), path.read_text()
+    known = json.loads(text)["fingerprint"]
+    for number, bad in enumerate(damaged(text), start=1):
+        path.write_text(bad)
+        found, aside = (
+            ResultsFile(path.parent, known, name).found,
+            path.parent / f"earlier-{number}",
+        )
+        assert re.search(rf"\((a damaged {name}|of another version)\).* moved to {aside}", found)
+        assert (aside / name).read_text() == bad
+    path.unlink(missing_ok=True)
+    path.mkdir()
+    assert f"(a damaged {name}) were in {path.parent}: moved to" in again()
+    assert (path.parent / f"earlier-{number + 1}" / name).is_dir()
+    assert {name: plain_files(path.parent)[name] for name in whole} == whole
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory):
+    """The home of a run killed before its last change but one, and the files of a whole one."""
+    home = tmp_path_factory.mktemp("killed") / "home"
+    run = home / "checkpoints/AD-darkroom-seed0"
+    run.parent.mkdir(parents=True)
+    with pytest.MonkeyPatch.context() as patch:
+        without_drawing(patch)
+        assert run_apart(train.main, TRAINING, home).code == 0
+        n_changes = len(home.with_name("changes").read_text().split())
+        whole = plain_files(run)
+        shutil.rmtree(run)
+        shutil.rmtree(home / "figs")
+        assert run_apart(train.main, TRAINING, home, kill_at=n_changes - 1).code == -9
+    return home, whole
+
+
+@pytest.mark.parametrize("spoil", ["empty", "folder", "step", "log", "checkpoint", "other"])
+def test_a_damaged_resume_is_set_aside_and_the_run_begins_anew(home, killed, spoil):
+    run, whole = home / "checkpoints/AD-darkroom-seed0", killed[1]
+    shutil.copytree(killed[0], home, dirs_exist_ok=True)
+    resume = run / "resume.pt"
+    state = torch.load(resume)
+    if spoil in ("step", "log", "other"):
+        changed = {"step": {"step": 10**9}, "log": {"log": [{"best": 1}]}, "other": {"model": {}}}
+        torch.save(state | changed[spoil], resume)
+    elif spoil == "checkpoint":
+        [path.unlink() for path in run.glob("ckpt-*")]
+    else:
+        resume.unlink()
+        resume.mkdir() if spoil == "folder" else resume.touch()
+    end = run_apart(train.main, [*TRAINING, "--resume"], home)
+    assert end.code == 0
+    assert [line for line in end.err.splitlines() if line.startswith("note: ") and "moved" in line]
+    assert (run / "earlier-1/resume.pt").exists()
+    assert {name: plain_files(run)[name] for name in whole} == whole
+
+
+def test_a_file_in_the_folder_of_a_new_run_is_kept(home):
+    run = home / "checkpoints/AD-darkroom-seed0"
+    run.mkdir()
+    (run / "training.json").write_text("mine")
+    assert run_apart(train.main, TRAINING, home).code == 0
+    assert (run / "earlier-1/training.json").read_text() == "mine"

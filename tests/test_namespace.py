@@ -2,15 +2,15 @@
 
 import ast
 import importlib
-import json
 import re
+import runpy
 import shutil
-import subprocess
 import sys
 import tomllib
 from pathlib import Path
 
 import pytest
+from apart import run_apart
 
 ROOT = Path(__file__).resolve().parents[1]
 TOOL = ROOT / "historylens"
@@ -73,27 +73,6 @@ COMMANDS = {
     "compare_compression.py": "--seeds=2 --episodes=2 --budgets=5 --strategies=recent --confirm=0",
 }
 VISUALIZE, COMPARE = COMMANDS
-# Runs each command as a python of its own would, but imports what is not ours once.
-RUN = f"""
-import json, os, runpy, sys
-import matplotlib.pyplot, seaborn, torch, tqdm
-
-def ours():
-    files = {{name: str(getattr(m, "__file__", None)) for name, m in sys.modules.items()}}
-    return [n for n, f in files.items() if f.startswith("{ROOT}") and "site-packages" not in f]
-
-assert not ours()
-for home, script, path, argv in json.load(sys.stdin):
-    if os.fork() == 0:
-        os.chdir(home)
-        for stream in (1, 2):
-            os.dup2(os.open(f"{{stream}}.txt", os.O_WRONLY | os.O_CREAT), stream)
-        sys.path[:1], sys.argv = [os.path.dirname(script), path], [script, *argv]
-        runpy.run_path(script, run_name="__main__")
-        print(*(f"ours: {{name}}" for name in ours()), sep="\\n", flush=True)
-        os._exit(0)
-    assert os.wait()[1] == 0, open(f"{{home}}/2.txt").read()
-"""
 SPAWN = (
     "from concurrent.futures import ProcessPoolExecutor as P; import multiprocessing as m; "
     "print('spawned', P(1, m.get_context('spawn')).submit(abs, -3).result())"
@@ -118,50 +97,65 @@ def of_many_names(home, elsewhere, turn):
     (home / "mine.py").write_text(example("\n".join(lines[:3]), "; ".join(lines[3:])))
 
 
+def ours():
+    files = {name: str(getattr(m, "__file__", None)) for name, m in sys.modules.items()}
+    return [name for name, file in files.items() if Path(file).is_relative_to(ROOT)]
+
+
+def as_anew(argv):
+    """Run a command in a process that has none of our modules, and say which ones it finds."""
+    for name in ours():
+        del sys.modules[name]
+    sys.meta_path[:] = [one for one in sys.meta_path if "historylens" not in type(one).__module__]
+    path = [path for path in sys.path if not Path(path).resolve().is_relative_to(ROOT)]
+    script, elsewhere, *_ = argv
+    sys.path[:], sys.argv = [str(Path(script).parent), elsewhere, *path], [script, *argv[2:]]
+    runpy.run_path(script, run_name="__main__")
+    print(*(f"ours: {name}" for name in ours()), sep="\n")
+
+
 @pytest.fixture(scope="module")
 def homes(tmp_path_factory):
-    """Folders of adapters, and in each what a command said on stdout and stderr: 1.txt, 2.txt."""
-    folder, jobs = tmp_path_factory.mktemp("namespace"), []
+    """A folder of folders with an adapter each, and by their names what a command said there."""
+    folder, homes = tmp_path_factory.mktemp("namespace"), {}
+    for name in ("matplotlib.pyplot", *OUTSIDE):
+        importlib.import_module(name)  # once, and not in each process
 
-    def job(home, script=ROOT / VISUALIZE, adapter="mine.py", path=""):
-        argv = ["--adapter", adapter, *COMMANDS[script.name].split()]
-        jobs.append([str(folder / home), str(script), str(path), argv])
+    def run(home, script=ROOT / VISUALIZE, adapter="mine.py", elsewhere=""):
+        argv = [script, elsewhere, "--adapter", adapter, *COMMANDS[script.name].split()]
+        homes[home] = end = run_apart(as_anew, argv, folder / home)
+        assert end.code == 0, end.err
 
-    for turn, script in enumerate((VISUALIZE, VISUALIZE, COMPARE)):
+    for turn, script in enumerate(COMMANDS):
         of_many_names(folder / str(turn), folder / f"elsewhere{turn}", turn)
-        job(str(turn), ROOT / script, path=folder / f"elsewhere{turn}")
+        run(str(turn), ROOT / script, elsewhere=folder / f"elsewhere{turn}")
+    old = "from historylens import Dec", "from adapter import Dec"
     shutil.copytree(TOOL, folder / "beside" / "historylens")
     shutil.copy(ROOT / VISUALIZE, folder / "beside")
     (folder / "beside" / "model.py").write_text("print('theirs: model')\n")
-    (folder / "beside" / "mine.py").write_text(example("import model", late=SPAWN))
-    job("beside", folder / "beside" / VISUALIZE)
-    for name in ("mine.py", "adapter.py"):
-        (folder / f"old {name}").mkdir()
-        text = example().replace("from historylens import Dec", "from adapter import Dec")
-        (folder / f"old {name}" / name).write_text(text)
-        job(f"old {name}", adapter=name)
-    options = {"input": json.dumps(jobs), "cwd": folder, "text": True, "capture_output": True}
-    done = subprocess.run([sys.executable, "-c", RUN], check=False, timeout=300, **options)
-    assert done.returncode == 0, done.stderr
-    return folder
+    (folder / "beside" / "mine.py").write_text(example("import model", late=SPAWN).replace(*old))
+    run("beside", folder / "beside" / VISUALIZE)
+    (folder / "old").mkdir()
+    (folder / "old" / "adapter.py").write_text(example().replace(*old))
+    run("old", adapter="adapter.py")
+    return folder, homes
 
 
-@pytest.mark.parametrize("home", ["0", "1", "2"])
+@pytest.mark.parametrize("home", ["0", "1"])
 def test_names_of_the_users_are_theirs_whatever_they_are(homes, home):
-    said = (homes / home / "1.txt").read_text()
-    assert {f"theirs: {name}" for name in NAMES} <= set(said.splitlines())
-    assert set(re.findall(r"^ours: (\w+)", said, re.MULTILINE)) == {"historylens"}
-    assert "note: " not in (homes / home / "2.txt").read_text()
-    assert list((homes / home).glob("figs/*/*.png"))
+    folder, said = homes[0] / home, homes[1][home]
+    assert {f"theirs: {name}" for name in NAMES} <= set(said.out.splitlines())
+    assert set(re.findall(r"^ours: (\w+)", said.out, re.MULTILINE)) == {"historylens"}
+    assert "note: " not in said.err
+    assert list(folder.glob("figs/*/*.png"))
 
 
 def test_what_lies_beside_the_commands_is_beside_an_adapter_there(homes):
     for words in ("theirs: model\n", "spawned 3\n", "INSIGHT"):
-        assert words in (homes / "beside" / "1.txt").read_text()
+        assert words in homes[1]["beside"].out
 
 
-@pytest.mark.parametrize("name", ["mine.py", "adapter.py"])
-def test_the_old_import_goes_on_working_with_a_note(homes, name):
-    warned = (homes / f"old {name}" / "2.txt").read_text()
+@pytest.mark.parametrize("home", ["beside", "old"])
+def test_the_old_import_goes_on_working_with_a_note(homes, home):
     now = "`from adapter import Decision, Tokens` is now `from historylens import Decision, Tokens`"
-    assert re.findall(r"^note: (.*)", warned, re.MULTILINE) == [now]
+    assert re.findall(r"^note: (.*)", homes[1][home].err, re.MULTILINE) == [now]
