@@ -136,6 +136,7 @@ def test_without_a_collapse_so_many_runs_are_needed_to_be_safe(n_compared, least
         full = 10 + 0.01 * np.random.default_rng(0).normal(size=(1, n_runs))
         told = intervals.judged(np.stack([full - 0.01, full - 0.02]), full, 0.05, n_compared)
         assert [verdict for _, _, verdict in told] == [expected] * 2
+    assert intervals.judged(np.empty((0, *full.shape)), full, 0.05, n_compared) == []
 
 
 def test_intervals_of_returns_end_where_no_return_can_be():

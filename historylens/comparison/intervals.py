@@ -69,7 +69,7 @@ def means(scores: np.ndarray, seed: int = 0, n_compared: float = 1) -> list[Esti
     (_, n_goals, n_seeds), values = scores.shape, scores.mean(axis=(1, 2))
     if n_seeds == 1:
         return [Estimate(value) for value in values.tolist()]
-    runs, tail = scores.reshape(len(scores), -1), (1 - LEVEL) / 2 / n_compared
+    runs, tail = scores.reshape(-1, n_goals * n_seeds), (1 - LEVEL) / 2 / n_compared
     resampled = runs @ _resamples(n_goals, n_seeds, seed).T / runs.shape[1]  # (N, resamples)
     ends = _ends(values, resampled, scores, tail)
     ends += skew_shift(scores, NormalDist().inv_cdf(1 - tail))[:, None]
