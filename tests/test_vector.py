@@ -13,8 +13,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
-import test_curveplot
-import test_headplot
+import test_effectplot
 import test_learningplot
 import test_timestrip
 from levers import LeversAgent
@@ -47,7 +46,7 @@ STYLE = {"layer": 2, "heads": (0, 1), "dpi": 100}
 STUDY = judged(result("recent@10", 9.0), result("random@5", 4.0, noise=2.0))
 ABOUT = STUDY, returns.Picture("a model in a room", "4 goals x 6 seeds", 12.0, n_max=99)
 ROOM = RoomMap.of(agent_of(3, 3), walk([(0, 0), (0, 1), (1, 1)]), uniform(2)[None], uniform(2))
-CURVES = partial(deletion_curves, n_context=40, worst=test_curveplot.WORST, dpi=100)
+CURVES = partial(deletion_curves, n_context=40, worst=test_effectplot.WORST, dpi=100)
 KINDS = {  # function, its numbers, its title, how many images are pasted
     "heatmap": (partial(heatmap, scale=color_range(SAMPLE), **STYLE), (SAMPLE,),
                 "Attention heatmap · layer 2 · 2 heads", 7),
@@ -56,9 +55,9 @@ KINDS = {  # function, its numbers, its title, how many images are pasted
                 "Attention summary · layer 2 · 12 samples", 0),
     "layers": (partial(course, layers=[0, 1, 2], dpi=100), (metric_values(3, 12), UNIFORM),
                "Attention across layers · 12 samples", 0),
-    "curves": (CURVES, (test_curveplot.made(), test_curveplot.NO_HISTORY),
+    "curves": (CURVES, (test_effectplot.made(), test_effectplot.NO_HISTORY),
                "Effect of dropping history · 10 decisions", 0),
-    "heads": (partial(head_effects, dpi=100), (test_headplot.made(), 32),
+    "heads": (partial(head_effects, dpi=100), (test_effectplot.made_heads(), 32),
               "Which heads act, and what they read", 0),
     "map": (partial(room_map, dpi=100), (ROOM, ["layer 0"], "Attention in the room", "one"),
             "Attention in the room", 3),
