@@ -14,12 +14,12 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 import test_effectplot
-import test_learningplot
+import test_metricplot
 import test_timestrip
 from levers import LeversAgent
 from matplotlib.figure import Figure
 from PIL import Image
-from test_metric_pictures import UNIFORM, metric_values
+from test_metricplot import UNIFORM, metric_values
 from test_pictures import cells, sample_of, sheet_of
 from test_room_map import agent_of, uniform, walk
 from test_study import judged, result
@@ -62,7 +62,7 @@ KINDS = {  # function, its numbers, its title, how many images are pasted
     "map": (partial(room_map, dpi=100), (ROOM, ["layer 0"], "Attention in the room", "one"),
             "Attention in the room", 3),
     "learning": (partial(attention_over_learning, dpi=100, title="Attention over learning"),
-                 (test_learningplot.made(),), "Attention over learning", 0),
+                 (test_metricplot.made(),), "Attention over learning", 0),
     "time": (partial(attention_over_time, dpi=100, **test_timestrip.TEXTS),
              ({0: test_timestrip.play(20, 12)[0]}, np.array([0, 10]), np.arange(20) > 15),
              "Attention over time · rollout 0", 2),
