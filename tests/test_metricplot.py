@@ -8,8 +8,7 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
 from matplotlib.text import Text
-from PIL import Image
-from test_pictures import axes_of, draw, has_white_border, sample_of
+from test_pictures import axes_of, draw, sample_of
 from test_study import judged, result
 
 from historylens.pictures import metricplot, page, returns
@@ -69,11 +68,13 @@ def test_values_that_are_nearly_equal_are_told_in_full_inside_the_page():
             assert axes.yaxis.get_tightbbox().x0 >= 0
 
 
-def test_no_axis_reaches_far_below_zero():
+def test_no_axis_reaches_far_below_zero_and_a_ratio_may_be_zero_and_huge():
     zero = dict.fromkeys(METRICS, 0.0)
-    first, second = (dict.fromkeys(METRICS, np.zeros(shape)) for shape in ((1, 1), 1))
-    over, *_ = axes_of(course, first, zero, layers=[0], dpi=50)
-    axes, *_ = axes_of(summary, second, zero, layer=0, dpi=50)
+    one, four = (dict.fromkeys(METRICS, np.zeros(shape)) for shape in ((1, 1), 4))
+    over, *_ = axes_of(course, one, zero, layers=[0], dpi=50)
+    odd = four | {"recent_distant_ratio": np.array([0.0, 1.0, 1e6, 1e9])}
+    axes, *_ = axes_of(summary, odd, zero, layer=0, dpi=50)
+    axes.figure.canvas.draw()
     assert -0.1 < over.get_ylim()[0] <= 0
     assert axes.patches[0].get_x() == 0
 
@@ -121,13 +122,6 @@ def test_the_recommended_arm_is_named_clear_of_the_name_of_full_history(level):
 
 def test_labels_that_touch_move_apart_around_their_middle():
     assert spread([0.1, 0.5, 0.5, 1.0], 0.1) == pytest.approx([0.1, 0.45, 0.55, 1.0])
-
-
-def test_equal_zero_and_far_apart_numbers_can_be_drawn(tmp_path):
-    odd = {name: np.full(4, value) for name, value in UNIFORM.items()}
-    odd["recent_distant_ratio"] = np.array([0.0, 1.0, 1e6, 1e9])
-    summary(tmp_path / "summary.png", odd, UNIFORM, layer=0, dpi=50)
-    assert Image.open(tmp_path / "summary.png").size == (510, 390)
 
 
 # attention over learning
@@ -325,10 +319,3 @@ def test_the_page_grows_with_the_layers_and_no_panel_touches_another(n_layers):
         assert 0 < boxes[-1].y0 < boxes[0].y1 < 1
     grown = (n_layers - 1) * (metricplot.PANEL + metricplot.BELOW)
     assert panels[0].figure.get_figheight() * 100 == pytest.approx(692 + grown)
-
-
-def test_the_file_fits_its_page_and_has_the_same_bytes_again(tmp_path):
-    for path in (tmp_path / "a.png", tmp_path / "b.png"):
-        attention_over_learning(path, made(n_layers=1, n=3, kinds=("rewarded",)), **OPTIONS)
-    assert has_white_border(np.asarray(Image.open(path)))
-    assert path.read_bytes() == (tmp_path / "a.png").read_bytes()

@@ -8,7 +8,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from test_pictures import has_white_border
 
 from historylens.pictures import timestrip
 from historylens.pictures.heatmap import pool, scale_of, to_colours
@@ -166,15 +165,6 @@ def test_more_than_forty_episodes_are_marked_while_they_can_be_told_apart():
         assert len(np.unique(strip)) == 1 + is_marked
         lines = [segment for (segments,) in calls["lines"] for segment in segments]
         assert len(lines) > 49 if is_marked else len(lines) < 3  # the bar has one
-
-
-def test_the_same_play_gives_the_same_bytes_in_a_page_with_a_white_border(tmp_path):
-    made, marks = [], (np.array([0, 10]), np.arange(25) > 20)
-    for seed in (0, 0, 1):
-        attention_over_time(tmp_path / "a.png", play(25, 8, 1, seed), *marks, **TEXTS, dpi=60)
-        made.append((tmp_path / "a.png").read_bytes())
-        assert has_white_border(np.asarray(Image.open(tmp_path / "a.png")))
-    assert made[0] == made[1] != made[2]
 
 
 def test_one_scale_serves_all_layers_and_does_not_end_where_one_of_them_does():

@@ -20,7 +20,7 @@ from levers import LeversAgent
 from matplotlib.figure import Figure
 from PIL import Image
 from test_metricplot import UNIFORM, metric_values
-from test_pictures import cells, sample_of, sheet_of
+from test_pictures import cells, has_white_border, sample_of, sheet_of
 from test_room_map import agent_of, uniform, walk
 from test_study import judged, result
 
@@ -161,6 +161,11 @@ def test_an_svg_is_of_the_pages_size_needs_no_font_and_has_as_images_what_is_pas
     assert all("pixelated" in one.get("style") for one in images)
     size = [float(root.get(side).removesuffix("pt")) / 0.72 for side in sides]
     assert size == pytest.approx(Image.open(folder / f"{kind}.png").size, abs=1)
+
+
+@each_kind
+def test_a_page_has_a_white_border(drawn, kind):
+    assert has_white_border(np.asarray(Image.open(drawn[0] / f"{kind}.png").convert("RGB")))
 
 
 @pytest.mark.parametrize("kind", ["heatmap", "curves", "by budget"])
