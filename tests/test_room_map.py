@@ -204,11 +204,11 @@ def test_the_same_numbers_give_the_same_bytes_and_twice_the_dpi_twice_the_size(t
 def test_heads_stand_in_rows_of_layers(tmp_path):
     room = even_map(walk([(0, 0), (0, 1)]), agent_of(2, 2), n_panels=6)
     with mock.patch.object(Page, "paste", autospec=True) as paste:
-        room_map(tmp_path / "a.png", room, list("abcdef"), "a", "b", across=3, dpi=50)
+        room_map(tmp_path / "a.png", room, list("abcdef"), "a", "b", across=2, dpi=50)
     lefts, tops = zip(*[call.args[1:3] for call in paste.call_args_list[-6:]], strict=True)
-    assert lefts[:3] == lefts[3:]
-    assert len(set(lefts)) == 3
-    assert tops[0] == tops[1] == tops[2] < tops[3] == tops[4] == tops[5]
+    assert lefts == lefts[:2] * 3
+    assert lefts[0] < lefts[1]
+    assert tops[0] == tops[1] < tops[2] == tops[3] < tops[4] == tops[5]
 
 
 def test_decisions_of_the_ad_model_know_the_room_the_goal_and_their_episode(
