@@ -73,10 +73,11 @@ def test_no_axis_reaches_far_below_zero_and_a_ratio_may_be_zero_and_huge():
     one, four = (dict.fromkeys(METRICS, np.zeros(shape)) for shape in ((1, 1), 4))
     over, *_ = axes_of(course, one, zero, layers=[0], dpi=50)
     odd = four | {"recent_distant_ratio": np.array([0.0, 1.0, 1e6, 1e9])}
-    axes, *_ = axes_of(summary, odd, zero, layer=0, dpi=50)
+    axes, *_, ratio = axes_of(summary, odd, zero, layer=0, dpi=50)
     axes.figure.canvas.draw()
     assert -0.1 < over.get_ylim()[0] <= 0
     assert axes.patches[0].get_x() == 0
+    assert sum(bar.get_height() for bar in ratio.patches) == 4  # the zero, too
 
 
 def test_legends_have_a_swatch_for_single_samples_bands_and_ranges(tmp_path):
