@@ -7,16 +7,14 @@ from test_browse import HOSTILE, hostile_page, picture, run_figures, written
 
 from historylens.pictures.browse import Figure
 
-CHROMIUM = shutil.which("chromium")
-
 
 @pytest.fixture(scope="module")
 def chromium():
-    playwright = pytest.importorskip("playwright.sync_api")
-    if CHROMIUM is None:
+    playwright, path = pytest.importorskip("playwright.sync_api"), shutil.which("chromium")
+    if path is None:
         pytest.skip("needs Chromium")
     with playwright.sync_playwright() as runner:
-        browser = runner.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        browser = runner.chromium.launch(executable_path=path, args=["--no-sandbox"])
         yield browser
         browser.close()
 
@@ -52,14 +50,13 @@ def run(tmp_path_factory):
     return written(out, run_figures(out))
 
 
+def names(tab, images):
+    return [one.get_attribute("alt") for one in tab.locator(images).all()]
+
+
 def seen(tab):
     """Names of the figures that are not filtered out."""
-    return [one.get_attribute("alt") for one in tab.locator("figure:visible img").all()]
-
-
-def large(tab):
-    """Names of the pictures in the large view."""
-    return [one.get_attribute("alt") for one in tab.locator("dialog img").all()]
+    return names(tab, "figure:visible img")
 
 
 def enlarge(tab, name):
@@ -71,9 +68,10 @@ def choice(tab, name):
 
 
 def press(tab, *keys):
+    """Names of the pictures in the large view then."""
     for key in keys:
         tab.keyboard.press(key)
-    return large(tab)
+    return names(tab, "dialog img")
 
 
 def close(tab):
@@ -84,7 +82,7 @@ def close(tab):
 def test_filters_show_what_fits_all_of_them_and_say_how_many(run, visit):
     tab = visit(run)
     said = tab.locator(".filter output")
-    assert said.inner_text() == "22 of 22 pictures"
+    assert said.inner_text() == f"{len(seen(tab))} of 22 pictures" == "22 of 22 pictures"
     choice(tab, "layer").select_option("1")
     assert said.inner_text() == f"{len(seen(tab))} of 22 pictures" == "7 of 22 pictures"
     assert tab.locator("h3:visible").all_inner_texts()[-1] == "Layer 1"
@@ -106,24 +104,23 @@ def test_a_filter_of_one_choice_is_not_offered_and_numbers_stand_in_their_order(
     figures = run_figures(tmp_path, n_layers=1, n_samples=11)
     tab = visit(written(tmp_path, figures))
     assert not tab.locator("select[name=layer]").is_visible()
-    options = tab.locator("select[name=sample] option").all_inner_texts()
+    options = choice(tab, "sample").locator("option").all_inner_texts()
     assert options == ["all", *map(str, range(11))]
 
 
 def test_keys_go_through_samples_and_layers_and_escape_closes(run, visit):
     tab = visit(run)
     enlarge(tab, "heatmap, layer 0, sample 0")
-    assert large(tab) == ["heatmap, layer 0, sample 0"]
+    assert press(tab) == ["heatmap, layer 0, sample 0"]
     assert tab.locator("dialog dd").count() == 6
     assert press(tab, "ArrowRight") == ["heatmap, layer 0, sample 1"]
     assert press(tab, "ArrowDown") == ["heatmap, layer 1, sample 1"]
     assert press(tab, "ArrowRight", "ArrowRight") == ["heatmap, layer 1, sample 0"]  # and round
     assert press(tab, "ArrowUp", "ArrowUp", "ArrowLeft") == ["heatmap, layer 2, sample 2"]
     tab.get_by_role("button", name="Previous layer").click()
-    assert large(tab) == ["heatmap, layer 1, sample 2"]
+    assert press(tab) == ["heatmap, layer 1, sample 2"]
     close(tab)
-    focused = "document.activeElement.firstChild.alt === 'heatmap, layer 1, sample 2'"
-    tab.wait_for_function(focused)
+    tab.wait_for_function("document.activeElement.firstChild.alt === 'heatmap, layer 1, sample 2'")
     assert press(tab, "Enter", "ArrowUp") == ["heatmap, layer 0, sample 2"]  # without a mouse
     close(tab)
     enlarge(tab, "layers")  # a kind without samples or layers: to the next figure
@@ -149,7 +146,7 @@ def test_two_layers_or_samples_stand_side_by_side_and_keys_move_both(run, visit)
     expected = ["nothing", "layer 1", "layer 2", *samples]
     assert beside.locator("option").all_inner_texts() == expected
     beside.select_option("layer 2")
-    assert large(tab) == ["lines, layer 0, sample 1", "lines, layer 2, sample 1"]
+    assert press(tab) == ["lines, layer 0, sample 1", "lines, layer 2, sample 1"]
     left, right = (one.bounding_box() for one in tab.locator("dialog img").all())
     assert left["x"] + left["width"] <= right["x"]
     assert left["y"] == right["y"]
@@ -157,16 +154,16 @@ def test_two_layers_or_samples_stand_side_by_side_and_keys_move_both(run, visit)
     assert press(tab, "ArrowDown") == ["lines, layer 1, sample 2", "lines, layer 0, sample 2"]
     assert beside.locator("option:checked").inner_text() == "layer 0"
     beside.select_option(samples[0])
-    assert large(tab) == ["lines, layer 1, sample 2", "lines, layer 1, sample 0"]
+    assert press(tab) == ["lines, layer 1, sample 2", "lines, layer 1, sample 0"]
     beside.select_option("nothing")
-    assert large(tab) == ["lines, layer 1, sample 2"]
+    assert press(tab) == ["lines, layer 1, sample 2"]
 
 
 @pytest.mark.parametrize("width", [390, 1280])
 def test_nothing_but_a_table_is_wider_than_the_window(width, tmp_path, visit):
     figures = run_figures(tmp_path, title="an_unbroken_word" * 20)
-    facts = {"Checkpoint": "folder/" * 40}
-    tab = visit(written(tmp_path, figures, facts=facts, title="T" * 200), width)
+    long = {"facts": {"Checkpoint": "folder/" * 40}, "title": "T" * 200}
+    tab = visit(written(tmp_path, figures, **long), width)
     assert tab.evaluate("document.documentElement.scrollWidth") == width
     table = tab.locator("pre").evaluate("box => [box.scrollWidth, box.clientWidth]")
     assert (table[0] > table[1]) == (width == 390)
@@ -205,7 +202,7 @@ def test_hostile_titles_do_nothing_anywhere(tmp_path, visit):
     choice(tab, "goal").select_option("")
     tab.locator("figure img").first.click()
     choice(tab, "beside it").select_option(index=1)
-    assert len(large(tab)) == 2
+    assert len(press(tab)) == 2
     assert tab.evaluate("typeof hacked") == "undefined"
     assert tab.locator("script").count() == 1
 
@@ -219,8 +216,8 @@ def test_a_single_file_needs_nothing_beside_it(tmp_path, visit):
 
 
 def test_a_pdf_alone_is_opened_by_its_link_and_passed_over_by_keys(tmp_path, visit):
-    names = ("a.png", "b.pdf", "c.png")
-    figures = [Figure(picture(tmp_path, name), "returns", name) for name in names]
+    files = ("a.png", "b.pdf", "c.png")
+    figures = [Figure(picture(tmp_path, name), "returns", name) for name in files]
     tab = visit(written(tmp_path, figures))
     assert tab.locator("figure:visible").count() == 3
     enlarge(tab, "returns, a.png")

@@ -1,5 +1,6 @@
 """Pictures show the numbers they are given: weights read back from the pixels, and fixed places."""
 
+import io
 from dataclasses import replace
 from unittest import mock
 
@@ -13,7 +14,7 @@ from PIL import Image
 from test_order import of_matrix
 
 from historylens.pictures import lineplot, page
-from historylens.pictures.heatmap import Sheet, color_range, heatmap, pool, to_colours, words
+from historylens.pictures.heatmap import Sheet, color_range, heatmap, pool, words
 from historylens.pictures.lineplot import HEIGHT, LEFT, RIGHT, TOP, WIDTH, line_plot
 from historylens.pictures.order import history_strip, subtitle
 from historylens.tokens import Tokens
@@ -76,15 +77,7 @@ def test_heatmap_pixels_are_the_weights(tmp_path, n_heads, n, dpi, parts):
         assert (drawn[~seen] == 255).all()
 
 
-def test_forbidden_is_blank_and_brightness_grows_with_the_weight():
-    blank, dark, bright = to_colours(np.array([np.nan, 0.0, 1.0]), 0.01, 1.0)
-    assert blank.tolist() == WHITE
-    assert dark.sum() < 200 < 400 < bright.sum()
-    luminance = to_colours(np.geomspace(0.001, 1, 50), 0.001, 1.0) @ [0.2126, 0.7152, 0.0722]
-    assert (np.diff(luminance) > 0).all()
-
-
-@settings(max_examples=20)
+@settings(max_examples=10)
 @given(n=st.integers(1, 40), n_heads=st.integers(1, 3), seed=st.integers(0, 9))
 def test_the_colour_scale_shows_uniform_attention(n, n_heads, seed):
     low, high = color_range(sample_of(n_heads, n, seed=seed))
@@ -106,9 +99,8 @@ def test_heatmap_marks_shares_of_rewards_and_episodes_unless_they_are_too_many(t
     assert line > plain  # a white line where the second episode begins
     every, none = np.arange(100), np.zeros(100, dtype=bool)
     assert len(np.unique(history_strip(every[::2], ~none, none, every))) == 1
-    rewarded = np.array([True, False, True, True])
-    strip = history_strip(np.array([0]), np.ones(4, bool), rewarded, np.array([0, 2, 4]))
-    half, whole, query = strip
+    rewarded, cells_of_two = np.array([True, False, True, True]), np.array([0, 2, 4])
+    half, whole, query = history_strip(every[:1], ~none[:4], rewarded, cells_of_two)
     assert (whole.tolist(), query.tolist()) == (RED, WHITE)
     assert whole[1] < half[1] < 238
 
@@ -124,10 +116,9 @@ def test_a_query_that_comes_first_is_of_no_episode_and_none_begins_behind_it(tmp
     left, top = sheet.corners[0]
     starts = [(left + sheet.x(7), top + sheet.y(7)), (left, top + sheet.y(7))]
     assert [line[0] for line in episodes] == starts
-    strip = history_strip(*sample.on_tokens, np.arange(13))[:, 0]
-    assert strip.tolist() == [255] + [238] * 6 + [200] * 5 + [255]
-    strip = history_strip(*sample.on_tokens, np.array([0, 2, 4]))[:, 0]
-    assert strip.tolist() == [238] * 3  # a cell of some transitions is theirs
+    one, some = (history_strip(*sample.on_tokens, cells)[:, 0] for cells in (range(13), [0, 2, 4]))
+    assert one.tolist() == [255] + [238] * 6 + [200] * 5 + [255]
+    assert some.tolist() == [238] * 3  # a cell of some transitions is theirs
 
 
 @pytest.mark.parametrize(
@@ -176,10 +167,9 @@ def test_every_shape_of_heatmap_and_line_plot_fits_its_page(tmp_path, n_heads, n
     assert Image.open(path).info["dpi"] == pytest.approx((dpi, dpi), abs=0.1)
 
 
-LONG = "rollout of the agent in the eleventh warehouse with shuffled shelves, seed 1234 of 5000"
-
-
-@pytest.mark.parametrize("title", [LONG, LONG.replace(" ", "")[:60], "仓库" * 30])
+@pytest.mark.parametrize(
+    "title", ["the eleventh warehouse with shuffled shelves, seed 1234 of 5000 " * 2, "仓库" * 30]
+)
 def test_words_of_any_length_fit_the_page(tmp_path, title):
     names = ("state", "action", "reward", "next state", "end")
     sample = sample_of(1, 20, parts=[f"{name} that was there" for name in names])
@@ -199,18 +189,17 @@ def test_lines_hold_the_text_and_are_no_wider_than_they_may(text):
     assert page.in_lines(text, 1e4, 9) == [text]
 
 
-@pytest.mark.parametrize(("n_heads", "n"), [(1, 239), (9, 239)])
-def test_the_line_where_an_episode_begins_hides_no_token(tmp_path, n_heads, n):
-    sample = sample_of(n_heads, n, episode=20)
-    drawn = draw(heatmap, tmp_path / "a.png", sample).astype(int)
-    plain = draw(heatmap, tmp_path / "b.png", sample_of(n_heads, n, episode=500)).astype(int)
+@pytest.mark.parametrize(("n", "zoom"), [(239, 2), (400, 1)])
+def test_the_line_where_an_episode_begins_hides_no_token(tmp_path, n, zoom):
+    sample, other = (sample_of(1, n, episode=episode) for episode in (20, 500))
+    drawn, plain = (draw(heatmap, tmp_path / "a.png", x).astype(int) for x in (sample, other))
     sheet = sheet_of(sample)
+    assert sheet.zoom == zoom
     left, top = (round(place) for place in sheet.corners[0])
-    size = sheet.zoom * n
+    size = zoom * n
     off = np.abs(drawn - plain)[top : top + size, left : left + size].max(-1)
     assert off.max() > 5  # there is a line
-    tokens = off.reshape(n, sheet.zoom, n, sheet.zoom).min(axis=(1, 3))
-    assert tokens.max() <= (0 if sheet.zoom > 1 else 60)  # of 255
+    assert off.reshape(n, zoom, n, zoom).min(axis=(1, 3)).max() <= (0 if zoom > 1 else 60)  # of 255
 
 
 def has_white_border(pixels):
@@ -270,11 +259,10 @@ def test_binned_lines_keep_the_mass(n):
     np.testing.assert_allclose((means * np.diff(np.append(starts, n))).sum(1), values.sum(1))
 
 
-@settings(max_examples=20)
-@given(height=st.integers(1, 40), width=st.integers(1, 40), seed=st.integers(0, 99))
-def test_png_holds_exactly_the_pixels(tmp_path_factory, height, width, seed):
-    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    path = tmp_path_factory.mktemp("png") / "x.png"
-    path.write_bytes(page.png(pixels, 100))
-    Image.open(path).verify()
-    assert np.array_equal(np.asarray(Image.open(path)), pixels)
+@settings(max_examples=10)
+@given(st.integers(1, 40), st.integers(1, 40))
+def test_png_holds_exactly_the_pixels(height, width):
+    pixels = np.random.default_rng(width).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    file = io.BytesIO(page.png(pixels, 100))
+    Image.open(file).verify()
+    assert np.array_equal(np.asarray(Image.open(file)), pixels)

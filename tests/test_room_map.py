@@ -11,7 +11,7 @@ import pytest
 import torch
 from attention_rows import uniform
 from conftest import ad_agent
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -48,38 +48,34 @@ def even_map(decision, agent, n_panels=1):
     return RoomMap.of(agent, decision, np.tile(even, (n_panels, 1)), even)
 
 
-@given(
-    n=st.integers(0, 30), n_rows=st.integers(1, 6), n_columns=st.integers(1, 6),
-    n_panels=st.integers(1, 4), seed=st.integers(0, 99),
-)  # fmt: skip
-def test_numbers_are_those_of_a_plain_loop(n, n_rows, n_columns, n_panels, seed):
-    rng = np.random.default_rng(seed)
-    cells = rng.integers((n_rows, n_columns), size=(n + 1, 2)).astype(np.int8)
+@settings(max_examples=15)
+@pytest.mark.filterwarnings("ignore:invalid value")  # 0 / 0, where nobody was
+@given(n=st.integers(0, 30), room=st.tuples(*[st.integers(1, 6)] * 2), seed=st.integers(0, 99))
+def test_numbers_are_those_of_a_plain_loop(n, room, seed):
+    rng, n_panels = np.random.default_rng(seed), 1 + seed % 4
+    cells = rng.integers(room, size=(n + 1, 2)).astype(np.int8)
     episodes = np.sort(rng.integers(3, size=n))
     above, now = 0.5, int(episodes.max(initial=0)) + int(rng.integers(2))
     decision = walk(cells, episodes, rng.random(n), query_episode=now, rewarded_above=above)
     rows, even = rng.dirichlet(np.ones(n + 1), size=n_panels), rng.dirichlet(np.ones(n + 1))
-    room = RoomMap.of(agent_of(n_rows, n_columns), decision, rows, even)
-    numbers, seen = room.numbers(), {}
-    for t in range(n):
-        cell = seen.setdefault(tuple(cells[t + 1].tolist()), [0, 0, 0.0, [0.0] * n_panels])
-        cell[0] += 1
-        cell[1] += bool(decision.rewards[t] > above)
-        cell[2] += even[t]
-        cell[3] = [total + row[t] for total, row in zip(cell[3], rows, strict=True)]
-    assert numbers["cells"] == [list(cell) for cell in sorted(seen)]
-    for i, cell in enumerate(sorted(seen)):
-        visits, rewarded, uniformly, attention = seen[cell]
-        assert (numbers["visits"][i], numbers["rewarded"][i]) == (visits, rewarded)
-        assert numbers["even"][i] == pytest.approx(uniformly, rel=1e-5)
-        for panel, mass in enumerate(attention):
-            assert numbers["attention"][panel][i] == pytest.approx(mass, rel=1e-5)
-            assert numbers["ratio"][panel][i] == pytest.approx(mass / uniformly, rel=1e-5)
-    unseen = [(r, c) for r in range(n_rows) for c in range(n_columns) if (r, c) not in seen]
-    assert np.argwhere(np.isnan(room.ratio[0])).tolist() == [list(cell) for cell in unseen]
+    found = RoomMap.of(agent_of(*room), decision, rows, even)
+    visits, rewarded, uniformly = np.zeros((3, *room))
+    attention = np.zeros((n_panels, *room))
+    for t, (row, column) in enumerate(cells[1:]):
+        visits[row, column] += 1
+        rewarded[row, column] += decision.rewards[t] > above
+        uniformly[row, column] += even[t]
+        attention[:, row, column] += rows[:, t]
+    numbers, seen = found.numbers(), visits > 0
+    plain = {"visits": visits, "rewarded": rewarded, "even": uniformly, "attention": attention}
+    for name, values in plain.items():
+        np.testing.assert_allclose(numbers[name], values[..., seen], rtol=1e-5)
+    np.testing.assert_allclose(numbers["ratio"], (attention / uniformly)[:, seen], rtol=1e-5)
+    assert numbers["cells"] == np.argwhere(seen).tolist()
+    assert (np.isnan(found.ratio) == ~seen).all()
     path = [cells[t].tolist() for t in range(n) if episodes[t] == now] + [cells[n].tolist()]
-    assert room.path.tolist() == numbers["path"] == path
-    assert numbers["room"] == [n_rows, n_columns]
+    assert found.path.tolist() == numbers["path"] == path
+    assert numbers["room"] == list(room)
 
 
 @pytest.mark.parametrize(("query", "episode", "path"), [
@@ -102,11 +98,11 @@ def test_what_the_query_cannot_read_has_no_ratio_and_json_can_hold_that(tmp_path
     write_json(tmp_path / "a.json", room.numbers())
 
 
-@pytest.mark.parametrize("cell", [(3, 0), (0, -1), (0.5, 0), (0, np.nan)])
-def test_a_position_outside_the_room_is_told(cell):
+def test_a_position_outside_the_room_is_told():
     words = r"position\(\): expected a row in 0\.\.2 and a column in 0\.\.1, whole numbers, got \["
-    with pytest.raises(UserError, match=words):
-        even_map(walk([(0.0, 0.0), cell, (1.0, 1.0)]), agent_of(3, 2))
+    for cell in ((3, 0), (0, -1), (0.5, 0), (0, np.nan)):
+        with pytest.raises(UserError, match=words):
+            even_map(walk([(0.0, 0.0), cell, (1.0, 1.0)]), agent_of(3, 2))
 
 
 def drawn(path, room, n_panels=1, dpi=100, **more):
@@ -161,16 +157,16 @@ def test_attention_on_one_cell_makes_that_cell_bright_and_nothing_else(tmp_path)
         assert part.min() > 160
 
 
-@pytest.mark.parametrize(("n", "room", "n_panels"), [
-    (0, (2, 2), 4), (0, (17, 17), 1), (1, (1, 9), 3), (1, (2, 2), 24), (2, (17, 17), 8),
-    (2, (9, 1), 2), (1, (60, 80), 1),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("n", "room", "n_panels"),
+    [(0, (2, 2), 4), (1, (1, 9), 3), (1, (2, 2), 24), (2, (9, 1), 2), (1, (60, 80), 1)],
+)
 def test_any_room_any_number_of_panels_and_hardly_a_transition(tmp_path, n, room, n_panels):
     decision = walk([(0, 0)] * (n + 1), goal=np.subtract(room, 1))  # who stays in place
     own = even_map(decision, agent_of(*room), n_panels)
-    maps, texts, _ = drawn(tmp_path / "a.png", own, n_panels)
+    maps, texts, _ = drawn(tmp_path / "a.png", own, n_panels, dpi=60)
     assert len(maps) == n_panels
-    assert max(Image.open(tmp_path / "a.png").size) < 3000
+    assert max(Image.open(tmp_path / "a.png").size) < 1800
     assert ("one · no history yet" in texts) == (n == 0)
     assert [texts.count(mark) for mark in ("↻", "↻2")] == [n_panels * (n == k) for k in (1, 2)]
 
@@ -186,8 +182,8 @@ def test_the_path_the_agent_the_goal_and_rewards_are_marked_where_they_are(tmp_p
         part = image[row * side : (row + 1) * side, column * side : (column + 1) * side]
         return (np.abs(part.astype(int) - red).max(axis=2) < 12).sum() > side
 
-    # The reward and the goal.
-    assert [cell for cell in np.ndindex(3, 3) if is_marked(*cell)] == [(1, 1), (2, 2)]
+    marked = [cell for cell in np.ndindex(3, 3) if is_marked(*cell)]
+    assert marked == [(1, 1), (2, 2)]  # the reward, and the goal
     middle = image[int(2.44 * side), int(1.44 * side)]  # of the agent's dot
     assert np.abs(middle.astype(int) - 0x22).max() < 12
     shafts = [path for call in lines for path in call.args[1] if len(path) == 2]
@@ -197,25 +193,22 @@ def test_the_path_the_agent_the_goal_and_rewards_are_marked_where_they_are(tmp_p
 
 
 def test_the_same_numbers_give_the_same_bytes_and_twice_the_dpi_twice_the_size(tmp_path):
-    room = even_map(walk([(0, 0), (0, 1)]), agent_of(2, 2))
-    path, files, sizes = tmp_path / "a.png", [], []
-    for dpi in (50, 50, 100):
-        room_map(path, room, ["layer 0"], "In the room", "one", dpi=dpi)
-        files.append(path.read_bytes())
-        sizes.append(Image.open(path).size)
-    assert files[0] == files[1]
-    assert sizes[2] == pytest.approx([2 * side for side in sizes[0]], abs=8)
+    room, made = even_map(walk([(0, 0), (0, 1)]), agent_of(2, 2)), []
+    for dpi in (25, 25, 50):
+        room_map(tmp_path / "a.png", room, ["layer 0"], "In the room", "one", dpi=dpi)
+        made.append(((tmp_path / "a.png").read_bytes(), Image.open(tmp_path / "a.png").size))
+    assert made[0] == made[1]
+    assert made[2][1] == pytest.approx([2 * side for side in made[0][1]], abs=8)
 
 
 def test_heads_stand_in_rows_of_layers(tmp_path):
     room = even_map(walk([(0, 0), (0, 1)]), agent_of(2, 2), n_panels=6)
-    with mock.patch.object(Page, "paste", autospec=True, side_effect=Page.paste) as paste:
-        room_map(tmp_path / "a.png", room, list("abcdef"), "a", "b", across=3, dpi=50)
-    places = [call.args[1:3] for call in paste.call_args_list[-6:]]
-    above, below = ({top for _, top in row} for row in (places[:3], places[3:]))
-    assert len({left for left, _ in places}) == 3
-    assert len(above) == len(below) == 1
-    assert max(above) < min(below)
+    with mock.patch.object(Page, "paste", autospec=True) as paste:
+        room_map(tmp_path / "a.png", room, list("abcdef"), "a", "b", across=2, dpi=50)
+    lefts, tops = zip(*[call.args[1:3] for call in paste.call_args_list[-6:]], strict=True)
+    assert lefts == lefts[:2] * 3
+    assert lefts[0] < lefts[1]
+    assert tops[0] == tops[1] < tops[2] == tops[3] < tops[4] == tops[5]
 
 
 def test_decisions_of_the_ad_model_know_the_room_the_goal_and_their_episode(
@@ -238,10 +231,10 @@ def adapter(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
 
-    def changed(old="", new=""):
+    def changed(old, new):
         text = (EXAMPLES / "sar_mha.py").read_text()
         assert old in text
-        Path("mine.py").write_text(text.replace(old, new) if old else text)
+        Path("mine.py").write_text(text.replace(old, new))
         return load("mine.py", 4, 0, CPU)
 
     return changed
@@ -256,16 +249,13 @@ def test_an_adapter_says_where_states_lie(adapter):
     decision = agent.decisions[1]
     assert agent.room == (1, 9)
     assert (decision.query_episode, decision.goal.tolist()) == (3, [[8]])
-    cells = agent.position(decision.states)
-    assert np.array_equal(cells, np.pad(decision.states, ((0, 0), (1, 0))))
-    assert agent.position(decision.states[:0]).shape == (0, 2)
+    for states in (decision.states, decision.states[:0]):
+        assert np.array_equal(agent.position(states), np.pad(states, ((0, 0), (1, 0))))
     room = even_map(decision, agent)
     assert (room.path.tolist(), room.goals.tolist()) == ([[0, 4]], [[0, 8]])
 
 
-@pytest.mark.parametrize(("goals", "marks"), [
-    ([[8], [2]], ["1", "2"]), ([[8], [8]], ["1", "2"]), (8, []),
-])  # fmt: skip
+@pytest.mark.parametrize(("goals", "marks"), [([[8], [8]], ["1", "2"]), (8, [])])
 def test_several_goals_are_marked_with_their_order_and_one_is_not(adapter, tmp_path, goals, marks):
     agent = adapter(ABOUT, f'"task": task, "goal": {goals}}}')
     room = even_map(agent.decisions[1], agent)
@@ -288,7 +278,6 @@ WRONG = [  # what is changed in the adapter, and what is said
     (POSITION, "return 0, 200", r"whole numbers in 0\.\.199, got \[0, 200\] for"),
     (POSITION, "return float('nan'), 0", r"position\(\): expected .* got \[nan, 0"),
     (POSITION, "return None", r"position\(\): expected .* got None for"),
-    (POSITION, "return [0, [1]]", r"position\(\) raised ValueError"),
     (POSITION, "return 0, state[1]", r"position\(\) raised IndexError.*mine\.py:\d+"),
     ("def position(", "position = 3\ndef p(", "position: expected a function position.state"),
     ("def position(", "ROOM = (1, 9)\ndef p(", r"ROOM: expected position\(state\) beside it"),

@@ -1,19 +1,131 @@
-"""The picture of attention over learning: it draws its numbers, and says what there is none of."""
+"""Pictures of metrics, returns and learning hold their numbers, told in full inside the page."""
 
 import itertools
 from unittest import mock
 
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
-from PIL import Image
-from test_pictures import axes_of, has_white_border
+from matplotlib.text import Text
+from test_pictures import axes_of, draw, sample_of
+from test_study import judged, result
 
-from historylens.pictures import metricplot
-from historylens.pictures.metricplot import KINDS, attention_over_learning
+from historylens.pictures import metricplot, page, returns
+from historylens.pictures.lineplot import line_plot
+from historylens.pictures.metricplot import KINDS, METRICS, attention_over_learning, course, summary
 from historylens.pictures.page import INK, Page
+from historylens.pictures.returns import episode_ticks, spread
 
+UNIFORM = dict(zip(METRICS, (1 / 31, 0.0, 3.3, 1.0), strict=True))
+ABOUT = returns.Picture("a model", "a task", None, 99)
 OPTIONS = {"title": "Attention over learning · a model", "dpi": 50}
+
+
+def test_episodes_are_named_evenly_from_the_first_and_none_is_skipped_where_all_fit():
+    for n in range(1, 61):
+        ticks = episode_ticks(n)
+        assert ticks[0] == 1
+        assert all(isinstance(tick, int) and 1 <= tick <= n for tick in ticks)
+        assert len(ticks) <= 9
+        assert len(set(np.diff(ticks[1:]))) <= 1
+        assert n > 5 or ticks == list(range(1, n + 1))
+
+
+def metric_values(*shape):
+    rng = np.random.default_rng(0)
+    values = {name: rng.gamma(3, 0.01, shape) for name in METRICS}
+    return values | {"recent_distant_ratio": np.exp(rng.normal(0, 3, shape))}
+
+
+@pytest.mark.parametrize(("n_layers", "n_samples"), [(1, 1), (3, 12), (48, 300)])
+def test_summaries_hold_every_sample_the_mean_of_every_layer_and_uniform(n_layers, n_samples):
+    values, layers = metric_values(n_layers, n_samples), range(5, 5 + n_layers)
+    first = {name: rows[0] for name, rows in values.items()}
+    distributions = axes_of(summary, first, UNIFORM, layer=0, dpi=100)
+    courses = axes_of(course, values, UNIFORM, layers=layers, dpi=100)
+    for name, axes, over in zip(METRICS, distributions, courses, strict=True):
+        own, even = first[name], UNIFORM[name]
+        is_log = name == "recent_distant_ratio" and own.max() > 100 * own.min()
+        assert (axes.get_xscale() == "log") == ("log scale" in axes.get_xlabel()) == is_log
+        assert sum(bar.get_height() for bar in axes.patches) == n_samples
+        assert {own.mean(), even} <= {line.get_xdata()[0] for line in axes.lines}
+        lines = [line.get_ydata() for line in over.lines]
+        for expected in (values[name].mean(1), [even] * 2):
+            assert any(np.array_equal(line, expected) for line in lines)
+        assert over.get_xticklabels()[0].get_text() == "5"
+
+
+def test_values_that_are_nearly_equal_are_told_in_full_inside_the_page():
+    values = {name: 0.31 + 1e-7 * np.arange(18).reshape(2, 9) for name in METRICS}
+    first, even = {name: rows[0] for name, rows in values.items()}, dict.fromkeys(METRICS, 0.31)
+    courses = axes_of(course, values, even, layers=[0, 1], dpi=100)
+    for drawn in (courses, axes_of(summary, first, even, layer=0, dpi=100)):
+        drawn[0].figure.canvas.draw()
+        for axes in drawn:
+            assert not axes.yaxis.get_offset_text().get_text()
+            assert not axes.xaxis.get_offset_text().get_text()
+            assert axes.yaxis.get_tightbbox().x0 >= 0
+
+
+def test_no_axis_reaches_far_below_zero_and_a_ratio_may_be_zero_and_huge():
+    zero = dict.fromkeys(METRICS, 0.0)
+    one, four = (dict.fromkeys(METRICS, np.zeros(shape)) for shape in ((1, 1), 4))
+    over, *_ = axes_of(course, one, zero, layers=[0], dpi=50)
+    odd = four | {"recent_distant_ratio": np.array([0.0, 1.0, 1e6, 1e9])}
+    axes, *_, ratio = axes_of(summary, odd, zero, layer=0, dpi=50)
+    axes.figure.canvas.draw()
+    assert -0.1 < over.get_ylim()[0] <= 0
+    assert axes.patches[0].get_x() == 0
+    assert sum(bar.get_height() for bar in ratio.patches) == 4  # the zero, too
+
+
+def test_legends_have_a_swatch_for_single_samples_bands_and_ranges(tmp_path):
+    with mock.patch.object(page.Page, "swatch") as swatch:
+        axes_of(course, metric_values(2, 9), UNIFORM, layers=[0, 1], dpi=100)
+        axes_of(summary, metric_values(9), UNIFORM, layer=0, dpi=100)
+        axes_of(course, metric_values(2, 1), UNIFORM, layers=[0, 1], dpi=100)  # its mean is it
+        draw(line_plot, tmp_path / "lines.png", sample_of(n=701))
+    said = [call.args[2] for call in swatch.call_args_list]
+    assert said.count("single samples") == 2
+    assert said.count("the middle 80 % of samples") == 1
+    assert said[-1] == "A point is the mean of 2 positions; the grey band is their range."
+
+
+def drawn_returns(picture, study):
+    """The axes of a picture of returns."""
+    with mock.patch.object(returns, "save_figure") as save:
+        picture("x.png", study, ABOUT)
+    FigureCanvasAgg(figure := save.call_args.args[0]).draw()
+    return figure.axes
+
+
+def test_names_of_returns_stay_in_the_page_beside_long_numbers_and_clear_of_the_legend():
+    names, level = ("recent", "random", "even", "decay", "diverse", "nearest"), -40000.0
+    arms = [result(f"{name}@5", level - i) for i, name in enumerate(names)]
+    study = judged(*arms, full=-10000.0, empty=level, control=level)
+    plot, legend = drawn_returns(returns.draw_by_budget, study)
+    panels = drawn_returns(returns.draw_by_episode, study)
+    assert min(axes.yaxis.get_tightbbox().x0 for axes in (plot, *panels)) >= 0
+    labels = [Text.get_window_extent(x).y0 for x in plot.texts if x.get_text() in names]
+    assert len(labels) == len(names)
+    assert min(labels) > max(text.get_window_extent().y1 for text in legend.texts)
+
+
+@pytest.mark.parametrize("level", [9.6, 10.0, 10.2, 11.2])
+def test_the_recommended_arm_is_named_clear_of_the_name_of_full_history(level):
+    study = judged(result("even@10", level), result("recent@10", 3.0), result("even@40", 3.0))
+    assert study.recommended.arm.key == "even@10"
+    plot, *_ = drawn_returns(returns.draw_by_budget, study)
+    texts = {x.get_text()[:12]: Text.get_window_extent(x) for x in plot.texts}
+    assert not texts["recommended"].overlaps(texts["full history"])
+
+
+def test_labels_that_touch_move_apart_around_their_middle():
+    assert spread([0.1, 0.5, 0.5, 1.0], 0.1) == pytest.approx([0.1, 0.45, 0.55, 1.0])
+
+
+# attention over learning
 
 
 def three(rng, n, scale=1.0):
@@ -27,11 +139,8 @@ def view(episodes, rollouts, n_layers, kinds, seed=0):
         {"layer": 2 * i, "shares": {k: three(rng, n) for k in kinds}} for i in range(n_layers)
     ]
     even = {kind: rng.uniform(0.2, 0.8, n).tolist() for kind in kinds}
-    reward = three(rng, n, 10.0)
-    return {
-        "episode": list(episodes), "rollouts": list(rollouts), "reward": reward, "layers": layers,
-        "even": even,
-    }  # fmt: skip
+    own = {"reward": three(rng, n, 10.0), "layers": layers, "even": even}
+    return {"episode": list(episodes), "rollouts": list(rollouts), **own}
 
 
 def made(n=6, n_layers=2, kinds=tuple(KINDS), best=12.5, since=True, above=0.0):
@@ -62,18 +171,17 @@ def lines_of(axes, colour):
     return [one for one in axes.lines if one.get_color() == colour]
 
 
-def band(collection):
-    """Corners of a band."""
-    return {tuple(corner) for path in collection.get_paths() for corner in path.vertices.round(6)}
+def band(axes, line):
+    """Corners of the band of a line."""
+    (shade,) = (c for c in axes.collections if to_hex(c.get_facecolor()[0]) == line.get_color())
+    return {tuple(corner) for path in shade.get_paths() for corner in path.vertices.round(6)}
 
 
 def assert_drawn(axes, line, own, x):
     np.testing.assert_array_equal(line.get_xdata(), x)
     np.testing.assert_array_equal(line.get_ydata(), own["mean"])
-    (shade,) = (c for c in axes.collections if to_hex(c.get_facecolor()[0]) == line.get_color())
-    corners = band(shade)
-    for episode, low, high in zip(x, own["low"], own["high"], strict=True):
-        assert {(episode, round(low, 6)), (episode, round(high, 6))} <= corners
+    ends = zip(x * 2, own["low"] + own["high"], strict=True)
+    assert {(episode, round(end, 6)) for episode, end in ends} <= band(axes, line)
 
 
 def test_every_panel_shows_the_mean_of_each_kind_its_interval_and_what_uniform_attention_gives():
@@ -127,8 +235,7 @@ def test_missing_values_are_gaps_and_fewer_than_two_rollouts_have_no_interval():
     even, line = lines_of(axes, KINDS["older"][0])
     for drawn in (even, line):
         assert np.isnan(drawn.get_ydata()).tolist() == [True] * 2 + [False] * 4
-    shades = [c for c in axes.collections if to_hex(c.get_facecolor()[0]) == line.get_color()]
-    assert {x for x, _ in band(shades[0])} == {3, 5, 6}
+    assert {x for x, _ in band(axes, line)} == {3, 5, 6}
     assert line.get_ydata()[2:].tolist() == shares["mean"][2:]  # the mean of one rollout is there
 
 
@@ -194,37 +301,22 @@ def test_shares_have_one_scale_from_0_to_1_at_most_and_rewards_one_of_their_own(
 
 
 def test_only_kinds_that_are_known_are_drawn_and_named_each_with_what_it_is():
-    kinds = tuple(kind for kind in KINDS if kind != "same state")
-    said = words(made(kinds=kinds))
-    expected = [f"{kind}: {KINDS[kind][2]}" for kind in kinds]
+    learning = made(kinds=[kind for kind in KINDS if kind != "same state"])
+    said = words(learning)
+    expected = [f"{kind}: {KINDS[kind][2]}" for kind in learning["kinds"]]
     assert [text for text in said if text.split(":")[0] in KINDS] == expected
     for more in ("The kinds overlap", "what uniform attention would give", "95 % interval"):
         assert any(more in text for text in said)
-    (_, axes, _), _ = columns(made(kinds=kinds))
+    (_, axes, _), _ = columns(learning)
     assert KINDS["same state"][0] not in {line.get_color() for line in axes.lines}
 
 
 @pytest.mark.parametrize("n_layers", [1, 9])
 def test_the_page_grows_with_the_layers_and_no_panel_touches_another(n_layers):
-    both = columns(made(n=3, n_layers=n_layers, kinds=("older",)))
-    for panels in both:
+    for panels in columns(made(n=3, n_layers=n_layers, kinds=("older",))):
         boxes = [axes.get_position() for axes in panels]
         assert len(boxes) == 1 + n_layers
         assert all(above.y0 > below.y1 for above, below in itertools.pairwise(boxes))
         assert 0 < boxes[-1].y0 < boxes[0].y1 < 1
-    height = both[0][0].figure.get_figheight() * 100
     grown = (n_layers - 1) * (metricplot.PANEL + metricplot.BELOW)
-    assert height == pytest.approx(692 + grown)
-
-
-def test_the_file_fits_its_page_and_has_the_bytes_of_its_numbers(tmp_path):
-    def written(learning):
-        attention_over_learning(tmp_path / "a.png", learning, **OPTIONS)
-        return (tmp_path / "a.png").read_bytes()
-
-    learning = made(n_layers=1, n=3, kinds=("rewarded",))
-    first = written(learning)
-    assert has_white_border(np.asarray(Image.open(tmp_path / "a.png")))
-    assert written(learning) == first
-    learning["by_episode"]["layers"][0]["shares"]["rewarded"]["mean"][2] = 0.1
-    assert written(learning) != first
+    assert panels[0].figure.get_figheight() * 100 == pytest.approx(692 + grown)
