@@ -1,34 +1,21 @@
 """The AD model acting: in-context reinforcement learning (Laskin et al. 2022, section 4).
 
-    returns = rollout_goals(model, np.repeat(goals, 16, axis=0), n_episodes=40, seed=0)  # (128, 40)
-
 The encoder is walked by hand, without dropout and what the query does not need. While a context
 grows a step costs two tokens: the newest transition, whose keys and values are kept, and the query,
 whose are not. When the oldest transition drops out every position shifts, and all is read anew.
 """
 
-from functools import partial
-from types import SimpleNamespace
 from typing import Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import linear, scaled_dot_product_attention
-from tqdm import tqdm
 
-from ad.darkroom import DarkRoom
-from historylens.agent import rollout
-from historylens.common.batches import MAX_ROOMS
-from historylens.common.processes import ALONE, Group
-from historylens.comparison.policy import CompressedPolicy
-from historylens.compression.method import METHODS
 from historylens.history import History, HistoryBuffer
 from model import ADTransformer
 
 TOKENS_AT_ONCE = 2**12  # on a CPU: what a layer makes of more of them outgrows its cache
-COMPRESSION = METHODS["rewarded-recent"], 10  # transitions, of which a model reads as many as fit
-Reads = Literal["step", "episode", "compressed"]
+Sliding = Literal["step", "episode"]
 
 
 @torch.inference_mode()
@@ -76,7 +63,7 @@ class SlidingPolicy:
     """
 
     def __init__(
-        self, model: ADTransformer, n_rooms: int, sliding: Reads = "step", horizon: int = 20
+        self, model: ADTransformer, n_rooms: int, sliding: Sliding = "step", horizon: int = 20
     ) -> None:
         if sliding == "episode" and model.n_context_max < 2 * horizon:
             expected = f"expected a context of two episodes ({2 * horizon} transitions) to drop one"
@@ -104,45 +91,3 @@ class SlidingPolicy:
         tokens = model.embed(*new.inputs, positions=positions.expand(new.size, -1))
         self._end = buffer.n  # the query's own key is overwritten by the next token
         return _walk(model, tokens, self._cache, n_past)
-
-
-def _compressed_policy(model: ADTransformer) -> CompressedPolicy:
-    method, n_keep = COMPRESSION
-    agent = SimpleNamespace(n_max=model.n_context_max, rewarded_above=0.0)
-    agent.device, agent.act = model.pred_action.weight.device, partial(fast_logits, model)
-    return CompressedPolicy(agent, method, min(n_keep, agent.n_max))
-
-
-def rollout_goals(
-    model: ADTransformer,
-    goals: np.ndarray,
-    n_episodes: int,
-    seed: int,
-    horizon: int = 20,
-    reads: Reads = "step",
-    progress: str | None = None,
-    env: str = "darkroom",
-    group: Group = ALONE,
-) -> np.ndarray:
-    """Rewards `(N, n_episodes)` int of episodes in many rooms at once, actions drawn by the model.
-
-    The history grows through all episodes of `horizon` steps. `goals` `(N, 2 m)` int of the task
-    `env` may repeat. What happens by chance in room i depends on `seed` and i alone. `reads` is how
-    a `SlidingPolicy` slides, with its errors, or "compressed": the model reads what `COMPRESSION`
-    leaves. `progress` labels a progress bar, if one is wanted. Processes share the rooms.
-    """
-    n_steps, parts, size = n_episodes * horizon, [], group.size
-    n_blocks = max(1, -(-len(goals) // (MAX_ROOMS * size))) * size
-    blocks = np.array_split(np.arange(len(goals)), min(n_blocks, len(goals)))
-    own, is_told = [blocks[i] for i in group.share(len(blocks))], progress and group.is_main
-    compressed = _compressed_policy(model) if reads == "compressed" else None
-    total = n_steps * sum(map(len, own))
-    with tqdm(total=total, desc=progress, disable=not is_told, leave=False) as bar:
-        for rooms in own:
-            room = model.config.grid_size, horizon, env, seed + rooms
-            policy = compressed or SlidingPolicy(model, len(rooms), reads, horizon)
-            noises = [np.random.default_rng((seed, room)) for room in rooms]
-            parts.append(rollout(DarkRoom(goals[rooms], *room), policy, n_steps, noises, bar)[0])
-    of_rank = group.broadcast(group.gather(parts))
-    rewards = np.concatenate([of_rank[i % size][i // size] for i in range(len(blocks))])
-    return rewards.reshape(len(goals), n_episodes, horizon).sum(axis=2)

@@ -13,10 +13,9 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from ad import checkpoints
-from ad.acting import Reads, rollout_goals
 from ad.checkpoints import HISTORIES_NAME, LOG_NAME, RESUME_NAME, save_checkpoint
 from ad.darkroom import split_goals
-from ad.evaluation import possible, progress_line, score
+from ad.evaluation import Reads, possible, progress_line, rollout_goals, score
 from ad.source import learning_histories, relative_return
 from ad.thinning import draw_batch
 from config import EnvConfig, ModelConfig, SourceConfig, TrainConfig

@@ -15,8 +15,8 @@ import torch
 from setting import print_table, read_flags, seconds_of
 from torch import Tensor
 
-from ad.acting import rollout_goals
 from ad.darkroom import DarkRoom, all_goals
+from ad.evaluation import rollout_goals
 from config import ModelConfig
 from historylens.agent import rollout
 from historylens.history import HistoryBuffer

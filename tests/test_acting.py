@@ -13,10 +13,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from plain_room import PlainRoom, plain_play
 
-from ad import acting
-from ad.acting import SlidingPolicy, fast_logits, rollout_goals
+from ad import acting, evaluation
+from ad.acting import SlidingPolicy, fast_logits
 from ad.darkroom import DarkRoom, all_goals
-from ad.evaluation import score
+from ad.evaluation import rollout_goals, score
 from ad.training import Settings, Trainer
 from config import EnvConfig, ModelConfig
 from historylens.compression.method import METHODS
@@ -142,7 +142,7 @@ def test_acting_leaves_the_model_as_it_was_and_uses_no_dropout(tiny_config):
 
 def test_each_room_starts_by_a_chance_of_its_own(tiny_model, monkeypatch):
     made = mock.Mock(side_effect=DarkRoom)
-    monkeypatch.setattr(acting, "DarkRoom", made)
+    monkeypatch.setattr(evaluation, "DarkRoom", made)
     goals = np.tile([0, 1, 2, 3], (3, 1))
     rollout_goals(tiny_model, goals, 2, seed=7, horizon=5, env="key-to-door")
     assert made.call_args.args[-1].tolist() == [7, 8, 9]

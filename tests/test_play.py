@@ -9,8 +9,8 @@ import torch
 from agents import ModelAgent, Recorder
 from conftest import sharp_model
 
-from ad.acting import rollout_goals
 from ad.darkroom import DarkRoom
+from ad.evaluation import rollout_goals
 from historylens.agent import Environment
 from historylens.analysis import AnalysisConfig, Job
 from historylens.analysis import play as module

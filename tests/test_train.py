@@ -19,9 +19,9 @@ import torch
 from conftest import files_of, refused
 
 from ad import evaluation, training
-from ad.acting import rollout_goals
 from ad.checkpoints import checkpoints_in, load_checkpoint, read_file
 from ad.darkroom import optimal_return, split_goals
+from ad.evaluation import rollout_goals
 from ad.training import AveragedModel, Settings, Trainer, lr_factor, make_optimizer
 from config import DEFAULTS_OF, ModelConfig, TrainConfig
 from dataset import Histories
