@@ -24,7 +24,8 @@ class Tokens:
     decides: int = -1  # the token whose output gives the action; negative: from the end
 
     def __post_init__(self) -> None:
-        numbers, size = np.asarray(self.transition), np.size(self.transition)
+        numbers = np.asarray(self.transition)
+        size = numbers.size
         if numbers.ndim != 1 or not np.issubdtype(numbers.dtype, np.integer) or not size:
             what = "the transition of each token as whole numbers (T,) with T of at least 1"
             raise ValueError(f"expected {what}, got shape {numbers.shape} of {numbers.dtype}")

@@ -1,5 +1,7 @@
 """Captured attention equals an eager softmax(q k^T / sqrt(d) + mask); the model never notices."""
 
+import weakref
+
 import pytest
 import torch
 from eager import CONTEXTS, Given, causal, check, fast_path, is_clean, randomized, run_twice
@@ -135,6 +137,19 @@ def test_an_error_leaves_nothing_behind_and_what_it_left_running_has_ended(error
     with pytest.raises(error), capture(model):
         model(x)
     assert is_clean(model)
+
+
+def test_a_record_does_not_keep_the_mask_of_the_model_after_an_error_either():
+    def fail(*tensors):
+        nn.functional.scaled_dot_product_attention(*tensors)
+        raise KeyError
+
+    inputs = [*[torch.randn(1, 2, 5, 4)] * 3, torch.zeros(5, 5)]
+    model, mask = Given(fail), weakref.ref(inputs[3])
+    with pytest.raises(KeyError), capture(model) as record:
+        model(*inputs)
+    del inputs
+    assert (mask(), len(record)) == (None, 1)
 
 
 @pytest.mark.parametrize("n_run", [0, 1])

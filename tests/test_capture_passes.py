@@ -123,6 +123,24 @@ def test_a_softmax_that_is_not_square_is_no_attention_unless_its_mask_tells(shap
     refused("found no", model, torch.randn(shape))
 
 
+@pytest.mark.parametrize("low", [-1e4, -1e9, torch.finfo(torch.float32).min])
+@pytest.mark.parametrize("fused", [True, False])
+def test_memory_keys_are_told_where_a_sample_begins_with_padding(low, fused):
+    allowed = torch.ones(2, 1, 3, 4, dtype=torch.bool).tril(1)
+    allowed[0, 0, 0] = False  # it is padding, and sees nothing
+    mask = torch.zeros(allowed.shape).masked_fill(~allowed, low)
+    q, k = torch.randn(2, 1, 3, 4), torch.randn(2, 1, 4, 4)
+    written = Given(lambda q, k: (q @ k.mT / 2 + mask).softmax(-1) @ k)
+    inputs = (q, k, k) if fused else (q, k)
+    (found,) = run_twice(Attend(attn_mask=mask) if fused else written, *inputs)
+    assert (found.query_rows.shape[2], found.extra.shape) == (3, (2, 1))
+
+
+def test_a_softmax_of_whole_numbers_is_no_attention():
+    model = Given(functional.softmax, dim=-1, dtype=torch.float32)
+    refused("found no", model, torch.ones(2, 2, 3, 5, dtype=torch.int64))
+
+
 def test_cross_attention_keeps_all_its_keys():
     q, k = torch.randn(1, 2, 3, 4), torch.randn(1, 2, 7, 4)
     for mask in (None, (torch.arange(7) < 5).expand(3, 7), torch.ones(3, 7).tril() > 0):

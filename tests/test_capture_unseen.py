@@ -46,6 +46,14 @@ def test_weights_are_handed_in_by_name():
     refused(r"layers=\['0'\]; layers that ran: mine", model, x, layers=["0"])
 
 
+@pytest.mark.parametrize("name", ["n", "", ".x"])
+def test_handing_weights_in_is_no_attention_of_its_own_whatever_they_are_called(name):
+    attend = Given(lambda x: softmaxed(x) @ split(x))
+    hand_in = Given(lambda x: record_attention(name, torch.rand(1, 2, 5, 5)) or x)
+    model = nn.Sequential(attend, hand_in)
+    assert run_twice(model, torch.randn(1, 5, 8), softmax="1").names == ("0", name)
+
+
 def test_weights_that_are_handed_in_stand_for_the_softmax_that_they_are_of():
     def forward(x):
         record_attention("mine", weights := softmaxed(x))

@@ -4,6 +4,7 @@ import re
 
 import numpy as np
 import pytest
+import torch
 from attention_rows import PARTS, maps_of_tokens, random_rows
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -17,6 +18,7 @@ def test_the_query_is_last_or_first_and_decides_unless_another_token_is_said_to(
     assert tokens.transition.tolist() == [0, 0, 0, 1, 1, 1, -1]
     assert tokens.part == (*PARTS, *PARTS, "query")
     assert (tokens.decides, tokens.n, len(tokens), tokens.parts) == (6, 2, 7, PARTS)
+    assert vars(Tokens(torch.tensor([0, -1]), "s"))["part"] == ("s", "s")
     first, other = Tokens.of(3, query="first"), Tokens.of(3, query="first", decides=-1)
     assert first.transition.tolist() == other.transition.tolist() == [-1, 0, 1, 2]
     assert (first.decides, other.decides) == (0, 3)

@@ -226,5 +226,6 @@ class AdapterAgent(Agent):
         check(is_fit, "layers()", "a list of modules or their names", kind(layers))
         known = {module: name for name, module in self.model.named_modules()}
         for x in layers:
-            check(isinstance(x, str) or x in known, "layers()", "modules of the model", kind(x))
+            is_known = isinstance(x, str) or (isinstance(x, nn.Module) and x in known)
+            check(is_known, "layers()", "modules of the model", kind(x))
         return options | {"layers": [known.get(layer, layer) for layer in layers]}

@@ -106,8 +106,15 @@ class Call:
         if n_extra <= 0 or n_queries < 2 or (self.k is not None and not self.mask.biases):
             return 0, 0
 
-        def sees(query: int) -> Tensor:  # (Tk,), by some head of some sample
-            return self.row(query)[1].flatten(0, -2).any(0)
+        def sees(query: int) -> Tensor:  # (Tk,), by some head of some sample that is not padding
+            if self.k is None and not self.given:
+                scores = pick(self.q, query)
+                seen = (scores > -torch.inf) & (scores >= self._floor)
+            else:
+                like = self.q.new_zeros(1, 1, self.shape[-1], dtype=torch.float32)
+                bias, low = self.mask.of_query(query, like)
+                seen = (bias > -torch.inf) & (True if low is None else ~low)
+            return seen.flatten(0, -2).any(0)
 
         seen = sees(0)
         before = int(seen.int().cumprod(0).sum()) - 1

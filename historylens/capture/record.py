@@ -107,7 +107,7 @@ class Record(Sequence[LayerAttention]):
     def __init__(self, waiting: Iterable[str], roots: Iterable[str], take: Callable) -> None:
         self.waiting, self.places, self.add = dict.fromkeys(waiting), set(), take
         self.calls: dict[str, Seen | None] = {}
-        self._order = {root: i for i, root in enumerate(roots)}
+        self._order = {root: i for i, root in enumerate(roots) if root}
 
     @property
     def _layers(self) -> list[LayerAttention]:

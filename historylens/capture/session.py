@@ -59,8 +59,8 @@ class Session(TorchFunctionMode):
             for module in filter(_may_attend, self._names):
                 hooks.enter_context(module.register_forward_pre_hook(self._enter))
                 hooks.enter_context(module.register_forward_hook(self._leave, always_call=True))
+            hooks.callback(setattr, self, "_mask", Mask())  # the record lives on, that need not
             yield self
-        self._mask = Mask()  # the record lives on, the model's mask need not
 
     def _enter(self, module: nn.Module, args: tuple) -> None:
         name = self._names.get(module)
@@ -106,7 +106,7 @@ class Session(TorchFunctionMode):
             self._take(run, reader, args, kwargs)
             return output
         scores = inputs.scores_of(args, kwargs)
-        if scores is not None:
+        if scores is not None and scores.is_floating_point():
             self._take_softmax(run, scores)  # before it may overwrite its input
         output = func(*args, **kwargs)
         if self.newest:
@@ -187,7 +187,7 @@ class Session(TorchFunctionMode):
 
     def _follow(self, kernel: str, args: tuple, output: Any) -> None:
         """Follow weights to the values: what they have become by then is the attention."""
-        name, weights = self.weights.step(kernel, args, output) or ("", None)
+        name, weights = self.weights.step(kernel, args, output) or (None, None)
         if seen := self.record.calls.get(name):
             with _plain_arithmetic():
                 allowed = (weights != 0).any(-3, keepdim=True)
@@ -283,5 +283,6 @@ def _uncompiled() -> Iterator[None]:
 @contextmanager
 def _plain_arithmetic() -> Iterator[None]:
     """Without gradients, autocast or inference mode, so that the record is of ordinary tensors."""
-    with torch._C._DisableAutocast(), torch.inference_mode(False), torch.no_grad():
+    off = torch._C.DisableTorchFunction()  # for weights handed in from under the mode
+    with off, torch._C._DisableAutocast(), torch.inference_mode(False), torch.no_grad():
         yield
