@@ -82,11 +82,13 @@ class ADTransformer(nn.Module):
         parts = [states, one_hot, rewards.unsqueeze(-1), next_states]
         dtype = self.embed_context.weight.dtype
         context = self.embed_context(torch.cat([part.to(dtype) for part in parts], dim=-1))
-        row, col = query_states.long().reshape(len(states), -1, 2).unbind(dim=2)  # (B, q)
-        queries = self.embed_query_state(row * config.grid_size + col)
+        cells = query_states.long() if query_states.dim() == 3 else query_states.long()[:, None]
+        queries = self.embed_query_state(cells[..., 0] * config.grid_size + cells[..., 1])
+        if positions is None:  # added apart: gradients are summed over samples, in one order
+            place = self.pos_embedding[:, : n + 1]
+            behind = place[:, n + 1 - queries.shape[1] :]
+            return torch.cat([context + place[:, :n], queries + behind], dim=1)
         tokens = torch.cat([context, queries], dim=1)
-        if positions is None:
-            return tokens + self.pos_embedding[0, self._positions(n, row.shape[1])]
         fits = positions.shape == tokens.shape[:2] and not positions.is_floating_point()
         if not fits or ((positions < 0) | (positions >= config.n_transit)).any():
             expected = f"{tuple(tokens.shape[:2])} of whole numbers in 0..{config.n_transit - 1}"
@@ -95,11 +97,6 @@ class ADTransformer(nn.Module):
             )
             raise ValueError(f"expected positions {expected}, got {got}")
         return tokens + self.pos_embedding[0, positions.long()]
-
-    def _positions(self, n: int, n_queries: int) -> Tensor:
-        """Where `n` transitions stand, and queries behind their longest prefixes: `(n + q,)`."""
-        index = torch.arange(n + n_queries, device=self.pos_embedding.device)
-        return torch.where(index < n, index, index + 1 - n_queries)
 
     def forward(
         self,
@@ -136,7 +133,8 @@ class ADTransformer(nn.Module):
         tokens = self.embed(*inputs)  # (B, n + q, D)
         n, n_queries = inputs[0].shape[1], inputs[-1].shape[1]
         index = torch.arange(n + n_queries, device=tokens.device)
-        before = (index < n) & (index < self._positions(n, n_queries)[:, None])
+        position = torch.where(index < n, index, index + 1 - n_queries)  # where each stands
+        before = (index < n) & (index < position[:, None])
         allowed = before | (index == index[:, None])
         mask = torch.where(allowed, 0.0, float("-inf")).to(tokens.dtype)
         hidden = self.transformer_encoder(tokens, mask=mask, is_causal=False)

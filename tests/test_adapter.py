@@ -246,6 +246,7 @@ WRONG = [  # what is changed in the adapter, and what is said
     ("def load()", "CAPTURE = {'mask': 1}\ndef load()", r"CAPTURE: expected a dict with softmax"),
     (*with_layers("None"), r"layers\(\): expected a list of modules or their names, got nothing"),
     (*with_layers("[nn.Linear(1, 1)]"), r"layers\(\): expected modules of the model"),
+    (*with_layers("[[1]]"), r"layers\(\): expected modules of the model"),
     (*with_layers("['enc']"), r"layers=\['enc'\]"),
 ]  # fmt: skip
 

@@ -157,9 +157,10 @@ def test_compress_history_keeps_what_the_pattern_of_attention_suggests(pattern, 
 
 
 @settings(max_examples=60)
-@given(histories(), st.integers(0, 30), st.sampled_from([None, *COMPRESSING]))
-def test_compress_history_takes_any_method_by_name_for_any_k_and_n(history, k, name):
+@given(histories(), st.integers(0, 30), st.sampled_from([None, *COMPRESSING]), st.booleans())
+def test_compress_history_takes_any_method_by_name_for_any_k_and_n(history, k, name, is_float):
     history = history.rows(slice(1))
+    history = replace(history, actions=history.actions.float()) if is_float else history
     context = tuple(part[0] for part in history.inputs[:4])
     is_needed = name is None or "query_attention" in METHODS[name].needs  # else it may be unknown
     attention = history.query_attention[0] if is_needed else None

@@ -121,8 +121,8 @@ def pool(history: History, labels: Tensor, n_tokens: int) -> History:
     columns = [history.states, history.next_states, history.rewards[..., None], time[..., None]]
     means = cluster_means(torch.cat([part.double() for part in columns], 2), labels, n_tokens)
     states, next_states, rewards, times = means.split([width, width, 1, 1], dim=2)  # (B, K, ...)
-    n_actions = int(history.actions.max()) + 1
-    pairs, none = labels * n_actions + history.actions, time.new_zeros(size, n_tokens * n_actions)
+    actions, n_actions = history.actions.long(), int(history.actions.max()) + 1
+    pairs, none = labels * n_actions + actions, time.new_zeros(size, n_tokens * n_actions)
     # Among equally frequent actions the one taken last: its time breaks the tie, below one count.
     taken = none.scatter_add(1, pairs, torch.ones_like(time))
     taken += none.scatter_reduce(1, pairs, time, "amax") / (n + 1)
