@@ -82,6 +82,7 @@ def test_late_scores_are_the_second_half_and_without_variance_have_a_point_never
     (-0.9, -0.6, 0.5, 0.9, "worse"),
     (0.0, 0.0, 0.0, 0.0, "inconclusive"),  # full history earns nothing: nothing is safe
     (None, None, 0.5, 0.1, "inconclusive"),  # one seed
+    (math.nan, math.nan, 0.5, 0.1, "inconclusive"),
 ])  # fmt: skip
 def test_the_verdict_of_an_interval_and_of_what_collapses_may_cost(
     low, high, margin, risk, expected

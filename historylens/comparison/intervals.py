@@ -229,11 +229,11 @@ def verdict(own: Estimate, strict: Estimate, margin: float, at_risk: float) -> s
     more than margin or gain. `better`: so, and `strict` lies above 0. `safe so far`: `own` alone
     lies above `-margin`. `worse`: `own` lies below it. Otherwise `inconclusive`.
     """
-    if own.is_open or own.low <= -margin <= own.high:
+    if own.is_open or not (own.low > -margin or own.high < -margin):  # no number is neither
         return "inconclusive"
-    if own.low <= -margin:
+    if own.high < -margin:
         return "worse"
-    if strict.low <= -margin or at_risk > max(margin, strict.low):
+    if not (strict.low > -margin and at_risk <= max(margin, strict.low)):
         return SO_FAR
     return "better" if strict.low > 0 else "safe"
 
