@@ -8,7 +8,7 @@ import matplotlib
 import numpy as np
 import pytest
 from attention_rows import decision
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from test_order import of_matrix
@@ -181,10 +181,15 @@ def test_words_of_any_length_fit_the_page(tmp_path, title):
     assert pixels.shape == (530, 1250, 3)  # the legend takes a second row
 
 
-@given(st.text("ab \u4ed3", max_size=60).map(lambda text: " ".join(text.split())))
+@given(st.text("ab \u4ed3", max_size=60))
+@example("aaaaaaaaaa  bb")
 def test_lines_hold_the_text_and_are_no_wider_than_they_may(text):
     lines = page.in_lines(text, 60, 9)
     assert "".join(lines).replace(" ", "") == text.replace(" ", "")
+    assert lines == [text] or all(line and line == line.strip(" ") for line in lines)
+    words = text.split()  # cut where they alone are wider
+    wide = sum(page.text_width(word, 9) > 60 for word in words)
+    assert wide or " ".join(lines).split() == words
     assert all(page.text_width(line, 9) <= 60 for line in lines)
     assert page.in_lines(text, 1e4, 9) == [text]
 
@@ -241,6 +246,8 @@ def test_a_scale_is_linear_or_logarithmic_from_below_what_may_be_seen():
     y, _, is_log = lineplot.scale_of(np.array([[0.1, 0.5]]), np.array([0.3, 0.3]))
     assert not is_log
     np.testing.assert_allclose(y([0.0, 0.54]), [bottom, TOP])
+    y, _, is_log = lineplot.scale_of(*np.zeros((2, 1, 2)))  # nothing may be seen
+    assert (y(0.0), is_log) == (bottom, False)
     for baseline, lowest in (([0.01, 0.01], 0.03 * 0.01), ([0.0, 0.02], 0.03 * 0.02)):
         y, ticks, is_log = lineplot.scale_of(np.array([[0.0, 0.9]]), np.array(baseline))
         assert is_log

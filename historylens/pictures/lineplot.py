@@ -61,7 +61,7 @@ def scale_of(
         low, high = LOG_FLOOR * float(baseline[baseline > 0].min()), 1.4 * top
         ticks = 10.0 ** np.arange(math.ceil(math.log10(low)), math.floor(math.log10(high)) + 1)
     else:
-        low, high = 0.0, 1.08 * top
+        low, high = 0.0, 1.08 * top or 1.0  # where nothing may be seen, all is 0
         ticks = MaxNLocator(6, steps=[1, 2, 5, 10]).tick_values(low, high)
 
     def place(weights: ArrayLike) -> np.ndarray:

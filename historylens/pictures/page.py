@@ -197,12 +197,13 @@ def in_lines(text: str, width: float, size: float, weight: str = "normal") -> li
     def width_of(end: int) -> float:
         return text_width(text[:end], size, weight)
 
+    text = text if width_of(len(text)) <= width else text.strip(" ")
     while len(text) > 1 and width_of(len(text)) > width:
         fits = max(1, bisect_right(range(1, len(text)), width, key=width_of))
         space = text.rfind(" ", 1, fits + 1)
         cut = fits if space < 0 else space
-        lines.append(text[:cut])
-        text = text[cut:].removeprefix(" ")
+        lines.append(text[:cut].rstrip(" "))
+        text = text[cut:].lstrip(" ")
     return [*lines, text]
 
 
