@@ -97,9 +97,15 @@ def of_many_names(home, elsewhere, turn):
     (home / "mine.py").write_text(example("\n".join(lines[:3]), "; ".join(lines[3:])))
 
 
+def is_ours(path):
+    """Whether a path is of the project, and not of an environment that stands in its folder."""
+    path = Path(path).resolve()
+    return path.is_relative_to(ROOT) and not path.is_relative_to(Path(sys.prefix).resolve())
+
+
 def ours():
-    files = {name: str(getattr(m, "__file__", None)) for name, m in sys.modules.items()}
-    return [name for name, file in files.items() if Path(file).is_relative_to(ROOT)]
+    files = {name: getattr(m, "__file__", None) or "/" for name, m in sys.modules.items()}
+    return [name for name, file in files.items() if is_ours(file)]
 
 
 def as_anew(argv):
@@ -107,7 +113,7 @@ def as_anew(argv):
     for name in ours():
         del sys.modules[name]
     sys.meta_path[:] = [one for one in sys.meta_path if "historylens" not in type(one).__module__]
-    path = [path for path in sys.path if not Path(path).resolve().is_relative_to(ROOT)]
+    path = [path for path in sys.path if not is_ours(path)]
     script, elsewhere, *_ = argv
     sys.path[:], sys.argv = [str(Path(script).parent), elsewhere, *path], [script, *argv[2:]]
     runpy.run_path(script, run_name="__main__")
