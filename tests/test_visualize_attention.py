@@ -1,6 +1,7 @@
 """The command: its files, its numbers, its console text and its flags."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -89,6 +90,20 @@ def analysed(*argv):
 
 def samples_of(*argv):
     return [(s["history"], s["step"]) for s in analysed("--num-figures=0", *argv)["samples"]]
+
+
+def test_any_number_of_threads_gives_the_same_bytes(tmp_path):
+    root, running = Path(module.__file__).parent, []
+    flags = ["--num-samples=16", "--num-figures=0", "--num-effects=16", "--device=cpu", "--out=out"]
+    shipped = f"--checkpoint={root / 'checkpoints' / 'AD-darkroom-shipped'}"
+    for n in ("1", "2"):
+        (home := tmp_path / n).mkdir()
+        command = [sys.executable, root / "visualize_attention.py", shipped, *flags]
+        options = {"cwd": home, "env": os.environ | {"OMP_NUM_THREADS": n}}
+        running.append(subprocess.Popen(command, stdout=subprocess.DEVNULL, **options))
+    assert [one.wait() for one in running] == [0, 0]
+    one, two = ((tmp_path / n / "out" / "metrics.json").read_bytes() for n in ("1", "2"))
+    assert one == two
 
 
 def test_the_real_command_writes_the_documented_files(shown):

@@ -1,4 +1,6 @@
-"""What every part shares. Imported first: Ctrl-C ends a command in silence while it loads."""
+"""What every part shares. Imported first: Ctrl-C ends a command in silence while it loads, and sums
+are the same with any number of threads.
+"""
 
 import os
 import signal
@@ -7,6 +9,7 @@ import sys
 _folder, _name = os.path.split(getattr(sys.modules["__main__"], "__file__", None) or "")
 _is_ours = _name in ("visualize_attention.py", "compare_compression.py", "train.py")
 if _name == "historylens" or (_is_ours and _folder == os.path.abspath(f"{__file__}/../../..")):
+    os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")  # read when torch is loaded
     if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # as in the background of a script
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     _wrong = "" if os.stat(".").st_nlink else "the working folder is gone: change to another one"
