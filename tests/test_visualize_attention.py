@@ -92,7 +92,7 @@ def samples_of(*argv):
     return [(s["history"], s["step"]) for s in analysed("--num-figures=0", *argv)["samples"]]
 
 
-def test_any_number_of_threads_gives_the_same_bytes(tmp_path):
+def test_one_thread_and_two_give_the_same_bytes_of_16_decisions(tmp_path):
     root, running = Path(module.__file__).parent, []
     flags = ["--num-samples=16", "--num-figures=0", "--num-effects=16", "--device=cpu", "--out=out"]
     shipped = f"--checkpoint={root / 'checkpoints' / 'AD-darkroom-shipped'}"
