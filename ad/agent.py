@@ -25,7 +25,7 @@ from historylens.history import Decision, History
 class ADAgent(Agent):
     """A checkpoint's model, with or without decisions, each with a full context."""
 
-    can_place = True
+    can_place = reads_inputs_alone = True
 
     def __init__(
         self, checkpoint: Checkpoint, device: torch.device, decisions: Sequence[Decision] = ()

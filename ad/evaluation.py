@@ -28,7 +28,8 @@ Reads = Literal["step", "episode", "compressed"]
 
 def _compressed_policy(model: ADTransformer) -> CompressedPolicy:
     method, n_keep = COMPRESSION
-    agent = SimpleNamespace(n_max=model.n_context_max, rewarded_above=0.0)
+    told = {"n_max": model.n_context_max, "rewarded_above": 0.0, "reads_inputs_alone": True}
+    agent = SimpleNamespace(**told)
     agent.device, agent.act = model.pred_action.weight.device, partial(fast_logits, model)
     return CompressedPolicy(agent, method, min(n_keep, agent.n_max))
 
@@ -55,12 +56,14 @@ def rollout_goals(
     n_blocks = max(1, -(-len(goals) // (MAX_ROOMS * size))) * size
     blocks = np.array_split(np.arange(len(goals)), min(n_blocks, len(goals)))
     own, is_told = [blocks[i] for i in group.share(len(blocks))], progress and group.is_main
-    compressed = _compressed_policy(model) if reads == "compressed" else None
     total = n_steps * sum(map(len, own))
     with tqdm(total=total, desc=progress, disable=not is_told, leave=False) as bar:
         for rooms in own:
             room = model.config.grid_size, horizon, env, seed + rooms
-            policy = compressed or SlidingPolicy(model, len(rooms), reads, horizon)
+            if reads == "compressed":
+                policy = _compressed_policy(model)
+            else:
+                policy = SlidingPolicy(model, len(rooms), reads, horizon)
             noises = [np.random.default_rng((seed, room)) for room in rooms]
             parts.append(rollout(DarkRoom(goals[rooms], *room), policy, n_steps, noises, bar)[0])
     of_rank = group.broadcast(group.gather(parts))

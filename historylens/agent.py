@@ -60,6 +60,7 @@ class Agent(ABC):
     sees_all: bool = True  # whether nothing but these layers mixes tokens, as far as is known
     capture_options: Mapping[str, Any] = {}  # further arguments of capture
     environment: Environment | None = None  # where it can act
+    reads_inputs_alone: bool = False  # whether of a history only its `inputs` count
     can_place: bool = False  # whether act() follows the positions that it is given
     rewarded_above: float = 0.0  # rewards above it count as rewarded, as in its decisions
     room: tuple[int, int] | None = None  # rows and columns, where states are cells of a grid

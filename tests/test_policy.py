@@ -179,6 +179,41 @@ def test_a_decision_takes_one_pass_over_what_is_kept_and_a_look_one_over_the_win
     hook.remove()
 
 
+@pytest.mark.parametrize("limit", [2**25, 40])
+@pytest.mark.parametrize("name", METHODS)
+def test_what_is_remembered_is_what_would_be_run_again(model, name, limit, monkeypatch):
+    monkeypatch.setattr("historylens.comparison.policy.MAX_WEIGHTS", limit)
+    agent, anew = ModelAgent(model), {"acted_anew", "selected_anew"}
+    for n_keep, positions in ((0, "reindexed"), (2, "original"), (2, "reindexed"), (7, "original")):
+        played, costs = {}, {}
+        for agent.reads_inputs_alone in (False, True):
+            policy = policy_of(agent, name, n_keep, torch.Generator().manual_seed(0), positions)
+            played[agent.reads_inputs_alone] = play(policy, n_steps=24)
+            costs[agent.reads_inputs_alone] = vars(policy.cost)
+        assert np.array_equal(played[True][0], played[False][0])
+        assert torch.allclose(played[True][1], played[False][1], rtol=0, atol=1e-12)
+        times = {"seconds_model", "seconds_selecting"}
+        same = [{k: x for k, x in each.items() if k not in anew | times} for each in costs.values()]
+        assert same[0] == same[1]
+        assert [costs[False][field] for field in anew] == [48, 48]
+        assert all(0 < costs[True][field] <= 48 for field in anew)
+
+
+def test_no_history_is_run_twice_where_its_inputs_alone_count(model):
+    agent, read = ModelAgent(model), []
+    agent.reads_inputs_alone = True
+    hook = model.register_forward_pre_hook(
+        lambda _, args: read.extend(
+            tuple(torch.cat([x[i].flatten() for x in args[:5]]).tolist())
+            for i in range(len(args[0]))
+        )
+    )
+    policy = policy_of(agent, "recent", 1)
+    play(policy, n_steps=40)
+    hook.remove()
+    assert len(read) == len({*read}) == policy.cost.acted_anew < policy.cost.decisions == 80
+
+
 @given(n_raw=st.integers(0, 30), n_max=st.integers(0, 12), data=st.data())
 def test_kept_transitions_stand_where_full_history_has_them_or_next_to_it(n_raw, n_max, data):
     n_window = min(n_raw, n_max)

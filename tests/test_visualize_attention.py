@@ -92,9 +92,10 @@ def samples_of(*argv):
     return [(s["history"], s["step"]) for s in analysed("--num-figures=0", *argv)["samples"]]
 
 
-def test_one_thread_and_two_give_the_same_bytes_of_16_decisions(tmp_path):
+@pytest.mark.parametrize("flags", [(), ("--play", "--episodes=2", "--rollouts=1")])
+def test_one_thread_and_more_give_the_same_bytes(tmp_path, flags):
     root, running = Path(module.__file__).parent, []
-    flags = ["--num-samples=16", "--num-figures=0", "--num-effects=16", "--device=cpu", "--out=out"]
+    flags += "--num-samples=4", "--num-figures=0", "--num-effects=4", "--device=cpu", "--out=out"
     shipped = f"--checkpoint={root / 'checkpoints' / 'AD-darkroom-shipped'}"
     for n in ("1", "2"):
         (home := tmp_path / n).mkdir()
@@ -102,8 +103,8 @@ def test_one_thread_and_two_give_the_same_bytes_of_16_decisions(tmp_path):
         options = {"cwd": home, "env": os.environ | {"OMP_NUM_THREADS": n}}
         running.append(subprocess.Popen(command, stdout=subprocess.DEVNULL, **options))
     assert [one.wait() for one in running] == [0, 0]
-    one, two = ((tmp_path / n / "out" / "metrics.json").read_bytes() for n in ("1", "2"))
-    assert one == two
+    written = {(tmp_path / n / "out" / "metrics.json").read_bytes() for n in ("1", "2")}
+    assert len(written) == 1
 
 
 def test_the_real_command_writes_the_documented_files(shown):

@@ -51,6 +51,7 @@ class Session(TorchFunctionMode):
         self._unread: dict[str, str] = {}  # what ran and should have attended, and its class
         self._mask = Mask()  # of the last call
         self._hint = ""  # what came nearest to attention
+        self._is_handed = False  # while weights are read that were handed in, from under the mode
 
     @contextmanager
     def attached(self) -> Iterator["Session"]:
@@ -85,6 +86,8 @@ class Session(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
+        if self._is_handed:
+            return func(*args, **kwargs or {})
         kwargs, self.newest, reader = kwargs or {}, "", inputs.reader_of(func)
         if reader is None or not self.running:
             output = func(*args, **kwargs)
@@ -151,7 +154,11 @@ class Session(TorchFunctionMode):
         while own in self.record.calls and not self._reads_on(own, *weights.shape[-2:]):
             number += 1
             own = f"{name} #{number}"
-        self._keep(own, inputs.read_weights, (weights, mask), {})
+        self._is_handed = True
+        try:
+            self._keep(own, inputs.read_weights, (weights, mask), {})
+        finally:
+            self._is_handed = False
 
     def _reads_on(self, name: str, n_queries: int, n_keys: int) -> bool:
         """Whether a call goes on with a layer that has been recorded."""
@@ -283,6 +290,6 @@ def _uncompiled() -> Iterator[None]:
 @contextmanager
 def _plain_arithmetic() -> Iterator[None]:
     """Without gradients, autocast or inference mode, so that the record is of ordinary tensors."""
-    off = torch._C.DisableTorchFunction()  # for weights handed in from under the mode
-    with off, torch._C._DisableAutocast(), torch.inference_mode(False), torch.no_grad():
+    subclasses = torch._C.DisableTorchFunctionSubclass()
+    with subclasses, torch._C._DisableAutocast(), torch.inference_mode(False), torch.no_grad():
         yield

@@ -1,5 +1,5 @@
 """What every part shares. Imported first: Ctrl-C ends a command in silence while it loads, and sums
-are the same with any number of threads, but for products of a few rows.
+of products are the same with any number of threads, those of few rows by `SteadySums`.
 """
 
 import os

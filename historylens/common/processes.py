@@ -18,7 +18,8 @@ from datetime import timedelta
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from historylens.common.errors import UserError, expect
 
@@ -26,6 +27,11 @@ FINDING = timedelta(minutes=2)  # that processes have to find each other
 TIMEOUT = timedelta(hours=1)  # longer than rank 0 ever works while the others wait
 PAUSE = 0.02  # seconds between two looks at what other processes have finished
 FAILED = 2**40  # no item has a number as high: nobody takes another one
+FEW = 128  # rows: MKL sums products of fewer in an order that depends on the number of threads
+PRODUCTS = {
+    "linear", "matmul", "__matmul__", "__rmatmul__", "mm", "bmm", "addmm", "baddbmm", "einsum",
+    "bilinear", "scaled_dot_product_attention", "multi_head_attention_forward",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -153,15 +159,40 @@ class Group:
 ALONE = Group()
 
 
+class SteadySums(TorchFunctionMode):
+    """Products of few rows run on one thread, so that sums do not depend on the number of them.
+
+    Those of more rows do not under `MKL_CBWR=STRICT`, see `historylens.common`.
+    """
+
+    def __torch_function__(
+        self, func: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        kwargs, n_threads = kwargs or {}, torch.get_num_threads()
+        if n_threads == 1 or getattr(func, "__name__", "") not in PRODUCTS:
+            return func(*args, **kwargs)
+        given = (x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.dim() > 1)
+        factor = next(given, None)
+        if factor is None or factor.numel() >= FEW * factor.shape[-1]:
+            return func(*args, **kwargs)
+        torch.set_num_threads(1)
+        try:
+            return func(*args, **kwargs)
+        finally:
+            torch.set_num_threads(n_threads)
+
+
 @contextlib.contextmanager
 def join() -> Iterator[Group]:
     """Join the processes that torchrun started beside this one; UserError: they are not found.
 
     A process that loses another says so in one line and exits with code 1, as torchrun then does.
+    Sums are the same in all of them, and with any number of threads.
     """
     group = _started_by_torchrun()
     if group.size == 1:
-        yield group
+        with SteadySums():
+            yield group
         return
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # who waits for a dead process hears nothing else
     torch.set_num_threads(1)  # processes share the cores already
@@ -175,7 +206,8 @@ def join() -> Iterator[Group]:
         lost = f"the {group.size} processes of this job did not find each other"
         raise UserError(f"{lost}: {_brief(error)}") from error
     try:
-        yield replace(group, store=store)
+        with SteadySums():
+            yield replace(group, store=store)
     except RuntimeError as error:  # gloo raises a bare one that names its source file
         if not isinstance(error, torch.distributed.DistError) and "gloo" not in str(error).lower():
             raise

@@ -1,15 +1,17 @@
 """What a model decides on compressed history, and what deciding costs."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from hashlib import blake2b
 
 import torch
 from torch import Tensor
 
 from historylens.agent import Agent, act_in_parts, look
+from historylens.common.batches import MAX_WEIGHTS
 from historylens.compression.method import Generator, Method
-from historylens.history import LOOKS, PADDING, HistoryBuffer
+from historylens.history import LOOKS, PADDING, History, HistoryBuffer
 
 POSITIONS = {
     "reindexed": "kept transitions are numbered anew (reindexed)",
@@ -26,6 +28,8 @@ class Cost:
     tokens_looked: int = 0  # those of them that it ran only to look at attention
     seconds_selecting: float = 0.0  # choosing or merging, looking at attention included
     seconds_model: float = 0.0  # acting on what is left
+    selected_anew: int = 0  # decisions that these took: what had been met was not run again
+    acted_anew: int = 0
     over_budget: int = 0  # decisions with more history than `n_keep`
     kept_sum: int = 0  # transitions kept by these, and the fewest and the most that one kept
     kept_min: int | None = None
@@ -44,6 +48,39 @@ class Cost:
     def tokens(self) -> float:
         """Tokens that the model ran for a decision, looking included."""
         return self.tokens_read / max(1, self.decisions)
+
+
+class Memory:
+    """What was made of histories before, by what a model reads of them.
+
+    A model that has learned repeats itself, and the same history need not be run twice.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[bytes, tuple[Tensor, ...]] = {}
+        self._n_numbers = 0
+
+    def recall(
+        self, history: History, run: Callable[[Tensor], Sequence[Tensor]], *more: Tensor
+    ) -> tuple[list[Tensor], int]:
+        """Tensors of `B` rows, and how many rows were new: `run` was given the numbers of these.
+
+        Rows are told apart by `History.inputs`, and by further tensors `(B, ...)`.
+        """
+        read = torch.cat([x.flatten(1).double() for x in (*history.inputs, *more)], dim=1)
+        keys = [blake2b(row, digest_size=16).digest() for row in read.cpu().numpy()]
+        new: dict[bytes, int] = {}
+        for number, key in enumerate(keys):
+            if key not in self._known:
+                new.setdefault(key, number)
+        if new:
+            given = run(torch.tensor([*new.values()], device=history.device))
+            self._known |= zip(new, zip(*given, strict=True), strict=True)
+            self._n_numbers += sum(values.numel() for values in given)
+        values = [torch.stack(rows) for rows in zip(*map(self._known.get, keys), strict=True)]
+        if self._n_numbers > MAX_WEIGHTS:
+            self.__init__()
+        return values, len(new)
 
 
 @dataclass
@@ -66,7 +103,8 @@ class CompressedPolicy:
         n_keep = self.agent.n_max if self.n_keep is None else self.n_keep
         self.n_keep = {"all": self.agent.n_max, "none": 0}.get(self.method.keeps, n_keep)
         self.device = self.agent.device
-        self._looks = bool({*LOOKS} & {*self.method.needs})
+        self._looks = [name for name in LOOKS if name in self.method.needs]
+        self._looked, self._acted = Memory(), Memory()
 
     def act(self, buffer: HistoryBuffer, query_states: Tensor) -> Tensor:
         """Action logits `(B, A)` in `query_states` `(B, S)`."""
@@ -75,14 +113,15 @@ class CompressedPolicy:
         only_window = self._looks or self.method.keeps == "all"
         history = buffer.history(query_states, max(0, buffer.n - n_max) if only_window else 0)
         history = replace(history, rewarded_above=agent.rewarded_above)
+        selected_anew = history.size
         if self._looks and 0 < n_keep < history.n:
-            history = look(agent, history, self.method.needs)
+            history, selected_anew = self._look(history)
             n_looked = history.size * (history.n + 1)
         shorter = self.method.compress(history, n_keep, self.generator)
         selected, positions = _seconds(self.device), None
         if self.positions == "original" and shorter.kept is not None:
             positions = original_positions(shorter.kept, history.n, n_max)
-        logits = act_in_parts(agent, shorter, positions)
+        logits, acted_anew = self._run(shorter, positions)
         acted, kept = _seconds(self.device), shorter.counts.tolist()
         over = kept if buffer.n > n_keep else []
         cost = Cost(
@@ -91,6 +130,8 @@ class CompressedPolicy:
             tokens_looked=n_looked,
             seconds_selecting=selected - started,
             seconds_model=acted - selected,
+            selected_anew=selected_anew,
+            acted_anew=acted_anew,
             over_budget=len(over),
             kept_sum=sum(over),
             kept_min=min(over, default=None),
@@ -99,6 +140,31 @@ class CompressedPolicy:
         )
         self.cost = Cost.sum([self.cost, cost])
         return logits
+
+    def _look(self, history: History) -> tuple[History, int]:
+        """The history with what the method looks at, and how many decisions were not known."""
+        if not self.agent.reads_inputs_alone:
+            return look(self.agent, history, self._looks), history.size
+
+        def run(rows: Tensor) -> list[Tensor]:
+            seen = look(self.agent, history.rows(rows), self._looks)
+            return [getattr(seen, name) for name in self._looks]
+
+        values, n_new = self._looked.recall(history, run)
+        return replace(history, **dict(zip(self._looks, values, strict=True))), n_new
+
+    def _run(self, history: History, positions: Tensor | None) -> tuple[Tensor, int]:
+        """Action logits `(B, A)` on what is left, and how many decisions were not known."""
+        if not self.agent.reads_inputs_alone:
+            return act_in_parts(self.agent, history, positions), history.size
+
+        def run(rows: Tensor) -> list[Tensor]:
+            placed = None if positions is None else positions[rows]
+            return [act_in_parts(self.agent, history.rows(rows), placed)]
+
+        places = () if positions is None else (positions,)
+        [logits], n_new = self._acted.recall(history, run, history.counts[:, None], *places)
+        return logits, n_new
 
 
 def original_positions(kept: Tensor, n_raw: int, n_max: int) -> Tensor:

@@ -25,8 +25,8 @@ UNITS = {
     "by_episode": "reward, mean over runs, of each in-context episode",
     "kept": "transitions kept, mean over decisions with more history than the budget",
     "tokens_per_decision": "tokens that the model read, looking at attention and query included",
-    "ms_selecting": "milliseconds a decision, choosing what to keep, looking at attention included",
-    "ms_model": "milliseconds a decision, acting on what is kept",
+    "ms_selecting": "milliseconds a new decision, choosing what to keep, any look at attention too",
+    "ms_model": "milliseconds a new decision, acting on what is kept",
 }
 
 
@@ -144,12 +144,12 @@ def _record(row: Row) -> dict[str, Any]:
     for name, each in {name: getattr(row, name) or Estimate(None) for name in names}.items():
         name = "return" if name == "mean" else name
         record |= {name: each.value, f"{name}_low": each.low, f"{name}_high": each.high}
-    runs, cost, ms = row.collapses, row.cost, 1000 / max(1, row.cost.decisions)  # of seconds
+    runs, cost = row.collapses, row.cost
     record |= {"runs": runs.n_runs, "collapsed": runs.arm, "full_collapsed": runs.full}
     record |= {"collapse_bound": runs.bound(), "tokens_per_decision": cost.tokens}
     return record | {
-        "ms_selecting": cost.seconds_selecting * ms,
-        "ms_model": cost.seconds_model * ms,
+        "ms_selecting": 1000 * cost.seconds_selecting / max(1, cost.selected_anew),
+        "ms_model": 1000 * cost.seconds_model / max(1, cost.acted_anew),
     }
 
 
