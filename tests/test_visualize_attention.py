@@ -208,7 +208,7 @@ def test_every_pattern_is_printed_with_what_its_advice_does_and_effects_are_in_t
 def test_the_console_text_of_the_shipped_run_fits_a_screen_or_two(tmp_path, monkeypatch, capsys):
     (tmp_path / "checkpoints").symlink_to(Path(module.__file__).parent / "checkpoints")
     monkeypatch.chdir(tmp_path)
-    main(["--num-figures=0", "--device=cpu", "--num-samples=6", "--num-effects=6"])
+    main(["--num-figures=0", "--device=cpu", "--num-samples=24", "--num-effects=24"])
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) <= 90
     assert max(map(columns, lines)) <= 100

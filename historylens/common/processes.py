@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from historylens.common.errors import UserError, expect
@@ -27,10 +28,10 @@ FINDING = timedelta(minutes=2)  # that processes have to find each other
 TIMEOUT = timedelta(hours=1)  # longer than rank 0 ever works while the others wait
 PAUSE = 0.02  # seconds between two looks at what other processes have finished
 FAILED = 2**40  # no item has a number as high: nobody takes another one
-FEW = 128  # rows: MKL sums products of fewer in an order that depends on the number of threads
+FEW = 64  # rows: MKL sums products of fewer in an order that depends on the number of threads
 PRODUCTS = {
-    "linear", "matmul", "__matmul__", "__rmatmul__", "mm", "bmm", "addmm", "baddbmm", "einsum",
-    "bilinear", "scaled_dot_product_attention", "multi_head_attention_forward",
+    "matmul", "__matmul__", "__rmatmul__", "mm", "bmm", "addmm", "baddbmm", "einsum",
+    "scaled_dot_product_attention",
 }  # fmt: skip
 
 
@@ -160,20 +161,29 @@ ALONE = Group()
 
 
 class SteadySums(TorchFunctionMode):
-    """Products of few rows run on one thread, so that sums do not depend on the number of them.
+    """Makes products of few rows independent of the number of threads, for up to 8 of them.
 
-    Those of more rows do not under `MKL_CBWR=STRICT`, see `historylens.common`.
+    Linear maps get further rows, single products of other kinds run on one thread. Those of more
+    rows, and batches of products, are so under `MKL_CBWR=STRICT`, see `historylens.common`.
     """
 
     def __torch_function__(
         self, func: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
-        kwargs, n_threads = kwargs or {}, torch.get_num_threads()
-        if n_threads == 1 or getattr(func, "__name__", "") not in PRODUCTS:
+        kwargs, name = kwargs or {}, getattr(func, "__name__", "")
+        if name == "linear" and args and 0 < args[0].numel() < FEW * args[0].shape[-1]:
+            rows = args[0].reshape(-1, args[0].shape[-1])
+            more = functional.pad(rows, (0, 0, 0, FEW - len(rows)))
+            mapped = func(more, *args[1:], **kwargs)
+            return mapped[: len(rows)].view(*args[0].shape[:-1], -1)
+        is_whole = name == "multi_head_attention_forward"
+        n_threads = torch.get_num_threads()
+        if n_threads == 1 or not (is_whole or name in PRODUCTS):
             return func(*args, **kwargs)
         given = (x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.dim() > 1)
         factor = next(given, None)
-        if factor is None or factor.numel() >= FEW * factor.shape[-1]:
+        is_few = factor is not None and factor.numel() < FEW * factor.shape[-1]
+        if not is_few or not (is_whole or factor.shape[:-2].numel() == 1):
             return func(*args, **kwargs)
         torch.set_num_threads(1)
         try:

@@ -50,8 +50,8 @@ def measure_heads(trial: Trial, heads: Mapping[int, Sequence[int]]) -> dict[str,
     UserError: the heads of none of them can be told apart, or there is one decision.
     """
     agent = trial.agent
-    one = run_heads(agent, trial.history.rows(trial.decisions(1)))[1].values()
-    n_numbers = sum(layer.output.numel() for layer in one)  # that all heads give
+    some = run_heads(agent, trial.history.rows(trial.decisions(2)))[1].values()
+    n_numbers = sum(layer.output[0].numel() for layer in some)  # that all heads give
     rows = trial.decisions(max(2, min(N_EXCHANGED, MAX_WEIGHTS // max(1, n_numbers))))
     expect(len(rows) > 1, "expected two decisions or more, to have a mean of, got one")
     history = trial.history.rows(rows)
@@ -136,7 +136,7 @@ def measure_knockout(trial: Trial, layers: Iterable[int]) -> dict[str, Any]:
     UserError: some layer's attention cannot be blocked, or no two decisions have such transitions.
     """
     agent, found = trial.agent, {}
-    told = run_heads(agent, trial.history.rows(trial.decisions(1)))[1]
+    told = run_heads(agent, trial.history.rows(trial.decisions(2)))[1]
     where = "attention to some tokens can only be blocked where"
     expect(len(told) == len(agent.layers), f"{where} heads are told apart")
     expect(agent.sees_all, f"{where} all that mixes tokens is looked at: some layers are not")

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator, NullLocator
 
 from historylens.common.text import fixed
@@ -45,9 +46,13 @@ def draw_by_budget(path: Path, study: Any, picture: Picture) -> None:
     _draw_levels(axes, study, picture)
     full = study.full.mean.value  # the name of full history stands above its level
     if (best := study.recommended) is not None:
-        place, offset = (best.kept, best.mean.value), (0, 18 if best.mean.value > full else -20)
+        side = 1 if best.kept < picture.n_max / 2 else -1  # the name stays inside
+        place = best.kept, best.mean.value
+        offset = 12 * side, 18 if best.mean.value > full else -20
         axes.plot(*place, "o", ms=15, mec=FULL_COLOUR, mfc="none", mew=1.6, zorder=5)
-        style = {"color": FULL_COLOUR, "fontsize": 9.5, "weight": "bold", "ha": "center"}
+        style = {"color": FULL_COLOUR, "fontsize": 9.5, "weight": "bold"}
+        style["ha"] = "left" if side > 0 else "right"
+        style["path_effects"] = [withStroke(linewidth=3, foreground="white")]  # over other lines
         axes.annotate("recommended", place, offset, textcoords="offset points", zorder=6, **style)
     chance = [row for row in lines.get("random", []) if not row.mean.is_open]
     if has_band := len(chance) > 1:  # what a strategy has to beat
