@@ -51,35 +51,37 @@ class Cost:
 
 
 class Memory:
-    """What was made of histories before, by what a model reads of them.
+    """What was made of histories before, by what a model reads of them, if `is_known`.
 
     A model that has learned repeats itself, and the same history need not be run twice.
     """
 
-    def __init__(self) -> None:
-        self._known: dict[bytes, tuple[Tensor, ...]] = {}
+    def __init__(self, is_known: bool) -> None:
+        self._rows: dict[bytes, tuple[Tensor, ...]] | None = {} if is_known else None
         self._n_numbers = 0
 
     def recall(
-        self, history: History, run: Callable[[Tensor], Sequence[Tensor]], *more: Tensor
-    ) -> tuple[list[Tensor], int]:
-        """Tensors of `B` rows, and how many rows were new: `run` was given the numbers of these.
+        self, run: Callable[..., Sequence[Tensor]], history: History, *more: Tensor
+    ) -> tuple[Sequence[Tensor], int]:
+        """What `run(history, *more)` gives, tensors of `B` rows, and how many rows were run anew.
 
-        Rows are told apart by `History.inputs`, and by further tensors `(B, ...)`.
+        Rows are told apart by `History.inputs`, how many of them count, and `more` `(B, ...)`.
         """
-        read = torch.cat([x.flatten(1).double() for x in (*history.inputs, *more)], dim=1)
-        keys = [blake2b(row, digest_size=16).digest() for row in read.cpu().numpy()]
-        new: dict[bytes, int] = {}
-        for number, key in enumerate(keys):
-            if key not in self._known:
-                new.setdefault(key, number)
+        if self._rows is None:
+            return run(history, *more), history.size
+        read = (*history.inputs, history.counts[:, None], *more)
+        read = torch.cat([x.flatten(1).double() for x in read], dim=1).cpu().numpy()
+        keys = [blake2b(row, digest_size=16).digest() for row in read]
+        first = dict(zip(reversed(keys), range(len(keys) - 1, -1, -1), strict=True))
+        new = {key: number for key, number in first.items() if key not in self._rows}
         if new:
-            given = run(torch.tensor([*new.values()], device=history.device))
-            self._known |= zip(new, zip(*given, strict=True), strict=True)
+            rows = torch.tensor([*new.values()], device=history.device)
+            given = run(history.rows(rows), *(x[rows] for x in more))
+            self._rows |= zip(new, zip(*given, strict=True), strict=True)
             self._n_numbers += sum(values.numel() for values in given)
-        values = [torch.stack(rows) for rows in zip(*map(self._known.get, keys), strict=True)]
+        values = [torch.stack(x) for x in zip(*map(self._rows.get, keys), strict=True)]
         if self._n_numbers > MAX_WEIGHTS:
-            self.__init__()
+            self.__init__(is_known=True)
         return values, len(new)
 
 
@@ -104,7 +106,8 @@ class CompressedPolicy:
         self.n_keep = {"all": self.agent.n_max, "none": 0}.get(self.method.keeps, n_keep)
         self.device = self.agent.device
         self._looks = [name for name in LOOKS if name in self.method.needs]
-        self._looked, self._acted = Memory(), Memory()
+        known = self.agent.reads_inputs_alone
+        self._looked, self._acted = Memory(known), Memory(known)
 
     def act(self, buffer: HistoryBuffer, query_states: Tensor) -> Tensor:
         """Action logits `(B, A)` in `query_states` `(B, S)`."""
@@ -115,13 +118,14 @@ class CompressedPolicy:
         history = replace(history, rewarded_above=agent.rewarded_above)
         selected_anew = history.size
         if self._looks and 0 < n_keep < history.n:
-            history, selected_anew = self._look(history)
+            values, selected_anew = self._looked.recall(self._look, history)
+            history = replace(history, **dict(zip(self._looks, values, strict=True)))
             n_looked = history.size * (history.n + 1)
         shorter = self.method.compress(history, n_keep, self.generator)
-        selected, positions = _seconds(self.device), None
+        selected, places = _seconds(self.device), ()
         if self.positions == "original" and shorter.kept is not None:
-            positions = original_positions(shorter.kept, history.n, n_max)
-        logits, acted_anew = self._run(shorter, positions)
+            places = (original_positions(shorter.kept, history.n, n_max),)
+        [logits], acted_anew = self._acted.recall(self._run, shorter, *places)
         acted, kept = _seconds(self.device), shorter.counts.tolist()
         over = kept if buffer.n > n_keep else []
         cost = Cost(
@@ -141,30 +145,12 @@ class CompressedPolicy:
         self.cost = Cost.sum([self.cost, cost])
         return logits
 
-    def _look(self, history: History) -> tuple[History, int]:
-        """The history with what the method looks at, and how many decisions were not known."""
-        if not self.agent.reads_inputs_alone:
-            return look(self.agent, history, self._looks), history.size
+    def _look(self, history: History) -> list[Tensor]:
+        seen = look(self.agent, history, self._looks)
+        return [getattr(seen, name) for name in self._looks]
 
-        def run(rows: Tensor) -> list[Tensor]:
-            seen = look(self.agent, history.rows(rows), self._looks)
-            return [getattr(seen, name) for name in self._looks]
-
-        values, n_new = self._looked.recall(history, run)
-        return replace(history, **dict(zip(self._looks, values, strict=True))), n_new
-
-    def _run(self, history: History, positions: Tensor | None) -> tuple[Tensor, int]:
-        """Action logits `(B, A)` on what is left, and how many decisions were not known."""
-        if not self.agent.reads_inputs_alone:
-            return act_in_parts(self.agent, history, positions), history.size
-
-        def run(rows: Tensor) -> list[Tensor]:
-            placed = None if positions is None else positions[rows]
-            return [act_in_parts(self.agent, history.rows(rows), placed)]
-
-        places = () if positions is None else (positions,)
-        [logits], n_new = self._acted.recall(history, run, history.counts[:, None], *places)
-        return logits, n_new
+    def _run(self, history: History, *places: Tensor) -> list[Tensor]:
+        return [act_in_parts(self.agent, history, *places)]
 
 
 def original_positions(kept: Tensor, n_raw: int, n_max: int) -> Tensor:
