@@ -256,8 +256,9 @@ def names_of(roots: dict[str, nn.Module]) -> dict[nn.Module, str]:
     names, done = {}, set()
     for prefix, root in roots.items():
         for path, module in root.named_modules(done, prefix):
-            parts = [part for part in path.split(".") if part != "_orig_mod"]  # of torch.compile
-            name = names.setdefault(module, ".".join(parts) or type(module).__name__)
+            if "_orig_mod" in path:  # of torch.compile
+                path = ".".join(part for part in path.split(".") if part != "_orig_mod")
+            name = names.setdefault(module, path or type(module).__name__)
             if getattr(type(module), "forward", None) is nn.TransformerEncoderLayer.forward:
                 names.setdefault(module.self_attn, name)
     return names
@@ -279,7 +280,8 @@ def _may_attend(module: nn.Module) -> bool:
 def _uncompiled() -> Iterator[None]:
     """Compiled functions run as they were written, so that what they call is seen."""
     # Loaded where something was compiled, or is to be; it is slow to import.
-    if not {"torch._dynamo.eval_frame", "torch.nn.attention.flex_attention"} & {*sys.modules}:
+    slow = "torch._dynamo.eval_frame", "torch.nn.attention.flex_attention"
+    if not any(name in sys.modules for name in slow):
         yield
         return
     with torch.compiler.set_stance("force_eager"), warnings.catch_warnings():
