@@ -349,6 +349,15 @@ def test_linear_maps_of_few_rows_give_what_they_give_among_many(shape, widths, b
         assert torch.equal(steady.flatten(0, -2), whole[: x.flatten(0, -2).shape[0]])
 
 
+def test_linear_maps_of_other_kinds_are_what_they_are():
+    x, weight = torch.ones(3, 5), torch.ones(5)
+    nested = torch.nested.nested_tensor([torch.ones(2, 5), torch.ones(1, 5)])
+    with SteadySums():
+        assert functional.linear(x, weight).tolist() == [5, 5, 5]
+        assert functional.linear(input=x, weight=weight[None]).tolist() == [[5]] * 3
+        assert functional.linear(nested, weight[None].repeat(2, 1)).is_nested
+
+
 @pytest.mark.parametrize("product", [torch.mm, torch.matmul, lambda x, y: x @ y])
 def test_other_products_of_few_rows_run_on_one_thread_and_give_the_others_back(product):
     seen, before = [], torch.get_num_threads()

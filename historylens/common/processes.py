@@ -171,7 +171,7 @@ class SteadySums(TorchFunctionMode):
         self, func: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
         kwargs, name = kwargs or {}, getattr(func, "__name__", "")
-        if name == "linear" and args and 0 < args[0].numel() < FEW * args[0].shape[-1]:
+        if name == "linear" and len(args) > 1 and args[1].dim() == 2 and _has_few_rows(args[0]):
             rows = args[0].reshape(-1, args[0].shape[-1])
             more = functional.pad(rows, (0, 0, 0, FEW - len(rows)))
             mapped = func(more, *args[1:], **kwargs)
@@ -182,7 +182,7 @@ class SteadySums(TorchFunctionMode):
             return func(*args, **kwargs)
         given = (x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.dim() > 1)
         factor = next(given, None)
-        is_few = factor is not None and factor.numel() < FEW * factor.shape[-1]
+        is_few = factor is not None and _has_few_rows(factor)
         if not is_few or not (is_whole or factor.shape[:-2].numel() == 1):
             return func(*args, **kwargs)
         torch.set_num_threads(1)
@@ -190,6 +190,12 @@ class SteadySums(TorchFunctionMode):
             return func(*args, **kwargs)
         finally:
             torch.set_num_threads(n_threads)
+
+
+def _has_few_rows(x: Tensor) -> bool:
+    if x.device.type != "cpu" or x.is_nested:
+        return False
+    return 0 < x.numel() < FEW * x.shape[-1]
 
 
 @contextlib.contextmanager
