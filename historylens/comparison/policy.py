@@ -51,14 +51,14 @@ class Cost:
 
 
 class Memory:
-    """What was made of histories before, by what a model reads of them, if `is_known`.
+    """What was made of histories before: a model that has learned repeats itself.
 
-    A model that has learned repeats itself, and the same history need not be run twice.
+    Without `keeps` nothing is kept, for models that read more of a history than its `inputs`.
     """
 
-    def __init__(self, is_known: bool) -> None:
-        self._rows: dict[bytes, tuple[Tensor, ...]] | None = {} if is_known else None
-        self._n_numbers = 0
+    def __init__(self, keeps: bool) -> None:
+        self._keeps, self._n_numbers = keeps, 0
+        self._rows: dict[bytes, tuple[Tensor, ...]] = {}
 
     def recall(
         self, run: Callable[..., Sequence[Tensor]], history: History, *more: Tensor
@@ -67,7 +67,7 @@ class Memory:
 
         Rows are told apart by `History.inputs`, how many of them count, and `more` `(B, ...)`.
         """
-        if self._rows is None:
+        if not self._keeps:
             return run(history, *more), history.size
         read = (*history.inputs, history.counts[:, None], *more)
         read = torch.cat([x.flatten(1).double() for x in read], dim=1).cpu().numpy()
@@ -81,7 +81,7 @@ class Memory:
             self._n_numbers += sum(values.numel() for values in given)
         values = [torch.stack(x) for x in zip(*map(self._rows.get, keys), strict=True)]
         if self._n_numbers > MAX_WEIGHTS:
-            self.__init__(is_known=True)
+            self._rows, self._n_numbers = {}, 0
         return values, len(new)
 
 
@@ -106,8 +106,7 @@ class CompressedPolicy:
         self.n_keep = {"all": self.agent.n_max, "none": 0}.get(self.method.keeps, n_keep)
         self.device = self.agent.device
         self._looks = [name for name in LOOKS if name in self.method.needs]
-        known = self.agent.reads_inputs_alone
-        self._looked, self._acted = Memory(known), Memory(known)
+        self._looked, self._acted = (Memory(self.agent.reads_inputs_alone) for _ in range(2))
 
     def act(self, buffer: HistoryBuffer, query_states: Tensor) -> Tensor:
         """Action logits `(B, A)` in `query_states` `(B, S)`."""
