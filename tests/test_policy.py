@@ -179,8 +179,9 @@ def test_a_decision_takes_one_pass_over_what_is_kept_and_a_look_one_over_the_win
     hook.remove()
 
 
-@pytest.mark.parametrize("limit", [2**25, 40])
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(
+    ("name", "limit"), [*((name, 2**25) for name in METHODS), ("recent", 40), ("top-k", 40)]
+)
 def test_what_is_remembered_is_what_would_be_run_again(model, name, limit, monkeypatch):
     monkeypatch.setattr("historylens.comparison.policy.MAX_WEIGHTS", limit)
     agent, anew = ModelAgent(model), {"acted_anew", "selected_anew"}
