@@ -17,9 +17,15 @@ from ad.acting import SlidingPolicy
 from ad.darkroom import DarkRoom
 from config import ModelConfig
 from historylens.agent import rollout
-from historylens.comparison.policy import POSITIONS, CompressedPolicy, Cost, original_positions
+from historylens.comparison.policy import (
+    POSITIONS,
+    CompressedPolicy,
+    Cost,
+    Memory,
+    original_positions,
+)
 from historylens.compression.method import METHODS
-from historylens.history import LOOKS, PADDING, HistoryBuffer
+from historylens.history import LOOKS, PADDING, History, HistoryBuffer
 
 HORIZON = 4
 GOALS = np.array([[1, 1], [0, 1]])
@@ -213,6 +219,17 @@ def test_no_history_is_run_twice_where_its_inputs_alone_count(model):
     play(policy, n_steps=40)
     hook.remove()
     assert len(read) == len({*read}) == policy.cost.acted_anew < policy.cost.decisions == 80
+
+
+def test_histories_that_differ_by_padding_alone_are_told_apart():
+    times = torch.arange(3).expand(2, 3)
+    raw = History(times[..., None], times, times.float(), times[..., None], torch.zeros(2, 1))
+    padded = raw.take(torch.tensor([[PADDING, 0, 2], [PADDING, PADDING, 2]]))
+    assert torch.equal(padded.actions[0], padded.actions[1])
+    memory = Memory(keeps=True)
+    for n_new in (2, 0):
+        [values], found = memory.recall(lambda some: [some.counts], padded)
+        assert (values.tolist(), found) == ([2, 1], n_new)
 
 
 @given(n_raw=st.integers(0, 30), n_max=st.integers(0, 12), data=st.data())
