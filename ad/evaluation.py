@@ -28,8 +28,7 @@ Reads = Literal["step", "episode", "compressed"]
 
 def _compressed_policy(model: ADTransformer) -> CompressedPolicy:
     method, n_keep = COMPRESSION
-    told = {"n_max": model.n_context_max, "rewarded_above": 0.0, "reads_inputs_alone": True}
-    agent = SimpleNamespace(**told)
+    agent = SimpleNamespace(n_max=model.n_context_max, rewarded_above=0.0, reads_inputs_alone=True)
     agent.device, agent.act = model.pred_action.weight.device, partial(fast_logits, model)
     return CompressedPolicy(agent, method, min(n_keep, agent.n_max))
 

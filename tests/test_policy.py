@@ -221,13 +221,14 @@ def test_no_history_is_run_twice_where_its_inputs_alone_count(model):
     assert len(read) == len({*read}) == policy.cost.acted_anew < policy.cost.decisions == 80
 
 
-def test_histories_that_differ_by_padding_alone_are_told_apart():
+def test_histories_that_differ_by_padding_alone_are_told_apart_until_too_much_is_kept(monkeypatch):
     times = torch.arange(3).expand(2, 3)
     raw = History(times[..., None], times, times.float(), times[..., None], torch.zeros(2, 1))
     padded = raw.take(torch.tensor([[PADDING, 0, 2], [PADDING, PADDING, 2]]))
     assert torch.equal(padded.actions[0], padded.actions[1])
     memory = Memory(keeps=True)
-    for n_new in (2, 0):
+    for n_new, limit in ((2, 2), (0, 1), (2, 1)):  # numbers that may be kept
+        monkeypatch.setattr("historylens.comparison.policy.MAX_WEIGHTS", limit)
         [values], found = memory.recall(lambda some: [some.counts], padded)
         assert (values.tolist(), found) == ([2, 1], n_new)
 

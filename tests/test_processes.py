@@ -29,8 +29,6 @@ from test_compare_compression import timeless
 from test_train import flags, numbers_of, run_of
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher import LaunchConfig, elastic_launch
-from torch.nn import functional
-from torch.overrides import TorchFunctionMode
 
 import compare_compression
 import historylens.comparison
@@ -41,7 +39,7 @@ from historylens.analysis import AnalysisConfig, Job, job, results
 from historylens.analysis.results import measure, measure_drawn
 from historylens.common.batches import even_parts
 from historylens.common.errors import UserError, expect, is_out_of_memory
-from historylens.common.processes import ALONE, Group, SteadySums, join
+from historylens.common.processes import ALONE, Group, join
 from historylens.metrics import NAMES, Metrics
 
 N_SAMPLES = 12
@@ -327,54 +325,3 @@ def test_a_killed_process_ends_the_job_with_a_clear_error(together):
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
     assert [*files_of(run_of(together.folder / "killed"))] == ["histories-test.npz", "resume.pt"]
-
-
-@given(
-    shape=st.lists(st.integers(0, 7), min_size=1, max_size=3),
-    widths=st.tuples(st.integers(1, 70), st.integers(1, 70)),
-    bias=st.booleans(),
-)
-def test_linear_maps_of_few_rows_give_what_they_give_among_many(shape, widths, bias):
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(*shape, widths[0], generator=generator)
-    weight = torch.randn(*widths[::-1], generator=generator)
-    more = torch.randn(widths[1], generator=generator) if bias else None
-    alone = functional.linear(x, weight, more)
-    with SteadySums():
-        steady = functional.linear(x, weight, more)
-        whole = functional.linear(torch.cat([x.flatten(0, -2), torch.ones(64, widths[0])]), weight)
-    assert steady.shape == alone.shape
-    assert torch.allclose(steady, alone, atol=1e-5)
-    if not bias:
-        assert torch.equal(steady.flatten(0, -2), whole[: x.flatten(0, -2).shape[0]])
-
-
-def test_linear_maps_of_other_kinds_are_what_they_are():
-    x, weight = torch.ones(3, 5), torch.ones(5)
-    nested = torch.nested.nested_tensor([torch.ones(2, 5), torch.ones(1, 5)])
-    with SteadySums():
-        assert functional.linear(x, weight).tolist() == [5, 5, 5]
-        assert functional.linear(input=x, weight=weight[None]).tolist() == [[5]] * 3
-        assert functional.linear(nested, weight[None].repeat(2, 1)).is_nested
-
-
-@pytest.mark.parametrize("product", [torch.mm, torch.matmul, lambda x, y: x @ y])
-def test_other_products_of_few_rows_run_on_one_thread_and_give_the_others_back(product):
-    seen, before = [], torch.get_num_threads()
-
-    class Watch(TorchFunctionMode):
-        def __torch_function__(self, func, types, args=(), kwargs=None):
-            seen.append((func.__name__, torch.get_num_threads()))
-            return func(*args, **(kwargs or {}))
-
-    torch.set_num_threads(2)
-    try:
-        with Watch(), SteadySums():
-            product(torch.ones(3, 5), torch.ones(5, 2))
-            product(torch.ones(300, 5), torch.ones(5, 2))
-            with pytest.raises(RuntimeError):
-                product(torch.ones(3, 5), torch.ones(4, 2))
-        assert torch.get_num_threads() == 2
-    finally:
-        torch.set_num_threads(before)
-    assert [n for name, n in seen if name.strip("_") in ("mm", "matmul")] == [1, 2, 1]

@@ -72,8 +72,7 @@ class Memory:
         read = (*history.inputs, history.counts[:, None], *more)
         read = torch.cat([x.flatten(1).double() for x in read], dim=1).cpu().numpy()
         keys = [blake2b(row, digest_size=16).digest() for row in read]
-        first = dict(zip(reversed(keys), range(len(keys) - 1, -1, -1), strict=True))
-        new = {key: number for key, number in first.items() if key not in self._rows}
+        new = {key: number for number, key in enumerate(keys) if key not in self._rows}
         if new:
             rows = torch.tensor([*new.values()], device=history.device)
             given = run(history.rows(rows), *(x[rows] for x in more))
