@@ -42,17 +42,17 @@ def measure(variant: str, n_tokens: int, options: argparse.Namespace) -> tuple[f
     torch.set_num_threads(options.threads)
     torch.backends.mha.set_fastpath_enabled(False)  # on a CPU it holds T x T and is slower
     torch.manual_seed(0)
-    torch.set_default_device(options.device)
-    layer = nn.TransformerEncoderLayer(64, 4, 256, 0.0, activation="gelu", batch_first=True)
-    encoder = nn.TransformerEncoder(layer, options.layers, enable_nested_tensor=False).eval()
-    x = torch.randn(options.samples, n_tokens, 64)
-    mask = torch.full((n_tokens, n_tokens), -torch.inf).triu_(1)
+    with torch.device(options.device):  # as a default it would see every call, like a capture
+        layer = nn.TransformerEncoderLayer(64, 4, 256, 0.0, activation="gelu", batch_first=True)
+        encoder = nn.TransformerEncoder(layer, options.layers, enable_nested_tensor=False).eval()
+        x = torch.randn(options.samples, n_tokens, 64)
+        mask = torch.full((n_tokens, n_tokens), -torch.inf).triu_(1)
+        count = torch.arange(n_tokens, 0, -1)
 
     def run() -> object:
         if variant == PLAIN:
             return encoder(x, mask=mask, is_causal=True)
         if variant == EAGER:  # the same: query rows, received attention and maps
-            count = torch.arange(n_tokens, 0, -1)
             weights = eager_weights(encoder, x, mask)
             return [(each[:, :, -1], each.sum(2) / count, each) for each in weights]
         with capture(encoder, **CAPTURED[variant]):

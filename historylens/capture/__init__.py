@@ -71,7 +71,7 @@ def capture(
     options = Options(received, maps, map_size, query, padding, layers, softmax, heads, inputs)
     with Session(model_or_layers, options).attached() as session:
         yield session.record
-        session.check_complete()
+    session.check_complete()
 
 
 def record_attention(name: str, weights: Tensor, mask: Tensor | None = None) -> None:
