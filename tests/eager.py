@@ -7,6 +7,7 @@ from unittest import mock
 import pytest
 import torch
 from conftest import n_hooks
+from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional
 
@@ -16,6 +17,7 @@ AUTOCAST = partial(torch.autocast, "cpu", torch.bfloat16)
 CONTEXTS = [torch.enable_grad, torch.no_grad, torch.inference_mode, AUTOCAST]
 CLOSE = {"atol": 1e-6, "rtol": 0, "check_dtype": False, "equal_nan": True}
 ALL_SEEN = torch.zeros(1, dtype=torch.bool)
+LOW = [-torch.inf, torch.finfo(torch.float32).min, -1e9, -65504.0, -1e4, -1e3]  # each forbids
 
 
 class Given(nn.Module):
@@ -127,6 +129,12 @@ def randomized(module, seed=0):
     for parameter in module.parameters():
         nn.init.normal_(parameter, std=0.4)
     return module.eval()
+
+
+def query_places(n_samples, n_queries):
+    """Where the query may stand: in one place, or in one of each sample."""
+    places = st.integers(-n_queries, n_queries - 1)
+    return places | st.lists(places, min_size=n_samples, max_size=n_samples).map(torch.tensor)
 
 
 def causal(n_queries, n_keys=None, diagonal=1):

@@ -73,6 +73,8 @@ def test_what_is_loaded_is_said_in_words():
     }
     told = agent_of(with_fields("task=i"), name="explicit_softmax").facts["Samples"]
     assert told == "4 decisions of the adapter"
+    three = "91 tokens at most; a transition is state, action, reward; token 90 decides; "
+    assert three in agent_of().facts["Context length"]
     assert agent.title == "Model of mine.py"
     assert agent.label_columns == ("number",)
     assert agent.meta == {"n_heads": [2, 2], "model": "Model", "rewarded_above": 0}
@@ -144,32 +146,23 @@ def test_a_look_gives_the_attention_among_transitions():
 
 
 def rooms_of(*changes):
-    """Two rooms, in which all episodes are four steps."""
     pytest.importorskip("gymnasium")
-    shorter = ("HORIZON = 10", "HORIZON = 4"), ("HORIZON = 9, 10", "HORIZON = 9, 4")
-    agent = load_acting(written(*shorter, *changes), 0, CPU)
+    agent = load_acting(written(*changes), 0, CPU)
     return agent.environment.make(np.array([0, 1]), [0, 1])
 
 
-def played(rooms, actions, n_steps):
-    return rooms.reset(), [rooms.step(np.array(actions)) for _ in range(n_steps)]
-
-
-def test_an_environment_plays_episodes_of_the_horizon():
+def test_each_room_of_an_environment_has_its_goal():
     rooms = rooms_of()
-    for _ in range(2):
-        start, ends = played(rooms, [0, 1], 4)
-        assert start.tolist() == [[4], [4]]
-        assert [ended.tolist() for *_, ended in ends] == [[False] * 2] * 3 + [[True] * 2]
-        assert ends[3][0].tolist() == [[0], [8]]
-        assert [rewards.tolist() for _, rewards, _ in ends[2:]] == [[0, 0], [1, 1]]
+    rooms.reset()
+    rewards = [rooms.step(np.array([0, 1]))[1].tolist() for _ in range(4)]
+    assert rewards == [[0, 0]] * 3 + [[1, 1]]
 
 
 def test_states_of_an_environment_are_of_the_type_of_samples():
     floats = ("spaces.Discrete(LENGTH)", "spaces.Box(0, LENGTH, (1,))")
     assert rooms_of(floats, ("return self.cell,", "return [self.cell],")).reset().dtype == np.int64
     halves = rooms_of(with_fields("states=one.states / 2"), *AS_INDICES)
-    assert halves.reset().dtype == np.float32
+    assert (halves.reset().dtype, halves.reset().tolist()) == (np.float32, [[4], [4]])
 
 
 def test_a_model_in_its_environments_knows_what_its_results_depend_on():
@@ -208,8 +201,10 @@ NO_ROOMS = [  # what is changed in the adapter, and what is said
 
 @pytest.mark.parametrize(("old", "new", "words"), NO_ROOMS)
 def test_an_environment_that_does_not_fit_is_one_line(old, new, words):
-    with pytest.raises(UserError, match=words):
-        played(rooms_of((old, new)), [0, 0], 2)
+    with pytest.raises(UserError, match=words):  # noqa: PT012
+        rooms = rooms_of((old, new))
+        rooms.reset()
+        rooms.step(np.array([0, 0]))
 
 
 WRONG = [  # what is changed in the adapter, and what is said
@@ -241,6 +236,9 @@ WRONG = [  # what is changed in the adapter, and what is said
     ("self.norms[0](x)", "self.norms[0](x[..., 1:])", r"act\(\) raised .*\(mine\.py:32\)"),
     ('"reward"))', '"reward")[:2])', r"tokens\(\): expected a map of the 91 .*got one of 61 tok"),
     ("Tokens.of(history.n", "Tokens.of(history.n - 1", r"tokens\(\): expected a map of 30 trans"),
+    ("return Tokens.of(",
+     "return Tokens([0, 0, *np.arange(history.n).repeat(3)[:-1]], 'x')\n    Tokens.of(",
+     r"tokens\(\) has token 47 of transition 15, whose action changes token 46 instead"),
     ("return Tokens.of(", "Tokens.of(", r"tokens\(\): expected a Tokens.*got nothing"),
     ("def tokens(", "def token_map(", r"no tokens\(\), so: .*91 tokens.*one of 31"),
     ("def load()", "CAPTURE = {'mask': 1}\ndef load()", r"CAPTURE: expected a dict with softmax"),

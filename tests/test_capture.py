@@ -1,86 +1,67 @@
 """Captured attention equals an eager softmax(q k^T / sqrt(d) + mask); the model never notices."""
 
+import math
 import weakref
 
+import eager
 import pytest
 import torch
-from eager import CONTEXTS, Given, causal, check, fast_path, is_clean, randomized, run_twice
-from eager import weights_of as whole_of
-from hypothesis import given
+from eager import Given, causal, check, fast_path, is_clean, randomized, run_twice, weights_of
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from historylens.capture import CaptureError, capture, rows
+from historylens.capture import CaptureError, capture, masks, rows
 from historylens.capture.inputs import Call, Mask
 
 
-def make_encoder(n_layers=3, width=16, n_heads=4, seed=0, nested=False, **settings):
-    options = {"dropout": 0.0, "activation": "gelu", "batch_first": True} | settings
-    layer = nn.TransformerEncoderLayer(width, n_heads, 32, **options)
-    return randomized(nn.TransformerEncoder(layer, n_layers, enable_nested_tensor=nested), seed)
+def make_encoder(n_layers=3, nested=False, batch_first=True, **options):
+    layer = nn.TransformerEncoderLayer(16, 4, 32, 0.0, "gelu", batch_first=batch_first, **options)
+    return randomized(nn.TransformerEncoder(layer, n_layers, enable_nested_tensor=nested))
 
 
 causal_mask = nn.Transformer.generate_square_subsequent_mask
 
 
 @given(
-    n_samples=st.integers(1, 3), n_tokens=st.integers(1, 40), n_heads=st.sampled_from([1, 2, 3, 4]),
-    norm_first=st.booleans(), batch_first=st.booleans(), bias=st.booleans(),
-    mask=st.sampled_from(["none", "causal", "bool", "bias"]), hint=st.booleans(),
+    n_samples=st.integers(1, 3), n_tokens=st.integers(1, 40), norm_first=st.booleans(),
+    batch_first=st.booleans(), mask=st.sampled_from([None, "float", "bool"]), hint=st.booleans(),
     padding=st.booleans(), nested=st.booleans(), training=st.booleans(),
-    context=st.sampled_from(CONTEXTS), seed=st.integers(0, 99),
+    context=st.sampled_from(eager.CONTEXTS),
 )  # fmt: skip
 @pytest.mark.filterwarnings("ignore:.*nested", "ignore:Support for mismatched")
 def test_capture_equals_eager_attention_and_leaves_the_outputs_as_they_are(
-    n_samples, n_tokens, n_heads, norm_first, batch_first, bias, mask, hint, padding, nested,
-    training, context, seed,
-):  # fmt: skip
+    n_samples, n_tokens, norm_first, batch_first, mask, hint, padding, nested, training, context
+):
     """As without the fast path to the bit, as with it but for the last digits.
 
     The query may be padding itself; a padded position is anything on the fast path.
     """
-    options = {"norm_first": norm_first, "batch_first": batch_first, "bias": bias}
-    encoder = make_encoder(2, 12, n_heads, seed, nested, **options).train(training)
-    x = torch.randn((n_samples, n_tokens, 12) if batch_first else (n_tokens, n_samples, 12))
-    additive = torch.zeros(n_tokens, n_tokens) if mask == "none" else causal_mask(n_tokens)
-    additive = additive - 0.3 * (mask == "bias") * torch.arange(n_tokens)
-    src_mask = {"none": None, "bool": causal(n_tokens)}.get(mask, additive)
+    options = {"norm_first": norm_first, "batch_first": batch_first, "nested": nested}
+    encoder = make_encoder(2, **options).train(training)
+    x = torch.randn((n_samples, n_tokens, 16) if batch_first else (n_tokens, n_samples, 16))
+    ahead = causal(n_tokens) & (mask is not None)
+    src_mask = {None: None, "bool": ahead}.get(mask, causal_mask(n_tokens))
     padded = torch.arange(n_tokens) >= torch.randint(1, n_tokens + 1, (n_samples, 1))
     padded = padded if padding else None
-    inputs = x, src_mask, padded, True if hint and mask in ("causal", "bool") else None
+    inputs = x, src_mask, padded, True if hint and mask else None
     record = run_twice(encoder, *inputs, context=context)
-    forbidden = additive == -torch.inf
-    forbidden = forbidden | padded[:, None, None, :] if padding else forbidden
+    forbidden = ahead | padded[:, None, None, :] if padding else ahead
     with context(), fast_path(False):
         for found, layer in zip(record, encoder.layers, strict=True):
             inside = layer.norm1(x) if norm_first else x
             inside = inside if batch_first else inside.transpose(0, 1)
-            weights = whole_of(layer.self_attn, inside, inside, forbidden, additive)
+            weights = weights_of(layer.self_attn, inside, inside, forbidden)
             check(found, weights, forbidden, padded)
-            x = layer(x, additive, padded)
-    if mask != "bias":  # which PyTorch's fast path takes for a bool mask
-        with context(), fast_path(True):
-            with capture(encoder, received=False):
-                captured = encoder(*inputs)
-            plain = encoder(*inputs)
-        real = torch.ones(n_samples, n_tokens, dtype=torch.bool) if padded is None else ~padded
-        real = (real if batch_first else real.T)[:, : plain.shape[1]]
-        close = {"atol": 1e-5, "rtol": 1e-5}
-        torch.testing.assert_close(captured[:, : plain.shape[1]][real], plain[real], **close)
-
-
-@pytest.mark.parametrize("enabled", [True, False])
-def test_the_fast_path_is_off_inside_and_as_it_was_afterwards(enabled, monkeypatch):
-    calls, fused = [], torch._transformer_encoder_layer_fwd
-    counted = lambda *args: calls.append(1) or fused(*args)  # noqa: E731
-    monkeypatch.setattr(torch, "_transformer_encoder_layer_fwd", counted)
-    encoder, x = make_encoder(2), torch.randn(1, 8, 16)
-    with fast_path(enabled), torch.no_grad():
-        with capture(encoder):
-            encoder(x)
-        assert not calls
-        encoder(x)
-    assert len(calls) == 2 * enabled
+            x = layer(x, ahead, padded)
+    with context(), fast_path(True):
+        with capture(encoder, received=False):
+            captured = encoder(*inputs)
+        plain = encoder(*inputs)
+    real = torch.ones(n_samples, n_tokens, dtype=torch.bool) if padded is None else ~padded
+    real = (real if batch_first else real.T)[:, : plain.shape[1]]
+    close = {"atol": 1e-5, "rtol": 1e-5}
+    torch.testing.assert_close(captured[:, : plain.shape[1]][real], plain[real], **close)
 
 
 def test_only_what_is_asked_for_is_kept():
@@ -89,16 +70,30 @@ def test_only_what_is_asked_for_is_kept():
     assert [layer.name for layer in record] == ["layers.0", "layers.1"]
 
 
-@given(n_tokens=st.integers(1, 300), size=st.integers(8, 64))
-def test_map_grid_covers_every_token_once_and_ends_with_the_query(n_tokens, size):
-    grid = rows.MapGrid.of(n_tokens, size)
-    assert len(grid.rows) == len(grid.cols) <= size
-    assert (grid.cols[0], grid.cols[-1], grid.rows[-1]) == (0, n_tokens - 1, n_tokens - 1)
-    assert (grid.rows[1:-1] + 1 == grid.cols[2:]).all()
-    assert (grid.cols[1:] > grid.rows[:-1]).all()
-    weights = torch.rand(2, n_tokens)
-    bins = weights.tensor_split(grid.cols[1:], dim=1)
-    torch.testing.assert_close(grid.pool(weights), torch.stack([x.sum(1) for x in bins], 1))
+@settings(max_examples=100)
+@given(
+    graded=st.lists(st.floats(-440, 50), min_size=1, max_size=30),
+    reach=st.sampled_from([0, 500, 1200, 3000]), value=st.sampled_from([-1e4, -1e5, -1e9, -3.4e38]),
+    shape=st.sampled_from([(1, 1, 1, -1), (1, 1, -1, 1), (-1, 1, 1, 1)]), is_masked=st.booleans(),
+    has_infinity=st.booleans(),
+)  # fmt: skip
+def test_where_a_mask_begins(graded, reach, value, shape, is_masked, has_infinity):
+    steps = [-450.0 * 1.5**i for i in range(20) if 450 * 1.5**i <= reach]
+    numbers = torch.tensor([*graded, *steps, *[value] * is_masked, *[-math.inf] * has_infinity])
+    floor = masks.floor_of(numbers.view(shape))
+    low = numbers[(numbers < floor) & numbers.isfinite()]
+    assert low.tolist() == torch.tensor([value] * is_masked).tolist()
+
+
+def test_a_mask_that_is_expanded_is_looked_at_once(monkeypatch):
+    mask = torch.zeros(8, 8).masked_fill(causal(8), -1e9)
+    looked, fill = [], torch.Tensor.masked_fill
+    counted = lambda self, *args: looked.append(self.numel()) or fill(self, *args)  # noqa: E731
+    monkeypatch.setattr(masks, "CHUNK_CPU", 8)
+    monkeypatch.setattr(torch.Tensor, "masked_fill", counted)
+    assert masks.floor_of(mask.expand(50, 20, 8, 8)) == -900
+    assert sum(looked) == 2 * 64
+    assert max(looked) == 8
 
 
 EACH = torch.arange(2 * 3 * 41 * 41).view(2, 3, 41, 41) % 7 < 3

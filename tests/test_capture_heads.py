@@ -71,7 +71,6 @@ OPTIONS = {"3 axes": {"heads": H}, "softmax of 3 axes": {"heads": H, "softmax": 
 
 
 def encoder(way):
-    """PyTorch's own layer, two of them."""
     layer = nn.TransformerEncoderLayer(D, H, 32, batch_first=True, norm_first=way == "norm first")
     inner = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
     return Given(inner, mask=AHEAD, is_causal=True)

@@ -65,10 +65,11 @@ def test_weights_that_are_handed_in_stand_for_the_softmax_that_they_are_of():
     check(record[0], softmaxed(x, torch.float64))
 
 
-def test_other_models_and_layers_that_are_not_chosen_take_none():
+def test_calls_outside_the_model_and_layers_that_are_not_chosen_do_not_count():
     model, x = nn.Sequential(Given(attend_by_heads), FlashAttention()), torch.randn(1, 3, 8)
     with capture(model, layers=[0]) as record:
-        FlashAttention()(x)
+        for other in (attend_by_heads, softmaxed, Given(attend_by_heads), FlashAttention()):
+            other(x)
         model(x)
     assert record.names == ("0",)
 
@@ -246,34 +247,26 @@ def found_in(*parts, n_tokens=5):
 
 
 def test_a_module_that_mixes_tokens_unseen_is_found():
-    part = nn.Sequential(Given(attend_by_kernel), nn.ReLU())
-    assert found_in(nn.Linear(8, 8), part) == {"parts.1.0": "Given"}
-
-
-def test_traced_and_recurrent_modules_are_found():
+    """Also one that is traced, is recurrent, reads one token alone, or keeps a cache."""
+    kernel = nn.Sequential(Given(attend_by_kernel), nn.ReLU())
     traced = torch.jit.trace(Given(lambda x: (x @ x.mT).softmax(-1) @ x), torch.ones(2, 5, 8))
-    assert list(found_in(traced, nn.GRU(8, 8, batch_first=True))) == ["parts.0", "parts.1"]
+    middle, gru = Given(lambda x: x + x[:, 2:3]), nn.GRU(8, 8, batch_first=True)
+    cached = Given(lambda x, cache: cache.append(x) or torch.cat(cache, 1).cumsum(1)[:, -5:])
+    around = Given(lambda x: cached(x, []))
+    around.part = cached
+    found = found_in(nn.Linear(8, 8), kernel, traced, gru, middle, around)
+    assert list(found) == ["parts.1.0", "parts.2", "parts.3", "parts.4", "parts.5.part"]
+    assert (found["parts.1.0"], found["parts.3"]) == ("Given", "GRU")
 
 
-def test_a_module_that_keeps_what_it_read_in_a_cache_is_found():
-    inner = Given(lambda x, cache: cache.append(x) or torch.cat(cache, 1).cumsum(1)[:, -5:])
-    outer = Given(lambda x: inner(x, []))
-    outer.part = inner
-    assert list(found_in(outer)) == ["parts.0.part"]
-
-
-def test_what_works_on_each_token_or_fails_when_called_again_is_none():
+def test_what_works_on_each_token_fails_or_differs_when_called_again_or_has_tokens_last_is_none():
     block = nn.Sequential(nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 8))
     parts = [nn.LayerNorm(8), nn.ReLU(inplace=True), convolution(), nn.Dropout(0.5), block]
     runs = iter([1])
     broken = Given(lambda x: x + next(runs) * x.mean(1, keepdim=True))
-    assert found_in(*parts, broken, nn.BatchNorm1d(5)) == {}
-
-
-def test_what_differs_from_call_to_call_and_what_may_have_tokens_last_is_passed_over():
-    assert found_in(Given(lambda x: x + torch.rand_like(x))) == {}
+    parts += [broken, nn.BatchNorm1d(5), Given(lambda x: x + torch.rand_like(x))]
+    assert found_in(*parts) == {}
     assert found_in(convolution(), n_tokens=8) == {}  # (B, D, T) or (B, T, D)?
-    assert list(found_in(Given(lambda x: x + x[:, 2:3]))) == ["parts.0"]  # of the middle alone
 
 
 @pytest.mark.parametrize(("make", "axis"), [

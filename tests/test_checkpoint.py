@@ -13,16 +13,9 @@ from hostile import refusal
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ad.checkpoints import (
-    checkpoints_in,
-    find_checkpoint,
-    load_checkpoint,
-    save_checkpoint,
-    split_of,
-    task_of,
-)
+from ad import checkpoints
+from ad.checkpoints import checkpoints_in, find_checkpoint, load_checkpoint, save_checkpoint
 from config import NEEDED, READ_FROM_CHECKPOINTS
-from historylens.agent import pick_device
 from historylens.common.errors import UserError
 
 
@@ -45,13 +38,11 @@ def path(tmp_path):
 
 
 def loaded(path, content, save=save_checkpoint, **config):
-    """The checkpoint of some content, after a change of its config."""
     save(path, content | {"config": content["config"] | config})
     return load_checkpoint(path)
 
 
 def error_of(path, content) -> str:
-    """The line with which a file that holds this is refused."""
     torch.save(content, path)
     return refusal(path)
 
@@ -195,31 +186,23 @@ def test_numbers_of_numpy_names_of_wrapped_models_and_what_other_code_leaves_out
 def test_held_out_goals_are_those_that_such_code_names_and_never_guessed():
     config = {"env": "darkroom", "grid_size": 9, "env_split_seed": 0, "train_env_ratio": 0.9}
     expected = [[4, 2], [5, 6], [6, 8], [7, 2], [3, 6], [0, 5], [5, 8], [5, 4]]  # as published
-    goals = split_of(config)
+    goals = checkpoints.split_of(config)
     assert goals["test"] == expected
     assert sorted(goals["train"] + expected) == [[r, c] for r in range(9) for c in range(9)]
     for name, value in (("env_split_seed", None), ("train_env_ratio", None), ("env", "other")):
-        assert split_of(config | {name: value}) == {}
+        assert checkpoints.split_of(config | {name: value}) == {}
     for env, task in (("DarkRoom", "darkroom"), ("Dark Room", "darkroom"), ("dark_room_hard", None),
                       ("darkkeytodoor", None), (3, None)):  # fmt: skip
-        assert task_of({"env": env}) == task
-    assert task_of({}) == task_of({"env": None}) == "darkroom"
+        assert checkpoints.task_of({"env": env}) == task
+    assert checkpoints.task_of({}) == checkpoints.task_of({"env": None}) == "darkroom"
 
 
 @settings(max_examples=10)
 @given(st.integers(2, 12), st.integers(-5, 2**40), st.floats(0, 1))
 def test_the_split_is_that_of_the_global_generator_and_leaves_it_alone(grid_size, seed, ratio):
-    before = random.getstate()
-    goals = split_of({"grid_size": grid_size, "env_split_seed": seed, "train_env_ratio": ratio})
+    config = {"grid_size": grid_size, "env_split_seed": seed, "train_env_ratio": ratio}
+    before, goals = random.getstate(), checkpoints.split_of(config)
     assert random.getstate() == before
     cells = held_out(seed, ratio, grid_size**2)
     assert goals["test"] == [list(divmod(cell, grid_size)) for cell in cells]
     assert len(goals["train"]) + len(cells) == grid_size**2
-
-
-def test_a_device_is_picked_by_its_name_and_one_that_is_not_there_is_an_error():
-    assert pick_device("cpu") == torch.device("cpu")
-    assert pick_device("auto").type in ("cpu", "cuda")
-    for name in ("cuda:99", "gpu", ""):
-        with pytest.raises(UserError, match=f"expected a --device of this machine.*{name!r}"):
-            pick_device(name)

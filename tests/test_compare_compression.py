@@ -218,13 +218,14 @@ def an_analysis():
     ("", "its goals do not fit its room", lambda: rewrite(goals={"test": [[7, 7]]})),
     ("", "'darkroompermuted'", lambda: rewrite("darkroompermuted")),
     ("--strategies recent rewarded", "unknown strategy 'rewarded': did you mean", None),
+    ("--strategies other-task", "unknown strategy 'other-task'", None),  # that is a control
+    ("--strategies full empty", "expected --strategies that keep a part of the history", None),
     ("--strategies head-0-9 --budgets 3", "a head in 0..1, got 'head-0-9'", None),
     ("--budgets 3 12", "expected --budgets in 1..11", None),
-    ("--episodes 2 --budgets 10", "history shorter than the budget", None),
     ("--out analysis", "holds results of the analysis (metrics.json): choose another", an_analysis),
     ("--checkpoint=", "expected --checkpoint not to be empty", None),
     ("--out file/a", "output folder file/a ", Path("file").touch),
-    ("--device abacus", "'abacus'", None),
+    ("--device abacus", "expected a --device of this machine", None),
 ])  # fmt: skip
 def test_a_mistake_is_one_line_and_leaves_earlier_results(home, capsys, argv, message, prepare):
     Path("out").mkdir()

@@ -1,7 +1,8 @@
-"""Settings, flags and files of them say the same; mistakes are one line."""
+"""Settings, flags, files of them, README and docs say the same; mistakes are one line."""
 
 import argparse
 import dataclasses
+import re
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -9,10 +10,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from config import DEFAULTS_OF, EnvConfig, ModelConfig, SourceConfig, TrainConfig
+from config import (
+    DEFAULTS_OF,
+    ActingConfig,
+    EnvConfig,
+    ModelConfig,
+    SourceConfig,
+    TrainConfig,
+    VisualizeConfig,
+)
 from historylens.common import settings
 from historylens.common.errors import UserError, run_command
 from historylens.common.settings import add_flags, flag_of, from_dict, from_flags
+from historylens.comparison import CompareConfig
+from historylens.compression.method import METHODS
 
 CONFIGS = (TrainConfig, SourceConfig, EnvConfig, ModelConfig)
 NO_FLAGS = {"dim_states", "num_actions"}  # of Dark Room: in files alone
@@ -104,3 +115,40 @@ def test_defaults_are_those_of_the_task_however_it_is_named():
         asked = settings.given_for("env", argv)
         assert asked == ("key-to-door" if argv in argvs else asked)
         assert DEFAULTS_OF.get(asked, {}).get("n_transit") == (200 if argv in argvs else None)
+
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+OTHER_FLAGS = {"--nproc-per-node", "--nnodes", "--node-rank", "--master-addr", "--master-port"}
+OTHER_FLAGS |= {"--run", "--resume", "--help", "--dim-states"}
+
+
+def test_the_table_of_strategies_is_that_of_the_registry():
+    text = (ROOT / "docs" / "comparing.md").read_text()
+    rows = re.findall(
+        r"^\| `([\w-]+)`(?: \(new tokens\)|, and so on)? \| (.*?) \| (.*?) \|", text, re.M
+    )
+    known = {name: method for name, method in METHODS.items() if method.kind != "control"}
+    known["head-1-3"] = METHODS["head-1-3"]  # of the ones for any numbers
+    assert [name for name, _, _ in rows] == list(known)
+    for name, rule, looks_at in rows:
+        assert rule == known[name].rule.rstrip(".")
+        assert looks_at.replace("the query's", "query") == known[name].looks_at
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_links_and_pictures_lead_somewhere(page):
+    for target in re.findall(r"\]\((?!http)([^)#]+)", page.read_text()):
+        assert (page.parent / target).exists(), target
+
+
+def test_every_flag_that_is_named_is_one():
+    configs = (VisualizeConfig, CompareConfig, ActingConfig, TrainConfig, EnvConfig, SourceConfig)
+    flags = {flag_of(name) for config in configs for name in config.__dataclass_fields__}
+    for page in PAGES:
+        named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", page.read_text()))
+        assert named <= flags | OTHER_FLAGS | {"--n-source-steps", "--lr"}, page.name
+
+
+def test_the_readme_is_short():
+    assert len(PAGES[0].read_text().splitlines()) <= 180

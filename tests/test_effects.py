@@ -264,13 +264,21 @@ def test_controls_that_cannot_be_run_say_why_and_the_empty_history_stands_in():
     assert "no history at all changes 0%: 5% count as nothing." in " ".join(constant.text.split())
 
 
-def test_a_model_that_cannot_act_without_history_is_measured_all_the_same():
-    found = effects(["sparse"], n=40, logits=at_least(1))  # no weight is above 0.1
+def test_what_a_model_cannot_read_is_told_and_all_else_is_measured():
+    """Of no history, or of states that are no whole numbers."""
+
+    def logits(history):
+        if history.states.is_floating_point():
+            raise UserError("act() wants whole numbers")
+        return at_least(1)(history)
+
+    found = effects(["sparse", "uniform"], n=40, logits=logits)  # no weight is above 0.1
     assert found.not_run.pop("twins") == "it has no weight matrices"
     without = dict.fromkeys(("empty", "threshold"), "act() wants 1 transitions")
-    assert found.not_run == without | NO_SHARES
+    assert found.not_run == without | NO_SHARES | {"centroids": "act() wants whole numbers"}
     assert "threshold: could not be run, act() wants 1 transitions." in found.text
-    assert found.curves["recent"]
+    assert {"recent", "even", "k-medoids", "random"} <= found.curves.keys()
+    assert "centroids" not in found.curves
     assert found.curves_picture["empty"] is None
 
 
@@ -307,15 +315,3 @@ def test_of_layers_whose_heads_cannot_be_told_apart_nothing_is_said(monkeypatch)
     assert "heads side by side" in second.not_run["heads"]
     assert "where heads are told apart" in second.not_run["knockout"]
     assert second.guide
-
-
-def test_a_model_of_whole_numbers_is_measured_without_what_averages_states():
-    def whole_numbers(history):
-        if history.states.is_floating_point():
-            raise UserError("act() wants whole numbers")
-        return reading(history)
-
-    found = effects(["uniform"], logits=whole_numbers)
-    assert found.not_run["centroids"] == "act() wants whole numbers"
-    assert "centroids" not in found.curves
-    assert {"even", "k-medoids", "random"} <= found.curves.keys()

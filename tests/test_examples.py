@@ -1,4 +1,4 @@
-"""The example adapters, run as a user runs them: the main job and a comparison."""
+"""The example adapters, run as a user runs them; one is for checkpoints of jaehyeon-son/dicp."""
 
 import csv
 import functools
@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import draw_quickly, refused
+from hostile import refusal
 
 import compare_compression
 import visualize_attention
@@ -158,8 +159,9 @@ def test_many_heads_are_drawn_on_several_pages(tmp_path):
     assert names == {f"attention_heatmap_sample0_layer0{x}" for x in ("", "_page2", "_page3")}
 
 
-def test_the_model_acts_on_shorter_history(example):
+def test_it_is_taken_without_a_word_and_acts_on_shorter_history(example, capsys):
     agent = agent_of(example)
+    assert (agent.unseen, agent.sees_all, capsys.readouterr().err) == ({}, True, "")
     whole = agent.act(history := agent.history([0]))
     fewer = agent.act(history.take(torch.tensor([[0, 2, history.n - 1]])))
     assert fewer.shape == whole.shape
@@ -185,3 +187,110 @@ def test_a_comparison_runs_in_its_environment(tmp_path, monkeypatch, undrawn):
 ])  # fmt: skip
 def test_a_flag_without_sense_is_one_line(tmp_path, capsys, main, name, argv, words):
     assert words in refused(main, ["--adapter", ADAPTERS[name], "--out", tmp_path, *argv], capsys)
+
+
+CONFIG = {
+    "env": "darkroom", "horizon": 5, "dim_states": 2, "num_actions": 5,
+    "n_transit": 9, "tf_n_layer": 2, "tf_n_head": 2, "tf_n_embd": 8, "tf_n_inner": 16,
+    "tf_dropout": 0.1, "train_source_timesteps": 20, "device": torch.device("cuda:0"),
+}  # fmt: skip
+ROOM = {"grid_size": 4}  # of grid worlds alone
+LLAMA = "transformer.blocks.0.attn.attn.weight"
+KNOWN = "got {} on a small Llama of jaehyeon-son/dicp: the adapter examples/dicp.py {}"
+
+
+@pytest.mark.parametrize(("names", "config", "said"), [
+    ([LLAMA], ROOM | {"model": "AD"}, KNOWN.format("AD", "reads it")),
+    ([f"module.{LLAMA}", "module.transformer.blocks.11.norm_1.weight"],
+     ROOM | {"model": "DPT", "env": "darkkeytodoor"}, KNOWN.format("DPT", "reads it")),
+    ([f"_orig_mod.{part}.{LLAMA}" for part in ("reviewing_decisions", "decisions_to_go")],
+     ROOM | {"model": "IDT"}, KNOWN.format("IDT", "(AD and DPT in grid worlds) is a pattern")),
+    ([LLAMA], {"model": "AD"}, KNOWN.format("AD", "(AD and DPT in grid worlds) is a pattern")),
+    ([LLAMA], ROOM, "do not fit"),  # another code's blocks, of which nothing is known
+    ([LLAMA], ROOM | {"model": "GPT"}, "do not fit"),
+    (["my_transformer.blocks.0.weight"], ROOM | {"model": "AD"}, "do not fit"),
+])  # fmt: skip
+def test_a_checkpoint_of_dicp_and_no_other_is_named_with_the_example_that_reads_it(
+    tmp_path, names, config, said
+):
+    path, weights = tmp_path / "ckpt-7.pt", dict.fromkeys(names, torch.ones(2))
+    torch.save({"step": 7, "config": CONFIG | config, "model": weights}, path)
+    found = refusal(path)
+    assert said in found
+    assert ("jaehyeon-son" in found) == ("jaehyeon-son" in said)
+
+
+CHECKOUT = {  # made up: what the example asks of a checkout, and no more
+    "model": """
+import torch
+from torch import nn
+
+class Llama(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attend = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.rope_cache_fp32 = self.build_rope_cache("meta", torch.float32)  # elsewhere
+
+    def build_rope_cache(self, device, dtype):
+        return torch.ones(27, 2, dtype=dtype, device=device)
+
+    def forward(self, x, max_seq_length, dtype):
+        assert (max_seq_length, dtype) == (9, "fp32") and x.shape[1] <= 9
+        assert self.rope_cache_fp32.device == x.device
+        mask = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).triu(1)
+        return self.attend(x, x, x, attn_mask=mask, need_weights=False)[0]
+
+class AD(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.transformer, self.embed_context = Llama(), nn.Linear(10, 8)
+        self.embed_query_state, self.pred_action = nn.Embedding(16, 8), nn.Linear(8, 5)
+
+class DPT(AD):
+    def __init__(self, config):
+        super().__init__(config)
+        self.pred_actions = nn.Linear(8, 5)
+        del self.pred_action, self.embed_query_state
+
+MODEL = {"AD": AD, "DPT": DPT}
+torch.manual_seed(0)
+""",
+    "dataset": """
+import numpy as np
+
+class ADDataset:
+    def __init__(self, config, folder, mode, n_stream, n_steps):
+        assert (folder, mode, n_stream, n_steps) == ("here", "test", 1, 20)
+        self.states = np.random.default_rng(0).integers(4, size=(2, 20, 2))
+
+    def __len__(self):
+        return 2 * 12
+
+    def __getitem__(self, i):
+        at, states = i % 12, self.states[i // 12]
+        return {"states": states[at : at + 8], "next_states": states[at + 1 : at + 9],
+            "actions": np.arange(8) % 5, "rewards": np.arange(8) % 2,
+            "query_states": states[at + 8]}
+""",
+}
+
+
+@pytest.mark.parametrize("kind", ["AD", "DPT"])
+def test_the_example_reads_a_checkout_and_its_checkpoint(tmp_path, monkeypatch, capsys, kind):
+    for name in ("rotary_emb", "dropout_layer_norm", "xformers.ops", *CHECKOUT):
+        monkeypatch.setitem(sys.modules, name, None)  # so that ours come back
+    for name, text in CHECKOUT.items():
+        (tmp_path / f"{name}.py").write_text(text)
+        del sys.modules[name]
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    path, config = tmp_path / "ckpt-7.pt", CONFIG | ROOM | {"model": kind, "traj_dir": "here"}
+    weights = __import__("model").MODEL[kind](config).state_dict()
+    torch.save({"step": 7, "config": config, "model": weights}, path)
+    monkeypatch.setenv("DICP", str(tmp_path))
+    monkeypatch.setenv("DICP_CHECKPOINT", str(path))
+    found, _ = analysed(ROOT / "examples" / "dicp.py", tmp_path / "out")
+    assert f"{kind}: 1 layer x 2 heads" in capsys.readouterr().out
+    tokens = found["samples"][0].get("tokens")  # None: one a transition, then the query
+    assert tokens is None if kind == "AD" else tokens["part"][0] == "query"
+    assert tokens is None or tokens["decides"] == 8
+    assert found["samples"][0]["title"].startswith("held-out task ")

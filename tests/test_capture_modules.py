@@ -1,5 +1,6 @@
-"""Attention of PyTorch's own modules: equal to eager weights, the model unchanged to the bit."""
+"""Attention of the modules of PyTorch and Hugging Face: their weights, and outputs as they are."""
 
+import eager
 import pytest
 import torch
 from eager import CONTEXTS, Given, causal, check, randomized, refused, run_twice, weights_of
@@ -7,6 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional
+
+from historylens.capture import capture
 
 
 @settings(max_examples=40)
@@ -18,11 +21,12 @@ from torch.nn import functional
     mask=st.sampled_from([None, "bool", "float", "bool each", "float each", "causal"]),
     padding=st.sampled_from([None, "bool", "float"]), context=st.sampled_from(CONTEXTS),
     dtype=st.sampled_from([torch.float32, torch.float64, torch.float16, torch.bfloat16]),
+    low=st.sampled_from(eager.LOW), data=st.data(),
 )  # fmt: skip
 @pytest.mark.filterwarnings("ignore:Support for mismatched")
 def test_multi_head_attention_alone(
     n_samples, n_queries, n_keys, n_heads, batch_first, bias, widths, mask, padding,
-    need_weights, training, context, dtype, seed,
+    need_weights, training, context, dtype, seed, low, data,
 ):  # fmt: skip
     """With `n_keys` None, and one width, self-attention on one and the same tensor."""
     options = {"batch_first": batch_first, "bias": bias, "dtype": dtype, "dropout": 0.2}
@@ -47,22 +51,23 @@ def test_multi_head_attention_alone(
         kwargs["attn_mask"] = forbidden
     else:
         finite = torch.randn(forbidden.shape, dtype=dtype)
-        kwargs["attn_mask"] = finite.masked_fill(forbidden, -torch.inf)
+        kwargs["attn_mask"] = torch.where(forbidden, finite + low, finite)
         added += finite.unflatten(0, (n_samples, n_heads)) if each else finite
     forbidden = forbidden.unflatten(0, (n_samples, n_heads)) if each else forbidden
     padded = torch.zeros(n_samples, n_keys, dtype=torch.bool)
     if padding:
         padded[:, 1:] = torch.rand(n_samples, n_keys - 1) < 0.4
-        float_mask = torch.zeros(padded.shape, dtype=dtype).masked_fill(padded, -torch.inf)
+        float_mask = torch.where(padded, torch.tensor(low, dtype=dtype), 0)
         kwargs["key_padding_mask"] = padded if padding == "bool" else float_mask
     forbidden = (forbidden | padded[:, None, None, :]).expand(added.shape)
     tensors = query, key, value
     moved = {id(x): x if batch_first else x.transpose(0, 1) for x in tensors}
-    model = Given(attention, **kwargs)
-    record = run_twice(model, *[moved[id(x)] for x in tensors], context=context)
+    place = data.draw(eager.query_places(n_samples, n_queries))
+    inputs = [moved[id(x)] for x in tensors]
+    record = run_twice(Given(attention, **kwargs), *inputs, context=context, query=place)
     assert record.names == ("inner",)
     weights = weights_of(attention, query, key, forbidden, added)
-    check(record[0], weights, forbidden, padded if is_self and padding else None)
+    check(record[0], weights, forbidden, padded if is_self and padding else None, place)
 
 
 @pytest.mark.parametrize("need_weights", [True, False])
@@ -77,15 +82,17 @@ def test_a_causal_hint_beside_another_mask_counts_where_pytorch_follows_it(need_
     check(found, weights_of(attention, x, x, forbidden), forbidden, padding, query=2)
 
 
-def test_queries_and_keys_may_be_one_tensor_and_the_values_another():
+@pytest.mark.parametrize("low", [None, *eager.LOW])
+def test_queries_and_keys_may_be_one_tensor_and_the_values_another(low):
     """Then padded queries are known too, though the module transposes each by itself."""
     attention = randomized(nn.MultiheadAttention(8, 2, batch_first=True))
     x, values = torch.randn(2, 2, 5, 8).unbind()
     padded = torch.arange(5) >= torch.tensor([5, 3])[:, None]
     weights = weights_of(attention, x, x, forbidden := padded[:, None, None, :])
     more = torch.arange(5) < torch.tensor([1, 0])[:, None]  # beside those of the mask
+    mask = padded if low is None else torch.zeros(2, 5).masked_fill(padded, low)
     for own in (None, more):
-        record = run_twice(Given(attention, key_padding_mask=padded), x, x, values, padding=own)
+        record = run_twice(Given(attention, key_padding_mask=mask), x, x, values, padding=own)
         check(record[0], weights, forbidden, padded if own is None else padded | own)
 
 
@@ -148,3 +155,77 @@ def test_keys_that_are_no_tokens_are_an_error(adds):
     call = functional.multi_head_attention_forward
     fixed = Given(lambda x: call(x, x, x, 8, 2, *weights, None, static_k=torch.zeros(6, 5, 4)))
     refused("^Given passes static_k .*layers=", fixed, x)
+
+
+IDS = torch.arange(18).view(2, 9) % 7
+PADDED = (torch.arange(9) >= torch.tensor([[0], [2]])).long()  # sample 1, on the left
+
+
+SMALL = {"vocab_size": 8, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4}
+SIZES = {
+    "gpt2": {"bos_token_id": 0, "eos_token_id": 0},
+    "llama": {"intermediate_size": 32, "num_key_value_heads": 2},
+    # Sinks beside the tokens, and layers that drop old keys.
+    "gpt_oss": {"intermediate_size": 16, "num_key_value_heads": 2, "head_dim": 4,
+                "sliding_window": 4, "num_local_experts": 2, "num_experts_per_tok": 1},
+}  # fmt: skip
+
+
+def made(kind):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.AutoConfig.for_model(kind, **SMALL, **SIZES[kind])
+    return randomized(transformers.AutoModelForCausalLM.from_config(config))
+
+
+@torch.no_grad()
+def own_weights(model, ids, mask=None):
+    """What the model returns itself, a tensor `(B, H, T, T)` a layer."""
+    model.set_attn_implementation("eager")
+    return model(ids, attention_mask=mask, output_attentions=True).attentions
+
+
+def check_own(record, own, atol=1e-6):
+    for found, weights in zip(record, own, strict=True):
+        torch.testing.assert_close(found.query_rows, weights[:, :, -1], atol=atol, rtol=0)
+        torch.testing.assert_close(found.maps[0].nan_to_num(), weights[0], atol=atol, rtol=0)
+
+
+@pytest.mark.parametrize(("kind", "name"), [
+    ("gpt2", "inner.transformer.h.{}.attn"), ("llama", "inner.model.layers.{}.self_attn"),
+])  # fmt: skip
+@pytest.mark.parametrize("context", [torch.enable_grad, torch.inference_mode])
+@pytest.mark.parametrize("mask", [None, PADDED])
+def test_captured_rows_are_the_models_own(kind, name, context, mask):
+    """By the model's default implementation, and by its eager one, with gradients."""
+    model = made(kind)
+    if context == torch.enable_grad:
+        model.set_attn_implementation("eager")
+    whole = Given(model, attention_mask=mask, return_dict=False)
+    record = run_twice(whole, IDS, context=context)
+    assert record.names == (name.format(0), name.format(1))
+    check_own(record, own := own_weights(model, IDS, mask))
+    for found, weights in zip(record, own, strict=True):
+        assert torch.equal(found.visible, (weights[:, :, -1] > 0).any(1))
+        assert (found.maps[0].isnan() == causal(9)).all()
+        received = weights[0].sum(1) / torch.arange(9, 0, -1)
+        torch.testing.assert_close(found.received[0], received, atol=1e-6, rtol=0)
+
+
+def test_generating_with_a_cache_is_one_attention_over_all_tokens():
+    model = made("llama")
+    with capture(model, maps=[0]) as record:
+        ids = model.generate(IDS, max_new_tokens=3, do_sample=False)[:, :-1]
+    check_own(record, own_weights(model, ids))
+
+
+@torch.no_grad()
+def test_what_lies_on_sinks_is_kept_apart_in_every_pass():
+    model = made("gpt_oss")
+    model.set_attn_implementation("eager")
+    kept = pytest.importorskip("transformers").DynamicCache(config=model.config)
+    with capture(model, maps=[0]) as record:
+        for part in IDS.split([2, 6, 1], 1):
+            model(part, past_key_values=kept, use_cache=True)
+    check_own(record, own := own_weights(model, IDS), atol=1e-5)
+    for found, weights in zip(record, own, strict=True):
+        torch.testing.assert_close(found.extra, 1 - weights[:, :, -1].sum(-1), atol=1e-5, rtol=0)
