@@ -102,29 +102,20 @@ def test_goals_are_cells_of_the_room_and_test_goals_their_own(path, content, goa
     assert re.search("expected .*goal.*, got|cannot be read", said)
 
 
-def odd_tensors(tensor):
-    """Odd tensors, by a part of what is said of each."""
-    sparse, quantized = tensor.to_sparse(), torch.quantize_per_tensor(tensor, 0.1, 0, torch.qint8)
-    return {
-        "is not finite or beyond 10000: the training diverged": [
-            tensor * 1e20, tensor * float("nan"),
-        ],
-        "expected pred_action.weight of floating-point numbers, got torch.": [tensor.long()],
-        "expected dense tensors and plain values": [
-            sparse, quantized, tensor.to("meta"), tensor.to(torch.complex64),
-        ],
-        "claim more numbers than the file": [torch.zeros(1).expand(2**40)],
-    }  # fmt: skip
-
-
 @pytest.mark.filterwarnings("ignore")
 def test_weights_are_dense_floats_of_a_trained_size(path, content):
-    name = "pred_action.weight"
-    for expected, tensors in odd_tensors(content["model"][name]).items():
+    x = content["model"][name := "pred_action.weight"]
+    quantized = torch.quantize_per_tensor(x, 0.1, 0, torch.qint8)
+    for expected, tensors in {
+        "is not finite or beyond 10000: the training diverged": [x * 1e20, x * float("nan")],
+        "expected pred_action.weight of floating-point numbers, got torch.": [x.long()],
+        "expected dense tensors and plain": [x.to_sparse(), quantized, x.to("meta"), x.cfloat()],
+        "claim more numbers than the file": [torch.zeros(1).expand(2**40)],
+    }.items():
         for tensor in tensors:
             saved(path, content, model=content["model"] | {name: tensor})
             assert expected in refusal(path, acting)
-    saved(path, content, model=content["model"] | {name: content["model"][name] * 1e20})
+    saved(path, content, model=content["model"] | {name: x * 1e20})
     assert "beyond 10000: the training diverged" in refusal(path, shown)
     assert load_checkpoint(path).step == 5  # what training has made so far can be evaluated
     for dtype in (torch.float16, torch.bfloat16, torch.float64):

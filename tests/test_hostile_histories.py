@@ -135,10 +135,7 @@ def test_numbers_of_any_kind_are_read_and_nothing_else(run_file, npz, name, kind
 
 @pytest.mark.parametrize("value", [np.nan, -np.inf, 1e7])
 def test_rewards_are_finite_and_of_a_size_that_a_model_can_read(npz, hdf5, value):
-    arrays = vars(make_histories())
-    rewards = arrays["rewards"].astype(float)
-    rewards[1, 3] = value
-    np.savez(npz, **arrays | {"rewards": rewards})
+    np.savez(npz, **vars(make_histories()) | {"rewards": np.full((3, 30), value)})
     assert "expected finite rewards up to 1,000,000, got" in refusal(npz, Histories.load)
     file, read = hdf5
     with h5py.File(file, "r+") as opened:
@@ -147,11 +144,12 @@ def test_rewards_are_finite_and_of_a_size_that_a_model_can_read(npz, hdf5, value
 
 
 def test_goals_of_histories_are_cells_of_the_room(run_file, npz):
+    read = partial(read_histories, checkpoint=load_checkpoint(run_file))
     for goals in (np.full((3, 2), 5), np.full((3, 2), -1), np.zeros((3, 3), int)):
         np.savez(npz, **vars(make_histories()) | {"goals": goals})
-        assert "goals" in refusal(
-            npz, partial(read_histories, checkpoint=load_checkpoint(run_file))
-        )
+        assert "goals" in refusal(npz, read)
+    np.savez(npz, **vars(make_histories()) | {"goals": np.zeros((3, 4), int)})  # a key, a door
+    assert "does not fit the checkpoint: expected goals of 2 numbers" in refusal(npz, read)
 
 
 def test_episodes_of_another_length_than_the_model_was_trained_on_are_told(run_file, npz):

@@ -10,17 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from plain_model import four_metrics
 
+from historylens import metrics as module
 from historylens.common.processes import ALONE
 from historylens.history import History
-from historylens.metrics import (
-    DESCRIPTIONS,
-    NAMES,
-    SUMMARY_METRICS,
-    Metrics,
-    measure,
-    measure_one,
-    uniform_received,
-)
+from historylens.metrics import NAMES, Metrics, measure, measure_one
 
 
 def named(values):
@@ -28,7 +21,6 @@ def named(values):
 
 
 def plain_metrics(row, last_episode_start, rewarded):
-    """Every metric of one row, written as sums over positions."""
     row = [float(x) for x in row]
     n = len(row) - 1
     p = row[:n]
@@ -72,8 +64,8 @@ def test_metrics_of_heads_and_of_their_average_equal_the_plain_twin(n, n_heads, 
 
 
 def test_the_four_come_first_and_all_are_described():
-    assert SUMMARY_METRICS == NAMES[:4] == tuple(four_metrics([0.5, 0.5]))
-    assert list(DESCRIPTIONS) == list(NAMES) == list(plain_metrics([0.5, 0.5], 0, [False]))
+    assert module.SUMMARY_METRICS == NAMES[:4] == tuple(four_metrics([0.5, 0.5]))
+    assert list(module.DESCRIPTIONS) == list(NAMES) == list(plain_metrics([0.5, 0.5], 0, [False]))
     row = [0.4, 0.0, 0.0, 0.4, 0.2]
     assert measure_one(row) == named(measure(row, np.ones(4, bool), np.zeros(4, bool)))
 
@@ -84,23 +76,29 @@ def test_measuring_is_in_float64_whatever_the_type_and_what_is_no_attention_is_r
         assert measure_one(np.array([0.1] * 5 + [0.5], dtype))["strong_positions"] == 0
     values = measure(torch.full((2, 3, 9), 1 / 9), True, False)
     assert (values.shape, values.dtype) == ((2, 3, 16), np.float64)
-    for row in ([0.5, np.nan], [0.5, np.inf], [-0.5, 0.5], [3.0, 1.0]):
+    for row in ([0.5, np.nan], [0.5, np.inf], [-0.5, 0.5], [3.0, 1.0], [1.5], [-0.1], [np.nan]):
         with pytest.raises(ValueError, match="softmax"):
             measure_one(row)
 
 
-@pytest.mark.parametrize("n", [1, 3, 9])
+@pytest.mark.parametrize("n", [0, 1, 3, 9])
 def test_uniform_attention_has_no_spread_quarters_are_of_one_and_no_mass_reads_nothing(n):
     assert measure_one(uniform(n))["concentration"] == 0.0  # exactly
     weights = np.tri(n) / np.arange(1, n + 1)[:, None]  # row: who looks
-    assert uniform_received(n) == pytest.approx([weights[j:, j].mean() for j in range(n)])
+    assert module.uniform_received(n) == pytest.approx([weights[j:, j].mean() for j in range(n)])
     row = np.zeros(n + 1)  # with less than eight tokens
     row[n - 1] += 0.6
     row[0] += 0.3
-    assert measure_one(row)["recent_distant_ratio"] == pytest.approx(1.0 if n == 1 else 2.0)
+    ratio = pytest.approx({0: 0.0, 1: 1.0}.get(n, 2.0))
+    assert measure_one(row)["recent_distant_ratio"] == ratio
     assert np.isfinite(measure(np.eye(n + 1), np.arange(n) == 0, False)).all()
-    empty = measure_one(np.append(np.zeros(n), 1.0))
-    assert empty == {name: float(name == "mass_self") for name in NAMES}
+    alone = {name: float(name == "mass_self") for name in NAMES}
+    assert measure_one(np.append(np.zeros(n), 1.0)) == alone
+    assert measure_one(np.append(np.zeros(n), 0.25)) == {k: x / 4 for k, x in alone.items()}
+    metrics = measured(np.append(np.zeros(n), 1.0))
+    assert (metrics.n_context == n).all()
+    assert n or metrics.uniform_mean() == alone
+    assert all((metrics.of(name) == x).all() for name, x in alone.items())
 
 
 def some(n_samples=4, n_layers=2, n=8):
@@ -109,7 +107,6 @@ def some(n_samples=4, n_layers=2, n=8):
 
 
 def put(metrics, indices, rows):
-    """Put the parts of rows of all samples that belong to some of them."""
     indices, n_tokens = list(indices), rows[0].shape[-1]
     even = np.full((len(indices), n_tokens), 1 / n_tokens)
     history = History.of([decision(n_tokens - 1)] * len(indices))

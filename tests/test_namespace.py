@@ -156,12 +156,9 @@ def test_names_of_the_users_are_theirs_whatever_they_are(homes, home):
     assert list(folder.glob("figs/*/*.png"))
 
 
-def test_what_lies_beside_the_commands_is_beside_an_adapter_there(homes):
+def test_what_lies_beside_the_commands_is_there_and_the_old_import_works_with_a_note(homes):
     for words in ("theirs: model\n", "spawned 3\n", "INSIGHT"):
         assert words in homes[1]["beside"].out
-
-
-@pytest.mark.parametrize("home", ["beside", "old"])
-def test_the_old_import_goes_on_working_with_a_note(homes, home):
     now = "`from adapter import Decision, Tokens` is now `from historylens import Decision, Tokens`"
-    assert re.findall(r"^note: (.*)", homes[1][home].err, re.MULTILINE) == [now]
+    for home in ("beside", "old"):
+        assert re.findall(r"^note: (.*)", homes[1][home].err, re.MULTILINE) == [now]

@@ -1,20 +1,33 @@
-"""What an adapter may give that no model, table or room can hold: one line, never a traceback."""
+"""What adapters give: what cannot be held is told in a line; above which reward one counts."""
 
+import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from agents import Recorder
+from attention_rows import decision
+from conftest import refused
+from hypothesis import example, given
+from hypothesis import strategies as st
 
-from historylens.adapter.agent import load
-from historylens.adapter.given import GymRooms, read_tasks
+from historylens.adapter.agent import load, load_acting
+from historylens.adapter.given import GymRooms, read_rewarded, read_tasks
 from historylens.common.errors import UserError
+from historylens.comparison.policy import CompressedPolicy
+from historylens.compression import METHODS, compress_history
+from historylens.history import History, HistoryBuffer
+from visualize_attention import main
 
-EXAMPLE = Path(__file__).parents[1] / "examples" / "sar_mha.py"
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+CPU = torch.device("cpu")
 MORE = """
 import itertools
-first, logits = next(samples(1, 0)), act
+first, logits, drawn = next(samples(1, 0)), act, samples
 
 
 class Mute(BaseException):
@@ -31,24 +44,26 @@ def samples(n, seed):
 """
 
 
-def loaded(folder, *more, n=3):
-    """The agent of the example with some definitions replaced."""
-    path = folder / "mine.py"
-    path.write_text("\n".join([EXAMPLE.read_text(), MORE, *more]))
-    return load(path, n, 0, torch.device("cpu"), tell=lambda text: None)
+@pytest.fixture(autouse=True)
+def home(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    shutil.copy(EXAMPLES / "corridor.py", tmp_path)
 
 
-def test_an_endless_generator_gives_what_is_asked_for(tmp_path):
+def written(*more):
+    """`sar_mha.py` with some definitions replaced."""
+    Path("mine.py").write_text("\n".join([(EXAMPLES / "sar_mha.py").read_text(), *more]))
+    return "mine.py"
+
+
+def loaded(*more, n=3):
+    return load(written(MORE, *more), n, 0, CPU, tell=lambda text: None)
+
+
+def test_an_endless_generator_gives_what_is_asked_for():
     more = "def samples(n, seed): return (decision() for _ in itertools.count())"
-    assert len(loaded(tmp_path, more, n=7).decisions) == 7
-
-
-@pytest.mark.parametrize("error", ["Mute()", "SystemExit(3)", "OSError(28, 'a')"])
-@pytest.mark.parametrize("name", ["load()", "samples(n, seed)", "act(model, history)"])
-def test_whatever_an_adapter_raises_is_its_own_line(tmp_path, name, error):
-    said = rf"{name.partition('(')[0]}\(\) raised {error.partition('(')[0]}"
-    with pytest.raises(UserError, match=said):
-        loaded(tmp_path, f"def {name}: raise {error}")
+    assert len(loaded(more, n=7).decisions) == 7
 
 
 ODD_FIELDS = [
@@ -61,56 +76,76 @@ ODD_FIELDS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("changed", ODD_FIELDS)
-def test_what_no_table_holds_and_numbers_that_would_become_others_are_told(tmp_path, changed):
-    name = changed.partition("=")[0]
-    with pytest.raises(UserError, match=rf"samples\(\)\[0\]\.{name}.*: expected"):
-        loaded(tmp_path, f"def samples(n, seed): return [decision({changed})]")
+ODD_LOGITS = [
+    *("x.long()", "x.cfloat()", "x.detach().numpy()", "x.to_sparse()", "x * float('nan')"),
+    *("None", "x[0]", "x[:, :1]"),
+]
+ACT = "def act(model, history):\n    x = logits(model, history)\n    return"
+ODD = [  # what an adapter has instead of its own, and what is said
+    *((f"def {name}({args}): raise {error}(28, 'a')", rf"{name}\(\) raised {error}")
+      for error in ("Mute", "SystemExit", "OSError")
+      for name, args in (("load", ""), ("samples", "n, seed"), ("act", "model, history"))),
+    *((f"def samples(n, seed): return [decision({changed})]",
+       rf"samples\(\)\[0\]\.{changed.partition('=')[0]}.*: expected") for changed in ODD_FIELDS),
+    *((f"{ACT} {given}", r"act\(\)") for given in ODD_LOGITS),
+    *((f"REWARDED_ABOVE = {value}", "REWARDED_ABOVE: expected a finite number")
+      for value in ("'high'", "float('nan')", "[1]", "10**400")),
+    *((f"def position(state): return {place}", rf"position\(\).*{said}") for place, said in (
+        ("state[0]", r": expected a row and a column, whole.*got \d for"),
+        ("(0.5, 0)", r": expected .* got \[0\.5, 0\.0\] for \["),
+        ("0, state[0] - 5", r"got \[0, -\d\] for"), ("None", "expected .* got None for"),
+        ("0, 200", r"whole numbers in 0\.\.199, got \[0, 200\] for"),
+        ("float('nan'), 0", r"expected .* got \[nan, 0"),
+        ("0, state[1]", r" raised IndexError.*mine\.py:\d+"),
+    )),
+    ("position = 3", "position: expected a function position.state"),
+    ("ROOM = (1, 9)\ndel position", r"ROOM: expected position\(state\) beside it"),
+    ("ROOM, samples = (1, 8), drawn", r"ROOM: .*of at least \(1, 9\).* got \(1, 8\)"),
+    ("ROOM = 9", r"ROOM: expected \(rows, columns\).*got 9"),
+    ("ROOM = (1, 9, 9)", r"ROOM: .*got \(1, 9, 9\)"),
+    *((f"def samples(n, seed): return [decision({changed})]", said) for changed, said in (
+        ("query_episode=1", "query_episode: expected a whole number from 2"),
+        ("query_episode=2.5", "query_episode: .*got 2.5"),
+        ("goal=(0, 1)", r"goal: expected 1 numbers, as states, got \(2,\)"),
+        ("goal='left'", "goal: expected numbers that .* holds, got a str"),
+        ("goal=200", r"position\(\): .*got \[0, 200\] for \[200\]"),
+    )),
+]  # fmt: skip
 
 
-def test_a_task_is_any_whole_number_or_none(tmp_path):
+@pytest.mark.parametrize(("given", "said"), ODD)
+def test_what_is_odd_is_one_line(given, said):
+    with pytest.raises(UserError, match=rf"\Amine\.py: (?=.*{said}).*\Z"):
+        loaded(given)
+
+
+def test_a_task_is_any_whole_number_or_none():
     more = "def samples(n, seed): return [decision(task=x) for x in (None, -5, np.int8(3))]"
-    assert [one.task for one in loaded(tmp_path, more).decisions] == [None, -5, 3]
+    assert [one.task for one in loaded(more).decisions] == [None, -5, 3]
 
 
-@pytest.mark.parametrize("given", [
-    "x.long()", "x.to(torch.complex64)", "x.detach().numpy()", "None", "x[0]", "x[:, :1]",
-    "x * float('nan')", "x.to_sparse()",
-])  # fmt: skip
-def test_logits_of_odd_types_are_told(tmp_path, given):
-    more = f"def act(model, history):\n    x = logits(model, history)\n    return {given}"
-    with pytest.raises(UserError, match=r"act\(\)"):
-        loaded(tmp_path, more)
-
-
-@pytest.mark.parametrize("given", ["10**400", "float('nan')", "'a'"])
-def test_a_reward_to_count_from_is_a_number_that_rewards_can_be(tmp_path, given):
-    with pytest.raises(UserError, match="REWARDED_ABOVE: expected a finite number"):
-        loaded(tmp_path, f"REWARDED_ABOVE = {given}")
-
-
-def test_halves_of_characters_are_shown_as_what_can_be_written(tmp_path):
+def test_halves_of_characters_are_shown_as_what_can_be_written():
     text = "decision(title='a\\ud800', labels={'b\\ud800': 'c\\udfff', (1, 2): 3})"
-    (one,) = loaded(tmp_path, f"def samples(n, seed): return [{text}]").decisions
+    (one,) = loaded(f"def samples(n, seed): return [{text}]").decisions
     assert (one.title, one.labels) == ("a?", {"b?": "c?", "(1, 2)": 3})
 
 
-def test_logits_are_plain_numbers_of_as_many_actions_in_every_call(tmp_path):
+def test_logits_are_plain_numbers_of_as_many_actions_in_every_call():
     more = "def act(model, history):\n    x = logits(model, history).clone().requires_grad_()\n"
     more += "    return x.as_subclass(nn.Parameter) if history.n else x.repeat(1, 2)"
-    agent = loaded(tmp_path, more)
+    agent = loaded(more)
     found = agent.act(history := agent.history([0]))
     assert (type(found), found.requires_grad) == (torch.Tensor, False)
     with pytest.raises(UserError, match="logits of 2 actions, as many as at first, got 4"):
         agent.act(history.latest(0))
 
 
-def test_names_of_tasks_can_be_shown_and_written(tmp_path):
+def test_names_of_tasks_can_be_shown_and_written():
     odd = "GOALS, HORIZON = ['a\\nb', '\\x1b[2J', '\\ud800', 7], 5\ndef make_env(goals): ..."
     shown = "a\\nb", "\\x1b[2J", "\\ud800", "7"
-    assert read_tasks(loaded(tmp_path, odd).adapter) == (shown, 5)
+    assert read_tasks(loaded(odd).adapter) == (shown, 5)
     with pytest.raises(UserError, match="GOALS raised ValueError"):
-        read_tasks(loaded(tmp_path, odd, "GOALS = [Mute()]").adapter)
+        read_tasks(loaded(odd, "GOALS = [Mute()]").adapter)
 
 
 STATES, REWARDS, NOT = np.zeros((2, 1)), np.zeros(2), np.zeros(2, bool)
@@ -127,12 +162,108 @@ GIVEN = {
 
 
 @pytest.mark.parametrize("what", GIVEN)
-def test_what_an_environment_must_not_give_is_told(tmp_path, what):
-    adapter = loaded(tmp_path).adapter
+def test_what_an_environment_must_not_give_is_told(what):
+    adapter = loaded().adapter
     own = {"reset": lambda **_: (STATES, {}), "step": lambda _: GIVEN[what], "metadata": None}
     rooms = SimpleNamespace(**own)
     adapter.module.make_env = lambda goals: rooms
     rooms = GymRooms(adapter, np.zeros(1), 5, np.zeros(2, int), [0])
     rooms.reset()
-    with pytest.raises(UserError, match="environment"):
+    with pytest.raises(UserError, match=r"mine\.py: .*(environment|states)"):
         rooms.step(np.zeros(2, int))
+
+
+GRADED = """
+def samples(*args, drawn=samples):
+    for i, one in enumerate(drawn(*args)):
+        yield Decision(**{**vars(one), "rewards": one.next_states / 10 + i // 10})
+"""
+
+
+@given(st.lists(st.lists(st.integers(-3, 3), min_size=1, max_size=9), min_size=1, max_size=3))
+@example([[-1, -1, 0]])
+@example([[-1, 0, 0]])
+def test_by_default_it_is_0_for_two_values_if_one_is_above_and_else_the_top_quarter(rewards):
+    says_nothing = SimpleNamespace(get={"REWARDED_ABOVE": None}.__getitem__)
+    decisions = [replace(decision(len(one)), rewards=np.float32(one)) for one in rewards]
+    above, told = read_rewarded(says_nothing, decisions, None)
+    drawn = sorted(reward for one in rewards for reward in one)
+    is_rare = 2 * drawn.count(drawn[-1]) <= len(drawn)
+    if len(set(drawn)) == 2 and drawn[-1] <= 0 and is_rare:  # as -1 a step, 0 at the goal
+        assert above == (drawn[0] + drawn[-1]) / 2
+        words = f"rewards above {above:.4g}, the higher of those in samples; REWARDED_ABOVE or "
+        assert told.startswith(words)
+        return
+    if len(set(drawn)) <= 2:
+        assert (above, told) == (0, "")
+        return
+    place = 0.75 * (len(drawn) - 1)  # the plain twin, between two of the rewards
+    low, high = drawn[int(place)], drawn[min(int(place) + 1, len(drawn) - 1)]
+    expected = low + (place - int(place)) * (high - low)
+    if expected == drawn[-1]:
+        expected = max(reward for reward in drawn if reward < drawn[-1])
+        assert "the highest of those in samples" in told
+    assert above == pytest.approx(expected)
+    assert 0 < sum(reward > above for reward in drawn) < len(drawn)
+    assert told.startswith(f"rewards above {above:.4g}, the ")
+    assert told.endswith("; REWARDED_ABOVE or --rewarded-above says otherwise")
+
+
+def test_one_number_travels_from_the_adapter_to_decisions_histories_and_facts():
+    agent = load(written(GRADED, "REWARDED_ABOVE = 0.35"), 3, 0, CPU)
+    assert agent.facts["Rewarded"] == "rewards above 0.35, as REWARDED_ABOVE says"
+    assert agent.rewarded_above == agent.meta["rewarded_above"] == 0.35
+    history = agent.history([0, 1])
+    shorter = history.take(torch.arange(4).expand(2, 4)).rows(torch.tensor([1]))
+    for one, n in ((history, 30), (shorter, 4)):
+        assert torch.equal(one.rewarded, one.rewards > 0.35)
+        assert one.rewarded.shape[1] == n
+    for one in agent.decisions:
+        np.testing.assert_array_equal(one.rewarded, one.rewards > np.float32(0.35))
+    assert "Rewarded" not in load(written(), 3, 0, CPU).facts
+    pytest.importorskip("gymnasium")
+    above = {load(written(GRADED), n, 0, CPU).rewarded_above for n in (10, 25)}
+    assert above == {load_acting(written(GRADED), 0, CPU).rewarded_above}  # by the same samples
+    acting = load_acting(written(GRADED, "REWARDED_ABOVE = 0.35"), 0, CPU, 0)  # the flag before it
+    assert acting.facts["Rewarded"] == "rewards above 0, as --rewarded-above says"
+    assert acting.meta["rewarded_above"] == 0
+
+
+def test_metrics_and_what_pictures_show_use_it(capsys, monkeypatch):
+    quick = ["--num-samples=4", "--num-figures=1", "--num-effects=0", "--device=cpu"]
+    argv = ["--adapter", written(GRADED), *quick]
+    said = refused(main, [*argv, "--rewarded-above", "nan"], capsys)
+    assert said == "error: expected --rewarded-above as a finite number, got nan"
+    monkeypatch.setattr("historylens.analysis.results.draw", lambda *_: 0)
+    found = []
+    for more, above in (
+        ([], "the top quarter of those in samples; REWARDED_ABOVE or --rewarded-above says"),
+        (["--rewarded-above=-1"], "Rewarded: rewards above -1, as --rewarded-above says"),
+    ):
+        main([*argv, *more])
+        assert above in " ".join(capsys.readouterr().out.split())
+        found.append(json.loads(Path("figs/attention/metrics.json").read_text()))
+    some, every = (one["overall"]["mass_rewarded"]["mean"] for one in found)
+    assert 0 < some < 0.9 < every
+    some, every = (len(one["samples"][0]["rewarded"]) for one in found)
+    assert 0 < some < every == 30
+    assert found[1]["meta"]["rewarded_above"] == -1
+
+
+def test_what_keeps_rewarded_transitions_keeps_those_above_it():
+    rewards = torch.tensor([[3.0, 1, 1, 1, 1, 1]])
+    zeros = torch.zeros(1, 6, dtype=torch.long)
+    history = History(zeros[..., None], zeros, rewards, zeros[..., None], rewarded_above=2.0)
+    keep = METHODS["rewarded-recent"].compress
+    assert keep(history, 2).kept.tolist() == [[0, 5]]
+    parts = (part[0] for part in history.inputs[:4])
+    kept = compress_history(*parts, None, 2, strategy="rewarded-recent", rewarded_above=2.0)
+    assert kept[2].tolist() == [3, 1]
+    agent = Recorder(n_max=7)
+    agent.rewarded_above = 2.0
+    buffer = HistoryBuffer(torch.zeros(1, 1), 6)
+    for reward in rewards[0]:
+        step = torch.zeros(1, 1), torch.zeros(1), reward[None], torch.zeros(1, 1)
+        buffer.append(*step, done=False)
+    CompressedPolicy(agent, METHODS["rewarded-recent"], 2).act(buffer, torch.zeros(1, 1))
+    assert agent.histories[-1].rewards.tolist() == [[3, 1]]

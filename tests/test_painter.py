@@ -51,9 +51,7 @@ def draw_many(function, folder, n_pictures, n_processes, then=lambda: None):
 
 
 @pytest.mark.filterwarnings("error")
-def test_pictures_are_the_same_bytes_by_any_processes_and_say_nothing_of_letters_as_boxes(
-    tmp_path, capfd
-):
+def test_pictures_are_the_same_bytes_by_any_processes_and_nothing_is_said(tmp_path, capfd):
     one, three = (draw_many(write_title, tmp_path / str(n), 4, n) for n in (1, 3))
     assert one == three
     assert one[0] == len(set(one[1].values())) == 4
@@ -82,9 +80,7 @@ def test_a_killed_drawing_process_costs_the_picture_that_killed_it(tmp_path, cap
     assert all("was killed" in one and "--num-figures" in one for one in notes)
 
 
-def test_an_error_is_a_note_and_leaves_no_old_picture_and_one_elsewhere_does_not_wait(
-    tmp_path, monkeypatch, capsys
-):
+def test_an_error_is_a_note_and_no_old_picture_stays(tmp_path, monkeypatch, capsys):
     path = tmp_path / "gone.png"
     path.write_text("of an earlier run")
     with Painter(1, "the numbers are there") as painter:  # two: see below
@@ -109,9 +105,7 @@ def test_few_pictures_or_no_fork_are_drawn_by_one_process(monkeypatch):
 
 
 @pytest.mark.usefixtures("few_effects")
-def test_any_kind_of_picture_may_fail_and_is_told_while_all_else_is_drawn_after_the_numbers(
-    tmp_path, tiny_config, monkeypatch, capsys
-):
+def test_any_kind_of_picture_may_fail(tmp_path, tiny_config, monkeypatch, capsys):
     make_run(tmp_path / "checkpoints" / "tiny", tiny_config)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(MeasuredEffects, "ignores_history", False)  # so that curves are drawn

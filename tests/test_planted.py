@@ -1,8 +1,7 @@
-"""Models whose attention is planted by hand: the command recognises each pattern, and no other.
+"""A model planted by hand looks at rewarded transitions alone: insights and effects say so.
 
-One looks at rewarded transitions alone: the insights and the effects say so. What it does is known:
-it takes the action of the rewarded transitions, whichever are left, and action 0 where none is.
-Rewards lie early, so that recency loses them.
+What it does is known: it takes the action of the rewarded transitions, whichever are left, and
+action 0 where none is. Rewards lie early, so that recency loses them.
 """
 
 import json
@@ -17,57 +16,15 @@ from ad.checkpoints import HISTORIES_NAME
 from config import ModelConfig
 from dataset import Histories
 from historylens.effects.measure import budgets
-from historylens.insights.patterns import PATTERNS
 from model import ADTransformer
 
 
-def planted_model(weights: np.ndarray) -> ADTransformer:
-    """A model whose tokens all attend to position j in proportion to `weights[j]`, `(T,)`.
-
-    Tokens carry nothing but log(weights[j]) in their first dimension; the key of each head reads
-    it and the query is a constant.
-    """
-    config = ModelConfig(n_transit=len(weights), tf_n_layer=1, tf_n_head=2, tf_n_embd=8)
-    model = ADTransformer(config)
-    attention, d_head = model.transformer_encoder.layers[0].self_attn, 4
-    with torch.no_grad():
-        for part in (model.embed_context, model.embed_query_state, attention):
-            for parameter in part.parameters():
-                parameter.zero_()
-        model.pos_embedding.zero_()
-        model.pos_embedding[0, :, 0] = torch.from_numpy(np.log(np.maximum(weights, 1e-12)))
-        for head in (0, d_head):
-            attention.in_proj_bias[head] = 1.0
-            attention.in_proj_weight[8 + head, 0] = d_head**0.5
-    return model
-
-
 def analysed(folder, model, histories, *more):
-    """Run the command on a model; gives `metrics.json`."""
     checkpoint = write_checkpoint(folder / "run" / "ckpt-1.pt", model, horizon=20)
     histories.save(checkpoint.parent / HISTORIES_NAME)
     argv = ["--checkpoint", folder, "--out", folder / "figs", "--num-figures=0", *more]
     visualize_attention.main([*map(str, argv)])
     return json.loads((folder / "figs" / "metrics.json").read_text())
-
-
-@pytest.mark.parametrize(("positions", "expected"), [  # of 40 transitions and the query
-    (range(33, 40), {"recency"}),
-    (range(41), {"uniform"}),
-    ([20], {"focused", "sparse"}),
-    ([10, 15, 20, 25, 29], {"sparse"}),
-])  # fmt: skip
-@pytest.mark.usefixtures("few_effects", "undrawn")
-def test_what_is_planted_is_recognised_alone(positions, expected, tmp_path, capsys):
-    weights = np.isin(np.arange(N + 1), positions) / len(positions)
-    few = "--num-figures=1", "--num-effects=8"
-    result = analysed(tmp_path, planted_model(weights), early_rewards(), *few)
-    rows = result["drawn"]["layers"]["0"]["0"]["query_rows"]["mean"]
-    np.testing.assert_allclose(rows, weights, atol=2e-5)
-    assert {insight["pattern"] for insight in result["insights"]} == expected
-    console = capsys.readouterr().out
-    titles = {name: f"{pattern.title} detected!" for name, pattern in PATTERNS.items()}
-    assert {name for name, title in titles.items() if title in console} == expected
 
 
 N, REWARDED = 40, (3, 4, 5, 8, 11)
@@ -143,10 +100,8 @@ def test_random_drops_lose_as_often_as_they_miss_every_reward(planted):
 
 def test_the_insight_says_that_its_advice_is_better_than_chance(planted):
     (effect,) = (one["effect"] for one in planted["insights"] if one["pattern"] == "sparse")
-    assert effect.startswith(
-        "Keeping the 5 most attended of 40 transitions changes the most likely action in 0% of 8 "
-        "decisions (KL "
-    )
+    assert effect.startswith("Keeping the 5 most attended of 40 transitions changes the most")
+    assert "likely action in 0% of 8 decisions (KL " in effect
     kl = planted["effects"]["strategies"]["top-k"]["sizes"][2]["kl_mean"]
     assert ("(KL 0 nats" if kl == 0 else "(KL < 0.001 nats") in effect
     assert "the 5 least attended: 100%" in effect
@@ -175,12 +130,13 @@ def test_the_guide_says_that_attention_leads_all_the_way_and_recency_nowhere(tmp
 
 
 @pytest.mark.usefixtures("undrawn")
-@pytest.mark.parametrize("is_planted", [True, False])
-def test_a_model_that_ignores_its_history_or_was_not_trained_is_told_so(
-    tmp_path, is_planted, capsys
-):
-    model = planted_model(np.full(N + 1, 1 / (N + 1)))
-    if not is_planted:
+@pytest.mark.parametrize("ignores", [True, False])
+def test_a_model_that_ignores_its_history_or_was_not_trained_is_told_so(tmp_path, ignores, capsys):
+    if ignores:
+        model = model_of_rewards()
+        model.pred_action.weight.data.zero_()
+        model.pred_action.bias.data[2] = 1
+    else:
         torch.manual_seed(0)
         model = ADTransformer(ModelConfig(n_transit=N + 1, tf_n_layer=2, grid_size=5)).eval()
     found = analysed(tmp_path, model, early_rewards())
@@ -188,7 +144,7 @@ def test_a_model_that_ignores_its_history_or_was_not_trained_is_told_so(
     assert found["effects"]["strategies"] == {}
     assert {found["effects"][name] for name in ("guide", "heads", "knockout")} == {None}
     why = "another task's history moves the model no more than an untrained one"
-    why = "the model ignores its history" if is_planted else why
+    why = "the model ignores its history" if ignores else why
     assert all(why in one["effect"] for one in found["insights"])
     console = " ".join(capsys.readouterr().out.split())
     assert f"No compression can be judged: over 8 decisions {why}" in console

@@ -24,7 +24,6 @@ pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")
 
 
 def written(*argv, run=main):
-    """Run the command: `metrics.json`, and the rows of `metrics.csv`."""
     run([*FLAGS.split(), *argv])
     rows = csv.DictReader(Path("out/metrics.csv").read_text().splitlines())
     return json.loads(Path("out/metrics.json").read_text()), list(rows)
@@ -88,6 +87,9 @@ REFUSED = {f"--play {x}": f"{x.split()[0]} has no meaning beside --play" for x i
     "--trajectory 3": "expected --trajectory in 0..2, a rollout, got 3",
     ADAPTER: "explicit_softmax.py: no make_env()",
     f"{ADAPTER} --goal 0,1": "--goal has no meaning beside --adapter",
+    f"--play --episodes={2**53}": "lower --episodes or --rollouts",
+    f"--play --rollouts={2**53}": "lower --episodes or --rollouts",
+    "--dpi=1001": "expected --dpi of at most 1000, got 1001",
 }
 
 

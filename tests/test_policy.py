@@ -11,19 +11,14 @@ from conftest import sharp_model
 from hypothesis import given
 from hypothesis import strategies as st
 from plain_room import PlainRoom, plain_play
-from test_look import plain_look
+from test_history import plain_look
 
 from ad.acting import SlidingPolicy
 from ad.darkroom import DarkRoom
 from config import ModelConfig
 from historylens.agent import rollout
-from historylens.comparison.policy import (
-    POSITIONS,
-    CompressedPolicy,
-    Cost,
-    Memory,
-    original_positions,
-)
+from historylens.comparison import policy as module
+from historylens.comparison.policy import POSITIONS, CompressedPolicy, Cost
 from historylens.compression.method import METHODS
 from historylens.history import LOOKS, PADDING, History, HistoryBuffer
 
@@ -78,7 +73,6 @@ def count(agent, name, n_keep, n_steps, *more):
 
 
 def plain_shown(model, method, n_keep, history):
-    """What is left of a history for a model to read."""
     looks = {*LOOKS} & {*method.needs}
     if looks or method.keeps == "all":
         history = history.latest(model.n_context_max)
@@ -189,7 +183,7 @@ def test_a_decision_takes_one_pass_over_what_is_kept_and_a_look_one_over_the_win
     ("name", "limit"), [*((name, 2**25) for name in METHODS), ("recent", 40), ("top-k", 40)]
 )
 def test_what_is_remembered_is_what_would_be_run_again(model, name, limit, monkeypatch):
-    monkeypatch.setattr("historylens.comparison.policy.MAX_WEIGHTS", limit)
+    monkeypatch.setattr(module, "MAX_WEIGHTS", limit)
     agent, anew = ModelAgent(model), {"acted_anew", "selected_anew"}
     for n_keep, positions in ((0, "reindexed"), (2, "original"), (2, "reindexed"), (7, "original")):
         played, costs = {}, {}
@@ -209,12 +203,11 @@ def test_what_is_remembered_is_what_would_be_run_again(model, name, limit, monke
 def test_no_history_is_run_twice_where_its_inputs_alone_count(model):
     agent, read = ModelAgent(model), []
     agent.reads_inputs_alone = True
-    hook = model.register_forward_pre_hook(
-        lambda _, args: read.extend(
-            tuple(torch.cat([x[i].flatten() for x in args[:5]]).tolist())
-            for i in range(len(args[0]))
-        )
-    )
+
+    def note(_, args):
+        read.extend(map(tuple, torch.cat([x.flatten(1) for x in args[:5]], dim=1).tolist()))
+
+    hook = model.register_forward_pre_hook(note)
     policy = policy_of(agent, "recent", 1)
     play(policy, n_steps=40)
     hook.remove()
@@ -226,9 +219,9 @@ def test_histories_that_differ_by_padding_alone_are_told_apart_until_too_much_is
     raw = History(times[..., None], times, times.float(), times[..., None], torch.zeros(2, 1))
     padded = raw.take(torch.tensor([[PADDING, 0, 2], [PADDING, PADDING, 2]]))
     assert torch.equal(padded.actions[0], padded.actions[1])
-    memory = Memory(keeps=True)
+    memory = module.Memory(keeps=True)
     for n_new, limit in ((2, 2), (0, 1), (2, 1)):  # numbers that may be kept
-        monkeypatch.setattr("historylens.comparison.policy.MAX_WEIGHTS", limit)
+        monkeypatch.setattr(module, "MAX_WEIGHTS", limit)
         [values], found = memory.recall(lambda some: [some.counts], padded)
         assert (values.tolist(), found) == ([2, 1], n_new)
 
@@ -238,7 +231,7 @@ def test_kept_transitions_stand_where_full_history_has_them_or_next_to_it(n_raw,
     n_window = min(n_raw, n_max)
     kept = data.draw(st.sets(st.integers(0, max(0, n_raw - 1)), max_size=n_window).map(sorted))
     padding = [PADDING] * data.draw(st.integers(0, 2))
-    placed = original_positions(torch.tensor([padding + kept]).long(), n_raw, n_max)
+    placed = module.original_positions(torch.tensor([padding + kept]).long(), n_raw, n_max)
     expected, free = [], 0
     for index in kept:
         expected.append(max(index - (n_raw - n_window), free))  # in place, if that is free

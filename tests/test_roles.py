@@ -142,11 +142,6 @@ def test_a_head_that_rests_where_there_is_nothing_of_its_kind_keeps_its_role(nam
         assert heads(few, history, actions, name, spare) == list(few)
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_the_first_transition_alone_is_a_sink(name):
-    assert heads(["first"], *histories(0), name) == ["sink"]
-
-
 @pytest.mark.parametrize("part", PARTS)
 def test_one_token_of_three_is_enough_and_actions_taken_here_are_what_followed(part):
     told = told_of(2, "three")
@@ -212,13 +207,6 @@ def test_a_kind_that_is_seldom_there_claims_little():
     assert heads(["same state"], *all_new([1] + [0] * 19), spare="sink") == ["sink"]
 
 
-def test_a_kind_that_holds_nearly_all_claims_nothing():
-    history, *told = told_of(6)
-    rows = np.broadcast_to(np.append(np.full(60, 1 / 60), 0), (12, 61))
-    history = replace(history, rewards=torch.ones_like(history.rewards))
-    assert named([rows], history, *told) == ["uniform"]
-
-
 def test_without_rewards_or_known_episodes_the_others_are_found():
     history, *told = told_of(7)
     bare = replace(history, rewards=0 * history.rewards, episodes=None)
@@ -228,17 +216,17 @@ def test_without_rewards_or_known_episodes_the_others_are_found():
     assert set(named(lost, bare, *told)) == {"mixed"}
 
 
-def test_few_tokens_drawn_at_random_are_no_role():
+def test_few_tokens_at_random_a_kind_of_nearly_all_and_keys_that_are_no_tokens_are_no_role():
     rng, n = np.random.default_rng(8), 80
     rows = [np.eye(n + 1)[rng.integers(n, size=40)] for _ in range(20)]
     rows += [np.eye(n + 1)[np.full(40, place)] for place in (20, 41)]
     assert set(named(rows, *told_of(8, n=n, size=40))) == {"mixed"}
-
-
-def test_attention_on_keys_that_are_no_tokens_is_at_rest():
-    told = told_of(9)
-    rows = [share * planted("rewarded", *told) for share in (0.1, 0.5, 0.8)]
-    assert named(rows, *told) == ["sink", "mixed", "rewarded"]
+    history, *told = told_of(6)
+    rows = np.broadcast_to(np.append(np.full(60, 1 / 60), 0), (12, 61))
+    all_rewarded = replace(history, rewards=torch.ones_like(history.rewards))
+    assert named([rows], all_rewarded, *told) == ["uniform"]
+    rows = [share * planted("rewarded", history, *told) for share in (0.1, 0.5, 0.8)]
+    assert named(rows, history, *told) == ["sink", "mixed", "rewarded"]  # the rest is at rest
 
 
 def test_what_the_mask_hides_is_not_expected_to_be_read():
@@ -247,10 +235,11 @@ def test_what_the_mask_hides_is_not_expected_to_be_read():
     assert heads(kinds, *histories(10), visible=window) == kinds
 
 
-@pytest.mark.parametrize("n", [1, 2])
-def test_short_histories(n):
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_the_first_transition_alone_is_a_sink_and_short_histories_have_few_kinds(name):
+    assert heads(["first"], *histories(0), name) == ["sink"]
     kinds = ["sink", "recency", "uniform"]
-    for name in LAYOUTS:
+    for n in (1, 2):
         assert heads(kinds, *histories(11, size=8, n=n, restless=1.0), name) == kinds
 
 

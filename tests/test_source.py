@@ -6,29 +6,13 @@ import numpy as np
 import pytest
 from plain_room import PlainRoom
 
-from ad.darkroom import MOVES, N_ACTIONS, TASKS, DarkRoom, all_goals, optimal_return, split_goals
+from ad.darkroom import MOVES, TASKS, DarkRoom, all_goals, split_goals
 from ad.source import learning_histories, relative_return
 from config import DEFAULTS_OF, EnvConfig, SourceConfig
 from dataset import Histories
 from historylens.common.settings import from_dict
 
 SMALL = EnvConfig(grid_size=3, horizon=4)
-
-
-def test_the_source_improves_from_random_play_to_near_the_best_possible_return():
-    learned = learning_histories(split_goals(0)["train"], EnvConfig(), SourceConfig(), 0, 3)
-    room, rng = DarkRoom(np.repeat(learned.goals, 10, axis=0)), np.random.default_rng(0)
-    actions = rng.integers(N_ACTIONS, size=(20, room.n_rooms))
-    random_return = sum(room.step(chosen)[1].mean() for chosen in actions)
-    returns, best = learned.episode_returns(), optimal_return(learned.goals)
-    assert abs(returns[:, 0].mean() - random_return) < 0.05 * best.mean()
-    quarters = [returns[:, k : k + 15].mean() / best.mean() for k in (0, 45, 90, 135)]
-    assert quarters == sorted(quarters)
-    assert quarters[1] - quarters[0] > 0.1
-    reached = returns[:, -20:].mean(axis=1) / best
-    assert reached.mean() >= 0.95
-    assert (reached < 0.5).mean() <= 0.02  # hardly a learner misses its goal
-    assert reached.reshape(-1, 3).max(axis=1).min() >= 0.9  # and no goal is missed by all
 
 
 def plain_learning(goals, env, source, seed):
@@ -96,12 +80,15 @@ def test_vectorised_learning_equals_one_learner_after_the_other(env, values, ste
 
 
 @pytest.mark.parametrize("env", TASKS)
-def test_the_source_of_each_task_ends_near_the_best_with_the_settings_of_its_training(env):
+def test_the_source_improves_from_random_play_to_near_the_best_with_its_own_settings(env):
     flags = {"env": env} | DEFAULTS_OF[env]
     room, source = from_dict(EnvConfig, flags), from_dict(SourceConfig, flags)
     goals = split_goals(0, room.grid_size, env=env, n_train=40)["train"]
     learned = learning_histories(goals, room, source, seed=0, n_streams=1)
+    assert relative_return(learned, slice(0, 1), room) < 0.3
     assert relative_return(learned, slice(-20, None), room) >= 0.95
+    late = learned.episode_returns()[:, -20:].mean(axis=1)
+    assert (late < late.max() / 4).mean() <= 0.02  # hardly a learner misses its goal
 
 
 def test_histories_are_what_a_room_does_in_whole_episodes_streams_of_a_goal_side_by_side(tmp_path):

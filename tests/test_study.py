@@ -3,21 +3,15 @@
 import csv
 import json
 from dataclasses import replace
-from unittest import mock
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-from matplotlib import rcParams
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from historylens.comparison import WITH_BUDGET, report
+from historylens.comparison import report
 from historylens.comparison.intervals import late_scores
 from historylens.comparison.policy import Cost
 from historylens.comparison.study import Arm, Result, confirm, judge
-from historylens.pictures import returns
-from historylens.pictures.returns import Picture, draw_by_budget, draw_by_episode, finding, spread
+from historylens.pictures.returns import finding
 
 pytestmark = pytest.mark.usefixtures("few_resamples")
 SHAPE = N_GOALS, N_SEEDS, N_EPISODES = 4, 48, 8
@@ -296,55 +290,3 @@ def test_csv_and_summary_hold_the_numbers_of_the_study(study, tmp_path):
     told = summary["recommended"], summary["margin"], len(summary["full_by_episode"])
     assert told == ("rewarded-recent@20", study.margin, N_EPISODES)
     assert summary["units"].keys() - record.keys() == {"by_episode"}
-
-
-@pytest.mark.parametrize("draw", [draw_by_budget, draw_by_episode])
-def test_pictures_are_the_same_bytes_for_the_same_study_and_change_with_it(
-    tmp_path, monkeypatch, draw
-):
-    def drawn(study, best=12.0):
-        draw(tmp_path / "x.png", study, Picture("a model", "4 goals x 6 seeds", best, n_max=99))
-        return (tmp_path / "x.png").read_bytes()
-
-    monkeypatch.setitem(rcParams, "savefig.dpi", 20)
-    one, again = (drawn(judged(LIKE_FULL)) for _ in range(2))
-    assert (again, one[:4]) == (one, b"\x89PNG")
-    many_losses = [result(f"random@{n}", -30.0) for n in (1, 2, 3, 5, 8)]
-    assert drawn(judged(*many_losses, full=-10.0, empty=-50.0, control=-50.0), best=None) != one
-
-
-def test_the_legend_names_what_is_there_and_the_heading_fits(study):
-    def said(study, subtitle="4 goals x 6 seeds", title="a model in a room"):
-        with mock.patch.object(returns, "save_figure") as save:
-            for draw in (draw_by_budget, draw_by_episode):
-                draw("x.png", study, Picture(title, subtitle, None, n_max=99))
-        figures = [call.args[0] for call in save.call_args_list]
-        for figure in figures:
-            renderer, top = FigureCanvasAgg(figure).get_renderer(), figure.axes[0]
-            for extent in (text.get_window_extent(renderer) for text in figure.texts):
-                assert extent.x1 <= figure.bbox.x1
-                assert extent.y0 >= top.get_window_extent().y1
-        curves = figures[1].axes[0]
-        names = [text.get_text() for text in curves.get_legend().texts]
-        is_grey = [line.get_color() == returns.GREY for line in curves.lines]
-        assert names.count("other strategies") == any(is_grey)
-        return [text.get_text() for text in figures[0].axes[-1].texts]
-
-    texts = ["95 % interval over seeds", "95 % interval of random choice"]
-    one_seed = judged(result("random@1", 3.0, shape=(4, 1, 1)), shape=(4, 1, 1))
-    no_random = judged(result("recent@10", 9.0))
-    one_budget = judged(*(result(f"{name}@10", 3.0) for name in WITH_BUDGET))  # of these no band
-    for other, there in (study, texts), (one_budget, texts[:1]), (one_seed, []):
-        assert said(other)[3:] == there
-    long = "a task that is told in more words than one line takes " * 4, "a name " * 30
-    assert said(no_random, *long)[3:] == texts[:1]
-
-
-@given(st.lists(st.floats(0, 1), min_size=1, max_size=30).map(sorted), st.floats(0.001, 0.1))
-def test_labels_keep_their_order_and_their_distance(places, gap):
-    moved = spread(places, gap)
-    if (len(places) - 1) * gap < 1:
-        assert (np.diff(moved) >= gap - 1e-9).all()
-    assert -1e-9 <= min(moved) <= max(moved) <= 1 + 1e-9
-    if len(places) == 1 or np.diff(places).min() >= gap:
-        assert moved == pytest.approx(places)

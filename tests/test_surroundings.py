@@ -6,6 +6,7 @@ import importlib
 import multiprocessing
 import os
 import re
+import runpy
 import signal
 import subprocess
 import sys
@@ -15,15 +16,15 @@ from unittest import mock
 
 import numpy as np
 import pytest
+import test_kills
 from apart import ended, plain_files, run_apart, started
-from conftest import refused, without_drawing
-from test_kills import ANALYSIS, COMMANDS, TRAINING, make_home
+from conftest import refused
+from test_kills import COMMANDS, TRAINING
 
 import compare_compression
 import historylens.common
 import train
 import visualize_attention
-from ad import training
 from ad.training import Settings
 from historylens.common import processes
 from historylens.common.batches import expect_memory
@@ -33,13 +34,7 @@ from historylens.pictures import painter, prepare_output
 from historylens.pictures.painter import Painter
 
 DEAD = 4_194_303  # a number that no process has
-
-
-@pytest.fixture
-def home(tmp_path, tiny_config, monkeypatch):
-    """A folder with a run to look at and to act with; pictures are a few bytes."""
-    without_drawing(monkeypatch)
-    return make_home(tmp_path / "home", tiny_config)
+home = test_kills.home
 
 
 @pytest.fixture
@@ -59,7 +54,6 @@ def disk(home):
 
 
 def filled(folder):
-    """Use all that is left of a disk."""
     with (folder / "rest").open("wb", buffering=0) as file, contextlib.suppress(OSError):
         while True:
             file.write(bytes(512))
@@ -209,6 +203,19 @@ def test_where_no_command_can_run_each_says_so(tmp_path, start, said):
         assert end.stderr.startswith(said)
 
 
+@pytest.mark.parametrize(("command", "said"), [
+    (train, "nothing to resume"), (visualize_attention, "No checkpoint found.*python train.py"),
+])  # fmt: skip
+def test_a_real_command_ends_in_one_line(tmp_path, monkeypatch, capsys, command, said):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [command.__file__, *["--resume"] * (command is train)])
+    with pytest.raises(SystemExit, match="2"):
+        runpy.run_path(command.__file__, run_name="__main__")
+    out, err = capsys.readouterr()
+    assert re.fullmatch(f"error: {said}.*\n", err)
+    assert (out, [*tmp_path.iterdir()]) == ("", [])
+
+
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT])
 def test_a_command_goes_on_where_a_signal_is_ignored(home, number):
     def main(_):
@@ -318,30 +325,6 @@ def test_an_environment_that_torchrun_never_made_is_told(monkeypatch, changed, s
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=said):
         processes.join().__enter__()
-
-
-@pytest.mark.parametrize(("changed", "said"), [
-    (["--tf-n-layer=1000000000"], "GiB of memory"), (["--grid-size=100000"], "GiB of memory"),
-    (["--batch-size=1000000000"], "GiB of memory"), (["--final-rollouts=1000000000"], "memory"),
-    (["--horizon=1"], "no validation goal can be reached within --horizon 1"),
-    (["--epsilon-start=0", "--epsilon-end=1"], "--epsilon-end 1.0, got 0.0"),
-    (["--epsilon-start=-0"], "between 0 and 1, got -0.0"), (["--lr=1e38"], "--lr of at most"),
-    (["--device=meta"], "'meta', which is not there"), (["--checkpoints", "x" * 300], "too long"),
-])  # fmt: skip
-def test_what_cannot_be_is_refused_before_it_starts(home, monkeypatch, capsys, changed, said):
-    monkeypatch.chdir(home)
-    monkeypatch.setattr(training, "learning_histories", None)
-    assert said in refused(train.main, [*TRAINING, *changed], capsys)
-
-
-@pytest.mark.parametrize(("flags", "said"), [
-    (["--play", f"--episodes={2**53}"], "lower --episodes or --rollouts"),
-    (["--play", f"--rollouts={2**53}"], "lower --episodes or --rollouts"),
-    (["--dpi=1001"], "expected --dpi of at most 1000, got 1001"),
-])  # fmt: skip
-def test_an_analysis_that_cannot_be_is_refused_too(home, monkeypatch, capsys, flags, said):
-    monkeypatch.chdir(home)
-    assert said in refused(visualize_attention.main, [*ANALYSIS, *flags], capsys)
 
 
 def test_memory_is_estimated_from_below():

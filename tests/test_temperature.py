@@ -67,7 +67,6 @@ def found_of(agent):
 
 
 def verdict(found):
-    """All that must not depend on the temperature."""
     order = [line.split()[0] for line in found.text.splitlines()[2:9] if found.curves]
     marks = {n: [one.against_random for one in curve] for n, curve in found.curves.items()}
     column = {name: enough(curve) for name, curve in found.curves.items()}
@@ -92,7 +91,6 @@ MODELS = {  # name: (agent, whether it ignores its history, twins: of those with
 
 @functools.cache
 def found_at_its_own(name):
-    """What is found of a model at its own temperature."""
     return found_of(MODELS[name][0]())
 
 
@@ -125,18 +123,14 @@ def test_at_the_reference_temperature_the_mean_entropy_is_half_of_the_largest(n,
 def test_what_changes_of_actions_drawn_is_the_least_that_has_to(n, seed, beta):
     a, b = torch.randn(2, 4, n, generator=torch.Generator().manual_seed(seed)).double()
     p, q = ((x * beta).softmax(-1).numpy() for x in (a, b))
-    overlap = [
-        sum(min(x, y) for x, y in zip(*pair, strict=True)) for pair in zip(p, q, strict=True)
-    ]
-    np.testing.assert_allclose(action_changes(a, b, beta), 1 - np.array(overlap), atol=1e-12)
+    overlap = np.minimum(p, q).sum(-1)
+    np.testing.assert_allclose(action_changes(a, b, beta), 1 - overlap, atol=1e-12)
     plain = [(x * np.log(x / y)).sum() for x, y in zip(p, q, strict=True)]
     np.testing.assert_allclose(kl_divergence(a, b, beta), plain, atol=1e-12)
 
 
 @torch.no_grad()
-def test_twins_have_the_same_numbers_in_other_places_and_the_weights_are_put_back(
-    tiny_config, tiny_histories
-):
+def test_twins_have_the_same_numbers_moved_and_weights_are_put_back(tiny_config, tiny_histories):
     def small():
         return ad_agent(sharp_model(tiny_config), tiny_histories, [(i, 20, 1) for i in range(3)])
 

@@ -44,7 +44,7 @@ def drawn(layers, horizon=4, rewarded=(), dpi=100):
     return {name: [call.args[1:] for call in one.call_args_list] for name, one in calls.items()}
 
 
-def test_the_pixels_are_the_weights_blank_before_there_is_history_and_the_query_stands_aside(
+def test_pixels_are_the_weights_blank_before_history_and_the_query_stands_aside(
     tmp_path,
 ):
     layers, path = play(10, 6, 3), tmp_path / "a.png"
@@ -99,17 +99,13 @@ def test_places_fit_the_room_they_have_however_many_they_are(n, room, scale):
 
 
 def overlap(one, other):
-    """Whether two boxes (left, top, right, bottom) have a place in common."""
     return all(one[i] < other[i + 2] and other[i] < one[i + 2] for i in range(2))
 
 
-@pytest.mark.parametrize(
-    ("n_steps", "n_max", "n_layers", "dpi"),
-    [(2000, 1000, 1, 100), (5, 1, 13, 100), (700, 210, 24, 50)],
-)
-def test_large_plays_are_pooled_as_heatmaps_are_and_panels_stay_apart(
-    n_steps, n_max, n_layers, dpi
-):
+@pytest.mark.parametrize(("n_steps", "n_max", "n_layers", "dpi"), [
+    (2000, 1000, 1, 100), (5, 1, 13, 100), (700, 210, 24, 50),
+])  # fmt: skip
+def test_large_plays_are_pooled_and_panels_stay_apart(n_steps, n_max, n_layers, dpi):
     layers = play(n_steps, n_max, n_layers)
     with mock.patch.object(timestrip, "pool", side_effect=pool) as pooled:
         calls = drawn(layers, dpi=dpi)

@@ -1,21 +1,25 @@
-"""The command: its files, its numbers, its console text and its flags."""
+"""The command: its files, numbers, text and flags, and one line where something is wrong."""
 
+import errno
 import json
 import os
 import re
 import subprocess
 import sys
 from collections import Counter
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import plain_model
 import pytest
 import torch
-from conftest import files_of, make_histories, sharp_model, write_checkpoint
+from conftest import files_of, make_histories, refused, sharp_model, write_checkpoint
 from torch import nn
 
 import visualize_attention as module
+from historylens.common.errors import run_command
 from historylens.common.text import columns
 from historylens.effects.report import MeasuredEffects
 from historylens.pictures import FILES
@@ -45,7 +49,6 @@ def make_run(folder, config, step=30):
 
 
 def names_of(samples, layers, *more):
-    """Names of all files of a run, as documented."""
     names = {"attention_layers.png", "metrics.json", "metrics.csv", "index.html", *more}
     for n in layers:
         kinds = [f"{kind}_sample{i}" for kind in ("heatmap", "lines") for i in samples]
@@ -112,6 +115,8 @@ def test_the_real_command_writes_the_documented_files(shown):
     drawn = [content for name, content in shown.files.items() if name.endswith(".png")]
     assert len(drawn) == 2 * 2 + 1 + 2 + 3
     assert all(content.startswith(b"\x89PNG") for content in drawn)
+    width = int.from_bytes(shown.files["attention_layers.png"][16:20], "big")
+    assert width == 204  # 10.2 inches at --dpi=20
     assert not re.search("Traceback|Warning", shown.stderr)
 
 
@@ -119,8 +124,7 @@ def test_the_four_metrics_of_every_layer_sample_and_head_equal_the_plain_model(s
     folder = shown.folder
     paths = folder / "checkpoints/tiny/ckpt-30.pt", folder / "figs/attention/metrics.csv"
     compared = plain_model.recompute(*paths)
-    heads = {(s, layer, head) for s in range(3) for layer in (0, 1) for head in ("0", "1", "mean")}
-    assert {key for key, _, _ in compared} == heads
+    assert {key for key, *_ in compared} == {*product(range(3), (0, 1), ("0", "1", "mean"))}
     for _, written, plain in compared:
         assert written == pytest.approx(plain, rel=1e-5, abs=1e-5)
     assert shown.files["metrics.csv"].decode().startswith(COLUMNS)
@@ -128,12 +132,10 @@ def test_the_four_metrics_of_every_layer_sample_and_head_equal_the_plain_model(s
 
 def test_the_map_of_a_sample_holds_all_the_attention_on_its_history(shown):
     maps, layers = shown.json["drawn"]["maps"], shown.json["drawn"]["layers"]
-    assert maps.keys() == {"0"}
-    for index, own in maps.items():
-        assert own["panels"] == ["layer 0", "layer 1"]
-        for layer, attention in zip(("0", "1"), own["attention"], strict=True):
-            row = layers[layer][index]["query_rows"]["mean"]
-            assert sum(attention) == pytest.approx(sum(row[:-1]), rel=1e-4)
+    assert (maps.keys(), maps["0"]["panels"]) == ({"0"}, ["layer 0", "layer 1"])
+    for layer, attention in zip(("0", "1"), maps["0"]["attention"], strict=True):
+        row = layers[layer]["0"]["query_rows"]["mean"]
+        assert sum(attention) == pytest.approx(sum(row[:-1]), rel=1e-4)
 
 
 def test_each_layer_runs_once_to_be_measured_and_once_to_be_drawn(home, monkeypatch):
@@ -176,14 +178,13 @@ def test_files_of_its_names_that_are_of_no_analysis_are_set_aside(home, capsys):
 
 
 def test_console_and_json_say_what_was_analysed(shown):
-    (line,) = [line for line in shown.stdout.splitlines() if line.startswith("Checkpoint:")]
-    assert "checkpoints/tiny/ckpt-30.pt (the only run, highest step of 1)" in line
+    about = r"^Checkpoint: +checkpoints/tiny/ckpt-30.pt \(the only run, highest step of 1\)$"
+    assert re.search(about, shown.stdout, re.MULTILINE)
     for words in ("2 layers x 2 heads", "3 decisions of 3 goals", "10 pictures in figs/attention/"):
         assert words in shown.stdout
     meta = {"checkpoint": "checkpoints/tiny/ckpt-30.pt", "step": 30, "seed": 0, "n_transit": 12}
     meta |= {"histories": "checkpoints/tiny/histories-test.npz"}
     assert meta.items() <= shown.json["meta"].items()
-    assert shown.json["meta"]["device"] in ("cpu", "cuda")
     assert "OVERALL ATTENTION STATISTICS\n" + "=" * 36 in shown.stdout
 
 
@@ -199,7 +200,7 @@ def test_every_pattern_is_printed_with_what_its_advice_does_and_effects_are_in_t
     assert effects["settings"]["samples"] == [0, 1, 2]
     assert "EFFECT OF DROPPING HISTORY (3 decisions, 11 transitions each)" in shown.stdout
     heads = [(one["layer"], one["head"]) for one in effects["heads"]["heads"]]
-    assert heads == [(layer, head) for layer in (0, 1) for head in (0, 1, "all")]
+    assert heads == [*product((0, 1), (0, 1, "all"))]
     assert "older than 10" in effects["knockout"]["sets"]
     assert ", ".join(["attention_layers.png", *EFFECTS]) in words
 
@@ -224,10 +225,7 @@ def test_num_effects_bounds_the_decisions_that_effects_are_measured_on(home, cap
     none = analysed(*flags, "--num-effects", "0")
     assert none["effects"] is None
     assert all(insight["effect"] is None for insight in none["insights"])
-    assert not (home / "out" / "deletion_curves.png").exists()
-    console = capsys.readouterr().out.split("EFFECT OF DROPPING HISTORY")
-    assert len(console) == 2
-    assert "deletion_curves.png" not in console[1].split("Checkpoint:")[1]
+    assert capsys.readouterr().out.count("EFFECT OF DROPPING HISTORY") == 1
 
 
 def test_layers_goals_histories_steps_and_stride_choose(home):
@@ -264,10 +262,92 @@ def test_num_figures_bounds_what_is_drawn_not_what_is_measured(home):
     assert set(files_of(home / "out")) == names_of(range(10), range(2))
 
 
-def test_dpi_scales_the_pictures(shown, tmp_path, monkeypatch):
-    monkeypatch.chdir(shown.folder)
-    monkeypatch.setattr("historylens.pictures.summary", lambda *_, **__: None)
-    main([*FLAGS, "--num-figures=0", "--num-effects=0", "--dpi=40", "--out", str(tmp_path)])
-    pngs = shown.files["attention_layers.png"], (tmp_path / "attention_layers.png").read_bytes()
-    small, large = (int.from_bytes(png[16:20], "big") for png in pngs)  # their widths
-    assert large == pytest.approx(2 * small, abs=2)
+def truncate():
+    path = Path("checkpoints/tiny/ckpt-30.pt")
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def save_histories(*goals, **more):
+    make_histories(*goals, **more).save(HISTORIES)
+
+
+HISTORIES = Path("checkpoints/tiny/histories-test.npz")
+MISTAKES = {
+    # name: (what comes before, flags, what is said)
+    "no folder of checkpoints": (list, ["--checkpoint", "nowhere"], "python train.py"),
+    "truncated checkpoint": (truncate, [], "truncated"),
+    "no histories": (HISTORIES.unlink, [], "--histories"),
+    "no history in the file": (lambda: save_histories(np.zeros((0, 2), int)), [], str(HISTORIES)),
+    "a larger room": (lambda: save_histories(((6, 6),), grid_size=13), [], "does not fit the che"),
+    "unknown layer": (list, ["--layers", "0", "2"], "unknown layer 2: expected --layers in 0..1"),
+    "negative layer": (list, ["--layers", "-1"], "unknown layer -1"),
+    "too long a stride": (list, ["--stride", "40"], "stride 40"),
+    "output below a file": (lambda: Path("file").write_text(""), ["--out", "file/a"], " file/a"),
+    "a device that is not there": (list, ["--device", "cuda:99"], "'cuda:99', which is not there"),
+    "no output folder": (list, ["--out", ""], "expected --out not to be empty"),
+    "a comparison's folder": (
+        lambda: Path("out/results.json").write_text('{"schema_version": 2}'), [],
+        "out holds results of the comparison (results.json): choose another folder with --out",
+    ),
+}  # fmt: skip
+
+
+def earlier_result(home):
+    (home / "out" / "layer_0").mkdir(parents=True)
+    for name in names_of([0], [0]):
+        (home / "out" / name).write_text(name)
+    return files_of(home / "out")
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_one_line_and_leaves_earlier_results(home, capsys, name):
+    prepare, argv, message = MISTAKES[name]
+    before = earlier_result(home)
+    prepare()
+    before |= files_of(home / "out")
+    assert message in refused(main, ["--out", "out", *argv], capsys)
+    assert files_of(home / "out") == before
+
+
+FORMS = {"--steps": "expected FIRST:LAST, for example", "--goal": "expected ROW,COL, for example"}
+
+
+@pytest.mark.parametrize("argv", [
+    "--num-samples 0", "--num-samples many", "--num-figures -1", "--stride 0", "--seed -1",
+    "--steps 7", "--steps 1:2:3:4", "--goal 3", "--goal a,b", "--no-such-flag",
+])  # fmt: skip
+def test_a_flag_without_sense_is_an_error_that_names_it_and_the_right_form(home, capsys, argv):
+    with pytest.raises(SystemExit) as caught:
+        run_command(lambda: main(argv.split()))
+    out, err = capsys.readouterr()
+    assert (caught.value.code, out) == (2, "")
+    line, flag = err.splitlines()[-1], argv.split()[0]
+    for part in ("error: ", flag, FORMS.get(flag, "")):
+        assert part in line
+
+
+@pytest.mark.parametrize(("where", "name", "error"), [
+    (nn.TransformerEncoderLayer, "forward", RuntimeError("broken layer")),
+    (os, "fsync", OSError(errno.ENOSPC, "No space left on device")),
+])  # fmt: skip
+def test_a_failure_before_any_picture_leaves_earlier_results(home, monkeypatch, where, name, error):
+    def broken(*_, **__):
+        raise error
+
+    before = earlier_result(home)
+    monkeypatch.setattr(where, name, broken)
+    with pytest.raises(type(error), match=error.args[-1]):
+        main(["--out", "out", "--num-samples", "2", "--num-effects", "0"])
+    assert files_of(home / "out") == before
+
+
+@pytest.mark.parametrize(
+    "name", ["layer_0", "metrics.json/x", "layer_0/attention_lines_sample7_layer0.svg/x"]
+)
+def test_what_stands_in_the_way_of_a_file_is_one_line(home, capsys, name):
+    path = home / "out" / name
+    path.parent.mkdir(parents=True)
+    path.write_text("in the way")
+    line = refused(main, ["--num-samples", "1", "--out", "out"], capsys)
+    assert "cannot write to the output folder out" in line
+    assert path.read_text() == "in the way"
