@@ -25,7 +25,7 @@ from historylens.common.errors import expect, run_command
 from historylens.common.files import writable_folder
 from historylens.common.processes import Group, join
 from historylens.common.reading import printable
-from historylens.common.settings import add_flags, flag_of, from_flags, given_for, to_dict
+from historylens.common.settings import add_flags, flag_of, from_dict, given_for, to_dict
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def prepare(flags: argparse.Namespace, group: Group) -> tuple[Settings, Path, Any]:
     """Settings, folder and device of a run; UserError before any work where they cannot be."""
-    settings = Settings(*(from_flags(type(default), flags) for default in Settings()))
+    settings = Settings(*(from_dict(type(default), vars(flags)) for default in Settings()))
     group.equal_slice(settings.train.batch_size)
     _check_fit(*settings)
     device = group.device(pick_device(flags.device))

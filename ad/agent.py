@@ -12,12 +12,12 @@ from torch import Tensor
 from ad.acting import fast_logits
 from ad.checkpoints import MAX_WEIGHT, Checkpoint, find_checkpoint, load_checkpoint, task_of
 from ad.darkroom import N_ACTIONS, TASKS, DarkRoom, optimal_return
-from ad.decisions import HistoryDecisions, Place, choose_decisions
-from ad.histories import Tell, histories_path, read_histories
+from ad.decisions import HistoryDecisions, choose_decisions
+from ad.histories import histories_path, read_histories
 from config import EnvConfig
 from historylens.agent import Agent, Environment
 from historylens.analysis import CHECKPOINT_FLAGS
-from historylens.common.errors import expect, note
+from historylens.common.errors import Tell, expect, note
 from historylens.common.text import counted
 from historylens.history import Decision, History
 
@@ -36,7 +36,6 @@ class ADAgent(Agent):
         self.n_max, self.room = self.model.n_context_max, (config.grid_size, config.grid_size)
         self.layers = [f"transformer_encoder.layers.{i}" for i in range(config.tf_n_layer)]
         self.n_heads = [config.tf_n_head] * config.tf_n_layer
-        self.label_columns = *self.task.columns, *Place._fields
         size = f"{counted(config.tf_n_layer, 'layer')}, {counted(config.n_transit, 'token')}"
         self.title = f"AD in {self.task.title}, {size}"
 

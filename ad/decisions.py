@@ -108,6 +108,6 @@ def _eligible_histories(
     if unknown := [goal for goal in wanted if goal not in known]:
         goal, *there = (",".join(map(str, one)) for one in (unknown[0], *known))
         raise UserError(f"no history of goal {goal}: expected one of {'; '.join(there)}")
-    groups = alike((row, goals[row]) for row in rows if goals[row] in wanted)
+    groups = alike([row for row in rows if goals[row] in wanted], goals.__getitem__)
     expect(groups, "no decision passes the filter: no history is of a goal asked for")
     return groups

@@ -10,7 +10,7 @@ the state after the reset; it is kept so, as the models of that code were traine
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +18,13 @@ import numpy as np
 
 from ad.checkpoints import HISTORIES_NAME, Checkpoint, task_of
 from dataset import CONTEXT, Histories
-from historylens.common.errors import UserError, expect, note
+from historylens.common.errors import Tell, UserError, expect, note
 from historylens.common.reading import most_unpacked, printable, reading
 from historylens.common.text import counted
 
 SUFFIXES = (".hdf5", ".h5")
 MAX_TRANSITIONS = 2**26  # of HDF5 held at once: 400 MB, as one transition takes 6 bytes
 Goals = Sequence[Sequence[int]]  # (row, column) each
-Tell = Callable[[str], None]  # is given lines for the user
 
 
 def histories_path(given: str | Path | None, checkpoint: Checkpoint) -> Path:

@@ -74,7 +74,7 @@ def test_what_is_loaded_is_said_in_words():
     told = agent_of(with_fields("task=i"), name="explicit_softmax").facts["Samples"]
     assert told == "4 decisions of the adapter"
     assert agent.title == "Model of mine.py"
-    assert agent.label_columns == ("number",)
+    assert [*agent.decisions[0].labels] == ["number"]
     assert agent.meta == {"n_heads": [2, 2], "model": "Model", "rewarded_above": 0}
 
 

@@ -1,7 +1,7 @@
 """A model of the user's as an `Agent`: loading runs and checks it, before anything is written."""
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -15,14 +15,13 @@ from historylens.adapter.checks import tried
 from historylens.adapter.file import Adapter, kind
 from historylens.adapter.given import GymRooms, as_array, read_decisions, read_rewarded, read_tasks
 from historylens.agent import Agent, Environment
-from historylens.common.errors import note
+from historylens.common.errors import Tell, note
 from historylens.common.text import counted
 from historylens.history import Decision, History
 from historylens.tokens import Tokens
 
 MAX_SIDE = 200  # rows, and columns, of a room
 N_TRIED = 10  # samples by which rewarded transitions are told; a comparison reads no more
-Tell = Callable[[str], None]  # gets lines for the user
 
 
 def load(
@@ -111,7 +110,6 @@ class AdapterAgent(Agent):
         self.sees_all = not self.unseen and all(record.calls.values())  # None: not chosen
         self.layers, self.n_heads = record.names, tuple(x.query_rows.shape[1] for x in record)
         self.title = f"{type(self.model).__name__} of {adapter.path.name}"
-        self.label_columns = tuple(dict.fromkeys(k for one in self.decisions for k in one.labels))
 
     def tell_doubts(self, tell: Tell) -> None:
         """Say where modules mix tokens unseen, or logits are by chance."""
@@ -163,9 +161,9 @@ class AdapterAgent(Agent):
             check(one.n == n and len(one) == len(maps[0]), "tokens()", expected, got)
         return list(maps)
 
-    def look_at(self, decisions: Sequence[Decision], label_columns: Sequence[str]) -> None:
+    def look_at(self, decisions: Sequence[Decision]) -> None:
         """Have other decisions; what they reach is of the room."""
-        super().look_at(decisions, label_columns)
+        super().look_at(decisions)
         self.room = self._read_room()
 
     def position(self, states: np.ndarray) -> np.ndarray:

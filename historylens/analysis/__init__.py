@@ -20,10 +20,10 @@ import torch
 
 from historylens.agent import Agent, pick_device
 from historylens.analysis.job import Job
-from historylens.common.errors import expect, note, run_command
+from historylens.common.errors import Tell, expect, note, run_command
 from historylens.common.files import FORMATS, writable_folder
 from historylens.common.processes import join
-from historylens.common.settings import Settings, add_flags, from_flags, setting
+from historylens.common.settings import Settings, add_flags, from_dict, setting
 from historylens.common.text import counted, labelled
 
 
@@ -79,7 +79,7 @@ class AnalysisConfig(Settings):
 
 
 CHECKPOINT_FLAGS = ("checkpoint", "histories", "goal", "history", "steps", "stride")
-Load = Callable[[Any, torch.device, Callable[[str], None]], Agent]
+Load = Callable[[Any, torch.device, Tell], Agent]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -100,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     run(argv, parser, AnalysisConfig, load_adapter)
 
 
-def load_adapter(config: Any, device: torch.device, tell: Callable[[str], None]) -> Agent:
+def load_adapter(config: Any, device: torch.device, tell: Tell) -> Agent:
     """The model and the decisions of an adapter; UserError where it does not fit."""
     from historylens.adapter.agent import load
 
@@ -124,7 +124,7 @@ def run(argv: Sequence[str], parser: argparse.ArgumentParser, kind: type, load: 
             for name in CHECKPOINT_FLAGS:
                 is_own = flags.adapter is None or vars(flags)[name] is None
                 expect(is_own, f"--{name} has no meaning beside --adapter: {why}")
-            config = from_flags(kind, flags)
+            config = from_dict(kind, vars(flags))
             device = group.device(pick_device(config.device))
             agent = load(config, device, note if group.is_main else lambda text: None)
             job = Job.of(agent, config, group)

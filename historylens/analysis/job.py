@@ -173,7 +173,7 @@ def drawn_passes(job: Job, n_drawn: int) -> list[Pass]:
     """Passes over the first `n_drawn` decisions, of which this process draws a share."""
     agent, group = job.agent, job.group
     size = min(MAX_DRAWN, max(1, MAX_DRAWN_TOKENS // agent.n_tokens))
-    same = alike((i, agent.length(i)) for i in range(n_drawn))
+    same = alike(range(n_drawn), agent.length)
     parts = [g[i : i + size] for g in same for i in range(0, len(g), size)]
     own = [[i for i, n in enumerate(part) if n in group.share(n_drawn)] for part in parts]
     return [pair for pair in zip(parts, own, strict=True) if pair[1]]

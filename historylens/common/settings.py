@@ -81,11 +81,6 @@ def _of_type(kind: Any) -> dict[str, Any]:
     return {"type": kind, "metavar": {int: "N", float: "X"}.get(kind), **more}
 
 
-def from_flags(config: type[T], flags: argparse.Namespace) -> T:
-    """Build a settings object from parsed flags."""
-    return from_dict(config, vars(flags))
-
-
 def from_dict(config: type[T], values: dict[str, Any]) -> T:
     """Build a settings object from a flat dict, which may hold settings of others as well."""
     return config(**{k: v for k, v in values.items() if k in config.__dataclass_fields__})

@@ -22,7 +22,7 @@ from historylens.common.batches import expect_memory
 from historylens.common.errors import expect, note
 from historylens.common.files import FORMATS, writable_folder
 from historylens.common.processes import ALONE, Group, join
-from historylens.common.settings import Settings, add_flags, from_flags, setting
+from historylens.common.settings import Settings, add_flags, from_dict, setting
 from historylens.common.text import counted, labelled, wrap
 from historylens.comparison.intervals import N_RESAMPLES, looks
 from historylens.comparison.playing import Plays, fingerprint, missing, plan, play_arms
@@ -129,7 +129,7 @@ def run(argv: Sequence[str] | None, parser: argparse.ArgumentParser, load: Load)
         with group.told_once():
             flags = parser.parse_args(argv)
         with group.together(), group.told_once():
-            config = from_flags(CompareConfig, flags)
+            config = from_dict(CompareConfig, vars(flags))
             agent, positions = load(flags, group.device(pick_device(config.device)))
         compare(agent, config, positions, group)
 

@@ -1,6 +1,6 @@
 """Everything that was measured on some decisions: as plain values, and as console text.
 
-print(effects.text); write_json(path, {"effects": effects.json})
+print(effects.text); write_atomically(path, {"effects": effects.json})
 insights = effects.attached(insights)                              # a line for each pattern
 """
 

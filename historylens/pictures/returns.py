@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator, NullLocator
 
+from historylens.common.batches import alike
 from historylens.common.text import fixed
 from historylens.pictures.page import FAINT, HUES, INK, SOFT, UNIFORM, in_lines, inset, save_figure
 
@@ -136,9 +137,8 @@ def finding(study: Any) -> str:
 
 def _strategies(study: Any) -> tuple[dict[str, list[Any]], dict[str, str]]:
     """Rows of each strategy, smallest budget first, and the colours of those that stand out."""
-    lines: dict[str, list[Any]] = {}
-    for row in sorted(study.candidates, key=lambda row: row.arm.n_keep):
-        lines.setdefault(row.arm.name, []).append(row)
+    rows = sorted(study.candidates, key=lambda row: row.arm.n_keep)
+    lines = {own[0].arm.name: own for own in alike(rows, lambda row: row.arm.name)}
     average = {name: np.mean([row.mean.value for row in rows]) for name, rows in lines.items()}
     best = sorted(average.keys() - {"recent", "random"}, key=lambda name: (-average[name], name))
     if study.recommended is not None:
