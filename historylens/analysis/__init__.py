@@ -20,8 +20,9 @@ import torch
 
 from historylens.agent import Agent, pick_device
 from historylens.analysis.job import Job
+from historylens.common import settings
 from historylens.common.errors import Tell, expect, note, run_command
-from historylens.common.files import FORMATS, writable_folder
+from historylens.common.files import writable_folder
 from historylens.common.processes import join
 from historylens.common.settings import Settings, add_flags, from_dict, setting
 from historylens.common.text import counted, labelled
@@ -43,10 +44,7 @@ class AnalysisConfig(Settings):
     heads: list[int] | None = setting(
         None, "heads to analyse and to average over, from 0 (default: all)"
     )
-    rewarded_above: float | None = setting(
-        None, "rewards above it count as rewarded (default: 0; where those in an adapter's samples "
-        "are of more than two values the top quarter, of two not above 0 the higher)",
-    )  # fmt: skip
+    rewarded_above: float | None = settings.REWARDED_ABOVE()
     play: bool = setting(
         False, "analyse the model's own play on its tasks instead: weights fixed, actions sampled",
         action="store_true",
@@ -58,13 +56,11 @@ class AnalysisConfig(Settings):
     )
     every: int = setting(10, "steps between pictures of --trajectory", at_least=1)
     out: str = setting("figs/attention", "folder for pictures and numbers", "DIR")
-    format: list[str] | None = setting(
-        None, "png, pdf, svg, or several of them (default: png)", choices=FORMATS
-    )
+    format: list[str] | None = settings.FORMAT()
     single_file: bool = setting(
         False, "put the pictures into index.html, to be sent as one file", action="store_true"
     )
-    device: str = setting("auto", "cpu, cuda, or auto: cuda where there is one", "NAME")
+    device: str = settings.DEVICE()
     precision: str = setting(
         "float32", "of the model's forward pass; metrics are float64 whatever it is",
         choices=("float32", "bfloat16"),

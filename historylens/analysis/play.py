@@ -88,8 +88,7 @@ def record(job: Job) -> Play:
     own = [parts[i] for i in job.group.share(len(parts))]
     with job.progress("own play", sum(map(len, own)) * n_steps, " decisions") as bar:
         watched = [_watch(job, part, tasks[part], n_steps, bar) for part in own]
-    of_rank, n_ranks = job.group.broadcast(job.group.gather(watched)), job.group.size
-    in_order = [of_rank[i % n_ranks][i // n_ranks] for i in range(len(parts))]
+    in_order = job.group.all_of(len(parts), watched)
     arrays = {name: np.concatenate([part[name] for part in in_order]) for name in in_order[0]}
     rows = arrays.pop("rows")  # of the one that is followed, if any
     about = environment, agent.n_max, agent.rewarded_above, tasks

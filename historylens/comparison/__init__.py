@@ -18,6 +18,7 @@ from functools import partial
 import torch
 
 from historylens.agent import Agent, pick_device
+from historylens.common import settings
 from historylens.common.batches import expect_memory
 from historylens.common.errors import expect, note
 from historylens.common.files import FORMATS, writable_folder
@@ -74,15 +75,10 @@ class CompareConfig(Settings):
     margin: float = setting(
         0.05, "loss that would not matter, as a part of full history's return", fraction=True
     )
-    rewarded_above: float | None = setting(
-        None, "rewards above it count as rewarded (default: 0; where those in an adapter's samples "
-        "are of more than two values the top quarter, of two not above 0 the higher)",
-    )  # fmt: skip
+    rewarded_above: float | None = settings.REWARDED_ABOVE()
     out: str = setting("figs/compression", "folder for pictures and numbers", "DIR")
-    format: list[str] | None = setting(
-        None, "png, pdf, svg, or several of them (default: png)", choices=FORMATS
-    )
-    device: str = setting("auto", "cpu, cuda, or auto: cuda where there is one", "NAME")
+    format: list[str] | None = settings.FORMAT()
+    device: str = settings.DEVICE()
     seed: int = setting(0, "seed of action noise, random choices and bootstrap", at_least=0)
 
 
