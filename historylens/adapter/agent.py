@@ -25,7 +25,7 @@ N_TRIED = 10  # samples by which rewarded transitions are told; a comparison rea
 
 
 def load(
-    path: str | Path,
+    path: str | Path | None,
     n: int,
     seed: int,
     device: torch.device,
@@ -70,7 +70,7 @@ def load(
 
 
 def load_acting(
-    path: str | Path, seed: int, device: torch.device, above: float | None = None
+    path: str | Path | None, seed: int, device: torch.device, above: float | None = None
 ) -> "AdapterAgent":
     """The model of an adapter in its own environments; UserError if it lacks or misfits one."""
     agent = load(path, N_TRIED, seed, device, above, plays=True)

@@ -100,8 +100,6 @@ def load_adapter(config: Any, device: torch.device, tell: Tell) -> Agent:
     """The model and the decisions of an adapter; UserError where it does not fit."""
     from historylens.adapter.agent import load
 
-    what = "expected --adapter FILE, a Python file that says how to run your model"
-    expect(config.adapter is not None, what)
     wanted = config.num_samples, config.seed, device, config.rewarded_above
     return load(config.adapter, *wanted, tell, config.plays)
 

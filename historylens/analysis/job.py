@@ -2,7 +2,7 @@
 
     job = Job.of(agent, AnalysisConfig(), group)
     for batch in batches(job, [([0, 1, 2], [0])]):               # three decisions, the first drawn
-        batch.measure(metrics)
+        metrics.put(batch.indices, batch.rows, batch.even, batch.history)
 
 Passes are cut the same way however many processes share them, so numbers do not depend on that.
 With bfloat16 the model runs in mixed precision; attention is float32, and measured in float64.
@@ -25,7 +25,6 @@ from historylens.common.batches import MAX_DRAWN, MAX_DRAWN_TOKENS, alike, expec
 from historylens.common.errors import UserError, expect, is_out_of_memory
 from historylens.common.processes import Group
 from historylens.history import Decision, History
-from historylens.metrics import Metrics
 from historylens.tokens import Tokens, sum_rows, uniform_rows
 
 Pass = tuple[Sequence[int], Sequence[int]]  # numbers of decisions, places of those drawn
@@ -104,10 +103,6 @@ class Batch:
     drawn: Sequence[int]  # which of the B come with a map, in the order of the maps
     decisions: Sequence[Decision]  # those that are drawn, in the order of the maps
     heads: Mapping[int, Sequence[int]]  # by the number of the layer, numbers of its chosen heads
-
-    def measure(self, metrics: Metrics) -> None:
-        """Put the metrics of the batch in their place."""
-        metrics.put(self.indices, self.rows, self.even, self.history)
 
 
 def batches(job: Job, parts: Sequence[Pass], label: str = "") -> Iterator[Batch]:

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from historylens.agent import Environment, rollout
 from historylens.analysis.job import Job, see
 from historylens.common.batches import MAX_ROOMS, MAX_TOKENS_ACTING, even_parts
-from historylens.history import Decision, History, HistoryBuffer, spread_decisions
+from historylens.history import CONTEXT, Decision, History, HistoryBuffer, spread_decisions
 
 KINDS: dict[str, Callable[[History], Tensor]] = {  # which transitions `(B, n)` are of a kind
     "current episode": lambda history: history.episodes == history.query_episodes[:, None],
@@ -29,7 +29,7 @@ KINDS: dict[str, Callable[[History], Tensor]] = {  # which transitions `(B, n)` 
     "same state": lambda history: history.same_state,
 }
 LABELS = ("task", "rollout", "episode", "step")
-PLAYED = ("states", "actions", "rewards", "next_states", "episodes")
+PLAYED = (*CONTEXT, "episodes")
 
 
 @dataclass(frozen=True)

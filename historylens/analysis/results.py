@@ -75,7 +75,7 @@ def measure(job: Job, metrics: Metrics) -> None:
     rest = alike(range(job.n_drawn, len(agent.decisions)), agent.length)
     passes = [same[p.start : p.stop] for same in rest for p in even_parts(0, len(same), size)]
     for batch in batches(job, [(passes[i], ()) for i in job.group.share(len(passes))], "metrics"):
-        batch.measure(metrics)
+        metrics.put(batch.indices, batch.rows, batch.even, batch.history)
 
 
 def measure_drawn(job: Job, metrics: Metrics) -> tuple[Shown, list[Pass]]:
@@ -83,7 +83,7 @@ def measure_drawn(job: Job, metrics: Metrics) -> tuple[Shown, list[Pass]]:
     shown: Shown = {kind: {} for kind in (*job.layers, "maps", "tokens")}
     passes = []
     for batch in batches(job, drawn_passes(job, job.n_drawn), "attention"):
-        batch.measure(metrics)
+        metrics.put(batch.indices, batch.rows, batch.even, batch.history)
         for layer, index, sample in pictures.samples(batch):
             shown[layer][index] = sample.numbers()
             shown["tokens"][index] = sample.tokens

@@ -196,9 +196,7 @@ class Options:
             *passes, last = before.passes
             is_whole = last + n_queries <= self.map_size  # then a column each
             passes += [last + n_queries] if is_whole else [last, n_queries]
-            is_same = [
-                place >= 0 for place in self._places
-            ]  # from the end, it is another token now
+            is_same = [place >= 0 for place in self._places]  # from the end, it is another now
             reached_before = tuple(map(and_, before.reached, is_same))
             before = replace(before, reached=reached_before, before=None)
         if self.inputs and n_queries == n_tokens:

@@ -96,8 +96,6 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
         why = "its load() chooses the model, and its act() where a kept transition stands"
         for name in of_checkpoints:
             expect(vars(flags)[name] is None, f"--{name} has no meaning beside --adapter: {why}")
-        what = "expected --adapter FILE, a Python file that says how to run your model"
-        expect(flags.adapter is not None, what)
         return load_acting(flags.adapter, flags.seed, device, flags.rewarded_above), "reindexed"
 
     run(argv, parser, load)

@@ -59,13 +59,13 @@ class Estimate:
         return f"{value} [{', '.join(ends)}]" if ends else value
 
 
-def mean(scores: np.ndarray, seed: int = 0, n_compared: float = 1) -> Estimate:
-    """Mean over all runs of `scores (G, R)`; the interval is for one of `n_compared`."""
-    return means(scores[None], seed, n_compared)[0]
+def mean(scores: np.ndarray, seed: int = 0) -> Estimate:
+    """Mean over all runs of `scores (G, R)`, with its interval."""
+    return means(scores[None], seed)[0]
 
 
 def means(scores: np.ndarray, seed: int = 0, n_compared: float = 1) -> list[Estimate]:
-    """The same of `N` studies, `scores (N, G, R)`."""
+    """The same of `N` studies, `scores (N, G, R)`; intervals are for one of `n_compared`."""
     (_, n_goals, n_seeds), values = scores.shape, scores.mean(axis=(1, 2))
     if n_seeds == 1:
         return [Estimate(value) for value in values.tolist()]

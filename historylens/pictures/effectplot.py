@@ -143,8 +143,7 @@ def _draw_legend(page: Page, strategies: Mapping[str, Mapping], has_empty: bool)
         axes.plot(x, [0] * len(x), markevery=[len(x) // 2], **one["style"])
         page.text(name_at, y, name, 9, weight="bold")
         page.text(advised_at, y, ", ".join(one["advised_by"]), 9)
-        for i, line in enumerate(one["lines"]):
-            page.text(rule_at, y + MORE * i, line, 9, color=SOFT)
+        page.column(rule_at, y, one["lines"], MORE, 9, color=SOFT)
         y += ROW + MORE * (len(one["lines"]) - 1)
     if has_empty:
         page.lines([[(LEFT, y), (LEFT + 40, y)]], colors=INK, linewidths=1.2, linestyles=":")

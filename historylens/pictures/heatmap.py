@@ -10,7 +10,6 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
-from matplotlib.ticker import MaxNLocator
 
 from historylens.common.text import counted
 from historylens.pictures.order import MAX_STARTS, SampleAttention, history_strip, subtitle
@@ -135,8 +134,7 @@ def color_bar(page: Page, corner: tuple, height: float, scale: tuple, n_tokens: 
 def words(sample: SampleAttention, has_lines: bool) -> tuple[tuple, str, tuple[str, ...]]:
     """`(token, number)` at ticks, what the numbers count, the legend: order, episodes, query."""
     tokens, transition = sample.tokens, sample.shown.transition
-    locator = MaxNLocator(5, integer=True, steps=[1, 2, 5, 10])
-    numbers = [int(t) for t in locator.tick_values(0, tokens.n) if 0 <= t <= tokens.n]
+    numbers = Page.numbers(0, tokens.n, 5)
     marked = "White lines, and the two greys of the history: an episode begins."
     episodes = marked if has_lines else "The episodes are too many to mark."
     answers = "whose output is the model's answer"
@@ -203,8 +201,7 @@ class Sheet:
                 numbers = {left + np.mean(self.x([token, token + 1])): n for token, n in ticks}
                 self.page.ticks(numbers, edge, "below")
                 self.page.text(left + self.side / 2, edge + 28, name, 9, ha="center")
-        for i, line in enumerate(lines):
-            self.page.text(LEFT, bottom + 30 + 17 * i, line, 8.5, color=SOFT)
+        self.page.column(LEFT, bottom + 30, lines, 17, color=SOFT)
         self.page.keep()
 
     def strips(self, top: float) -> tuple[float, float]:
