@@ -105,8 +105,7 @@ def _check_fit(
     expect(not thins, "expected --n-transit of at least 2 for --history-dropout to thin, got 1")
     expect_memory(n_bytes(env, source, model, train), "the sizes")
     what = f"expected --epsilon-start of at least --epsilon-end {source.epsilon_end}"
-    is_falling = source.epsilon_start >= source.epsilon_end
-    expect(is_falling, f"{what}, got {source.epsilon_start}")
+    expect(source.epsilon_start >= source.epsilon_end, f"{what}, got {source.epsilon_start}")
     n_steps, n_context = source.n_source_steps // env.horizon * env.horizon, model.n_transit - 1
     what = f"expected --n-source-steps of more than {n_context} steps in whole episodes of"
     what = f"histories too short for the context: {what} {env.horizon}, got {n_steps}"

@@ -91,8 +91,7 @@ def _load(where: str, device: torch.device) -> ADAgent:
 
 def load_for_analysis(config: Any, device: torch.device, tell: Tell = note) -> ADAgent:
     """Load the checkpoint of a `VisualizeConfig`, and decisions, if it plays none of its own."""
-    of_histories = CHECKPOINT_FLAGS[1:]  # all but the checkpoint
-    given = [f"--{name}" for name in of_histories if vars(config)[name] not in (None, 1)]
+    given = [f"--{name}" for name in CHECKPOINT_FLAGS[1:] if vars(config)[name] not in (None, 1)]
     what = "has no meaning beside --play: its decisions come from no histories"
     expect(not (config.plays and given), f"{' '.join(given[:1])} {what}")
     agent = _load(config.checkpoint, device)

@@ -101,8 +101,7 @@ def _eligible_histories(
     goals = [tuple(goal) for goal in histories.goals.tolist()]
     rows = range(len(goals)) if rows is None else sorted(set(rows))
     for row in rows:
-        is_there = row in range(len(goals))
-        expect(is_there, f"expected histories in 0..{len(goals) - 1}, got {row}")
+        expect(row in range(len(goals)), f"expected histories in 0..{len(goals) - 1}, got {row}")
     known = dict.fromkeys(goals)
     wanted = known if wanted is None else dict.fromkeys(map(tuple, wanted))
     if unknown := [goal for goal in wanted if goal not in known]:

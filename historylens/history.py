@@ -93,8 +93,7 @@ class History:
             return values.float() if values.is_floating_point() else values.long()
 
         others = "query_state", "episodes", "query_episode", "task"
-        known = map(stacked, (*CONTEXT, *others))
-        return cls(*known, rewarded_above=decisions[0].rewarded_above)
+        return cls(*map(stacked, (*CONTEXT, *others)), rewarded_above=decisions[0].rewarded_above)
 
     def checked(self) -> "History":
         """The same, of tensors; ValueError: shapes that do not fit, or attention below 0 or NaN."""

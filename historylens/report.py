@@ -7,13 +7,12 @@ write_atomically(out / "metrics.json", metrics_json(metrics, agent.decisions, ..
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
-from functools import partial
 from typing import Any
 
 import numpy as np
 
 from historylens.common.files import rounded
-from historylens.common.text import aligned, cap, counted, fixed, listed, wrap
+from historylens.common.text import aligned, cap, counted, listed, wrap
 from historylens.history import Decision
 from historylens.insights import Insight, remarks, scopes, verdicts
 from historylens.insights.patterns import PATTERNS
@@ -21,7 +20,7 @@ from historylens.metrics import DESCRIPTIONS, NAMES, Metrics, uniform_received
 from historylens.tokens import Tokens
 
 SCHEMA_VERSION = 1
-FOUR = partial(fixed, decimals=4)
+FOUR = "{:z.4f}".format  # no negative zero
 PARTED = 0.1  # mean and median differ by more than this share: the median is shown as well
 
 

@@ -197,8 +197,7 @@ class Options:
             is_whole = last + n_queries <= self.map_size  # then a column each
             passes += [last + n_queries] if is_whole else [last, n_queries]
             is_same = [place >= 0 for place in self._places]  # from the end, it is another now
-            reached_before = tuple(map(and_, before.reached, is_same))
-            before = replace(before, reached=reached_before, before=None)
+            before = replace(before, reached=tuple(map(and_, before.reached, is_same)), before=None)
         if self.inputs and n_queries == n_tokens:
             found["inputs"] = call.inputs().cpu()
         if self.received or self.maps:

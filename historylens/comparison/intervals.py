@@ -19,8 +19,6 @@ from statistics import NormalDist
 
 import numpy as np
 
-from historylens.common.text import fixed
-
 LEVEL = 0.95  # of every interval
 N_RESAMPLES = 10_000
 N_RESAMPLES_IQM = 2_000  # these cost more
@@ -55,7 +53,7 @@ class Estimate:
     def text(self, sign: str = "") -> str:
         """`12.34 [12.00, 12.70]`; the value alone where there is no interval."""
         ends = () if self.is_open else (self.low, self.high)
-        value, *ends = (fixed(number, 2, sign) for number in (self.value, *ends))
+        value, *ends = (f"{number:{sign}z.2f}" for number in (self.value, *ends))
         return f"{value} [{', '.join(ends)}]" if ends else value
 
 

@@ -171,8 +171,7 @@ class MeasuredEffects:
         if self.ignores_history:
             return f"{self._ignored()} (numbers below)."
         name, most = PATTERNS[pattern].headline
-        n_keep = max((size for size in budgets(self.n) if size <= most), default=0)
-        effect = self.at(name, n_keep)
+        effect = self.at(name, max((size for size in budgets(self.n) if size <= most), default=0))
         if effect is None:
             return self._nothing(name)
         text = f"{self._beside_random(name, effect)}. {effect.verdict}"

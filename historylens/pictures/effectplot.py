@@ -172,8 +172,7 @@ def head_effects(path: Path, heads: Sequence[Mapping], n_decisions: int, *, dpi:
     largest = max(one[kind]["kl_interval"][1] for one in drawn for kind in kinds)
     unit = "mean KL(full || exchanged), nats (log scale)"
     for place, kind in enumerate(kinds):
-        left = PANEL + place * (PANEL_WIDTH + GAP)
-        axes = page.plot(left, HEADS_TOP, PANEL_WIDTH, height, unit)
+        axes = page.plot(PANEL + place * (PANEL_WIDTH + GAP), HEADS_TOP, PANEL_WIDTH, height, unit)
         _draw_panel(axes, drawn, kind, colours)
         axes.set_xlim(0, 1.15 * max(LINEAR, largest))
         axes.set_title(PANELS[kind], fontsize=10, loc="left", fontweight="bold")

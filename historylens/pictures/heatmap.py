@@ -197,10 +197,7 @@ class Sheet:
             if i % across == 0:
                 self._label_rows(left, top, [one for one in ticks if one[0] < rows[-1]], unit)
             if i + across >= len(heads):
-                edge, name = self.strips(top)[1] + QUERY, "token attended to"
-                numbers = {left + np.mean(self.x([token, token + 1])): n for token, n in ticks}
-                self.page.ticks(numbers, edge, "below")
-                self.page.text(left + self.side / 2, edge + 28, name, 9, ha="center")
+                self._label_columns(left, top, ticks)
         self.page.column(LEFT, bottom + 30, lines, 17, color=SOFT)
         self.page.keep()
 
@@ -218,3 +215,9 @@ class Sheet:
         history, query = self.strips(top)
         self.page.text(left - 7, history + HISTORY / 2, "history", 8, ha="right")
         self.page.text(left - 7, query + QUERY / 2, "query", 9, ha="right", weight="bold")
+
+    def _label_columns(self, left: float, top: float, ticks: Sequence) -> None:
+        numbers = {left + np.mean(self.x([token, token + 1])): n for token, n in ticks}
+        edge = self.strips(top)[1] + QUERY
+        self.page.ticks(numbers, edge, "below")
+        self.page.text(left + self.side / 2, edge + 28, "token attended to", 9, ha="center")

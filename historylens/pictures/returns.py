@@ -17,7 +17,6 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator, NullLocator
 
 from historylens.common.batches import alike
-from historylens.common.text import fixed
 from historylens.pictures.page import FAINT, HUES, INK, SOFT, UNIFORM, in_lines, inset, save_figure
 
 N_COLOURED = 4  # strategies with a colour of their own, beside recent and random
@@ -258,11 +257,11 @@ def _draw_panel(axes: Axes, study: Any, budget: int, colours: dict, best: float 
     others = iter(["other strategies"])  # named once
     for row in sorted(rows, key=lambda row: row.arm.name not in colours):
         if colour := colours.get(row.arm.name):
-            label = f"{row.arm.name} ({fixed(row.adaptation_loss.value, 1, '+')})"
+            label = f"{row.arm.name} ({row.adaptation_loss.value:+z.1f})"
             draw(row.by_episode, color=colour, lw=1.6, zorder=4, label=label)
         else:
             draw(row.by_episode, color=GREY, lw=0.8, zorder=2, label=next(others, None))
-    label = f"empty history ({fixed(study.empty.adaptation_loss.value, 1, '+')})"
+    label = f"empty history ({study.empty.adaptation_loss.value:+z.1f})"
     draw(study.empty.by_episode, color=FAINT, lw=1.6, ls=":", zorder=3, label=label)
     if best is not None:
         axes.axhline(best, color=FAINT, lw=1, ls=":")
