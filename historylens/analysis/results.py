@@ -134,8 +134,8 @@ def draw(job: Job, passes: Sequence[Pass], results: Results | None, play: Play |
 
     The passes are run once more: their maps, all at once, would not fit memory.
     """
-    agent, config, group, dpi = job.agent, job.config, job.group, {"dpi": job.config.dpi}
-    formats = tuple(dict.fromkeys(config.format or ["png"]))
+    agent, config, group = job.agent, job.config, job.group
+    style = {"formats": tuple(dict.fromkeys(config.format or ["png"])), "dpi": config.dpi}
     once = {} if results is None else pictures.alone(results.effects, results.learning, agent.title)
     share, n_heads = len(group.share(job.n_drawn)), [*map(len, job.heads)]
     n_own = pictures.n_pictures(share, n_heads) + len(once) + len(job.layers) + 1  # of rank 0
@@ -145,23 +145,22 @@ def draw(job: Job, passes: Sequence[Pass], results: Results | None, play: Play |
         numbers = range(0, play.rewards.shape[1], config.every)
         steps.agent.decisions = [play.decision(config.trajectory, step) for step in numbers]
         n_own += pictures.n_pictures(len(group.share(len(numbers))), n_heads) + 1
-    n_own *= len(formats)
+    n_own *= len(style["formats"])
     n_processes = drawing_processes(n_own) if group.size == 1 else 1
     kept = f"all numbers are in {job.out / 'metrics.json'}"
     progress = job.progress("pictures", n_own, " pictures")
-    with progress as bar, Painter(n_processes, kept, bar.update, formats) as painter:
+    with progress as bar, Painter(n_processes, kept, bar.update, **style) as painter:
         for batch in batches(job, passes):
-            pictures.draw_batch(job.out, batch, painter, room_maps(job, batch), **dpi)
+            pictures.draw_batch(job.out, batch, painter, room_maps(job, batch))
         if results is not None:
-            pictures.draw_summaries(job.out, results.metrics, painter, **dpi)
+            pictures.draw_summaries(job.out, results.metrics, painter)
         for name, (function, own) in once.items():
-            painter.draw(function, job.out / name, **own, **dpi)
+            painter.draw(function, job.out / name, **own)
         if config.trajectory is not None:
             if results is not None:
-                pictures.draw_play(steps.out, play, config.trajectory, job.layers, painter, **dpi)
-            style = {"name": "timestep", "every": config.every, **dpi}
+                pictures.draw_play(steps.out, play, config.trajectory, job.layers, painter)
             for batch in batches(steps, drawn_passes(steps, len(numbers))):
-                pictures.draw_batch(steps.out, batch, painter, **style)
+                pictures.draw_batch(steps.out, batch, painter, name="timestep", every=config.every)
     return painter.n_drawn
 
 
