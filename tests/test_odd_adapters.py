@@ -35,7 +35,7 @@ def loaded(folder, *more, n=3):
     """The agent of the example with some definitions replaced."""
     path = folder / "mine.py"
     path.write_text("\n".join([EXAMPLE.read_text(), MORE, *more]))
-    return load(path, n, 0, torch.device("cpu"), tell=lambda text: None)
+    return load(path, n, 0, torch.device("cpu"))
 
 
 def test_an_endless_generator_gives_what_is_asked_for(tmp_path):

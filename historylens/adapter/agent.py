@@ -15,7 +15,7 @@ from historylens.adapter.checks import tried
 from historylens.adapter.file import Adapter, kind
 from historylens.adapter.given import GymRooms, as_array, read_decisions, read_rewarded, read_tasks
 from historylens.agent import Agent, Environment
-from historylens.common.errors import Tell, note
+from historylens.common.errors import note
 from historylens.common.text import counted
 from historylens.history import Decision, History
 from historylens.tokens import Tokens
@@ -30,14 +30,13 @@ def load(
     seed: int,
     device: torch.device,
     rewarded_above: float | None = None,
-    tell: Tell = note,
     plays: bool = False,
 ) -> "AdapterAgent":
     """An adapter's model, with up to `n` decisions, or to play; UserError: it does not fit."""
     adapter = Adapter(path)
     tasks = read_tasks(adapter) if plays else None
     agent = AdapterAgent(adapter, N_TRIED if plays else n, seed, device, rewarded_above)
-    agent.tell_doubts(tell)
+    agent.tell_doubts()
     if tasks is not None:
         make = partial(GymRooms, adapter, agent.decisions[0].query_state, tasks[1])
         make(np.zeros(1, dtype=int), [seed]).reset()
@@ -111,19 +110,19 @@ class AdapterAgent(Agent):
         self.layers, self.n_heads = record.names, tuple(x.query_rows.shape[1] for x in record)
         self.title = f"{type(self.model).__name__} of {adapter.path.name}"
 
-    def tell_doubts(self, tell: Tell) -> None:
+    def tell_doubts(self) -> None:
         """Say where modules mix tokens unseen, or logits are by chance."""
         if self.unseen:
             (name, kind_of), *others = self.unseen.items()
             more = f" and {len(others)} more" if others else ""
-            tell(
+            note(
                 f"{len(self.layers)} layers attend in sight; {name} (a {kind_of}){more} mixes "
                 "tokens by no attention that can be read, and is missing in the results. If it "
                 "attends, hand its weights in: historylens.record_attention(name, weights)"
             )
         one, same = self.act(self.history([0, 0])).double()
         if (one - same).abs().max() > 1e-3 * one.abs().max():
-            tell(
+            note(
                 "act() gives the same history twice other logits, as with dropout left on "
                 "(model.train()): results will differ from run to run"
             )

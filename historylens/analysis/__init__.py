@@ -21,7 +21,7 @@ import torch
 from historylens.agent import Agent, pick_device
 from historylens.analysis.job import Job
 from historylens.common import settings
-from historylens.common.errors import Tell, expect, note, run_command
+from historylens.common.errors import expect, run_command
 from historylens.common.files import writable_folder
 from historylens.common.processes import join
 from historylens.common.settings import Settings, add_flags, from_dict, setting
@@ -75,7 +75,7 @@ class AnalysisConfig(Settings):
 
 
 CHECKPOINT_FLAGS = ("checkpoint", "histories", "goal", "history", "steps", "stride")
-Load = Callable[[Any, torch.device, Tell], Agent]
+Load = Callable[[Any, torch.device], Agent]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -96,31 +96,30 @@ def main(argv: Sequence[str] | None = None) -> None:
     run(argv, parser, AnalysisConfig, load_adapter)
 
 
-def load_adapter(config: Any, device: torch.device, tell: Tell) -> Agent:
+def load_adapter(config: Any, device: torch.device) -> Agent:
     """The model and the decisions of an adapter; UserError where it does not fit."""
     from historylens.adapter.agent import load
 
     wanted = config.num_samples, config.seed, device, config.rewarded_above
-    return load(config.adapter, *wanted, tell, config.plays)
+    return load(config.adapter, *wanted, config.plays)
 
 
 def run(argv: Sequence[str], parser: argparse.ArgumentParser, kind: type, load: Load) -> None:
     """Parse the flags, load the agent, analyse it, with all processes that torchrun started.
 
     `parser` has a flag for every setting of `kind`, an `AnalysisConfig`; `load` gives the agent
-    from settings, device, and a function that tells the user something.
+    from settings and device.
     """
     with join() as group, ExitStack() as held:
         with group.told_once():
             flags = parser.parse_args(argv)
-        with group.together():
+        with group.together(), group.told_once():
             why = "its load() chooses the model and its samples() the decisions"
             for name in CHECKPOINT_FLAGS:
                 is_own = flags.adapter is None or vars(flags)[name] is None
                 expect(is_own, f"--{name} has no meaning beside --adapter: {why}")
             config = from_dict(kind, vars(flags))
-            device = group.device(pick_device(config.device))
-            agent = load(config, device, note if group.is_main else lambda text: None)
+            agent = load(config, group.device(pick_device(config.device)))
             job = Job.of(agent, config, group)
             if group.is_main:
                 held.enter_context(writable_folder(job.out))

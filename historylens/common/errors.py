@@ -14,7 +14,6 @@ WHOLE = "what lay there before is whole: mend that, and run the same command aga
 STOPS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
 if hasattr(signal, "SIGHUP"):  # the terminal is gone
     STOPS[signal.SIGHUP] = "hung up"
-Tell = Callable[[str], None]  # is given lines for the user, as `note`
 _LOST: list[OSError] = []  # why text did not get to the console
 
 
