@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from historylens import comparison
 from historylens.agent import Agent
 from historylens.common.errors import run_command
-from historylens.common.settings import from_flags, given_for
+from historylens.common.settings import from_dict, given_for
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from config import ActingConfig
 
     def load(flags: argparse.Namespace, device: torch.device) -> tuple[Agent, str]:
-        acting = from_flags(ActingConfig, flags)
+        acting = from_dict(ActingConfig, vars(flags))
         agent = load_for_acting(acting, device)
         agent.rewarded_above = flags.rewarded_above or 0.0
         return agent, acting.positions

@@ -7,7 +7,7 @@ from typing import Any
 
 from historylens.analysis import AnalysisConfig
 from historylens.common.errors import expect
-from historylens.common.settings import Settings, setting
+from historylens.common.settings import DEVICE, Settings, setting
 
 DEFAULTS_OF: dict[str, dict[str, Any]] = {  # what differs from the defaults below
     "darkroom": {"values": "afterstates", "epsilon_start": 0.2},
@@ -129,7 +129,7 @@ class TrainConfig(Settings):
     eval_episodes: int = setting(40, "episodes a rollout; its second half counts", at_least=2)
     eval_rollouts: int = count(24, "rollouts a validation goal while training")
     final_rollouts: int = count(32, "rollouts a test goal at the end")
-    device: str = setting("auto", "cpu, cuda, or auto: cuda where there is one", "NAME")
+    device: str = DEVICE()
 
 
 def numbers(between: str, counts: tuple[int, ...], expected: str, text: str) -> tuple[int, ...]:

@@ -19,10 +19,9 @@ from torch import Tensor
 from historylens.common.errors import expect
 from historylens.common.files import write_atomically
 from historylens.common.reading import checked_zip, reading
-from historylens.history import distinct
+from historylens.history import CONTEXT, distinct
 
 Batch, Rng = dict[str, Tensor], np.random.Generator
-CONTEXT = ("states", "actions", "rewards", "next_states")  # what a model reads of a transition
 MAX_REWARD = 1e6  # of a transition: far larger ones overflow what a model makes of them
 MAX_STEPS = 2**24  # of a history
 

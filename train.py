@@ -25,7 +25,7 @@ from historylens.common.errors import expect, run_command
 from historylens.common.files import writable_folder
 from historylens.common.processes import Group, join
 from historylens.common.reading import printable
-from historylens.common.settings import add_flags, flag_of, from_flags, given_for, to_dict
+from historylens.common.settings import add_flags, flag_of, from_dict, given_for, to_dict
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def prepare(flags: argparse.Namespace, group: Group) -> tuple[Settings, Path, Any]:
     """Settings, folder and device of a run; UserError before any work where they cannot be."""
-    settings = Settings(*(from_flags(type(default), flags) for default in Settings()))
+    settings = Settings(*(from_dict(type(default), vars(flags)) for default in Settings()))
     group.equal_slice(settings.train.batch_size)
     _check_fit(*settings)
     device = group.device(pick_device(flags.device))
@@ -105,8 +105,7 @@ def _check_fit(
     expect(not thins, "expected --n-transit of at least 2 for --history-dropout to thin, got 1")
     expect_memory(n_bytes(env, source, model, train), "the sizes")
     what = f"expected --epsilon-start of at least --epsilon-end {source.epsilon_end}"
-    is_falling = source.epsilon_start >= source.epsilon_end
-    expect(is_falling, f"{what}, got {source.epsilon_start}")
+    expect(source.epsilon_start >= source.epsilon_end, f"{what}, got {source.epsilon_start}")
     n_steps, n_context = source.n_source_steps // env.horizon * env.horizon, model.n_transit - 1
     what = f"expected --n-source-steps of more than {n_context} steps in whole episodes of"
     what = f"histories too short for the context: {what} {env.horizon}, got {n_steps}"

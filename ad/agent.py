@@ -12,12 +12,12 @@ from torch import Tensor
 from ad.acting import fast_logits
 from ad.checkpoints import MAX_WEIGHT, Checkpoint, find_checkpoint, load_checkpoint, task_of
 from ad.darkroom import N_ACTIONS, TASKS, DarkRoom, optimal_return
-from ad.decisions import HistoryDecisions, Place, choose_decisions
-from ad.histories import Tell, histories_path, read_histories
+from ad.decisions import HistoryDecisions, choose_decisions
+from ad.histories import histories_path, read_histories
 from config import EnvConfig
 from historylens.agent import Agent, Environment
 from historylens.analysis import CHECKPOINT_FLAGS
-from historylens.common.errors import expect, note
+from historylens.common.errors import expect
 from historylens.common.text import counted
 from historylens.history import Decision, History
 
@@ -36,7 +36,6 @@ class ADAgent(Agent):
         self.n_max, self.room = self.model.n_context_max, (config.grid_size, config.grid_size)
         self.layers = [f"transformer_encoder.layers.{i}" for i in range(config.tf_n_layer)]
         self.n_heads = [config.tf_n_head] * config.tf_n_layer
-        self.label_columns = *self.task.columns, *Place._fields
         size = f"{counted(config.tf_n_layer, 'layer')}, {counted(config.n_transit, 'token')}"
         self.title = f"AD in {self.task.title}, {size}"
 
@@ -90,10 +89,9 @@ def _load(where: str, device: torch.device) -> ADAgent:
     return agent
 
 
-def load_for_analysis(config: Any, device: torch.device, tell: Tell = note) -> ADAgent:
+def load_for_analysis(config: Any, device: torch.device) -> ADAgent:
     """Load the checkpoint of a `VisualizeConfig`, and decisions, if it plays none of its own."""
-    of_histories = CHECKPOINT_FLAGS[1:]  # all but the checkpoint
-    given = [f"--{name}" for name in of_histories if vars(config)[name] not in (None, 1)]
+    given = [f"--{name}" for name in CHECKPOINT_FLAGS[1:] if vars(config)[name] not in (None, 1)]
     what = "has no meaning beside --play: its decisions come from no histories"
     expect(not (config.plays and given), f"{' '.join(given[:1])} {what}")
     agent = _load(config.checkpoint, device)
@@ -109,16 +107,16 @@ def load_for_analysis(config: Any, device: torch.device, tell: Tell = note) -> A
     }
     agent.rewarded_above = above = config.rewarded_above or 0.0
     if not config.plays:
-        _choose_decisions(agent, config, tell)
+        _choose_decisions(agent, config)
     agent.facts |= {"Rewarded": f"rewards above {above:g}"} if above else {}
     more = {"n_transit": model.n_transit, "n_heads": model.tf_n_head, "rewarded_above": above}
     agent.meta |= more
     return agent
 
 
-def _choose_decisions(agent: ADAgent, config: Any, tell: Tell) -> None:
+def _choose_decisions(agent: ADAgent, config: Any) -> None:
     path = histories_path(config.histories, agent.checkpoint)
-    histories = read_histories(path, agent.checkpoint, tell)
+    histories = read_histories(path, agent.checkpoint)
     only = config.stride, config.goal, config.history, config.steps
     places = choose_decisions(histories, agent.n_max, config.num_samples, config.seed, *only)
     used, steps = list({place.history for place in places}), {place.step for place in places}

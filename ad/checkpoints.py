@@ -86,8 +86,7 @@ def read_file(path: str | Path) -> dict[str, Any]:
         keys = list(map(str, content)) if isinstance(content, dict) else []
         got = f"one with {', '.join(keys[:8])}" if keys else type(content).__name__
         what = f"{path} is not a checkpoint of an AD model: expected a dict with"
-        is_one = {"step", "config", "model"} <= set(keys)
-        expect(is_one, f"{what} step, config, model, got {got}")
+        expect({"step", "config", "model"} <= set(keys), f"{what} step, config, model, got {got}")
         config, step = content["config"], content["step"]
         are_dicts = isinstance(config, dict) and isinstance(content["model"], dict)
         expect(are_dicts, "expected its config and model to be dicts")

@@ -101,13 +101,12 @@ def _eligible_histories(
     goals = [tuple(goal) for goal in histories.goals.tolist()]
     rows = range(len(goals)) if rows is None else sorted(set(rows))
     for row in rows:
-        is_there = row in range(len(goals))
-        expect(is_there, f"expected histories in 0..{len(goals) - 1}, got {row}")
+        expect(row in range(len(goals)), f"expected histories in 0..{len(goals) - 1}, got {row}")
     known = dict.fromkeys(goals)
     wanted = known if wanted is None else dict.fromkeys(map(tuple, wanted))
     if unknown := [goal for goal in wanted if goal not in known]:
         goal, *there = (",".join(map(str, one)) for one in (unknown[0], *known))
         raise UserError(f"no history of goal {goal}: expected one of {'; '.join(there)}")
-    groups = alike((row, goals[row]) for row in rows if goals[row] in wanted)
+    groups = alike([row for row in rows if goals[row] in wanted], goals.__getitem__)
     expect(groups, "no decision passes the filter: no history is of a goal asked for")
     return groups

@@ -16,7 +16,6 @@ from ad.darkroom import TASKS, DarkRoom, optimal_return
 from config import EnvConfig
 from historylens.agent import rollout
 from historylens.common.batches import MAX_ROOMS
-from historylens.common.files import write_atomically
 from historylens.common.processes import ALONE, Group
 from historylens.comparison.policy import CompressedPolicy
 from historylens.compression.method import METHODS
@@ -51,8 +50,8 @@ def rollout_goals(
     a `SlidingPolicy` slides, with its errors, or "compressed": the model reads what `COMPRESSION`
     leaves. `progress` labels a progress bar, if one is wanted. Processes share the rooms.
     """
-    n_steps, parts, size = n_episodes * horizon, [], group.size
-    n_blocks = max(1, -(-len(goals) // (MAX_ROOMS * size))) * size
+    n_steps, parts = n_episodes * horizon, []
+    n_blocks = max(1, -(-len(goals) // (MAX_ROOMS * group.size))) * group.size
     blocks = np.array_split(np.arange(len(goals)), min(n_blocks, len(goals)))
     own, is_told = [blocks[i] for i in group.share(len(blocks))], progress and group.is_main
     total = n_steps * sum(map(len, own))
@@ -65,8 +64,7 @@ def rollout_goals(
                 policy = SlidingPolicy(model, len(rooms), reads, horizon)
             noises = [np.random.default_rng((seed, room)) for room in rooms]
             parts.append(rollout(DarkRoom(goals[rooms], *room), policy, n_steps, noises, bar)[0])
-    of_rank = group.broadcast(group.gather(parts))
-    rewards = np.concatenate([of_rank[i % size][i // size] for i in range(len(blocks))])
+    rewards = np.concatenate(group.all_of(len(blocks), parts))
     return rewards.reshape(len(goals), n_episodes, horizon).sum(axis=2)
 
 
@@ -142,6 +140,8 @@ def draw_learning_curve(result: dict[str, Any], path: str | Path) -> None:
     """Draw a `training.json`: return against updates, and against episodes in context."""
     from matplotlib.figure import Figure  # takes a second to import
 
+    from historylens.pictures.page import save_figure
+
     config = result["config"]
     figure = Figure(figsize=(12, 4.8))
     left, right = figure.subplots(1, 2)
@@ -151,8 +151,7 @@ def draw_learning_curve(result: dict[str, Any], path: str | Path) -> None:
     figure.suptitle(title, fontsize=13)
     _draw_training(left, result)
     _draw_in_context(right, result["test"], config)
-    style = {"format": "png", "dpi": 100, "metadata": {"Software": None}}
-    write_atomically(path, lambda file: figure.savefig(file, **style))
+    save_figure(figure, path)
 
 
 def _draw_training(axes: Any, result: dict[str, Any]) -> None:

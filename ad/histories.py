@@ -10,7 +10,7 @@ the state after the reset; it is kept so, as the models of that code were traine
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,6 @@ from historylens.common.text import counted
 SUFFIXES = (".hdf5", ".h5")
 MAX_TRANSITIONS = 2**26  # of HDF5 held at once: 400 MB, as one transition takes 6 bytes
 Goals = Sequence[Sequence[int]]  # (row, column) each
-Tell = Callable[[str], None]  # is given lines for the user
 
 
 def histories_path(given: str | Path | None, checkpoint: Checkpoint) -> Path:
@@ -33,12 +32,12 @@ def histories_path(given: str | Path | None, checkpoint: Checkpoint) -> Path:
     return Path(given) if given else checkpoint.path.parent / HISTORIES_NAME
 
 
-def read_histories(path: str | Path, checkpoint: Checkpoint, tell: Tell = note) -> Histories:
+def read_histories(path: str | Path, checkpoint: Checkpoint) -> Histories:
     """Learning histories that fit a checkpoint, of HDF5 those held out; UserError: they do not."""
     path, config, columns = Path(path), checkpoint.model.config, checkpoint.task.columns
     expect(path.is_file(), _none_there(path, checkpoint))
     is_hdf5 = path.suffix.lower() in SUFFIXES
-    histories = _read_held_out(path, checkpoint, tell) if is_hdf5 else Histories.load(path)
+    histories = _read_held_out(path, checkpoint) if is_hdf5 else Histories.load(path)
     is_there = histories.states.size
     expect(is_there, f"{path} does not fit: expected learning histories, it holds none")
     what = f"{path} does not fit the checkpoint: expected"
@@ -57,7 +56,7 @@ def read_histories(path: str | Path, checkpoint: Checkpoint, tell: Tell = note) 
     trained = checkpoint.config.get("horizon")
     if trained not in (None, histories.horizon):
         what = f"{path} has episodes of {counted(histories.horizon, 'step')}"
-        tell(f"{what}; the checkpoint was trained on {trained}")
+        note(f"{what}; the checkpoint was trained on {trained}")
     return histories
 
 
@@ -73,19 +72,19 @@ def _none_there(path: Path, checkpoint: Checkpoint) -> str:
     return f"{what} expected {path}; {how} example --histories datasets/{printable(name)}.hdf5"
 
 
-def _read_held_out(path: Path, checkpoint: Checkpoint, tell: Tell) -> Histories:
+def _read_held_out(path: Path, checkpoint: Checkpoint) -> Histories:
     config, goals = checkpoint.config, checkpoint.goals.get("test")
     what = f"{path}: expected a checkpoint of env 'darkroom', where a group is a goal, got env"
     is_plain, how = task_of(config) == "darkroom", "save its histories as .npz instead"
     expect(is_plain, f"{what} {config.get('env')!r}; {how}")
     if not goals:
-        tell(f"{checkpoint.path} does not say which goals it holds out: all of {path} are read")
+        note(f"{checkpoint.path} does not say which goals it holds out: all of {path} are read")
     size, horizon = checkpoint.model.config.grid_size, config.get("horizon")
-    return read_hdf5(path, size, horizon, goals or None, tell)
+    return read_hdf5(path, size, horizon, goals or None)
 
 
 def read_hdf5(
-    path: str | Path, grid_size: int, horizon: int | None, goals: Goals | None, tell: Tell = note
+    path: str | Path, grid_size: int, horizon: int | None, goals: Goals | None
 ) -> Histories:
     """The learning histories of the `goals` `(G, 2)` or of all: `N = G * streams`, goal by goal.
 
@@ -102,12 +101,12 @@ def read_hdf5(
     with reading(path, *kind), h5py.File(path, "r") as file:
         cells = _find_cells(path, file, grid_size, goals)
         groups = {f"{path}, group {cell}": file[str(cell)] for cell in cells}
-        n_steps, n_streams, horizon = _extent(path, groups, horizon, tell)
+        n_steps, n_streams, horizon = _extent(path, groups, horizon)
         parts = [_arrays(*item, n_steps, n_streams, horizon) for item in groups.items()]
         arrays = [np.concatenate(arrays) for arrays in zip(*parts, strict=True)]
         cells = np.repeat(cells, [len(part[0]) for part in parts])
         histories = Histories(*arrays, np.stack(np.divmod(cells, grid_size), axis=1), horizon)
-    _check_rewards(path, histories, tell)
+    _check_rewards(path, histories)
     return histories
 
 
@@ -159,9 +158,7 @@ def _shape_of(where: str, group: Any) -> tuple[int, int, int]:
     return *shape, n_bytes
 
 
-def _extent(
-    path: str | Path, groups: dict[str, Any], horizon: int | None, tell: Tell
-) -> tuple[int, int, int]:
+def _extent(path: str | Path, groups: dict[str, Any], horizon: int | None) -> tuple[int, int, int]:
     """Steps that every history has, streams of a goal that fit memory, and steps an episode."""
     shapes = [_shape_of(where, group) for where, group in groups.items()]
     steps, streams, n_bytes = zip(*shapes, strict=True)
@@ -175,11 +172,11 @@ def _extent(
     expect(n_steps, f"{path}: expected episodes of {horizon} steps, got {min(steps)} steps")
     if max(steps) > n_steps:
         which = f"first {n_steps:,} of each are used, whole episodes of {horizon} steps that all"
-        tell(f"{path} holds histories of up to {max(steps):,} steps; the {which} of them have")
+        note(f"{path} holds histories of up to {max(steps):,} steps; the {which} of them have")
     n_streams = max(1, MAX_TRANSITIONS // (n_steps * len(shapes)))
     if n_streams < max(streams):
         what = f"{len(shapes)} goals x up to {max(streams):,} streams x {n_steps:,} steps"
-        tell(f"{path} holds {what}; the first {n_streams:,} streams of each goal are used")
+        note(f"{path} holds {what}; the first {n_streams:,} streams of each goal are used")
     return n_steps, n_streams, horizon
 
 
@@ -209,7 +206,7 @@ def _numbers(what: str, values: np.ndarray, may_be_fractions: bool) -> np.ndarra
     return values.astype(np.int8 if small else np.int64)
 
 
-def _check_rewards(path: str | Path, histories: Histories, tell: Tell) -> None:
+def _check_rewards(path: str | Path, histories: Histories) -> None:
     """Tell where a reward is earned elsewhere than at the goal that its group is named for."""
     inside = np.arange(histories.n_steps) % histories.horizon < histories.horizon - 1
     rewarded = (histories.rewards > 0) & inside  # at an episode's end the reset hides the place
@@ -219,4 +216,4 @@ def _check_rewards(path: str | Path, histories: Histories, tell: Tell) -> None:
         there = ",".join(map(str, histories.next_states[history, step]))
         what = f"rewards of the group named for goal {row},{col} are earned at {there}"
         why = "its groups are in another order than row by row, the goals named here are wrong"
-        tell(f"{path}: {what}; if {why}")
+        note(f"{path}: {what}; if {why}")

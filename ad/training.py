@@ -69,10 +69,8 @@ class PackedLoss(nn.Module):
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
         """Mean over all prefixes of all windows of a batch, as `ADDataset` describes it."""
-        inputs = map(batch.get, (*CONTEXT, "query_states"))
-        logits = self.model.forward_packed(*inputs)  # (B, q, A)
-        targets = batch["target_actions"].flatten()
-        return nn.functional.cross_entropy(logits.flatten(0, 1), targets)
+        logits = self.model.forward_packed(*map(batch.get, (*CONTEXT, "query_states")))  # (B, q, A)
+        return nn.functional.cross_entropy(logits.flatten(0, 1), batch["target_actions"].flatten())
 
 
 class Trainer:

@@ -65,8 +65,7 @@ def samples(n: int, seed: int) -> Iterator[Decision]:
         task, start = divmod(i, len(data.states[0]) - N_MAX)
         arrays = (data[i][name] for name in names)
         episodes = (start + np.arange(N_MAX)) // CONFIG["horizon"]
-        title = f"held-out task {task}, step {start + N_MAX}"
-        yield Decision(*arrays, episodes, title, task=task)
+        yield Decision(*arrays, episodes, f"held-out task {task}, step {start + N_MAX}", task=task)
 
 
 def act(model: nn.Module, history: History) -> Tensor:

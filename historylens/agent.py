@@ -68,7 +68,6 @@ class Agent(ABC):
     identity: Mapping[str, Any]  # plain values on which results depend, such as a digest
     facts: Mapping[str, str]  # name -> what was loaded, in words
     meta: Mapping[str, Any]  # the same as plain values
-    label_columns: Sequence[str]  # labels that name a decision, in the order of the table's columns
 
     @abstractmethod
     def act(self, history: History, positions: Tensor | None = None) -> Tensor:
@@ -93,9 +92,9 @@ class Agent(ABC):
         """Transitions before a decision; equally long ones can share a pass."""
         return self.decisions[index].n
 
-    def look_at(self, decisions: Sequence[Decision], label_columns: Sequence[str]) -> None:
+    def look_at(self, decisions: Sequence[Decision]) -> None:
         """Have other decisions, such as those of own play."""
-        self.decisions, self.label_columns = decisions, label_columns
+        self.decisions = decisions
 
     def history(self, indices: Sequence[int]) -> History:
         """What lies before some equally long decisions, on the model's device."""

@@ -10,6 +10,7 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
+CONTEXT = ("states", "actions", "rewards", "next_states")  # what a model reads of a transition
 PADDING = -1  # in front of the indices of a decision that keeps fewer than another
 AXES = {  # of the fields of a History; W transitions have their attention rows known
     "actions": "Bn", "rewards": "Bn", "episodes": "Bn", "received": "Bn", "query_attention": "Bn",
@@ -91,9 +92,8 @@ class History:
             values = torch.from_numpy(np.stack(parts)).to(device)
             return values.float() if values.is_floating_point() else values.long()
 
-        names = ("states", "actions", "rewards", "next_states", "query_state", "episodes")
-        known = map(stacked, (*names, "query_episode", "task"))
-        return cls(*known, rewarded_above=decisions[0].rewarded_above)
+        others = "query_state", "episodes", "query_episode", "task"
+        return cls(*map(stacked, (*CONTEXT, *others)), rewarded_above=decisions[0].rewarded_above)
 
     def checked(self) -> "History":
         """The same, of tensors; ValueError: shapes that do not fit, or attention below 0 or NaN."""

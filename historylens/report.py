@@ -1,21 +1,18 @@
 """Numbers -> console text of at most 100 columns, `metrics.json` and `metrics.csv`.
 
 print(layer_table(metrics))
-write_json(out / "metrics.json", metrics_json(metrics, agent.decisions, ...))
+write_atomically(out / "metrics.json", metrics_json(metrics, agent.decisions, ...))
 """
 
-import csv
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
-from functools import partial
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
 from historylens.common.files import rounded
-from historylens.common.text import aligned, cap, counted, fixed, listed, wrap
+from historylens.common.text import aligned, cap, counted, listed, wrap
 from historylens.history import Decision
 from historylens.insights import Insight, remarks, scopes, verdicts
 from historylens.insights.patterns import PATTERNS
@@ -23,7 +20,7 @@ from historylens.metrics import DESCRIPTIONS, NAMES, Metrics, uniform_received
 from historylens.tokens import Tokens
 
 SCHEMA_VERSION = 1
-FOUR = partial(fixed, decimals=4)
+FOUR = "{:z.4f}".format  # no negative zero
 PARTED = 0.1  # mean and median differ by more than this share: the median is shown as well
 
 
@@ -178,16 +175,13 @@ def _sample_json(index: int, decision: Decision, tokens: Tokens | None) -> dict[
     return entry
 
 
-def csv_lines(
-    metrics: Metrics, decisions: Sequence[Decision], label_columns: Sequence[str]
-) -> Iterator[str]:
+def csv_rows(metrics: Metrics, decisions: Sequence[Decision]) -> Iterator[list]:
     """One row a sample, layer and head (a number or `mean`), below the names of the columns."""
-    back = SimpleNamespace(write=str)  # a file whose write() gives the text back
-    line = csv.writer(back, lineterminator="\n").writerow
-    yield line(["sample", *label_columns, "layer", "head", "n_context", *NAMES])
+    columns = dict.fromkeys(label for decision in decisions for label in decision.labels)
+    yield ["sample", *columns, "layer", "head", "n_context", *NAMES]
     for index, decision in enumerate(decisions):
-        labels = [decision.labels.get(key, "") for key in label_columns]
+        labels = [decision.labels.get(key, "") for key in columns]
         for place, (layer, heads) in enumerate(zip(metrics.layers, metrics.heads, strict=True)):
             own = metrics.values[index, place, [*range(len(heads)), -1]].tolist()
             for head, values in zip((*heads, "mean"), own, strict=True):
-                yield line([index, *labels, layer, head, decision.n, *values])
+                yield [index, *labels, layer, head, decision.n, *values]

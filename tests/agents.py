@@ -11,7 +11,6 @@ from historylens.agent import Agent
 class ModelAgent(Agent):
     """An AD transformer through its own forward pass, in rooms if some are given."""
 
-    label_columns = ()
     facts, meta = {"Checkpoint": "tiny"}, {"checkpoint": "tiny"}
     title, identity = "tiny", {"model": "tiny"}
 

@@ -47,7 +47,7 @@ def ignores_history(history):
 
 
 class LeversAgent(Agent):
-    decisions, n_max, layers, n_heads, label_columns = (), N_MAX, (), (), ()
+    decisions, n_max, layers, n_heads = (), N_MAX, (), ()
     title, facts, meta = "levers", {"Checkpoint": "planted"}, {"checkpoint": "planted"}
 
     def __init__(self, logits=rewarded_only, n_levers=3):

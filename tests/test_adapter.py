@@ -76,7 +76,7 @@ def test_what_is_loaded_is_said_in_words():
     three = "91 tokens at most; a transition is state, action, reward; token 90 decides; "
     assert three in agent_of().facts["Context length"]
     assert agent.title == "Model of mine.py"
-    assert agent.label_columns == ("number",)
+    assert [*agent.decisions[0].labels] == ["number"]
     assert agent.meta == {"n_heads": [2, 2], "model": "Model", "rewarded_above": 0}
 
 

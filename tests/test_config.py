@@ -21,7 +21,7 @@ from config import (
 )
 from historylens.common import settings
 from historylens.common.errors import UserError, run_command
-from historylens.common.settings import add_flags, flag_of, from_dict, from_flags
+from historylens.common.settings import add_flags, flag_of, from_dict
 from historylens.comparison import CompareConfig
 from historylens.compression.method import METHODS
 
@@ -50,7 +50,7 @@ def test_flags_parse_back_to_the_settings_they_came_from(config, data):
     wanted = config(**data.draw(st.fixed_dictionaries(drawn)))
     given = [name for name in drawn if getattr(wanted, name) is not None]
     argv = [f"{flag_of(name)}={getattr(wanted, name)}" for name in given]
-    found = from_flags(config, make_parser(config).parse_args(argv))
+    found = from_dict(config, vars(make_parser(config).parse_args(argv)))
     assert found == wanted
     assert [*map(type, vars(found).values())] == [*map(type, vars(wanted).values())]
 
@@ -73,7 +73,7 @@ def test_a_setting_of_two_configs_is_one_flag_for_both_and_none_can_be_changed()
         with pytest.raises(dataclasses.FrozenInstanceError):
             setattr(config(), dataclasses.fields(config)[0].name, 1)
         changed = {"grid_size": 7} if hasattr(config, "grid_size") else {}
-        assert from_flags(config, flags) == config(**changed)
+        assert from_dict(config, vars(flags)) == config(**changed)
 
 
 def test_help_shows_every_setting_with_its_default_and_no_other():

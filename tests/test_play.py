@@ -20,7 +20,7 @@ from historylens.analysis.learning import learning_text, over_learning
 from historylens.analysis.play import KINDS, Play, record
 from historylens.analysis.results import measure
 from historylens.common.errors import UserError
-from historylens.common.files import write_json
+from historylens.common.files import write_atomically
 from historylens.common.processes import ALONE
 from historylens.metrics import Metrics
 
@@ -219,7 +219,7 @@ def test_curves_are_means_over_rollouts_of_means_over_the_steps_of_an_episode(tm
     play.shares[:, :, 1, 3] = [[0.1, 0.2, 0.3, 0.4, 0.6, 0.8], [0.4, 0, 0.1, 0.2, 0.3, 0.4]]
     play.even[:, :, 3] = play.shares[:, :, 1, 3] / 2
     learning, _ = told(play)
-    write_json(tmp_path / "learning.json", learning)  # refuses NaN
+    write_atomically(tmp_path / "learning.json", learning)  # refuses NaN
     assert learning["first_reward"]["episode"].tolist() == [1, 2]
     by_hand = {  # where both are there, they are the ends of the interval
         "by_episode": ([1, 2, 3], [2, 2, 1], [1, 6.5, 7], [0.3, 0.35, 0.8], [0.2, 0.2, None]),

@@ -10,7 +10,7 @@ import pytest
 from attention_rows import decision, measured, planted, random_rows, uniform
 
 from historylens import report
-from historylens.common.files import rounded, write_json
+from historylens.common.files import csv_lines, rounded, write_atomically
 from historylens.common.text import cap, labelled
 from historylens.insights import find_patterns
 from historylens.metrics import NAMES, SUMMARY_METRICS, uniform_received
@@ -155,7 +155,7 @@ def written(path, **more):
     tokens = {0: Tokens.of(100), 2: Tokens.of(100, query="first")}
     meta = {"checkpoint": "a.pt", "seed": 0, **more}
     numbers = metrics, some_decisions(), find_patterns(metrics)
-    write_json(path, report.metrics_json(*numbers, meta, drawn, tokens))
+    write_atomically(path, report.metrics_json(*numbers, meta, drawn, tokens))
     return metrics, json.loads(path.read_text())
 
 
@@ -204,12 +204,13 @@ def test_what_is_not_a_finite_number_or_no_plain_type_leaves_the_old_file(tmp_pa
 
 
 def table_of(*args):
-    return [*csv.reader("".join(report.csv_lines(*args)).splitlines(keepends=True))]
+    lines = "".join(csv_lines(report.csv_rows(*args))).splitlines(keepends=True)
+    return [*csv.reader(lines)]
 
 
 def test_csv_has_a_row_a_sample_layer_and_head():
     metrics = some_metrics()
-    header, *rows = table_of(metrics, some_decisions(), LABELS)
+    header, *rows = table_of(metrics, some_decisions())
     assert header == [*PLACE, *NAMES]
     assert len(rows) == 3 * 4 * (2 + 1)
     assert [row[5] for row in rows[:3]] == ["0", "1", "mean"]
@@ -219,13 +220,15 @@ def test_csv_has_a_row_a_sample_layer_and_head():
         assert [float(value) for value in row[7:]] == values.tolist()
 
 
-def test_csv_has_the_columns_asked_for_and_no_head_that_there_is_not():
-    metrics = measured(uniform(4)[None, None], np.stack([[uniform(4)] * 2]), heads=[[3], [3, 7]])
-    sample = decision(4, labels={"task": "key, then door", "step": 7})
-    columns = ("goal", "step", "task")
-    header, *rows = table_of(metrics, [sample], columns)
-    assert header[:6] == ["sample", *columns, "layer", "head"]
-    assert rows[0][:4] == ["0", "", "7", "key, then door"]
-    places = [row[4:6] for row in rows]
+def test_csv_has_a_column_for_each_label_and_no_head_that_there_is_not():
+    two = [np.stack([[uniform(4)] * n] * 2) for n in (1, 2)]
+    metrics = measured(*two, heads=[[3], [3, 7]])
+    samples = [decision(4, labels={"task": "key, then door", "step": 7})]
+    samples += [decision(4, labels={"goal": 1, "step": 8})]
+    header, *rows = table_of(metrics, samples)
+    assert header[:6] == ["sample", "task", "step", "goal", "layer", "head"]
+    assert rows[0][:4] == ["0", "key, then door", "7", ""]
+    assert rows[5][:4] == ["1", "", "8", "1"]
+    places = [row[4:6] for row in rows[:5]]
     assert places == [["0", "3"], ["0", "mean"], ["1", "3"], ["1", "7"], ["1", "mean"]]
     assert not any("nan" in row for row in rows)

@@ -18,7 +18,7 @@ from PIL import Image
 from historylens.adapter.agent import load
 from historylens.analysis.room import RoomMap
 from historylens.common.errors import UserError
-from historylens.common.files import write_json
+from historylens.common.files import write_atomically
 from historylens.history import Decision
 from historylens.pictures import roommap
 from historylens.pictures.page import Page
@@ -95,7 +95,7 @@ def test_what_the_query_cannot_read_has_no_ratio_and_json_can_hold_that(tmp_path
     even = np.array([0, 0.5, 0.5])
     room = RoomMap.of(agent_of(1, 3), walk([(0, 0), (0, 1), (0, 2)]), even[None], even)
     assert room.numbers()["ratio"] == [[None, 1.0]]
-    write_json(tmp_path / "a.json", room.numbers())
+    write_atomically(tmp_path / "a.json", room.numbers())
 
 
 def test_a_position_outside_the_room_is_told():

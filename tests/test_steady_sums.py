@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from historylens.common.processes import SteadySums
+from historylens.common.steady import SteadySums
 
 
 @given(

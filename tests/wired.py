@@ -73,7 +73,7 @@ class Wired(nn.Module):
 class WiredAgent(Agent):
     """Six decisions of three tasks; of task `g` the rewarded transitions took action `g`."""
 
-    label_columns, facts, meta = (), {}, {}
+    facts, meta = {}, {}
     title, device, n_max = "wired", torch.device("cpu"), N
 
     def __init__(self, *layers, n_decisions=6, **options):

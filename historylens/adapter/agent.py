@@ -1,7 +1,7 @@
 """A model of the user's as an `Agent`: loading runs and checks it, before anything is written."""
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -22,23 +22,21 @@ from historylens.tokens import Tokens
 
 MAX_SIDE = 200  # rows, and columns, of a room
 N_TRIED = 10  # samples by which rewarded transitions are told; a comparison reads no more
-Tell = Callable[[str], None]  # gets lines for the user
 
 
 def load(
-    path: str | Path,
+    path: str | Path | None,
     n: int,
     seed: int,
     device: torch.device,
     rewarded_above: float | None = None,
-    tell: Tell = note,
     plays: bool = False,
 ) -> "AdapterAgent":
     """An adapter's model, with up to `n` decisions, or to play; UserError: it does not fit."""
     adapter = Adapter(path)
     tasks = read_tasks(adapter) if plays else None
     agent = AdapterAgent(adapter, N_TRIED if plays else n, seed, device, rewarded_above)
-    agent.tell_doubts(tell)
+    agent.tell_doubts()
     if tasks is not None:
         make = partial(GymRooms, adapter, agent.decisions[0].query_state, tasks[1])
         make(np.zeros(1, dtype=int), [seed]).reset()
@@ -71,7 +69,7 @@ def load(
 
 
 def load_acting(
-    path: str | Path, seed: int, device: torch.device, above: float | None = None
+    path: str | Path | None, seed: int, device: torch.device, above: float | None = None
 ) -> "AdapterAgent":
     """The model of an adapter in its own environments; UserError if it lacks or misfits one."""
     agent = load(path, N_TRIED, seed, device, above, plays=True)
@@ -111,21 +109,20 @@ class AdapterAgent(Agent):
         self.sees_all = not self.unseen and all(record.calls.values())  # None: not chosen
         self.layers, self.n_heads = record.names, tuple(x.query_rows.shape[1] for x in record)
         self.title = f"{type(self.model).__name__} of {adapter.path.name}"
-        self.label_columns = tuple(dict.fromkeys(k for one in self.decisions for k in one.labels))
 
-    def tell_doubts(self, tell: Tell) -> None:
+    def tell_doubts(self) -> None:
         """Say where modules mix tokens unseen, or logits are by chance."""
         if self.unseen:
             (name, kind_of), *others = self.unseen.items()
             more = f" and {len(others)} more" if others else ""
-            tell(
+            note(
                 f"{len(self.layers)} layers attend in sight; {name} (a {kind_of}){more} mixes "
                 "tokens by no attention that can be read, and is missing in the results. If it "
                 "attends, hand its weights in: historylens.record_attention(name, weights)"
             )
         one, same = self.act(self.history([0, 0])).double()
         if (one - same).abs().max() > 1e-3 * one.abs().max():
-            tell(
+            note(
                 "act() gives the same history twice other logits, as with dropout left on "
                 "(model.train()): results will differ from run to run"
             )
@@ -163,9 +160,9 @@ class AdapterAgent(Agent):
             check(one.n == n and len(one) == len(maps[0]), "tokens()", expected, got)
         return list(maps)
 
-    def look_at(self, decisions: Sequence[Decision], label_columns: Sequence[str]) -> None:
+    def look_at(self, decisions: Sequence[Decision]) -> None:
         """Have other decisions; what they reach is of the room."""
-        super().look_at(decisions, label_columns)
+        super().look_at(decisions)
         self.room = self._read_room()
 
     def position(self, states: np.ndarray) -> np.ndarray:

@@ -97,8 +97,7 @@ def _fed_elsewhere(agent: "AdapterAgent", history: History, _record: Record) -> 
     known = {int(action) for one in agent.decisions for action in one.actions}
     pair = agent.history([0, 0])
     pair.actions[1, number] = min(known - {int(pair.actions[0, number])})
-    record = _passed(agent, pair, inputs=True, **where_of(tokens * 2))
-    fed = record[0].inputs.double()  # (2, T, F)
+    fed = _passed(agent, pair, inputs=True, **where_of(tokens * 2))[0].inputs.double()  # (2, T, F)
     moved = (fed[0] - fed[1]).abs().amax(1) > 1e-5 * fed.abs().max()
     own = torch.from_numpy(tokens[0].transition == number)
     if not moved.any() or (moved & own).any():

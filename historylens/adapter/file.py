@@ -34,7 +34,9 @@ PACKAGE = Path(__file__).resolve().parents[1]
 class Adapter:
     """A file, run and checked; its folder stays first on `sys.path`. UserError: it does not fit."""
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path | None) -> None:
+        what = "expected --adapter FILE, a Python file that says how to run your model"
+        expect(path is not None, what)
         self.path = path = Path(path)
         what = "is a folder" if path.is_dir() else "there is no such file"
         expect(path.is_file(), f"{path}: {what}: expected --adapter to name a Python file")

@@ -20,10 +20,11 @@ import torch
 
 from historylens.agent import Agent, pick_device
 from historylens.analysis.job import Job
-from historylens.common.errors import expect, note, run_command
-from historylens.common.files import FORMATS, writable_folder
+from historylens.common import settings
+from historylens.common.errors import expect, run_command
+from historylens.common.files import writable_folder
 from historylens.common.processes import join
-from historylens.common.settings import Settings, add_flags, from_flags, setting
+from historylens.common.settings import Settings, add_flags, from_dict, setting
 from historylens.common.text import counted, labelled
 
 
@@ -43,10 +44,7 @@ class AnalysisConfig(Settings):
     heads: list[int] | None = setting(
         None, "heads to analyse and to average over, from 0 (default: all)"
     )
-    rewarded_above: float | None = setting(
-        None, "rewards above it count as rewarded (default: 0; where those in an adapter's samples "
-        "are of more than two values the top quarter, of two not above 0 the higher)",
-    )  # fmt: skip
+    rewarded_above: float | None = settings.REWARDED_ABOVE()
     play: bool = setting(
         False, "analyse the model's own play on its tasks instead: weights fixed, actions sampled",
         action="store_true",
@@ -58,13 +56,11 @@ class AnalysisConfig(Settings):
     )
     every: int = setting(10, "steps between pictures of --trajectory", at_least=1)
     out: str = setting("figs/attention", "folder for pictures and numbers", "DIR")
-    format: list[str] | None = setting(
-        None, "png, pdf, svg, or several of them (default: png)", choices=FORMATS
-    )
+    format: list[str] | None = settings.FORMAT()
     single_file: bool = setting(
         False, "put the pictures into index.html, to be sent as one file", action="store_true"
     )
-    device: str = setting("auto", "cpu, cuda, or auto: cuda where there is one", "NAME")
+    device: str = settings.DEVICE()
     precision: str = setting(
         "float32", "of the model's forward pass; metrics are float64 whatever it is",
         choices=("float32", "bfloat16"),
@@ -79,7 +75,7 @@ class AnalysisConfig(Settings):
 
 
 CHECKPOINT_FLAGS = ("checkpoint", "histories", "goal", "history", "steps", "stride")
-Load = Callable[[Any, torch.device, Callable[[str], None]], Agent]
+Load = Callable[[Any, torch.device], Agent]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -100,33 +96,30 @@ def main(argv: Sequence[str] | None = None) -> None:
     run(argv, parser, AnalysisConfig, load_adapter)
 
 
-def load_adapter(config: Any, device: torch.device, tell: Callable[[str], None]) -> Agent:
+def load_adapter(config: Any, device: torch.device) -> Agent:
     """The model and the decisions of an adapter; UserError where it does not fit."""
     from historylens.adapter.agent import load
 
-    what = "expected --adapter FILE, a Python file that says how to run your model"
-    expect(config.adapter is not None, what)
     wanted = config.num_samples, config.seed, device, config.rewarded_above
-    return load(config.adapter, *wanted, tell, config.plays)
+    return load(config.adapter, *wanted, config.plays)
 
 
 def run(argv: Sequence[str], parser: argparse.ArgumentParser, kind: type, load: Load) -> None:
     """Parse the flags, load the agent, analyse it, with all processes that torchrun started.
 
     `parser` has a flag for every setting of `kind`, an `AnalysisConfig`; `load` gives the agent
-    from settings, device, and a function that tells the user something.
+    from settings and device.
     """
     with join() as group, ExitStack() as held:
         with group.told_once():
             flags = parser.parse_args(argv)
-        with group.together():
+        with group.together(), group.told_once():
             why = "its load() chooses the model and its samples() the decisions"
             for name in CHECKPOINT_FLAGS:
                 is_own = flags.adapter is None or vars(flags)[name] is None
                 expect(is_own, f"--{name} has no meaning beside --adapter: {why}")
-            config = from_flags(kind, flags)
-            device = group.device(pick_device(config.device))
-            agent = load(config, device, note if group.is_main else lambda text: None)
+            config = from_dict(kind, vars(flags))
+            agent = load(config, group.device(pick_device(config.device)))
             job = Job.of(agent, config, group)
             if group.is_main:
                 held.enter_context(writable_folder(job.out))

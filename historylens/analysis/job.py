@@ -2,7 +2,7 @@
 
     job = Job.of(agent, AnalysisConfig(), group)
     for batch in batches(job, [([0, 1, 2], [0])]):               # three decisions, the first drawn
-        batch.measure(metrics)
+        metrics.put(batch.indices, batch.rows, batch.even, batch.history)
 
 Passes are cut the same way however many processes share them, so numbers do not depend on that.
 With bfloat16 the model runs in mixed precision; attention is float32, and measured in float64.
@@ -25,7 +25,6 @@ from historylens.common.batches import MAX_DRAWN, MAX_DRAWN_TOKENS, alike, expec
 from historylens.common.errors import UserError, expect, is_out_of_memory
 from historylens.common.processes import Group
 from historylens.history import Decision, History
-from historylens.metrics import Metrics
 from historylens.tokens import Tokens, sum_rows, uniform_rows
 
 Pass = tuple[Sequence[int], Sequence[int]]  # numbers of decisions, places of those drawn
@@ -105,10 +104,6 @@ class Batch:
     decisions: Sequence[Decision]  # those that are drawn, in the order of the maps
     heads: Mapping[int, Sequence[int]]  # by the number of the layer, numbers of its chosen heads
 
-    def measure(self, metrics: Metrics) -> None:
-        """Put the metrics of the batch in their place."""
-        metrics.put(self.indices, self.rows, self.even, self.history)
-
 
 def batches(job: Job, parts: Sequence[Pass], label: str = "") -> Iterator[Batch]:
     """Passes, halved where one does not fit memory; `label` is that of a progress bar, if any."""
@@ -173,7 +168,7 @@ def drawn_passes(job: Job, n_drawn: int) -> list[Pass]:
     """Passes over the first `n_drawn` decisions, of which this process draws a share."""
     agent, group = job.agent, job.group
     size = min(MAX_DRAWN, max(1, MAX_DRAWN_TOKENS // agent.n_tokens))
-    same = alike((i, agent.length(i)) for i in range(n_drawn))
+    same = alike(range(n_drawn), agent.length)
     parts = [g[i : i + size] for g in same for i in range(0, len(g), size)]
     own = [[i for i, n in enumerate(part) if n in group.share(n_drawn)] for part in parts]
     return [pair for pair in zip(parts, own, strict=True) if pair[1]]

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.random import Generator, default_rng
 
 from historylens.analysis.play import KINDS, Play
+from historylens.common.files import rounded
 from historylens.common.text import counted, wrap
 from historylens.effects.measure import Resampled
 
@@ -100,11 +101,11 @@ def _curves(
     n_there = there.sum(0)
 
     def mean(values: np.ndarray) -> list[float | None]:  # (R, E)
-        return _plain(np.nan_to_num(values).sum(0) / n_there)
+        return rounded(np.nan_to_num(values).sum(0) / n_there)
 
     def told(values: np.ndarray) -> dict[str, list[float | None]]:
         ends = resampled.interval(np.nan_to_num(values), there.astype(float))
-        low, high = map(_plain, np.where(n_there > 1, ends, np.nan))
+        low, high = map(rounded, np.where(n_there > 1, ends, np.nan))
         return {"mean": mean(values), "low": low, "high": high}
 
     return {
@@ -117,10 +118,6 @@ def _curves(
         ],
         "even": {kind: mean(shares[:, :, -1, j]) for j, kind in enumerate(KINDS)},
     }
-
-
-def _plain(values: np.ndarray) -> list[float | None]:
-    return [None if np.isnan(value) else float(f"{value:.6g}") for value in values]
 
 
 def _change(

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from historylens.agent import Environment, rollout
 from historylens.analysis.job import Job, see
 from historylens.common.batches import MAX_ROOMS, MAX_TOKENS_ACTING, even_parts
-from historylens.history import Decision, History, HistoryBuffer, spread_decisions
+from historylens.history import CONTEXT, Decision, History, HistoryBuffer, spread_decisions
 
 KINDS: dict[str, Callable[[History], Tensor]] = {  # which transitions `(B, n)` are of a kind
     "current episode": lambda history: history.episodes == history.query_episodes[:, None],
@@ -29,7 +29,7 @@ KINDS: dict[str, Callable[[History], Tensor]] = {  # which transitions `(B, n)` 
     "same state": lambda history: history.same_state,
 }
 LABELS = ("task", "rollout", "episode", "step")
-PLAYED = ("states", "actions", "rewards", "next_states", "episodes")
+PLAYED = (*CONTEXT, "episodes")
 
 
 @dataclass(frozen=True)
@@ -88,8 +88,7 @@ def record(job: Job) -> Play:
     own = [parts[i] for i in job.group.share(len(parts))]
     with job.progress("own play", sum(map(len, own)) * n_steps, " decisions") as bar:
         watched = [_watch(job, part, tasks[part], n_steps, bar) for part in own]
-    of_rank, n_ranks = job.group.broadcast(job.group.gather(watched)), job.group.size
-    in_order = [of_rank[i % n_ranks][i // n_ranks] for i in range(len(parts))]
+    in_order = job.group.all_of(len(parts), watched)
     arrays = {name: np.concatenate([part[name] for part in in_order]) for name in in_order[0]}
     rows = arrays.pop("rows")  # of the one that is followed, if any
     about = environment, agent.n_max, agent.rewarded_above, tasks

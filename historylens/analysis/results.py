@@ -14,10 +14,10 @@ from tqdm import tqdm
 from historylens import pictures, report
 from historylens.analysis.job import Job, Pass, batches, drawn_passes
 from historylens.analysis.learning import learning_text, over_learning
-from historylens.analysis.play import LABELS, Play, record
+from historylens.analysis.play import Play, record
 from historylens.analysis.room import room_maps
 from historylens.common.batches import MAX_TOKENS, alike, even_parts
-from historylens.common.files import staged
+from historylens.common.files import csv_lines, staged
 from historylens.common.text import wrap
 from historylens.effects import MeasuredEffects, measure_effects
 from historylens.insights import Insight, find_patterns
@@ -51,7 +51,7 @@ def analyse(job: Job, facts: Mapping[str, str]) -> None:
     agent, config, group, play, results = job.agent, job.config, job.group, None, None
     if config.plays:
         play = record(job)
-        agent.look_at(play.choose(config.num_samples, config.seed), LABELS)
+        agent.look_at(play.choose(config.num_samples, config.seed))
     metrics = Metrics(len(agent.decisions), job.layers, job.heads)
     measure(job, metrics)
     shown, passes = measure_drawn(job, metrics)
@@ -72,10 +72,10 @@ def measure(job: Job, metrics: Metrics) -> None:
     """Metrics of the samples that are not drawn: a fair share of the passes over them."""
     agent = job.agent
     size = max(1, MAX_TOKENS // agent.n_tokens)
-    rest = alike((i, agent.length(i)) for i in range(job.n_drawn, len(agent.decisions)))
+    rest = alike(range(job.n_drawn, len(agent.decisions)), agent.length)
     passes = [same[p.start : p.stop] for same in rest for p in even_parts(0, len(same), size)]
     for batch in batches(job, [(passes[i], ()) for i in job.group.share(len(passes))], "metrics"):
-        batch.measure(metrics)
+        metrics.put(batch.indices, batch.rows, batch.even, batch.history)
 
 
 def measure_drawn(job: Job, metrics: Metrics) -> tuple[Shown, list[Pass]]:
@@ -83,7 +83,7 @@ def measure_drawn(job: Job, metrics: Metrics) -> tuple[Shown, list[Pass]]:
     shown: Shown = {kind: {} for kind in (*job.layers, "maps", "tokens")}
     passes = []
     for batch in batches(job, drawn_passes(job, job.n_drawn), "attention"):
-        batch.measure(metrics)
+        metrics.put(batch.indices, batch.rows, batch.even, batch.history)
         for layer, index, sample in pictures.samples(batch):
             shown[layer][index] = sample.numbers()
             shown["tokens"][index] = sample.tokens
@@ -106,19 +106,19 @@ def find_out(job: Job, metrics: Metrics, play: Play | None) -> Results:
 
 def write_numbers(job: Job, results: Results, parts: Sequence[Shown]) -> None:
     """Write `metrics.json` and `metrics.csv`; until both are there an earlier run stays whole."""
-    agent, metrics = job.agent, results.metrics
+    agent, metrics, decisions = job.agent, results.metrics, [*job.agent.decisions]
     drawn = {k: dict(sorted(x for part in parts for x in part[k].items())) for k in parts[0]}
     tokens, maps = drawn.pop("tokens"), drawn.pop("maps")
     meta = {**vars(job.config), **agent.meta}
     meta |= {"device": agent.device.type, "n_layers": len(agent.layers)}
-    content = report.metrics_json(metrics, agent.decisions, results.insights, meta, drawn, tokens)
+    content = report.metrics_json(metrics, decisions, results.insights, meta, drawn, tokens)
     content["effects"] = results.effects.json
     if maps:
         content["drawn"]["maps"] = maps
     if results.learning is not None:
         content["learning"] = results.learning
-    rows = report.csv_lines(metrics, agent.decisions, agent.label_columns)
-    with staged({job.out / "metrics.json": content, job.out / "metrics.csv": rows}):
+    lines = csv_lines(report.csv_rows(metrics, decisions))
+    with staged({job.out / "metrics.json": content, job.out / "metrics.csv": lines}):
         pictures.clear_pictures(job.out)
 
 
@@ -134,8 +134,8 @@ def draw(job: Job, passes: Sequence[Pass], results: Results | None, play: Play |
 
     The passes are run once more: their maps, all at once, would not fit memory.
     """
-    agent, config, group, dpi = job.agent, job.config, job.group, {"dpi": job.config.dpi}
-    formats = tuple(dict.fromkeys(config.format or ["png"]))
+    agent, config, group = job.agent, job.config, job.group
+    style = {"formats": tuple(dict.fromkeys(config.format or ["png"])), "dpi": config.dpi}
     once = {} if results is None else pictures.alone(results.effects, results.learning, agent.title)
     share, n_heads = len(group.share(job.n_drawn)), [*map(len, job.heads)]
     n_own = pictures.n_pictures(share, n_heads) + len(once) + len(job.layers) + 1  # of rank 0
@@ -145,23 +145,22 @@ def draw(job: Job, passes: Sequence[Pass], results: Results | None, play: Play |
         numbers = range(0, play.rewards.shape[1], config.every)
         steps.agent.decisions = [play.decision(config.trajectory, step) for step in numbers]
         n_own += pictures.n_pictures(len(group.share(len(numbers))), n_heads) + 1
-    n_own *= len(formats)
+    n_own *= len(style["formats"])
     n_processes = drawing_processes(n_own) if group.size == 1 else 1
     kept = f"all numbers are in {job.out / 'metrics.json'}"
     progress = job.progress("pictures", n_own, " pictures")
-    with progress as bar, Painter(n_processes, kept, bar.update, formats) as painter:
+    with progress as bar, Painter(n_processes, kept, bar.update, **style) as painter:
         for batch in batches(job, passes):
-            pictures.draw_batch(job.out, batch, painter, room_maps(job, batch), **dpi)
+            pictures.draw_batch(job.out, batch, painter, room_maps(job, batch))
         if results is not None:
-            pictures.draw_summaries(job.out, results.metrics, painter, **dpi)
+            pictures.draw_summaries(job.out, results.metrics, painter)
         for name, (function, own) in once.items():
-            painter.draw(function, job.out / name, **own, **dpi)
+            painter.draw(function, job.out / name, **own)
         if config.trajectory is not None:
             if results is not None:
-                pictures.draw_play(steps.out, play, config.trajectory, job.layers, painter, **dpi)
-            style = {"name": "timestep", "every": config.every, **dpi}
+                pictures.draw_play(steps.out, play, config.trajectory, job.layers, painter)
             for batch in batches(steps, drawn_passes(steps, len(numbers))):
-                pictures.draw_batch(steps.out, batch, painter, **style)
+                pictures.draw_batch(steps.out, batch, painter, name="timestep", every=config.every)
     return painter.n_drawn
 
 

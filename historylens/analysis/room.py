@@ -72,7 +72,6 @@ class RoomMap:
     def numbers(self) -> dict[str, Any]:
         """Plain values, one a visited cell, row by row; a ratio to nothing is None."""
         seen = self.visits > 0
-        ratio = [[None if np.isnan(x) else x for x in row] for row in rounded(self.ratio[:, seen])]
         return {
             "room": list(self.even.shape),
             "goals": self.goals.tolist(),
@@ -82,7 +81,7 @@ class RoomMap:
             "rewarded": self.rewarded[seen].tolist(),
             "even": rounded(self.even[seen]),
             "attention": rounded(self.attention[:, seen]),
-            "ratio": ratio,
+            "ratio": rounded(self.ratio[:, seen]),
         }
 
 

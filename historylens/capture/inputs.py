@@ -255,8 +255,7 @@ def read_sdpa(name: str, n_heads: int | None, *args: Any, **kwargs: Any) -> Call
     if bias.dim() > 2 and query.dim() != 4:
         bias = with_heads(name, bias.expand(*query.shape[:-1], n_keys), n_heads, "a mask")
     bias = bias[(None,) * (4 - bias.dim())].expand(-1, -1, -1, n_keys)
-    mask = Mask((bias,), bias.dtype == torch.bool, is_causal)
-    return Call(q, k, mask, scale, extra=extra)
+    return Call(q, k, Mask((bias,), bias.dtype == torch.bool, is_causal), scale, extra=extra)
 
 
 def read_softmax(name: str, n_heads: int | None, scores: Tensor) -> Call:

@@ -2,10 +2,12 @@
 
 import itertools
 import os
-from collections.abc import Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable
+from typing import TypeVar
 
 from historylens.common.errors import expect
 
+T = TypeVar("T")
 MAX_TOKENS = 2**12  # in a captured pass without maps: as fast as more, and easily shared out
 MAX_DRAWN = 16  # decisions with maps in one pass: a map takes R x C numbers a head
 MAX_DRAWN_TOKENS = 2**15
@@ -21,11 +23,11 @@ def even_parts(start: int, stop: int, size: int) -> list[range]:
     return [range(*pair) for pair in itertools.pairwise(ends)]
 
 
-def alike(keys: Iterable[tuple[int, Hashable]]) -> list[list[int]]:
-    """Numbers in groups of one key, which can share a pass, in order of first appearance."""
-    groups: dict[Hashable, list[int]] = {}
-    for number, key in keys:
-        groups.setdefault(key, []).append(number)
+def alike(items: Iterable[T], key: Callable[[T], Hashable]) -> list[list[T]]:
+    """Items in groups of one key, such as a length to share a pass, in order of appearance."""
+    groups: dict[Hashable, list[T]] = {}
+    for item in items:
+        groups.setdefault(key(item), []).append(item)
     return list(groups.values())
 
 

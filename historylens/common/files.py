@@ -1,6 +1,7 @@
 """The one way to write: a file is whole or it is not there, and folders are checked beforehand."""
 
 import contextlib
+import csv
 import io
 import itertools
 import json
@@ -8,6 +9,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -33,15 +35,17 @@ _LEFT = re.compile(rf"\.(?:write-test-|.+\.(?:{_WRITTEN})\.)(\d+)(?:\.tmp)?")
 def write_atomically(path: str | Path, content: Content) -> None:
     """Write a temporary file beside `path`, then rename it: readers never see half a file.
 
-    `content`: text, bytes, pieces of a long text, plain types for JSON, or what writes to a file.
+    `content`: text, bytes, pieces of a long text, what writes to a file, or plain types, numpy's
+    and paths, for JSON; ValueError: NaN or infinity in it.
     """
     with staged({Path(path): content}):
         pass
 
 
-def write_json(path: str | Path, content: Mapping[str, Any]) -> None:
-    """Write plain types, numpy's, and paths as JSON; ValueError: NaN or infinity in it."""
-    write_atomically(path, content)
+def csv_lines(rows: Iterable[Iterable[object]]) -> Iterator[str]:
+    """Rows as pieces of text for a CSV file."""
+    back = SimpleNamespace(write=str)  # a file whose write() gives the text back
+    return map(csv.writer(back, lineterminator="\n").writerow, rows)
 
 
 @contextlib.contextmanager
@@ -163,6 +167,8 @@ def in_the_way(out: Path, path: Path) -> UserError:
     return UserError(f"cannot write to the output folder {out}: {what}")
 
 
-def rounded(values: np.ndarray, digits: int = 6) -> list[Any]:
-    """Nested lists of floats with so many significant digits."""
-    return [rounded(v, digits) if values.ndim > 1 else float(f"{v:.{digits}g}") for v in values]
+def rounded(values: np.ndarray) -> list[Any]:
+    """Nested lists of floats with 6 significant digits; None for NaN."""
+    if values.ndim > 1:
+        return list(map(rounded, values))
+    return [None if np.isnan(value) else float(f"{value:.6g}") for value in values]

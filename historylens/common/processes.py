@@ -18,21 +18,15 @@ from datetime import timedelta
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional
-from torch.overrides import TorchFunctionMode
+from torch import nn
 
 from historylens.common.errors import UserError, expect
+from historylens.common.steady import SteadySums
 
 FINDING = timedelta(minutes=2)  # that processes have to find each other
 TIMEOUT = timedelta(hours=1)  # longer than rank 0 ever works while the others wait
 PAUSE = 0.02  # seconds between two looks at what other processes have finished
 FAILED = 2**40  # no item has a number as high: nobody takes another one
-FEW = 64  # rows: MKL sums products of fewer in an order that depends on the number of threads
-PRODUCTS = {
-    "matmul", "__matmul__", "__rmatmul__", "mm", "bmm", "addmm", "baddbmm", "einsum",
-    "scaled_dot_product_attention",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -79,6 +73,11 @@ class Group:
         if self.size > 1:
             torch.distributed.gather_object(value, values)
         return values
+
+    def all_of(self, n_items: int, own: Sequence[Any]) -> list[Any]:
+        """On all processes, in order, what they made of `n_items`: each gives that of its share."""
+        of_rank = self.broadcast(self.gather(own))
+        return [of_rank[i % self.size][i // self.size] for i in range(n_items)]
 
     def broadcast(self, value: Any) -> Any:
         """Rank 0's value, on all processes."""
@@ -158,44 +157,6 @@ class Group:
 
 
 ALONE = Group()
-
-
-class SteadySums(TorchFunctionMode):
-    """Makes products of few rows independent of the number of threads, for up to 8 of them.
-
-    Linear maps get further rows, single products of other kinds run on one thread. Those of more
-    rows, and batches of products, are so under `MKL_CBWR=STRICT`, see `historylens.common`.
-    """
-
-    def __torch_function__(
-        self, func: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None
-    ) -> Any:
-        kwargs, name = kwargs or {}, getattr(func, "__name__", "")
-        if name == "linear" and len(args) > 1 and args[1].dim() == 2 and _has_few_rows(args[0]):
-            rows = args[0].reshape(-1, args[0].shape[-1])
-            more = functional.pad(rows, (0, 0, 0, FEW - len(rows)))
-            mapped = func(more, *args[1:], **kwargs)
-            return mapped[: len(rows)].view(*args[0].shape[:-1], -1)
-        is_whole = name == "multi_head_attention_forward"
-        n_threads = torch.get_num_threads()
-        if n_threads == 1 or not (is_whole or name in PRODUCTS):
-            return func(*args, **kwargs)
-        given = (x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.dim() > 1)
-        factor = next(given, None)
-        is_few = factor is not None and _has_few_rows(factor)
-        if not is_few or not (is_whole or factor.shape[:-2].numel() == 1):
-            return func(*args, **kwargs)
-        torch.set_num_threads(1)
-        try:
-            return func(*args, **kwargs)
-        finally:
-            torch.set_num_threads(n_threads)
-
-
-def _has_few_rows(x: Tensor) -> bool:
-    if x.device.type != "cpu" or x.is_nested:
-        return False
-    return 0 < x.numel() < FEW * x.shape[-1]
 
 
 @contextlib.contextmanager

@@ -5,9 +5,11 @@ import dataclasses
 import math
 import types
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, TypeVar, get_args, get_origin
 
 from historylens.common.errors import expect
+from historylens.common.files import FORMATS
 
 T = TypeVar("T")
 MOST = 2**53  # of any number: beyond it floats skip whole ones
@@ -23,6 +25,15 @@ def setting(default: Any, help: str | None, metavar: str | None = None, **flag: 
     told = {"help": help, "metavar": metavar} | flag
     told = {name: value for name, value in told.items() if value is not None}
     return dataclasses.field(default=default, metadata=told)
+
+
+# What several commands ask for.
+DEVICE = partial(setting, "auto", "cpu, cuda, or auto: cuda where there is one", "NAME")
+FORMAT = partial(setting, None, "png, pdf, svg, or several of them (default: png)", choices=FORMATS)
+REWARDED_ABOVE = partial(
+    setting, None, "rewards above it count as rewarded (default: 0; where those in an adapter's "
+    "samples are of more than two values the top quarter, of two not above 0 the higher)",
+)  # fmt: skip
 
 
 class Settings:
@@ -79,11 +90,6 @@ def _of_type(kind: Any) -> dict[str, Any]:
     if get_origin(kind) is list:
         kind, more = get_args(kind)[0], {"nargs": "+"}
     return {"type": kind, "metavar": {int: "N", float: "X"}.get(kind), **more}
-
-
-def from_flags(config: type[T], flags: argparse.Namespace) -> T:
-    """Build a settings object from parsed flags."""
-    return from_dict(config, vars(flags))
 
 
 def from_dict(config: type[T], values: dict[str, Any]) -> T:

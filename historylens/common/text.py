@@ -44,11 +44,6 @@ def cap(value: float) -> str:
     return "> 1000" if value > 1000 else f"{value:.2f}"
 
 
-def fixed(value: float, decimals: int, sign: str = "") -> str:
-    """Fixed decimals without a negative zero."""
-    return f"{round(value, decimals) + 0.0:{sign}.{decimals}f}"
-
-
 def counted(number: int, noun: str) -> str:
     """`1 layer`, `4,000 layers`, `2 histories`."""
     many = f"{noun[:-1]}ies" if noun.endswith("y") else f"{noun}s"

@@ -18,11 +18,12 @@ from functools import partial
 import torch
 
 from historylens.agent import Agent, pick_device
+from historylens.common import settings
 from historylens.common.batches import expect_memory
 from historylens.common.errors import expect, note
 from historylens.common.files import FORMATS, writable_folder
 from historylens.common.processes import ALONE, Group, join
-from historylens.common.settings import Settings, add_flags, from_flags, setting
+from historylens.common.settings import Settings, add_flags, from_dict, setting
 from historylens.common.text import counted, labelled, wrap
 from historylens.comparison.intervals import N_RESAMPLES, looks
 from historylens.comparison.playing import Plays, fingerprint, missing, plan, play_arms
@@ -74,15 +75,10 @@ class CompareConfig(Settings):
     margin: float = setting(
         0.05, "loss that would not matter, as a part of full history's return", fraction=True
     )
-    rewarded_above: float | None = setting(
-        None, "rewards above it count as rewarded (default: 0; where those in an adapter's samples "
-        "are of more than two values the top quarter, of two not above 0 the higher)",
-    )  # fmt: skip
+    rewarded_above: float | None = settings.REWARDED_ABOVE()
     out: str = setting("figs/compression", "folder for pictures and numbers", "DIR")
-    format: list[str] | None = setting(
-        None, "png, pdf, svg, or several of them (default: png)", choices=FORMATS
-    )
-    device: str = setting("auto", "cpu, cuda, or auto: cuda where there is one", "NAME")
+    format: list[str] | None = settings.FORMAT()
+    device: str = settings.DEVICE()
     seed: int = setting(0, "seed of action noise, random choices and bootstrap", at_least=0)
 
 
@@ -100,8 +96,6 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
         why = "its load() chooses the model, and its act() where a kept transition stands"
         for name in of_checkpoints:
             expect(vars(flags)[name] is None, f"--{name} has no meaning beside --adapter: {why}")
-        what = "expected --adapter FILE, a Python file that says how to run your model"
-        expect(flags.adapter is not None, what)
         return load_acting(flags.adapter, flags.seed, device, flags.rewarded_above), "reindexed"
 
     run(argv, parser, load)
@@ -129,7 +123,7 @@ def run(argv: Sequence[str] | None, parser: argparse.ArgumentParser, load: Load)
         with group.told_once():
             flags = parser.parse_args(argv)
         with group.together(), group.told_once():
-            config = from_flags(CompareConfig, flags)
+            config = from_dict(CompareConfig, vars(flags))
             agent, positions = load(flags, group.device(pick_device(config.device)))
         compare(agent, config, positions, group)
 

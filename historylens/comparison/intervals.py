@@ -19,8 +19,6 @@ from statistics import NormalDist
 
 import numpy as np
 
-from historylens.common.text import fixed
-
 LEVEL = 0.95  # of every interval
 N_RESAMPLES = 10_000
 N_RESAMPLES_IQM = 2_000  # these cost more
@@ -55,17 +53,17 @@ class Estimate:
     def text(self, sign: str = "") -> str:
         """`12.34 [12.00, 12.70]`; the value alone where there is no interval."""
         ends = () if self.is_open else (self.low, self.high)
-        value, *ends = (fixed(number, 2, sign) for number in (self.value, *ends))
+        value, *ends = (f"{number:{sign}z.2f}" for number in (self.value, *ends))
         return f"{value} [{', '.join(ends)}]" if ends else value
 
 
-def mean(scores: np.ndarray, seed: int = 0, n_compared: float = 1) -> Estimate:
-    """Mean over all runs of `scores (G, R)`; the interval is for one of `n_compared`."""
-    return means(scores[None], seed, n_compared)[0]
+def mean(scores: np.ndarray, seed: int = 0) -> Estimate:
+    """Mean over all runs of `scores (G, R)`, with its interval."""
+    return means(scores[None], seed)[0]
 
 
 def means(scores: np.ndarray, seed: int = 0, n_compared: float = 1) -> list[Estimate]:
-    """The same of `N` studies, `scores (N, G, R)`."""
+    """The same of `N` studies, `scores (N, G, R)`; intervals are for one of `n_compared`."""
     (_, n_goals, n_seeds), values = scores.shape, scores.mean(axis=(1, 2))
     if n_seeds == 1:
         return [Estimate(value) for value in values.tolist()]

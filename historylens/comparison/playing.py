@@ -197,7 +197,6 @@ def fingerprint(plays: Plays) -> dict[str, Any]:
     paths.update(Path(inspect.getfile(type(agent))).parent.glob("*.py"))
     with contextlib.suppress(TypeError, OSError):  # made at run time, it has no file
         paths.add(Path(inspect.getfile(type(agent.model))))
-    code = b"".join(path.read_bytes() for path in sorted(paths))
     return {
         **agent.identity,
         "goals": list(agent.environment.goals),
@@ -210,5 +209,5 @@ def fingerprint(plays: Plays) -> dict[str, Any]:
         "blocks": [[seeds.start, seeds.stop] for seeds in plays.blocks],
         "episodes": plays.n_episodes,
         "seed": plays.seed,
-        "code": hashlib.sha256(code).hexdigest(),
+        "code": hashlib.sha256(b"".join(path.read_bytes() for path in sorted(paths))).hexdigest(),
     }

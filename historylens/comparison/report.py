@@ -1,12 +1,10 @@
 """A judged comparison as console text, `results.csv` and the summary in `results.json`."""
 
-import csv
-import io
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from historylens.common.files import write_atomically
+from historylens.common.files import csv_lines, write_atomically
 from historylens.common.text import aligned, counted, wrap
 from historylens.comparison.intervals import LEVEL, Estimate
 from historylens.comparison.study import OPEN, Row, Study
@@ -155,11 +153,8 @@ def _record(row: Row) -> dict[str, Any]:
 
 def write_csv(path: str | Path, study: Study) -> None:
     """Write one row an arm, whole or not at all."""
-    rows, text = [_record(row) for row in study.rows], io.StringIO()
-    writer = csv.DictWriter(text, rows[0], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_atomically(path, text.getvalue())
+    names, *_ = rows = [_record(row) for row in study.rows]
+    write_atomically(path, csv_lines([names, *(row.values() for row in rows)]))
 
 
 def summary(study: Study) -> dict[str, Any]:

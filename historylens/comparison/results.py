@@ -82,7 +82,7 @@ class ResultsFile:
             arms.setdefault(key, arm)["blocks"].append(entry)
         head = {"schema_version": SCHEMA_VERSION, "fingerprint": self.fingerprint}
         head |= {"digest": _digest(self.blocks), "complete": bool(told)}
-        files.write_json(self.path, {**head, **told, "arms": arms})
+        files.write_atomically(self.path, {**head, **told, "arms": arms})
         for name in () if told else FILES[:-1]:
             self.path.with_name(name).unlink(missing_ok=True)
 

@@ -238,7 +238,6 @@ def _compared(
 ) -> list[Row]:  # fmt: skip
     """A row of each result, of as many runs as it has."""
     (low, high), rows = _earnable(results, best), []
-    highest = np.inf if best is None else max(best)
 
     def estimated(of: Callable, values: np.ndarray | None, high: float) -> Estimate | None:
         return None if values is None else of(values, seed).within(low, high)
@@ -253,7 +252,7 @@ def _compared(
             Row(
                 arm=result.arm,
                 mean=estimated(intervals.mean, scores, high),
-                iqm=estimated(intervals.iqm, scores, highest),
+                iqm=estimated(intervals.iqm, scores, np.inf if best is None else max(best)),
                 part_of_best=estimated(intervals.mean, parts, 1.0),
                 iqm_of_best=estimated(intervals.iqm, parts, 1.0),
                 difference=difference,

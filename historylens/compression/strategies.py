@@ -23,10 +23,9 @@ from historylens.compression.method import (
     latest_half,
     uniform,
 )
-from historylens.history import History
+from historylens.history import CONTEXT, History
 from historylens.metrics import MASS_SHARE, STRONG_WEIGHT, TOLERANCE
 
-TRANSITION = "states", "actions", "rewards", "next_states"
 N_FIRST = 4  # transitions that "first-recent" keeps of the beginning, as StreamingLLM does
 POOL_WIDTH = 5  # neighbouring transitions that share votes, as in SnapKV
 BLOCK = 5  # transitions behind one landmark
@@ -85,13 +84,13 @@ def even(history: History, n_keep: int, generator: Generator | None) -> Tensor:
     return (steps * (history.n - 1) // (n_keep - 1)).expand(history.size, -1)
 
 
-@enter("Sener and Savarese 2018, arXiv 1708.00489 (farthest points)", *TRANSITION)
+@enter("Sener and Savarese 2018, arXiv 1708.00489 (farthest points)", *CONTEXT)
 def diverse(history: History, n_keep: int, generator: Generator | None) -> Tensor:
     """Keep the latest transition, then again and again the one least like all that are kept."""
     return clusters.farthest_points(clusters.features(history), n_keep).sort(dim=1).values
 
 
-@enter("Park and Jun 2009 (k-means-like k-medoids)", *TRANSITION)
+@enter("Park and Jun 2009 (k-means-like k-medoids)", *CONTEXT)
 def k_medoids(history: History, n_keep: int, generator: Generator | None) -> Tensor:
     """Group like transitions and keep the most central one of each group."""
     return clusters.k_medoids(clusters.features(history), n_keep).sort(dim=1).values
@@ -243,7 +242,7 @@ def recent_summary(history: History, n_keep: int, generator: Generator | None) -
     return clusters.pool(history, torch.cat([groups, latest]).expand(history.size, -1), n_keep)
 
 
-@enter("Lloyd 1982 (k-means)", *TRANSITION, kind="merge")
+@enter("Lloyd 1982 (k-means)", *CONTEXT, kind="merge")
 def centroids(history: History, n_keep: int, generator: Generator | None) -> History:
     """Replace each k-means cluster of transitions by its centroid."""
     return clusters.pool(history, clusters.k_means(clusters.features(history), n_keep), n_keep)

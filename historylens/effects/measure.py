@@ -199,8 +199,8 @@ class Trial:
     """
 
     def __init__(self, agent: Agent, n_wanted: int, seed: int, bar: tqdm) -> None:
-        lengths = ((i, agent.length(i)) for i in range(len(agent.decisions)))
-        most = max(alike((i, n) for i, n in lengths if n), key=len)
+        having = filter(agent.length, range(len(agent.decisions)))
+        most = max(alike(having, agent.length), key=len)
         self.samples = [most[i] for i in spread(len(most), n_wanted)]
         self.agent, self.seed, self.bar = agent, seed, bar
         self.not_run: dict[str, str] = {}  # control or method -> why it could not be run

@@ -1,6 +1,6 @@
 """Everything that was measured on some decisions: as plain values, and as console text.
 
-print(effects.text); write_json(path, {"effects": effects.json})
+print(effects.text); write_atomically(path, {"effects": effects.json})
 insights = effects.attached(insights)                              # a line for each pattern
 """
 
@@ -171,8 +171,7 @@ class MeasuredEffects:
         if self.ignores_history:
             return f"{self._ignored()} (numbers below)."
         name, most = PATTERNS[pattern].headline
-        n_keep = max((size for size in budgets(self.n) if size <= most), default=0)
-        effect = self.at(name, n_keep)
+        effect = self.at(name, max((size for size in budgets(self.n) if size <= most), default=0))
         if effect is None:
             return self._nothing(name)
         text = f"{self._beside_random(name, effect)}. {effect.verdict}"

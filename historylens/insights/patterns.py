@@ -129,8 +129,7 @@ def _focused(scope: Scope) -> Reading:
     elif scope.is_broad:
         caveat = f"The context is short: over {scope.length} tokens the entropy is "
         caveat += f"{scope.normalised}, {read:.1f} tokens in effect, which is most of them."
-    misleads = mass < FAINT_MASS or scope.is_broad
-    return *_entropy("below", FOCUSED_ENTROPY, scope), caveat, misleads
+    return *_entropy("below", FOCUSED_ENTROPY, scope), caveat, mass < FAINT_MASS or scope.is_broad
 
 
 def _sparse(scope: Scope) -> Reading:

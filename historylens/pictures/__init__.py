@@ -84,41 +84,40 @@ def samples(batch: Any) -> Iterator[tuple[int, int, SampleAttention]]:
 
 def draw_batch(
     out: Path, batch: Any, painter: Painter, rooms: Iterable[Any] = (), *,
-    name: str = "sample", every: int = 1, dpi: int,
+    name: str = "sample", every: int = 1,
 ) -> None:  # fmt: skip
     """A heatmap and a line plot a layer and sample, called `name` and its index times `every`.
 
     Then a map for each of the `rooms` of `analysis.room.room_maps`.
     """
     for layer, index, sample in samples(batch):
-        heads, style = batch.heads[layer], {"layer": layer, "dpi": dpi}
+        heads, stem = batch.heads[layer], f"{name}{index * every}_layer{layer}"
         pages, scale = _pages(len(heads)), color_range(sample)
-        stem = f"{name}{index * every}_layer{layer}"
         for page, chosen in enumerate(pages, start=1):
             end = f"_page{page}" if page > 1 else ""
             more = f" of {len(heads)} · page {page} of {len(pages)}" if len(pages) > 1 else ""
             path = out / f"layer_{layer}" / f"attention_heatmap_{stem}{end}.png"
-            own = {"heads": heads[chosen], "scale": scale, "more": more, **style}
+            own = {"heads": heads[chosen], "scale": scale, "more": more, "layer": layer}
             painter.draw(heatmap, path, replace(sample, maps=sample.maps[chosen]), **own)
         path = path.with_name(f"attention_lines_{stem}.png")
-        painter.draw(line_plot, path, replace(sample, maps=None), heads=heads, **style)
+        painter.draw(line_plot, path, replace(sample, maps=None), heads=heads, layer=layer)
     for (index, room, names), decision in zip(rooms, batch.decisions, strict=False):
         about = room, names, "Attention in the room", decision.title
         across = None if len(names) == len(batch.attention) else len(names) // len(batch.attention)
         path = out / f"attention_map_{name}{index}.png"
-        painter.draw(room_map, path, *about, across=across, dpi=dpi)
+        painter.draw(room_map, path, *about, across=across)
 
 
-def draw_summaries(out: Path, metrics: Metrics, painter: Painter, dpi: int) -> None:
+def draw_summaries(out: Path, metrics: Metrics, painter: Painter) -> None:
     """A summary a layer and the comparison across layers."""
     values = {name: metrics.of(name) for name in SUMMARY_METRICS}  # (L, S) each
     uniform = metrics.uniform_mean()
     for i, layer in enumerate(metrics.layers):
         path = out / f"layer_{layer}" / f"attention_summary_layer{layer}.png"
         own = {name: rows[i] for name, rows in values.items()}
-        painter.draw(summary, path, own, uniform, layer=layer, dpi=dpi)
+        painter.draw(summary, path, own, uniform, layer=layer)
     path = out / "attention_layers.png"
-    painter.draw(course, path, values, uniform, layers=metrics.layers, dpi=dpi)
+    painter.draw(course, path, values, uniform, layers=metrics.layers)
 
 
 def alone(effects: Any, learning: Mapping[str, Any] | None, title: str) -> dict[str, Any]:
@@ -132,9 +131,7 @@ def alone(effects: Any, learning: Mapping[str, Any] | None, title: str) -> dict[
     return {name: one for name, one in pictures.items() if one[1]}
 
 
-def draw_play(
-    out: Path, play: Any, number: int, layers: Sequence[int], painter: Painter, dpi: int
-) -> None:
+def draw_play(out: Path, play: Any, number: int, layers: Sequence[int], painter: Painter) -> None:
     """The rollout of a play that is followed, in one look, and its numbers."""
     out.mkdir(exist_ok=True)
     rows, rewarded = play.rows.swapaxes(0, 1), play.rewards[number] > play.rewarded_above
@@ -145,4 +142,4 @@ def draw_play(
     about = f"own play: {play.environment.named[0]} {task}, rollout {number}"
     own = {"episode_starts": starts, "rewards": rewarded, "title": "Attention over time"}
     by_layer, path = dict(zip(layers, rows, strict=True)), out / "attention_over_time.png"
-    painter.draw(attention_over_time, path, by_layer, **own, subtitle=about, dpi=dpi)
+    painter.draw(attention_over_time, path, by_layer, **own, subtitle=about)

@@ -143,8 +143,7 @@ def _draw_legend(page: Page, strategies: Mapping[str, Mapping], has_empty: bool)
         axes.plot(x, [0] * len(x), markevery=[len(x) // 2], **one["style"])
         page.text(name_at, y, name, 9, weight="bold")
         page.text(advised_at, y, ", ".join(one["advised_by"]), 9)
-        for i, line in enumerate(one["lines"]):
-            page.text(rule_at, y + MORE * i, line, 9, color=SOFT)
+        page.column(rule_at, y, one["lines"], MORE, 9, color=SOFT)
         y += ROW + MORE * (len(one["lines"]) - 1)
     if has_empty:
         page.lines([[(LEFT, y), (LEFT + 40, y)]], colors=INK, linewidths=1.2, linestyles=":")
@@ -173,8 +172,7 @@ def head_effects(path: Path, heads: Sequence[Mapping], n_decisions: int, *, dpi:
     largest = max(one[kind]["kl_interval"][1] for one in drawn for kind in kinds)
     unit = "mean KL(full || exchanged), nats (log scale)"
     for place, kind in enumerate(kinds):
-        left = PANEL + place * (PANEL_WIDTH + GAP)
-        axes = page.plot(left, HEADS_TOP, PANEL_WIDTH, height, unit)
+        axes = page.plot(PANEL + place * (PANEL_WIDTH + GAP), HEADS_TOP, PANEL_WIDTH, height, unit)
         _draw_panel(axes, drawn, kind, colours)
         axes.set_xlim(0, 1.15 * max(LINEAR, largest))
         axes.set_title(PANELS[kind], fontsize=10, loc="left", fontweight="bold")

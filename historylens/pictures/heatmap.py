@@ -10,7 +10,6 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
-from matplotlib.ticker import MaxNLocator
 
 from historylens.common.text import counted
 from historylens.pictures.order import MAX_STARTS, SampleAttention, history_strip, subtitle
@@ -135,8 +134,7 @@ def color_bar(page: Page, corner: tuple, height: float, scale: tuple, n_tokens: 
 def words(sample: SampleAttention, has_lines: bool) -> tuple[tuple, str, tuple[str, ...]]:
     """`(token, number)` at ticks, what the numbers count, the legend: order, episodes, query."""
     tokens, transition = sample.tokens, sample.shown.transition
-    locator = MaxNLocator(5, integer=True, steps=[1, 2, 5, 10])
-    numbers = [int(t) for t in locator.tick_values(0, tokens.n) if 0 <= t <= tokens.n]
+    numbers = Page.numbers(0, tokens.n, 5)
     marked = "White lines, and the two greys of the history: an episode begins."
     episodes = marked if has_lines else "The episodes are too many to mark."
     answers = "whose output is the model's answer"
@@ -199,12 +197,8 @@ class Sheet:
             if i % across == 0:
                 self._label_rows(left, top, [one for one in ticks if one[0] < rows[-1]], unit)
             if i + across >= len(heads):
-                edge, name = self.strips(top)[1] + QUERY, "token attended to"
-                numbers = {left + np.mean(self.x([token, token + 1])): n for token, n in ticks}
-                self.page.ticks(numbers, edge, "below")
-                self.page.text(left + self.side / 2, edge + 28, name, 9, ha="center")
-        for i, line in enumerate(lines):
-            self.page.text(LEFT, bottom + 30 + 17 * i, line, 8.5, color=SOFT)
+                self._label_columns(left, top, ticks)
+        self.page.column(LEFT, bottom + 30, lines, 17, color=SOFT)
         self.page.keep()
 
     def strips(self, top: float) -> tuple[float, float]:
@@ -221,3 +215,9 @@ class Sheet:
         history, query = self.strips(top)
         self.page.text(left - 7, history + HISTORY / 2, "history", 8, ha="right")
         self.page.text(left - 7, query + QUERY / 2, "query", 9, ha="right", weight="bold")
+
+    def _label_columns(self, left: float, top: float, ticks: Sequence) -> None:
+        numbers = {left + np.mean(self.x([token, token + 1])): n for token, n in ticks}
+        edge = self.strips(top)[1] + QUERY
+        self.page.ticks(numbers, edge, "below")
+        self.page.text(left + self.side / 2, edge + 28, "token attended to", 9, ha="center")

@@ -111,8 +111,7 @@ def _sheet(names: tuple[str, ...], of_parts: bool, n: int, dpi: int, has_episode
     *_, (_, y, *_) = entries = _legend(names, of_parts)
     page, bottom = Page(PAGE_WIDTH, 510 + y - LEGEND, dpi), STRIP_TOP + STRIP
     unit = "transition" if of_parts else "position"
-    locator = MaxNLocator(8, integer=True, steps=[1, 2, 5, 10])
-    ticks = sorted({int(t) for t in locator.tick_values(0, n - 1) if 0 <= t < n})
+    ticks = Page.numbers(0, n - 1, 8)
     titles = f"Attention of the query token to each {unit}", f"Attention that each {unit} receives"
     for left, title in zip((LEFT, RIGHT), titles, strict=True):
         page.text(left, 86, title, 11, weight="bold")

@@ -75,8 +75,7 @@ def summary(path: Path, values: Values, uniform: Values, *, layer: int, dpi: int
         if is_one(drawn, even):  # one bar of a width that suits the distance to uniform attention
             half = 0.02 * (1.0 if is_one(np.append(drawn, even)) else abs(mean - even))
             drawn, bins = np.full(n_samples, mean), [max(0.0, mean - half), mean + half]
-        style = {"log_scale": log, "color": BLUE, "edgecolor": "white"}
-        seaborn.histplot(x=drawn, bins=bins, ax=axes, **style)
+        seaborn.histplot(x=drawn, bins=bins, ax=axes, log_scale=log, color=BLUE, edgecolor="white")
         if few:
             seaborn.rugplot(x=drawn, color=INK, height=0.05, ax=axes)
         axes.axvline(mean, color=INK, lw=2)
@@ -158,8 +157,7 @@ def attention_over_learning(path: Path, learning: Mapping, *, title: str, dpi: i
     value: `episode`; `rollouts`, how many are there; `reward` as `{"mean", "low", "high"}`;
     `layers`, each with `layer` and `shares`, kind -> the same three; `even`, kind -> uniform share.
     """
-    n_layers = len(learning["by_episode"]["layers"])
-    height = TOP + REWARDS + n_layers * (BELOW + PANEL) + BELOW - 12
+    height = TOP + REWARDS + len(learning["by_episode"]["layers"]) * (BELOW + PANEL) + BELOW - 12
     page = Page(PAGE_WIDTH, height, dpi)
     about = (
         f"{counted(learning['n_rollouts'], 'rollout')}, {learning['n_decisions']:,} decisions: "

@@ -26,9 +26,9 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 from matplotlib.patches import Rectangle
 from matplotlib.text import Text
+from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import Affine2D
 
-from historylens.common.errors import expect
 from historylens.common.files import write_atomically
 
 INK, SOFT, FAINT = "#222222", "#444444", "#8a8a8a"
@@ -52,7 +52,6 @@ UNSAID = {  # by format: what would say when and by which version a file was wri
 def save_figure(figure: Figure, path: str | Path) -> None:
     """Write a figure in the format of the suffix, .png, .pdf or .svg, whole or not at all."""
     form = Path(path).suffix[1:]
-    expect(form in UNSAID, f"expected a picture to end in .{', .'.join(UNSAID)}, got {path}")
     with rc_context(VECTORS):
         write_atomically(path, partial(figure.savefig, format=form, metadata=UNSAID[form]))
 
@@ -104,6 +103,13 @@ class Page:
         style = {"size": size, "color": INK, "va": "center", "parse_math": False} | style
         self._draw(Text(x, y, text, transform=self._places, **style))
 
+    def column(
+        self, x: float, y: float, texts: Sequence[str], step: float, size: float = 8.5, **style: Any
+    ) -> None:
+        """Write `texts` below each other, `step` apart."""
+        for i, text in enumerate(texts):
+            self.text(x, y + step * i, text, size, **style)
+
     def lines(self, segments: Sequence, **style: Any) -> None:
         """Draw segments `[(x0, y0), (x1, y1), ...]`; `style` as for `LineCollection`."""
         self._draw(LineCollection(segments, transform=self._places, **style))
@@ -125,8 +131,13 @@ class Page:
                 break
         else:
             lines[1] = f"{lines[1][:-1]}…"
-        for i, line in enumerate(lines[:2]):
-            self.text(left, 46 + 16 * i, line, size)
+        self.column(left, 46, lines[:2], 16, size)
+
+    @staticmethod
+    def numbers(low: int, high: int, most: int) -> list[int]:
+        """About `most` round whole numbers of `low` to `high`, for `ticks` to name."""
+        values = MaxNLocator(most, integer=True, steps=[1, 2, 5, 10]).tick_values(low, high)
+        return [int(value) for value in values if low <= value <= high]
 
     def ticks(self, names: Mapping, edge: float, side: str, width: float = 0.7) -> None:
         """Name places, `{place: name}`, on the lower ("below") or left ("left") edge of a plot."""

@@ -1,7 +1,7 @@
 """Draw pictures on all cores: several processes that only draw, fed while the model runs.
 
-with Painter(2, "all numbers are in metrics.json") as painter:
-    painter.draw(line_plot, path, sample, layer=2, heads=range(4), dpi=100)
+with Painter(2, "all numbers are in metrics.json", dpi=100) as painter:
+    painter.draw(line_plot, path, sample, layer=2, heads=range(4))
 """
 
 import ctypes
@@ -50,15 +50,16 @@ def drawing_processes(n_pictures: int) -> int:
 class Painter(AbstractContextManager):
     """Draws in order of arrival, with 1 process at once and here; `drawn` is called after each.
 
-    A picture is drawn in each of `formats`. One that cannot be drawn costs no other: it is a note
-    that ends in `kept`, what there is all the same. `n_drawn` counts the others.
+    A picture is drawn in each of `formats`, all in the same `style`, such as a `dpi`. One that
+    cannot be drawn costs no other: it is a note that ends in `kept`, what there is all the same.
+    `n_drawn` counts the others.
     """
 
     def __init__(
         self, n_processes: int, kept: str = "", drawn: Callable[[], object] = lambda: None,
-        formats: Sequence[str] = ("png",),
+        formats: Sequence[str] = ("png",), **style: Any,
     ) -> None:  # fmt: skip
-        self.n_drawn, self._kept, self._drawn = 0, kept, drawn
+        self.n_drawn, self._kept, self._drawn, self._style = 0, kept, drawn, style
         self._n_processes, self._formats = n_processes, formats
         warnings.filterwarnings("ignore", BOXES, UserWarning)
         self._waiting: deque[tuple[Path, Callable[[], object], Future]] = deque()
@@ -68,7 +69,7 @@ class Painter(AbstractContextManager):
         """Draw `function(path, *args, **kwargs)`, of a module; folder and suffixes are made."""
         for form in self._formats:
             own = path.with_suffix(f".{form}")
-            task = partial(_draw, function, own, *args, **kwargs)
+            task = partial(_draw, function, own, *args, **self._style, **kwargs)
             if self._pool is None:
                 self._finish(own, task)
             else:

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator, NullLocator
 
-from historylens.common.text import fixed
+from historylens.common.batches import alike
 from historylens.pictures.page import FAINT, HUES, INK, SOFT, UNIFORM, in_lines, inset, save_figure
 
 N_COLOURED = 4  # strategies with a colour of their own, beside recent and random
@@ -136,9 +136,8 @@ def finding(study: Any) -> str:
 
 def _strategies(study: Any) -> tuple[dict[str, list[Any]], dict[str, str]]:
     """Rows of each strategy, smallest budget first, and the colours of those that stand out."""
-    lines: dict[str, list[Any]] = {}
-    for row in sorted(study.candidates, key=lambda row: row.arm.n_keep):
-        lines.setdefault(row.arm.name, []).append(row)
+    rows = sorted(study.candidates, key=lambda row: row.arm.n_keep)
+    lines = {own[0].arm.name: own for own in alike(rows, lambda row: row.arm.name)}
     average = {name: np.mean([row.mean.value for row in rows]) for name, rows in lines.items()}
     best = sorted(average.keys() - {"recent", "random"}, key=lambda name: (-average[name], name))
     if study.recommended is not None:
@@ -258,11 +257,11 @@ def _draw_panel(axes: Axes, study: Any, budget: int, colours: dict, best: float 
     others = iter(["other strategies"])  # named once
     for row in sorted(rows, key=lambda row: row.arm.name not in colours):
         if colour := colours.get(row.arm.name):
-            label = f"{row.arm.name} ({fixed(row.adaptation_loss.value, 1, '+')})"
+            label = f"{row.arm.name} ({row.adaptation_loss.value:+z.1f})"
             draw(row.by_episode, color=colour, lw=1.6, zorder=4, label=label)
         else:
             draw(row.by_episode, color=GREY, lw=0.8, zorder=2, label=next(others, None))
-    label = f"empty history ({fixed(study.empty.adaptation_loss.value, 1, '+')})"
+    label = f"empty history ({study.empty.adaptation_loss.value:+z.1f})"
     draw(study.empty.by_episode, color=FAINT, lw=1.6, ls=":", zorder=3, label=label)
     if best is not None:
         axes.axhline(best, color=FAINT, lw=1, ls=":")

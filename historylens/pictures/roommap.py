@@ -100,16 +100,13 @@ def _sheet(
         _number(grids[i], shape, i % across == 0, i + across >= len(names))
     bar = LEFT + across * right
     page.bar(bar, TOP, BAR, SHADES, "attention / uniform")
-    for i, label in enumerate(RATIOS):
-        page.text(bar + BAR_WIDTH + 8, TOP + BAR * i / 4, label, 8.5)
-    for i, line in enumerate(CAPTION):
-        page.text(LEFT, end + LINE * i, line, 8.5, color=SOFT)
+    page.column(bar + BAR_WIDTH + 8, TOP, RATIOS, BAR / 4)
+    page.column(LEFT, end, CAPTION, LINE, color=SOFT)
     icons = Grid(page, LEFT, below, ICON)  # a line a mark, drawn as on the maps
     _draw_cells(icons, np.array([[np.nan], *[[1]] * (len(LEGEND) - 1)]))
     steps = np.array([[(1, -0.5), (1, 0.5)], *[[(2, 0), (2, 0)]] * 3])
     _draw_marks(icons, steps, *(np.array([(row, 0)]) for row in (3, 4, 5)))
-    for i, text in enumerate(LEGEND):
-        page.text(LEFT + ICON + 10, icons.at((i, 0))[1], text, 8.5, color=SOFT)
+    page.column(LEFT + ICON + 10, below + ICON / 2, LEGEND, ICON, color=SOFT)
     page.keep()
     return page, grids
 

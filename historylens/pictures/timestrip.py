@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-from matplotlib.ticker import MaxNLocator
 
 from historylens.pictures.heatmap import color_bar, last_rows, pool, scale_of, to_colours
 from historylens.pictures.order import history_strip
@@ -38,9 +37,7 @@ class Axis:
 
     def ticks(self, first: int, last: int) -> list[int]:
         """Numbers to name, of `first` to `last`."""
-        most = min(8, max(1, int(self.length / 34)))
-        values = MaxNLocator(most, integer=True, steps=[1, 2, 5, 10]).tick_values(first, last)
-        return [int(value) for value in values if first <= value <= last]
+        return Page.numbers(first, last, min(8, max(1, int(self.length / 34))))
 
 
 def attention_over_time(
@@ -62,8 +59,8 @@ def attention_over_time(
     right = max(MIN_PITCH, back.length + STRIP + QUERY + 2 * GAP + BESIDE)
     down = steps.length + BELOW
     width, bottom = max(MIN_WIDTH, LEFT + across * right + RIGHT), TOP + max(160, n_down * down)
-    caption = [in_lines(text, width - LEFT - MARGIN, 8.5) for text in _caption(back, steps)]
-    lines = [line for lines in caption for line in lines]
+    caption, room = _caption(back, steps), width - LEFT - MARGIN
+    lines = [line for text in caption for line in in_lines(text, room, 8.5)]
     page = Page(width, bottom + 17 * len(lines) + FOOTER, dpi)
     page.heading(LEFT, title, subtitle)
     starts = episode_starts[: None if len(episode_starts) * MIN_EPISODE <= steps.length else 1]
@@ -76,8 +73,7 @@ def attention_over_time(
         _mark(page, left, top, back, steps, starts)
     corner = LEFT + across * right - 4, TOP + 14
     color_bar(page, corner, min(300, bottom - TOP - 40), scale, n + 1)
-    for i, line in enumerate(lines):
-        page.text(LEFT, bottom + 17 * i, line, 8.5, color=SOFT)
+    page.column(LEFT, bottom, lines, 17, color=SOFT)
     page.save(path)
 
 
