@@ -1,9 +1,12 @@
 """Products of few rows do not depend on how many threads there are."""
 
+import copy
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
@@ -37,6 +40,65 @@ def test_linear_maps_of_other_kinds_are_what_they_are():
         assert functional.linear(x, weight).tolist() == [5, 5, 5]
         assert functional.linear(input=x, weight=weight[None]).tolist() == [[5]] * 3
         assert functional.linear(nested, weight[None].repeat(2, 1)).is_nested
+
+
+def compiled(layer, x):
+    torch.compiler.reset()
+    return torch.compile(lambda x: layer(x) @ layer.weight, backend="eager", fullgraph=True)(x)
+
+
+def into(layer, x):
+    functional.linear(x, layer.weight.data, layer.bias.data, out=(out := torch.empty(3, 4)))
+    return out
+
+
+def changed_in_place(layer, x):
+    with torch.no_grad():
+        mapped = layer(x)
+    return mapped.add_(torch.ones(4, requires_grad=True)) * mapped.untyped_storage().nbytes()
+
+
+def recomputed(layer, x):
+    checkpointed = torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False)
+    return torch.autograd.grad(checkpointed.square().sum(), layer.weight)[0]
+
+
+class Wrapped:
+    def __init__(self, x):
+        self.x = x
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        return func(*(x.x if isinstance(x, Wrapped) else x for x in args), **(kwargs or {}))
+
+
+def packed(layer, x):
+    quantized = nn.Sequential(torch.ao.quantization.QuantStub(), copy.deepcopy(layer)).eval()
+    quantized.qconfig = torch.ao.quantization.get_default_qconfig("x86")
+    torch.ao.quantization.prepare(quantized, inplace=True)(x)
+    return torch.ao.quantization.convert(quantized, inplace=True)(x).dequantize()
+
+
+@pytest.mark.filterwarnings("ignore:.*(torch.ao|torch.jit|quantize|reduce_range|observer).*")
+@pytest.mark.parametrize("run", [
+    compiled, into, changed_in_place, recomputed, packed,
+    lambda layer, x: torch.jit.trace(layer, x)(torch.ones(100, 5)),
+    lambda layer, x: torch.fx.Tracer().trace(layer) and layer(x),
+    lambda layer, x: functional.linear(Wrapped(x), layer.weight, layer.bias),
+    lambda layer, x: functional.linear(x.to_sparse(), layer.weight),
+    lambda layer, x: functional.linear(x, layer.weight, torch.ones(3, 4)),
+])  # fmt: skip
+def test_whatever_is_done_with_a_linear_map_can_be_done(run):
+    torch.manual_seed(0)
+    layer, x = nn.Linear(5, 4), torch.randn(3, 5)
+    alone = run(layer, x)
+    with SteadySums():
+        assert torch.allclose(run(layer, x), alone, atol=1e-5)
+
+
+def test_operands_that_do_not_fit_are_told_as_they_are():
+    with SteadySums(), pytest.raises(RuntimeError, match="3x5 and 4x2"):
+        functional.linear(torch.ones(3, 5), torch.ones(2, 4))
 
 
 @pytest.mark.parametrize("product", [torch.mm, torch.matmul, lambda x, y: x @ y])
