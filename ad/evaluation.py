@@ -17,6 +17,7 @@ from config import EnvConfig
 from historylens.agent import rollout
 from historylens.common.batches import MAX_ROOMS
 from historylens.common.processes import ALONE, Group
+from historylens.common.text import aligned
 from historylens.comparison.policy import CompressedPolicy
 from historylens.compression.method import METHODS
 from model import ADTransformer
@@ -113,17 +114,17 @@ def describe(result: dict[str, Any], checkpoint: Path) -> str:
     """The final numbers of a run, those of `training.json`, and its checkpoint as console text."""
     test, config, n = result["test"], result["config"], result["config"]["eval_episodes"]
     names = [TASKS[config["env"]].name(goal) for goal in test["goals"]]
-    wide = max(8, *map(len, names))
-    lines = [
-        f"\nTEST GOALS (never trained or chosen on), {test['rollouts']} rollouts a goal",
-        f"{'goal':>{wide}}  {'possible':>8}  {f'episodes {n // 2 + 1} to {n}':>17}  {'part':>5}",
-    ]
+    rows = [["goal", "possible", f"episodes {n // 2 + 1} to {n}", "part"]]
     by_goal = zip(names, test["possible_by_goal"], test["return_by_goal"], strict=True)
     for name, best, reached in by_goal:
         part = f"{reached / best:.0%}" if best else "-"  # out of reach
-        lines.append(f"{name:>{wide}}  {best:>8.4g}  {reached:>17.2f}  {part:>5}")
-    mean = f"{test['possible']:>8.2f}  {test['return']:>17.2f}  {test['relative']:>5.0%}"
-    lines.append(f"{'mean':>{wide}}  {mean}\n")
+        rows.append([name, f"{best:.4g}", f"{reached:.2f}", part])
+    means = f"{test['possible']:.2f}", f"{test['return']:.2f}", f"{test['relative']:.0%}"
+    lines = [
+        f"\nTEST GOALS (never trained or chosen on), {test['rollouts']} rollouts a goal",
+        *aligned([*rows, ["mean", *means]]),
+        "",
+    ]
     if (whole := result["test_by_sliding"].get("episode")) is not None:
         lines.append(f"The same with whole episodes dropped from a full context: {whole:.2f}")
     lines += [

@@ -31,7 +31,7 @@ from historylens.compression.method import METHODS, get_method
 
 CODE = (  # files here, beside the agent's, that returns depend on
     "agent.py", "history.py", "tokens.py", "capture/*.py", "compression/*.py",
-    "comparison/playing.py", "comparison/policy.py",
+    "comparison/playing.py", "comparison/policy.py", "common/steady.py",
 )  # fmt: skip
 Block = tuple[Arm, range]  # an arm's runs of some seeds
 MAY_LACK = {"norm", "contribution", "head_attention"}  # what not every model shows, or of each head
