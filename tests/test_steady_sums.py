@@ -101,7 +101,7 @@ def test_operands_that_do_not_fit_are_told_as_they_are():
         functional.linear(torch.ones(3, 5), torch.ones(2, 4))
 
 
-@pytest.mark.parametrize("product", [torch.mm, torch.matmul, lambda x, y: x @ y])
+@pytest.mark.parametrize("product", [torch.mm, torch.matmul, functional.linear])
 def test_other_products_of_few_rows_run_on_one_thread_and_give_the_others_back(product):
     seen, before = [], torch.get_num_threads()
 
@@ -113,11 +113,12 @@ def test_other_products_of_few_rows_run_on_one_thread_and_give_the_others_back(p
     torch.set_num_threads(2)
     try:
         with Watch(), SteadySums():
-            product(torch.ones(3, 5), torch.ones(5, 2))
-            product(torch.ones(300, 5), torch.ones(5, 2))
+            product(torch.ones(3, 5), torch.ones(5, 5, requires_grad=True))
+            product(torch.ones(300, 5), torch.ones(5, 5))
+            torch.bmm(torch.ones(2, 3, 5), torch.ones(2, 5, 5))
             with pytest.raises(RuntimeError):
-                product(torch.ones(3, 5), torch.ones(4, 2))
+                product(torch.ones(3, 5), torch.ones(4, 4))
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
-    assert [n for name, n in seen if name.strip("_") in ("mm", "matmul")] == [1, 2, 1]
+    assert [n for name, n in seen if name in ("linear", "mm", "matmul", "bmm")] == [1, 2, 2, 1]
