@@ -1,5 +1,6 @@
 """Captured attention equals an eager softmax(q k^T / sqrt(d) + mask); the model never notices."""
 
+import gc
 import math
 import weakref
 
@@ -132,6 +133,21 @@ def test_an_error_leaves_nothing_behind_and_what_it_left_running_has_ended(error
     with pytest.raises(error), capture(model):
         model(x)
     assert is_clean(model)
+
+
+def test_a_record_is_freed_with_its_last_reference_and_takes_nothing_in_after_its_block():
+    encoder, x = make_encoder(), torch.randn(2, 5, 16)
+    gc.disable()  # what is in a cycle would wait for it, however large
+    try:
+        with capture(encoder, maps=[0]) as record:
+            encoder(x)
+        with pytest.raises(CaptureError, match="mine is handed in too late"):
+            record.add("mine", torch.ones(1, 1, 5, 5))
+        maps = weakref.ref(record[0].maps)
+        del record
+        assert maps() is None
+    finally:
+        gc.enable()
 
 
 def test_a_record_does_not_keep_the_mask_of_the_model_after_an_error_either():

@@ -1,7 +1,7 @@
 """What a capture keeps of every attention call, and leaves behind: the layers in order."""
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from operator import and_, or_
@@ -9,6 +9,7 @@ from operator import and_, or_
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.overrides import _get_current_function_mode_stack
 
 from historylens.capture import rows
 from historylens.capture.inputs import LAYERS, Call, CaptureError
@@ -88,11 +89,10 @@ class Seen:
 class Record(Sequence[LayerAttention]):
     """The captured layers as they ran, or in the order in which they were given one by one."""
 
-    def __init__(self, waiting: Iterable[str], roots: Iterable[str], take: Callable) -> None:
+    def __init__(self, waiting: Iterable[str], roots: Iterable[str]) -> None:
         self.waiting = dict.fromkeys(waiting)  # names of layers that have to run and have not yet
         self.places: set[str] = set()  # modules that attended in sight, or handed weights in
         self.calls: dict[str, Seen | None] = {}  # by name, in order; None of what is not kept
-        self.add = take  # takes in weights that cannot be read, as `record_attention` does
         self._order = {root: i for i, root in enumerate(roots) if root}
 
     @property
@@ -105,6 +105,13 @@ class Record(Sequence[LayerAttention]):
     def names(self) -> tuple[str, ...]:
         """The names of the layers captured so far, in order."""
         return tuple(layer.name for layer in self._layers)
+
+    def add(self, name: str, weights: Tensor, mask: Tensor | None = None) -> None:
+        """Take in weights as `record_attention` does; CaptureError: the block has ended."""
+        for session in _get_current_function_mode_stack():
+            if getattr(session, "record", None) is self:
+                return session.take_weights(name, weights, mask)
+        raise CaptureError(f"{name} is handed in too late: do so inside `with capture(...)`")
 
     def check_all_ran(self) -> None:
         """Raise `CaptureError` if a layer has not run yet."""

@@ -44,7 +44,7 @@ class Session(TorchFunctionMode):
         attending = [
             x for m, x in self._names.items() if getattr(type(m), "forward", None) in known
         ]
-        self.record = Record(filter(options.chooses, attending), self._roots, self.take_weights)
+        self.record = Record(filter(options.chooses, attending), self._roots)
         self.running: list[_Run] = []  # the innermost last
         self.weights = Followed()
         self.newest = ""  # the layer of the last call, if that attended
