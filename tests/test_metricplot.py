@@ -1,39 +1,20 @@
-"""Pictures of metrics, returns and learning hold their numbers, told in full inside the page."""
+"""Pictures of metrics and learning hold their numbers, told in full inside the page."""
 
 import itertools
-from dataclasses import replace
 from unittest import mock
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
-from matplotlib.text import Text
 from test_pictures import axes_of, draw, sample_of
-from test_study import judged, result
 
-from historylens.comparison import WITH_BUDGET
-from historylens.pictures import metricplot, page, returns
+from historylens.pictures import metricplot, page
 from historylens.pictures.lineplot import line_plot
 from historylens.pictures.metricplot import KINDS, METRICS, attention_over_learning, course, summary
 from historylens.pictures.page import INK, Page
-from historylens.pictures.returns import episode_ticks, spread
 
 UNIFORM = dict(zip(METRICS, (1 / 31, 0.0, 3.3, 1.0), strict=True))
-ABOUT = returns.Picture("a model", "a task", None, 99)
 OPTIONS = {"title": "Attention over learning · a model", "dpi": 50}
-
-
-def test_episodes_are_named_evenly_from_the_first_and_none_is_skipped_where_all_fit():
-    for n in range(1, 61):
-        ticks = episode_ticks(n)
-        assert ticks[0] == 1
-        assert all(isinstance(tick, int) and 1 <= tick <= n for tick in ticks)
-        assert len(ticks) <= 9
-        assert len(set(np.diff(ticks[1:]))) <= 1
-        assert n > 5 or ticks == list(range(1, n + 1))
 
 
 def metric_values(*shape):
@@ -94,71 +75,6 @@ def test_legends_have_a_swatch_for_single_samples_bands_and_ranges(tmp_path):
     assert said.count("single samples") == 2
     assert said.count("the middle 80 % of samples") == 1
     assert said[-1] == "A point is the mean of 2 positions; the grey band is their range."
-
-
-def drawn_returns(picture, study, about=ABOUT):
-    with mock.patch.object(returns, "save_figure") as save:
-        picture("x.png", study, about)
-    FigureCanvasAgg(figure := save.call_args.args[0]).draw()
-    return figure.axes
-
-
-def test_names_of_returns_stay_in_the_page_beside_long_numbers_and_clear_of_the_legend():
-    names, level = ("recent", "random", "even", "decay", "diverse", "nearest"), -40000.0
-    arms = [result(f"{name}@5", level - i) for i, name in enumerate(names)]
-    study = judged(*arms, full=-10000.0, empty=level, control=level)
-    plot, legend = drawn_returns(returns.draw_by_budget, study)
-    panels = drawn_returns(returns.draw_by_episode, study)
-    assert min(axes.yaxis.get_tightbbox().x0 for axes in (plot, *panels)) >= 0
-    labels = [Text.get_window_extent(x).y0 for x in plot.texts if x.get_text() in names]
-    assert len(labels) == len(names)
-    assert min(labels) > max(text.get_window_extent().y1 for text in legend.texts)
-
-
-@pytest.mark.parametrize("level", [9.6, 10.0, 10.2, 11.2])
-def test_the_recommended_arm_is_named_clear_of_the_name_of_full_history(level):
-    study = judged(result("even@10", level), result("recent@10", 3.0), result("even@40", 3.0))
-    assert study.recommended.arm.key == "even@10"
-    plot, *_ = drawn_returns(returns.draw_by_budget, study)
-    texts = {x.get_text()[:12]: Text.get_window_extent(x) for x in plot.texts}
-    assert not texts["recommended"].overlaps(texts["full history"])
-
-
-def test_the_legend_names_what_is_there_and_the_heading_fits():
-    over_seeds, of_chance = "95 % interval over seeds", "95 % interval of random choice"
-    long = "a task that is told in more words than one line takes " * 4, "a name " * 30
-    one_seed = judged(result("random@1", 3.0, shape=(4, 1, 1)), shape=(4, 1, 1))
-    for arms, about, there in (
-        (["random@10", "random@20"], ABOUT, [over_seeds, of_chance]),
-        (["recent@10"], replace(ABOUT, title=long[0], subtitle=long[1]), [over_seeds]),
-        ([f"{name}@10" for name in WITH_BUDGET], ABOUT, [over_seeds]),  # of these no band
-        ([], ABOUT, []),
-    ):
-        study = judged(*(result(key, 3.0) for key in arms)) if arms else one_seed
-        plot, legend = drawn_returns(returns.draw_by_budget, study, about)
-        curves, *_ = drawn_returns(returns.draw_by_episode, study, about)
-        assert [text.get_text() for text in legend.texts][3:] == there
-        for axes in (plot, curves):
-            for extent in map(Text.get_window_extent, axes.figure.texts):
-                assert extent.x1 <= axes.figure.bbox.x1
-                assert extent.y0 >= axes.get_window_extent().y1
-        names = [text.get_text() for text in curves.get_legend().texts]
-        is_grey = [line.get_color() == returns.GREY for line in curves.lines]
-        assert names.count("other strategies") == any(is_grey) == (len(arms) > 2)
-
-
-@given(st.lists(st.floats(0, 1), min_size=1, max_size=30).map(sorted), st.floats(0.001, 0.1))
-def test_labels_keep_their_order_and_their_distance(places, gap):
-    assert spread([0.1, 0.5, 0.5, 1.0], 0.1) == pytest.approx([0.1, 0.45, 0.55, 1.0])
-    moved = spread(places, gap)
-    if (len(places) - 1) * gap < 1:
-        assert (np.diff(moved) >= gap - 1e-9).all()
-    assert -1e-9 <= min(moved) <= max(moved) <= 1 + 1e-9
-    if len(places) == 1 or np.diff(places).min() >= gap:
-        assert moved == pytest.approx(places)
-
-
-# attention over learning
 
 
 def three(rng, n, scale=1.0):

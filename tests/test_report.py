@@ -197,10 +197,13 @@ def test_what_is_not_a_finite_number_or_no_plain_type_leaves_the_old_file(tmp_pa
     path.write_text("before")
     with pytest.raises(ValueError, match="JSON compliant"):
         written(path, loss=float("nan"))
+    with pytest.raises(ValueError, match="JSON compliant"):
+        written(path, rows=rounded(np.array([[1.0, np.nan]])))
     with pytest.raises(TypeError, match="plain types"):
         written(path, model=object())
     assert path.read_text() == "before"
     assert list(tmp_path.iterdir()) == [path]
+    assert rounded(np.array([[1 / 3, np.nan]]), None) == [[0.333333, None]]
 
 
 def table_of(*args):

@@ -1,6 +1,10 @@
-"""Products of few rows do not depend on how many threads there are."""
+"""Products of few rows, and what the commands write, do not depend on the number of threads."""
 
 import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -122,3 +126,18 @@ def test_other_products_of_few_rows_run_on_one_thread_and_give_the_others_back(p
     finally:
         torch.set_num_threads(before)
     assert [n for name, n in seen if name in ("linear", "mm", "matmul", "bmm")] == [1, 2, 2, 1]
+
+
+@pytest.mark.parametrize("flags", [(), ("--play", "--episodes=2", "--rollouts=1")])
+def test_one_thread_and_more_give_the_same_bytes(tmp_path, flags):
+    root, running = Path(__file__).parents[1], []
+    flags += "--num-samples=4", "--num-figures=0", "--num-effects=4", "--device=cpu", "--out=out"
+    shipped = f"--checkpoint={root / 'checkpoints' / 'AD-darkroom-shipped'}"
+    for n in ("1", "2"):
+        (home := tmp_path / n).mkdir()
+        command = [sys.executable, root / "visualize_attention.py", shipped, *flags]
+        options = {"cwd": home, "env": os.environ | {"OMP_NUM_THREADS": n}}
+        running.append(subprocess.Popen(command, stdout=subprocess.DEVNULL, **options))
+    assert [one.wait() for one in running] == [0, 0]
+    written = {(tmp_path / n / "out" / "metrics.json").read_bytes() for n in ("1", "2")}
+    assert len(written) == 1

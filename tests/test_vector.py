@@ -33,7 +33,7 @@ from historylens.pictures.effectplot import deletion_curves, head_effects
 from historylens.pictures.heatmap import Sheet, color_range, heatmap
 from historylens.pictures.lineplot import line_plot
 from historylens.pictures.metricplot import attention_over_learning, course, summary
-from historylens.pictures.page import Page
+from historylens.pictures.page import Page, save_figure
 from historylens.pictures.painter import Painter
 from historylens.pictures.roommap import room_map
 from historylens.pictures.timestrip import attention_over_time
@@ -214,7 +214,7 @@ def test_a_vector_file_is_the_same_at_any_dpi_and_by_another_process(tmp_path):
         for name in ("historylens", "historylens.pictures"):  # torch takes a while to import
             sys.modules[name] = types.ModuleType(name)
             sys.modules[name].__path__ = [str(Path({str(TOOL)!r}, *name.split(".")[1:]))]
-        from historylens.pictures.page import Page
+        from historylens.pictures.page import Page, save_figure
     """
     code += f"\n{inspect.getsource(page_of_text)}for path in sys.argv[1:]: page_of_text(Path(path))"
     environment = os.environ | {"PYTHONHASHSEED": "1"}  # here it is another one
@@ -238,7 +238,7 @@ def test_a_page_is_drawn_in_the_order_of_the_calls_with_its_axes_on_top(tmp_path
             assert pixels[place].tolist() == colour
 
 
-def test_a_file_is_whole_or_as_it_was(tmp_path):
+def test_a_file_is_whole_or_as_it_was_and_other_formats_are_refused_by_name(tmp_path):
     content, page = page_of(tmp_path / "a.pdf")
     with (
         mock.patch.object(page.figure.canvas, "print_figure", side_effect=OSError("full")),
@@ -246,6 +246,8 @@ def test_a_file_is_whole_or_as_it_was(tmp_path):
     ):
         page.save(tmp_path / "a.pdf")
     assert (tmp_path / "a.pdf").read_bytes() == content
+    with pytest.raises(UserError, match=r"end in \.png, \.pdf, \.svg, got .*a\.jpg"):
+        save_figure(page.figure, tmp_path / "a.jpg")
     assert [path.name for path in tmp_path.iterdir()] == ["a.pdf"]
 
 

@@ -95,21 +95,6 @@ def samples_of(*argv):
     return [(s["history"], s["step"]) for s in analysed("--num-figures=0", *argv)["samples"]]
 
 
-@pytest.mark.parametrize("flags", [(), ("--play", "--episodes=2", "--rollouts=1")])
-def test_one_thread_and_more_give_the_same_bytes(tmp_path, flags):
-    root, running = Path(module.__file__).parent, []
-    flags += "--num-samples=4", "--num-figures=0", "--num-effects=4", "--device=cpu", "--out=out"
-    shipped = f"--checkpoint={root / 'checkpoints' / 'AD-darkroom-shipped'}"
-    for n in ("1", "2"):
-        (home := tmp_path / n).mkdir()
-        command = [sys.executable, root / "visualize_attention.py", shipped, *flags]
-        options = {"cwd": home, "env": os.environ | {"OMP_NUM_THREADS": n}}
-        running.append(subprocess.Popen(command, stdout=subprocess.DEVNULL, **options))
-    assert [one.wait() for one in running] == [0, 0]
-    written = {(tmp_path / n / "out" / "metrics.json").read_bytes() for n in ("1", "2")}
-    assert len(written) == 1
-
-
 def test_the_real_command_writes_the_documented_files(shown):
     assert set(shown.files) == names_of([0], range(2), *EFFECTS)
     drawn = [content for name, content in shown.files.items() if name.endswith(".png")]

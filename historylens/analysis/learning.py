@@ -101,11 +101,11 @@ def _curves(
     n_there = there.sum(0)
 
     def mean(values: np.ndarray) -> list[float | None]:  # (R, E)
-        return rounded(np.nan_to_num(values).sum(0) / n_there)
+        return rounded(np.nan_to_num(values).sum(0) / n_there, None)
 
     def told(values: np.ndarray) -> dict[str, list[float | None]]:
         ends = resampled.interval(np.nan_to_num(values), there.astype(float))
-        low, high = map(rounded, np.where(n_there > 1, ends, np.nan))
+        low, high = rounded(np.where(n_there > 1, ends, np.nan), None)
         return {"mean": mean(values), "low": low, "high": high}
 
     return {

@@ -81,7 +81,7 @@ class RoomMap:
             "rewarded": self.rewarded[seen].tolist(),
             "even": rounded(self.even[seen]),
             "attention": rounded(self.attention[:, seen]),
-            "ratio": rounded(self.ratio[:, seen]),
+            "ratio": rounded(self.ratio[:, seen], None),
         }
 
 

@@ -28,12 +28,19 @@ Change = Callable[[Tensor], Tensor]  # of what the heads of a layer give, (B, H,
 
 @dataclass(eq=False)
 class HeadOutput:
-    """What the heads of a layer read and gave, of which its output is the `projection`."""
+    """What the heads of a layer read and gave. The layer's output is `projection` of all of them.
 
-    values: Tensor  # (B, H, Tk, d), of which each head's output is the mean by its weights
-    output: Tensor  # (B, H, Tq, d), after any change
-    query_rows: Tensor  # (B, H, Tk), the query token's attention, before any change
-    # (D, H * d), by which heads side by side are multiplied; None: no linear map followed directly.
+    Attributes:
+        values: `(B, H, Tk, d)`, of which each head's output is the mean by its weights.
+        output: `(B, H, Tq, d)`, after any change.
+        query_rows: `(B, H, Tk)`, the query token's attention, before any change.
+        projection: `(D, H * d)`, the weight that heads side by side are multiplied with; None
+            where no linear map followed directly.
+    """
+
+    values: Tensor
+    output: Tensor
+    query_rows: Tensor
     projection: Tensor | None = None
 
     def added(self) -> Tensor:

@@ -21,20 +21,30 @@ class LayerAttention:
 
     `H` are the query's heads; `Tk = T` in self-attention, of all passes together. What was not
     asked for is None.
+
+    Attributes:
+        name: the layer's name in the model.
+        query_rows: `(B, H, Tk)` attention row of the query token; sums to 1 with `extra`.
+        visible: `(B, Tk)` bool, the keys that the mask lets some head of the query token see.
+        received: `(B, H, Tk)` attention that each position receives, averaged over the queries
+            allowed to see it, padded queries left out; NaN where there are none.
+        maps: `(M, H, R, C)` attention maps of the chosen samples, NaN where forbidden. A column is
+            the mean weight of its tokens.
+        map_rows: `(R,)` int64, token index of each map row; the last is the last token's.
+        map_cols: `(C,)` int64, first token index of each map column.
+        extra: `(B, H)` what the query's row has on keys that are no tokens; None without such.
+        inputs: `(B, T, F)` what each token feeds into its query and key.
     """
 
-    name: str  # in the model
-    query_rows: Tensor  # (B, H, Tk) attention row of the query token; sums to 1 with `extra`
-    visible: Tensor  # (B, Tk) bool, the keys that the mask lets some head of the query token see
-    # (B, H, Tk) attention that each position receives, averaged over the queries allowed to see it,
-    # padded queries left out; NaN where there are none.
+    name: str
+    query_rows: Tensor
+    visible: Tensor
     received: Tensor | None = None
-    # (M, H, R, C) of the chosen samples, NaN where forbidden; a column is the mean of its tokens.
     maps: Tensor | None = None
-    map_rows: Tensor | None = None  # (R,) int64, token index of each; the last is the last token's
-    map_cols: Tensor | None = None  # (C,) int64, first token index of each
-    extra: Tensor | None = None  # (B, H) the query's weight on keys that are no tokens, if any
-    inputs: Tensor | None = None  # (B, T, F) what each token feeds into its query and key
+    map_rows: Tensor | None = None
+    map_cols: Tensor | None = None
+    extra: Tensor | None = None
+    inputs: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -87,12 +97,17 @@ class Seen:
 
 
 class Record(Sequence[LayerAttention]):
-    """The captured layers as they ran, or in the order in which they were given one by one."""
+    """The captured layers as they ran, or in the order in which they were given one by one.
+
+    Attributes:
+        waiting: names of the layers that have to run and have not yet.
+        places: names of the modules that attended in sight, or handed weights in.
+        calls: by name, in order, what is seen of each layer; None of what is not kept.
+    """
 
     def __init__(self, waiting: Iterable[str], roots: Iterable[str]) -> None:
-        self.waiting = dict.fromkeys(waiting)  # names of layers that have to run and have not yet
-        self.places: set[str] = set()  # modules that attended in sight, or handed weights in
-        self.calls: dict[str, Seen | None] = {}  # by name, in order; None of what is not kept
+        self.waiting, self.places = dict.fromkeys(waiting), set()
+        self.calls: dict[str, Seen | None] = {}
         self._order = {root: i for i, root in enumerate(roots) if root}
 
     @property

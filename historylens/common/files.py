@@ -5,6 +5,7 @@ import csv
 import io
 import itertools
 import json
+import math
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -167,8 +168,8 @@ def in_the_way(out: Path, path: Path) -> UserError:
     return UserError(f"cannot write to the output folder {out}: {what}")
 
 
-def rounded(values: np.ndarray) -> list[Any]:
-    """Nested lists of floats with 6 significant digits; None for NaN."""
+def rounded(values: np.ndarray, nan: float | None = math.nan) -> list[Any]:
+    """Nested lists of floats with 6 significant digits, and of `nan` where there is no number."""
     if values.ndim > 1:
-        return list(map(rounded, values))
-    return [None if np.isnan(value) else float(f"{value:.6g}") for value in values]
+        return [rounded(one, nan) for one in values]
+    return [nan if np.isnan(value) else float(f"{value:.6g}") for value in values]

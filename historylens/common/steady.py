@@ -27,8 +27,7 @@ class SteadySums(TorchFunctionMode):
         self, func: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
         kwargs, name = kwargs or {}, getattr(func, "__name__", "")
-        is_other = name not in PRODUCTS
-        if is_other or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        if name not in PRODUCTS or torch.compiler.is_compiling() or torch.jit.is_tracing():
             return func(*args, **kwargs)
         if name == "linear" and not kwargs and _is_plain(*args) and _has_few_rows(args[0]):
             rows = args[0].reshape(-1, args[0].shape[-1])

@@ -29,6 +29,7 @@ from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import Affine2D
 
+from historylens.common.errors import expect
 from historylens.common.files import write_atomically
 
 INK, SOFT, FAINT = "#222222", "#444444", "#8a8a8a"
@@ -52,6 +53,7 @@ UNSAID = {  # by format: what would say when and by which version a file was wri
 def save_figure(figure: Figure, path: str | Path) -> None:
     """Write a figure in the format of the suffix, .png, .pdf or .svg, whole or not at all."""
     form = Path(path).suffix[1:]
+    expect(form in UNSAID, f"expected a picture to end in .{', .'.join(UNSAID)}, got {path}")
     with rc_context(VECTORS):
         write_atomically(path, partial(figure.savefig, format=form, metadata=UNSAID[form]))
 
