@@ -10,6 +10,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -72,6 +73,12 @@ def test_shares_and_even_parts_are_all_items_once_and_differ_by_one_at_most(star
     shares = [rank.share(n) for rank in ranks]
     assert sorted(itertools.chain(*shares)) == list(range(n))
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
+    own = [list(rank.share(n)) for rank in ranks]
+    with (
+        mock.patch.object(Group, "gather", return_value=own),
+        mock.patch.object(Group, "broadcast", lambda _, value: value),
+    ):
+        assert ranks[-1].all_of(n, own[-1]) == list(range(n))
     slices = [rank.equal_slice(n * size) for rank in ranks]
     assert slices == [slice(rank * n, (rank + 1) * n) for rank in range(size)]
     with pytest.raises(UserError, match=f"{size} processes can share evenly, got {n * size + 1}"):
@@ -249,7 +256,7 @@ def together(tmp_path_factory, tiny_config):
     folder = tmp_path_factory.mktemp("together") / "home"
     goals = [[0, 1], [2, 2], [4, 3]]
     write_checkpoint(folder / "run" / "ckpt-30.pt", sharp_model(tiny_config), goals)
-    make_histories(n_episodes=20).save(folder / "run" / "histories-test.npz")
+    make_histories(n_episodes=25, horizon=4).save(folder / "run" / "histories-test.npz")
     done = run_apart(torchrun, [], folder)
     assert done.out.count("TEST GOALS") == 1, done.err
     seen = [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)]
@@ -284,6 +291,7 @@ def test_two_processes_write_what_one_writes(together, alone, monkeypatch):
     assert one == two
     assert len(json.loads(two["metrics.json"])["samples"]) == 12
     assert "cpu, 2 processes" in together.done.out
+    assert together.done.err.count("4 steps; the checkpoint was trained on 5") == 1
     assert together.done.out.count("OVERALL ATTENTION STATISTICS") == 1
 
 

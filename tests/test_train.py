@@ -250,8 +250,9 @@ def test_a_run_goes_on_with_its_own_settings_alone(tmp_path, capsys):
 def test_goals_out_of_reach_have_no_part_of_the_best(tmp_path, capsys):
     run = "x %{}" * 40  # as long as a name may be
     main(flags(tmp_path, run=run, horizon=2, grid_size=5, n_test_goals=6))
-    lines = map(str.split, capsys.readouterr().out.splitlines())
-    rows = [line for line in lines if line and line[0].startswith("(")]
+    table = re.findall(r"^ *(?:goal|\(|mean).*", capsys.readouterr().out, re.MULTILINE)
+    assert len(set(map(len, table))) == 1
+    rows = [line.split() for line in table if "(" in line]
     assert {(row[2] == "0", row[4] == "-") for row in rows} == {(False, False), (True, True)}
     assert (tmp_path / "figs" / "training" / f"{run}.png").exists()
     assert "NaN" not in (tmp_path / "checkpoints" / run / "training.json").read_text()

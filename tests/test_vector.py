@@ -238,6 +238,14 @@ def test_a_page_is_drawn_in_the_order_of_the_calls_with_its_axes_on_top(tmp_path
             assert pixels[place].tolist() == colour
 
 
+def test_texts_of_a_column_stand_below_each_other_in_their_size_and_colour():
+    column, texts = Page(100, 100, dpi=100), Page(100, 100, dpi=100)
+    column.column(10, 20, ["one", "two"], 30, color="red")
+    for text, y in (("one", 20), ("two", 50)):
+        texts.text(10, y, text, 8.5, color="red")
+    assert (column.pixels == texts.pixels).all()
+
+
 def test_a_file_is_whole_or_as_it_was_and_other_formats_are_refused_by_name(tmp_path):
     content, page = page_of(tmp_path / "a.pdf")
     with (
