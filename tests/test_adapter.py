@@ -1,11 +1,11 @@
 """A model of the user's through an adapter: what is read, how it acts, and what does not fit."""
 
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from adapters import CPU, agent_of, home, written  # noqa: F401
 from conftest import refused
 
 from historylens.adapter.agent import load, load_acting
@@ -14,32 +14,8 @@ from historylens.capture import capture
 from historylens.common.errors import UserError
 from visualize_attention import main
 
-EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
-CPU = torch.device("cpu")
 AS_INDICES = [("[..., 0]", "[..., 0].long()"), ("query_states[:, 0]", "query_states[:, 0].long()")]
 IMPORT = "import SyncVectorEnv"
-
-
-@pytest.fixture(autouse=True)
-def home(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    monkeypatch.delitem(sys.modules, "corridor", raising=False)
-
-
-def written(*changes, name="sar_mha"):
-    """Write an example, and the environment beside it, as `mine.py` with some text changed."""
-    texts = [(EXAMPLES / f"{stem}.py").read_text() for stem in (name, "corridor")]
-    for old, new in changes:
-        assert any(old in text for text in texts), old
-        texts = [text.replace(old, new) for text in texts]
-    for file, text in zip(("mine.py", "corridor.py"), texts, strict=True):
-        Path(file).write_text(text)
-    return "mine.py"
-
-
-def agent_of(*changes, name="sar_mha", n=4):
-    return load(written(*changes, name=name), n, 0, CPU)
 
 
 def with_layers(chosen):

@@ -1,23 +1,19 @@
 """Does an adapter describe its model: which token holds what, which decides, what is unseen."""
 
-import csv
-import json
 import re
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from adapters import CPU, analysed, home  # noqa: F401
 from eager import CLOSE, weights_of
 
-from historylens import analysis
 from historylens.adapter.agent import load
 from historylens.agent import Unreadable, attend, look
 from historylens.common.errors import UserError
 from historylens.effects.guide import rollout
 
-CPU = torch.device("cpu")
 ADAPTER = """
 import numpy as np
 import torch
@@ -115,12 +111,6 @@ def tokens(history):
 """
 
 
-@pytest.fixture(autouse=True)
-def home(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [*sys.path])
-
-
 def written(way="sdpa", layout="one", decides=-1, mapped=None, mix="none", tokens=TOKENS):
     told = f'"{way}", "{layout}", {decides}, "{mix}"'
     text = ADAPTER.replace('"sdpa", "one", -1, "none"', told)
@@ -138,7 +128,8 @@ WAYS = ["sdpa", "handed in", "memory", "cached"]  # others: `tests/test_capture_
 @pytest.mark.parametrize("way", WAYS)
 def test_a_map_that_fits_is_taken_without_a_word(way, capsys):
     agent = loaded(way=way)
-    assert (len(agent.layers), agent.unseen, agent.sees_all) == (2, {}, True)
+    names = ("mine", "mine #2") if way == "handed in" else ("attends.0", "attends.1")
+    assert (agent.layers, agent.unseen, agent.sees_all) == (names, {}, True)
     assert not capsys.readouterr().err
 
 
@@ -274,11 +265,6 @@ def test_what_cannot_be_tried_is_passed_over():
     assert len(load(path, 3, 0, CPU).layers) == 2
 
 
-def test_layers_that_hand_in_by_one_name_are_numbered(capsys):
-    assert loaded(way="handed in").layers == ("mine", "mine #2")
-    assert not capsys.readouterr().err
-
-
 def test_a_module_that_mixes_tokens_unseen_is_a_note_and_a_fact(capsys):
     agent = loaded(mix="sum")
     assert not agent.sees_all
@@ -287,16 +273,9 @@ def test_a_module_that_mixes_tokens_unseen_is_a_note_and_a_fact(capsys):
     assert re.fullmatch(line, capsys.readouterr().err)
 
 
-def analysed(*argv):
-    """The folder to which an analysis of `mine.py` without pictures writes."""
-    flags = ["--num-samples=3", "--num-figures=1", "--num-effects=0", "--device=cpu", "--out=out"]
-    analysis.main(["--adapter", "mine.py", *flags, *argv])
-    return Path("out")
-
-
-def test_what_lies_on_memory_counts_as_of_no_transition(undrawn):
+def test_what_lies_on_memory_counts_as_of_no_transition():
     written(way="memory")
-    rows = [*csv.DictReader((analysed("--heads", "1") / "metrics.csv").read_text().splitlines())]
+    _, rows = analysed("mine.py", Path("out"), "--heads=1", drawn=None)
     for row in rows:
         mass = float(row["mean_context_attention"]) * int(row["n_context"])
         assert mass + float(row["mass_self"]) == pytest.approx(1, abs=1e-5)
@@ -308,10 +287,10 @@ def test_what_lies_on_memory_counts_as_of_no_transition(undrawn):
     assert extra > 0.01
 
 
-def test_a_model_that_keeps_its_keys_gives_what_it_gives_in_one_pass(undrawn):
+def test_a_model_that_keeps_its_keys_gives_what_it_gives_in_one_pass():
     drawn = []
     for way in ("sdpa", "cached"):
         written(way=way)
-        layers = json.loads((analysed() / "metrics.json").read_text())["drawn"]["layers"]
+        layers = analysed("mine.py", Path("out"), drawn=None)[0]["drawn"]["layers"]
         drawn.append([layers[i]["0"][kind]["heads"] for i in "01" for kind in layers[i]["0"]])
     np.testing.assert_allclose(*drawn, atol=1e-5)

@@ -1,28 +1,21 @@
 """The example adapters, run as a user runs them; one is for checkpoints of jaehyeon-son/dicp."""
 
-import csv
 import functools
 import json
 import re
 import sys
-from pathlib import Path
-from unittest import mock
 
 import numpy as np
 import pytest
 import torch
-from conftest import draw_quickly, refused
+from adapters import ADAPTERS, CPU, EXAMPLES, analysed, check_metrics
+from conftest import refused
 from hostile import refusal
 
 import compare_compression
 import visualize_attention
 from historylens.adapter.agent import load
-from historylens.capture import capture
-from historylens.pictures.painter import Painter
 
-ROOT, DRAW = Path(__file__).resolve().parents[1], Painter.draw
-OTHERS = ("corridor", "flash_attn", "dicp")  # no adapters, or one of code that is not here
-ADAPTERS = {p.stem: p for p in (ROOT / "examples").glob("*.py") if p.stem not in OTHERS}
 SIZES = {  # layers and heads
     "sar_mha": (2, 4), "gpt2_query_first": (3, 4), "rotary_sdpa": (3, 6),
     "explicit_softmax": (2, 2), "previous_action": (2, 4),
@@ -36,40 +29,14 @@ def example(request):
     return request.param
 
 
-def analysed(name, out, *argv, drawn="layer_0"):
-    """Run the main job on three samples: `metrics.json` and `metrics.csv`.
-
-    The pictures of one lie where they belong; only those in the folder `drawn` are real, and what
-    compares samples is not drawn: that is the same for all models.
-    """
-    flags = ["--num-samples", "3", "--num-figures", "1", "--num-effects", "0", "--dpi", "20"]
-    argv = [*flags, "--device", "cpu", "--out", str(out), *argv]
-
-    def draw(painter, function, path, *args, **kwargs):
-        real = path.parent.name == drawn
-        DRAW(painter, function if real else draw_quickly, path, *args, **kwargs)
-
-    with (
-        mock.patch("historylens.pictures.draw_summaries"),
-        mock.patch.object(Painter, "draw", draw),
-    ):
-        visualize_attention.main(["--adapter", str(ADAPTERS.get(name, name)), *argv])
-    rows = list(csv.DictReader((out / "metrics.csv").read_text().splitlines()))
-    return json.loads((out / "metrics.json").read_text()), rows
-
-
 @pytest.fixture(scope="module")
 def jobs(tmp_path_factory):
     @functools.cache
     def run(name):
         out = tmp_path_factory.mktemp(name) / "out"
-        return *analysed(name, out), out
+        return *analysed(ADAPTERS[name], out), out
 
     return run
-
-
-def agent_of(name):
-    return load(ADAPTERS.get(name, name), 3, 0, torch.device("cpu"))
 
 
 def test_the_main_job_runs_on_it(example, jobs):
@@ -85,26 +52,6 @@ def test_the_main_job_runs_on_it(example, jobs):
     assert drawn == {f"attention_{kind}_sample0_layer0.png" for kind in ("heatmap", "lines")}
 
 
-def check_metrics(content, agent, on_transitions, samples=(0, 1, 2)):
-    """Metrics of samples are of rows `on_transitions`, as the model's own rows give them."""
-    history = agent.history(samples)
-    decides = agent.tokens(history)[0].decides
-    with torch.inference_mode(), capture(agent.model, query=decides) as record:
-        agent.act(history)
-    for layer, found in zip(record, content["layers"], strict=True):
-        whole = on_transitions(layer.query_rows.double()).mean(1)  # (S, n)
-        k = whole.shape[1] // 4
-        expected = {
-            "mean_context_attention": whole.mean(-1),
-            "mass_self": 1 - whole.sum(-1),
-            "mass_rewarded": (whole * history.rewarded).sum(-1),
-            "recent_distant_ratio": whole[:, -k:].mean(-1) / whole[:, :k].mean(-1),
-        }
-        for name, values in expected.items():
-            own = [found["per_sample"][name][i] for i in samples]
-            np.testing.assert_allclose(own, values, rtol=1e-5)
-
-
 @pytest.mark.parametrize(("name", "size", "on_transitions"), [
     ("sar_mha", 91, lambda rows: rows[..., :90].reshape(3, 4, 30, 3).sum(-1)),
     ("previous_action", 63, lambda x: x[..., 2:60:3] + x[..., 3::3] + x[..., 4::3]),
@@ -113,22 +60,23 @@ def test_metrics_are_those_of_transitions_whatever_tokens_they_are_cut_into(
     jobs, name, size, on_transitions
 ):
     content, *_ = jobs(name)
-    check_metrics(content, agent_of(name), on_transitions)
+    check_metrics(content, load(ADAPTERS[name], 3, 0, CPU), on_transitions)
     assert content["uniform"]["mean_context_attention"] == pytest.approx(3 / size)
 
 
 def test_samples_of_several_lengths_are_measured_in_the_row_of_the_token_that_decides(jobs):
     content, *_ = jobs("explicit_softmax")
+    agent = load(ADAPTERS["explicit_softmax"], 3, 0, CPU)
     for i, n in enumerate((8, 16, 24)):  # behind the query, padding is not counted
         rows = lambda x, n=n: x[..., 1 : n + 1]  # noqa: E731
-        check_metrics(content, agent_of("explicit_softmax"), rows, [i])
+        check_metrics(content, agent, rows, [i])
     uniform = sum(1 / (n + 1) for n in (8, 16, 24)) / 3
     assert content["uniform"]["mean_context_attention"] == pytest.approx(uniform)
 
 
 def test_files_hold_labels_and_what_each_token_is_and_the_same_seed_gives_the_same(jobs, tmp_path):
     content, rows, out = jobs("sar_mha")
-    analysed("sar_mha", tmp_path, drawn=None)
+    analysed(ADAPTERS["sar_mha"], tmp_path, drawn=None)
     assert (tmp_path / "metrics.csv").read_bytes() == (out / "metrics.csv").read_bytes()
     assert [*rows[0]][:5] == ["sample", "goal", "layer", "head", "n_context"]
     assert {row["goal"] for row in rows} == {"left end", "right end"}
@@ -142,7 +90,8 @@ def test_files_hold_labels_and_what_each_token_is_and_the_same_seed_gives_the_sa
 
 def test_heads_chooses_heads_keeps_their_numbers_and_says_so(jobs, tmp_path, capsys):
     every, *_ = jobs("sar_mha")
-    some, rows = analysed("sar_mha", tmp_path, "--heads", "3", "1", "--layers", "1", drawn=None)
+    chosen = "--heads", "3", "1", "--layers=1"
+    some, rows = analysed(ADAPTERS["sar_mha"], tmp_path, *chosen, drawn=None)
     assert [row["head"] for row in rows[:3]] == ["1", "3", "mean"]
     said = r"^Heads: +1, 3: metrics, insights and pictures are of these alone$"
     assert re.search(said, capsys.readouterr().out, re.MULTILINE)
@@ -160,7 +109,7 @@ def test_many_heads_are_drawn_on_several_pages(tmp_path):
 
 
 def test_it_is_taken_without_a_word_and_acts_on_shorter_history(example, capsys):
-    agent = agent_of(example)
+    agent = load(ADAPTERS[example], 3, 0, CPU)
     assert (agent.unseen, agent.sees_all, capsys.readouterr().err) == ({}, True, "")
     whole = agent.act(history := agent.history([0]))
     fewer = agent.act(history.take(torch.tensor([[0, 2, history.n - 1]])))
@@ -288,7 +237,7 @@ def test_the_example_reads_a_checkout_and_its_checkpoint(tmp_path, monkeypatch, 
     torch.save({"step": 7, "config": config, "model": weights}, path)
     monkeypatch.setenv("DICP", str(tmp_path))
     monkeypatch.setenv("DICP_CHECKPOINT", str(path))
-    found, _ = analysed(ROOT / "examples" / "dicp.py", tmp_path / "out")
+    found, _ = analysed(EXAMPLES / "dicp.py", tmp_path / "out")
     assert f"{kind}: 1 layer x 2 heads" in capsys.readouterr().out
     tokens = found["samples"][0].get("tokens")  # None: one a transition, then the query
     assert tokens is None if kind == "AD" else tokens["part"][0] == "query"

@@ -1,7 +1,6 @@
 """What adapters give: what cannot be held is told in a line; above which reward one counts."""
 
 import json
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from adapters import CPU, agent_of, home, written  # noqa: F401
 from agents import Recorder
 from attention_rows import decision
 from conftest import refused
@@ -23,8 +23,6 @@ from historylens.compression import METHODS, compress_history
 from historylens.history import History, HistoryBuffer
 from visualize_attention import main
 
-EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
-CPU = torch.device("cpu")
 MORE = """
 import itertools
 first, logits, drawn = next(samples(1, 0)), act, samples
@@ -44,21 +42,8 @@ def samples(n, seed):
 """
 
 
-@pytest.fixture(autouse=True)
-def home(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(tmp_path)
-    shutil.copy(EXAMPLES / "corridor.py", tmp_path)
-
-
-def written(*more):
-    """`sar_mha.py` with some definitions replaced."""
-    Path("mine.py").write_text("\n".join([(EXAMPLES / "sar_mha.py").read_text(), *more]))
-    return "mine.py"
-
-
 def loaded(*more, n=3):
-    return load(written(MORE, *more), n, 0, CPU)
+    return agent_of(MORE, *more, n=n)
 
 
 def test_an_endless_generator_gives_what_is_asked_for():

@@ -5,13 +5,14 @@ import re
 import numpy as np
 import pytest
 import torch
+from adapters import ADAPTERS, CPU, analysed, check_metrics
 from attention_rows import PARTS, decision, maps_of_tokens, random_rows
 from conftest import refused
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
-from test_examples import ADAPTERS, agent_of, analysed, check_metrics
 
 from historylens import metrics
+from historylens.adapter.agent import load
 from historylens.capture import LayerAttention
 from historylens.pictures.order import SampleAttention, curves
 from historylens.tokens import Tokens, order_of_time, sum_rows, uniform_received, uniform_rows
@@ -66,7 +67,7 @@ def test_a_step_may_be_one_token_which_is_of_the_transition_before(tmp_path, cap
         text = text.replace(old, new)
     path.write_text(text)
     content, _ = analysed(path, out)
-    check_metrics(content, agent_of(path), lambda rows: rows[..., 1:])
+    check_metrics(content, load(path, 3, 0, CPU), lambda rows: rows[..., 1:])
     assert len(list(out.glob("layer_0/*.png"))) == 2
     path.write_text(text.replace('parts=("previous transition",)', ""))
     said = refused(main, ["--adapter", path, "--out", out, "--device=cpu"], capsys)
