@@ -89,12 +89,12 @@ def check(found, weights, forbidden=ALL_SEEN, padded=None, query=-1):
     assert all(x.dtype == torch.float32 and not x.is_inference() for x in values)
 
 
-def check_pooled(found, whole):
-    """A column of the map of one sample is the mean of its tokens in `whole` (H, Tq, Tk)."""
+def check_pooled(found, whole, i=0):
+    """A column of the `i`-th map is the mean of its tokens in `whole` (H, Tq, Tk)."""
     ends = [*found.map_cols[1:].tolist(), whole.shape[-1]]
     for c, (start, end) in enumerate(zip(found.map_cols.tolist(), ends, strict=True)):
         expected = whole[:, found.map_rows, start:end].nanmean(-1)
-        torch.testing.assert_close(found.maps[0, :, :, c], expected, **CLOSE)
+        torch.testing.assert_close(found.maps[i, :, :, c], expected, **CLOSE)
 
 
 def run_twice(model, *inputs, context=torch.no_grad, maps=(0,), **options):

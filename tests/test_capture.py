@@ -97,19 +97,6 @@ def test_a_mask_that_is_expanded_is_looked_at_once(monkeypatch):
     assert max(looked) == 8
 
 
-@given(n_tokens=st.integers(1, 300), size=st.integers(8, 64))
-def test_map_grid_covers_every_token_once_its_first_alone_and_ends_with_the_query(n_tokens, size):
-    grid, n_first = rows.MapGrid.of(n_tokens, size), min(rows.N_EXACT_FIRST, size // 4, n_tokens)
-    assert len(grid.rows) == len(grid.cols) <= size
-    assert (grid.cols[0], grid.cols[-1], grid.rows[-1]) == (0, n_tokens - 1, n_tokens - 1)
-    assert grid.cols[:n_first].tolist() == list(range(n_first))
-    assert (grid.rows[1:-1] + 1 == grid.cols[2:]).all()
-    assert (grid.cols[1:] > grid.rows[:-1]).all()
-    weights = torch.rand(2, n_tokens)
-    bins = weights.tensor_split(grid.cols[1:], dim=1)
-    torch.testing.assert_close(grid.pool(weights), torch.stack([x.sum(1) for x in bins], 1))
-
-
 EACH = torch.arange(2 * 3 * 41 * 41).view(2, 3, 41, 41) % 7 < 3
 ONE = causal_mask(41)[None, None]
 

@@ -134,27 +134,28 @@ def test_names_of_tasks_can_be_shown_and_written():
 
 
 STATES, REWARDS, NOT = np.zeros((2, 1)), np.zeros(2), np.zeros(2, bool)
-GIVEN = {
-    "five texts": tuple("abcde"), "ragged": ([[1], [1, 2]], REWARDS, NOT, NOT, {}),
-    "wide": (np.zeros((2, 3)), REWARDS, NOT, NOT, {}), "no rewards": (STATES, None, NOT, NOT, {}),
-    "nan": (STATES, np.full(2, np.nan), NOT, NOT, {}), "scalars": (0, 0, 0, 0, {}),
-    "huge rewards": (STATES, np.full(2, 1e38), NOT, NOT, {}),
-    "huge states": (np.full((2, 1), 1e300), REWARDS, NOT, NOT, {}),
-    "no ends": (STATES, REWARDS, [None, [1]], NOT, {}),
-    "complex": (STATES, np.full(2, 1j), NOT, NOT, {}),
-    "infos": (STATES, REWARDS, NOT, NOT, [3]), "many": (np.zeros((3, 1)), REWARDS, NOT, NOT, {}),
-}  # fmt: skip
+NO_STATES, NO_REWARDS = r"make_env\(\): expected states of 1", r"rewards of shape \(2,\), finite"
+RAISED = "what .* gives.* raised (Type|Value)Error"
+GIVEN = [  # what an environment gives in a step, and what is said
+    ((3, 4), "expected states, rewards, .*got a tuple of 2"), (tuple("abcde"), RAISED),
+    ((STATES, REWARDS, NOT, NOT, [3]), RAISED), ((STATES, REWARDS, [None, [1]], NOT, {}), RAISED),
+    (([[1], [1, 2]], REWARDS, NOT, NOT, {}), RAISED),
+    *(((states, REWARDS, NOT, NOT, {}), NO_STATES)
+      for states in (np.zeros((2, 3)), np.zeros((3, 1)), np.full((2, 1), 1e300))),
+    (([0.5, 1], REWARDS, NOT, NOT, {}), "states of whole numbers"),
+    *(((STATES, rewards, NOT, NOT, {}), NO_REWARDS)
+      for rewards in (None, 1, np.full(2, np.nan), np.full(2, 1e38), np.full(2, 1j))),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("what", GIVEN)
-def test_what_an_environment_must_not_give_is_told(what):
+@pytest.mark.parametrize(("gives", "words"), GIVEN)
+def test_what_an_environment_must_not_give_is_told(gives, words):
     adapter = loaded().adapter
-    own = {"reset": lambda **_: (STATES, {}), "step": lambda _: GIVEN[what], "metadata": None}
-    rooms = SimpleNamespace(**own)
+    rooms = SimpleNamespace(reset=lambda **_: (STATES, {}), step=lambda _: gives, metadata=None)
     adapter.module.make_env = lambda goals: rooms
-    rooms = GymRooms(adapter, np.zeros(1), 5, np.zeros(2, int), [0])
+    rooms = GymRooms(adapter, np.zeros(1, int), 5, np.zeros(2, int), [0])
     rooms.reset()
-    with pytest.raises(UserError, match=r"mine\.py: .*(environment|states)"):
+    with pytest.raises(UserError, match=rf"mine\.py: .*{words}"):
         rooms.step(np.zeros(2, int))
 
 
