@@ -136,7 +136,10 @@ def test_one_thread_and_more_give_the_same_bytes(tmp_path, flags):
     for n in ("1", "2"):
         (home := tmp_path / n).mkdir()
         command = [sys.executable, root / "visualize_attention.py", shipped, *flags]
-        options = {"cwd": home, "env": os.environ | {"OMP_NUM_THREADS": n}}
+        options = {
+            "cwd": home,
+            "env": os.environ | {"OMP_NUM_THREADS": n, "OMP_WAIT_POLICY": "passive"},
+        }
         running.append(subprocess.Popen(command, stdout=subprocess.DEVNULL, **options))
     assert [one.wait() for one in running] == [0, 0]
     written = {(tmp_path / n / "out" / "metrics.json").read_bytes() for n in ("1", "2")}
