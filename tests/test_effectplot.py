@@ -42,13 +42,22 @@ def made():
     }
 
 
-def test_without_random_draws_there_is_no_band_and_none_is_named():
-    strategies = {name: one for name, one in made().items() if name != "random"}
-    with mock.patch.object(Page, "heading") as heading:
-        for axes in axes_of(deletion_curves, strategies, None, **OPTIONS):
-            assert not axes.collections
-        axes_of(deletion_curves, made(), None, **OPTIONS)
-    assert ["band" in call.args[2] for call in heading.call_args_list] == [False, True]
+def drawn(picture, *args, **options):
+    """Panels of a picture, the places of its texts by text, and its subtitle."""
+    patched = mock.patch.object(Page, "text"), mock.patch.object(Page, "heading")
+    with patched[0] as text, patched[1] as heading:
+        panels = axes_of(picture, *args, **{"dpi": 50} | options)
+    words = {call.args[2]: call.args for call in text.call_args_list}
+    return panels, words, heading.call_args.args[2]
+
+
+def test_random_draws_and_no_history_are_drawn_and_named_only_where_there_are_any():
+    without = {name: one for name, one in made().items() if name != "random"}
+    for strategies, empty in ((without, None), (made(), NO_HISTORY)):
+        plots, words, about = drawn(deletion_curves, strategies, empty, **OPTIONS)
+        expected = strategies is not without
+        assert ("band" in about, "No history at all" in words) == (expected, expected)
+        assert any(axes.collections for axes in plots) == expected
 
 
 @pytest.mark.parametrize("n", [2, 30, 300, 5000])
@@ -86,26 +95,6 @@ def test_every_strategy_is_named_with_its_rule_and_who_advises_it():
     assert (advised, rule[-10:]) == ("sparse", "; 2.6 here")
 
 
-def test_the_file_has_no_history_where_known_and_the_size_of_dpi(tmp_path):
-    path, sizes = tmp_path / "a.png", []
-    for empty, dpi in ((None, 50), (NO_HISTORY, 50), (NO_HISTORY, 25)):
-        deletion_curves(path, made(), empty, **OPTIONS | {"dpi": dpi})
-        sizes.append(Image.open(path).size)
-        if dpi == 50:
-            last_row = np.asarray(Image.open(path))[-20:, 50:150]  # of the legend
-            assert (last_row < 100).any() == (empty is not None)
-    assert sizes[1] == pytest.approx([2 * side for side in sizes[2]], abs=2)
-
-
-def test_effects_that_are_all_nothing_at_one_size_are_drawn(tmp_path):
-    strategies, path = made(), tmp_path / "a.png"
-    nothing = {"flips": 0.0, "kl_mean": 0.0, "flips_band": [0.0, 0.0], "kl_band": [0.0, 0.0]}
-    for one in strategies.values():
-        one["sizes"] = [part | nothing for part in one["sizes"][:1]]
-    deletion_curves(path, strategies, None, **OPTIONS | {"n_context": 2})
-    assert path.read_bytes().startswith(b"\x89PNG")
-
-
 def made_heads(n_layers=2, n_heads=3, kinds=KINDS, text="98% on the latest quarter, evenly 24%"):
     """Entries of heads and of whole layers, no two with the same effect, in no order of it."""
     places = [(layer, head) for layer in range(n_layers) for head in (*range(n_heads), "all")]
@@ -120,21 +109,12 @@ def made_heads(n_layers=2, n_heads=3, kinds=KINDS, text="98% on the latest quart
     return heads
 
 
-def drawn_heads(heads):
-    """Panels of a picture, the places of its texts by text, and its subtitle."""
-    patched = mock.patch.object(Page, "text"), mock.patch.object(Page, "heading")
-    with patched[0] as text, patched[1] as heading:
-        panels = axes_of(head_effects, heads, 32, dpi=50)
-    words = {call.args[2]: call.args for call in text.call_args_list}
-    return panels, words, heading.call_args.args[2]
-
-
 @pytest.mark.parametrize(
     ("kinds", "n_layers", "n_heads"), [(KINDS, 2, 3), (KINDS[:1], 1, 1), (KINDS[1:], 2, 1)]
 )
 def test_each_row_shows_the_effect_of_its_head_in_each_panel(kinds, n_layers, n_heads):
     heads = made_heads(n_layers, n_heads, kinds)
-    panels, words, _ = drawn_heads(heads)
+    panels, words, _ = drawn(head_effects, heads, 32)
     assert [axes.get_title(loc="left") for axes in panels] == [effectplot.PANELS[k] for k in kinds]
     for axes, kind in zip(panels, kinds, strict=True):
         lines = [line for line in axes.lines if line.get_color() != "#dddddd"]
@@ -151,7 +131,7 @@ def test_each_row_shows_the_effect_of_its_head_in_each_panel(kinds, n_layers, n_
 
 def test_of_many_heads_those_that_act_most_are_drawn_in_their_order_and_the_picture_says_so():
     heads = made_heads(7, 9)
-    (_, panel), _, said = drawn_heads(heads)
+    (_, panel), _, said = drawn(head_effects, heads, 32)
     shown = [line.get_xdata()[0] for line in panel.lines if line.get_marker() in ("o", "D")]
     effects = [one["other-task"]["kl"] for one in heads]
     assert shown == [kl for kl in effects if kl >= sorted(effects)[-MAX_ROWS]]
@@ -162,7 +142,7 @@ def test_of_many_heads_those_that_act_most_are_drawn_in_their_order_and_the_pict
     "text", ["wide " * 30, "W" * 90, "59% on one, evenly 1%; " * 4], ids=["words", "word", "parts"]
 )
 def test_long_role_texts_stay_in_their_column_and_row(text):
-    _, words, _ = drawn_heads(made_heads(1, 3, text=text))
+    _, words, _ = drawn(head_effects, made_heads(1, 3, text=text), 32)
     _, *roles = (args for args in words.values() if args[0] == ROLE)
     assert roles
     for x, y, shown, size in roles:
@@ -172,13 +152,23 @@ def test_long_role_texts_stay_in_their_column_and_row(text):
         assert shown.endswith("…") == (";" not in text)
 
 
-def test_heads_without_any_effect_are_drawn_in_the_size_of_dpi(tmp_path):
-    path, heads, sizes = tmp_path / "a.png", made_heads(1, 2), []
-    for one in heads:
-        one |= {kind: {"kl": 0.0, "kl_interval": [0.0, 0.0]} for kind in KINDS}
+def curves_of_nothing(path, dpi):
+    nothing = {"flips": 0.0, "kl_mean": 0.0, "flips_band": [0.0, 0.0], "kl_band": [0.0, 0.0]}
+    alike = {name: one | {"sizes": [one["sizes"][0] | nothing]} for name, one in made().items()}
+    deletion_curves(path, alike, None, **OPTIONS | {"n_context": 2, "dpi": dpi})
+
+
+def heads_of_nothing(path, dpi):
+    nothing = {kind: {"kl": 0.0, "kl_interval": [0.0, 0.0]} for kind in KINDS}
+    axes, *_ = axes_of(head_effects, heads := [one | nothing for one in made_heads(1, 2)], 1, dpi=9)
+    assert {"0", "0.01"} <= {tick.get_text() for tick in axes.get_xticklabels()}
+    head_effects(path, heads, 1, dpi=dpi)
+
+
+@pytest.mark.parametrize("draw", [curves_of_nothing, heads_of_nothing])
+def test_where_nothing_has_an_effect_a_picture_is_drawn_in_the_size_of_dpi(tmp_path, draw):
+    sizes = []
     for dpi in (25, 50):
-        head_effects(path, heads, 1, dpi=dpi)
-        sizes.append(Image.open(path).size)
+        draw(tmp_path / "a.png", dpi)
+        sizes.append(Image.open(tmp_path / "a.png").size)
     assert sizes[1] == pytest.approx([2 * side for side in sizes[0]], abs=2)
-    ticks = axes_of(head_effects, heads, 1, dpi=50)[0].get_xticklabels()
-    assert {"0", "0.01"} <= {tick.get_text() for tick in ticks}
