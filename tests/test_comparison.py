@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -63,19 +64,14 @@ def test_episodes_that_ended_early_are_counted_in_the_runs_of_the_study_alone(tm
 
 @pytest.mark.parametrize(("most", "made"), [(9, [[0, 1, 2] * 2]), (4, [[0, 1, 2]] * 2)])
 def test_rooms_in_batches_earn_what_each_earns_alone_goal_by_seed(monkeypatch, most, made):
-    goals, rooms, agent, n_tokens = [], [], LeversAgent(), 0
-    environment = agent.environment
-
-    def make(numbers, seeds):
-        goals.append(numbers.tolist())
-        rooms.extend(seeds)
-        return environment.make(numbers, seeds)
-
+    agent, n_tokens = LeversAgent(), 0
+    environment, make = agent.environment, mock.Mock(side_effect=agent.environment.make)
     agent.environment = replace(environment, make=make)
     monkeypatch.setattr(playing, "MAX_ROOMS", most)
     result = play(replace(PLAYS, agent=agent, n_episodes=8, seed=5), REWARDED)
-    assert goals == made
-    assert rooms == [5, 6, 7, 8, 9, 10]  # a seed of its own for each, after that of the study
+    goals, seeds = zip(*(call.args for call in make.call_args_list), strict=True)
+    assert [numbers.tolist() for numbers in goals] == made
+    assert np.concatenate(seeds).tolist() == [5, 6, 7, 8, 9, 10]  # the study's first, one a room
     assert result.returns.shape == (3, 2, 8)
     assert result.returns.flags.c_contiguous  # sums of it are those of what a file holds
     for room in range(6):
@@ -184,17 +180,13 @@ SHORT = HORIZON - 2  # shorter than the way from one reward to the next decision
 KEEP_REWARDS, FORGET = ("rewarded-recent", "best-episodes"), ("recent", "last-episodes")
 
 
-def compared(folder, plays, names, *more):
-    """The returns of arms that keep `SHORT` or more on the planted task, and the judged study."""
-    arms = [*plan(plays, names, [SHORT]), *more]
-    results = play_arms(plays, arms, ResultsFile(folder, fingerprint(plays)))
-    # A margin that 24 runs of 7 arms can hold: without a collapse they rule out more than 21 %.
-    return {each.arm.key: each.returns for each in results}, judge(results, 0.25)
-
-
 def test_on_the_planted_task_what_keeps_rewards_loses_nothing_and_what_forgets_them_all(tmp_path):
     plays = replace(PLAYS, n_seeds=8, n_episodes=16)
-    returns, study = compared(tmp_path, plays, KEEP_REWARDS + FORGET, Arm("recent", HORIZON))
+    wanted = [*plan(plays, KEEP_REWARDS + FORGET, [SHORT]), Arm("recent", HORIZON)]
+    results = play_arms(plays, wanted, ResultsFile(tmp_path, fingerprint(plays)))
+    returns = {each.arm.key: each.returns for each in results}
+    # A margin that 24 runs of 7 arms can hold: without a collapse they rule out more than 21 %.
+    study = judge(results, 0.25)
     assert late_scores(returns["full"]).mean() > 0.95
     for name, n_keep in [*((name, SHORT) for name in KEEP_REWARDS), ("recent", HORIZON)]:
         np.testing.assert_array_equal(returns[f"{name}@{n_keep}"], returns["full"])
@@ -212,14 +204,3 @@ def test_on_the_planted_task_what_keeps_rewards_loses_nothing_and_what_forgets_t
     text = recommendation(study)
     assert f"{study.recommended.arm.name} with {SHORT} transitions (safe)" in text
     assert f"instead of {study.full.cost.tokens:.1f}" in text
-
-
-def test_on_a_model_that_ignores_its_history_nothing_is_recommended(tmp_path):
-    plays = replace(PLAYS, agent=LeversAgent(ignores_history), n_episodes=4)
-    _, study = compared(tmp_path, plays, ["recent"])
-    assert study.recommended is None
-    text = recommendation(study)
-    assert text.startswith("The model ignores its history")
-    controls = [f"With the control {name} it earns" for name in ("other-task", "shuffled-rewards")]
-    for said in ("can be judged on it", "an empty one: +0.00 [+0.00, +0.00]", *controls):
-        assert said in text

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import plain_model
@@ -183,15 +184,10 @@ def test_a_decision_is_a_step_with_what_could_be_read_and_is_measured_so(real, t
 
 def test_what_happens_by_chance_in_a_rollout_depends_on_its_number_and_the_seed():
     job = job_of(Recorder(), rollouts=2, seed=4)
-    environment, seeds = job.agent.environment, []
-
-    def make(tasks, given):
-        seeds.extend(given)
-        return environment.make(tasks, given)
-
-    job.agent.environment = replace(environment, make=make)
+    make = mock.Mock(side_effect=job.agent.environment.make)
+    job.agent.environment = replace(job.agent.environment, make=make)
     record(job)
-    assert seeds == [4, 5, 6, 7, 8, 9]
+    assert make.call_args.args[1] == [4, 5, 6, 7, 8, 9]
 
 
 def play_of(rewards, episodes=None, above=0.0):
@@ -278,18 +274,14 @@ def test_what_changed_at_the_first_reward_is_within_five_episodes_of_it_on_each_
     assert "state goes from 20% to 50%, evenly 0% to 0%: +30% beyond that [+20%, +40%]." in text
 
 
-LACKING = {  # rewards, episodes, which changes are known, what is said
-    "no reward": ([[0, 0]] * 2, None, (True, False), "2 of 2 rollouts earn none."),
-    "one episode": ([[0, 1]] * 2, [[0, 0]] * 2, (False, False), "OVER 1 EPISODE OF ITS OWN PLAY"),
-    "one rollout": ([[0, 1, 2]], None, (False, False), "0.0 in the first, 2.0 in the last of"),
-    "at once": ([[1, 1]] * 2, None, (True, False), "reward comes in episode 1 (median)."),
-    "ends early": ([[0, 1, 0]] * 2, [[0, 0, 0], [0, 1, 2]], (False, False), "episode 1.5 (med"),
-}
-
-
-@pytest.mark.parametrize("name", LACKING)
-def test_what_is_lacking_is_said(name):
-    rewards, episodes, known, said = LACKING[name]
+@pytest.mark.parametrize(("rewards", "episodes", "known", "said"), [  # which changes are known
+    ([[0, 0]] * 2, None, (True, False), "2 of 2 rollouts earn none."),
+    ([[0, 1]] * 2, [[0, 0]] * 2, (False, False), "OVER 1 EPISODE OF ITS OWN PLAY"),
+    ([[0, 1, 2]], None, (False, False), "0.0 in the first, 2.0 in the last of"),
+    ([[1, 1]] * 2, None, (True, False), "reward comes in episode 1 (median)."),  # at once
+    ([[0, 1, 0]] * 2, [[0, 0, 0], [0, 1, 2]], (False, False), "episode 1.5 (median)"),  # early ends
+])  # fmt: skip
+def test_what_is_lacking_is_said(rewards, episodes, known, said):
     learning, text = told(play_of(rewards, episodes))
     assert said in text
     assert (learning["since_first_reward"] is None) == (not np.any(rewards))

@@ -150,17 +150,14 @@ def test_blocks_end_at_looks_and_what_takes_longest_is_played_first(tmp_path, mo
 
 
 def test_a_block_draws_from_a_stream_of_its_own_as_it_would_alone(both, monkeypatch):
-    (_, (whole, _)), arm, drawn = both, Arm("random", 4), []
-
-    def policy(*args):
-        drawn.append(args[3].initial_seed())
-        return CompressedPolicy(*args)
-
+    (_, (whole, _)), arm = both, Arm("random", 4)
+    policy = mock.Mock(side_effect=CompressedPolicy)
     monkeypatch.setattr(playing, "CompressedPolicy", policy)
     for seeds in PLAYS.blocks:
         part = whole[arm].returns[:, seeds.start : seeds.stop]
         np.testing.assert_array_equal(play(PLAYS, arm, seeds).returns, part)
-    assert len({*drawn}) == len(PLAYS.blocks)
+    drawn = {call.args[3].initial_seed() for call in policy.call_args_list}
+    assert len(drawn) == len(PLAYS.blocks)
 
 
 @pytest.mark.usefixtures("few_resamples")

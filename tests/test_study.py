@@ -132,12 +132,16 @@ def test_nothing_is_recommended_where_the_model_is_not_shown_to_use_its_history(
     one_seed = judged(shape=(N_GOALS, 1, N_EPISODES))
     nothing = judged(full=0.0, empty=0.0, control=0.0, noise=0.0)
     for study, doubt in (
-        (judged(LIKE_FULL, empty=10.0), no_gain), (nothing, no_gain),
+        (judged(LIKE_FULL, empty=10.2, noise=1.0), f"{no_gain}-0.20 [-0.30, -0.10]"),
+        (nothing, f"{no_gain}+0.00 [+0.00, +0.00]"),
         (judged(LIKE_FULL, control=10.0), "With the control other-task it earns as much as"),
         (one_seed, "One seed a goal gives no interval: run at least two (--seeds)."),
     ):  # fmt: skip
         assert study.recommended is None
         assert [said.startswith(doubt) for said in study.doubts] == [True]
+        said = report.recommendation(study)
+        assert said.startswith("The model ignores its history, or is not shown to use it: no comp")
+        assert said.endswith(study.doubts[0])
         assert "not shown to use its history" in finding(study)
     for study in (one_seed, nothing):
         assert {row.verdict for row in study.rows} == {None, "inconclusive"}
