@@ -12,11 +12,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from levers import LeversAgent
+from test_study import result
 
 from historylens.comparison import playing
 from historylens.comparison.intervals import looks, shown_worse
 from historylens.comparison.playing import Plays, fingerprint, missing, plan, play, play_arms
-from historylens.comparison.policy import CompressedPolicy, Cost
+from historylens.comparison.policy import CompressedPolicy
 from historylens.comparison.results import ResultsFile
 from historylens.comparison.study import Arm, Result, going_on, undecided
 
@@ -49,20 +50,15 @@ def test_a_look_is_a_test_at_what_it_spends():
     assert not shown_worse(arms[:, :, :1], full[:, :1], 0.05, 1.0).any()
 
 
-def result(arm, level, tokens, noise=0.1):
-    returns = level + noise * np.random.default_rng(len(arm.key)).normal(size=(3, 4, 6))
-    return Result(arm, returns, Cost(1, tokens))
-
-
 def test_what_is_shown_worse_or_saves_no_tokens_stops_and_full_history_never_does():
-    going = [result(FULL, 10, 90), result(Arm("recent", 10), 9.9, 11),
-             result(Arm("even", 10), 9.6, 11), result(Arm("shuffled-rewards"), 10, 90)]  # fmt: skip
-    stopping = [result(Arm("random", 10), 8.0, 11), result(Arm("top-k", 10), 11, 101),
-                result(Arm("first-recent", 99), 11, 90), result(EMPTY, 1, 1),
-                result(Arm("other-task"), 1.0, 90)]  # fmt: skip
+    going = [result("full", 10, 90), result("recent@10", 9.9), result("even@10", 9.6),
+             result("shuffled-rewards", 10, 90)]  # fmt: skip
+    stopping = [result("random@10", 8.0), result("top-k@10", 11, 101),
+                result("first-recent@99", 11, 90), result("empty", 1),
+                result("other-task", 1, 90)]  # fmt: skip
     every = [*stopping[:3], *going, *stopping[3:]]
     assert going_on(every, 0.5, 0.05) == [each.arm for each in going]
-    assert going_on([*every, result(Arm("even", 3), 9.0, 4, 3.0)], 0.5, 0.05)[-1].n_keep == 3
+    assert going_on([*every, result("even@3", 9.4, noise=9.0)], 0.5, 0.05)[-1].n_keep == 3
 
 
 def test_the_runs_that_confirm_an_arm_end_once_it_is_good_or_worse():
