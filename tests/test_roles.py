@@ -163,6 +163,11 @@ def test_where_an_agent_stays_the_kinds_that_overlap_are_told_apart(name):
     assert np.mean(overlap) > 10  # of 40 transitions, most of them rewarded and recent
     kinds = ["recency", "rewarded", "same state", "induction"]
     assert heads(kinds, history, actions, name) == kinds
+    told = told_of(4, name, n=40, skill=1.0, restless=0.02)
+    elsewhere = planted("induction", *told, "sink") * (planted("same state", *told, "sink") == 0)
+    elsewhere += (elsewhere.sum(-1, keepdims=True) == 0) * planted("sink", *told)
+    [role] = roles_in([elsewhere / elsewhere.sum(-1, keepdims=True)], *told)
+    assert (role.name, role.part > 0.95) == ("induction", True)
 
 
 def test_a_narrower_kind_is_claimed_only_if_the_rest_of_the_wider_one_is_not_read():
