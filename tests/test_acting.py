@@ -213,12 +213,10 @@ def test_decisions_are_distinct_and_have_a_full_context(n_samples, n_context, st
     assert len(chosen) == min(n_samples, 6 * sum(map(is_full, range(histories.n_steps))))
 
 
-def test_filters_by_goal_history_and_steps_and_more_than_there_are_is_every_one_once():
+def test_filters_by_goal_history_and_steps():
     only = {"goals": [(0, 1), (1, 1)], "rows": [0, 3, 4], "bounds": (10, 19)}
     chosen = choose_decisions(histories_of(), 6, 20, seed=0, **only)
     assert set(chosen) == {(h, t, 1) for h in (3, 4) for t in range(10, 20)}
-    chosen = choose_decisions(histories_of(streams=1, episodes=2), 5, n_samples=1000, seed=0)
-    assert sorted(chosen) == [(history, step, 1) for history in range(3) for step in (5, 6, 7)]
 
 
 @pytest.mark.parametrize(("n_context", "only", "message"), [
