@@ -44,6 +44,14 @@ def test_a_thinned_window_is_what_the_method_keeps_and_then_what_follows(name, n
     assert set(method.needs) <= {"episodes", "query_states", "states", "actions", "rewards"}
 
 
+def test_episodes_are_ranked_as_they_lie_before_the_thinning_by_hand():
+    window, _ = window_of(numbered(1, 2, 6), 6, [0], [6])
+    window["rewards"] = torch.tensor([[0, 2, 0, 0, 1, 0]])
+    episodes = torch.tensor([[0, 0, 1, 1, 1, 2]])
+    found = thin(window, episodes, METHODS["best-episodes"], 2, 1, np.random.default_rng(0))
+    assert found["states"][0, :, 0].tolist() == [0, 1, 5]
+
+
 @given(*(st.integers(*ends) for ends in ((1, 20), (1, 6), (1, 30), (1, 5), (0, 999))))
 def test_thinned_windows_are_past_and_in_order(n_context, horizon, n_episodes, batch_size, seed):
     assume(n_episodes * horizon > n_context)
