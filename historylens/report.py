@@ -14,7 +14,7 @@ import numpy as np
 from historylens.common.files import rounded
 from historylens.common.text import aligned, cap, counted, listed, wrap
 from historylens.history import Decision
-from historylens.insights import Insight, remarks, scopes, verdicts
+from historylens.insights import Insight, holding, remarks, scopes
 from historylens.insights.patterns import PATTERNS
 from historylens.metrics import DESCRIPTIONS, NAMES, Metrics, uniform_received
 from historylens.tokens import Tokens
@@ -146,7 +146,7 @@ def metrics_json(
                 "over_samples": metrics.summaries(place),
                 "head_means": {name: metrics.of_heads(name, place).mean(0) for name in NAMES},
                 "per_sample": {name: metrics.of(name)[place] for name in NAMES},
-                "patterns": [name for name, (_, holds) in verdicts(scope).items() if holds],
+                "patterns": holding(scope),
             }
             for place, scope in enumerate(scopes(metrics)[1:])
         ],

@@ -11,7 +11,7 @@ from torch import Tensor
 import historylens.compression.strategies  # noqa: F401 (enters its rules in METHODS)
 from historylens.compression.method import METHODS, Generator, get_method
 from historylens.history import History
-from historylens.insights import verdicts
+from historylens.insights import holding
 from historylens.insights.patterns import PATTERNS, Scope
 from historylens.metrics import measure_one
 
@@ -28,8 +28,8 @@ def attention_pattern(attention_weights: Tensor | np.ndarray) -> str:
     weights = weights / max(1.0, weights.sum())
     values = measure_one(np.append(weights, max(0.0, 1 - weights.sum())))  # the query token last
     row = {name: np.array([value]) for name, value in values.items()}
-    scope = Scope(None, row, row, np.array([len(weights)]), "one row")
-    holds = {name for name, (_, rule_holds) in verdicts(scope).items() if rule_holds}
+    scope = Scope(None, row, row, np.array([len(weights)]))
+    holds = {*holding(scope)}
     if scope.is_broad or not weights.any():
         holds -= {"sparse", "focused"}
     return next((name for name in ("recency", "sparse", "focused") if name in holds), "uniform")

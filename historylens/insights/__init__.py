@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from historylens.common.text import counted, listed
+from historylens.common.text import listed
 from historylens.insights.patterns import BROAD_SHARE, PATTERNS, UNIFORM_ENTROPY, Scope
 from historylens.metrics import NAMES, Metrics
 
@@ -35,30 +35,26 @@ class Insight:
 
 def scopes(metrics: Metrics) -> list[Scope]:
     """All layers together first, then every layer, whose values are views of the first's."""
-    n_layers, source = len(metrics.layers), counted(metrics.n_samples, "sample")
     values = {name: metrics.of(name) for name in NAMES}  # (L, S) each
     rest = {name: metrics.of_uniform(name) for name in NAMES}, metrics.n_context
-    overall = Scope(None, values, *rest, f"{source} x {counted(n_layers, 'layer')}")
-    return [overall] + [
-        Scope(layer, {name: each[place] for name, each in values.items()}, *rest, source)
+    return [Scope(None, values, *rest)] + [
+        Scope(layer, {name: each[place] for name, each in values.items()}, *rest)
         for place, layer in enumerate(metrics.layers)
     ]
 
 
-def verdicts(scope: Scope) -> dict[str, tuple[float, bool]]:
-    """Pattern -> (the figure its rule looks at, whether the rule holds)."""
-    figures = {name: pattern.figure(scope) for name, pattern in PATTERNS.items()}
-    return {name: (figure, PATTERNS[name].rule(figure)) for name, figure in figures.items()}
+def holding(scope: Scope) -> list[str]:
+    """Names of the patterns that hold."""
+    return [name for name, pattern in PATTERNS.items() if pattern.rule(scope)]
 
 
 def find_patterns(metrics: Metrics) -> list[Insight]:
     """Patterns that hold over all layers together, then those that hold in some layer only."""
     overall, *per_layer = scopes(metrics)
-    by_layer = [verdicts(scope) for scope in per_layer]
     whole, in_layers = [], []
-    for name, (_, holds) in verdicts(overall).items():
-        agree = [scope for scope, found in zip(per_layer, by_layer, strict=True) if found[name][1]]
-        if not holds:
+    for name, pattern in PATTERNS.items():
+        agree = [scope for scope in per_layer if pattern.rule(scope)]
+        if not pattern.rule(overall):
             in_layers += [_insight(name, scope) for scope in agree]
             continue
         more = _sharpest_head(metrics) if name == "uniform" and overall.is_broad else ""
@@ -96,7 +92,7 @@ def _sharpest_head(metrics: Metrics) -> str:
 def remarks(metrics: Metrics) -> list[str]:
     """What the rules cannot say at this context length, or miss: one sentence each."""
     overall = scopes(metrics)[0]
-    entropy, is_uniform = verdicts(overall)["uniform"]
+    entropy, is_uniform = overall.mean("entropy"), PATTERNS["uniform"].rule(overall)
     even, text = float(overall.uniform["entropy"].mean()), ""
     if overall.n.max() == 0:
         text = "Without a history there is nothing to read but the query itself."

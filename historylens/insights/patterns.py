@@ -29,7 +29,6 @@ class Scope:
     values: dict[str, np.ndarray]  # name -> metrics of the head-averaged rows
     uniform: dict[str, np.ndarray]  # name -> (S,), the same under uniform attention
     n: np.ndarray  # (S,), context tokens
-    source: str  # where the rows come from, in words
 
     def mean(self, name: str) -> float:
         """Mean of a metric over the rows."""
@@ -137,7 +136,8 @@ def _sparse(scope: Scope) -> Reading:
     names = ("strong_positions", "strong_share")
     count, held = (float(scope.values[name][sparse].mean()) for name in names)
     share, rows = float(sparse.mean()), counted(sparse.size, "attention row")
-    evidence = f"In {share:.0%} of {rows} ({scope.source}) at most {SPARSE_POSITIONS} positions "
+    source = " x ".join(map(counted, sparse.shape[::-1], ("sample", "layer")))
+    evidence = f"In {share:.0%} of {rows} ({source}) at most {SPARSE_POSITIONS} positions "
     evidence += f"are above {STRONG_WEIGHT} and hold at least half of the attention on history; "
     evidence += f"there, {count:.1f} positions hold {held:.0%} of it on average."
     measured = {"share_of_rows": share, "strong_positions": count, "strong_share": held}
@@ -156,8 +156,7 @@ class Pattern:
     title: str
     advice: str
     meaning: str
-    figure: Callable[[Scope], float]  # what the rule looks at
-    rule: Callable[[float], bool]  # whether the figure says that it holds
+    rule: Callable[[Scope], bool]  # whether it holds
     read: Callable[[Scope], Reading]
     strategies: tuple[str, ...]  # ways to compress that fit, in words
     example: str
@@ -171,8 +170,7 @@ PATTERNS = {
         title="Strong recency bias",
         advice="Consider compressing or removing distant history.",
         meaning="The model leans on what happened last and hardly reads what lies far back.",
-        figure=lambda scope: float(np.median(scope.values["recent_distant_ratio"])),
-        rule=lambda ratio: ratio > RECENCY_RATIO,
+        rule=lambda scope: np.median(scope.values["recent_distant_ratio"]) > RECENCY_RATIO,
         read=_recency,
         strategies=(
             "Recent K: keep the latest K transitions untouched",
@@ -188,8 +186,7 @@ PATTERNS = {
         title="Uniform attention",
         advice="Consider sampling that covers the whole history; compress with care.",
         meaning="The model reads broadly: no stretch of its history stands out.",
-        figure=lambda scope: scope.mean("entropy"),
-        rule=lambda entropy: entropy > UNIFORM_ENTROPY,
+        rule=lambda scope: scope.mean("entropy") > UNIFORM_ENTROPY,
         read=_uniform,
         strategies=(
             "Diverse sampling: keep transitions that differ, so that nothing is left uncovered",
@@ -205,8 +202,7 @@ PATTERNS = {
         title="Focused attention",
         advice="Consider keeping the most attended positions and pruning the rest.",
         meaning="The model has clear preferences among the transitions it could read.",
-        figure=lambda scope: scope.mean("entropy"),
-        rule=lambda entropy: entropy < FOCUSED_ENTROPY,
+        rule=lambda scope: scope.mean("entropy") < FOCUSED_ENTROPY,
         read=_focused,
         strategies=(
             "Keep the positions that receive most of the attention",
@@ -222,8 +218,7 @@ PATTERNS = {
         title="Sparse attention",
         advice="Consider keeping only the few positions that carry the decision.",
         meaning="A handful of positions receives most of what the history is given.",
-        figure=lambda scope: float(is_sparse(scope.values).mean()),
-        rule=lambda share: share > SPARSE_MAJORITY,
+        rule=lambda scope: is_sparse(scope.values).mean() > SPARSE_MAJORITY,
         read=_sparse,
         strategies=(
             "Threshold: keep positions with a weight above 0.1",
