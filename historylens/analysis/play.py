@@ -1,7 +1,7 @@
 """An agent's own play on its tasks, watched: what it went through, and what it attended to.
 
     play = record(job)                     # weights fixed, actions drawn from the policy, seeded
-    agent.decisions = play.choose(64, seed=0)
+    agent.look_at(play.choose(64, seed=0))
     play.shares                            # of every decision, not only of those chosen
 
 Axes: `R` rollouts, `N` steps of each, `L` layers, `K` kinds of the `n` transitions before a step.

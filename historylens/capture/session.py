@@ -161,9 +161,12 @@ class Session(TorchFunctionMode):
             self._is_handed = False
 
     def _reads_on(self, name: str, n_queries: int, n_keys: int) -> bool:
-        """Whether a call goes on with a layer that has been recorded."""
-        seen = self.record.calls.get(name)
-        return seen is not None and seen.continues(n_queries, n_keys)
+        """Whether a call goes on with a layer: its keys are tokens so far, all or the latest, and
+        its own.
+        """
+        if (seen := self.record.calls.get(name)) is None or not seen.is_of_self:
+            return False
+        return n_queries < n_keys - sum(seen.extra) <= seen.n_queries + n_queries
 
     def _keep(self, name: str, reader: Callable[..., Call], args: tuple, kwargs: dict) -> None:
         """Record what is read of a call, by its layer's name, if it is wanted."""

@@ -1,4 +1,4 @@
-"""How much goes through a model at once, and what it looks like when that was too much."""
+"""How much goes through a model at once, and how work is cut to that."""
 
 import itertools
 import os

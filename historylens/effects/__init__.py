@@ -24,7 +24,7 @@ STANDARD = ("recent", "even", "top-k", "norm", "contribution", "rewarded-recent"
 N_TWIN_DECISIONS = 16  # at most
 N_TWINS = 19  # an untrained model is moved more than all of them once in 20 times
 MIN_TWINS = 4  # fewer say nothing
-MAX_WEIGHTS = 200_000_000  # permuted for all of them: none of models of more than 50 million
+MAX_PERMUTED = 200_000_000  # weights, of all of them: none of models of more than 50 million
 
 
 @torch.inference_mode()
@@ -94,7 +94,7 @@ def moved_twins(trial: Trial, control: str) -> list[float]:
     try:
         rows, other = trial.exchanged(control, some)
         expect(n_weights, "it has no weight matrices")
-        n_twins = min(N_TWINS, MAX_WEIGHTS // n_weights)  # two passes each, less than a curve takes
+        n_twins = min(N_TWINS, MAX_PERMUTED // n_weights)  # two passes each, less than a curve
         expect(n_twins >= MIN_TWINS, f"it has too many weights ({n_weights:,})")
         history = trial.history.rows(some[rows])
         full = act_in_parts(agent, history)
