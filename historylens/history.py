@@ -182,6 +182,10 @@ class History:
         chosen = {name: choose(vars(self)[name].movedim(i, 1)) for name, i in axes.items()}
         return replace(self, **{name: chosen[name].movedim(1, i) for name, i in axes.items()})
 
+    def copied(self) -> "History":
+        """The same in memory of its own, for code that may write to it."""
+        return replace(self, **{name: value.clone() for name, value in self._known().items()})
+
     def unlooked(self) -> "History":
         """The same, with nothing known of the attention to it."""
         return replace(self, **dict.fromkeys(LOOKS))

@@ -98,6 +98,33 @@ def test_states_are_of_one_type_in_every_batch():
         assert history.states.dtype == history.query_states.dtype == torch.float32
 
 
+WRITING = """
+def scribbled(history):
+    for name in ("states", "actions", "rewards", "query_states"):
+        getattr(history, name).zero_()
+
+def act(model, history, read=act):
+    logits = read(model, history)
+    scribbled(history)
+    return logits
+
+def tokens(history, of=tokens):
+    scribbled(history)
+    return of(history)
+"""
+
+
+def test_what_an_adapter_writes_into_a_history_stays_with_it():
+    agent = agent_of(WRITING)
+    history = agent.history([0, 1])
+    before = history.copied()
+    agent.act(history)
+    agent.tokens(history)
+    assert history.states.any()
+    for name in ("states", "actions", "rewards", "query_states"):
+        assert torch.equal(getattr(history, name), getattr(before, name)), name
+
+
 def test_a_lack_of_memory_passes_so_that_the_batch_can_be_halved():
     too_much = "torch.empty(2**60) if history.size == 4 else model(states, history.a"
     agent = agent_of(("model(states, history.a", too_much))

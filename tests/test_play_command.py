@@ -89,6 +89,7 @@ REFUSED = {f"--play {x}": f"{x.split()[0]} has no meaning beside --play" for x i
     f"{ADAPTER} --goal 0,1": "--goal has no meaning beside --adapter",
     f"--play --episodes={2**53}": "lower --episodes or --rollouts",
     f"--play --rollouts={2**53}": "lower --episodes or --rollouts",
+    "--episodes=3": "--episodes is of the model's own play; give --play as well",
     "--dpi=1001": "expected --dpi of at most 1000, got 1001",
 }
 

@@ -134,7 +134,7 @@ class AdapterAgent(Agent):
         name = "act()" if history.n else "act() on an empty history (n = 0)"
         expected = f"action logits of shape ({size}, A), A > 1, for {size} histories"
         with self.adapter.blamed(name):
-            logits = self.adapter.module.act(self.model, history)
+            logits = self.adapter.module.act(self.model, history.copied())
             is_fit = isinstance(logits, Tensor) and logits.is_floating_point()
             is_fit = is_fit and logits.ndim == 2 and logits.shape[1] > 1
             check(is_fit and len(logits) == size, name, expected, kind(logits))
@@ -149,7 +149,7 @@ class AdapterAgent(Agent):
         if self.adapter.get("tokens") is None:
             return super().tokens(history)
         check, (n, size) = self.adapter.check, (history.n, history.size)
-        maps = self.adapter.call("tokens", history)
+        maps = self.adapter.call("tokens", history.copied())
         maps = [maps] * size if isinstance(maps, Tokens) else maps
         is_fit = isinstance(maps, list | tuple) and len(maps) == size
         is_fit = is_fit and all(isinstance(one, Tokens) for one in maps)

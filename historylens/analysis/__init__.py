@@ -52,7 +52,7 @@ class AnalysisConfig(Settings):
     episodes: int = setting(40, "episodes of own play a rollout", at_least=1)
     rollouts: int = setting(2, "rollouts of own play a task", at_least=1)
     trajectory: int | None = setting(
-        None, "draw this rollout of own play, from 0, step by step as well", "I", at_least=0
+        None, "--play, and this rollout of it, from 0, drawn step by step", "I", at_least=0
     )
     every: int = setting(10, "steps between pictures of --trajectory", at_least=1)
     out: str = setting("figs/attention", "folder for pictures and numbers", "DIR")
@@ -74,6 +74,7 @@ class AnalysisConfig(Settings):
         return self.play or self.trajectory is not None
 
 
+PLAY_FLAGS = "episodes", "rollouts", "every"
 CHECKPOINT_FLAGS = ("checkpoint", "histories", "goal", "history", "steps", "stride")
 Load = Callable[[Any, torch.device], Agent]
 
@@ -119,6 +120,9 @@ def run(argv: Sequence[str], parser: argparse.ArgumentParser, kind: type, load: 
                 is_own = flags.adapter is None or vars(flags)[name] is None
                 expect(is_own, f"--{name} has no meaning beside --adapter: {why}")
             config = from_dict(kind, vars(flags))
+            for name in PLAY_FLAGS:
+                is_own = config.plays or vars(config)[name] == vars(AnalysisConfig)[name]
+                expect(is_own, f"--{name} is of the model's own play; give --play as well")
             agent = load(config, group.device(pick_device(config.device)))
             job = Job.of(agent, config, group)
             if group.is_main:

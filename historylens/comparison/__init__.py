@@ -155,7 +155,7 @@ def compare(
         try:
             study = play_and_judge(config, plays, arms, results, group)
         except KeyboardInterrupt:
-            if results is not None:
+            if results is not None and results.blocks:
                 kept = f"{counted(len(results.blocks), 'block')} of runs are kept in {results.path}"
                 print(f"\n{kept}: the same command goes on from there", file=sys.stderr)
             raise
