@@ -187,8 +187,10 @@ class Session(TorchFunctionMode):
             if is_known and not self._reads_on(name, *call.shape[2:]):
                 raise CaptureError(
                     f"{name} ran twice inside one capture. Run the model once per `with "
-                    "capture(...)`, in an adapter once per act(), and not in backward; a layer "
-                    "that is used in several places needs a copy for each (copy.deepcopy)"
+                    "capture(...)`, in an adapter once per act(), and not in backward; where "
+                    "passes read on from a cache, it has to grow with them, not to be as long from "
+                    "the start; a layer that is used in several places needs a copy for each "
+                    "(copy.deepcopy)"
                 )
             if call.mask.key == self._mask.key:  # what is known of it counts for all layers
                 call.mask = self._mask
