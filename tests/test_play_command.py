@@ -89,7 +89,6 @@ REFUSED = {f"--play {x}": f"{x.split()[0]} has no meaning beside --play" for x i
     f"{ADAPTER} --goal 0,1": "--goal has no meaning beside --adapter",
     f"--play --episodes={2**53}": "lower --episodes or --rollouts",
     f"--play --rollouts={2**53}": "lower --episodes or --rollouts",
-    "--episodes=3": "--episodes is of the model's own play; give --play as well",
     "--dpi=1001": "expected --dpi of at most 1000, got 1001",
 }
 
@@ -97,6 +96,13 @@ REFUSED = {f"--play {x}": f"{x.split()[0]} has no meaning beside --play" for x i
 @pytest.mark.parametrize("argv", REFUSED)
 def test_a_flag_without_sense_is_one_line(home, capsys, argv):
     assert REFUSED[argv] in refused(main, f"{FLAGS} {argv}".split(), capsys)
+    assert not files_of(home / "out")
+
+
+@pytest.mark.parametrize("name", ["episodes", "rollouts", "every"])
+def test_flags_of_own_play_need_it(home, capsys, name):
+    said = refused(main, [f"--{name}=3", "--out=out"], capsys)
+    assert said == f"error: --{name} is of the model's own play; give --play as well"
     assert not files_of(home / "out")
 
 

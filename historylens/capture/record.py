@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from operator import index
+from operator import and_, or_
 
 import torch
 from torch import Tensor
@@ -55,7 +55,7 @@ class Seen:
     n_queries: int  # of all passes
     passes: tuple[int, ...]  # tokens of each part of the columns of maps
     extra: tuple[int, int]  # keys that are no tokens, before and behind the others
-    reached: Tensor  # (B,) bool, or (1,) for all: whether the query token was among the queries
+    reached: tuple[bool, ...]  # B, or 1 for all: whether the query token was among the queries
     counts: Tensor | None  # (B, H, T), queries over which received attention is averaged
     before: "Seen | None"  # the same before the last pass
 
@@ -67,7 +67,7 @@ class Seen:
     def after(self, before: "Seen") -> "Seen":
         """The same with what earlier passes showed."""
         old, new, counts = before.layer, self.layer, self.counts
-        n_more, own = self.n_queries - before.n_queries, self.reached[:, None]
+        n_more, own = self.n_queries - before.n_queries, torch.tensor(self.reached)[:, None]
 
         def longer(values: Tensor, n: int = n_more, fill: float = 0) -> Tensor:
             return functional.pad(values, (0, n), value=fill)
@@ -87,7 +87,7 @@ class Seen:
             wider = longer(old.maps, len(new.map_cols) - len(old.map_cols), torch.nan)
             found["maps"] = torch.cat([wider, new.maps], 2)
             found["map_rows"] = torch.cat([old.map_rows, new.map_rows + before.n_queries])
-        reached = self.reached | before.reached
+        reached = tuple(map(or_, self.reached, before.reached))
         return replace(self, layer=replace(new, **found), counts=counts, reached=reached)
 
 
@@ -169,7 +169,7 @@ class Options:
             found = f"{query.dtype} {tuple(query.shape)}"
             wanted = "a query of whole numbers (B,), one position a sample"
             _expect(is_whole and query.dim() == 1, wanted, found)
-        self._places = query.long().cpu() if self._is_each else torch.tensor([index(query)])
+        self._places = query.tolist() if self._is_each else [query]
         if self.padding is not None:
             dtype = self.padding.dtype
             _expect(dtype == torch.bool, "a bool padding (B, T), True for padding", dtype)
@@ -198,8 +198,8 @@ class Options:
             *passes, last = before.passes
             is_whole = last + n_queries <= self.map_size  # then a column each
             passes += [last + n_queries] if is_whole else [last, n_queries]
-            reached_before = before.reached & (self._places >= 0)  # from the end, it is another now
-            before = replace(before, reached=reached_before, before=None)
+            is_same = [place >= 0 for place in self._places]  # from the end, it is another now
+            before = replace(before, reached=tuple(map(and_, before.reached, is_same)), before=None)
         if self.inputs and n_queries == n_tokens:
             found["inputs"] = call.inputs().cpu()
         if self.received or self.maps:
@@ -215,18 +215,18 @@ class Options:
         seen = Seen(LayerAttention(name, **found), *told)
         return seen.after(before) if before else seen
 
-    def _query_rows(self, name: str, call: Call, start: int) -> tuple[dict[str, Tensor], Tensor]:
-        """Fields of the query's rows, and whether it is `reached`; `start` queries came before."""
+    def _query_rows(self, name: str, call: Call, start: int) -> tuple[dict[str, Tensor], tuple]:
+        """Fields of the query's rows, and what it has `reached`; `start` queries came before."""
         (n_samples, _, n_queries, _), n_given = call.shape, len(self._places)
         fits = n_given == n_samples or not self._is_each
         _expect(fits, f"one query a sample ({n_samples})", n_given, name)
-        places = torch.where(self._places < 0, self._places + n_queries, self._places - start)
-        inside = places.clamp(0, n_queries - 1)
-        reached = inside == places
-        weights, seen = call.row(inside if self._is_each else int(inside))
+        places = [place + n_queries if place < 0 else place - start for place in self._places]
+        reached = tuple(place in range(n_queries) for place in places)
+        inside = [min(max(place, 0), n_queries - 1) for place in places]
+        weights, seen = call.row(torch.tensor(inside) if self._is_each else inside[0])
         if seen is None:
             visible = weights.new_ones(n_samples, weights.shape[-1], dtype=torch.bool)
-        elif (seen.any(-1).all(-1).cpu() | ~reached).all():
+        elif (seen.any(-1).all(-1).cpu() | ~torch.tensor(reached)).all():
             visible = seen.expand(weights.shape).any(1)
         else:
             raise CaptureError(
@@ -254,9 +254,8 @@ class Options:
     def check_complete(self, seen: Seen) -> None:
         """Raise `CaptureError` if a layer has run without the query token, or padding is left."""
         name, size = seen.layer.name, (len(seen.layer.visible), seen.n_queries)
-        if not seen.reached.all():
-            places = self._places.tolist()
-            what = f"positions {places}" if self._is_each else f"position {self.query}"
+        if not all(seen.reached):
+            what = f"positions {self._places}" if self._is_each else f"position {self.query}"
             where = f"{name} has {seen.n_queries} queries, none at {what}"
             raise CaptureError(f"{where}; choose the layers that have: {LAYERS}")
         if self.padding is not None and seen.is_of_self and self.received:
