@@ -25,12 +25,12 @@ from historylens.common.errors import expect, run_command
 from historylens.common.files import writable_folder
 from historylens.common.processes import Group, join
 from historylens.common.reading import printable
-from historylens.common.settings import add_flags, flag_of, from_dict, given_for, to_dict
+from historylens.common.settings import Parser, add_flags, flag_of, from_dict, given_for, to_dict
 
 
 def main(argv: list[str] | None = None) -> None:
     """Parse the flags, train, evaluate, save."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="Train an Algorithm Distillation model in Dark Room: learning histories of a "
         "source algorithm, a transformer that imitates them, and its evaluation in context."
     )
@@ -107,9 +107,9 @@ def _check_fit(
     what = f"expected --epsilon-start of at least --epsilon-end {source.epsilon_end}"
     expect(source.epsilon_start >= source.epsilon_end, f"{what}, got {source.epsilon_start}")
     n_steps, n_context = source.n_source_steps // env.horizon * env.horizon, model.n_transit - 1
-    what = f"expected --n-source-steps of more than {n_context} steps in whole episodes of"
-    what = f"histories too short for the context: {what} {env.horizon}, got {n_steps}"
-    expect(n_steps > n_context, what)
+    what = f"expected --n-source-steps of more than {n_context} steps"
+    what = f"histories too short for the context: {what}, got {source.n_source_steps}"
+    expect(n_steps > n_context, f"{what} ({n_steps} in whole episodes of {env.horizon})")
     for name, goals in goals_of(env).items():
         is_near = evaluation.possible(env, goals).any()
         expect(is_near, f"no {name} goal can be reached within --horizon {env.horizon}")

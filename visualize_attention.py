@@ -6,12 +6,11 @@
 Writes pictures, and every number in `metrics.json` and `metrics.csv`, to `figs/attention/`.
 """
 
-import argparse
 from collections.abc import Sequence
 
 from historylens import analysis
 from historylens.common.errors import run_command
-from historylens.common.settings import add_flags, given_for
+from historylens.common.settings import Parser, add_flags, given_for
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -21,7 +20,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from ad.agent import load_for_analysis
     from config import VisualizeConfig
 
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="Show which history an Algorithm Distillation model attends to, in pictures "
         "and numbers, and say how the history may be compressed.",
         epilog="Without flags: the latest checkpoint under checkpoints/, 64 decisions from the "

@@ -47,23 +47,26 @@ def test_names_of_returns_stay_in_the_page_beside_long_numbers_and_clear_of_the_
     assert min(labels) > max(text.get_window_extent().y1 for text in legend.texts)
 
 
-@pytest.mark.parametrize("level", [9.6, 10.0, 10.2, 11.2])
-def test_the_recommended_arm_is_named_clear_of_the_name_of_full_history(level):
-    study = judged(result("even@10", level), result("recent@10", 3.0), result("even@40", 3.0))
-    assert study.recommended.arm.key == "even@10"
-    plot, *_ = drawn_returns(returns.draw_by_budget, study)
-    texts = {x.get_text()[:12]: Text.get_window_extent(x) for x in plot.texts}
-    assert not texts["recommended"].overlaps(texts["full history"])
+def test_a_ring_marks_the_recommended_arm_and_the_heading_tells_of_stopped_ones():
+    study = judged(result("even@10", 10.0), result("recent@10", 3.0), result("even@40", 3.0))
+    stopped = judged(result("even@10", 10.0), result("recent@10", 3.0, shape=(4, 24, 8)))
+    for each, n_subtitles in ((study, 0), (stopped, 1)):
+        plot, legend = drawn_returns(returns.draw_by_budget, each)
+        (ring,) = (line for line in plot.lines if line.get_ms() == returns.RING["ms"])
+        assert (ring.get_xydata() == [[10, each.recommended.mean.value]]).all()
+        assert "recommended" in [text.get_text() for text in legend.texts]
+        heading = " ".join(text.get_text() for text in plot.figure.texts)
+        assert heading.count("stopped arms: at least 96 of 192 runs") == n_subtitles
 
 
 def test_the_legend_names_what_is_there_and_the_heading_fits():
-    over_seeds, of_chance = "95 % interval over seeds", "95 % interval of random choice"
+    intervals = ["95 % intervals over seeds: lines, bands"]
     long = "a task that is told in more words than one line takes " * 4, "a name " * 30
     one_seed = judged(result("random@1", 3.0, shape=(4, 1, 1)), shape=(4, 1, 1))
     for arms, about, there in (
-        (["random@10", "random@20"], ABOUT, [over_seeds, of_chance]),
-        (["recent@10"], replace(ABOUT, title=long[0], subtitle=long[1]), [over_seeds]),
-        ([f"{name}@10" for name in WITH_BUDGET], ABOUT, [over_seeds]),  # of these no band
+        (["even@20", "random@10"], ABOUT, intervals),
+        (["recent@10"], replace(ABOUT, title=long[0], subtitle=long[1]), intervals),
+        ([f"{name}@10" for name in WITH_BUDGET], ABOUT, intervals),
         ([], ABOUT, []),
     ):
         study = judged(*(result(key, 3.0) for key in arms)) if arms else one_seed

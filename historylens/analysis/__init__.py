@@ -24,7 +24,7 @@ from historylens.common import settings
 from historylens.common.errors import expect, run_command
 from historylens.common.files import writable_folder
 from historylens.common.processes import join
-from historylens.common.settings import Settings, add_flags, from_dict, setting
+from historylens.common.settings import Parser, Settings, add_flags, from_dict, setting
 from historylens.common.text import counted, labelled
 
 
@@ -86,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         from historylens.comparison import main as compare
 
         return compare(argv[1:], prog="historylens compare")
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="Show which history an in-context reinforcement learner attends to, in "
         "pictures and numbers, and say how the history may be compressed.",
         epilog="`historylens compare` runs the model on compressed history in its environment.",
@@ -105,7 +105,7 @@ def load_adapter(config: Any, device: torch.device) -> Agent:
     return load(config.adapter, *wanted, config.plays)
 
 
-def run(argv: Sequence[str], parser: argparse.ArgumentParser, kind: type, load: Load) -> None:
+def run(argv: Sequence[str], parser: Parser, kind: type, load: Load) -> None:
     """Parse the flags, load the agent, analyse it, with all processes that torchrun started.
 
     `parser` has a flag for every setting of `kind`, an `AnalysisConfig`; `load` gives the agent

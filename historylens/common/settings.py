@@ -6,7 +6,7 @@ import math
 import types
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, TypeVar, get_args, get_origin
+from typing import Any, NoReturn, TypeVar, get_args, get_origin
 
 from historylens.common.errors import expect
 from historylens.common.files import FORMATS
@@ -58,6 +58,14 @@ class Settings:
                     expect(is_in, f"{expected} between 0 and 1, got {got}")
                 choices = told.get("choices", [got])
                 expect(got in choices, f"{expected} of {', '.join(map(str, choices))}, got {got}")
+
+
+class Parser(argparse.ArgumentParser):
+    """Of the flags of a command: a mistake in them is one line, as all others are."""
+
+    def error(self, message: str) -> NoReturn:
+        """End the command with what is wrong."""
+        self.exit(2, f"error: {message}; --help names what there is\n")
 
 
 def flag_of(name: str) -> str:

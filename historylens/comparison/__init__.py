@@ -23,7 +23,7 @@ from historylens.common.batches import expect_memory
 from historylens.common.errors import expect, note
 from historylens.common.files import FORMATS, writable_folder
 from historylens.common.processes import ALONE, Group, join
-from historylens.common.settings import Settings, add_flags, from_dict, setting
+from historylens.common.settings import Parser, Settings, add_flags, from_dict, setting
 from historylens.common.text import counted, labelled, wrap
 from historylens.comparison.intervals import N_RESAMPLES, looks
 from historylens.comparison.playing import Plays, fingerprint, missing, plan, play_arms
@@ -101,9 +101,9 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
     run(argv, parser, load)
 
 
-def make_parser(*more: type) -> argparse.ArgumentParser:
+def make_parser(*more: type) -> Parser:
     """The flags: one a setting of `CompareConfig`, and of further settings, which come first."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="Run an Algorithm Distillation model on compressed history, in the "
         "environment, and say which strategy and budget lose nothing against full history.",
         epilog=f"Strategies: {', '.join(WITH_BUDGET)}, and head-LAYER-HEAD.",
@@ -115,7 +115,7 @@ def make_parser(*more: type) -> argparse.ArgumentParser:
 Load = Callable[[argparse.Namespace, torch.device], tuple[Agent, str]]
 
 
-def run(argv: Sequence[str] | None, parser: argparse.ArgumentParser, load: Load) -> None:
+def run(argv: Sequence[str] | None, parser: Parser, load: Load) -> None:
     """Parse the flags, `load` the agent and where its kept transitions stand, and compare."""
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # threads only wait for each other on batches as small as these
@@ -206,14 +206,16 @@ def announced(
     usual = "" if config.budgets else ", ".join(str(n) for n in BUDGETS if n > n_max)
     too_long = f" (the usual {usual} exceed that)" if usual else ""
     then = "where nothing shorter is shown to be safe, the most promising arm and full history "
-    then += f"again, on {'' if config.no_racing else 'up to '}{config.confirm} new seeds a goal"
+    most = "" if config.no_racing else "up to "
+    then += f"again, on {most}{counted(config.confirm, 'new seed')} a goal"
     text = {
         **agent.facts,
         "Task": f"{agent.title}; {environment}",
         "Arms": f"full, empty, controls, and {names}",
         "Budgets": f"{budgets} of up to {n_max} transitions{too_long}",
-        "Runs": f"{plays.n_seeds} seeds a goal, {plays.n_episodes} episodes of "
-        f"{environment.horizon} steps; the same action noise in every arm",
+        "Runs": f"{counted(plays.n_seeds, 'seed')} a goal, "
+        f"{counted(plays.n_episodes, 'episode')} of {environment.horizon} "
+        "steps; the same action noise in every arm",
         "Positions": POSITIONS[plays.positions],
         "Margin": f"{config.margin:.0%} of full history's return",
         "Racing": f"after {', '.join(map(str, early))} seeds of all goals, what is shown worse or "

@@ -84,6 +84,8 @@ def plan(plays: Plays, names: Sequence[str], budgets: Sequence[int]) -> list[Arm
     if len(environment.goals) == 1:
         controls.remove("other-task")
     chosen, hidden = [method for method in chosen if method.keeps not in ("all", "none")], {}
+    expected = "expected --strategies that keep a part of the history (full and empty are played "
+    expect(chosen, f"{expected}beside them), got {', '.join(names)}")
     for method in chosen:
         if MAY_LACK & {*method.needs}:  # UserError: a head it lacks
             policy = CompressedPolicy(agent, method, 1, torch.Generator().manual_seed(0))
@@ -97,7 +99,6 @@ def plan(plays: Plays, names: Sequence[str], budgets: Sequence[int]) -> list[Arm
         said = f"without {', '.join(hidden)}: {next(iter(hidden.values()))}"
         expect(names, f"nothing is left to compare {said}")
         note(said)
-    expect(names, "expected --strategies that keep a part of the history, got none")
     arms = [Arm(name) for name in (FULL, EMPTY, *controls)]
     return arms + [Arm(name, budget) for name in names for budget in sorted(set(budgets))]
 

@@ -91,8 +91,8 @@ def recommendation(study: Study) -> str:
     said += f" {n} {'is' if n == 1 else 'are'} not settled, the most promising {row.arm.key}, "
     said += f"{row.verdict}: {_evidence(row)}."
     if again is not None:
-        said += f" Played again on {again.n_seeds} new seeds a goal it is {again.row.verdict}: "
-        said += f"{_evidence(again.row)}."
+        said += f" Played again on {counted(again.n_seeds, 'new seed')} a goal it is "
+        said += f"{again.row.verdict}: {_evidence(again.row)}."
     if again is None or again.row.verdict in OPEN:
         said += f" More runs may settle it: --strategies {row.arm.name} --budgets {row.arm.n_keep} "
         said += f"--seeds {4 * max(study.n_seeds, again.n_seeds if again else 8)}, or --full."
@@ -117,9 +117,10 @@ def _one_recommended(study: Study) -> str:
     if again is not None:
         return (
             f"{said} It was the most promising arm above, and was played again beside full "
-            f"history, on {again.n_seeds} new seeds a goal: it earns {best.mean.text()} reward an "
-            f"episode there, full history {full.mean.text()}; paired, {best.difference.text('+')}, "
-            f"with a margin of {margin:.2f}; {best.collapses.sentence()}. It {reads}{slower}"
+            f"history, on {counted(again.n_seeds, 'new seed')} a goal: it earns "
+            f"{best.mean.text()} reward an episode there, full history {full.mean.text()}; paired, "
+            f"{best.difference.text('+')}, with a margin of {margin:.2f}; "
+            f"{best.collapses.sentence()}. It {reads}{slower}"
         )
     said += f" It earns {best.mean.value:.2f} reward an episode, full history "
     said += f"{full.mean.value:.2f}: {_evidence(best)}. It is the smallest budget that is safe or "

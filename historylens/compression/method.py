@@ -133,7 +133,7 @@ def get_method(name: str) -> Method:
     except KeyError:
         close = difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean '{close[0]}'? " if close else ""
-        there = f"There are: {', '.join(known)}, and head-LAYER-HEAD"
+        there = f"there are: {', '.join(known)}, and head-LAYER-HEAD"
         raise ValueError(f"unknown strategy '{name}': {hint}{there}") from None
 
 

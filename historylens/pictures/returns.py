@@ -24,7 +24,8 @@ GREY, FULL_COLOUR = "#c4c4c4", "#0b6e4f"
 PANEL = 4.75  # inches from one row of panels to the next, names below them included
 ASIDE = 0.045  # between intervals of strategies at one budget, in roots of transitions
 LABEL_GAP = 0.036  # between labels, of the height of the plot
-ABOVE_LEGEND = 0.07  # lowest place of a label, of the height of the plot
+RING = {"marker": "o", "ms": 15, "mec": FULL_COLOUR, "mfc": "none", "mew": 1.6, "zorder": 5}
+ABOVE_LEGEND = 0.09  # lowest place of a label, of the height of the plot
 
 
 @dataclass(frozen=True)
@@ -44,29 +45,22 @@ def draw_by_budget(path: Path, study: Any, picture: Picture) -> None:
     axes = figure.add_axes((0.065, 0.115 * share, 0.655, 0.735 * share))
     lines, colours = _strategies(study)
     _draw_levels(axes, study, picture)
-    full = study.full.mean.value  # the name of full history stands above its level
     if (best := study.recommended) is not None:
-        side = 1 if best.kept < picture.n_max / 2 else -1  # the name stays inside
-        place = best.kept, best.mean.value
-        offset = 12 * side, 18 if best.mean.value > full else -20
-        axes.plot(*place, "o", ms=15, mec=FULL_COLOUR, mfc="none", mew=1.6, zorder=5)
-        style = {"color": FULL_COLOUR, "fontsize": 9.5, "weight": "bold"}
-        style["ha"] = "left" if side > 0 else "right"
-        style["path_effects"] = [withStroke(linewidth=3, foreground="white")]  # over other lines
-        axes.annotate("recommended", place, offset, textcoords="offset points", zorder=6, **style)
+        axes.plot(best.kept, best.mean.value, **RING)
     chance = [row for row in lines.get("random", []) if not row.mean.is_open]
-    if has_band := len(chance) > 1:  # what a strategy has to beat
+    if len(chance) > 1:  # what a strategy has to beat
         edges = zip(*((row.kept, row.mean.low, row.mean.high) for row in chance), strict=True)
         axes.fill_between(*edges, color=UNIFORM, alpha=0.13, lw=0, zorder=1.2)
     for name in sorted(lines, key=lambda name: name in colours):
         aside = list(colours).index(name) - (len(colours) - 1) / 2 if name in colours else None
         _draw_line(axes, lines[name], colours.get(name, GREY), aside)
     _set_scales(axes, study, picture)
-    axes.set_xlabel("transitions kept (of each decision's history)", fontsize=10.5)
+    label = "transitions kept (of each decision's history; a square-root scale)"
+    axes.set_xlabel(label, fontsize=10.5)
     axes.set_ylabel("reward an episode, second half of the episodes", fontsize=10.5)
     inset(axes, 2)
     _label_lines(axes, lines, colours)
-    _explain_markers(figure, study, share, has_band)
+    _explain_markers(figure, study, share)
     save_figure(figure, path)
 
 
@@ -78,7 +72,7 @@ def draw_by_episode(path: Path, study: Any, picture: Picture) -> None:
     n_rows = max(1, -(-len(budgets) // n_columns))
     size = max(9.0, 0.8 + 3.6 * n_columns), 1.15 + PANEL * n_rows
     note = "In brackets: adaptation loss, the reward an episode lost against full history over all "
-    note += "episodes (the area between the lines)"
+    note += "episodes (the area between the lines); the band is full history's 95 % interval"
     figure = _figure(size, "How fast it adapts", picture, study, note)
     width, height = figure.get_size_inches()
     shared, step = None, (width - 0.7) / n_columns
@@ -101,7 +95,10 @@ def draw_by_episode(path: Path, study: Any, picture: Picture) -> None:
 def _figure(size: tuple, what: str, picture: Picture, study: Any, *notes: str) -> Figure:
     """A figure in inches, higher by what its heading takes beyond a line a text."""
     width, height = size
-    texts = [(f"{what} · {picture.title}", INK, 14, "bold"), (picture.subtitle, INK, 10, "normal")]
+    runs, subtitle = [row.collapses.n_runs for row in study.rows], picture.subtitle
+    if min(runs) < max(runs):
+        subtitle += f"; stopped arms: at least {min(runs)} of {max(runs)} runs"
+    texts = [(f"{what} · {picture.title}", INK, 14, "bold"), (subtitle, INK, 10, "normal")]
     texts += [(finding(study), FULL_COLOUR, 10, "normal")]
     texts += [(note, INK, 10, "normal") for note in notes]
     lines, y = [], 0.3
@@ -160,8 +157,9 @@ def _draw_levels(axes: Axes, study: Any, picture: Picture) -> None:
 
 
 def _name_level(axes: Axes, height: float, name: str, colour: str, side: str) -> None:
-    place = (0.01 if side == "left" else 0.99, height)
+    place = (0.08 if side == "left" else 0.99, height)  # beside a ring
     how = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "zorder": 6}
+    how["path_effects"] = [withStroke(linewidth=2.5, foreground="white")]  # over lines
     axes.annotate(name, place, (0, 4), ha=side, color=colour, fontsize=9.5, **how)
 
 
@@ -227,21 +225,24 @@ def spread(places: Sequence[float], gap: float, low: float = 0.0) -> list[float]
     return moved
 
 
-def _explain_markers(figure: Figure, study: Any, share: float, has_chance: bool) -> None:
+def _explain_markers(figure: Figure, study: Any, share: float) -> None:
     """The legend of what is there, in boxes of `share` of the usual height."""
-    texts = [f"shown to lose less than {study.margin_share:.0%}"]
-    texts += ["of full history (safe or better)", "not shown: all other verdicts"]
     axes = figure.add_axes((0.735, 0.025 * share, 0.26, 0.145 * share))
-    axes.set(xlim=(0, 1), ylim=(5, -1))
+    axes.set(xlim=(0, 1), ylim=(4.5, -0.5))
     axes.axis("off")
+    texts = [f"shown to lose less than {study.margin_share:.0%}"]
+    texts += ["of full history (safe or better)", "not shown in these runs"]
     for y, fill in ((0, SOFT), (2, "white")):
         axes.plot(0.05, y, "o", ms=6.5, mec=SOFT, mfc=fill, mew=1.4)
+    if study.recommended is not None:
+        again = study.confirmation is not None
+        texts += ["recommended" + ": shown in new runs" * again]
+        axes.plot(0.05, len(texts) - 1, **RING | {"ms": 9})
     if not study.full.mean.is_open:
-        texts += ["95 % interval over seeds"]
-        axes.plot([0.05, 0.05], [2.6, 3.4], color=SOFT, lw=1.2)
-    if has_chance:  # then there are intervals
-        texts += ["95 % interval of random choice"]
-        axes.fill_between([0.02, 0.08], 3.65, 4.35, color=UNIFORM, alpha=0.25, lw=0)
+        y = len(texts)
+        texts += ["95 % intervals over seeds: lines, bands"]
+        axes.plot([0.02, 0.02], [y - 0.4, y + 0.4], color=SOFT, lw=1.2)
+        axes.fill_between([0.045, 0.09], y - 0.35, y + 0.35, color=SOFT, alpha=0.25, lw=0)
     for i, text in enumerate(texts):
         axes.text(0.12, i, text, size=8.5, color=SOFT, va="center")
 
