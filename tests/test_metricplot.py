@@ -1,6 +1,7 @@
 """Pictures of metrics and learning hold their numbers, told in full inside the page."""
 
 import itertools
+from pathlib import Path
 from unittest import mock
 
 import numpy as np
@@ -8,7 +9,8 @@ import pytest
 from matplotlib.colors import to_hex
 from test_pictures import axes_of, draw, sample_of
 
-from historylens.pictures import metricplot, page
+from historylens.metrics import Metrics
+from historylens.pictures import draw_summaries, metricplot, page
 from historylens.pictures.lineplot import line_plot
 from historylens.pictures.metricplot import KINDS, METRICS, attention_over_learning, course, summary
 from historylens.pictures.page import INK, Page
@@ -27,8 +29,8 @@ def metric_values(*shape):
 def test_summaries_hold_every_sample_the_mean_of_every_layer_and_uniform(n_layers, n_samples):
     values, layers = metric_values(n_layers, n_samples), range(5, 5 + n_layers)
     first = {name: rows[0] for name, rows in values.items()}
-    distributions = axes_of(summary, first, UNIFORM, layer=0, dpi=100)
-    courses = axes_of(course, values, UNIFORM, layers=layers, dpi=100)
+    distributions = axes_of(summary, first, UNIFORM, layer=0, heads="heads 0 and 2", dpi=100)
+    courses = axes_of(course, values, UNIFORM, layers=layers, heads="heads 0 and 2", dpi=100)
     for name, axes, over in zip(METRICS, distributions, courses, strict=True):
         own, even = first[name], UNIFORM[name]
         is_log = name == "recent_distant_ratio" and own.max() > 100 * own.min()
@@ -44,8 +46,8 @@ def test_summaries_hold_every_sample_the_mean_of_every_layer_and_uniform(n_layer
 def test_values_that_are_nearly_equal_are_told_in_full_inside_the_page():
     values = {name: 0.31 + 1e-7 * np.arange(18).reshape(2, 9) for name in METRICS}
     first, even = {name: rows[0] for name, rows in values.items()}, dict.fromkeys(METRICS, 0.31)
-    courses = axes_of(course, values, even, layers=[0, 1], dpi=100)
-    for drawn in (courses, axes_of(summary, first, even, layer=0, dpi=100)):
+    courses = axes_of(course, values, even, layers=[0, 1], heads="heads 0 and 2", dpi=100)
+    for drawn in (courses, axes_of(summary, first, even, layer=0, heads="heads 0 and 2", dpi=100)):
         drawn[0].figure.canvas.draw()
         for axes in drawn:
             assert not axes.yaxis.get_offset_text().get_text()
@@ -56,9 +58,9 @@ def test_values_that_are_nearly_equal_are_told_in_full_inside_the_page():
 def test_no_axis_reaches_far_below_zero_and_a_ratio_may_be_zero_and_huge():
     zero = dict.fromkeys(METRICS, 0.0)
     one, four = (dict.fromkeys(METRICS, np.zeros(shape)) for shape in ((1, 1), 4))
-    over, *_ = axes_of(course, one, zero, layers=[0], dpi=50)
+    over, *_ = axes_of(course, one, zero, layers=[0], heads="heads 0 and 2", dpi=50)
     odd = four | {"recent_distant_ratio": np.array([0.0, 1.0, 1e6, 1e9])}
-    axes, *_, ratio = axes_of(summary, odd, zero, layer=0, dpi=50)
+    axes, *_, ratio = axes_of(summary, odd, zero, layer=0, heads="heads 0 and 2", dpi=50)
     axes.figure.canvas.draw()
     assert -0.1 < over.get_ylim()[0] <= 0
     assert axes.patches[0].get_x() == 0
@@ -67,14 +69,26 @@ def test_no_axis_reaches_far_below_zero_and_a_ratio_may_be_zero_and_huge():
 
 def test_legends_have_a_swatch_for_single_samples_bands_and_ranges(tmp_path):
     with mock.patch.object(page.Page, "swatch") as swatch:
-        axes_of(course, metric_values(2, 9), UNIFORM, layers=[0, 1], dpi=100)
-        axes_of(summary, metric_values(9), UNIFORM, layer=0, dpi=100)
-        axes_of(course, metric_values(2, 1), UNIFORM, layers=[0, 1], dpi=100)  # its mean is it
+        axes_of(course, metric_values(2, 9), UNIFORM, layers=[0, 1], heads="heads 0 and 2", dpi=100)
+        axes_of(summary, metric_values(9), UNIFORM, layer=0, heads="heads 0 and 2", dpi=100)
+        axes_of(course, metric_values(2, 1), UNIFORM, layers=[0, 1], heads="head 0", dpi=100)
         draw(line_plot, tmp_path / "lines.png", sample_of(n=701))
     said = [call.args[2] for call in swatch.call_args_list]
     assert said.count("single samples") == 2
     assert said.count("the middle 80 % of samples") == 1
     assert said[-1] == "A point is the mean of 2 positions; the grey band is their range."
+
+
+@pytest.mark.parametrize(("heads", "told"), [
+    ([[0], [1]], ["head 0", "head 1", "heads"]), ([[0, 2]] * 2, ["heads 0 and 2"] * 3),
+])  # fmt: skip
+def test_the_heads_that_are_averaged_are_named(heads, told):
+    metrics, said = Metrics(9, [3, 5], heads), []
+    metrics.values[:] = metrics.uniform[:] = 0.5
+    with mock.patch.object(page.Page, "heading", lambda *texts: said.append(texts[-1])):
+        painter = mock.Mock(draw=lambda kind, _, *args, **own: axes_of(kind, *args, **own, dpi=50))
+        draw_summaries(Path("out"), metrics, painter)
+    assert said == [f"Attention of the query token to its history, averaged over {x}" for x in told]
 
 
 def three(rng, n, scale=1.0):

@@ -145,6 +145,6 @@ def test_values_that_differ_by_rounding_only_are_drawn_as_one(tmp_path, n):
     near = np.random.default_rng(n).integers(-3, 4, n)
     values = {name: size * (1 + 1e-16 * near) for name, size in sizes.items()}
     uniform = {name: size * (1 + 2e-16) for name, size in sizes.items()}
-    summary(tmp_path / "a.png", values, uniform, layer=0, dpi=30)
+    summary(tmp_path / "a.png", values, uniform, layer=0, heads="heads 0 and 2", dpi=30)
     two = {name: np.stack([own, own]) for name, own in values.items()}
-    course(tmp_path / "b.png", two, uniform, layers=[0, 1], dpi=30)
+    course(tmp_path / "b.png", two, uniform, layers=[0, 1], heads="heads 0 and 2", dpi=30)

@@ -50,7 +50,7 @@ def counted(number: int, noun: str) -> str:
     return f"{number:,} {noun if number == 1 else many}"
 
 
-def listed(layers: Sequence[int]) -> str:
+def listed(numbers: Sequence[int], noun: str = "layer") -> str:
     """`layer 1`, `layers 1 and 2`, `layers 0, 1 and 3`."""
-    *first, last = [str(layer) for layer in layers]
-    return f"layers {', '.join(first)} and {last}" if first else f"layer {last}"
+    *first, last = [str(number) for number in numbers]
+    return f"{noun}s {', '.join(first)} and {last}" if first else f"{noun} {last}"

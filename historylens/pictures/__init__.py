@@ -14,6 +14,7 @@ import numpy as np
 from historylens.common import files
 from historylens.common.errors import note
 from historylens.common.files import INDEX, write_atomically
+from historylens.common.text import listed
 from historylens.metrics import SUMMARY_METRICS, Metrics
 from historylens.pictures.effectplot import deletion_curves, head_effects
 from historylens.pictures.heatmap import color_range, heatmap
@@ -111,13 +112,14 @@ def draw_batch(
 def draw_summaries(out: Path, metrics: Metrics, painter: Painter) -> None:
     """A summary a layer and the comparison across layers."""
     values = {name: metrics.of(name) for name in SUMMARY_METRICS}  # (L, S) each
-    uniform = metrics.uniform_mean()
+    uniform, heads = metrics.uniform_mean(), [listed(own, "head") for own in metrics.heads]
     for i, layer in enumerate(metrics.layers):
         path = out / f"layer_{layer}" / f"attention_summary_layer{layer}.png"
         own = {name: rows[i] for name, rows in values.items()}
-        painter.draw(summary, path, own, uniform, layer=layer)
+        painter.draw(summary, path, own, uniform, layer=layer, heads=heads[i])
     path = out / "attention_layers.png"
-    painter.draw(course, path, values, uniform, layers=metrics.layers)
+    named = heads[0] if len({*heads}) == 1 else "heads"
+    painter.draw(course, path, values, uniform, layers=metrics.layers, heads=named)
 
 
 def alone(effects: Any, learning: Mapping[str, Any] | None, title: str) -> dict[str, Any]:

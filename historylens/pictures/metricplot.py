@@ -56,14 +56,16 @@ def is_one(values: np.ndarray, even: float = 0.0) -> bool:
     return bool(np.ptp(values) <= ROUNDING * max(abs(even), np.abs(values).max()))
 
 
-def summary(path: Path, values: Values, uniform: Values, *, layer: int, dpi: int) -> None:
+def summary(
+    path: Path, values: Values, uniform: Values, *, layer: int, heads: str, dpi: int
+) -> None:
     """Draw the distribution of each metric `(S,)`, its mean, and its value if all were uniform."""
     import seaborn  # only this picture needs it, and it takes a while to import
 
     n_samples = len(values["entropy"])
     few = n_samples <= MAX_MARKED_SAMPLES
     more = [("single samples", TICKS)] if few else []
-    page, plots = _page(f"Attention summary · layer {layer}", values, more, dpi, y="samples")
+    page, plots = _page(f"Attention summary · layer {layer}", values, heads, more, dpi, y="samples")
     for name, (axes, log) in plots.items():
         drawn, even = values[name], uniform[name]
         mean, spread, median = drawn.mean(), drawn.std(), np.median(drawn)
@@ -88,12 +90,14 @@ def summary(path: Path, values: Values, uniform: Values, *, layer: int, dpi: int
     page.save(path)
 
 
-def course(path: Path, values: Values, uniform: Values, *, layers: Sequence[int], dpi: int) -> None:
+def course(
+    path: Path, values: Values, uniform: Values, *, layers: Sequence[int], heads: str, dpi: int
+) -> None:
     """Draw each metric `(L, S)` across layers: mean, middle 80 %, samples where they are few."""
     n_samples = values["entropy"].shape[1]
     few, several = 1 < n_samples <= MAX_MARKED_SAMPLES, n_samples > 1
     more = [("the middle 80 % of samples", BAND)] * several + [("single samples", DOTS)] * few
-    page, plots = _page("Attention across layers", values, more, dpi, x="layer")
+    page, plots = _page("Attention across layers", values, heads, more, dpi, x="layer")
     x = np.arange(len(layers))
     shown = x[:: max(1, len(x) // 12)]
     for name, (axes, log) in plots.items():
@@ -118,12 +122,12 @@ def course(path: Path, values: Values, uniform: Values, *, layers: Sequence[int]
 
 
 def _page(
-    title: str, values: Values, more: Sequence, dpi: int, x: str = "", y: str = ""
+    title: str, values: Values, heads: str, more: Sequence, dpi: int, x: str = "", y: str = ""
 ) -> tuple[Page, dict[str, tuple[Axes, bool]]]:
     """Axes of each metric, and whether it is to be logarithmic; its unit names the other axis."""
     page = Page(1020, 780, dpi)
     samples = counted(values["entropy"].shape[-1], "sample")
-    about = "Attention of the query token to its history, averaged over heads"
+    about = f"Attention of the query token to its history, averaged over {heads}"
     page.heading(90, f"{title} · {samples}", about)
     mean = "mean over samples", {"colors": INK, "linewidths": 2}
     legend = [mean, ("uniform attention", UNIFORM_LINE), *more]
