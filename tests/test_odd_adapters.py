@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from adapters import CPU, agent_of, home, written  # noqa: F401
+from adapters import CPU, agent_of, analysed, home, written  # noqa: F401
 from agents import Recorder
 from attention_rows import decision
 from conftest import refused
@@ -253,3 +253,22 @@ def test_what_keeps_rewarded_transitions_keeps_those_above_it():
         buffer.append(*step, done=False)
     CompressedPolicy(agent, METHODS["rewarded-recent"], 2).act(buffer, torch.zeros(1, 1))
     assert agent.histories[-1].rewards.tolist() == [[3, 1]]
+
+
+def test_code_that_changes_the_folder_finds_its_files_there_and_results_stay_here():
+    Path("repo").mkdir()
+    Path("repo/name.txt").write_text("there")
+    more = """
+import os
+def load():
+    os.chdir("repo")
+    return model_of()
+def samples(n, seed):
+    assert open("name.txt").read() == "there"
+    return drawn(n, seed)
+"""
+    path = written(MORE + "model_of = load" + more)
+    content, _ = analysed(path, Path("out"), drawn=None)
+    assert len(content["samples"]) == 3
+    assert {x.name for x in Path.cwd().iterdir()} >= {"repo", "out", "mine.py"}
+    assert [x.name for x in Path("repo").iterdir()] == ["name.txt"]

@@ -37,7 +37,7 @@ class Adapter:
     def __init__(self, path: str | Path | None) -> None:
         what = "expected --adapter FILE, a Python file that says how to run your model"
         expect(path is not None, what)
-        self.path = path = Path(path)
+        self.path, self._folder = (path := Path(path)), os.curdir  # whereto its code went
         what = "is a folder" if path.is_dir() else "there is no such file"
         expect(path.is_file(), f"{path}: {what}: expected --adapter to name a Python file")
         expect(path.suffix == ".py", f"{path}: expected --adapter to name a Python file (.py)")
@@ -78,9 +78,11 @@ class Adapter:
 
     @contextlib.contextmanager
     def blamed(self, what: str) -> Iterator[None]:
-        """A block that runs the user's code: what it raises is told in one line."""
+        """A block of the user's code: it may `os.chdir`; what it raises is told in one line."""
         try:
-            yield
+            with contextlib.chdir(self._folder):
+                yield
+                self._folder = os.getcwd()
         except BaseException as error:  # SystemExit, too
             if isinstance(error, UserError | KeyboardInterrupt) or is_out_of_memory(error):
                 raise  # lack of memory, so that the batch can be halved
