@@ -112,6 +112,8 @@ def run_twice(model, *inputs, context=torch.no_grad, maps=(0,), **options):
             captured = run()
     assert torch.equal(plain, captured)
     assert plain.requires_grad == captured.requires_grad
+    kept = [x for layer in record for x in vars(layer).values() if isinstance(x, torch.Tensor)]
+    assert not any(x.requires_grad or x.is_inference() for x in kept)
     assert is_clean(model)
     return record
 

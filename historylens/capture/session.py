@@ -4,7 +4,7 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -192,7 +192,7 @@ class Session(TorchFunctionMode):
                     "the start; a layer that is used in several places needs a copy for each "
                     "(copy.deepcopy)"
                 )
-            if call.mask.key == self._mask.key:  # what is known of it counts for all layers
+            if call.mask.biases and call.mask.key == self._mask.key:  # known already
                 call.mask = self._mask
             self._mask = call.mask
             calls[name] = self.options.attention(name, call, before)
@@ -297,6 +297,9 @@ def _uncompiled() -> Iterator[None]:
 @contextmanager
 def _plain_arithmetic() -> Iterator[None]:
     """Without gradients, autocast or inference mode, so that the record is of ordinary tensors."""
-    subclasses = torch._C.DisableTorchFunctionSubclass()
-    with subclasses, torch._C._DisableAutocast(), torch.inference_mode(False), torch.no_grad():
+    subclasses, off = torch._C.DisableTorchFunctionSubclass(), nullcontext()  # others are slow
+    autocast = torch._C._DisableAutocast() if torch._C._is_any_autocast_enabled() else off
+    is_kept = torch.is_grad_enabled() or torch.is_inference_mode_enabled()
+    inference, grad = (torch.inference_mode(False), torch.no_grad()) if is_kept else (off, off)
+    with subclasses, autocast, inference, grad:
         yield

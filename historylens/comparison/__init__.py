@@ -206,8 +206,7 @@ def announced(
     usual = "" if config.budgets else ", ".join(str(n) for n in BUDGETS if n > n_max)
     too_long = f" (the usual {usual} exceed that)" if usual else ""
     then = "where nothing shorter is shown to be safe, the most promising arm and full history "
-    most = "" if config.no_racing else "up to "
-    then += f"again, on {most}{counted(config.confirm, 'new seed')} a goal"
+    most = "up to " * (not config.no_racing) + counted(config.confirm, "new seed")
     text = {
         **agent.facts,
         "Task": f"{agent.title}; {environment}",
@@ -222,7 +221,7 @@ def announced(
         "saves no tokens stops" if is_racing else "",
         "Work": f"{counted(n_arms, 'arm')}, {'at most ' if is_racing else ''}"
         f"{n_runs * plays.n_decisions:,} decisions",
-        "Then": then if config.confirm else "",
+        "Then": f"{then}again, on {most} a goal" if config.confirm else "",
         "Found": results.found,
         "Episodes": counting(plays, results),
     }  # fmt: skip

@@ -235,8 +235,7 @@ def _explain_markers(figure: Figure, study: Any, share: float) -> None:
     for y, fill in ((0, SOFT), (2, "white")):
         axes.plot(0.05, y, "o", ms=6.5, mec=SOFT, mfc=fill, mew=1.4)
     if study.recommended is not None:
-        again = study.confirmation is not None
-        texts += ["recommended" + ": shown in new runs" * again]
+        texts += ["recommended" + ": shown in new runs" * (study.confirmation is not None)]
         axes.plot(0.05, len(texts) - 1, **RING | {"ms": 9})
     if not study.full.mean.is_open:
         y = len(texts)
