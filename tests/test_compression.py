@@ -106,7 +106,7 @@ def test_a_budget_of_nothing_keeps_nothing_and_enough_gives_the_history_itself(n
 def test_an_unknown_method_is_named_with_the_nearest_known():
     for name, words in (
         ("recnt", r"unknown strategy 'recnt': did you mean 'recent'\?"),
-        ("other-task", "'other-task': There are: full, empty"),  # a control compresses nothing
+        ("other-task", "'other-task': there are: full, empty"),  # a control compresses nothing
         *((f"head-{bad}", f"unknown strategy 'head-{bad}'.*, and head-LAYER-HEAD$")
           for bad in ("1", "1-", "1-3-4", "-1-3", "a-b", "1.0-3")),
     ):  # fmt: skip
