@@ -188,7 +188,7 @@ def n_hooks(model: torch.nn.Module) -> int:
 
     kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")
     own = sum(len(getattr(module, kind)) for module in model.modules() for kind in kinds)
-    return own + len(hooks._global_forward_hooks) + len(hooks._global_forward_pre_hooks)
+    return own + sum(len(x) for name, x in vars(hooks).items() if name.startswith("_global_") and x)
 
 
 def ad_agent(model: ADTransformer, histories: Histories, places=()):

@@ -243,7 +243,9 @@ def found_in(*parts, n_tokens=5):
     model.attend, model.parts = Given(attend_by_heads), nn.ModuleList(parts)
     with torch.no_grad():
         run = lambda: model.eval()(torch.randn(2, n_tokens, 8))  # noqa: E731
-        return mixing_modules(model, ["attend"], n_tokens, run)
+        found = mixing_modules(model, ["attend"], n_tokens, run)
+    assert is_clean(model)
+    return found
 
 
 def test_a_module_that_mixes_tokens_unseen_is_found():
@@ -257,6 +259,13 @@ def test_a_module_that_mixes_tokens_unseen_is_found():
     found = found_in(nn.Linear(8, 8), kernel, traced, gru, middle, around)
     assert list(found) == ["parts.1.0", "parts.2", "parts.3", "parts.4", "parts.5.part"]
     assert (found["parts.1.0"], found["parts.3"]) == ("Given", "GRU")
+
+
+@pytest.mark.filterwarnings("error:Using `torch.compile")
+def test_a_compiled_module_is_looked_at_as_it_was_written():
+    mixes = Given(lambda x: x.cumsum(1))
+    mixes.compile(backend="eager")
+    assert [*found_in(torch.compile(nn.Linear(8, 8), backend="eager"), mixes)] == ["parts.1"]
 
 
 def test_what_works_on_each_token_fails_or_differs_when_called_again_or_has_tokens_last_is_none():

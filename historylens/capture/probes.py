@@ -1,15 +1,15 @@
 """What a model does when something in it is changed: passes beside the one that is recorded."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from copy import deepcopy
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_hook
+from torch.nn.modules import module as modules
 
 from historylens.capture.record import Options, matches
-from historylens.capture.session import Session, names_of
+from historylens.capture.session import Session, names_of, uncompiled
 
 SMALLEST_CHANGE = 1e-4  # of the largest output, that counts as one
 
@@ -36,7 +36,9 @@ def mixing_modules(
                     found[name] = type(module).__name__
             busy.clear()
 
-    with register_module_forward_hook(probe, with_kwargs=True):
+    with ExitStack() as after, uncompiled():
+        handle = after.enter_context(modules.register_module_forward_hook(probe, with_kwargs=True))
+        after.callback(modules._global_forward_hooks_with_kwargs.pop, handle.id)  # PyTorch does not
         run()
     return found
 

@@ -56,7 +56,7 @@ class Session(TorchFunctionMode):
     @contextmanager
     def attached(self) -> Iterator["Session"]:
         """A block in which the session sees what runs."""
-        with ExitStack() as hooks, _uncompiled(), self:
+        with ExitStack() as hooks, uncompiled(), self:
             for module in filter(_may_attend, self._names):
                 hooks.enter_context(module.register_forward_pre_hook(self._enter))
                 hooks.enter_context(module.register_forward_hook(self._leave, always_call=True))
@@ -282,7 +282,7 @@ def _may_attend(module: nn.Module) -> bool:
 
 
 @contextmanager
-def _uncompiled() -> Iterator[None]:
+def uncompiled() -> Iterator[None]:
     """Compiled functions run as they were written, so that what they call is seen."""
     # Loaded where something was compiled, or is to be; it is slow to import.
     slow = "torch._dynamo.eval_frame", "torch.nn.attention.flex_attention"

@@ -84,8 +84,7 @@ def plan(plays: Plays, names: Sequence[str], budgets: Sequence[int]) -> list[Arm
     if len(environment.goals) == 1:
         controls.remove("other-task")
     chosen, hidden = [method for method in chosen if method.keeps not in ("all", "none")], {}
-    expected = "expected --strategies that keep a part of the history (full and empty are played "
-    expect(chosen, f"{expected}beside them), got {', '.join(names)}")
+    expect(chosen, f"expected --strategies beside full and empty, got {', '.join(names)}")
     for method in chosen:
         if MAY_LACK & {*method.needs}:  # UserError: a head it lacks
             policy = CompressedPolicy(agent, method, 1, torch.Generator().manual_seed(0))

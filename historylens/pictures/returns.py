@@ -55,8 +55,7 @@ def draw_by_budget(path: Path, study: Any, picture: Picture) -> None:
         aside = list(colours).index(name) - (len(colours) - 1) / 2 if name in colours else None
         _draw_line(axes, lines[name], colours.get(name, GREY), aside)
     _set_scales(axes, study, picture)
-    label = "transitions kept (of each decision's history; a square-root scale)"
-    axes.set_xlabel(label, fontsize=10.5)
+    axes.set_xlabel("transitions kept of each history (a square-root scale)", fontsize=10.5)
     axes.set_ylabel("reward an episode, second half of the episodes", fontsize=10.5)
     inset(axes, 2)
     _label_lines(axes, lines, colours)
