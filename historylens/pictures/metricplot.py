@@ -21,15 +21,15 @@ TICKS = {"colors": INK, "linewidths": 9, "linestyles": (0, (0.15, 0.5))}
 MAX_MARKED_SAMPLES = 200  # beyond, samples are not marked one by one
 ROUNDING = 1e-6  # of a number that was computed from float32 weights, relative to its size
 LOG_SPAN = 100.0  # an axis is logarithmic where the values of a ratio span more
-METRICS = {  # name -> place, title, meaning, unit
+METRICS = {  # name -> place, title, meaning, unit, what a line marks
     "mean_context_attention": ((90, 136), "Mean context attention",
-        "average weight on a transition of the history", "attention weight"),
+        "average weight on a transition of the history", "attention weight", np.mean),
     "concentration": ((590, 136), "Attention concentration",
-        "standard deviation over the history; higher: more focused", "attention weight"),
+        "standard deviation over the history; higher: more focused", "attention weight", np.mean),
     "entropy": ((90, 472), "Attention entropy",
-        "higher: spread more evenly over the history", "nats"),
+        "higher: spread more evenly over the history", "nats", np.mean),
     "recent_distant_ratio": ((590, 472), "Recent/distant ratio",
-        "mean weight of the last quarter / first quarter; above 1: recent", "ratio"),
+        "mean weight of the last quarter / first quarter; above 1: recent", "ratio", np.median),
 }  # fmt: skip
 Values = Mapping[str, Any]  # by the names of METRICS
 KINDS = {  # of transitions: colour, marker, which they are
@@ -59,7 +59,7 @@ def is_one(values: np.ndarray, even: float = 0.0) -> bool:
 def summary(
     path: Path, values: Values, uniform: Values, *, layer: int, heads: str, dpi: int
 ) -> None:
-    """Draw the distribution of each metric `(S,)`, its mean, and its value if all were uniform."""
+    """Draw the distribution of each metric `(S,)`, its middle, and uniform attention's."""
     import seaborn  # only this picture needs it, and it takes a while to import
 
     n_samples = len(values["entropy"])
@@ -68,19 +68,19 @@ def summary(
     page, plots = _page(f"Attention summary · layer {layer}", values, heads, more, dpi, y="samples")
     for name, (axes, log) in plots.items():
         drawn, even = values[name], uniform[name]
-        mean, spread, median = drawn.mean(), drawn.std(), np.median(drawn)
-        numbers = f"mean {_short(mean)} ± {_short(spread)}"
+        mean, middle = drawn.mean(), METRICS[name][-1](drawn)
+        numbers = f"mean {_short(mean)} ± {_short(drawn.std())}"
+        numbers += f", median {_short(middle)}" * (METRICS[name][-1] is np.median)
         bins = int(np.clip(2 * np.sqrt(n_samples), 6, 40))
         if log:
             drawn = np.maximum(drawn, drawn[drawn > 0].min())
-            numbers += f", median {_short(median)}"
         if is_one(drawn, even):  # one bar of a width that suits the distance to uniform attention
             half = 0.02 * (1.0 if is_one(np.append(drawn, even)) else abs(mean - even))
             drawn, bins = np.full(n_samples, mean), [max(0.0, mean - half), mean + half]
         seaborn.histplot(x=drawn, bins=bins, ax=axes, log_scale=log, color=BLUE, edgecolor="white")
         if few:
             seaborn.rugplot(x=drawn, color=INK, height=0.05, ax=axes)
-        axes.axvline(mean, color=INK, lw=2)
+        axes.axvline(middle, color=INK, lw=2)
         axes.axvline(even, color=UNIFORM, lw=1.6, ls="--")
         axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
         axes.xaxis.set_major_locator(LogLocator(numticks=6) if log else MaxNLocator(5))
@@ -93,7 +93,7 @@ def summary(
 def course(
     path: Path, values: Values, uniform: Values, *, layers: Sequence[int], heads: str, dpi: int
 ) -> None:
-    """Draw each metric `(L, S)` across layers: mean, middle 80 %, samples where they are few."""
+    """Draw each metric `(L, S)` across layers: mean (of ratios median), middle 80 %, samples."""
     n_samples = values["entropy"].shape[1]
     few, several = 1 < n_samples <= MAX_MARKED_SAMPLES, n_samples > 1
     more = [("the middle 80 % of samples", BAND)] * several + [("single samples", DOTS)] * few
@@ -105,7 +105,7 @@ def course(
         axes.fill_between(x, *np.quantile(drawn, [0.1, 0.9], axis=1), color=BLUE, alpha=0.2, lw=0)
         if few:
             axes.plot(x, drawn, "o", color=BLUE, ms=3, alpha=0.5, mew=0)
-        axes.plot(x, drawn.mean(1), "o-", color=INK, lw=2, ms=5)
+        axes.plot(x, METRICS[name][-1](drawn, axis=1), "o-", color=INK, lw=2, ms=5)
         axes.axhline(even, color=UNIFORM, lw=1.6, ls="--")
         if log:
             axes.set_yscale("log")
@@ -129,12 +129,12 @@ def _page(
     samples = counted(values["entropy"].shape[-1], "sample")
     about = f"Attention of the query token to its history, averaged over {heads}"
     page.heading(90, f"{title} · {samples}", about)
-    mean = "mean over samples", {"colors": INK, "linewidths": 2}
+    mean = "mean over samples (ratio: median)", {"colors": INK, "linewidths": 2}
     legend = [mean, ("uniform attention", UNIFORM_LINE), *more]
-    for place, (label, style) in zip((90, 270, 450, 700), legend, strict=False):
+    for place, (label, style) in zip((90, 395, 565, 805), legend, strict=False):
         page.swatch(place, 752, label, **style)
     plots = {}
-    for name, ((left, top), title, meaning, unit) in METRICS.items():
+    for name, ((left, top), title, meaning, unit, _) in METRICS.items():
         page.text(left, top - 50, title, 11, weight="bold")
         page.text(left, top - 32, meaning, 8.5, color=SOFT)
         positive = values[name][values[name] > 0]
