@@ -274,7 +274,17 @@ def test_a_scale_is_linear_or_logarithmic_from_below_what_may_be_seen():
         ends = lowest, 1.4 * 0.9  # a zero weight lies on the lower edge
         np.testing.assert_allclose(y([0.0, *ends]), [bottom, bottom, TOP])
         np.testing.assert_allclose(y(np.sqrt(np.prod(ends))), TOP + HEIGHT / 2)
-        assert ticks == pytest.approx([0.001, 0.01, 0.1, 1.0])
+        assert ticks == pytest.approx([lowest, 0.001, 0.01, 0.1, 1.0])
+
+
+def test_what_lies_below_a_logarithmic_scale_is_named_at_its_end(tmp_path):
+    sample = sample_of(1, 99)
+    row = np.where(np.arange(100) == 90, 1.0, 0.0)
+    with mock.patch.object(page.Page, "ticks") as ticks:
+        draw(line_plot, tmp_path / "lines.png", replace(sample, query_rows=row[None]))
+    names = [[*call.args[0].values()] for call in ticks.call_args_list if call.args[2] == "left"]
+    assert names[0] == ["≤ 0.0003", "0.001", "0.01", "0.1", "1"]
+    assert not any("≤" in name for name in names[1])
 
 
 @settings(max_examples=20)

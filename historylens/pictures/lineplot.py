@@ -19,7 +19,7 @@ MAX_POINTS = 500  # longer histories are averaged in bins
 LOG_SPAN = 30.0  # the scale is logarithmic where the peak exceeds uniform attention by more
 LOG_FLOOR = 0.03  # lower end of a logarithmic scale, of uniform attention
 LEFT, RIGHT, TOP, WIDTH, HEIGHT = 80, 700, 104, 520, 268  # places of the two plots
-STRIP_TOP, STRIP = TOP + HEIGHT + 5, 9
+STRIP_TOP, STRIP = TOP + HEIGHT + 9, 9
 LEGEND, PAGE_WIDTH = 452, 1250
 
 
@@ -54,7 +54,7 @@ def line_plot(
 def scale_of(
     values: np.ndarray, baseline: np.ndarray
 ) -> tuple[Callable[[ArrayLike], np.ndarray], list[float], bool]:
-    """Places of weights (page units, inside the plot), ticks, whether peaks make it logarithmic."""
+    """Places of weights inside the plot; ticks; whether it is logarithmic, from the first tick."""
     top = float(max(values.max(), baseline.max()))
     is_log = top > LOG_SPAN * float(baseline.mean())
     if is_log:  # where the query may not look, the baseline is 0
@@ -69,7 +69,7 @@ def scale_of(
         share = np.log(weights / low) / math.log(high / low) if is_log else weights / high
         return TOP + HEIGHT * (1 - share)
 
-    return place, [float(tick) for tick in ticks if low <= tick <= high], is_log
+    return place, [low] * is_log + [float(x) for x in ticks if 1.6 * low <= x <= high], is_log
 
 
 def bin_means(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -100,7 +100,8 @@ def _draw_plot(page: Page, left: float, curves: Curves) -> None:
     page.lines(thin, colors=colours, linewidths=1.1 if curves.names else 0.8, alpha=0.8)
     page.lines([whole], colors=INK, linewidths=1.6)
     page.lines([uniform], **UNIFORM_LINE | {"linewidths": 1.5})
-    page.ticks({float(y(weight)): f"{weight:.4g}" for weight in ticks}, left, "left", 0.8)
+    labels = [f"{'≤ ' * (is_log and not i)}{weight:.3g}" for i, weight in enumerate(ticks)]
+    page.ticks(dict(zip(y(ticks).tolist(), labels, strict=True)), left, "left", 0.8)
     name = "attention weight (log scale)" if is_log else "attention weight"
     page.text(left - 62, TOP + HEIGHT / 2, name, 9, rotation=90, ha="center")
 

@@ -126,9 +126,8 @@ def _page(
 ) -> tuple[Page, dict[str, tuple[Axes, bool]]]:
     """Axes of each metric, and whether it is to be logarithmic; its unit names the other axis."""
     page = Page(1020, 780, dpi)
-    samples = counted(values["entropy"].shape[-1], "sample")
     about = f"Attention of the query token to its history, averaged over {heads}"
-    page.heading(90, f"{title} · {samples}", about)
+    page.heading(90, f"{title} · {counted(values['entropy'].shape[-1], 'sample')}", about)
     mean = "mean over samples (ratio: median)", {"colors": INK, "linewidths": 2}
     legend = [mean, ("uniform attention", UNIFORM_LINE), *more]
     for place, (label, style) in zip((90, 395, 565, 805), legend, strict=False):
