@@ -221,7 +221,7 @@ def an_analysis():
     ("", "'darkroompermuted'", lambda: rewrite("darkroompermuted")),
     ("--strategies recent rewarded", "unknown strategy 'rewarded': did you mean", None),
     ("--strategies other-task", "unknown strategy 'other-task'", None),  # that is a control
-    ("--strategies full empty", "expected --strategies that keep a part of the history", None),
+    ("--strategies full empty", "expected --strategies beside full and empty", None),
     ("--strategies head-0-9 --budgets 3", "a head in 0..1, got 'head-0-9'", None),
     ("--budgets 3 12", "expected --budgets in 1..11", None),
     ("--out analysis", "holds results of the analysis (metrics.json): choose another", an_analysis),
