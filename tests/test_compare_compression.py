@@ -5,6 +5,7 @@ import io
 import json
 import re
 import signal
+import sys
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from unittest import mock
@@ -143,6 +144,31 @@ def test_more_strategies_play_only_what_is_missing_and_a_new_margin_nothing(home
     main([*tiny, "--strategies", "even"])
     assert "recent@3" in results_of("out")["arms"]  # kept, though not asked for this time
     assert "recent" not in {row["strategy"] for row in table_of("out")}
+
+
+def test_results_are_of_other_code_where_any_has_changed_that_runs_while_an_arm_is_played(
+    home, monkeypatch
+):
+    root, ran, known = Path(comparison.__file__).parents[2], set(), set()
+
+    def traced(*args, real=playing.play):
+        sys.setprofile(lambda frame, *_: ran.add(frame.f_code.co_filename))
+        try:
+            return real(*args)
+        finally:
+            sys.setprofile(None)
+
+    def read(path, real=Path.read_bytes):
+        known.add(path)
+        return real(path)
+
+    monkeypatch.setattr(playing, "play", traced)
+    monkeypatch.setattr(Path, "read_bytes", read)
+    main(["--strategies", *WITH_BUDGET, "--budgets=3", "--seeds=1", "--episodes=2", "--confirm=0"])
+    ours = {path for path in {*map(Path, ran)} - known if root in path.parents}
+    others = {path.relative_to(root).as_posix() for path in ours if path != Path(__file__)}
+    kept = "common/batches.py", "common/errors.py", "common/processes.py", "comparison/study.py"
+    assert others == {f"historylens/{name}" for name in kept}  # sizes, messages, names of arms
 
 
 def test_what_is_not_chosen_is_quick_or_all_with_full(home, tiny_model, monkeypatch, capsys):
