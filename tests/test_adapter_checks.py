@@ -155,6 +155,12 @@ def test_a_token_that_does_not_decide_is_told(way, decides, mapped):
     assert loaded(way=way, decides=decides, mapped=right).decisions
 
 
+def test_attention_that_changes_no_logit_does_not_tell_which_token_decides():
+    path = Path(written(mapped=3))
+    path.write_text(path.read_text().replace("x = x + attend(x)", "x = x + 0 * attend(x)"))
+    assert load(path, 3, 0, CPU).decisions
+
+
 CROSS = """
 
 class Model(Model):

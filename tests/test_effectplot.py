@@ -127,6 +127,14 @@ def test_each_row_shows_the_effect_of_its_head_in_each_panel(kinds, n_layers, n_
             assert (one["role"]["text"] in words) == (one["head"] != "all")
         assert axes.get_ylim() == (len(heads) - 0.5, -0.5)
         assert axes.get_xlim() == panels[0].get_xlim()
+        largest = max(one[kind]["kl_interval"][1] for one in heads for kind in kinds)
+        assert axes.get_xlim() == (0, pytest.approx(1.15 * largest))
+
+
+def test_heads_without_any_effect_have_an_axis():
+    nothing = {kind: {"kl": 0.0, "kl_interval": [0.0, 0.0]} for kind in KINDS}
+    panels, *_ = drawn(head_effects, [one | nothing for one in made_heads()], 32)
+    assert [axes.get_xlim() for axes in panels] == [(0, 1.15 * effectplot.LINEAR)] * 2
 
 
 def test_of_many_heads_those_that_act_most_are_drawn_in_their_order_and_the_picture_says_so():

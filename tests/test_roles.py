@@ -235,6 +235,11 @@ def test_few_tokens_at_random_a_kind_of_nearly_all_and_keys_that_are_no_tokens_a
     rows = np.broadcast_to(np.append(np.full(60, 1 / 60), 0), (12, 61))
     all_rewarded = replace(history, rewards=torch.ones_like(history.rewards))
     assert named([rows], all_rewarded, *told) == ["uniform"]
+    for n_rewarded, kind in ((52, "rewarded"), (58, "uniform")):  # of 60
+        most = torch.arange(60).expand_as(history.rewards) < n_rewarded
+        row = np.append(np.arange(60) < n_rewarded, False) / n_rewarded
+        most = replace(history, rewards=most.to(history.rewards))
+        assert named([np.tile(row, (12, 1))], most, *told) == [kind]
     rows = [share * planted("rewarded", history, *told) for share in (0.1, 0.5, 0.8)]
     assert named(rows, history, *told) == ["sink", "mixed", "rewarded"]  # the rest is at rest
 
