@@ -143,6 +143,17 @@ def test_actions_that_lie_in_the_token_behind_are_told(way, tokens):
         loaded(way=way, layout="previous", tokens=tokens)
 
 
+@pytest.mark.parametrize("wrong", ["parts=('previous transition',)", "query='first'"])
+def test_actions_that_lie_in_the_token_before_are_told_with_other_advice(wrong):
+    said = (
+        r"mine\.py: tokens\(\) has token 4 of transition 3, whose action changes token 3 instead: "
+    )
+    with pytest.raises(
+        UserError, match=rf"{said}Tokens.of\(history.n\) has .*, the query behind\Z"
+    ):
+        loaded(tokens=TOKENS.replace("decides=MAPPED", wrong))
+
+
 @pytest.mark.parametrize("way", [way for way in WAYS if way != "handed in"])
 @pytest.mark.parametrize(("decides", "mapped"), [(-2, None), (-1, 6), (2, 3)])
 def test_a_token_that_does_not_decide_is_told(way, decides, mapped):

@@ -103,11 +103,12 @@ def _fed_elsewhere(agent: "AdapterAgent", history: History, _record: Record) -> 
     if not moved.any() or (moved & own).any():
         return None
     where, mapped = (int(x.nonzero()[0]) for x in (moved, own))
+    said = f"has token {mapped} of transition {number}, whose action changes token {where} instead"
+    if where < mapped:
+        return f"{said}: Tokens.of(history.n) has a token a transition in order, the query behind"
     return (
-        f"has token {mapped} of transition {number}, whose action changes token {where} instead; "
-        "a model that reads (previous action, previous reward, state) is described by "
-        'Tokens.of(history.n, parts=("previous action", "previous reward", "state")), or '
-        "parts=('previous transition',) where these are one token"
+        f"{said}; a model of (previous action, previous reward, state) is Tokens.of(history.n, "
+        'parts=("previous action", "previous reward", "state")), or ("previous transition",)'
     )
 
 

@@ -52,12 +52,11 @@ class Adapter:
             spec.loader.exec_module(self.module)
         defined = [name for name in SIGNATURES if self.get(name) is not None]
         near = f"; it defines {', '.join(f'{name}()' for name in defined)}" if defined else ""
-        for name, signature in SIGNATURES.items():
+        for name, form in SIGNATURES.items():
             value = self.get(name)
-            missing = f"{path}: no {name}(): expected `def {signature}`{near}"
+            missing = f"{path}: no {name}(): expected `def {form}`{near}"
             expect(value is not None or name not in ("load", "samples", "act"), missing)
-            is_fit = value is None or callable(value)
-            self.check(is_fit, name, f"a function {signature}", kind(value))
+            self.check(value is None or callable(value), name, f"a function {form}", kind(value))
 
     @property
     def files(self) -> list[Path]:
