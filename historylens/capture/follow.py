@@ -4,6 +4,7 @@ followed[weights] = Weights(("layers.0",), shape)    # that a softmax gave
 followed.step("matmul", (weights, values), output)   # after each call; weights where they are met
 """
 
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ _KEEP = {
 _TURN = {"__get__", "transpose", "permute", "swapaxes", "swapdims", "movedim"}  # .mT, or other axes
 _TAKE = {"__getitem__", "select", "narrow", "chunk", "split", "unbind", "index_select"}
 _JOIN = {"cat", "concat", "concatenate", "stack"}
+_IN_PLACE = re.compile(r"[a-z]\w*_|__i(add|sub|mul|truediv|pow|and)__")  # or through a view
 PRODUCTS = {"matmul", "__matmul__", "bmm", "einsum", "baddbmm"}
 _GROW = _KEEP | _JOIN | PRODUCTS | {"linear", "conv1d", "conv2d"}  # may give more than they get
 
@@ -38,7 +40,7 @@ class Followed(WeakIdKeyDictionary):
 
     def __init__(self) -> None:
         super().__init__()
-        self.met, self.lost = set(), set()
+        self.met, self.lost, self.changed = set(), set(), set()
 
     def whole_in(self, args: Iterable) -> tuple[str, Sequence[int]] | None:
         """Layer and shape `(B, H, Tq, Tk)` of weights, all of them, that are among arguments."""
@@ -49,6 +51,11 @@ class Followed(WeakIdKeyDictionary):
     def step(self, kernel: str, args: Iterable, output: Any) -> tuple[str, Tensor] | None:
         """Go on after a call: layer and weights `(B, H, Tq, Tk)` where changed ones meet values."""
         args = [x for arg in args for x in (arg if isinstance(arg, list | tuple) else [arg])]
+        if _IN_PLACE.fullmatch(kernel) and kernel not in _KEEP and isinstance(args[0], Tensor):
+            place = args[0].untyped_storage().data_ptr()
+            views = [y for y in self if y is not args[0]]
+            others = [y for y in views if y.untyped_storage().data_ptr() == place]
+            self.update({y: self[y]._replace(is_changed=True) for y in others})
         held = [x for x in args if isinstance(x, Tensor) and x in self]
         if not held:
             return None
@@ -73,6 +80,7 @@ class Followed(WeakIdKeyDictionary):
                 after = _after(kernel, args, x, told, y)
                 if after is not None and (kernel in _GROW or y.numel() <= most):
                     self[y] = after
+                    self.changed.update(after.names if after.is_changed else ())
         return None
 
 

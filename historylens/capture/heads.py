@@ -74,7 +74,8 @@ class _Heads(Session):
         self, func: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
         output, kwargs = super().__torch_function__(func, types, args, kwargs), kwargs or {}
-        name, kernel, reader = self.newest, func.__name__, inputs.reader_of(func)
+        name, kernel = self.newest, getattr(func, "__name__", "")
+        reader = inputs.reader_of(kernel)
         if not name:
             self._find_projection(kernel, args)
             mixed = self.weights.whole_in(args) if kernel in PRODUCTS else None
@@ -144,7 +145,8 @@ class _Heads(Session):
             output = attend(**given._asdict())
         whole = torch.eye(given.embed_dim_to_check, dtype=output[0].dtype, device=output[0].device)
         bare = given._replace(out_proj_weight=whole, out_proj_bias=None, need_weights=False)
-        inner = attend(**bare._asdict())[0]
+        with torch._C.DisableTorchFunction(), torch.random.fork_rng():  # dropout draws as once
+            inner = attend(**bare._asdict())[0]
         inner = inner.reshape(len(given.query), -1, n_heads, len(whole) // n_heads)
         values = inputs.projection_of(given).of(given.value, 2)
         values = values.reshape(len(values), -1, *inner.shape[2:]).permute(1, 2, 0, 3)

@@ -162,7 +162,7 @@ class Call:
         """What each token feeds in, `(B, T, F)`, in self-attention: query, key, or both by one."""
         before = self.extra[0]
         if self.k is None:  # its score with itself
-            return self.q.diagonal(before, dim1=2, dim2=3).transpose(1, 2)
+            return self.q.diagonal(before, dim1=2, dim2=3).transpose(1, 2).clone()
         keys = self.k[:, :, before : before + self.q.shape[2]]
         return torch.cat([x.transpose(1, 2).flatten(2) for x in (self.q, keys)], -1)
 
@@ -307,9 +307,8 @@ _READERS = {
 
 
 @cache
-def reader_of(func: Callable) -> Callable[..., Call] | None:
-    """What reads a call of a PyTorch function, None if it is no attention."""
-    kernel = getattr(func, "__name__", "")
+def reader_of(kernel: str) -> Callable[..., Call] | None:
+    """What reads a call of a PyTorch function of this name, None if it is no attention."""
     name = kernel.split(".")[0]
     if name in _READERS or not ("attention" in name or "attn" in name):
         return _READERS.get(name)

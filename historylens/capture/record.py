@@ -201,7 +201,7 @@ class Options:
             is_same = [place >= 0 for place in self._places]  # from the end, it is another now
             before = replace(before, reached=tuple(map(and_, before.reached, is_same)), before=None)
         if self.inputs and n_queries == n_tokens:
-            found["inputs"] = call.inputs().cpu()
+            found["inputs"] = call.inputs().to("cpu", torch.float32)
         if self.received or self.maps:
             call = call.prepared()
         if self.received:

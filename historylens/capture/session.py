@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 from historylens.capture import inputs
 from historylens.capture.follow import Followed, Weights
@@ -51,7 +51,7 @@ class Session(TorchFunctionMode):
         self._unread: dict[str, str] = {}  # what ran and should have attended, and its class
         self._mask = Mask()  # of the last call
         self._hint = ""  # what came nearest to attention
-        self._is_handed = False  # while weights are read that were handed in, from under the mode
+        self._refused: CaptureError | None = None  # the first, while the model may catch it
 
     @contextmanager
     def attached(self) -> Iterator["Session"]:
@@ -65,7 +65,7 @@ class Session(TorchFunctionMode):
 
     def _enter(self, module: nn.Module, args: tuple) -> None:
         name = self._names.get(module)
-        if name is None:
+        if name is None or not self._is_on():
             return
         self.running.append(_Run(module, name))
         self.record.waiting.pop(name, None)
@@ -74,11 +74,17 @@ class Session(TorchFunctionMode):
             what = f"{name} was called with nested tensors, which capture does not read"
             raise CaptureError(f"{what}; give it padded tensors and a key padding mask")
 
-    def _leave(self, module: nn.Module, _args: tuple, _output: object) -> None:
-        if not any(run.module is module for run in self.running):
+    def _is_on(self) -> bool:
+        """Not so where another thread runs the model, or backward a part of it again."""
+        return self in _get_current_function_mode_stack()
+
+    def _leave(self, module: nn.Module, _args: tuple, output: object) -> None:
+        if not (any(run.module is module for run in self.running) and self._is_on()):
             return
         while (run := self.running.pop()).module is not module:
             pass  # what an interrupt left above it has ended too
+        if not self.running and output is None:  # an error has left the model, uncaught
+            self._refused = None
         kind, is_layer = type(module).__name__, isinstance(module, nn.TransformerEncoderLayer)
         if not run.attended and (is_layer or _ATTENTION_NAME.search(kind)):
             self._unread[run.name] = kind
@@ -86,15 +92,23 @@ class Session(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
-        if self._is_handed:
-            return func(*args, **kwargs or {})
-        kwargs, self.newest, reader = kwargs or {}, "", inputs.reader_of(func)
+        kwargs, self.newest, kernel = kwargs or {}, "", getattr(func, "__name__", "")
+        reader = inputs.reader_of(kernel)
         if reader is None or not self.running:
             output = func(*args, **kwargs)
             if self.weights.data:
-                self._follow(func.__name__, (*args, *kwargs.values()), output)
+                self._follow(kernel, (*args, *kwargs.values()), output)
             return output
-        run = self.running[-1]
+        try:
+            return self._attend(self.running[-1], reader, func, args, kwargs)
+        except CaptureError as error:
+            self._refused = self._refused or error
+            raise
+
+    def _attend(
+        self, run: _Run, reader: Callable[..., Call], func: Callable, args: tuple, kwargs: dict
+    ) -> Any:
+        """Run an attention call of a running module, and record it."""
         # The second: inside a compiled function that fell back to plain Python.
         callback = torch._C._dynamo.eval_frame.get_eval_frame_callback()
         if torch.compiler.is_compiling() or callback not in (None, False):
@@ -154,11 +168,7 @@ class Session(TorchFunctionMode):
         while own in self.record.calls and not self._reads_on(own, *weights.shape[-2:]):
             number += 1
             own = f"{name} #{number}"
-        self._is_handed = True
-        try:
-            self._keep(own, inputs.read_weights, (weights, mask), {})
-        finally:
-            self._is_handed = False
+        self._keep(own, inputs.read_weights, (weights, mask), {})
 
     def _reads_on(self, name: str, n_queries: int, n_keys: int) -> bool:
         """Whether a call goes on with a layer: its keys are tokens so far, all or the latest, and
@@ -209,6 +219,8 @@ class Session(TorchFunctionMode):
     def check_complete(self) -> None:
         """Refuse a record that lacks a layer: it attended unseen, did not run, or is not there."""
         record, chosen = self.record, self.options.layers or ()
+        if self._refused:
+            raise self._refused
         record.check_all_ran()
         sdpa = 'scaled_dot_product_attention (Hugging Face: attn_implementation="sdpa")'
         hint = f"{self._hint}. Do so, or attend with {sdpa}"  # of a softmax, not to write one
@@ -217,7 +229,7 @@ class Session(TorchFunctionMode):
             what = f"{name} is a {self._unread[name]} that ran, but its attention was not seen"
             raise CaptureError(f"{what}{way_out}, or {OTHER_LAYERS}")
         for name, seen in record.calls.items():
-            if seen and name in self.weights.lost - self.weights.met:
+            if seen and name in (self.weights.lost | self.weights.changed) - self.weights.met:
                 raise CaptureError(
                     f"{name} changes its attention weights on their way to the values, as where "
                     "heads are mixed, in a way that capture does not follow; hand in what stands "
@@ -297,7 +309,7 @@ def uncompiled() -> Iterator[None]:
 @contextmanager
 def _plain_arithmetic() -> Iterator[None]:
     """Without gradients, autocast or inference mode, so that the record is of ordinary tensors."""
-    subclasses, off = torch._C.DisableTorchFunctionSubclass(), nullcontext()  # others are slow
+    subclasses, off = torch._C.DisableTorchFunction(), nullcontext()  # others are slow
     autocast = torch._C._DisableAutocast() if torch._C._is_any_autocast_enabled() else off
     is_kept = torch.is_grad_enabled() or torch.is_inference_mode_enabled()
     inference, grad = (torch.inference_mode(False), torch.no_grad()) if is_kept else (off, off)
