@@ -135,7 +135,7 @@ class Trainer:
         """
         env, train_goals, tried = self.settings.env, self.goals["train"], self.goals["validation"]
         near = train_goals[possible(env, train_goals) > 0]
-        spread = near[np.linspace(0, len(near) - 1, N_TRAIN_GOALS_EVALUATED).astype(int)]
+        spread = near[np.unique(np.linspace(0, len(near) - 1, N_TRAIN_GOALS_EVALUATED).astype(int))]
         n, full = self.settings.train.eval_rollouts, self.slidings[-1]
         cases = {"train": (spread, max(1, n // 4), full), "validation": (tried, n, full)}
         if self.settings.train.history_dropout:  # it is to bear compressed history as well

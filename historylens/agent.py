@@ -1,5 +1,6 @@
 """What decides: an `Agent`, the AD model or an adapter's; analysis and comparison know no other."""
 
+import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -222,6 +223,13 @@ def act_in_parts(agent: Agent, history: History, positions: Tensor | None = None
             logits.append(agent.act(part, placed))
             order.append(some[own])
     return torch.cat(logits)[torch.cat(order).argsort()]
+
+
+def seed_globals(number: int) -> None:
+    """Seed the generators of a process that code of a user's may draw from."""
+    random.seed(number)
+    np.random.seed(number)
+    torch.manual_seed(number)
 
 
 def rollout(

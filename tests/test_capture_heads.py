@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.functional import pad
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
+from historylens.capture import capture
 from historylens.capture.heads import heads
 
 B, H, T, D = 3, 4, 9, 16
@@ -135,6 +136,17 @@ def test_a_change_of_a_head_changes_what_it_adds_and_nothing_is_left_behind(way)
     projection = model.project if way in WAYS else model.inner.layers[0].self_attn.out_proj
     projection.weight[:, : D // H] = 0  # it leaves the head out
     torch.testing.assert_close(changed, model(x), **CLOSE)
+
+
+def test_dropout_draws_as_without_and_what_is_run_again_is_not_seen():
+    model = nn.TransformerEncoderLayer(D, H, dropout=0.5, batch_first=True)  # in training
+    x = torch.randn(2, 5, D)
+    torch.manual_seed(0)
+    plain = model(x)
+    torch.manual_seed(0)
+    with capture(model) as record, heads(model) as seen:
+        assert torch.equal(model(x), plain)
+    assert (len(record), len(seen)) == (1, 1)
 
 
 @pytest.mark.parametrize("way", ["norm last", "norm first"])

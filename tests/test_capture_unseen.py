@@ -2,6 +2,7 @@
 
 from functools import partial
 from operator import imul
+from threading import Thread
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 
 from historylens import record_attention
 from historylens.capture import capture
@@ -117,6 +119,16 @@ def renormalised(w):
     return w / w.sum(-1, keepdim=True)
 
 
+def zeroed(change):
+    """Weights changed in place through a view of them."""
+
+    def changed(w):
+        change(w)
+        return w
+
+    return changed
+
+
 def beside(w):
     (w * (w + 1e-9).log()).sum()  # an entropy, which the values never meet
     w.mT @ torch.ones(6, 1)  # what each token receives
@@ -128,6 +140,10 @@ CHANGES = {
     "in place": lambda w: imul(w, LOWER),
     "filled": lambda w: functional.dropout(w.double().float(), 0.0).masked_fill(causal(6), 0),
     "assigned": assigned,
+    "by a view": zeroed(lambda w: w.view(4, 6, 6).mul_(LOWER)),
+    "by heads": zeroed(lambda w: [one.mul_(LOWER) for one in w.unbind(1)]),
+    "by a part": zeroed(lambda w: imul(w[..., :2], LOWER[:, :2])),
+    "by its own": zeroed(lambda w: w.detach().mul_(LOWER)),
     "renormalised": renormalised,
     "turned": lambda w: (w * LOWER).transpose(1, 2).contiguous().transpose(1, 2),
     "beside": beside,
@@ -149,6 +165,7 @@ def test_weights_are_recorded_as_they_meet_the_values(change, multiply):
     x = torch.randn(2, 6, 8)
     found = run_twice(changed(CHANGES[change], multiply), x)[0]
     forbidden = causal(6) & (change not in ("beside", "mixed"))
+    forbidden[:, 2 if change == "by a part" else 6 :] = False
     weights = CHANGES[change](softmaxed(x))
     check(found, (weights / weights.sum(-1, keepdim=True)).double(), forbidden)
 
@@ -168,6 +185,7 @@ NOT_FOLLOWED = {
         functional.linear(w.permute(0, 2, 3, 1), torch.ones(2, 2)).permute(0, 3, 1, 2) @ v
     ),
     "mixed flat": lambda w, v: (torch.ones(2, 2) @ w.flatten(2)).unflatten(-1, w.shape[2:]) @ v,
+    "by another product": lambda w, v: torch.linalg.matmul(w * LOWER, v),
     "averaged": lambda w, v: torch.einsum("bij,bhjd->bhid", w.mean(1), v),
 }
 
@@ -187,6 +205,76 @@ def test_weights_that_cannot_be_followed_to_the_values_are_refused(product, n_wi
         refused("^Given changes .*heads are mixed.*record_attention", model, x)
     record = run_twice(model, x, is_beside)
     check(record[0], softmaxed(x, torch.float64))
+
+
+@pytest.mark.parametrize("fails", [True, False])
+def test_an_error_of_the_capture_that_the_model_catches_is_raised_at_the_end(fails):
+    def forward(x):
+        q = split(x).flatten(0, 1)  # (B * H, T, d): needs heads=
+        try:
+            return attend(q, q, q)
+        except RuntimeError:
+            return q * 2
+
+    model, x = nn.Sequential(Given(attend_by_heads), Given(forward)), torch.randn(2, 5, 8)
+    before = run_twice(model, x, heads=2 if fails else None, layers=None if fails else [0])
+    assert len(before) == 1 + fails
+    if fails:
+        refused("^1 attends with queries of 3 axes", model, x)
+
+
+def test_modes_of_the_user_a_default_device_and_other_threads_are_left_alone():
+    class Counting(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            called.append(getattr(func, "__name__", ""))
+            return func(*args, **kwargs or {})
+
+    forward = lambda x: attend(*[split(x)] * 3, is_causal=True).transpose(1, 2).flatten(2)  # noqa: E731
+    model, x, called = nn.Sequential(Given(forward)), torch.randn(1, 3, 8), []
+    with Counting(), capture(model):
+        model(x)
+    assert called.count("scaled_dot_product_attention") == 1
+    assert not {"softmax", "baddbmm", "sum", "new_zeros"} & {*called}  # its own arithmetic
+    query = torch.ones(1, dtype=torch.int64)
+    run_twice(model, x, query=query, context=partial(torch.device, "meta"))
+    with capture(model) as record:
+        thread = Thread(target=model, args=(x,))
+        thread.start()
+        thread.join()
+        assert not record.names
+        model(x)
+    assert record.names == ("0",)
+
+
+@pytest.mark.parametrize("is_softmax", [True, False])
+def test_what_each_token_feeds_in_is_a_copy_in_float32(is_softmax):
+    def forward(x):
+        q = split(x)
+        scores = q @ q.mT
+        y = scores.softmax(-1) @ q if is_softmax else attend(q, q, q)
+        scores.zero_()
+        return y.transpose(1, 2).flatten(2)
+
+    x = torch.randn(2, 5, 8).bfloat16()
+    with capture(model := Given(forward), inputs=True) as record:
+        model(x)
+    fed, q = record[0].inputs, split(x)
+    own = (q @ q.mT).diagonal(dim1=2, dim2=3).mT if is_softmax else torch.cat([x, x], -1)
+    assert (fed.dtype, fed.untyped_storage().nbytes()) == (torch.float32, 4 * fed.numel())
+    assert torch.equal(fed, own.float())
+
+
+@pytest.mark.parametrize("maps", [np.array([1, 0]), torch.tensor([1, 0]), range(1, -1, -1)])
+def test_samples_of_maps_may_be_an_array(maps):
+    x = torch.randn(2, 5, 8)
+    with capture(model := Given(attend_by_heads), maps=maps) as record:
+        model(x)
+    with capture(model, maps=[1, 0]) as again:
+        model(x)
+    assert torch.equal(record[0].maps.nan_to_num(), again[0].maps.nan_to_num())
+    with capture(model, maps=maps[1:]) as record:  # the first sample alone
+        model(x)
+    assert len(record[0].maps) == 1
 
 
 def test_weights_of_two_softmaxes_put_together_are_refused_and_may_be_handed_in():

@@ -86,6 +86,25 @@ def written(changes=(), kind="SyncVectorEnv", mode="SAME_STEP", limit=500):
     return "poles.py"
 
 
+OWN = ("KIND, MODE", "class Own(SyncVectorEnv):\n{}\n\n\nKIND, MODE")  # of which a line is changed
+CLOSED = """
+    def close(self, **options):
+        print("closed", options)
+        super().close(**options)"""
+TENSORS = """
+    def step(self, actions):
+        *given, infos = super().step(actions)
+        return *map(torch.as_tensor, given), infos"""
+NOISY = """
+    def step(self, actions):
+        states, rewards, *more = super().step(actions)
+        return states, rewards + np.random.random(len(rewards)), *more"""
+
+
+def own(step):
+    return {"changes": [(OWN[0], OWN[1].format(step))], "kind": "Own"}
+
+
 def played(horizon, n_steps, **kind):
     """Rewards, ends, and the history of rooms in which actions are drawn, more often right."""
     state = np.zeros(4, dtype=np.float32)
@@ -152,10 +171,18 @@ def test_a_last_state_that_is_not_given_is_one_line(gives, words):
         played(25, 60, kind='"old"', changes=changes)
 
 
-def compared(capsys, *changes):
+def test_environments_are_closed_and_what_they_give_may_be_tensors(capsys):
+    plain = played(25, 30)
+    for each in (CLOSED, TENSORS):
+        for one, same in zip(played(25, 30, **own(each))[:2], plain[:2], strict=True):
+            np.testing.assert_array_equal(one, same)
+    assert capsys.readouterr().out.startswith("closed {}")  # and not told to end processes
+
+
+def compared(capsys, *changes, out="figs/compression", **kind):
     run = ["--seeds=2", "--episodes=3", "--budgets=5", "--strategies=recent", "--confirm=0"]
-    main(["--adapter", written(changes), *run])
-    with Path("figs/compression/results.csv").open() as file:
+    main(["--adapter", written(changes, **kind), "--out", out, *run])
+    with Path(out, "results.csv").open() as file:
         earned = {row["strategy"]: float(row["return"]) for row in csv.DictReader(file)}
     return earned, " ".join(capsys.readouterr().out.split())
 
@@ -168,8 +195,11 @@ def test_arms_are_told_apart_where_every_step_pays(capsys):
     counted = "a return is the reward of 25 steps divided by the episodes in them, the last one cut"
     assert said.count(counted) == 1
     assert "ended before 25 steps" in Path("figs/compression/results.json").read_text()
+    assert "With the control shuffled-rewards" not in said  # of rewards that are all equal
+    page = Path("figs/compression/index.html").read_bytes()
     again, said = compared(capsys)  # taken up: known from the start
     assert again == earned
+    assert Path("figs/compression/index.html").read_bytes() == page
     assert said.index("Episodes: ") < said.index("COMPRESSED AGAINST")
     assert said.count(counted) == 2
 
@@ -179,3 +209,21 @@ def test_where_nothing_ends_early_nothing_is_said_of_it(capsys):
     assert set(earned.values()) == {6.0}
     assert "ended before" not in said
     assert "ended_early" not in Path("figs/compression/results.json").read_text()
+
+
+def test_what_is_drawn_from_generators_that_all_share_is_the_same_in_each_run(capsys):
+    noisy = own(NOISY)
+    one, other = (compared(capsys, *noisy["changes"], out=out, kind="Own")[0] for out in "ab")
+    assert one == other
+    assert len({value % 1 for value in one.values()}) > 1
+
+
+def test_results_know_of_all_that_an_adapter_imports_but_of_no_library():
+    path, physics = Path("tools/poles.py"), Path("physics/gravity.py")
+    for one in (path, physics):
+        one.parent.mkdir()
+    physics.write_text("G = 9.8")
+    path.write_text(
+        Path(written()).read_text() + "\nfrom physics.gravity import G\nimport colorsys"
+    )
+    assert Adapter(path).files == sorted([path.resolve(), physics.resolve()])

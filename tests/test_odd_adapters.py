@@ -104,6 +104,18 @@ def test_what_is_odd_is_one_line(given, said):
         loaded(given)
 
 
+def test_a_model_of_random_weights_is_the_same_each_time():
+    more = """
+import random
+def load():
+    model = Model()
+    model.head.bias.data += torch.tensor([np.random.random(), random.random()])
+    return model
+"""
+    one, other = (loaded(more).model.head.bias for _ in range(2))
+    assert torch.equal(one, other)
+
+
 def test_a_task_is_any_whole_number_or_none():
     more = "def samples(n, seed): return [decision(task=x) for x in (None, -5, np.int8(3))]"
     assert [one.task for one in loaded(more).decisions] == [None, -5, 3]

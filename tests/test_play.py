@@ -259,7 +259,8 @@ def test_what_changed_most_is_told_beside_what_uniform_attention_does():
     assert change["interval"] == pytest.approx([0.2, 0.4])
     assert (
         "From the first episodes to the last: most in layer 6, whose attention on rewarded "
-        "transitions goes from 10% to 50%, evenly 10% to 20%: +30% beyond that [+20%, +40%]."
+        "transitions goes from 10% to 50%, evenly 10% to 20%: +30% beyond that [+20%, +40%], over "
+        "2 rollouts."
     ) in text
 
 
@@ -271,7 +272,7 @@ def test_what_changed_at_the_first_reward_is_within_five_episodes_of_it_on_each_
     learning, text = told(play)
     change = learning["changes"]["at the first reward"]
     assert (change["layer"], change["kind"], change["rollouts"]) == (2, "same state", 2)
-    assert "state goes from 20% to 50%, evenly 0% to 0%: +30% beyond that [+20%, +40%]." in text
+    assert "evenly 0% to 0%: +30% beyond that [+20%, +40%], over 2 rollouts." in text
 
 
 @pytest.mark.parametrize(("rewards", "episodes", "known", "said"), [  # which changes are known

@@ -59,6 +59,21 @@ def test_a_ring_marks_the_recommended_arm_and_the_heading_tells_of_stopped_ones(
         assert heading.count("stopped arms: at least 96 of 192 runs") == n_subtitles
 
 
+@pytest.mark.parametrize("budgets", [(10,), (10, 11), (5, 10, 40), (1, 100)])
+def test_intervals_stand_beside_their_points_inside_the_plot_and_only_they_set_its_height(budgets):
+    shown = "recent", "random", "even", "decay", "diverse", "nearest"
+    arms = [result(f"{name}@{n}", 3.0) for name in shown for n in budgets]
+    wide = result("top-k@10", -6.0, noise=20.0, shape=(4, 2, 8))  # grey: its interval is not drawn
+    plot, _ = drawn_returns(returns.draw_by_budget, judged(*arms, wide))
+    places = np.sqrt([line.get_xdata()[0] for line in plot.lines if line.get_lw() == 1.1])
+    low, high = np.sqrt(plot.get_xlim())
+    assert len(places) == len(arms)
+    assert low < places.min() <= places.max() < high
+    gaps = np.abs(places[:, None] - np.sqrt(budgets)).min(1)
+    assert gaps.max() < 0.02 * (high - low)
+    assert plot.get_ylim()[1] < 12
+
+
 def test_the_legend_names_what_is_there_and_the_heading_fits():
     intervals = ["95 % intervals over seeds: lines, bands"]
     long = "a task that is told in more words than one line takes " * 4, "a name " * 30

@@ -134,7 +134,7 @@ def test_nothing_is_recommended_where_the_model_is_not_shown_to_use_its_history(
     for study, doubt in (
         (judged(LIKE_FULL, empty=10.2, noise=1.0), f"{no_gain}-0.20 [-0.30, -0.10]"),
         (nothing, f"{no_gain}+0.00 [+0.00, +0.00]"),
-        (judged(LIKE_FULL, control=10.0), "With the control other-task it earns as much as"),
+        (judged(LIKE_FULL, control=10.0), "With the control other-task it loses less than"),
         (one_seed, "One seed a goal gives no interval: run at least two (--seeds)."),
     ):  # fmt: skip
         assert study.recommended is None
@@ -220,7 +220,7 @@ def test_few_runs_are_safe_so_far_and_the_smallest_such_budget_is_confirmed_firs
     gains = judged(result("recent@10", 14.0, **FEW), **FEW)  # more than collapses may cost
     assert gains.recommended.verdict == "better"
     [doubt] = judged(control=10.0, **FEW).doubts  # of a control so far is enough
-    assert doubt.startswith("With the control other-task it earns as much as")
+    assert doubt.startswith("With the control other-task it loses less than the margin")
 
 
 def test_an_arm_that_gains_and_collapses_is_not_recommended():

@@ -71,7 +71,7 @@ def test_a_step_may_be_one_token_which_is_of_the_transition_before(tmp_path, cap
     assert len(list(out.glob("layer_0/*.png"))) == 2
     path.write_text(text.replace('parts=("previous transition",)', ""))
     said = refused(main, ["--adapter", path, "--out", out, "--device=cpu"], capsys)
-    assert "('previous transition',)" in said
+    assert '("previous transition",)' in said
 
 
 @pytest.mark.parametrize(("fields", "words"), [

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from historylens.adapter.checks import tried
 from historylens.adapter.file import Adapter, kind
 from historylens.adapter.given import GymRooms, as_array, read_decisions, read_rewarded, read_tasks
-from historylens.agent import Agent, Environment
+from historylens.agent import Agent, Environment, seed_globals
 from historylens.common.errors import note
 from historylens.common.text import counted
 from historylens.history import Decision, History
@@ -88,7 +88,7 @@ class AdapterAgent(Agent):
     ) -> None:
         self.adapter, self.device = adapter, device
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)  # an untrained model is the same in each process and run
+            seed_globals(0)  # an untrained model is the same in each process and run
             model = adapter.call("load")
         adapter.check(isinstance(model, nn.Module), "load()", "a torch.nn.Module", kind(model))
         with adapter.blamed(f"moving the model to {device}"):

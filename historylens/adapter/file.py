@@ -6,6 +6,7 @@ import importlib.metadata
 import importlib.util
 import os
 import sys
+import sysconfig
 import traceback
 from collections.abc import Iterator
 from functools import cache
@@ -28,6 +29,7 @@ SIGNATURES = {
     "make_env": "make_env(goals) -> gymnasium.vector.VectorEnv",  # for a comparison
 }
 TRACEBACK = "ADAPTER_TRACEBACK"  # set, what goes wrong in the file is told with its traceback
+LIBRARIES = [Path(sysconfig.get_paths()[x]).resolve() for x in ("stdlib", "purelib", "platlib")]
 PACKAGE = Path(__file__).resolve().parents[1]
 
 
@@ -46,6 +48,7 @@ class Adapter:
         self.module = importlib.util.module_from_spec(spec)
         if name == "adapter":
             self.module.__getattr__ = _once_of_adapter  # its `from adapter import` finds itself
+        self._known = {*sys.modules}
         _put_first(path.resolve().parent)
         with self.blamed("importing it"):
             sys.modules[name] = self.module  # dataclasses and pickle look it up
@@ -60,11 +63,12 @@ class Adapter:
 
     @property
     def files(self) -> list[Path]:
-        """The file, and all that has been imported from beside it."""
-        loaded = [getattr(one, "__dict__", {}).get("__file__") for one in sys.modules.values()]
-        paths = {Path(file).resolve() for file in loaded if isinstance(file, str)}
-        adapter = self.path.resolve()
-        return sorted(path for path in paths if path.is_file() and _is_users(path, adapter))
+        """The file, and all that has been imported from beside it, or by it, but for libraries."""
+        loaded = {x: getattr(one, "__dict__", {}).get("__file__") for x, one in sys.modules.items()}
+        paths = {Path(file).resolve(): x for x, file in loaded.items() if isinstance(file, str)}
+        adapter, old = self.path.resolve(), self._known
+        own = [path for path, x in paths.items() if _is_users(path, adapter, x not in old)]
+        return sorted(path for path in own if path.is_file())
 
     def get(self, name: str, default: Any = None) -> Any:
         """What the file defines under a name."""
@@ -160,10 +164,10 @@ def _told(error: BaseException, path: Path) -> str:
     return f"raised {said} ({place}){hint}{more}"
 
 
-def _is_users(file: Path, adapter: Path) -> bool:
-    """Whether a file is the adapter, or lies beside it or deeper and is no library."""
-    is_beside = adapter.parent in file.parents and "site-packages" not in file.parts
-    return file == adapter or (is_beside and PACKAGE not in file.parents)
+def _is_users(file: Path, adapter: Path, is_own: bool = False) -> bool:
+    """Whether a file is the adapter, or its own, or beside it or deeper, and is no library."""
+    is_own |= adapter.parent in file.parents and "site-packages" not in file.parts
+    return file == adapter or (is_own and not {PACKAGE, *LIBRARIES} & {*file.parents})
 
 
 def _way_to(name: str) -> str:

@@ -4,6 +4,7 @@ These speak the vector API of Gymnasium (https://gymnasium.farama.org), which no
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from itertools import islice
 from typing import Any
@@ -207,6 +208,10 @@ class GymRooms:
         self._begun = np.zeros(self._n, dtype=bool)  # those that began anew in the last step
         self._due = self._begun  # those that ended in it, and have not begun anew
 
+    def __del__(self) -> None:
+        with suppress(Exception):  # gymnasium would kill processes, which say so
+            self._env.close()
+
     @property
     def states(self) -> np.ndarray:
         """`(N, S)` to act in: those that ended have begun anew. UserError: one of them cannot."""
@@ -236,7 +241,7 @@ class GymRooms:
         states, rewards, terminated, truncated, infos = self._call("step", actions)
         with self._adapter.blamed(f"what step() gives {OURS}"):
             rewards, infos = as_array(rewards), dict(infos)
-            ended = np.logical_or(terminated, truncated).astype(bool)
+            ended = np.logical_or(as_array(terminated), as_array(truncated)).astype(bool)
         for what, values in (("rewards", rewards), ("ends", ended)):
             is_fit = values.dtype != object and values.shape == (self._n,)
             is_fit = is_fit and (np.abs(values) <= MOST).all()

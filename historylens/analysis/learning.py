@@ -189,5 +189,5 @@ def _sentence(start: str, change: Mapping[str, Any] | None, lacking: str) -> str
     return (
         f"{start}: most in layer {change['layer']}, whose attention on {WORDS[change['kind']]} "
         f"goes {share.format(**change)}: {change['beyond_even']:+.0%} beyond that "
-        f"[{low:+.0%}, {high:+.0%}]."
+        f"[{low:+.0%}, {high:+.0%}], over {counted(change['rollouts'], 'rollout')}."
     )

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from historylens.agent import Environment, rollout
+from historylens.agent import Environment, rollout, seed_globals
 from historylens.analysis.job import Job, see
 from historylens.common.batches import MAX_ROOMS, MAX_TOKENS_ACTING, even_parts
 from historylens.history import CONTEXT, Decision, History, HistoryBuffer, spread_decisions
@@ -121,6 +121,7 @@ def _watch(
         followed_rows[:, t, :, -rows.shape[2] :] = rows[followed]
         return batch.logits
 
+    seed_globals(seeds[0] % 2**32)
     noises = [np.random.default_rng((job.config.seed, number)) for number in rollouts]
     policy = SimpleNamespace(act=act, device=agent.device)
     rollout(agent.environment.make(tasks, seeds), policy, n_steps, noises, bar, tasks)

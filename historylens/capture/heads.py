@@ -20,7 +20,7 @@ from torch.nn import functional
 from historylens.capture import inputs
 from historylens.capture.follow import PRODUCTS
 from historylens.capture.record import Options
-from historylens.capture.session import Session
+from historylens.capture.session import Session, without_modes
 
 _PROJECTIONS = {"linear": (0, 1, False), "addmm": (1, 2, True)}  # places of x and W; whether x @ W
 Change = Callable[[Tensor], Tensor]  # of what the heads of a layer give, (B, H, Tq, d)
@@ -145,7 +145,7 @@ class _Heads(Session):
             output = attend(**given._asdict())
         whole = torch.eye(given.embed_dim_to_check, dtype=output[0].dtype, device=output[0].device)
         bare = given._replace(out_proj_weight=whole, out_proj_bias=None, need_weights=False)
-        with torch._C.DisableTorchFunction(), torch.random.fork_rng():  # dropout draws as once
+        with without_modes(), torch.random.fork_rng():  # dropout draws as once
             inner = attend(**bare._asdict())[0]
         inner = inner.reshape(len(given.query), -1, n_heads, len(whole) // n_heads)
         values = inputs.projection_of(given).of(given.value, 2)

@@ -159,7 +159,8 @@ class Options:
     inputs: bool = False
 
     def __post_init__(self) -> None:
-        self.maps = tuple(self.maps or ())
+        maps = torch.as_tensor(() if self.maps is None else self.maps, device="cpu")
+        self.maps = tuple(maps.flatten().tolist())
         self.softmax = (self.softmax,) if isinstance(self.softmax, str) else self.softmax
         self.layers = [self.layers] if isinstance(self.layers, str | int) else self.layers
         _expect(self.map_size >= 8, "a map_size of at least 8", self.map_size)

@@ -3,20 +3,20 @@
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+from torch import Tensor, nn, overrides
 
 from historylens.capture import inputs
 from historylens.capture.follow import Followed, Weights
 from historylens.capture.inputs import OTHER_LAYERS, Call, CaptureError
 from historylens.capture.masks import Mask
 from historylens.capture.record import Options, Record, matches
+from historylens.common.steady import SteadySums
 
 # Class names that end so are expected to attend: LlamaAttention, CausalSelfAttention, FlashAttn2.
 _ATTENTION_NAME = re.compile(r"(attention|attn|mha)\d*d?$", re.IGNORECASE)
@@ -33,7 +33,7 @@ class _Run:
     attended: bool = False
 
 
-class Session(TorchFunctionMode):
+class Session(overrides.TorchFunctionMode):
     """Follows the running modules of a model, and records the attention calls that they make."""
 
     def __init__(self, model_or_layers: nn.Module | Sequence[nn.Module], options: Options) -> None:
@@ -76,7 +76,7 @@ class Session(TorchFunctionMode):
 
     def _is_on(self) -> bool:
         """Not so where another thread runs the model, or backward a part of it again."""
-        return self in _get_current_function_mode_stack()
+        return self in overrides._get_current_function_mode_stack()
 
     def _leave(self, module: nn.Module, _args: tuple, output: object) -> None:
         if not (any(run.module is module for run in self.running) and self._is_on()):
@@ -309,9 +309,27 @@ def uncompiled() -> Iterator[None]:
 @contextmanager
 def _plain_arithmetic() -> Iterator[None]:
     """Without gradients, autocast or inference mode, so that the record is of ordinary tensors."""
-    subclasses, off = torch._C.DisableTorchFunction(), nullcontext()  # others are slow
+    subclasses, off = torch._C.DisableTorchFunctionSubclass(), nullcontext()  # others are slow
     autocast = torch._C._DisableAutocast() if torch._C._is_any_autocast_enabled() else off
     is_kept = torch.is_grad_enabled() or torch.is_inference_mode_enabled()
     inference, grad = (torch.inference_mode(False), torch.no_grad()) if is_kept else (off, off)
-    with subclasses, autocast, inference, grad:
+    with without_modes(), subclasses, autocast, inference, grad:
         yield
+
+
+@contextmanager
+def without_modes() -> Iterator[None]:
+    """Without function modes, of the user or of captures, but for that which makes sums steady."""
+    modes = overrides._get_current_function_mode_stack()
+    try:
+        _have_modes(mode for mode in modes if isinstance(mode, SteadySums))
+        yield
+    finally:
+        _have_modes(modes)
+
+
+def _have_modes(modes: Iterable[overrides.TorchFunctionMode]) -> None:
+    while overrides._get_current_function_mode() is not None:
+        overrides._pop_mode()
+    for mode in modes:
+        overrides._push_mode(mode)

@@ -10,7 +10,7 @@ import tempfile
 import traceback
 from collections.abc import Callable, Iterator
 
-WHOLE = "what lay there before is whole: mend that, and run the same command again"
+WHOLE = "what lay there before is whole: mend that, and run the same again (train.py: --resume)"
 STOPS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
 if hasattr(signal, "SIGHUP"):  # the terminal is gone
     STOPS[signal.SIGHUP] = "hung up"

@@ -185,6 +185,9 @@ def join() -> Iterator[Group]:
     try:
         with SteadySums():
             yield replace(group, store=store)
+    except (UserError, SystemExit):
+        torch.distributed.destroy_process_group()  # its threads may not outlive the interpreter
+        raise
     except RuntimeError as error:  # gloo raises a bare one that names its source file
         if not isinstance(error, torch.distributed.DistError) and "gloo" not in str(error).lower():
             raise

@@ -273,7 +273,9 @@ def finish(
     arms, verdicts = table(study), advice(study, positions)
     tables = [arms.partition("\n")[::2], ("VERDICTS", verdicts)]
     figures = [Figure(results.path.with_name(f"{n}.png"), n.replace("_", " "), "") for n in DRAWN]
-    lasting = {name: text for name, text in facts.items() if name not in ("Work", "Found")}
+    passing = ("Work", "Found", "Episodes")
+    lasting = {name: text for name, text in facts.items() if name not in passing}
+    lasting |= {"Episodes": early} if early else {}
     out, title = results.path.parent, f"Compressed history: {agent.title}"
     write_page(out, title, lasting, [told], tables, figures)
     more = () if study.confirmation is None else (CONFIRMATION,)

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from historylens.agent import Agent, Unreadable, rollout
+from historylens.agent import Agent, Unreadable, rollout, seed_globals
 from historylens.common.batches import MAX_ROOMS, even_parts
 from historylens.common.errors import UserError, expect, note
 from historylens.common.processes import ALONE, Group
@@ -174,6 +174,7 @@ def play(plays: Plays, arm: Arm, seeds: range | None = None, bar: Any = None) ->
     n_goals, n_steps = len(environment.goals), plays.n_episodes * environment.horizon
     # A seed of the block's own: what it draws does not depend on what is played beside it.
     seed = zlib.crc32(f"{plays.seed} {arm.key} {seeds.start}".encode())
+    seed_globals(seed)
     generator = torch.Generator().manual_seed(seed)
     policy = CompressedPolicy(plays.agent, arm.method, arm.n_keep, generator, plays.positions)
     for part in even_parts(n_goals * seeds.start, n_goals * seeds.stop, MAX_ROOMS):
@@ -184,7 +185,7 @@ def play(plays: Plays, arm: Arm, seeds: range | None = None, bar: Any = None) ->
     shape = (len(seeds), n_goals, plays.n_episodes, environment.horizon)
     rewards, ends = (np.concatenate(part).reshape(shape) for part in zip(*parts, strict=True))
     n_ended = ends.sum(axis=3)
-    earned = (rewards.sum(axis=3) / n_ended).swapaxes(0, 1)
+    earned = (rewards.sum(axis=3, dtype=np.float64) / n_ended).swapaxes(0, 1)
     # In memory as when read from a file: sums over it then are the same to the last digit.
     returns, n_early = np.array(earned, dtype=np.float64, order="C"), int((n_ended - 1).sum())
     return Result(arm, returns, policy.cost, n_early, seeds.start)

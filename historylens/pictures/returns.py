@@ -22,7 +22,7 @@ from historylens.pictures.page import FAINT, HUES, INK, SOFT, UNIFORM, in_lines,
 N_COLOURED = 4  # strategies with a colour of their own, beside recent and random
 GREY, FULL_COLOUR = "#c4c4c4", "#0b6e4f"
 PANEL = 4.75  # inches from one row of panels to the next, names below them included
-ASIDE = 0.045  # between intervals of strategies at one budget, in roots of transitions
+ASIDE = 0.006  # between intervals of strategies at one budget, of the width of the plot
 LABEL_GAP = 0.036  # between labels, of the height of the plot
 RING = {"marker": "o", "ms": 15, "mec": FULL_COLOUR, "mfc": "none", "mew": 1.6, "zorder": 5}
 ABOVE_LEGEND = 0.09  # lowest place of a label, of the height of the plot
@@ -44,6 +44,7 @@ def draw_by_budget(path: Path, study: Any, picture: Picture) -> None:
     share = 7.2 / figure.get_figheight()
     axes = figure.add_axes((0.065, 0.115 * share, 0.655, 0.735 * share))
     lines, colours = _strategies(study)
+    _set_scales(axes, study, picture, colours)
     _draw_levels(axes, study, picture)
     if (best := study.recommended) is not None:
         axes.plot(best.kept, best.mean.value, **RING)
@@ -54,7 +55,6 @@ def draw_by_budget(path: Path, study: Any, picture: Picture) -> None:
     for name in sorted(lines, key=lambda name: name in colours):
         aside = list(colours).index(name) - (len(colours) - 1) / 2 if name in colours else None
         _draw_line(axes, lines[name], colours.get(name, GREY), aside)
-    _set_scales(axes, study, picture)
     axes.set_xlabel("transitions kept of each history (a square-root scale)", fontsize=10.5)
     axes.set_ylabel("reward an episode, second half of the episodes", fontsize=10.5)
     inset(axes, 2)
@@ -169,13 +169,14 @@ def _draw_line(axes: Axes, rows: Sequence[Any], colour: str, aside: float | None
     axes.plot(*zip(*places, strict=True), lw=width, **style)
     for row, place in zip(rows, places, strict=True):
         if aside is not None and not row.mean.is_open:
-            x = max(0.0, row.kept**0.5 + ASIDE * aside) ** 2
+            left, right = np.sqrt(axes.get_xlim())
+            x = max(0.0, row.kept**0.5 + ASIDE * aside * (right - left)) ** 2
             axes.plot([x, x], [row.mean.low, row.mean.high], lw=1.1, alpha=0.7, **style)
         axes.plot(*place, "o", ms=size, mec=colour, mew=1.4,
                   mfc=colour if row.is_good else "white", zorder=order + 0.5)  # fmt: skip
 
 
-def _set_scales(axes: Axes, study: Any, picture: Picture) -> None:
+def _set_scales(axes: Axes, study: Any, picture: Picture, colours: dict[str, str]) -> None:
     """A square-root scale: small budgets stand apart, and nothing kept has a place."""
     axes.set_xscale("function", functions=(lambda x: np.sqrt(np.maximum(x, 0)), np.square))
     budgets = sorted({row.arm.n_keep for row in study.candidates})
@@ -185,8 +186,11 @@ def _set_scales(axes: Axes, study: Any, picture: Picture) -> None:
     pad = 0.06 * (high - low) or 0.5
     axes.set_xlim(max(0.0, low - pad) ** 2, (high + pad) ** 2)
     axes.xaxis.set_minor_locator(NullLocator())
-    means = [(row.mean.value, row.mean.low, row.mean.high) for row in study.rows]
-    values = [value for mean in means for value in mean if value is not None]
+    means = [row.mean for row in study.candidates if row.arm.name in colours]  # with an interval
+    ends = [
+        x for mean in (*means, study.full.mean, study.empty.mean) for x in (mean.low, mean.high)
+    ]
+    values = [row.mean.value for row in study.rows] + [x for x in ends if x is not None]
     low, high = min(0.0, *values), max([*values, picture.best or -np.inf])
     axes.set_ylim(low - 0.03 * (high - low), high + 0.06 * (high - low or 1))
     axes.grid(axis="x", color="#eeeeee", lw=0.8, zorder=0)

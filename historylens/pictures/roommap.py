@@ -131,8 +131,6 @@ def _draw_marks(
     size = min(9, 0.28 * grid.cell)
     edge = [withStroke(linewidth=size / 4, foreground=INK)]
     style = {"ha": "center", "weight": "bold", "color": "white", "path_effects": edge}
-    for i, place in enumerate(goals if len(goals) > 1 else ()):  # two may be in one cell
-        grid.page.text(*grid.at(place + (-0.27, 0.25 * i - 0.28)), f"{i + 1}", size, **style)
     length = np.hypot(*(steps[:, 1] - steps[:, 0]).T)
     moves, stays = steps[length > 0], steps[length == 0, 0]
     along = (moves[:, 1] - moves[:, 0]) / length[length > 0, None]
@@ -147,6 +145,8 @@ def _draw_marks(
     for place, count in zip(*np.unique(stays, axis=0, return_counts=True), strict=True):
         text = f"↻{count}" if count > 1 else "↻"
         grid.page.text(*grid.at(place + (0.27, 0.14)), text, size, **style)
+    for i, place in enumerate(goals if len(goals) > 1 else ()):  # two may be in one cell
+        grid.page.text(*grid.at(place + (-0.27, 0.25 * i - 0.28)), f"{i + 1}", size, **style)
 
 
 def _number(grid: Grid, shape: tuple[int, int], has_rows: bool, has_columns: bool) -> None:
