@@ -158,6 +158,7 @@ def test_no_test_goal_reaches_training_or_is_acted_on_before_the_checkpoint_is_c
     assert [step for step, _ in finished.evaluated[:6]] == [3, 3, 6, 6, 7, 7]
     assert all(goal in SPLIT["train"] for goals in evaluated[:6:2] for goal in goals)
     assert evaluated[1:6:2] == [SPLIT["validation"]] * 3
+    assert all(len(goals) == len({*map(tuple, goals)}) for goals in evaluated)  # each once
     assert evaluated[6:] == [SPLIT["test"]] * 2
 
 
