@@ -97,6 +97,11 @@ def check_pooled(found, whole, i=0):
         torch.testing.assert_close(found.maps[i, :, :, c], expected, **CLOSE)
 
 
+def softmaxed(x, dtype=None):
+    """Weights `(B, H, T, T)` that a model with `split_heads` computes itself."""
+    return (split_heads(x) @ split_heads(x).mT).softmax(-1, dtype)
+
+
 def run_twice(model, *inputs, context=torch.no_grad, maps=(0,), **options):
     """The record of a forward pass, whose output is, to the bit, the one without capture."""
 
