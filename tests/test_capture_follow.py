@@ -81,6 +81,8 @@ def test_weights_that_fall_below_zero_are_refused():
 FOLLOWED = {
     "values first": lambda w, v: (v.mT @ w.mT).mT,
     "each head": lambda w, v: torch.stack([x @ v[:, i] for i, x in enumerate(w.unbind(1))], 1),
+    "dropped": lambda w, v: torch.dropout_(w.flatten(0, 1), 0.5, True).unflatten(0, (-1, 2)) @ v,
+    "dropped beside": lambda w, v: (torch.dropout_(w.flatten(0, 1), 0.5, True), w @ v)[1],
     "joined": lambda w, v: torch.cat(w.split(1, 1), 1) @ v,
 }
 NOT_FOLLOWED = {

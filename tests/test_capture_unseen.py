@@ -1,7 +1,7 @@
 """Attention that cannot be read: handed in, compiled, or unseen; and what is left alone."""
 
 from functools import partial
-from threading import Thread
+from threading import Thread, current_thread, main_thread
 
 import numpy as np
 import pytest
@@ -127,7 +127,7 @@ def test_an_error_of_the_capture_that_the_model_catches_is_raised_at_the_end(fai
         refused("^1 attends with queries of 3 axes", model, x)
 
 
-def test_modes_of_the_user_a_default_device_and_other_threads_are_left_alone():
+def test_modes_of_the_user_and_a_default_device_are_left_alone():
     class Counting(TorchFunctionMode):
         def __torch_function__(self, func, types, args=(), kwargs=None):
             called.append(getattr(func, "__name__", ""))
@@ -141,13 +141,20 @@ def test_modes_of_the_user_a_default_device_and_other_threads_are_left_alone():
     assert not {"softmax", "baddbmm", "sum", "new_zeros"} & {*called}  # its own arithmetic
     query = torch.ones(1, dtype=torch.int64)
     run_twice(model, x, query=query, context=partial(torch.device, "meta"))
+
+
+def test_a_model_that_another_thread_runs_meanwhile_is_followed_here_alone():
+    def forward(x):
+        if current_thread() is main_thread():
+            thread = Thread(target=model, args=(x,))
+            thread.start()
+            thread.join()
+        return attend_by_heads(x)
+
+    model = nn.Sequential(Given(forward), Given(attend_by_heads))
     with capture(model) as record:
-        thread = Thread(target=model, args=(x,))
-        thread.start()
-        thread.join()
-        assert not record.names
-        model(x)
-    assert record.names == ("0",)
+        model(torch.randn(1, 3, 8))
+    assert record.names == ("0", "1")
 
 
 @pytest.mark.parametrize("is_softmax", [True, False])

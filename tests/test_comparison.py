@@ -35,6 +35,16 @@ def opened(folder, **change):
     return ResultsFile(folder, fingerprint(replace(PLAYS, **change)))
 
 
+def test_what_a_block_draws_from_generators_that_all_share_is_its_own(monkeypatch):
+    def drawn(_rooms, _policy, n_steps, noises, *_):
+        return np.random.random((len(noises), n_steps)), np.ones((len(noises), n_steps), bool)
+
+    monkeypatch.setattr(playing, "rollout", drawn)
+    one, same, other = (play(PLAYS, REWARDED, range(i, i + 1)).returns for i in (0, 0, 1))
+    assert (one == same).all()
+    assert (one != other).all()
+
+
 def test_baselines_and_controls_come_first_then_each_strategy_at_each_budget():
     assert [arm.key for arm in arms("even", "full", "recent", "even", budgets=(8, 4, 8))] == [
         "full", "empty", "other-task", "shuffled-rewards", "even@4", "even@8", "recent@4",

@@ -127,6 +127,13 @@ def test_an_arm_that_stopped_is_compared_over_the_runs_that_it_has():
     assert "Racing" not in report.advice(played, "p")
 
 
+def test_rewards_whose_shuffling_changes_no_run_say_nothing_of_the_model():
+    full, arms = result("full", 10.0, FULL_TOKENS), (LIKE_FULL, result("empty", 1.0))
+    for shuffled, n_doubts in ((full, 0), (result("shuffled-rewards", 10.0, FULL_TOKENS), 1)):
+        shuffled = replace(shuffled, arm=Arm("shuffled-rewards"))
+        assert len(judge([full, *arms, shuffled], 0.05, None).doubts) == n_doubts
+
+
 def test_nothing_is_recommended_where_the_model_is_not_shown_to_use_its_history():
     no_gain = "Full history is not shown to earn more than an empty one: "
     one_seed = judged(shape=(N_GOALS, 1, N_EPISODES))

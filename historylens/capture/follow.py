@@ -4,7 +4,6 @@ followed[weights] = Weights(("layers.0",), shape)    # that a softmax gave
 followed.step("matmul", (weights, values), output)   # after each call; weights where they are met
 """
 
-import re
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -20,7 +19,6 @@ _KEEP = {
 _TURN = {"__get__", "transpose", "permute", "swapaxes", "swapdims", "movedim"}  # .mT, or other axes
 _TAKE = {"__getitem__", "select", "narrow", "chunk", "split", "unbind", "index_select"}
 _JOIN = {"cat", "concat", "concatenate", "stack"}
-_IN_PLACE = re.compile(r"[a-z]\w*_|__i(add|sub|mul|truediv|pow|and)__")  # or through a view
 PRODUCTS = {"matmul", "__matmul__", "bmm", "einsum", "baddbmm"}
 _GROW = _KEEP | _JOIN | PRODUCTS | {"linear", "conv1d", "conv2d"}  # may give more than they get
 
@@ -51,7 +49,8 @@ class Followed(WeakIdKeyDictionary):
     def step(self, kernel: str, args: Iterable, output: Any) -> tuple[str, Tensor] | None:
         """Go on after a call: layer and weights `(B, H, Tq, Tk)` where changed ones meet values."""
         args = [x for arg in args for x in (arg if isinstance(arg, list | tuple) else [arg])]
-        if _IN_PLACE.fullmatch(kernel) and kernel not in _KEEP and isinstance(args[0], Tensor):
+        is_in_place = kernel.endswith("_") and not kernel.startswith("_") and kernel not in _KEEP
+        if is_in_place and isinstance(args[0], Tensor):  # so are views of the same memory
             place = args[0].untyped_storage().data_ptr()
             views = [y for y in self if y is not args[0]]
             others = [y for y in views if y.untyped_storage().data_ptr() == place]

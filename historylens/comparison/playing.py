@@ -185,7 +185,7 @@ def play(plays: Plays, arm: Arm, seeds: range | None = None, bar: Any = None) ->
     shape = (len(seeds), n_goals, plays.n_episodes, environment.horizon)
     rewards, ends = (np.concatenate(part).reshape(shape) for part in zip(*parts, strict=True))
     n_ended = ends.sum(axis=3)
-    earned = (rewards.sum(axis=3, dtype=np.float64) / n_ended).swapaxes(0, 1)
+    earned = (rewards.sum(axis=3) / n_ended).swapaxes(0, 1)
     # In memory as when read from a file: sums over it then are the same to the last digit.
     returns, n_early = np.array(earned, dtype=np.float64, order="C"), int((n_ended - 1).sum())
     return Result(arm, returns, policy.cost, n_early, seeds.start)
